@@ -1,0 +1,137 @@
+"""The three attributes of XTF as plain eager torch: the definition every faster path is held to.
+
+Written to be read next to the paper (arXiv 2602.14536), not to be fast: full attention maps and full logits are built.
+`kernels.py` holds twins with the same names and signatures; parity tests and benchmarks compare the two.
+
+Dimensions: B batch, T tokens, H query heads, K key/value heads, D head or hidden size, V vocabulary, N picked tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def visible(T: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """Causal (and sliding-window) visibility: `visible[q, k]` is True where query `q` may attend to key `k`, (T, T)."""
+    q = torch.arange(T, device=device)[:, None]
+    k = torch.arange(T, device=device)[None, :]
+    mask = k <= q
+    return mask if window is None else mask & (k > q - window)
+
+
+def attention_map(
+    query: Tensor, key: Tensor, *, scaling: float, window: int | None = None, softcap: float | None = None
+) -> Tensor:
+    """Causal softmax attention in float32.
+
+    Args:
+        query: (B, H, T, D); key: (B, K, T, D) with K a divisor of H (grouped-query attention).
+        scaling: factor on the scores before the soft cap, usually `D ** -0.5`.
+        window: a query sees this many last keys, itself included; None: all.
+        softcap: scores become `softcap * tanh(scores / softcap)`; None: unchanged.
+
+    Returns:
+        Probabilities, (B, H, T, T) float32; rows sum to 1.
+    """
+    H, T = query.shape[1:3]
+    key = key.float().repeat_interleave(H // key.shape[1], dim=1)
+    scores = query.float() @ key.transpose(-1, -2) * scaling  # (B, H, T, T)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~visible(T, window, query.device), float("-inf")).softmax(-1)
+
+
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
+    start: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+    logsumexp: Tensor | None = None,
+) -> Tensor:
+    """Reasoning importance of one layer: the attention each token receives from later tokens, 1.0 = uniform.
+
+    Equals, for a document of `length` tokens with attention map `A` averaged over heads,
+
+        r[k] = mean over q in k+1 .. length-1 of (q + 1) * A[q, k]
+
+    Eq. (2) of the paper with two choices made explicit: what counts is the attention a token *receives* (averaging the
+    softmax rows over keys gives the constant 1/T), and the factor `q + 1` divides by what uniform attention would give, so
+    that 0.1 reads "a tenth of uniform" at any length and position. A token's attention to itself is left out.
+
+    Args:
+        query, key, scaling, window, softcap: see `attention_map`.
+        lengths: (B,) tokens per document; what lies behind (right padding) is ignored.
+        start: columns before it are not wanted.
+        logsumexp: (B, H, T) row log-sum-exps if the caller has them; unused here, saves a pass in the fast twin.
+
+    Returns:
+        (B, T) float32, >= 0; NaN where undefined: k < start, the last token of a document, and padding.
+    """
+    B, _, T, _ = query.shape
+    A = attention_map(query, key, scaling=scaling, window=window, softcap=softcap).mean(1)  # (B, T, T)
+    q = torch.arange(T, device=query.device)
+    received = torch.full((B, T), float("nan"), device=query.device)
+    for b in range(B):
+        length = int(lengths[b])
+        for k in range(start, length - 1):
+            received[b, k] = ((q[k + 1 : length] + 1) * A[b, k + 1 : length, k]).mean()
+    return received
+
+
+def log_probabilities(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Natural log-probability of each target token under the LM head, in float32.
+
+    Equals `softcap(head(hidden) * scale).float().log_softmax(-1).gather(-1, targets)`. Knowledge novelty, Eq. (3), is
+    `1 - exp(log-probability)`.
+
+    Args:
+        hidden: (N, D) last hidden states at the positions that predict the targets.
+        head: the LM head, (n, D) -> (n, V).
+        targets: (N,) token ids in [0, V).
+        scale: factor on the logits (Cohere, Granite, Falcon-H1).
+        softcap: final logit soft cap (Gemma 2).
+
+    Returns:
+        (N,) float32, <= 0, in nats.
+    """
+    logits = head(hidden).float() * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def task_relevance(vectors: Tensor, domain: Tensor) -> Tensor:
+    """Task relevance of each distinct completion token, Eq. (4): one minus its min-max normalised cosine distance.
+
+    Equals `1 - (d - d.min()) / (d.max() - d.min())` with `d = 1 - cos(vectors, domain)`.
+
+    Args:
+        vectors: (N, D) context-free embeddings of the distinct completion tokens.
+        domain: (D,) domain vector.
+
+    Returns:
+        (N,) float32 in [0, 1]; NaN throughout where all distances are equal (nothing can be told apart), and for a token
+        whose vector is zero.
+    """
+    vectors, domain = vectors.float(), domain.float()
+    norms = vectors.norm(dim=-1) * domain.norm()
+    distance = 1 - (vectors @ domain) / norms  # 0/0 -> NaN: a zero vector has no direction
+    defined = distance[~distance.isnan()]
+    if defined.numel() == 0 or not bool(defined.max() > defined.min()):
+        return torch.full_like(distance, float("nan"))
+    low, high = defined.min(), defined.max()
+    return (1 - (distance - low) / (high - low)).float()

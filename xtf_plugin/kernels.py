@@ -1,0 +1,199 @@
+"""Fast twins of `attributes.py`: same names, same signatures, no T x T map for all heads, no full-vocabulary logits for all tokens.
+
+Attention runs once through a fused kernel that also hands out the row log-sum-exp; attention received is then the weighted
+column sum of `exp(scores - logsumexp)`, taken block by block over queries. Where no fused kernel gives a log-sum-exp (soft
+cap, a sliding window shorter than the document, unequal head sizes) a blockwise softmax does both.
+
+Dimensions: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head or hidden size, V vocabulary, N picked tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+QUERY_BLOCK = 128
+SCORE_ELEMENTS = 1 << 20  # scores alive at once: cache-sized blocks beat big ones on CPU, and memory stays flat in T
+LOGIT_ELEMENTS = 8 << 20  # logits alive at once, likewise
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention output together with the log-sum-exp of every score row.
+
+    Equals `(attention_map(...) @ value, scores.logsumexp(-1))` on unpadded rows; with right padding the rows of real tokens
+    are unaffected, because causality already hides what lies behind them.
+
+    Args:
+        query: (B, H, T, D); key: (B, K, T, D); value: (B, K, T, D').
+        scaling, window, softcap: see `attributes.attention_map`.
+
+    Returns:
+        output (B, H, T, D') in the dtype of `query`, logsumexp (B, H, T) float32.
+    """
+    T = query.shape[2]
+    if softcap is None and (window is None or window >= T) and query.shape[-1] == value.shape[-1]:
+        return _fused_attention(query, key, value, scaling)
+    return _blockwise_attention(query, key, value, scaling=scaling, window=window, softcap=softcap)
+
+
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    T = query.shape[2]
+    if query.device.type == "cpu":
+        cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # groups key/value heads by itself
+        output, logsumexp = cpu_flash(query, key, value, 0.0, True, scale=scaling)
+        return output, logsumexp
+    if query.device.type == "cuda":
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        if query.dtype is not torch.float32 and query.shape[-1] <= 256:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            output, logsumexp = flash(query, key, value, 0.0, True, False, scale=scaling)[:2]
+        else:
+            efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+            output, logsumexp = efficient(query, key, value, None, True, 0.0, True, scale=scaling)[:2]
+        return output, logsumexp[..., :T]  # the memory-efficient kernel pads its rows to a multiple of 32
+    return _blockwise_attention(query, key, value, scaling=scaling)
+
+
+def _blockwise_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    B, H, T, _ = query.shape
+    output = query.new_empty(B, H, T, value.shape[-1])
+    logsumexp = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
+    for low, high, rows in _query_blocks(query, 0):
+        left = 0 if window is None else max(0, low - window + 1)
+        for b in rows:
+            scores = _scores(query[b], key[b], low, high, left, high, scaling, softcap)  # (b, K, G, q, k) fp32
+            scores.masked_fill_(_hidden(low, high, left, high, window, query.device), float("-inf"))
+            lse = scores.logsumexp(-1)  # (b, K, G, q)
+            weights = scores.sub_(lse[..., None]).exp_().to(value.dtype)
+            block = weights.flatten(2, 3) @ value[b][:, :, left:high]  # (b, K, G * q, D')
+            output[b, :, low:high] = block.view(*weights.shape[:-1], -1).flatten(1, 2)
+            logsumexp[b, :, low:high] = lse.flatten(1, 2)
+    return output, logsumexp
+
+
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
+    start: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+    logsumexp: Tensor | None = None,
+) -> Tensor:
+    """Fast twin of `attributes.attention_received`: weighted column sums, no T x T map.
+
+    Only columns from `start` on and queries behind it are computed: a query before the first completion token cannot see
+    any completion token. Sums are accumulated in float32 whatever the dtype of `query` and `key`: bf16 sums are off by about
+    1e-2, which moves tokens across quantiles.
+
+    Arguments, shapes and result: see `attributes.attention_received`.
+    """
+    B, H, T, _ = query.shape
+    if logsumexp is None:
+        logsumexp = attention(query, key, key, scaling=scaling, window=window, softcap=softcap)[1]
+    position = torch.arange(T, device=query.device)
+    inside = position < lengths[:, None]  # (B, T)
+    weight = torch.where(inside, (position + 1.0).log(), float("-inf"))  # (B, T): (q + 1), 0 on padding
+    bias = weight[:, None] - logsumexp  # (B, H, T): added to the exponent, so the weighting costs no pass of its own
+    sums = torch.zeros(B, T - start, dtype=torch.float32, device=query.device)
+    for low, high, rows in _query_blocks(query, start):
+        left = start if window is None else max(start, low - window + 1)
+        hidden = _hidden(low, high, left, high, window, query.device, strict=True)
+        for b in rows:
+            scores = _scores(query[b], key[b], low, high, left, high, scaling, softcap)  # (b, K, G, q, k) fp32
+            scores.add_(bias[b, :, low:high].reshape(*scores.shape[:-1], 1)).exp_()
+            received = scores.sum((1, 2))  # (b, q, k)
+            sums[b, left - start : high - start] += received.masked_fill_(hidden, 0.0).sum(1)
+    later = lengths[:, None] - 1 - position[start:]  # (B, T - start): queries behind each column
+    received = (sums / (H * later.clamp(min=1))).masked_fill(later < 1, float("nan"))
+    return torch.nn.functional.pad(received, (start, 0), value=float("nan"))
+
+
+def _query_blocks(query: Tensor, start: int) -> list[tuple[int, int, list[slice]]]:
+    """Cut queries from `start` on, and documents, so that a block of scores stays within SCORE_ELEMENTS."""
+    B, H, T, _ = query.shape
+    blocks = []
+    for low in range(start, T, QUERY_BLOCK):
+        high = min(low + QUERY_BLOCK, T)
+        step = max(1, SCORE_ELEMENTS // (H * (high - low) * (high - start)))
+        blocks.append((low, high, [slice(b, min(b + step, B)) for b in range(0, B, step)]))
+    return blocks
+
+
+def _scores(
+    query: Tensor, key: Tensor, low: int, high: int, left: int, right: int, scaling: float, softcap: float | None
+) -> Tensor:
+    """Float32 scores of queries [low, high) against keys [left, right), (B, K, G, q, k); safe to change in place."""
+    B, H, _, D = query.shape
+    K = key.shape[1]
+    q = query[:, :, low:high].reshape(B, K, H // K * (high - low), D)
+    scores = (q.float() * scaling) @ key[:, :, left:right].float().transpose(-1, -2)
+    scores = scores.view(B, K, H // K, high - low, right - left)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    return scores
+
+
+def _hidden(
+    low: int, high: int, left: int, right: int, window: int | None, device: torch.device, *, strict: bool = False
+) -> Tensor:
+    """True where query [low, high) may not see key [left, right), (q, k); `strict` hides the token itself too."""
+    q = torch.arange(low, high, device=device)[:, None]
+    k = torch.arange(left, right, device=device)[None, :]
+    hidden = k >= q if strict else k > q
+    return hidden if window is None else hidden | (k <= q - window)
+
+
+def log_probabilities(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Fast twin of `attributes.log_probabilities`: the head runs in chunks of rows, so full logits never exist.
+
+    The maximum is taken in the dtype of the logits, the sum of exponentials in float32.
+    Arguments, shapes and result: see `attributes.log_probabilities`.
+    """
+    result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    rows = 64  # the first chunk also tells the vocabulary size, which a quantised or wrapped head does not show
+    low = 0
+    while low < len(targets):
+        high = min(low + rows, len(targets))
+        logits = head(hidden[low:high])  # (n, V)
+        rows = max(1, LOGIT_ELEMENTS // logits.shape[-1])
+        if scale != 1.0:
+            logits = logits * scale
+        if softcap is not None:
+            logits = logits.float().div_(softcap).tanh_().mul_(softcap)
+        picked = logits.gather(-1, targets[low:high, None])[:, 0].float()
+        peak = logits.amax(-1, keepdim=True)
+        total = logits.sub(peak).exp_().sum(-1, dtype=torch.float32) if logits.dtype is torch.float32 else (
+            logits.float().sub_(peak.float()).exp_().sum(-1)
+        )
+        result[low:high] = picked - peak[:, 0].float() - total.log()
+        low = high
+    return result
