@@ -1,0 +1,215 @@
+"""The scoring pass against an independent eager computation, and what must leave no trace in the model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests import eager, tiny
+from xtf_plugin import scorer
+from xtf_plugin.documents import collect
+from xtf_plugin.errors import XTFError, XTFUserError
+from xtf_plugin.reference import Reference, borrow, resolve_layers
+
+
+def rows(sizes=(60, 37, 5, 2, 1, 90), seed=0):
+    """Rows of ragged length whose completion is the second half, one of them with a prompt turn in between."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for size in sizes:
+        ids = rng.integers(4, 400, size)
+        labels = np.where(np.arange(size) >= size // 2, ids, -100)
+        if size > 80:
+            labels[60:70] = -100
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def run(documents, model, layers, **options):
+    found = {}
+
+    def sink(keys, offsets, logprobs, attention):
+        for index, key in enumerate(keys):
+            where = slice(offsets[index], offsets[index + 1])
+            found[key.tobytes()] = (logprobs[where], None if attention is None else attention[where])
+
+    wanted = np.arange(len(documents))
+    stats = scorer.score(documents, wanted, Reference(model, "tiny"), layers, sink, progress=False, **options)
+    return found, stats
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_agrees_with_eager_maps_and_full_logits(family):
+    model = tiny.model(family)
+    documents = collect(rows())
+    found, _ = run(documents, model, (0, 1), batch_tokens=150)
+    for index in range(len(documents)):
+        ids, completion = documents.document(index)
+        logprobs, received = eager.scores(model, ids.astype(np.int64), (0, 1))
+        ours = found[documents.keys[index].tobytes()]
+        np.testing.assert_allclose(ours[0], logprobs[completion].numpy(), atol=2e-5, rtol=0)
+        np.testing.assert_allclose(ours[1], received[completion].numpy(), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "gemma3"])
+def test_sliding_windows_are_shorter_than_the_documents(family):
+    """Otherwise the test above would say nothing about windows."""
+    assert tiny.model(family).config.sliding_window < 60
+
+
+def test_layers_change_the_score():
+    model, documents = tiny.model(), collect(rows())
+    first, _ = run(documents, model, (0,))
+    last, _ = run(documents, model, (1,))
+    key = documents.keys[0].tobytes()
+    assert np.nanmax(np.abs(first[key][1] - last[key][1])) > 1e-2
+    np.testing.assert_array_equal(first[key][0], last[key][0])
+
+
+def test_batching_changes_nothing_beyond_rounding():
+    model, documents = tiny.model(), collect(rows(sizes=range(2, 60)))
+    one, _ = run(documents, model, (1,), batch_tokens=1)
+    many, stats = run(documents, model, (1,), batch_tokens=10_000)
+    assert stats.batches == 1 and len(one) == len(many) == len(documents)
+    for key, (logprobs, attention) in one.items():
+        np.testing.assert_allclose(logprobs, many[key][0], atol=1e-5)
+        np.testing.assert_allclose(attention, many[key][1], atol=1e-5)
+
+
+def test_batches_respect_the_budget_and_waste_little():
+    lengths = np.random.default_rng(0).integers(50, 300, 5_000)
+    plans = list(scorer.plan_batches(lengths, 4_096))
+    padded = [len(p) * lengths[p].max() for p in plans]
+    assert max(padded) <= 4_096
+    assert sorted(np.concatenate(plans)) == list(range(5_000))
+    assert sum(padded) <= 1.03 * lengths.sum()
+
+
+def test_without_layers_no_attention():
+    found, _ = run(collect(rows()), tiny.model(), ())
+    assert all(attention is None for _, attention in found.values())
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_model_is_left_as_it_was(implementation):
+    model = tiny.model(attn_implementation=implementation)
+    model.train()
+    model.model.layers[0].self_attn.eval()
+    model.lm_head.weight.requires_grad_(False)
+    flags = [m.training for m in model.modules()]
+    gradients = [p.requires_grad for p in model.parameters()]
+    ids = torch.arange(5, 25)[None]
+    torch.manual_seed(0)
+    before, state = model(input_ids=ids).logits, torch.get_rng_state()
+    run(collect(rows()), model, (0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == flags
+    assert [p.requires_grad for p in model.parameters()] == gradients
+    assert model.config._attn_implementation == implementation
+    torch.manual_seed(0)
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_out_of_memory_halves_and_goes_on(monkeypatch):
+    model, documents = tiny.model(), collect(rows(sizes=range(10, 60)))
+    forward = Reference.forward
+
+    def greedy(self, input_ids, *args, **kwargs):
+        if input_ids.numel() > 600:
+            raise torch.OutOfMemoryError("planted")
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Reference, "forward", greedy)
+    found, stats = run(documents, model, (1,), batch_tokens=4_000)
+    assert len(found) == len(documents) and stats.halvings >= 2
+
+
+def test_a_single_document_that_does_not_fit_names_the_setting(monkeypatch):
+    def never(self, input_ids, *args, **kwargs):
+        if input_ids.shape[0] * input_ids.shape[1] > 30:
+            raise torch.OutOfMemoryError("planted")
+        return Reference_forward(self, input_ids, *args, **kwargs)
+
+    Reference_forward = Reference.forward
+    monkeypatch.setattr(Reference, "forward", never)
+    monkeypatch.setattr(scorer, "CHECK_TOKENS", 8)
+    with pytest.raises(XTFError, match=r"single document of 90 tokens.*max_length"):
+        run(collect(rows()), tiny.model(), (1,))
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch):
+    def broken(self, *args, **kwargs):
+        raise RuntimeError("planted shape error")
+
+    monkeypatch.setattr(scorer, "_score_batch", broken)
+    with pytest.raises(RuntimeError, match="planted shape error"):
+        run(collect(rows()), tiny.model(), (1,))
+
+
+def test_unknown_head_is_refused_by_name():
+
+    model = tiny.model()
+    original = type(model).forward
+
+    class Strange(type(model)):
+        def forward(self, *args, **kwargs):
+            output = original(self, *args, **kwargs)
+            output.logits = output.logits * 2
+            return output
+
+    model.__class__ = Strange
+    with pytest.raises(XTFError, match="Strange.*differ from the model's own forward"):
+        run(collect(rows()), model, (1,))
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused():
+    made = rows()
+    made[0]["input_ids"] = made[0]["input_ids"].copy()
+    made[0]["input_ids"][3] = 100_000
+    with pytest.raises(XTFError, match="token id 100000"):
+        run(collect(made), tiny.model(), (1,))
+
+
+def test_layer_names():
+    config = tiny.model(num_hidden_layers=5).config
+    assert resolve_layers("first", config) == (0,)
+    assert resolve_layers("middle", config) == (2,)
+    assert resolve_layers("last", config) == (4,)
+    assert resolve_layers([0, -1, 4], config) == (0, 4)
+    with pytest.raises(XTFUserError, match=r"\[5\].*5 layers"):
+        resolve_layers([5], config)
+
+
+def test_borrow_refuses_adapters_that_changed_the_base():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
+    with pytest.raises(XTFUserError, match="pissa"):
+        borrow(model)
+
+
+def test_borrow_scores_the_base_model_under_a_trained_adapter():
+    from peft import LoraConfig, get_peft_model
+
+    documents = collect(rows())
+    plain, _ = run(documents, tiny.model(), (1,))
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    frozen = {name for name, p in model.named_parameters() if "lora_A" in name}
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    found = {}
+
+    def sink(keys, offsets, logprobs, attention):
+        for index, key in enumerate(keys):
+            found[key.tobytes()] = logprobs[offsets[index] : offsets[index + 1]]
+
+    scorer.score(documents, np.arange(len(documents)), borrow(model), (1,), sink, progress=False)
+    for key, (logprobs, _) in plain.items():
+        np.testing.assert_allclose(found[key], logprobs, atol=1e-5)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name in frozen)

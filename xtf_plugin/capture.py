@@ -1,0 +1,176 @@
+"""Attention received, recorded inside one ordinary decoder forward, whatever attention implementation the run uses.
+
+transformers lets a package register an attention function and its mask function. For the length of a pass the model's
+configs point at ours, which returns the fused kernel's output and, on the chosen layers, adds up attention received.
+Right padding plus causality needs no mask, so none is built; what a model asks of its mask beyond "causal, maybe within a
+sliding window" is refused by name, because ignoring it would give wrong scores without a sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from . import kernels
+from .errors import XTFError
+
+IMPLEMENTATION = "xtf_received"
+
+
+@dataclass
+class Recorder:
+    """What one forward leaves behind: the sum of attention received over the chosen layers."""
+
+    model: str
+    layers: frozenset[int]
+    lengths: Tensor
+    start: int = 0
+    received: Tensor | None = None
+    seen: list[int] = field(default_factory=list)
+    layer_windows: set[int] = field(default_factory=set)
+    mask_windows: set[int] = field(default_factory=set)
+
+    def mean(self) -> Tensor | None:
+        """Attention received averaged over the chosen layers, (B, T) float32, or None if no layer was chosen."""
+        return None if self.received is None else self.received / len(self.layers)
+
+    def refuse(self, what: str) -> XTFError:
+        """The error for an attention we would score wrongly."""
+        return XTFError(
+            f"{self.model}: {what}, which attention received is not defined for. Set `reasoning_importance: false`, or "
+            "name another reference under `reference.model`."
+        )
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("xtf_recorder", default=None)
+
+
+def received_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function in transformers' convention: query (B, H, T, D) in, output (B, T, H, D) out."""
+    recorder = _recorder.get()
+    if recorder is None:
+        raise XTFError("XTF's attention function was called outside a scoring pass; please report this.")
+    if attention_mask is not None:
+        raise recorder.refuse("it builds its own attention mask")
+    if is_causal is False or query.shape[2] != key.shape[2]:
+        raise recorder.refuse("its attention is not causal self-attention")
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise recorder.refuse(f"its attention uses `{name}`")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
+    output, logsumexp = kernels.attention(query, key, value, scaling=scaling, window=window, softcap=softcap)
+    index = int(getattr(module, "layer_idx", -1))
+    recorder.seen.append(index)
+    if window is not None:
+        recorder.layer_windows.add(window)
+    if index in recorder.layers:
+        received = kernels.attention_received(
+            query,
+            key,
+            recorder.lengths,
+            scaling=scaling,
+            start=recorder.start,
+            window=window,
+            softcap=softcap,
+            logsumexp=logsumexp,
+        )
+        recorder.received = received if recorder.received is None else recorder.received + received
+    return output.transpose(1, 2).contiguous(), None
+
+
+def received_mask(
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> None:
+    """Mask function: builds nothing, but checks that what the model asked for is causal, maybe within a window."""
+    recorder = _recorder.get()
+    if recorder is None:
+        return
+    if attention_mask is not None or q_length != kv_length:
+        raise recorder.refuse("it was given a padding mask")
+    zero, keys = torch.tensor(0), torch.arange(kv_length)
+    for query in {q_length // 2, q_length - 1}:
+        row = torch.as_tensor(mask_function(zero, zero, torch.tensor(query), keys)).expand(kv_length)
+        width = int(row.sum())
+        if not torch.equal(row, (keys <= query) & (keys > query - width)):
+            raise recorder.refuse("its attention mask is neither causal nor a causal sliding window")
+        if width <= query:
+            recorder.mask_windows.add(width)
+
+
+AttentionInterface.register(IMPLEMENTATION, received_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, received_mask)
+
+
+@contextmanager
+def attention_switched(model: nn.Module) -> Iterator[None]:
+    """Point every config below `model` at our attention function; put back exactly what each one held.
+
+    The configs are switched directly: `set_attn_implementation` is refused by some classes for a name that they do not know.
+    """
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            configs[id(config)] = config
+            for name in getattr(config, "sub_configs", {}):
+                sub = getattr(config, name, None)
+                if sub is not None:
+                    configs[id(sub)] = sub
+    # setting a config also sets its sub-configs, so the state is read before anything is written and restored twice over
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = IMPLEMENTATION
+        yield
+    finally:
+        for _ in range(2):
+            for config, implementation in before:
+                config._attn_implementation = implementation
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[Recorder]:
+    """Record into `recorder` for the length of one forward."""
+    token = _recorder.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorder.reset(token)
+
+
+def check_recorded(recorder: Recorder, num_layers: int, layer_types: list[str] | None) -> None:
+    """Refuse a forward in which not every layer came through our attention function, once, as the mask described it."""
+    if sorted(recorder.seen) != list(range(num_layers)):
+        raise recorder.refuse(
+            f"only layers {sorted(set(recorder.seen))} of {num_layers} use transformers' attention interface"
+        )
+    unused = recorder.mask_windows - recorder.layer_windows
+    if unused and (layer_types is None or "sliding_attention" in layer_types):
+        raise recorder.refuse(f"its mask has a sliding window of {sorted(unused)} tokens that its layers do not pass on")
+    unknown = recorder.layer_windows - recorder.mask_windows
+    if unknown:
+        raise recorder.refuse(f"its layers pass on a sliding window of {sorted(unknown)} that its mask does not have")

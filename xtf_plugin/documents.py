@@ -1,0 +1,176 @@
+"""Rows of a dataset become documents: what is scored once, and found again by content.
+
+A document is a maximal stretch of tokens that attends only to itself: a whole row, or one of the pieces of a packed row. Its
+key is a hash of its token ids and of which of them carry a label, so it is found again after shuffling, packing, sharding
+and a prepared-dataset cache, and adding rows to a dataset adds documents without touching the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from .errors import XTFUserError
+
+IGNORE_INDEX = -100
+KEY_BYTES = 16
+
+Ids = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+def document_key(input_ids: Ids, completion: Mask) -> bytes:
+    """128-bit key of a document.
+
+    Equals `xxh3_128(int64 little-endian token ids + packed label mask)`, 16 bytes.
+
+    Args:
+        input_ids: (T,) token ids.
+        completion: (T,) True where the label is not -100.
+    """
+    state = xxhash.xxh3_128(np.ascontiguousarray(input_ids, dtype="<i8"))
+    state.update(np.packbits(completion))
+    return state.digest()
+
+
+def split_row(row: Mapping[str, Any]) -> list[tuple[slice, Ids, Mask]]:
+    """Cut a dataset row into its documents: (where in the row, token ids, label mask) each.
+
+    A row with `seq_lengths` is packed (TRL `bfd`, `bfd_split`); one with `position_ids` is cut where they restart; any other
+    row is one document. TRL's `wrapped` packing keeps no boundaries: its rows are scored as they are trained on.
+
+    Raises:
+        XTFUserError: no `labels`, labels of another length, or `seq_lengths` that do not add up.
+    """
+    if row.get("labels") is None:
+        raise XTFUserError(
+            "the training rows carry no `labels`, so xtf cannot tell completion from prompt. Let the trainer prepare the "
+            "dataset (no skip_prepare_dataset), or add a `labels` column with -100 outside the completion."
+        )
+    ids, labels = np.asarray(row["input_ids"], dtype=np.int64), np.asarray(row["labels"], dtype=np.int64)
+    if ids.shape != labels.shape or ids.ndim != 1:
+        raise XTFUserError(
+            f"a training row has {ids.shape} input_ids but {labels.shape} labels; both must be flat lists of equal length."
+        )
+    bounds = _bounds(row, len(ids))
+    completion = labels != IGNORE_INDEX
+    return [(slice(a, b), ids[a:b], completion[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def _bounds(row: Mapping[str, Any], length: int) -> list[int]:
+    if row.get("seq_lengths") is not None:
+        lengths = np.asarray(row["seq_lengths"], dtype=np.int64)
+        if (lengths < 1).any() or int(lengths.sum()) != length:
+            raise XTFUserError(
+                f"a packed row has {length} tokens but seq_lengths {lengths.tolist()[:8]} that add up to "
+                f"{int(lengths.sum())}. Let the trainer pack the dataset again."
+            )
+        return [0, *np.cumsum(lengths).tolist()]
+    if row.get("position_ids") is not None:
+        starts = np.flatnonzero(np.asarray(row["position_ids"]) == 0).tolist()
+        return [*(starts if starts[:1] == [0] else [0, *starts]), length]
+    return [0, length]
+
+
+@dataclass(frozen=True)
+class DocumentSet:
+    """The distinct documents of a dataset, flattened, and which rows they came from.
+
+    Args:
+        keys: (N, 16) uint8.
+        counts: (N,) int64, how often each document occurs.
+        offsets: (N + 1,) int64 into `input_ids` and `completion`.
+        input_ids: flat int32 token ids; completion: flat bool label mask.
+        row_offsets: (R + 1,) int64 into `row_documents`; row_documents: int64 document indices, row by row.
+    """
+
+    keys: NDArray[np.uint8]
+    counts: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    input_ids: NDArray[np.int32]
+    completion: Mask
+    row_offsets: NDArray[np.int64]
+    row_documents: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens per document, (N,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def completion_offsets(self) -> NDArray[np.int64]:
+        """(N + 1,) offsets of each document's completion tokens among all completion tokens."""
+        running = np.concatenate([[0], np.cumsum(self.completion, dtype=np.int64)])
+        return running[self.offsets]
+
+    @property
+    def completion_positions(self) -> NDArray[np.int32]:
+        """Position of every completion token within its document, (M,)."""
+        flat = np.flatnonzero(self.completion)
+        starts = np.repeat(self.offsets[:-1], np.diff(self.completion_offsets))
+        return (flat - starts).astype(np.int32)
+
+    def document(self, index: int) -> tuple[NDArray[np.int32], Mask]:
+        """Token ids and label mask of one document."""
+        where = slice(self.offsets[index], self.offsets[index + 1])
+        return self.input_ids[where], self.completion[where]
+
+
+def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
+    """Collect the distinct documents of a dataset in order of first appearance.
+
+    Raises:
+        XTFUserError: see `split_row`; also token ids that are negative or beyond 32 bits, and no completion token at all.
+    """
+    index: dict[bytes, int] = {}
+    ids: list[NDArray[np.int32]] = []
+    masks: list[Mask] = []
+    counts: list[int] = []
+    row_sizes: list[int] = []
+    row_documents: list[int] = []
+    for row in rows:
+        documents = split_row(row)
+        row_sizes.append(len(documents))
+        for _, tokens, completion in documents:
+            key = document_key(tokens, completion)
+            at = index.get(key)
+            if at is None:
+                at = index[key] = len(ids)
+                ids.append(_to_int32(tokens))
+                masks.append(completion)
+                counts.append(0)
+            counts[at] += 1
+            row_documents.append(at)
+    if not any(mask.any() for mask in masks):
+        raise XTFUserError(
+            f"none of the {len(row_sizes)} training rows has a completion token (a label other than -100): there is nothing "
+            "to score or to train on. Check completion_only_loss / assistant_only_loss, the chat template and max_length."
+        )
+    return DocumentSet(
+        keys=np.frombuffer(b"".join(index), dtype=np.uint8).reshape(-1, KEY_BYTES),
+        counts=np.asarray(counts, dtype=np.int64),
+        offsets=_offsets([len(i) for i in ids]),
+        input_ids=np.concatenate(ids),
+        completion=np.concatenate(masks),
+        row_offsets=_offsets(row_sizes),
+        row_documents=np.asarray(row_documents, dtype=np.int64),
+    )
+
+
+def _to_int32(tokens: Ids) -> NDArray[np.int32]:
+    if len(tokens) and (tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max):
+        bad = tokens[(tokens < 0) | (tokens > np.iinfo(np.int32).max)][0]
+        raise XTFUserError(f"a training row holds the token id {int(bad)}, which no tokenizer gives; re-tokenise the data.")
+    return tokens.astype(np.int32)
+
+
+def _offsets(sizes: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64))]).astype(np.int64)

@@ -1,0 +1,99 @@
+"""What a score depends on, as one hex string: the key under which scores are stored and found again.
+
+Two references get the same fingerprint only if every weight, the quantisation, the numeric precision and the scoring code's
+version agree. Names and paths are not part of it: a renamed folder still finds its scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .errors import XTFUserError
+
+SCORER_VERSION = 1  # raise it when scores of the same model and document change
+_VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"}
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """Hex digest of JSON-able facts; the order of keys does not matter."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """Config and weight hash of a loaded model with its adapters left out: equal for a model with and without LoRA."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}  # type: ignore[operator, union-attr]
+    return {"config": digest(config), "weights": weights_hash(model), "scorer": SCORER_VERSION}
+
+
+def weights_hash(model: nn.Module) -> str:
+    """xxh3-128 over name, dtype, shape and bytes of every base parameter and persistent buffer."""
+    state = xxhash.xxh3_128()
+    for name, tensor in sorted(_base_tensors(model), key=lambda item: item[0]):
+        state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        state.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+    return state.hexdigest()
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    adapters = _adapter_names(model)
+    for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
+        parts = name.split(".")
+        if adapters.intersection(parts) or not tensor.numel():
+            continue
+        plain = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+        yield plain, tensor
+        quant_state = getattr(tensor, "quant_state", None)  # 4-bit weights: the scales live beside the packed integers
+        if quant_state is not None:
+            for key, value in quant_state.as_dict().items():
+                if isinstance(value, Tensor):
+                    yield f"{plain}.{key}", value
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a checkpoint holds; the others (rotary frequencies) follow from the config and may change with use."""
+    for prefix, module in model.named_modules():
+        for name, tensor in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", tensor
+
+
+def _adapter_names(model: nn.Module) -> set[str]:
+    names = {"modules_to_save", "token_adapter"}
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            names.update(module.adapter_layer_names, module.other_param_names)
+    return names
+
+
+def files_facts(model: str, commit: str | None) -> dict[str, Any]:
+    """Facts about a model that is not loaded: the hub commit, or a hash of the files of a local folder.
+
+    Raises:
+        XTFUserError: a local folder without a config or without weights.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return {"hub": model, "commit": commit, "scorer": SCORER_VERSION}
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
+    if not (folder / "config.json").is_file() or len(files) < 2:
+        raise XTFUserError(
+            f"xtf.reference.model: {model} is a folder without config.json and weights (*.safetensors). Give the folder "
+            "that `save_pretrained` wrote, or a hub id."
+        )
+    hashes = {}
+    for path in files:
+        state = xxhash.xxh3_128()
+        with path.open("rb") as handle:
+            while block := handle.read(1 << 24):
+                state.update(block)
+        hashes[path.name] = state.hexdigest()
+    return {"files": hashes, "scorer": SCORER_VERSION}

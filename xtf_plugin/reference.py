@@ -1,0 +1,261 @@
+"""The reference model that scores: the model being trained with its adapters off, or a separate quantised one.
+
+`Reference.scoring()` brings a model into the state of a scoring pass and puts back every flag it touched, so that the first
+training step afterwards is the one that would have happened without it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .capture import Recorder, attention_switched, check_recorded, recording
+from .errors import XTFError, XTFUserError
+
+if TYPE_CHECKING:
+    from .config import ReferenceConfig
+
+# LoRA initialisations that change the base weights: with the adapter off, what is left is not the base model.
+_BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
+
+
+@dataclass
+class Reference:
+    """A causal language model that can be scored with.
+
+    Args:
+        model: the bare causal LM (no PEFT, DDP or FSDP wrapper around it).
+        name: what to call it in messages.
+        adapters_off: context that turns the adapters off, if there are any.
+        autocast: context of the trainer's mixed precision.
+    """
+
+    model: nn.Module
+    name: str
+    adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    checked: bool = field(default=False, init=False)
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the language model, also inside a multimodal one."""
+        return self.model.config.get_text_config()  # type: ignore[operator, union-attr]
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids go."""
+        return self.embeddings.weight.device  # type: ignore[return-value, union-attr]
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The stack of layers below the LM head. TRL patches `model.forward`, never this."""
+        return self.model.get_decoder()  # type: ignore[operator, no-any-return]
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """The input embedding layer."""
+        return self.model.get_input_embeddings()  # type: ignore[operator, no-any-return]
+
+    def layers(self, choice: str | list[int]) -> tuple[int, ...]:
+        """Layer indices that `reasoning_importance.layers` names in this model; see `resolve_layers`."""
+        return resolve_layers(choice, self.text_config)
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Adapters off, evaluation mode, no gradients, the trainer's autocast, our attention; all put back afterwards.
+
+        4-bit layers stay in training mode: on CPUs with AVX512-BF16, bitsandbytes repacks their weights in evaluation mode
+        into a layout that has no gradient, and does not repack them back.
+        """
+        training = [(module, module.training) for module in self.model.modules()]
+        gradients = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        with ExitStack() as stack:
+            stack.callback(_restore, training, gradients)
+            stack.enter_context(self.adapters_off())
+            for module, _ in training:
+                module.training = type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4")
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.autocast())
+            stack.enter_context(attention_switched(self.model))
+            yield
+
+    def forward(
+        self, input_ids: Tensor, lengths: Tensor, layers: tuple[int, ...], start: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """One decoder forward; call it inside `scoring()`.
+
+        Args:
+            input_ids: (B, T), right-padded; lengths: (B,) on the same device.
+            layers: layers whose attention is recorded, possibly none.
+            start: first column of attention received that is wanted.
+
+        Returns:
+            last hidden states (B, T, D); attention received (B, T) float32, or None without layers.
+        """
+        recorder = Recorder(self.name, frozenset(layers), lengths, start)
+        with recording(recorder):
+            output = self.decoder(input_ids=input_ids, use_cache=False)
+        check_recorded(recorder, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None))
+        return output.last_hidden_state, recorder.mean()
+
+    def log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of `targets` (N,) at hidden states (N, D), float32."""
+        scale, softcap = logit_transform(self.text_config)
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return kernels.log_probabilities(hidden, head, targets, scale=scale, softcap=softcap)
+
+    def check_against_own_forward(self, input_ids: Tensor, tolerance: float) -> None:
+        """Compare our log-probabilities with those of the model's own forward and attention on one short document.
+
+        Catches a model whose head or attention does something that we do not know of.
+
+        Raises:
+            XTFError: they differ by more than `tolerance` nats on average; names the model.
+        """
+        if self.checked or len(input_ids) < 2:
+            return
+        T = len(input_ids)
+        lengths = torch.tensor([T], device=input_ids.device)
+        with self.scoring():
+            hidden, _ = self.forward(input_ids[None], lengths, ())
+            ours = self.log_probabilities(hidden[0, :-1], input_ids[1:])
+            with _own_attention(self):
+                logits = type(self.model).forward(self.model, input_ids=input_ids[None], use_cache=False).logits
+        theirs = logits[0, :-1].float().log_softmax(-1).gather(-1, input_ids[1:, None])[:, 0]
+        gap = float((ours - theirs).abs().mean())
+        if not gap <= tolerance:
+            raise XTFError(
+                f"{self.name} ({type(self.model).__name__}): log-probabilities differ from the model's own forward by "
+                f"{gap:.2g} nats on average (allowed: {tolerance:.2g}). This architecture is not supported as a reference; "
+                "name another one under `reference.model`."
+            )
+        self.checked = True
+
+
+def _restore(training: list[tuple[nn.Module, bool]], gradients: list[tuple[nn.Parameter, bool]]) -> None:
+    for module, flag in training:
+        module.training = flag
+    for parameter, flag in gradients:  # PEFT turns adapters back on with requires_grad=True, also where it was False
+        if parameter.requires_grad is not flag:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _own_attention(reference: Reference) -> Iterator[None]:
+    """Inside `scoring()`: a plain implementation of the model's attention instead of ours."""
+    config = reference.model.config
+    before = config._attn_implementation  # type: ignore[union-attr]
+    config._attn_implementation = "eager"  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        config._attn_implementation = before  # type: ignore[union-attr]
+
+
+def resolve_layers(choice: str | list[int] | tuple[int, ...], text_config: Any) -> tuple[int, ...]:
+    """Turn first | middle | last | all | indices into sorted layer indices; negative ones count from the end.
+
+    Raises:
+        XTFUserError: an index beyond the model's layers.
+    """
+    count = int(text_config.num_hidden_layers)
+    named = {"first": [0], "middle": [count // 2], "last": [count - 1], "all": list(range(count))}
+    indices = named[choice] if isinstance(choice, str) else list(choice)
+    wrong = [i for i in indices if not -count <= i < count]
+    if wrong:
+        raise XTFUserError(
+            f"xtf.reasoning_importance.layers: {wrong} beyond the reference model's {count} layers. "
+            f"Legal: first, middle, last, all, or indices from {-count} to {count - 1}."
+        )
+    return tuple(sorted({i % count for i in indices}))
+
+
+def logit_transform(text_config: Any) -> tuple[float, float | None]:
+    """Factor and soft cap between LM head and softmax, from the config keys that transformers' models use for them."""
+    keys = text_config.to_dict()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if keys.get(name) is not None:
+            scale = float(keys[name])
+    if keys.get("logits_scaling") is not None:
+        factor = float(keys["logits_scaling"])
+        scale = factor if text_config.model_type == "hyperclovax" else 1.0 / factor
+    softcap = keys.get("final_logit_softcapping")
+    return scale, None if softcap is None else float(softcap)
+
+
+def borrow(model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Reference:
+    """The model being trained, adapters off, as the reference: no second copy, no extra memory.
+
+    Args:
+        model: a transformers causal LM or a PEFT model around one, unwrapped from DDP.
+        autocast: the trainer's mixed-precision context.
+
+    Raises:
+        XTFError: no LM head, or an adapter whose initialisation changed the base weights.
+    """
+    adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
+    base = model
+    if hasattr(model, "peft_config"):
+        for adapter in model.peft_config.values():  # type: ignore[union-attr, operator]
+            init = getattr(adapter, "init_lora_weights", None)
+            if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+                raise XTFUserError(
+                    f"init_lora_weights={init!r} changes the base weights, so the model with its adapter off is not the "
+                    "base model. Name the base model under xtf `reference.model`, or use another initialisation."
+                )
+        base = model.get_base_model()  # type: ignore[operator]
+        adapters_off = model.disable_adapter  # type: ignore[assignment]
+    name = str(getattr(base.config, "_name_or_path", "")) or type(base).__name__
+    if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
+        raise XTFError(f"{name} ({type(base).__name__}) has no LM head; xtf needs a causal language model.")
+    return Reference(base, name, adapters_off, autocast)
+
+
+def load(config: ReferenceConfig, device: torch.device) -> Reference:
+    """Load the separate reference that `reference.model` names.
+
+    Raises:
+        XTFUserError: it cannot be loaded; the message carries the loader's own.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    compute = dtype or (torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32)
+    quantization: Any = None
+    if config.quantization in ("nf4", "fp4"):
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=config.quantization, bnb_4bit_compute_dtype=compute
+        )
+    elif config.quantization == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            quantization_config=quantization,
+            dtype=dtype or "auto",
+            device_map={"": device},
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise XTFUserError(
+            f"xtf.reference.model: {config.model!r} could not be loaded: {error}\n"
+            "Give a folder written by save_pretrained or the hub id of a causal language model."
+        ) from error
+    return Reference(model, str(config.model))
+
+
+def free(reference: Reference) -> None:
+    """Drop a separate reference and hand its memory back before the first training step."""
+    del reference.model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
