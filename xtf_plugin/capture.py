@@ -77,6 +77,10 @@ def received_attention(
         if kwargs.get(name) is not None:
             raise recorder.refuse(f"its attention uses `{name}`")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dtype = value.dtype
+    if torch.is_autocast_enabled(query.device.type):  # as autocast does for stock SDPA: rotary embeddings leave float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
     output, logsumexp = kernels.attention(query, key, value, scaling=scaling, window=window, softcap=softcap)
     index = int(getattr(module, "layer_idx", -1))

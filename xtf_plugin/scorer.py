@@ -208,5 +208,5 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
             else:
                 vectors, _ = reference.forward(ids[:, None], torch.ones_like(ids), ())
                 vectors = vectors[:, 0]
-            parts.append(vectors.float().cpu())
+            parts.append(vectors.detach().float().cpu())  # hooks for gradient checkpointing mark embeddings as needing grad
     return torch.cat(parts)

@@ -1,0 +1,181 @@
+"""The collator that turns planned drops into -100 labels as batches are built.
+
+It wraps the host's own collator and changes nothing but labels, and only from a value to -100. It looks documents up by
+content and runs no model: it lives in dataloader workers, so its table is read-only, one bit per token, and cheap to pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .documents import IGNORE_INDEX, KEY_BYTES, document_key, split_row
+from .errors import XTFError
+
+MAX_WORKERS = 256
+
+
+@dataclass(frozen=True)
+class MaskTable:
+    """Which completion tokens of which document are kept, looked up by document key.
+
+    Args:
+        keys: (N, 2) big-endian uint64 halves of the document keys, sorted.
+        offsets: (N + 1,) first bit of each document.
+        bits: packed keep flags, one bit per completion token.
+        best: (N,) index among the document's completion tokens of the one to keep when a batch would lose all; -1: none.
+    """
+
+    keys: NDArray[np.uint64]
+    offsets: NDArray[np.int64]
+    bits: NDArray[np.uint8]
+    best: NDArray[np.int64]
+
+    @classmethod
+    def build(
+        cls, keys: NDArray[np.uint8], offsets: NDArray[np.int64], keep: NDArray[np.bool_], best: NDArray[np.int64]
+    ) -> MaskTable:
+        """Build from document keys (N, 16), offsets (N + 1,) into `keep` (M,), and `best` (N,)."""
+        halves = _halves(keys)
+        order = np.lexsort((halves[:, 1], halves[:, 0]))
+        sizes = np.diff(offsets)[order]
+        sorted_offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        source = np.repeat(offsets[:-1][order] - sorted_offsets[:-1], sizes) + np.arange(sorted_offsets[-1])
+        return cls(halves[order], sorted_offsets, np.packbits(keep[source]), best[order].astype(np.int64))
+
+    def find(self, key: bytes) -> int:
+        """Index of a document, or -1."""
+        high, low = np.frombuffer(key, dtype=">u8").astype(np.uint64)
+        left, right = (int(np.searchsorted(self.keys[:, 0], high, side=side)) for side in ("left", "right"))
+        at = left + int(np.searchsorted(self.keys[left:right, 1], low))
+        return at if at < right and self.keys[at, 1] == low else -1
+
+    def keep(self, index: int) -> NDArray[np.bool_]:
+        """Keep flags of one document's completion tokens."""
+        first, last = int(self.offsets[index]), int(self.offsets[index + 1])
+        bits = np.unpackbits(self.bits[first // 8 : (last + 7) // 8])
+        return bits[first % 8 : first % 8 + last - first].astype(bool)
+
+
+def _halves(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    flat = np.ascontiguousarray(keys).reshape(-1, KEY_BYTES)
+    return flat.view(">u8").reshape(-1, 2).astype(np.uint64)
+
+
+class XTFDataCollator:
+    """Wrap a data collator so that planned tokens reach the loss with label -100.
+
+    Equals, for each row: cut it into documents, look up each one's keep flags, set the labels of dropped tokens to -100, then
+    call `inner` on the changed copies. The rows themselves, input ids and every other column stay as they are.
+
+    Args:
+        inner: the host's own collator.
+        masks: the plan, from `XTFCallback` or `MaskTable.build`.
+
+    Raises (when called):
+        XTFError: a row holds a document that is not in the plan, or `inner` returned labels other than planned.
+
+    Example:
+        >>> collator = XTFDataCollator(trainer.data_collator, masks)
+        >>> collator([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}])["labels"]  # the plan drops token 2
+        tensor([[-100, -100,    3]])
+    """
+
+    def __init__(self, inner: Callable[[list[Any]], Any], masks: MaskTable | None = None) -> None:
+        self.inner = inner
+        self.masks = masks
+        # one row per dataloader worker (0: main process): batches, kept tokens, batches in which one label was brought back;
+        # in shared memory, because what a worker writes to its own copy does not come back
+        self.counters = torch.zeros(MAX_WORKERS + 1, 3, dtype=torch.int64).share_memory_()
+
+    def __call__(self, features: list[Any]) -> Any:
+        """Collate `features` with dropped labels set to -100."""
+        if self.masks is None:
+            raise XTFError("XTFDataCollator has no masks: training started before scoring. Attach XTFCallback too.")
+        rows = [self._masked(row) for row in _flatten(features)]
+        revived = _revive(rows)
+        batch = self.inner(_like(features, [row.features for row in rows]))
+        self._verify(batch, rows)
+        worker = torch.utils.data.get_worker_info()
+        counts = self.counters[0 if worker is None else 1 + worker.id % MAX_WORKERS]
+        counts += torch.tensor([1, sum(row.trainable for row in rows), int(revived)])
+        return batch
+
+    def _masked(self, row: Mapping[str, Any]) -> _Row:
+        """A copy of `row` with dropped labels at -100, and what the batch needs to know about it."""
+        assert self.masks is not None
+        result = _Row({}, original=row)
+        pieces = split_row(row)
+        labels = np.array(row["labels"], dtype=np.int64)
+        for where, ids, completion in pieces:
+            index = self.masks.find(document_key(ids, completion))
+            keep = self.masks.keep(index) if index >= 0 else None
+            if keep is None or len(keep) != int(completion.sum()):
+                raise XTFError(
+                    f"a training row holds a document of {len(ids)} tokens ({int(completion.sum())} with labels) that was not "
+                    "scored: the dataset or its preparation changed after xtf looked at it. Attach xtf after the last change "
+                    "to trainer.train_dataset."
+                )
+            positions = where.start + np.flatnonzero(completion)
+            if result.spare < 0 and self.masks.best[index] >= 0:
+                result.spare = int(positions[self.masks.best[index]])
+            labels[positions[~keep]] = IGNORE_INDEX
+            first = bool(len(keep)) and bool(completion[0]) and bool(keep[0])
+            result.firsts += int(first)
+            result.trainable += int(keep.sum()) - int(first)
+        result.features = {**row, "labels": labels.tolist()}
+        return result
+
+    def _verify(self, batch: Any, rows: list[_Row]) -> None:
+        """Refuse a batch whose labels are not the planned ones: a collator that rebuilds labels would undo the mask."""
+        kept = int((batch["labels"] != IGNORE_INDEX).sum())
+        planned, firsts = sum(row.trainable for row in rows), sum(row.firsts for row in rows)
+        if not planned <= kept <= planned + firsts:  # padding-free collators blank each document's first label
+            raise XTFError(
+                f"{type(self.inner).__name__} returned {kept} labels where xtf planned {planned}: this collator builds labels "
+                "of its own. Use the trainer's default collator or one that keeps the `labels` column."
+            )
+
+
+@dataclass
+class _Row:
+    """A row with its planned labels. `trainable` and `firsts`: kept labels that are predicted, and those that nothing predicts
+    because they stand first in a document. `spare`: position of the label to give back if the batch has none, or -1."""
+
+    features: dict[str, Any]
+    original: Mapping[str, Any]
+    spare: int = -1
+    trainable: int = 0
+    firsts: int = 0
+
+
+def _revive(rows: list[_Row]) -> bool:
+    """Give one label back where a batch has none that trains: its loss would be 0/0, which is nobody's loss."""
+    if any(row.trainable for row in rows):
+        return False
+    for row in rows:
+        if row.spare >= 0:
+            row.features["labels"][row.spare] = int(row.original["labels"][row.spare])
+            row.trainable += 1
+            return True
+    return False
+
+
+def _flatten(features: list[Any]) -> list[Mapping[str, Any]]:
+    """Rows of a batch; multipack samplers hand over lists of lists."""
+    if features and isinstance(features[0], list):
+        return [row for group in features for row in group]
+    return features
+
+
+def _like(features: list[Any], rows: list[dict[str, Any]]) -> list[Any]:
+    """Arrange `rows` in the nesting of `features`."""
+    if not (features and isinstance(features[0], list)):
+        return rows
+    remaining = iter(rows)
+    return [[next(remaining) for _ in group] for group in features]

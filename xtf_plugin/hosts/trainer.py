@@ -1,0 +1,140 @@
+"""What we know of transformers' `Trainer`, in one place: where labels pass by, and how to stand beside them.
+
+Everything is done on the instance and can be undone; no class is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from ..collator import XTFDataCollator
+from ..errors import XTFError, XTFUserError
+
+READ_COLUMNS = ("input_ids", "labels", "seq_lengths", "position_ids")
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse by name what cannot be masked.
+
+    Raises:
+        XTFUserError: not a transformers Trainer, no or streaming train dataset, or image data.
+    """
+    from transformers import Trainer
+
+    if not isinstance(trainer, Trainer):
+        raise XTFUserError(
+            f"attach() needs a transformers Trainer (TRL's SFTTrainer, for one), got {type(trainer).__name__}."
+        )
+    dataset = trainer.train_dataset
+    if dataset is None:
+        raise XTFUserError("xtf: the trainer has no train_dataset; there is nothing to score.")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise XTFUserError(
+            f"xtf: the training data is streamed ({type(dataset).__name__}). Thresholds need the whole dataset, so streaming is "
+            "refused: set dataset_streaming: false / streaming: false, or materialise the part that you train on."
+        )
+    if getattr(trainer, "_is_vision_dataset", False):
+        raise XTFUserError("xtf: image datasets are not supported; tokens are only known when batches are built.")
+
+
+def visible_columns(trainer: Any) -> tuple[str, ...]:
+    """The columns that reach the collator: documents must be cut alike while planning and while training."""
+    if not trainer.args.remove_unused_columns:
+        return READ_COLUMNS
+    trainer._set_signature_columns_if_needed()
+    return tuple(name for name in READ_COLUMNS if name in trainer._signature_columns)
+
+
+def rows(dataset: Any, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Rows of a map-style dataset with numpy columns; Arrow-backed ones are read without making Python lists."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        for index in range(len(dataset)):
+            row = dataset[index]
+            yield {name: row[name] for name in columns if name in row}
+        return
+    names = [name for name in columns if name in dataset.column_names]
+    missing = {"input_ids", "labels"} - set(names)
+    if missing:
+        raise XTFUserError(
+            f"xtf: the training dataset has no column {sorted(missing)} (it has {dataset.column_names}), so completion and "
+            "prompt cannot be told apart. Let the trainer prepare the dataset (no skip_prepare_dataset), or add `labels` "
+            "with -100 outside the completion."
+        )
+    for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1_000):
+        lists = {name: _slices(batch.column(name)) for name in names}
+        for index in range(len(batch)):
+            yield {name: parts[index] for name, parts in lists.items() if parts[index] is not None}
+
+
+def _slices(column: Any) -> list[Any]:
+    """A list column as one numpy view per row; None for a missing list."""
+    parts: list[Any] = []
+    for chunk in column.chunks:
+        offsets = chunk.offsets.to_numpy()
+        values = chunk.values.to_numpy(zero_copy_only=False)
+        valid = chunk.is_valid().to_numpy(zero_copy_only=False)
+        bounds = zip(offsets[:-1], offsets[1:], valid, strict=True)
+        parts += [values[a:b].astype(np.int64) if ok else None for a, b, ok in bounds]
+    return parts
+
+
+class TrainerHooks:
+    """Stand in for the collator while the train dataloader is built, see every training batch, add to every training log.
+
+    Args:
+        trainer: a finished trainer.
+        collator: ours; its `inner` becomes the trainer's own collator.
+        on_batch: called with the inputs of each training step, before it.
+        metrics: called for each training log; what it returns is added to it.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        collator: XTFDataCollator,
+        on_batch: Callable[[Mapping[str, Any]], None],
+        metrics: Callable[[], dict[str, float]],
+    ) -> None:
+        if getattr(trainer, "_xtf_hooks", None) is not None:
+            raise XTFError("xtf is attached to this trainer already; attach it once.")
+        self.trainer = trainer
+        self.collator = collator
+        self._get_train_dataloader = trainer.get_train_dataloader
+        self._training_step = trainer.training_step
+        self._log = trainer.log
+        self.on_batch = on_batch
+        self.metrics = metrics
+        trainer._xtf_hooks = self
+        trainer.get_train_dataloader = self.get_train_dataloader
+        trainer.training_step = self.training_step
+        trainer.log = self.log
+
+    def get_train_dataloader(self) -> Any:
+        """Build the train dataloader with our collator; evaluation shares `trainer.data_collator` and must not see it."""
+        inner = self.trainer.data_collator
+        self.collator.inner = inner
+        self.trainer.data_collator = self.collator
+        try:
+            return self._get_train_dataloader()
+        finally:
+            self.trainer.data_collator = inner
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Show the batch to `on_batch`, then take the trainer's own step."""
+        self.on_batch(inputs)
+        return self._training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add our metrics to training logs; evaluation logs stay as they are."""
+        if "loss" in logs:
+            logs.update(self.metrics())
+        self._log(logs, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Put the trainer's own methods back."""
+        for name in ("get_train_dataloader", "training_step", "log", "_xtf_hooks"):
+            self.trainer.__dict__.pop(name, None)

@@ -1,0 +1,217 @@
+"""From documents to a plan: scores out of the store or the reference, thresholds, keep flags.
+
+No trainer is known here. The reference comes as a provider, so that it is loaded only if some score is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import relevance, spans
+from .collator import MaskTable
+from .documents import DocumentSet
+from .errors import XTFError
+from .reference import Reference, resolve_layers
+from .scorer import ScoringStats, score
+from .selection import Scores, Selection, select
+from .store import ScoreStore
+
+if TYPE_CHECKING:
+    from .config import XTFConfig
+
+logger = logging.getLogger(__name__)
+
+
+class ReferenceProvider(Protocol):
+    """A reference that need not be there yet."""
+
+    def fingerprint(self) -> str:
+        """Hex key of everything its scores depend on."""
+
+    def description(self) -> dict[str, Any]:
+        """What to tell about it: name, quantisation, dtype."""
+
+    def text_config(self) -> Any:
+        """Config of its language model."""
+
+    def open(self) -> AbstractContextManager[Reference]:
+        """The reference, ready to score; a separate one is freed on exit."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained on, and why."""
+
+    config: XTFConfig
+    documents: DocumentSet
+    scores: Scores
+    selection: Selection
+    reference: dict[str, Any]
+    stats: ScoringStats
+    reused: int
+    warnings: list[str] = field(default_factory=list)
+
+    def masks(self) -> MaskTable:
+        """The collator's view of the plan."""
+        return MaskTable.build(self.scores.keys, self.scores.offsets, self.selection.keep, self.selection.best)
+
+    @property
+    def weights(self) -> NDArray[np.int64]:
+        """How often each completion token occurs in the dataset, (M,)."""
+        return np.repeat(self.scores.counts, np.diff(self.scores.offsets))
+
+
+def make_plan(
+    config: XTFConfig, documents: DocumentSet, provider: ReferenceProvider, tokenizer: Any, *, progress: bool = True
+) -> Plan:
+    """Score what is missing and decide for every completion token.
+
+    Raises:
+        XTFError: the reference gives no finite score at all; see also `scorer.score`.
+        XTFUserError: from the layers, the domain or the reference's tokenizer.
+    """
+    layers = _layers(config, provider)
+    fingerprint = provider.fingerprint()
+    table = None
+    if config.task_relevance:
+        table = relevance.RelevanceTable(config.task_relevance, documents, tokenizer)
+    description = {**provider.description(), "fingerprint": fingerprint}
+    tag = ",".join(map(str, layers)) or None
+    root = config.resolved_cache_dir()
+    with ScoreStore(root, fingerprint, tag, description=description) as store:
+        stats, reused, logprobs, attention, values = _gather(
+            config, documents, provider, table, layers, store, progress=progress
+        )
+    offsets = documents.completion_offsets
+    token_ids = documents.input_ids[documents.completion]
+    scores = Scores(
+        keys=documents.keys,
+        offsets=offsets,
+        counts=documents.counts,
+        token_ids=token_ids,
+        positions=documents.completion_positions,
+        reasoning_importance=attention,
+        logprobs=logprobs,
+        task_relevance=None if table is None or values is None else table.gather(values, token_ids),
+    )
+    warnings = _check_finite(scores, description)
+    protected, forced = marked_tokens(config, documents, tokenizer)
+    selection = select(scores, config, protected, forced)
+    return Plan(config, documents, scores, selection, description, stats, reused, [*warnings, *selection.warnings])
+
+
+def _layers(config: XTFConfig, provider: ReferenceProvider) -> tuple[int, ...]:
+    if not config.reasoning_importance:
+        return ()
+    choice = config.reasoning_importance.layers
+    return resolve_layers(choice if isinstance(choice, str) else list(choice), provider.text_config())
+
+
+def _gather(
+    config: XTFConfig,
+    documents: DocumentSet,
+    provider: ReferenceProvider,
+    table: relevance.RelevanceTable | None,
+    layers: tuple[int, ...],
+    store: ScoreStore,
+    *,
+    progress: bool,
+) -> tuple[
+    ScoringStats, int, NDArray[np.float32] | None, NDArray[np.float32] | None, NDArray[np.float32] | None
+]:
+    """Scores of all documents: stored ones as they are, missing ones from one opening of the reference."""
+    sizes = np.diff(documents.completion_offsets)
+    needs_forward = bool(config.reasoning_importance or config.knowledge_novelty)
+    stored = store.load(documents.keys, sizes) if needs_forward else None
+    missing = np.flatnonzero(~stored.found & (sizes > 0)) if stored is not None else np.zeros(0, dtype=np.int64)
+    path = None if table is None else store.directory.parent / relevance.table_name(table.key())
+    values = None if table is None or path is None else relevance.cached_table(path, len(table.scored_ids))
+    stats = ScoringStats()
+    if len(missing) or (table is not None and values is None):
+        with provider.open() as reference:
+            if len(missing):
+                budget = None if config.batch_tokens == "auto" else int(config.batch_tokens)
+                stats = score(
+                    documents, missing, reference, layers, store.add, batch_tokens=budget, progress=progress
+                )
+                store.flush()
+            if table is not None and values is None:
+                values = table.compute(reference)
+                assert path is not None
+                relevance.store_table(path, values)
+    if stored is not None and len(missing):
+        stored = store.load(documents.keys, sizes)
+        lost = np.flatnonzero(~stored.found & (sizes > 0))
+        if len(lost):
+            raise XTFError(f"{len(lost)} documents were scored but could not be read back from {store.directory}.")
+    reused = 0 if stored is None else int((sizes > 0).sum()) - len(missing)
+    logprobs = None if stored is None else stored.logprobs
+    attention = stored.attention if stored is not None and layers else None
+    return stats, reused, logprobs, attention, values
+
+
+def _check_finite(scores: Scores, reference: dict[str, Any]) -> list[str]:
+    """Refuse a reference that gives no finite log-probability; tell how many of a sound one's are undefined."""
+    if scores.logprobs is None:
+        return []
+    expected = scores.positions > 0  # nothing predicts a document's first token
+    undefined = int((~np.isfinite(scores.logprobs[expected])).sum())
+    total = int(expected.sum())
+    if total and undefined == total:
+        raise XTFError(
+            f"the reference {reference.get('name')} gives NaN or infinite log-probabilities for all {total} completion tokens: "
+            "its weights or its precision are broken. Try `reference.dtype: float32`, or another reference."
+        )
+    if undefined:
+        return [
+            f"{undefined} of {total} completion tokens have a NaN or infinite log-probability under the reference; an "
+            "undefined score never drops a token"
+        ]
+    return []
+
+
+def marked_tokens(
+    config: XTFConfig, documents: DocumentSet, tokenizer: Any
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None]:
+    """Protected and force-dropped completion tokens, (M,) each: special tokens and regex matches."""
+    token_ids = documents.input_ids[documents.completion]
+    protected = np.zeros(len(token_ids), dtype=bool)
+    if config.protect.special_tokens:
+        protected |= np.isin(token_ids, special_ids(tokenizer))
+    runs = completion_runs(documents)
+    if config.protect.patterns:
+        protected |= spans.match_spans(tokenizer, token_ids, runs, config.protect.patterns)
+    forced = None
+    if config.force_drop:
+        forced = spans.match_spans(tokenizer, token_ids, runs, config.force_drop)
+    return protected, forced
+
+
+def special_ids(tokenizer: Any) -> NDArray[np.int64]:
+    """EOS, end-of-turn and every other token that the tokenizer marks as special."""
+    ids = set(tokenizer.all_special_ids)
+    ids |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return np.asarray(sorted(ids), dtype=np.int64)
+
+
+def completion_runs(documents: DocumentSet) -> NDArray[np.int64]:
+    """(R + 1,) offsets of maximal runs of adjacent completion tokens (one answer, or one turn each) among all of them."""
+    flat = np.flatnonzero(documents.completion)
+    breaks = np.zeros(len(flat), dtype=bool)
+    breaks[1:] = np.diff(flat) > 1
+    starts = documents.completion_offsets
+    breaks[starts[:-1][np.diff(starts) > 0]] = True  # a document's first completion token opens a run
+    return np.concatenate([np.flatnonzero(breaks), [len(flat)]]).astype(np.int64)
+
+
+@contextmanager
+def opened(reference: Reference) -> Iterator[Reference]:
+    """A reference that stays: the model being trained."""
+    yield reference

@@ -1,0 +1,161 @@
+"""Where a trainer's reference comes from: borrowed from training, or loaded, used and freed before the first step.
+
+A provider knows the reference's fingerprint without running it, so a fully cached start neither loads nor runs a model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .documents import DocumentSet
+from .errors import XTFError, XTFUserError
+from .fingerprint import digest, files_facts, model_facts, weights_hash
+from .reference import Reference, borrow, free, load
+
+if TYPE_CHECKING:
+    from .config import ReferenceConfig
+
+logger = logging.getLogger(__name__)
+SAMPLE_DOCUMENTS = 32  # tokenised by both tokenizers before a separate reference is trusted
+
+
+class BorrowedReference:
+    """The model being trained, adapters off. Made when XTF is attached: the weights then are those of the base model.
+
+    Args:
+        trainer: a finished trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.reference = borrow(trainer.model, trainer.accelerator.autocast)
+        self.has_adapters = self.reference.model is not trainer.model
+        self._facts = model_facts(self.reference.model)
+        self._precision = str(trainer.accelerator.mixed_precision)
+
+    def fingerprint(self) -> str:
+        """Hash of the base weights as they were when XTF was attached, and of the run's mixed precision."""
+        return digest({**self._facts, "autocast": self._precision})
+
+    def description(self) -> dict[str, Any]:
+        """Name and precision, for the log and the summary."""
+        base = self.reference.model
+        quantization = "nf4/fp4" if getattr(base, "is_loaded_in_4bit", False) else None
+        if getattr(base, "is_loaded_in_8bit", False):
+            quantization = "int8"
+        return {
+            "name": self.reference.name,
+            "source": "the model being trained, adapters off" if self.has_adapters else "the model being trained",
+            "quantization": quantization or "none",
+            "autocast": self._precision,
+        }
+
+    def text_config(self) -> Any:
+        """Config of the language model."""
+        return self.reference.text_config
+
+    @contextmanager
+    def open(self) -> Iterator[Reference]:
+        """The reference, refused once training has changed its weights."""
+        if not self.has_adapters and weights_hash(self.reference.model) != self._facts["weights"]:
+            raise XTFError(
+                "some documents have no stored scores, and the model's weights are no longer those of the base model (resumed "
+                "or second full fine-tuning): scoring with them would give other masks. Restore the score cache of the first "
+                "run (xtf `cache_dir`), or name the base model under xtf `reference.model`."
+            )
+        yield self.reference
+
+
+class SeparateReference:
+    """A model of its own, usually smaller or more strongly quantised, with the training model's vocabulary.
+
+    Args:
+        config: the `reference` part of the block, with `model` set.
+        tokenizer: the training tokenizer.
+        documents: the training documents, from which a sample is tokenised by both tokenizers.
+        device: where to score.
+
+    Raises:
+        XTFUserError: config or tokenizer cannot be loaded, or the tokenizers disagree.
+    """
+
+    def __init__(self, config: ReferenceConfig, tokenizer: Any, documents: DocumentSet, device: torch.device) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.config, self.device = config, device
+        options = {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
+        try:
+            self._model_config = AutoConfig.from_pretrained(config.model, **options)
+            theirs = AutoTokenizer.from_pretrained(config.model, **options)
+        except (OSError, ValueError, ImportError) as error:
+            raise XTFUserError(
+                f"xtf.reference.model: config and tokenizer of {config.model!r} could not be loaded: {error}\n"
+                "Give a folder written by save_pretrained (with its tokenizer) or a hub id."
+            ) from error
+        check_tokenizers(tokenizer, theirs, documents, str(config.model))
+
+    def fingerprint(self) -> str:
+        """Hash of the reference's files (or its hub commit), quantisation, precision and device type."""
+        commit = getattr(self._model_config, "_commit_hash", None)
+        precision = {"dtype": self.config.dtype, "device": self.device.type}  # the 4-bit compute dtype follows the device
+        facts = files_facts(str(self.config.model), commit)
+        return digest({**facts, **precision, "quantization": self.config.quantization})
+
+    def description(self) -> dict[str, Any]:
+        """Name and precision, for the log and the summary."""
+        return {
+            "name": str(self.config.model),
+            "source": "a separate model",
+            "quantization": self.config.quantization,
+            "dtype": self.config.dtype,
+        }
+
+    def text_config(self) -> Any:
+        """Config of the language model."""
+        return self._model_config.get_text_config()
+
+    @contextmanager
+    def open(self) -> Iterator[Reference]:
+        """Load the model for the length of the scoring pass; its memory is free again before the first step."""
+        reference = load(self.config, self.device)
+        try:
+            yield reference
+        finally:
+            free(reference)
+
+
+def check_tokenizers(ours: Any, theirs: Any, documents: DocumentSet, name: str) -> None:
+    """Refuse a reference whose token ids mean something else than the training model's.
+
+    Compares the vocabularies, the special tokens, and how both tokenise a sample of the data.
+
+    Raises:
+        XTFUserError: with the first disagreement.
+    """
+    hint = "Use a reference of the same model family, with the same tokenizer (and the same added chat tokens)."
+    vocabulary, other = ours.get_vocab(), theirs.get_vocab()
+    if vocabulary != other:
+        differing = sorted(set(vocabulary.items()) ^ set(other.items()), key=lambda item: item[1])
+        raise XTFUserError(
+            f"xtf.reference.model: the tokenizer of {name} has another vocabulary: {len(other)} entries against "
+            f"{len(vocabulary)} of the training tokenizer, first difference {differing[0]!r}. {hint}"
+        )
+    for special in ("bos_token_id", "eos_token_id", "unk_token_id"):
+        if getattr(ours, special) != getattr(theirs, special):
+            raise XTFUserError(
+                f"xtf.reference.model: {special} is {getattr(theirs, special)} in {name} and {getattr(ours, special)} in the "
+                f"training tokenizer. {hint}"
+            )
+    step = max(1, len(documents) // SAMPLE_DOCUMENTS)
+    for index in range(0, len(documents), step):
+        text = ours.decode(documents.document(index)[0], skip_special_tokens=True)
+        if ours(text, add_special_tokens=False)["input_ids"] != theirs(text, add_special_tokens=False)["input_ids"]:
+            raise XTFUserError(
+                f"xtf.reference.model: the tokenizer of {name} cuts the training text differently, for example "
+                f"{text[:80]!r}. {hint}"
+            )

@@ -1,0 +1,162 @@
+"""Task relevance: one number per vocabulary entry and dataset.
+
+The domain vector is the mean embedding of the dataset's own tokens, or of expert words. The finished table is kept beside the
+scores, so that a second run needs no model for it; it is keyed by everything that it depends on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import attributes
+from .documents import DocumentSet
+from .errors import XTFUserError
+from .fingerprint import digest
+from .reference import Reference
+from .scorer import gather_vectors
+
+if TYPE_CHECKING:
+    from .config import TaskRelevanceConfig
+
+logger = logging.getLogger(__name__)
+
+
+def domain_words(domain: str | Sequence[str]) -> list[str] | None:
+    """Expert words of a `domain` setting: None for `dataset`, else the list, or the lines of the file it names.
+
+    Raises:
+        XTFUserError: the file is missing or holds no word.
+    """
+    if not isinstance(domain, str):
+        return list(domain)
+    if domain == "dataset":
+        return None
+    try:
+        lines = Path(domain).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise XTFUserError(
+            f"xtf.task_relevance.domain: {domain!r} is not a readable text file ({error}). Legal: dataset, a list of words, "
+            "or the path of a UTF-8 file with a word a line."
+        ) from error
+    words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not words:
+        raise XTFUserError(f"xtf.task_relevance.domain: {domain} holds no word; put one word on each line.")
+    return words
+
+
+def word_pieces(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
+    """Token ids of each word, with and without a leading space, as two entries per word.
+
+    Raises:
+        XTFUserError: a word that the tokenizer turns into nothing.
+    """
+    pieces = []
+    for word in words:
+        for form in (word, " " + word):
+            ids = tokenizer(form, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise XTFUserError(f"xtf.task_relevance.domain: the tokenizer has no token for {word!r}; remove the word.")
+            pieces.append(list(ids))
+    return pieces
+
+
+class RelevanceTable:
+    """Task relevance by token id: built from embeddings, or read back from an earlier run.
+
+    Args:
+        config: the `task_relevance` part of the block.
+        documents: every training document; its tokens weigh the `dataset` domain and its completion tokens are scored.
+        tokenizer: the training tokenizer; only used with expert words.
+    """
+
+    def __init__(self, config: TaskRelevanceConfig, documents: DocumentSet, tokenizer: Any) -> None:
+        self.embedding = config.embedding
+        words = domain_words(config.domain)
+        self.pieces = None if words is None else word_pieces(tokenizer, words)
+        self.scored_ids = np.unique(documents.input_ids[documents.completion])
+        if self.pieces is None:
+            weights = np.repeat(documents.counts, documents.lengths)
+            totals = np.bincount(documents.input_ids, weights=weights).astype(np.int64)
+            self.domain_ids = np.flatnonzero(totals)
+            self.domain_weights = totals[self.domain_ids]
+        else:
+            self.domain_ids = np.unique(np.concatenate([np.asarray(p, dtype=np.int64) for p in self.pieces]))
+            self.domain_weights = None
+
+    def key(self) -> str:
+        """Everything the table depends on besides the reference, as hex."""
+        parts = [self.scored_ids.astype("<i8"), self.domain_ids.astype("<i8")]
+        if self.domain_weights is not None:
+            parts.append(self.domain_weights.astype("<i8"))
+        hashes = [xxhash.xxh3_128_hexdigest(part.tobytes()) for part in parts]
+        return digest({"embedding": self.embedding, "pieces": self.pieces, "arrays": hashes})
+
+    def compute(self, reference: Reference) -> NDArray[np.float32]:
+        """Relevance of each of `scored_ids`, in [0, 1]; see `attributes.task_relevance`."""
+        ids = np.union1d(self.scored_ids, self.domain_ids)
+        vectors = gather_vectors(reference, ids, self.embedding)
+        domain = self._domain_vector(vectors[torch.from_numpy(np.searchsorted(ids, self.domain_ids))])
+        scored = vectors[torch.from_numpy(np.searchsorted(ids, self.scored_ids))]
+        return attributes.task_relevance(scored, domain).numpy()
+
+    def _domain_vector(self, vectors: Tensor) -> Tensor:
+        """Mean over the dataset's token occurrences, or over words of each word's mean piece embedding, (D,) float64."""
+        if self.pieces is None:
+            weights = torch.from_numpy(np.asarray(self.domain_weights, dtype=np.float64))
+            return (weights @ vectors.double()) / weights.sum()
+        at = {int(token): index for index, token in enumerate(self.domain_ids)}
+        forms = [vectors[[at[t] for t in piece]].double().mean(0) for piece in self.pieces]
+        return torch.stack(forms).mean(0)
+
+    def gather(self, table: NDArray[np.float32], token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Look up occurrences, (M,)."""
+        return table[np.searchsorted(self.scored_ids, token_ids)]
+
+
+def cached_table(path: Path, size: int) -> NDArray[np.float32] | None:
+    """A table stored by `store_table`, or None: missing, damaged or of another size (told, and computed again)."""
+    if not path.is_file():
+        return None
+    try:
+        table = pq.read_table(path)
+        values = table.column("relevance").to_numpy().astype(np.float32)
+        checksum = (table.schema.metadata or {}).get(b"checksum", b"").decode()
+    except (OSError, pa.ArrowException, KeyError) as error:
+        logger.warning("xtf: %s cannot be read (%s); task relevance is computed again", path, error)
+        return None
+    if len(values) != size or checksum != xxhash.xxh3_128_hexdigest(values.tobytes()):
+        logger.warning("xtf: %s does not match its checksum; task relevance is computed again", path)
+        return None
+    return values
+
+
+def store_table(path: Path, values: NDArray[np.float32]) -> None:
+    """Keep a table for the next run; an unwritable folder is told, not fatal."""
+    metadata = {"checksum": xxhash.xxh3_128_hexdigest(values.tobytes())}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"relevance": values}).replace_schema_metadata(metadata), temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("xtf: %s cannot be written (%s); task relevance will be computed again next time", path, error)
+
+
+def table_name(key: str) -> str:
+    """File name of a stored table; `key` is hex."""
+    if not re.fullmatch(r"[0-9a-f]{32}", key):
+        raise ValueError(f"not a table key: {key!r}")
+    return f"relevance-{key}.parquet"

@@ -1,0 +1,245 @@
+"""What a plan amounts to: summary.json, the score table, metrics for the trackers, and a few lines for the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, selection, spans
+from .pipeline import Plan, special_ids
+from .table import ScoreTableWriter
+
+logger = logging.getLogger(__name__)
+
+TABLE_LIMIT = 20_000_000  # completion tokens up to which a training run writes the score table by itself
+CHUNK_TOKENS = 500_000
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+_BITS = {
+    "reasoning_importance": selection.REASONING,
+    "knowledge_novelty": selection.NOVELTY,
+    "task_relevance": selection.RELEVANCE,
+}
+_DECISIONS = {
+    "protected": selection.PROTECTED,
+    "floor": selection.FLOOR,
+    "forced": selection.FORCED,
+    "control": selection.CONTROL,
+}
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of this package and of those whose behaviour decides scores and masks."""
+    found: dict[str, str | None] = {"xtf-plugin": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _share(part: float, whole: float) -> float:
+    return float(part) / float(whole) if whole else 0.0
+
+
+def _count(plan: Plan, flags: NDArray[np.bool_]) -> int:
+    """Occurrences in the dataset of the completion tokens that `flags` (M,) marks."""
+    return int(plan.weights[flags].sum())
+
+
+def metrics(plan: Plan) -> dict[str, float]:
+    """`xtf/kept_fraction` and `xtf/dropped_by/<attribute>`: shares of the dataset's completion tokens, in [0, 1].
+
+    A token that two attributes' rules fire on counts for both; a rule that fired on a kept token counts for neither.
+    """
+    facts = totals(plan)
+    result = {"xtf/kept_fraction": facts["kept_fraction"]}
+    for name, attribute in facts["attributes"].items():
+        result[f"xtf/dropped_by/{name}"] = attribute["dropped_fraction"]
+    return result
+
+
+def totals(plan: Plan) -> dict[str, Any]:
+    """Counts over the dataset's completion tokens: kept, dropped, by attribute, by decision, overlaps."""
+    reasons, keep = plan.selection.reasons, plan.selection.keep
+    tokens, dropped = int(plan.weights.sum()), _count(plan, ~keep)
+    attributes = {}
+    for name in plan.config.attributes:
+        fired = (reasons & _BITS[name]) > 0
+        count = _count(plan, fired & ~keep)
+        attributes[name] = {
+            "fired": _count(plan, fired),
+            "dropped": count,
+            "fired_fraction": _share(_count(plan, fired), tokens),
+            "dropped_fraction": _share(count, tokens),
+        }
+    overlaps = {}
+    for index, first in enumerate(plan.config.attributes):
+        for second in plan.config.attributes[index + 1 :]:
+            a, b = (reasons & _BITS[first]) > 0, (reasons & _BITS[second]) > 0
+            overlaps[f"{first} & {second}"] = _share(_count(plan, a & b), min(_count(plan, a), _count(plan, b)))
+    per_document = np.add.reduceat(np.append(keep, False), plan.scores.offsets[:-1]) if len(keep) else np.zeros(0)
+    sizes = np.diff(plan.scores.offsets)
+    emptied = (sizes > 0) & (np.where(sizes > 0, per_document, 0) == 0)
+    return {
+        "rows": len(plan.documents.row_offsets) - 1,
+        "documents": int(plan.documents.counts.sum()),
+        "distinct_documents": len(plan.documents),
+        "fully_dropped_documents": int(plan.documents.counts[emptied].sum()),
+        "completion_tokens": tokens,
+        "kept_tokens": tokens - dropped,
+        "dropped_tokens": dropped,
+        "kept_fraction": _share(tokens - dropped, tokens),
+        "attributes": attributes,
+        "decided_by": {name: _count(plan, (reasons & bit) > 0) for name, bit in _DECISIONS.items()},
+        "overlap_of_the_smaller_set": overlaps,
+    }
+
+
+def summary(plan: Plan, tokenizer: Any) -> dict[str, Any]:
+    """Everything in summary.json: config, reference, versions, thresholds, totals, cost, warnings. Keys are stable."""
+    special = np.isin(plan.scores.token_ids, special_ids(tokenizer))
+    return {
+        "format": 1,
+        "config": plan.config.to_dict(),
+        "reference": plan.reference,
+        "versions": versions(),
+        "thresholds": plan.selection.thresholds,
+        "totals": totals(plan),
+        "special_tokens": {
+            "labelled": _count(plan, special),
+            "dropped": _count(plan, special & ~plan.selection.keep),
+        },
+        "scoring": {
+            "scored_documents": plan.stats.documents,
+            "stored_documents": plan.reused,
+            "seconds": round(plan.stats.seconds, 3),
+            "tokens_per_second": round(_share(plan.stats.tokens, plan.stats.seconds), 1),
+            "padding_fraction": round(1 - _share(plan.stats.tokens, plan.stats.padded_tokens), 4)
+            if plan.stats.padded_tokens
+            else 0.0,
+            "batches": plan.stats.batches,
+            "out_of_memory_halvings": plan.stats.halvings,
+        },
+        "loss_is_comparable_with_plain_sft": False,
+        "warnings": plan.warnings,
+    }
+
+
+def write(plan: Plan, tokenizer: Any, folder: Path) -> list[Path]:
+    """Write summary.json, and the score table unless the dataset is very large, below `folder`; return what was written.
+
+    A folder that cannot be written is told, not fatal: the masks do not depend on it.
+    """
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / "summary.json"
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(summary(plan, tokenizer), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, target)
+        written.append(target)
+        if len(plan.scores.token_ids) <= TABLE_LIMIT:
+            written.append(write_table(plan, tokenizer, folder / "scores.parquet"))
+        else:
+            logger.warning("xtf: %d tokens: the score table is left out; `xtf score` writes it", len(plan.scores.token_ids))
+    except OSError as error:
+        logger.warning("xtf: %s cannot be written (%s); training goes on without a report", folder, error)
+    return written
+
+
+def write_table(plan: Plan, tokenizer: Any, path: Path) -> Path:
+    """Write the score table (one row per completion token, in dataset order) and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scores, documents = plan.scores, plan.documents
+    distinct = np.unique(scores.token_ids)
+    texts = np.asarray(spans.token_texts(tokenizer, distinct.tolist()), dtype=object)
+    names = np.asarray([selection.reason_text(bits) for bits in range(256)], dtype=object)
+    keys = np.asarray([key.tobytes().hex() for key in documents.keys], dtype=object)
+    novelty = None if scores.logprobs is None else -np.expm1(scores.logprobs)
+    metadata = {
+        "config": plan.config.to_dict(),
+        "thresholds": plan.selection.thresholds,
+        "reference": plan.reference,
+        "versions": versions(),
+    }
+    columns = {
+        "reasoning_importance": scores.reasoning_importance,
+        "knowledge_novelty": novelty if plan.config.knowledge_novelty else None,
+        "task_relevance": scores.task_relevance,
+    }
+    with ScoreTableWriter(path, metadata) as writer:
+        for row, index, where in _occurrences(plan):
+            writer.write(
+                row=row,
+                document=keys[index],
+                position=scores.positions[where],
+                token_id=scores.token_ids[where],
+                token=texts[np.searchsorted(distinct, scores.token_ids[where])],
+                kept=plan.selection.keep[where],
+                reason=names[plan.selection.reasons[where]],
+                **{name: _or_nan(values, where) for name, values in columns.items()},
+            )
+    return path
+
+
+def _or_nan(values: NDArray[np.float32] | None, where: NDArray[np.int64]) -> NDArray[np.float32]:
+    return np.full(len(where), np.nan, dtype=np.float32) if values is None else values[where]
+
+
+def _occurrences(plan: Plan) -> Any:
+    """Yield (row, document, flat index) arrays of every completion token in dataset order, some rows at a time."""
+    documents, offsets = plan.documents, plan.scores.offsets
+    rows = np.repeat(np.arange(len(documents.row_offsets) - 1), np.diff(documents.row_offsets))
+    sizes = np.diff(offsets)[documents.row_documents]
+    ends = np.cumsum(sizes)
+    low = 0
+    while low < len(rows):
+        base = ends[low] - sizes[low]
+        high = max(low + 1, int(np.searchsorted(ends, base + CHUNK_TOKENS, side="right")))
+        part = documents.row_documents[low:high]
+        repeat = sizes[low:high]
+        starts = np.repeat(offsets[:-1][part] - (ends[low:high] - repeat - base), repeat)
+        yield np.repeat(rows[low:high], repeat), np.repeat(part, repeat), starts + np.arange(repeat.sum())
+        low = high
+
+
+def show(plan: Plan, written: list[Path]) -> None:
+    """Print the plan to the terminal (standard error): shares, thresholds' warnings, where the files are."""
+    facts = totals(plan)
+    table = Table(title="xtf: what this run trains on", title_justify="left", caption_justify="left")
+    for heading, justify in (("completion tokens", "left"), ("tokens", "right"), ("share", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    whole = facts["completion_tokens"]
+    table.add_row("kept", f"{facts['kept_tokens']:,}", f"{facts['kept_fraction']:.1%}")
+    table.add_row("dropped", f"{facts['dropped_tokens']:,}", f"{_share(facts['dropped_tokens'], whole):.1%}")
+    for name, attribute in facts["attributes"].items():
+        table.add_row(f"  by {name}", f"{attribute['dropped']:,}", f"{attribute['dropped_fraction']:.1%}")
+    for name, count in facts["decided_by"].items():
+        if count:
+            table.add_row(f"  decided: {name}", f"{count:,}", f"{_share(count, whole):.1%}")
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(table)
+    stats = plan.stats
+    console.print(
+        f"xtf: reference {plan.reference.get('name')} ({plan.reference.get('source')}); scored {stats.documents:,} documents in "
+        f"{stats.seconds:.1f} s ({_share(stats.tokens, stats.seconds):,.0f} tokens/s), {plan.reused:,} from the store.",
+        markup=False,
+        highlight=False,
+    )
+    console.print(
+        "xtf: the training loss is taken over kept tokens only and is not comparable with plain SFT's.", markup=False
+    )
+    for warning in plan.warnings:
+        console.print(f"xtf: warning: {warning}", markup=False, highlight=False)
+    for path in written:
+        console.print(f"xtf: wrote {path}", markup=False, highlight=False)
