@@ -1,0 +1,212 @@
+"""`xtf cache list` and `xtf cache prune`: what the score cache holds, and how it gets smaller.
+
+Only files that bear one of our names are ever deleted, only below `<root>/v1`, and no symbolic link is followed there:
+a cache folder set to a wrong place must not cost anybody a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from . import files, shards
+from .errors import XTFUserError
+from .store import DESCRIPTION, REFERENCE, VERSION_FOLDER, entries, layer_folders
+
+_SHARD = re.compile(r"[0-9a-f]{32}\.parquet")
+_CONTENT = re.compile(r"(relevance-)?[0-9a-f]{32}\.parquet(\.damaged)?")
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One score folder: a reference and the layers its attention received is averaged over.
+
+    `documents` and `tokens` count records, so a document scored twice counts twice. `bytes` over all entries add up to
+    what the cache takes: a reference's relevance tables are counted with its first entry. `modified`: POSIX seconds.
+    """
+
+    reference: str
+    description: Mapping[str, Any]
+    layers: str | None
+    documents: int
+    tokens: int
+    bytes: int
+    modified: float
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune_cache` removed (or, in a dry run, would remove), and what it would not touch, with the reason."""
+
+    removed: tuple[Path, ...]
+    bytes: int
+    refused: tuple[tuple[Path, str], ...]
+    dry_run: bool
+
+
+@dataclass
+class _Found:
+    """Our own files of one reference, and symbolic links found in their places."""
+
+    content: list[tuple[Path, os.stat_result]] = field(default_factory=list)
+    stale: list[tuple[Path, os.stat_result]] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)
+
+
+def list_cache(root: Path) -> list[CacheEntry]:
+    """Every score folder below `root`, by reference; a missing cache is an empty one. Reads no scores."""
+    listed = []
+    for folder in _reference_folders(root):
+        description = _description(folder)
+        loose = _own_files(folder).content
+        folders: list[Path | None] = [path for path in layer_folders(folder) if not os.path.islink(path)]
+        for path in folders or [None]:
+            listed.append(_entry(folder.name, description, path, loose))
+            loose = []
+    return [entry for entry in listed if entry.bytes]
+
+
+def prune_cache(
+    root: Path, *, older_than_days: float | None, reference: str | None, everything: bool, dry_run: bool
+) -> PruneResult:
+    """Delete cached scores: older than so many days, of one reference (given both, both must hold), or everything.
+
+    A file's age is counted from when it was written. Temporary files of live processes stay; so does every file that
+    does not bear one of our names. A run that is scoring right now loses what is deleted under it.
+
+    Args:
+        reference: fingerprint, or an unambiguous start of one.
+
+    Raises:
+        XTFUserError: nothing or a contradiction is asked for, an unknown reference, or a cache folder that is a link.
+    """
+    if everything == (older_than_days is not None or reference is not None):
+        raise XTFUserError("say what to prune: an age in days and/or a reference, or else everything.")
+    if older_than_days is not None and not 0 <= older_than_days < float("inf"):
+        raise XTFUserError(f"the age to prune from is {older_than_days} days; it must be 0 or more.")
+    if os.path.islink(root / VERSION_FOLDER):
+        raise XTFUserError(f"{root / VERSION_FOLDER} is a symbolic link; xtf deletes nothing through links.")
+    folders = _reference_folders(root)
+    if reference is not None:
+        folders = [_matching(folders, reference)]
+    cutoff = float("inf") if older_than_days is None else time.time() - 86_400.0 * older_than_days
+    removed: list[Path] = []
+    refused: list[tuple[Path, str]] = []
+    if reference is None:
+        refused += [(p, "a symbolic link") for p in entries(root / VERSION_FOLDER) if os.path.islink(p)]
+    size = 0
+    for folder in folders:
+        doomed, links = _doomed(folder, cutoff)
+        refused += [(path, "a symbolic link") for path in links]
+        for path, status in doomed:
+            try:
+                if not dry_run:
+                    path.unlink()
+            except OSError as error:
+                refused.append((path, error.strerror or str(error)))
+            else:
+                removed.append(path)
+                size += status.st_size
+        if not dry_run:
+            _remove_empty(folder)
+    return PruneResult(tuple(removed), size, tuple(refused), dry_run)
+
+
+def _doomed(folder: Path, cutoff: float) -> tuple[list[tuple[Path, os.stat_result]], list[Path]]:
+    """What to delete of one reference, and the links in it; its description goes with the last of its content."""
+    found = _own_files(folder)
+    for path in layer_folders(folder):
+        if os.path.islink(path):
+            continue
+        inner = _own_files(path)
+        found.content += inner.content
+        found.stale += inner.stale
+        found.links += inner.links
+    doomed = [item for item in found.content if item[1].st_mtime < cutoff]
+    description = folder / DESCRIPTION
+    if len(doomed) == len(found.content) and os.path.isfile(description) and not os.path.islink(description):
+        doomed.append((description, description.lstat()))
+    return doomed + found.stale, found.links
+
+
+def _own_files(folder: Path) -> _Found:
+    found = _Found()
+    for path in entries(folder):
+        with contextlib.suppress(OSError):  # another process may tidy up at the same time
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                found.links.append(path)
+            elif stat.S_ISREG(status.st_mode) and _CONTENT.fullmatch(path.name):
+                found.content.append((path, status))
+            elif files.is_stale(path):
+                found.stale.append((path, status))
+    return found
+
+
+def _entry(
+    reference: str, description: Mapping[str, Any], folder: Path | None, loose: list[tuple[Path, os.stat_result]]
+) -> CacheEntry:
+    own = [*loose, *(_own_files(folder).content if folder else [])]
+    headers = [_header(path) for path, _ in own if _SHARD.fullmatch(path.name)]
+    return CacheEntry(
+        reference=reference,
+        description=description,
+        layers=next((layers for _, _, layers in headers if layers is not None), None),
+        documents=sum(documents for documents, _, _ in headers),
+        tokens=sum(tokens for _, tokens, _ in headers),
+        bytes=sum(status.st_size for _, status in own),
+        modified=max((status.st_mtime for _, status in own), default=0.0),
+    )
+
+
+def _header(path: Path) -> tuple[int, int, str | None]:
+    """Documents, tokens and layers that a shard says it holds; nothing if it cannot be read (loading tells why)."""
+    try:
+        metadata = pq.read_metadata(path)
+        header = json.loads((metadata.metadata or {}).get(shards.HEADER, b"{}"))
+        return int(metadata.num_rows), int(header["tokens"]), header["layers"]
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
+        return 0, 0, None
+
+
+def _description(folder: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _reference_folders(root: Path) -> list[Path]:
+    return [
+        path
+        for path in entries(root / VERSION_FOLDER)
+        if REFERENCE.fullmatch(path.name) and os.path.isdir(path) and not os.path.islink(path)
+    ]
+
+
+def _matching(folders: list[Path], reference: str) -> Path:
+    hits = [path for path in folders if path.name.startswith(reference)] if reference else []
+    exact = [path for path in hits if path.name == reference]
+    if len(exact or hits) != 1:
+        known = ", ".join(path.name for path in hits or folders) or "none"
+        problem = "fits several references" if hits else "is no reference in the cache"
+        raise XTFUserError(f"{reference!r} {problem}. There: {known}. See `xtf cache list`.")
+    return (exact or hits)[0]
+
+
+def _remove_empty(folder: Path) -> None:
+    for path in (*layer_folders(folder), folder):
+        with contextlib.suppress(OSError):  # not empty, or a link: stays
+            path.rmdir()

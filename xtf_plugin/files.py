@@ -1,0 +1,110 @@
+"""Files that appear whole or not at all, whenever the process is killed.
+
+They are written under a temporary name in the same folder, synced, and renamed. The temporary name tells whose it is,
+so that what a killed process leaves behind can be told from what a live one is writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import socket
+import stat
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import xxhash
+
+STALE_SECONDS = 86_400.0
+
+_TEMPORARY = re.compile(r"\.xtf-(?P<host>[0-9a-f]{16})-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}\.tmp")
+
+
+@lru_cache(maxsize=1)
+def host_tag() -> str:
+    """Hex tag of where our process ids mean something: this host and, in a container, its pid namespace."""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        name += os.readlink("/proc/self/ns/pid")
+    return xxhash.xxh3_64_hexdigest(name.encode())
+
+
+def temporary_path(target: Path) -> Path:
+    """A new name beside `target` to write under."""
+    return target.with_name(f".xtf-{host_tag()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def write_whole(target: Path, data: bytes | memoryview) -> None:
+    """Equals `target.write_bytes(data)`, but a kill at any instant leaves the old file or the new. Raises OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(target)
+    try:
+        with temporary.open("xb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        publish(temporary, target)
+    finally:
+        discard(temporary)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a finished, synced file its name, and make the name outlast a power cut. Raises OSError."""
+    os.replace(temporary, target)
+    if os.name != "posix":
+        return
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(folder)
+
+
+def discard(temporary: Path) -> None:
+    """Delete a temporary file if it is still there; what cannot be deleted now is stale later."""
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete the temporary files in `folder` that nobody writes any more, see `is_stale`. Never raises OSError."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if is_stale(path):
+                discard(path)
+
+
+def is_stale(path: Path) -> bool:
+    """Whether a file is one of our temporary files and nobody writes it any more.
+
+    That is: its process ran on this host and is dead, or it ran elsewhere and the file is older than a day.
+    """
+    match = _TEMPORARY.fullmatch(path.name)
+    if match is None:
+        return False
+    try:
+        status = path.lstat()
+    except OSError:  # gone: its writer has just finished
+        return False
+    if not stat.S_ISREG(status.st_mode):
+        return False
+    if match["host"] == host_tag() and os.name == "posix":
+        return not _alive(int(match["pid"]))
+    return time.time() - status.st_mtime > STALE_SECONDS
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it lives, as another user's
+        return True
+    return True

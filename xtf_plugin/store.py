@@ -1,0 +1,284 @@
+"""Scores on disk: what a reference once said about a document is kept and found again by content.
+
+Scores are facts and thresholds are choices, so nothing but the document and the reference is part of the key: changing
+a threshold reads, it never scores. Shards are only ever added. A kill loses at most the one being written; a damaged
+file is told, set aside and scored again; an unwritable folder costs the next run time, never this run its scores.
+
+    <root>/v1/<reference>/reference.json          what the reference is, for `xtf cache list`
+    <root>/v1/<reference>/<layers>/<hash>.parquet a shard, see shards.py; `.damaged` behind it: set aside, never read
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from . import files, shards
+from .documents import KEY_BYTES
+from .lookup import Lookup, StoredScores
+from .shards import BadShard, NewerShard, Records
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["ScoreStore", "StoredScores"]
+
+VERSION_FOLDER = "v1"
+DESCRIPTION = "reference.json"
+REFERENCE = re.compile(r"[0-9a-f]{8,128}")
+LAYER_FOLDER = re.compile(r"none|layers-[0-9a-f,_]+")
+_NAME_LIMIT = 100  # file systems allow 255 bytes; an odd choice among a hundred layers would pass that
+
+
+def reference_folder(root: Path, reference: str) -> Path:
+    """Folder of a reference; ValueError if `reference` is no lower-case hex string (it becomes a path)."""
+    if not REFERENCE.fullmatch(reference):
+        raise ValueError(f"a reference fingerprint is 8 to 128 lower-case hex digits, not {reference!r}")
+    return Path(root) / VERSION_FOLDER / reference
+
+
+def layers_tag(layers: str | None) -> str:
+    """Folder name for the layers that attention is averaged over: `layers-0_3,7` for "0,1,2,3,7", `none` for None."""
+    if layers is None:
+        return "none"
+    if not shards.LAYERS.fullmatch(layers):
+        raise ValueError(f"layers are numbers joined by commas, not {layers!r}")
+    runs: list[list[int]] = []
+    for layer in map(int, layers.split(",")):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    text = ",".join(str(first) if first == last else f"{first}_{last}" for first, last in runs)
+    return "layers-" + (text if len(text) <= _NAME_LIMIT else xxhash.xxh3_128_hexdigest(layers.encode()))
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted by name; nothing if there is none, or (told) if it cannot be listed."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        logger.warning("xtf: %s cannot be listed (%s); what it holds counts as not there", folder, error.strerror)
+        return []
+
+
+def layer_folders(folder: Path) -> list[Path]:
+    """The score folders of a reference, sorted by name."""
+    return [path for path in entries(folder) if LAYER_FOLDER.fullmatch(path.name) and os.path.isdir(path)]
+
+
+class ScoreStore:
+    """Equals a dictionary from document to (log-probabilities, attention received) that outlives the process.
+
+    Args:
+        root: the cache folder; made when the first shard is written.
+        reference: hex fingerprint of the scoring reference, see fingerprint.py.
+        layers: the layers that attention is averaged over, as in "0,1,2,3"; None: no attention, and log-probabilities
+            stored beside any attention will do.
+        description: what to tell about the reference in `xtf cache list`; no text of the data.
+        shard_tokens: a shard is written when this many tokens have come in ...
+        shard_seconds: ... or when the oldest of them has waited this long.
+
+    Attributes:
+        directory: where the shards go.
+        persistent: False while scores are held in memory because the folder cannot be written.
+
+    Raises:
+        ValueError: `reference` or `layers` is not of the form above.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        reference: str,
+        layers: str | None,
+        *,
+        description: Mapping[str, Any] | None = None,
+        shard_tokens: int = 2_000_000,
+        shard_seconds: float = 60.0,
+    ) -> None:
+        """Open the store and tidy up after killed processes; touches nothing else on disk."""
+        self.reference, self.layers, self.description = reference, layers, description
+        self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
+        self.directory = reference_folder(root, reference) / layers_tag(layers)
+        self.persistent = True
+        self._buffer: list[Records] = []
+        self._buffered = 0  # tokens
+        self._since = 0.0  # when the oldest of them came in
+        self._told: set[Path] = set()
+        for folder in (self.directory.parent, *layer_folders(self.directory.parent)):
+            files.remove_stale(folder)
+
+    def __enter__(self) -> ScoreStore:
+        """Return the store itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Write what is left, also when the block ends with an error."""
+        self.close()
+
+    def load(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64]) -> StoredScores:
+        """Find scores on disk and among those added to this store.
+
+        A record counts only if its key and its number of completion tokens agree. Of several, the first one in sorted
+        file order wins. A file that fails a check is told, set aside, and its documents count as not found.
+
+        Args:
+            keys: (N, 16) uint8 document keys. lengths: (N,) completion tokens of each.
+        """
+        lookup = Lookup(keys, lengths, attention=self.layers is not None)
+        for path in self._candidates():
+            if lookup.found.all():
+                break
+            records = self._read(path)
+            if records is not None:
+                lookup.take(records)
+        for records in self._buffer:
+            lookup.take(records)
+        return lookup.result()
+
+    def add(
+        self,
+        keys: NDArray[np.uint8],
+        offsets: NDArray[np.int64],
+        logprobs: NDArray[np.float32],
+        attention: NDArray[np.float32] | None,
+    ) -> None:
+        """Take in scores of documents; they are copied, and written a shard at a time.
+
+        Args:
+            keys: (n, 16) uint8. offsets: (n + 1,) into the scores, from 0. logprobs, attention: float32, flat, NaN:
+                undefined; attention exactly if the store has layers.
+
+        Raises:
+            ValueError: arrays that do not fit together. Never for a folder that cannot be written: that is told once.
+        """
+        records = _checked(keys, offsets, logprobs, attention, self.layers)
+        if not len(records.keys):
+            return
+        if not self._buffer:
+            self._since = time.monotonic()
+        self._buffer.append(records)
+        self._buffered += len(records.logprobs)
+        due = self._buffered >= self.shard_tokens or time.monotonic() - self._since >= self.shard_seconds
+        if due and self.persistent:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has come in; what cannot be written stays in memory, and the next flush tries again."""
+        if not self._buffer:
+            return
+        pending = list(_cut(shards.merge(self._buffer), self.shard_tokens))
+        try:
+            if self.description is not None:
+                _describe(self.directory.parent, self.description)
+            while pending:
+                name, data = shards.encode(pending[0], self.reference, self.layers)
+                files.write_whole(self.directory / name, data)
+                del pending[0]
+            self.persistent = True
+        except OSError as error:
+            if self.persistent:
+                logger.warning(
+                    "xtf: scores cannot be written to %s (%s). They are kept in memory: this run goes on, the next "
+                    "one scores again. Name a writable folder with free space under xtf `cache_dir`, or in XTF_CACHE.",
+                    self.directory,
+                    error.strerror or error,
+                )
+            self.persistent = False
+        finally:
+            self._buffer = pending
+            self._buffered = sum(len(records.logprobs) for records in pending)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.flush()
+
+    def _candidates(self) -> Iterator[Path]:
+        folders = [self.directory] if self.layers is not None else layer_folders(self.directory.parent)
+        for folder in folders:
+            yield from (path for path in entries(folder) if path.suffix == shards.SUFFIX)
+
+    def _read(self, path: Path) -> Records | None:
+        """The records of a shard, or None: then it was told why, and set aside if the file itself is at fault."""
+        try:
+            layers, records = shards.read(path, self.reference)
+            if layers_tag(layers) != path.parent.name or (records.attention is None) != (layers is None):
+                raise BadShard(f"scores for other layers, {layers}")
+            return records
+        except FileNotFoundError:  # set aside or pruned by another process since it was listed
+            return None
+        except BadShard as error:
+            self._tell(path, f"{error}; {_set_aside(path)}")
+        except (NewerShard, OSError) as error:
+            # a permission or a network file system's hiccup says nothing against the file: it stays where it is
+            self._tell(path, f"{error}; ignored")
+        return None
+
+    def _tell(self, path: Path, what: str) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            logger.warning("xtf: score file %s: %s. Its documents count as not scored.", path, what)
+
+
+def _checked(keys: Any, offsets: Any, logprobs: Any, attention: Any, layers: str | None) -> Records:
+    """Own copies of what was added, as Records."""
+    if (attention is None) != (layers is None):
+        raise ValueError(f"attention must be given exactly if the store has layers; the store has {layers}")
+    records = Records(
+        np.array(keys, dtype=np.uint8),
+        np.array(offsets, dtype=np.int64),
+        np.array(logprobs, dtype=np.float32),
+        None if attention is None else np.array(attention, dtype=np.float32),
+    )
+    n, m = len(records.keys), len(records.logprobs)
+    fits = records.keys.shape == (n, KEY_BYTES) and records.offsets.shape == (n + 1,) and records.logprobs.shape == (m,)
+    fits = fits and records.offsets[0] == 0 and records.offsets[-1] == m and bool((records.lengths >= 0).all())
+    if not fits or (records.attention is not None and records.attention.shape != (m,)):
+        raise ValueError(f"keys {records.keys.shape}, offsets and scores ({m},) do not fit together")
+    return records
+
+
+def _cut(records: Records, shard_tokens: int) -> Iterator[Records]:
+    """Pieces of about `shard_tokens` tokens and about the same size (a longer document goes alone)."""
+    total = len(records.logprobs)
+    size = -(-total // max(1, round(total / shard_tokens)))
+    low = 0
+    while low < len(records.keys):
+        limit = records.offsets[low] + size
+        high = max(low + 1, int(np.searchsorted(records.offsets, limit, side="right")) - 1)
+        yield records.part(low, high)
+        low = high
+
+
+def _set_aside(path: Path) -> str:
+    try:
+        os.replace(path, path.with_name(path.name + ".damaged"))
+    except OSError as error:
+        return f"ignored (it cannot be renamed: {error.strerror})"
+    return f"set aside as {path.name}.damaged"
+
+
+def _describe(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write a reference's description, unless there is one; a failure is told, not fatal."""
+    target = folder / DESCRIPTION
+    if target.exists():
+        return
+    try:
+        files.write_whole(target, json.dumps(dict(description), default=str, indent=2).encode())
+    except OSError as error:
+        logger.info("xtf: %s cannot be written (%s); `xtf cache list` will not know the name", target, error)
