@@ -1,0 +1,298 @@
+"""From fired rules to keep flags and reasons: combine, force, protection, control, floor; and what must not matter."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from xtf_plugin import segments
+from xtf_plugin.config import XTFConfig
+from xtf_plugin.errors import XTFError
+from xtf_plugin.selection import (
+    CONTROL,
+    FLOOR,
+    FORCED,
+    NOVELTY,
+    PROTECTED,
+    REASONING,
+    RELEVANCE,
+    Scores,
+    reason_text,
+    select,
+)
+
+NAN = float("nan")
+RULES = {
+    "reasoning_importance": {"drop": {"below": 0.5}},
+    "knowledge_novelty": {"drop": {"known_above": 0.95}},
+    "task_relevance": {"drop": {"below": 0.5}},
+}
+VOTES = {0: 0, REASONING: 1, NOVELTY: 1, RELEVANCE: 1, REASONING | NOVELTY: 2, REASONING | NOVELTY | RELEVANCE: 3}
+
+
+def config(**block):
+    return XTFConfig.parse({"preset": "paper", **RULES, **block})
+
+
+def from_bits(*bits, first=1):
+    """One document whose tokens fire the rules named by their bits; log-probabilities fall with the index."""
+    array = np.asarray(bits)
+    novelty = np.where(array & NOVELTY, -0.001, -1.0 - np.arange(len(array)) / 10)
+    return Scores(
+        keys=np.arange(16, dtype=np.uint8)[None],
+        offsets=np.asarray([0, len(array)]),
+        counts=np.asarray([1]),
+        token_ids=np.arange(len(array), dtype=np.int32),
+        positions=(np.arange(len(array)) + first).astype(np.int32),
+        reasoning_importance=np.where(array & REASONING, 0.1, 1.0).astype(np.float32),
+        logprobs=novelty.astype(np.float32),
+        task_relevance=np.where(array & RELEVANCE, 0.1, 0.9).astype(np.float32),
+    )
+
+
+def random_scores(lengths, seed=0, counts=None):
+    rng = np.random.default_rng(seed)
+    size = int(np.sum(lengths))
+    relevance = rng.random(50).astype(np.float32)
+    token_ids = rng.integers(0, 50, size).astype(np.int32)
+    first = np.repeat(rng.integers(0, 3, len(lengths)), lengths)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    logprobs = -rng.exponential(size=size).astype(np.float32)
+    logprobs[rng.random(size) < 0.05] = NAN
+    return Scores(
+        keys=rng.integers(0, 256, (len(lengths), 16)).astype(np.uint8),
+        offsets=starts.astype(np.int64),
+        counts=np.asarray([1] * len(lengths) if counts is None else counts, dtype=np.int64),
+        token_ids=token_ids,
+        positions=(np.arange(size) - np.repeat(starts[:-1], lengths) + first).astype(np.int32),
+        reasoning_importance=rng.lognormal(size=size).astype(np.float32),
+        logprobs=logprobs,
+        task_relevance=relevance[token_ids],
+    )
+
+
+def take(scores, order):
+    """The same documents in another order, or some of them several times."""
+    flat = np.concatenate([np.arange(scores.offsets[i], scores.offsets[i + 1]) for i in order]).astype(np.int64)
+    names = ("token_ids", "positions", "reasoning_importance", "logprobs", "task_relevance")
+    lengths = np.diff(scores.offsets)[order]
+    moved = replace(
+        scores,
+        keys=scores.keys[order],
+        counts=scores.counts[order],
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        **{name: getattr(scores, name)[flat] for name in names},
+    )
+    return moved, flat
+
+
+@pytest.mark.parametrize(
+    ("combine", "needed"),
+    [("union", 1), ("intersection", 3), ("majority", 2), ({"at_least": 1}, 1), ({"at_least": 2}, 2)],
+)
+def test_combine_counts_the_attributes_that_fired(combine, needed):
+    bits = list(VOTES)
+    chosen = select(from_bits(*bits), config(combine=combine, min_kept=0))
+    assert chosen.keep.tolist() == [VOTES[b] < needed for b in bits]
+    assert chosen.reasons.tolist() == bits, "a rule that fired is named even where the token is kept"
+    assert chosen.fired == {"reasoning_importance": 3, "knowledge_novelty": 3, "task_relevance": 2}
+
+
+def test_combine_knows_only_attributes_that_are_on():
+    block = {"task_relevance": False, "combine": "intersection", "min_kept": 0}
+    chosen = select(from_bits(0, REASONING, REASONING | NOVELTY, REASONING | RELEVANCE), config(**block))
+    assert chosen.keep.tolist() == [True, True, False, True]
+    assert "task_relevance" not in chosen.thresholds
+    majority = select(from_bits(0, REASONING, REASONING | NOVELTY), config(**{**block, "combine": "majority"}))
+    assert majority.keep.tolist() == [True, True, False], "more than half of two is two"
+
+
+def test_force_and_protection():
+    scores = from_bits(0, REASONING, 0, REASONING, 0)
+    protected = np.asarray([False, False, True, True, True])
+    forced = np.asarray([True, True, True, False, False])
+    chosen = select(scores, config(min_kept=0), protected, forced)
+    assert chosen.keep.tolist() == [False, False, True, True, True]
+    assert chosen.reasons.tolist() == [FORCED, REASONING, PROTECTED, REASONING | PROTECTED, 0]
+
+
+def test_floor_brings_back_the_most_novel():
+    scores = from_bits(*[REASONING] * 4)
+    scores.logprobs[:] = [-1.0, -3.0, NAN, -2.0]
+    for min_kept, kept in [(0, []), (1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]:
+        chosen = select(scores, config(min_kept=min_kept))
+        assert np.flatnonzero(chosen.keep).tolist() == kept
+        assert np.flatnonzero(chosen.reasons & FLOOR).tolist() == kept
+
+
+def test_floor_counts_trainable_tokens_only():
+    scores = from_bits(0, REASONING, REASONING, first=0)
+    chosen = select(scores, config(min_kept=1))
+    assert chosen.keep.tolist() == [True, False, True], "the kept token at position 0 is never trained on"
+    protected = select(scores, config(min_kept=1), np.asarray([False, True, False]))
+    assert protected.keep.tolist() == [True, True, False], "a protected token fills the floor"
+
+
+def test_floor_and_best_without_logprobs():
+    scores = from_bits(*[REASONING] * 4)
+    scores = replace(scores, logprobs=None, task_relevance=np.asarray([0.9, 0.8, NAN, 0.9], dtype=np.float32))
+    scores.positions[0] = 0
+    block = config(knowledge_novelty=False, task_relevance=False, min_kept=2)
+    chosen = select(scores, block)
+    assert np.flatnonzero(chosen.keep).tolist() == [1, 3] and chosen.best.tolist() == [3]
+    chosen = select(replace(scores, task_relevance=None), block)
+    assert np.flatnonzero(chosen.keep).tolist() == [1, 2] and chosen.best.tolist() == [1]
+
+
+def test_best_is_the_most_novel_trainable_token():
+    scores = random_scores([5, 0, 1, 9, 12], seed=3)
+    scores.positions[5] = 0  # the only token of document 2
+    chosen = select(scores, config())
+    expected = []
+    for low, high in zip(scores.offsets[:-1], scores.offsets[1:], strict=True):
+        rank = [(scores.logprobs[i], i - low) for i in range(low, high) if scores.positions[i] > 0]
+        rank = [(p, i) for p, i in rank if not math.isnan(p)]
+        expected.append(min(rank)[1] if rank else -1)
+    assert chosen.best.tolist() == expected
+    assert -1 in expected
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_control_drops_as_many_as_the_rules_would(seed):
+    scores = random_scores([40, 0, 25, 60, 3], seed=seed)
+    protected = np.random.default_rng(seed).random(len(scores.token_ids)) < 0.2
+    plain = select(scores, config(min_kept=1), protected)
+    control = select(scores, config(min_kept=1, control="random", seed=5), protected)
+    layout = segments.Layout(scores.offsets, scores.counts)
+    np.testing.assert_array_equal(layout.count(control.keep), layout.count(plain.keep))
+    assert (control.keep != plain.keep).any()
+    assert control.keep[protected].all()
+    decided = (control.reasons & CONTROL) > 0
+    np.testing.assert_array_equal(decided, ~control.keep | (~plain.keep & control.keep))
+    assert control.fired == plain.fired
+    other = select(scores, config(min_kept=1, control="random", seed=6), protected)
+    assert (other.keep != control.keep).any()
+
+
+def test_control_is_uniform_and_knows_nothing_of_the_scores():
+    documents, length = 4000, 10
+    scores = random_scores([length] * documents)
+    scores.reasoning_importance[:] = np.tile(np.where(np.arange(length) < 3, 0.1, 1.0), documents)
+    chosen = select(scores, config(knowledge_novelty=False, task_relevance=False, control="random"))
+    dropped = ~chosen.keep.reshape(documents, length)
+    assert (dropped.sum(1) == 3).all()
+    rate = dropped.mean(0)
+    assert np.abs(rate - 0.3).max() < 5 * math.sqrt(0.3 * 0.7 / documents)
+    together = (dropped[:, 0] & dropped[:, 1]).mean()
+    assert abs(together - 0.3 * 2 / 9) < 5 * math.sqrt(0.0667 / documents), "pairs are as likely as any other"
+
+
+def test_control_still_respects_the_floor():
+    scores = from_bits(REASONING, REASONING, 0, first=0)
+    seen = set()
+    for seed in range(20):
+        chosen = select(scores, config(control="random", min_kept=1, seed=seed))
+        assert chosen.keep[1:].any(), "something trainable is left"
+        seen.update(chosen.reasons.tolist())
+    assert FLOOR in {bits & FLOOR for bits in seen}
+    assert not any(bits & FLOOR and bits & CONTROL for bits in seen), "one decision per token"
+
+
+def test_control_plans_with_the_floor_in_mind():
+    scores = from_bits(*[REASONING] * 4)
+    chosen = select(scores, config(control="random", min_kept=3))
+    assert chosen.keep.sum() == 3 and not (chosen.reasons & FLOOR).any()
+    forced = select(from_bits(0), config(control="random", min_kept=1), None, np.asarray([True]))
+    assert forced.keep.all() and forced.reasons.tolist() == [0], "the floor would have kept it anyway"
+
+
+def test_control_depends_on_the_whole_key():
+    one = replace(random_scores([60] * 3), keys=np.zeros((3, 16), dtype=np.uint8))
+    one.keys[1, 0], one.keys[2, 15] = 1, 1
+    one.reasoning_importance[:] = np.tile([0.1] * 20 + [1.0] * 40, 3)
+    keep = select(one, config(knowledge_novelty=False, task_relevance=False, control="random")).keep.reshape(3, 60)
+    assert (keep[0] != keep[1]).any() and (keep[0] != keep[2]).any() and (keep[1] != keep[2]).any()
+
+
+BLOCKS = [
+    {},
+    {"preset": "default", "task_relevance": {"drop": {"cluster": 2, "of": 4}, "window": 3}, "combine": "majority"},
+    {"reasoning_importance": {"drop": {"quantile": 0.3}, "window": 5, "max_fraction": 0.2}, "min_kept": 12},
+    {"knowledge_novelty": {"drop": {"quantile": 0.2}, "window": 7}, "control": "random", "min_kept": 3},
+    {"reasoning_importance": {"drop": {"fence": 0.2}, "scope": "dataset", "scale": "log"}},
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_order_of_documents_does_not_matter(block):
+    scores = random_scores([20, 0, 31, 7, 1, 50], counts=[1, 2, 1, 3, 1, 1])
+    order = np.asarray([4, 2, 0, 5, 1, 3])
+    moved, flat = take(scores, order)
+    plain, permuted = select(scores, config(**block)), select(moved, config(**block))
+    np.testing.assert_array_equal(permuted.keep, plain.keep[flat])
+    np.testing.assert_array_equal(permuted.reasons, plain.reasons[flat])
+    np.testing.assert_array_equal(permuted.best, plain.best[order])
+    assert (permuted.thresholds, permuted.fired) == (plain.thresholds, plain.fired)
+    assert sorted(permuted.warnings) == sorted(plain.warnings)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_two_copies_equal_a_count_of_two(block):
+    scores = random_scores([20, 33, 7])
+    copied, flat = take(scores, np.asarray([0, 1, 1, 2]))
+    counted = select(replace(scores, counts=np.asarray([1, 2, 1])), config(**block))
+    twice = select(copied, config(**block))
+    np.testing.assert_array_equal(twice.keep, counted.keep[flat])
+    np.testing.assert_array_equal(twice.reasons, counted.reasons[flat])
+    assert twice.fired == counted.fired
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_chunks_do_not_matter(monkeypatch, block):
+    scores = random_scores([20, 0, 31, 7, 1, 50, 0])
+    rng = np.random.default_rng(1)
+    protected, forced = rng.random((2, len(scores.token_ids))) < 0.1
+    whole = select(scores, config(**block), protected, forced)
+    monkeypatch.setattr(segments, "CHUNK_TOKENS", 8)
+    cut = select(scores, config(**block), protected, forced)
+    np.testing.assert_array_equal(cut.keep, whole.keep)
+    np.testing.assert_array_equal(cut.reasons, whole.reasons)
+    np.testing.assert_array_equal(cut.best, whole.best)
+    assert (cut.thresholds, cut.fired, cut.warnings) == (whole.thresholds, whole.fired, whole.warnings)
+    json.dumps(cut.thresholds, allow_nan=False)
+
+
+def test_a_document_alone_gets_the_same_document_level_mask():
+    scores = random_scores([20, 31, 7])
+    block = config(**{"reasoning_importance": {"drop": {"quantile": 0.2}}, "control": "random"})
+    whole = select(scores, block)
+    alone, flat = take(scores, np.asarray([1]))
+    np.testing.assert_array_equal(select(alone, block).keep, whole.keep[flat])
+
+
+def test_everything_dropped_and_nothing_given():
+    chosen = select(from_bits(REASONING, REASONING), config(min_kept=0))
+    assert not chosen.keep.any() and any("every one of the 2 trainable" in w for w in chosen.warnings)
+    empty = select(random_scores([0, 0]), config())
+    assert empty.best.tolist() == [-1, -1] and len(empty.keep) == 0
+
+
+def test_what_does_not_fit_together_is_refused():
+    scores = from_bits(0, 0)
+    with pytest.raises(XTFError, match="knowledge_novelty is on"):
+        select(replace(scores, logprobs=None), config())
+    with pytest.raises(XTFError, match="protected"):
+        select(scores, config(), np.asarray([True]))
+    with pytest.raises(XTFError, match="2 offsets"):
+        select(replace(scores, counts=np.asarray([1, 1])), config())
+
+
+def test_reason_text():
+    assert reason_text(0) == ""
+    assert reason_text(REASONING | NOVELTY | RELEVANCE) == "reasoning_importance,knowledge_novelty,task_relevance"
+    assert [reason_text(b) for b in (PROTECTED, FLOOR, FORCED, CONTROL)] == ["protected", "floor", "forced", "control"]
+    assert [REASONING, NOVELTY, RELEVANCE, PROTECTED, FLOOR, FORCED, CONTROL] == [1, 2, 4, 8, 16, 32, 64]

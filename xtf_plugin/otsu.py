@@ -1,0 +1,144 @@
+"""Exact Multi-Otsu: the thresholds behind Eq. (7).
+
+Image libraries search a 256-bin histogram; scores of tokens are neither integers nor evenly spread, and there the bins
+decide which class a token falls into. Here the classes are the best ones over the distinct values themselves.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+MAX_DISTINCT = 1 << 16
+_SLICE = 1 << 20
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class UndefinedSplit(ValueError):
+    """There are fewer distinct values than classes, so there is nothing to split."""
+
+
+def multi_otsu(values: ArrayLike, weights: ArrayLike | None = None, classes: int = 5) -> Floats:
+    """Split values into classes so that the variance between the classes is greatest (Multi-Otsu, as in Eq. (7)).
+
+    Equals: try every way to cut the sorted distinct values into `classes` non-empty runs, and keep the one with the
+    smallest weighted sum of squared distances to the class means. Done by dynamic programming in O(classes * n log n)
+    for n distinct values. More than 65,536 distinct values are first put into 65,536 equal bins between the smallest
+    and the largest, each standing at the largest value it holds; the split is exact over those. Among equally good
+    splits the lowest last threshold wins, then the lowest one before it.
+
+    Args:
+        values: (M,) finite numbers.
+        weights: (M,) numbers above 0, how often each value occurs; None: once each.
+        classes: number of classes, at least 2.
+
+    Returns:
+        (classes - 1,) ascending float64 thresholds `t`, each the largest value of its class: class `c`, counted from 0,
+        holds the values with `t[c - 1] < value <= t[c]`, so `np.searchsorted(t, value)` is the class of a value.
+
+    Raises:
+        UndefinedSplit: fewer distinct values (or non-empty bins) than classes.
+        ValueError: fewer than 2 classes, or values that are not finite.
+    """
+    if classes < 2:
+        raise ValueError(f"a split needs at least 2 classes, not {classes}")
+    flat = np.asarray(values).ravel()
+    points, mass = _tally(flat, None if weights is None else np.asarray(weights).ravel())
+    if not np.isfinite(points).all():
+        raise ValueError("a split needs finite values; leave NaN and infinity out")
+    if len(points) < classes:
+        raise UndefinedSplit(f"{len(points)} distinct values cannot be split into {classes} classes")
+    return points[_cuts(points, mass, classes) - 1]
+
+
+def _tally(values: NDArray[np.generic], weights: NDArray[np.generic] | None) -> tuple[Floats, Floats]:
+    """Distinct values, ascending, and the weight of each; slice by slice, so that temporaries stay small."""
+    points: Floats = np.zeros(0)
+    mass: Floats = np.zeros(0)
+    for start in range(0, len(values), _SLICE):
+        part = values[start : start + _SLICE]
+        if weights is None:
+            found, number = np.unique(part, return_counts=True)
+            count = number.astype(np.float64)
+        else:
+            found, inverse = np.unique(part, return_inverse=True)
+            count = np.bincount(inverse.ravel(), weights=weights[start : start + _SLICE])
+        points, merged = np.unique(np.concatenate([points, found.astype(np.float64)]), return_inverse=True)
+        mass = np.bincount(merged.ravel(), weights=np.concatenate([mass, count])).astype(np.float64)
+        if len(points) > MAX_DISTINCT:
+            return _histogram(values, weights)
+    return points, mass
+
+
+def _histogram(values: NDArray[np.generic], weights: NDArray[np.generic] | None) -> tuple[Floats, Floats]:
+    """The same over equal bins: the largest value of each non-empty bin, and the bin's weight."""
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(high - low):
+        raise ValueError("a split needs finite values; leave NaN and infinity out")
+    top, mass = np.full(MAX_DISTINCT, -np.inf), np.zeros(MAX_DISTINCT)
+    for start in range(0, len(values), _SLICE):
+        part = values[start : start + _SLICE].astype(np.float64)
+        where = np.minimum((part - low) / (high - low) * MAX_DISTINCT, MAX_DISTINCT - 1).astype(np.int64)
+        count = None if weights is None else weights[start : start + _SLICE]
+        mass += np.bincount(where, weights=count, minlength=MAX_DISTINCT)
+        np.maximum.at(top, where, part)
+    return top[mass > 0], mass[mass > 0]
+
+
+def _cuts(points: Floats, mass: Floats, classes: int) -> Ints:
+    """How many of the points lie in the first 1, 2, … classes - 1 classes of the best split.
+
+    The within-class sum of squares is a constant minus `sum over classes of S**2 / W`, with `W` a class's weight and
+    `S` its weighted sum, so the latter is maximised. `best[j]` is its greatest value over splits of the first `j`
+    points.
+    """
+    n = len(points)
+    centred = points - np.average(points, weights=mass)  # S**2 / W of large values would cancel in the differences
+    W = np.concatenate([[0.0], np.cumsum(mass)])
+    S = np.concatenate([[0.0], np.cumsum(mass * centred)])
+    best = np.full(n + 1, -np.inf)
+    best[1:] = S[1:] ** 2 / W[1:]
+    choices = []
+    for c in range(2, classes):
+        best, choice = _layer(best, S, W, c, n - (classes - c))
+        choices.append(choice)
+    last = np.arange(classes - 1, n)
+    cut = int(last[np.argmax(best[last] + (S[n] - S[last]) ** 2 / (W[n] - W[last]))])
+    cuts = [cut]
+    for choice in reversed(choices):
+        cut = int(choice[cut])
+        cuts.append(cut)
+    return np.asarray(cuts[::-1], dtype=np.int64)
+
+
+def _layer(previous: Floats, S: Floats, W: Floats, low: int, high: int) -> tuple[Floats, Ints]:
+    """One more class: for every `j` in low..high, the best `previous[i] + gain of the class i..j-1`, and its `i`.
+
+    The best `i` never falls as `j` grows, so it is found for every other `j` first and bounds the search for those
+    between: each round of halving looks at O(n) pairs.
+    """
+    size = high - low + 1
+    found = np.full(size + 2, low - 1, dtype=np.int64)  # the best i of j = low - 1 + m sits at m, between two sentinels
+    found[-1] = high - 1
+    best = np.full(len(previous), -np.inf)
+    step = 1 << size.bit_length()
+    while step:
+        m = np.arange(step, size + 1, 2 * step)
+        if len(m):
+            j = m + low - 1
+            first = found[m - step]
+            last = np.minimum(found[np.minimum(m + step, size + 1)], j - 1)
+            count = last - first + 1
+            starts = np.cumsum(count) - count
+            i = np.arange(int(count.sum())) + np.repeat(first - starts, count)
+            end = np.repeat(j, count)
+            value = previous[i] + (S[end] - S[i]) ** 2 / (W[end] - W[i])
+            best[j] = np.maximum.reduceat(value, starts)
+            winners = np.flatnonzero(value == np.repeat(best[j], count))
+            found[m] = i[winners[np.searchsorted(winners, starts)]]
+        step //= 2
+    choice = np.zeros(len(previous), dtype=np.int64)
+    choice[low : high + 1] = found[1:-1]
+    return best, choice

@@ -1,0 +1,206 @@
+"""The rules of the three attributes, Eq. (5) to (7) and their variants, made ready for the scores of a dataset.
+
+Every attribute is brought into the form "low scores are the ones to drop". So novelty enters as surprisal, the negative
+log-probability in nats: `1 - P` in float32 cannot tell apart what the model doubts little from what it does not doubt
+at all. An undefined score (NaN) never fires a rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .config import KnowledgeNoveltyConfig, ReasoningImportanceConfig, TaskRelevanceConfig
+from .otsu import UndefinedSplit, multi_otsu
+from .segments import (
+    Bools,
+    Doubles,
+    Floats,
+    Layout,
+    Scale,
+    dataset_quantiles,
+    document_quantiles,
+    identity,
+    lowest,
+    ordered,
+    unordered,
+)
+
+Test = Callable[[Floats, Layout], tuple[Bools, Doubles | None]]
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule, ready for any chunk of documents.
+
+    Args:
+        name: as in the block, "fence: 1.0".
+        test: (scores, layout) -> the tokens it fires on, and each document's own threshold where it has one.
+        drops: what it drops, in units of the attribute's score: `below` and `above` are exclusive, `up_to` inclusive;
+            None: no such bound, or one per document.
+    """
+
+    name: str
+    test: Test
+    drops: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules of one attribute; in which order `max_fraction` lets tokens through; and what else to report."""
+
+    rules: Sequence[Rule]
+    rank: Callable[[Floats], Floats] = lambda scores: scores
+    display: Scale = identity
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
+AttributeConfig = ReasoningImportanceConfig | KnowledgeNoveltyConfig | TaskRelevanceConfig
+
+
+def prepare(scores: Floats, layout: Layout, config: AttributeConfig) -> Rules:
+    """The rules of one attribute with their dataset-level thresholds worked out.
+
+    Args:
+        scores: (M,) after the window: attention received, surprisal in nats, or task relevance; NaN: undefined.
+        layout: of the documents' completion tokens.
+        config: the attribute's part of the block.
+    """
+    if isinstance(config, KnowledgeNoveltyConfig):
+        return _novelty_rules(scores, layout, config)
+    if isinstance(config, TaskRelevanceConfig):
+        return _relevance_rules(scores, layout, config)
+    return _importance_rules(scores, layout, config)
+
+
+def _under(limit: float, scale: Scale = identity) -> Test:
+    return lambda scores, layout: (scale(scores.astype(np.float64)) < limit, None)
+
+
+def _over(limit: float) -> Test:
+    return lambda scores, layout: (scores.astype(np.float64) > limit, None)
+
+
+def _log(values: Doubles) -> Doubles:
+    return np.log(np.maximum(values, _TINY))  # 0 is far below every other score, not infinitely so
+
+
+def _novelty(surprisal: Doubles) -> Doubles:
+    return -np.expm1(-surprisal)
+
+
+def _importance_rules(scores: Floats, layout: Layout, config: ReasoningImportanceConfig) -> Rules:
+    """Eq. (5), `S < Q1 - k * (Q3 - Q1)`, over a document or the dataset; or the lowest share; or an absolute bound."""
+    drop, own = config.drop, config.scope == "document"
+    facts: dict[str, Any] = {"scope": config.scope, "scale": config.scale}
+    if drop.below is not None:
+        return Rules([Rule(f"below: {drop.below}", _under(drop.below), {"below": drop.below})], facts=facts)
+    if drop.quantile is not None:
+        name = f"quantile: {drop.quantile}"
+        if own:
+            return Rules([Rule(name, _lowest_share(drop.quantile), {"up_to": None})], facts=facts)
+        limit = float(dataset_quantiles(scores, layout, [drop.quantile])[0])
+        return Rules([Rule(name, _under(limit), {"below": limit})], facts=facts)
+    assert drop.fence is not None
+    name = f"fence: {drop.fence}"
+    scale, unscale = (_log, np.exp) if config.scale == "log" else (identity, identity)
+    if own:
+        return Rules([Rule(name, _document_fence(drop.fence, scale, unscale), {"below": None})], facts=facts)
+    q1, q3 = dataset_quantiles(scores, layout, [0.25, 0.75], scale)
+    fence = q1 - drop.fence * (q3 - q1)
+    return Rules([Rule(name, _under(float(fence), scale), {"below": float(unscale(fence))})], facts=facts)
+
+
+def _document_fence(k: float, scale: Scale, unscale: Scale) -> Test:
+    def test(scores: Floats, layout: Layout) -> tuple[Bools, Doubles]:
+        q1, q3 = document_quantiles(scores, layout, [0.25, 0.75], scale)
+        fence = q1 - k * (q3 - q1)
+        return scale(scores.astype(np.float64)) < layout.spread(fence), unscale(fence)
+
+    return test
+
+
+def _lowest_share(share: float) -> Test:
+    def test(scores: Floats, layout: Layout) -> tuple[Bools, Doubles]:
+        number = np.floor(share * layout.count(~np.isnan(scores))).astype(np.int64)
+        fires, keys = lowest(ordered(scores), layout, number)
+        return fires, unordered(keys)
+
+    return test
+
+
+def _novelty_rules(surprisal: Floats, layout: Layout, config: KnowledgeNoveltyConfig) -> Rules:
+    """Eq. (6), `P > known_above`; its opposite, `P < unknown_below`; or the dataset's lowest share of novelty."""
+    drop, rules = config.drop, []
+    if drop.quantile is not None:
+        limit = float(dataset_quantiles(surprisal, layout, [drop.quantile], _novelty)[0])
+        rules.append(Rule(f"quantile: {drop.quantile}", _under(limit, _novelty), {"below": limit}))
+    known, unknown = drop.known_above, drop.unknown_below
+    if known is not None:
+        rules.append(Rule(f"known_above: {known}", _under(_surprisal(known)), {"below": 1 - known}))
+    if unknown is not None:
+        rules.append(Rule(f"unknown_below: {unknown}", _over(_surprisal(unknown)), {"above": 1 - unknown}))
+
+    def rank(scores: Floats) -> Floats:
+        if unknown is None:
+            return scores
+        if known is None:
+            return -scores
+        # what is left of the way from each threshold to certainty: 1 - (P - a) / (1 - a) and 1 - (b - P) / b
+        exact = scores.astype(np.float64)
+        left_known = _novelty(exact) / max(1 - known, _TINY)
+        return np.minimum(left_known, np.exp(-exact) / max(unknown, _TINY)).astype(np.float32)
+
+    return Rules(rules, rank, _novelty)
+
+
+def _surprisal(probability: float) -> float:
+    return -math.log(probability) if probability > 0 else math.inf
+
+
+def _relevance_rules(scores: Floats, layout: Layout, config: TaskRelevanceConfig) -> Rules:
+    """Eq. (7), one class of a Multi-Otsu split over all occurrences; or the dataset's lowest share; or a bound."""
+    drop = config.drop
+    if drop.below is not None:
+        return Rules([Rule(f"below: {drop.below}", _under(drop.below), {"below": drop.below})])
+    if drop.quantile is not None:
+        limit = float(dataset_quantiles(scores, layout, [drop.quantile])[0])
+        return Rules([Rule(f"quantile: {drop.quantile}", _under(limit), {"below": limit})])
+    assert drop.cluster is not None
+    name = f"cluster: {drop.cluster}, of: {drop.of}"
+    undefined = np.isnan(scores)
+    known = ~undefined if undefined.any() else slice(None)  # a view, not a copy of the dataset
+    weights = None if (layout.counts == 1).all() else layout.spread(layout.counts.astype(np.float32))[known]
+    try:
+        cuts = multi_otsu(scores[known], weights, drop.of)
+    except UndefinedSplit as error:
+        told = f"the rule {{{name}}} is undefined and drops nothing: {error}. Use fewer classes, or {{quantile: q}}"
+        return Rules([], facts={"undefined": str(error)}, warnings=[told])
+    low = float(cuts[drop.cluster - 2]) if drop.cluster > 1 else None
+    high = float(cuts[drop.cluster - 1]) if drop.cluster < drop.of else None
+    facts = {"classes": {"thresholds": cuts.tolist(), "sizes": _class_sizes(scores, layout, cuts)}}
+    return Rules([Rule(name, _within(low, high), {"above": low, "up_to": high})], facts=facts)
+
+
+def _within(low: float | None, high: float | None) -> Test:
+    def test(scores: Floats, layout: Layout) -> tuple[Bools, None]:
+        exact = scores.astype(np.float64)
+        return (exact > (-np.inf if low is None else low)) & (exact <= (np.inf if high is None else high)), None
+
+    return test
+
+
+def _class_sizes(scores: Floats, layout: Layout, cuts: Doubles) -> list[int]:
+    """Occurrences in the dataset of each class's tokens."""
+    edges = [None, *cuts.tolist(), None]
+    tests = [_within(low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    sizes = np.zeros(len(tests), dtype=np.int64)
+    for tokens, _, part in layout.chunks():
+        sizes += [int(part.count(test(scores[tokens], part)[0]) @ part.counts) for test in tests]
+    return [int(size) for size in sizes]

@@ -1,0 +1,269 @@
+"""Scores become a keep flag and a reason for every completion token; pure NumPy.
+
+Thresholds are choices, so this runs again whenever one changes, on stored scores. What happens to a document follows
+from its own scores, the configuration, and (where a rule says so) the dataset's distribution; never from its place
+among the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import XTFConfig
+from .errors import XTFError
+from .firing import evaluate
+from .segments import UNDEFINED_KEY, Bools, Ints, Keys, Layout, lowest, ordered
+
+REASONING, NOVELTY, RELEVANCE, PROTECTED, FLOOR, FORCED, CONTROL = (1 << bit for bit in range(7))
+BITS = {"reasoning_importance": REASONING, "knowledge_novelty": NOVELTY, "task_relevance": RELEVANCE}
+_NAMES = {**BITS, "protected": PROTECTED, "floor": FLOOR, "forced": FORCED, "control": CONTROL}
+
+Reasons = NDArray[np.uint8]
+Hashes = NDArray[np.uint64]
+
+
+def reason_text(bits: int) -> str:
+    """Names of the bits of a reason as in the score table: "reasoning_importance,protected"; empty for 0."""
+    return ",".join(name for name, bit in _NAMES.items() if bits & bit)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is known about the completion tokens of N distinct documents, M tokens in all.
+
+    Args:
+        keys: (N, 16) uint8, document keys.
+        offsets: (N + 1,) int64; document `i` holds the tokens `offsets[i]` up to `offsets[i + 1]` of the flat arrays.
+        counts: (N,) int64, how often the document occurs; weighs every statistic over the dataset.
+        token_ids: (M,) int32.
+        positions: (M,) int32, place within the document; 0 is the document's first token: never predicted nor
+            trained.
+        reasoning_importance: (M,) float32 attention received, 1.0 = uniform; NaN: undefined. None: not scored.
+        logprobs: (M,) float32 natural-log probabilities; knowledge novelty is `1 - exp(logprob)`.
+        task_relevance: (M,) float32 in [0, 1].
+    """
+
+    keys: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    reasoning_importance: NDArray[np.float32] | None = None
+    logprobs: NDArray[np.float32] | None = None
+    task_relevance: NDArray[np.float32] | None = None
+
+    def of(self, attribute: str) -> NDArray[np.float32] | None:
+        """The scores behind an attribute: log-probabilities for knowledge novelty."""
+        known = {
+            "reasoning_importance": self.reasoning_importance,
+            "knowledge_novelty": self.logprobs,
+            "task_relevance": self.task_relevance,
+        }
+        return known[attribute]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to train on, and why.
+
+    Args:
+        keep: (M,) False where the label becomes -100.
+        reasons: (M,) bits: every attribute whose rule fired, and PROTECTED, FLOOR, FORCED or CONTROL where that
+            decided.
+        thresholds: per attribute, its rule and the numbers it came to; plain JSON values, in units of the attribute's
+            score.
+        fired: per attribute, on how many completion tokens of the dataset its rule fired (a document counts as often as
+            it occurs).
+        warnings: what the user has to be told.
+        best: (N,) index of each document's most novel trainable token among its completion tokens; -1 if it has none.
+    """
+
+    keep: NDArray[np.bool_]
+    reasons: NDArray[np.uint8]
+    thresholds: dict[str, Any]
+    fired: dict[str, int]
+    warnings: list[str]
+    best: NDArray[np.int64]
+
+
+def select(
+    scores: Scores,
+    config: XTFConfig,
+    protected: NDArray[np.bool_] | None = None,
+    forced: NDArray[np.bool_] | None = None,
+) -> Selection:
+    """Decide for every completion token, Eq. (1): rules, `combine`, `force_drop`, protection, control, floor.
+
+    Args:
+        scores: of the whole dataset.
+        config: the block.
+        protected: (M,) tokens that are never dropped; forced: (M,) tokens that are dropped unless protected.
+
+    Raises:
+        XTFError: arrays that do not fit together, or an attribute that is on but was not scored.
+    """
+    layout = Layout(scores.offsets, scores.counts)
+    _check(scores, config, protected, forced)
+    size = len(scores.token_ids)
+    keep, reasons = np.zeros(size, dtype=bool), np.zeros(size, dtype=np.uint8)
+    best = np.full(len(scores.counts), -1, dtype=np.int64)
+    thresholds, fired, warnings = {}, {}, []
+    for attribute in config.attributes:
+        values = scores.of(attribute)
+        assert values is not None
+        firing = evaluate(attribute, values, scores.positions, layout, getattr(config, attribute))
+        reasons |= firing.mask * np.uint8(BITS[attribute])
+        thresholds[attribute], fired[attribute] = firing.thresholds, firing.fired
+        warnings += firing.warnings
+    for tokens, documents, part in layout.chunks():
+        chunk = _Chunk(
+            part,
+            scores.keys[documents],
+            scores.positions[tokens] > 0,
+            _order(scores, tokens),
+            np.zeros(part.offsets[-1], dtype=bool) if protected is None else protected[tokens],
+            np.zeros(part.offsets[-1], dtype=bool) if forced is None else forced[tokens],
+        )
+        keep[tokens], reasons[tokens] = _decide(chunk, reasons[tokens], config)
+        best[documents] = _best(chunk)
+    trainable = scores.positions > 0
+    if trainable.any() and not (keep & trainable).any():
+        warnings.append(
+            f"every one of the {int(trainable.sum())} trainable completion tokens is dropped; loosen the rules, or set "
+            "min_kept above 0"
+        )
+    return Selection(keep, reasons, thresholds, fired, warnings, best)
+
+
+def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: Bools | None) -> None:
+    size, number = len(scores.token_ids), len(scores.counts)
+    attributes = {name: scores.of(name) for name in BITS}
+    arrays = {"positions": scores.positions, **attributes, "protected": protected, "forced": forced}
+    for name, array in arrays.items():
+        if array is not None and array.shape != (size,):
+            raise XTFError(f"selection: {name} has the shape {array.shape}, but there are {size} completion tokens")
+    if len(scores.offsets) != number + 1 or scores.keys.shape != (number, 16) or scores.offsets[-1] != size:
+        raise XTFError(
+            f"selection: {len(scores.keys)} keys, {number} counts and {len(scores.offsets)} offsets up to "
+            f"{scores.offsets[-1:]} do not describe documents with {size} completion tokens"
+        )
+    for name in config.attributes:
+        if attributes[name] is None:
+            raise XTFError(f"selection: {name} is on, but the documents were not scored for it")
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A run of whole documents; `order` sorts tokens from the most novel to the least, see `_order`."""
+
+    layout: Layout
+    keys: NDArray[np.uint8]
+    trainable: Bools
+    order: Hashes
+    protected: Bools
+    forced: Bools
+
+
+def _order(scores: Scores, tokens: slice) -> Hashes:
+    """Sort keys by novelty: lowest log-probability first; without one, highest task relevance; NaN comes last."""
+    halves = []
+    for values, sign in ((scores.logprobs, 1), (scores.task_relevance, -1)):
+        if values is None:
+            halves.append(np.full(tokens.stop - tokens.start, UNDEFINED_KEY))
+        else:
+            here = values[tokens] * np.float32(sign)
+            halves.append(ordered(np.where(np.isinf(here), np.float32(np.nan), here)))
+    order: Hashes = (halves[0].astype(np.uint64) << np.uint64(32)) | halves[1]
+    return order
+
+
+def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig) -> tuple[Bools, Reasons]:
+    """Keep flags and complete reasons of a chunk, from the bits of the attributes that fired."""
+    by_rules = _combined(reasons, config)
+    wanted = by_rules | chunk.forced
+    dropped = wanted & ~chunk.protected
+    decided = wanted & chunk.protected
+    bits = np.where(decided, np.uint8(PROTECTED), np.uint8(0))
+    bits[dropped & ~by_rules] = FORCED
+    if config.control == "random":
+        planned = dropped & ~_rescued(chunk, dropped, config.min_kept)
+        dropped = _drawn(chunk, planned, config.seed)
+        bits[bits == FORCED] = 0
+        bits[planned | dropped] = CONTROL
+    rescued = _rescued(chunk, dropped, config.min_kept)
+    bits[rescued] = FLOOR
+    return ~dropped | rescued, reasons | bits
+
+
+def _combined(reasons: Reasons, config: XTFConfig) -> Bools:
+    """Where enough of the attributes that are on have fired."""
+    votes = np.zeros(len(reasons), dtype=np.int8)
+    for attribute in config.attributes:
+        votes += (reasons & BITS[attribute]) > 0
+    active = len(config.attributes)
+    if isinstance(config.combine, str):
+        needed = {"union": 1, "intersection": active, "majority": active // 2 + 1}[config.combine]
+    else:
+        needed = config.combine.at_least
+    return votes >= max(1, needed)
+
+
+def _rescued(chunk: _Chunk, dropped: Bools, min_kept: int) -> Bools:
+    """Dropped tokens that the floor brings back: the most novel trainable ones, until a document keeps `min_kept`."""
+    rescued = np.zeros(len(dropped), dtype=bool)
+    lacking = min_kept - chunk.layout.count(chunk.trainable & ~dropped)
+    if not (lacking > 0).any():
+        return rescued
+    document = chunk.layout.spread(np.arange(len(lacking)))
+    candidates = np.flatnonzero(chunk.trainable & dropped & chunk.layout.spread(lacking > 0))
+    candidates = candidates[np.lexsort((chunk.order[candidates], document[candidates]))]
+    group = document[candidates]
+    place = np.arange(len(group)) - np.searchsorted(group, group)
+    rescued[candidates[place < lacking[group]]] = True
+    return rescued
+
+
+def _drawn(chunk: _Chunk, planned: Bools, seed: int) -> Bools:
+    """As many unprotected tokens of each document as were to be dropped, drawn uniformly without replacement."""
+    keys = np.minimum(_random_keys(chunk, seed), UNDEFINED_KEY - np.uint32(1))
+    keys[chunk.protected] = UNDEFINED_KEY
+    return lowest(keys, chunk.layout, chunk.layout.count(planned))[0]
+
+
+def _random_keys(chunk: _Chunk, seed: int) -> Keys:
+    """A random number per token: SplitMix64 seeded by (seed, document key), whatever other documents there are."""
+    halves = np.ascontiguousarray(chunk.keys).view("<u8").astype(np.uint64)  # (N, 2)
+    start = _mix(_mix(halves[:, 0] ^ _mix(np.asarray([seed % (1 << 64)], dtype=np.uint64))) ^ halves[:, 1])
+    step = np.arange(1, chunk.layout.offsets[-1] + 1) - chunk.layout.spread(chunk.layout.offsets[:-1])
+    state = chunk.layout.spread(start) + step.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    keys: Keys = (_mix(state) >> np.uint64(32)).astype(np.uint32)
+    return keys
+
+
+def _mix(state: Hashes) -> Hashes:
+    """The output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: Hashes = state ^ (state >> np.uint64(31))
+    return mixed
+
+
+def _best(chunk: _Chunk) -> Ints:
+    """Index of each document's most novel trainable token among its completion tokens, -1 if there is none, (N,)."""
+    number = chunk.layout.count(chunk.trainable)
+    best = np.full(len(number), -1, dtype=np.int64)
+    some = number > 0
+    if not some.any():
+        return best
+    tokens = np.flatnonzero(chunk.trainable)
+    starts = (np.cumsum(number) - number)[some]
+    order = chunk.order[tokens]
+    least = np.repeat(np.minimum.reduceat(order, starts), number[some])
+    winners = np.flatnonzero(order == least)
+    first = winners[np.searchsorted(winners, starts)]
+    best[some] = tokens[first] - chunk.layout.offsets[:-1][some]
+    return best
