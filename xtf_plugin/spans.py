@@ -1,0 +1,194 @@
+"""Text of tokens, byte by byte, and which tokens a regular expression over the completion touches.
+
+A token is not a string: one character may be spread over several byte tokens, and decoding tokens one by one loses
+leading spaces. So each token is turned into the bytes that it stands for; a completion is their concatenation, decoded
+so that no byte is lost (`surrogateescape`), and a match in it is brought back to bytes, and from there to tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from transformers import PreTrainedTokenizerFast
+
+from .errors import XTFUserError
+
+Ints = NDArray[np.int64]
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE (GPT-2) writes for each byte.
+
+    Bytes that are visible in Latin-1 stand for themselves; the others, in ascending order, for U+0100, U+0101 and so
+    on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
+
+
+def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
+    """The bytes that each token contributes to a text, in the order of `ids`.
+
+    Equals `tokenizer.decode([id]).encode()`, except that leading spaces and incomplete characters survive. Byte-level
+    BPE and SentencePiece-style vocabularies are read exactly, added and special tokens are their literal content; any
+    other decoder is asked token by token. An id that the tokenizer does not know contributes nothing.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        ids: token ids, best each only once.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return [_decoded(tokenizer, int(i)) for i in ids]
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    to_bytes = _piece_decoder(state.get("decoder"))
+    # ordinary added pieces of SentencePiece vocabularies are spelt like the others (Gemma's runs of spaces)
+    literal = {int(t["id"]) for t in state["added_tokens"] if t["special"] or to_bytes in (None, _byte_level)}
+    result = []
+    for i in map(int, ids):
+        piece = backend.id_to_token(i)
+        if piece is None:
+            result.append(b"")
+        elif i in literal:
+            result.append(_utf8(piece))
+        else:
+            result.append(_decoded(tokenizer, i) if to_bytes is None else to_bytes(piece))
+    return result
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Text of each token for display, in the order of `ids`; a byte that is no character by itself shows as U+FFFD."""
+    return [piece.decode("utf-8", errors="replace") for piece in token_bytes(tokenizer, ids)]
+
+
+def match_spans(
+    tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, patterns: Sequence[str]
+) -> NDArray[np.bool_]:
+    """Mark the tokens that a match of any pattern overlaps by at least one byte.
+
+    Equals `re.finditer` over the decoded text of each run, every match marking the tokens its characters come from. An
+    empty match marks nothing. A run is searched by itself: `^` and `$` are its ends, and no match spans two runs.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        token_ids: (M,) completion tokens.
+        run_offsets: (R + 1,) ascending; run `r` is `token_ids[run_offsets[r] : run_offsets[r + 1]]`.
+        patterns: regular expressions in Python's syntax.
+
+    Returns:
+        (M,) bool.
+
+    Raises:
+        XTFUserError: a pattern that is not a regular expression.
+    """
+    compiled = [_compiled(pattern) for pattern in patterns]
+    ids, offsets = np.asarray(token_ids), np.asarray(run_offsets, dtype=np.int64)
+    marks = np.zeros(len(ids), dtype=bool)
+    if not compiled or not len(ids):
+        return marks
+    distinct = np.unique(ids)
+    pieces = token_bytes(tokenizer, distinct.tolist())
+    sizes = np.asarray([len(piece) for piece in pieces], dtype=np.int64)
+    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+        which = np.searchsorted(distinct, ids[start:stop])
+        data = b"".join([pieces[i] for i in which.tolist()])
+        text = data.decode("utf-8", errors="surrogateescape")
+        spans = [match.span() for pattern in compiled for match in pattern.finditer(text)]
+        spans = [(low, high) for low, high in spans if high > low]
+        if spans:
+            marks[start:stop] = _touched(_byte_spans(text, len(data), spans), sizes[which])
+    return marks
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise XTFUserError(
+            f"xtf: {pattern!r} under protect.patterns or force_drop is not a regular expression in Python's syntax: "
+            f"{error}. Put a backslash before characters that are meant literally."
+        ) from error
+
+
+def _byte_spans(text: str, size: int, spans: Sequence[tuple[int, int]]) -> Ints:
+    """Character spans as byte spans, (n, 2)."""
+    chars = np.asarray(spans, dtype=np.int64)
+    if len(text) == size:  # a byte a character
+        return chars
+    codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+    width = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    width[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1  # a byte that belongs to no character
+    return np.concatenate([[0], np.cumsum(width)])[chars]
+
+
+def _touched(spans: Ints, sizes: Ints) -> NDArray[np.bool_]:
+    """Which of the consecutive tokens of these sizes share a byte with a span."""
+    ends = np.cumsum(sizes)
+    first = np.searchsorted(ends, spans[:, 0], side="right")
+    behind = np.searchsorted(ends - sizes, spans[:, 1], side="left")
+    change = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.add.at(change, first, 1)
+    np.add.at(change, behind, -1)
+    return (np.cumsum(change[:-1]) > 0) & (sizes > 0)
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogatepass")
+
+
+def _decoded(tokenizer: Any, index: int) -> bytes:
+    return _utf8(tokenizer.decode([index], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """A decoder's parts in order, sequences unrolled."""
+    if decoder is not None:
+        if decoder["type"] == "Sequence":
+            for inner in decoder["decoders"]:
+                yield from _steps(inner)
+        else:
+            yield decoder
+
+
+def _piece_decoder(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes] | None:
+    """How to turn a vocabulary entry into bytes, read off the tokenizer's decoder; None: only the decoder knows."""
+    steps = list(_steps(decoder))
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        return _byte_level
+    spaces = [step["replacement"] for step in steps if step["type"] == "Metaspace"]
+    swaps = [(step["pattern"], step["content"]) for step in steps if step["type"] == "Replace"]
+    # Strip removes the space at the very start of a text, Fuse joins pieces: neither changes what a piece stands for
+    if not kinds - {"Fuse", "Strip"} or kinds - {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}:
+        return None
+    if not all("String" in pattern for pattern, _ in swaps):
+        return None
+    spelling = [(space, " ") for space in spaces] + [(pattern["String"], content) for pattern, content in swaps]
+
+    def to_bytes(piece: str) -> bytes:
+        byte = _BYTE_PIECE.fullmatch(piece) if "ByteFallback" in kinds else None
+        if byte:
+            return bytes([int(byte[1], 16)])
+        for pattern, content in spelling:
+            piece = piece.replace(pattern, content)
+        return _utf8(piece)
+
+    return to_bytes
+
+
+_ALPHABET = byte_alphabet()
+
+
+def _byte_level(piece: str) -> bytes:
+    """Undo byte-level BPE's spelling; a piece that is not spelt so stands for itself, as in the tokenizers library."""
+    try:
+        return bytes([_ALPHABET[char] for char in piece])
+    except KeyError:
+        return _utf8(piece)
