@@ -1,0 +1,279 @@
+"""The `xtf` command: check a recipe, score it, look at what would be dropped, tend the cache.
+
+It runs the host's own stock command as a subprocess and reads what that leaves behind; it never trains and loads no
+model itself. Exit codes: 0 fine, 2 the user's input is wrong (one message, no traceback), 1 anything else.
+Heavy imports live inside the commands, so `xtf --help` and `xtf check` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import __version__
+from .errors import XTFError, XTFUserError
+from .hosts import _compat, run
+from .hosts.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from .config import XTFConfig
+
+app = typer.Typer(
+    name="xtf",
+    help="Token-level noise filtering for supervised fine-tuning: check, score and inspect a recipe's `xtf:` block.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cache_app = typer.Typer(help="List or prune the score cache.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+_DISTRIBUTIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+
+RecipeArgument = Annotated[Path, typer.Argument(help="A TRL recipe (YAML) with an `xtf:` block.")]
+TargetArgument = Annotated[Path, typer.Argument(help="A recipe, or a scores.parquet.")]
+ExtraArgument = Annotated[list[str] | None, typer.Argument(help="After `--`: more arguments for the host's command.")]
+CacheOption = Annotated[Path | None, typer.Option("--cache-dir", help="Default: $XTF_CACHE, or the user's cache.")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and end the process with the documented exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII pipe must not turn a mark into a traceback
+    try:
+        app(args=None if argv is None else list(argv), prog_name="xtf")
+    except XTFError as error:
+        Console(stderr=True).print(Text(f"xtf: error: {str(error).removeprefix('xtf: ')}"), soft_wrap=True)
+        raise SystemExit(2 if isinstance(error, XTFUserError) else 1) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"xtf-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Hold the options that come before a command."""
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path | None, typer.Argument(help="A TRL recipe (YAML) with an `xtf:` block.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the `xtf:` block.")] = False,
+) -> None:
+    """Validate block, host, hook and versions, without loading a model."""
+    from .config import XTFConfig
+
+    if schema:
+        typer.echo(json.dumps(XTFConfig.json_schema(), indent=2))
+        return
+    if recipe is None:
+        raise XTFUserError("name a recipe (xtf check RECIPE), or ask for the block's schema (xtf check --schema).")
+    loaded = load_recipe(recipe)
+    config = XTFConfig.parse(loaded.block)
+    if config is None:
+        raise XTFUserError(f"{recipe} {run.off(loaded)}, so it trains without XTF. The shortest block: `xtf: true`.")
+    _check_hook(loaded)
+    console = Console()
+    console.print(Text(f"{recipe}: ok", style="bold"), soft_wrap=True)
+    for name, value in _facts(loaded, config).items():
+        console.print(Text(f"{name:<12}{value}"), soft_wrap=True)  # no frame: paths stay whole, to be copied
+
+
+@app.command()
+def score(
+    recipe: RecipeArgument,
+    extra: ExtraArgument = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Also write the score table here.")] = None,
+) -> None:
+    """Run the host's own pipeline up to the first optimizer step: score, write table and report, end."""
+    path, code = run.score_recipe(load_recipe(recipe), extra or [], output)
+    if code == 0:
+        Console().print(Text(f"scores: {path}"), soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@app.command()
+def show(
+    target: TargetArgument,
+    extra: ExtraArgument = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many documents.")] = 5,
+    row: Annotated[int | None, typer.Option("--row", min=0, help="All documents of one dataset row.")] = None,
+) -> None:
+    """Print documents with what is kept, what is dropped and why; scores first if there is no current table."""
+    from . import view
+
+    path = _table_path(target, extra or [])
+    view.render_documents(_read_documents(path, n, row), n, row, Console())
+
+
+@app.command()
+def report(target: TargetArgument, extra: ExtraArgument = None) -> None:
+    """Print kept and dropped shares, overall and per attribute; scores first if there is no current table."""
+    import pyarrow as pa
+
+    from . import view
+
+    file = _open_table(_table_path(target, extra or []))
+    batches = file.iter_batches(columns=["row", "document", "position", "kept", "reason"])
+    Console().print(view.summary_table(view.summarize(pa.Table.from_batches([batch]) for batch in batches)))
+
+
+@cache_app.command("list")
+def cache_list(cache_dir: CacheOption = None) -> None:
+    """Show what the score cache holds, one line per reference and choice of layers."""
+    from .cache import list_cache
+
+    root = _cache_root(cache_dir)
+    entries = list_cache(root)
+    console = Console()
+    if not entries:
+        console.print(Text(f"{root}: no cached scores."), soft_wrap=True)
+        return
+    table = Table(title=str(root), title_justify="left")
+    table.add_column("reference", no_wrap=True)  # whole, since `prune --reference` asks for it
+    table.add_column("model", overflow="fold")
+    table.add_column("layers", overflow="fold")
+    for heading in ("documents", "tokens", "MiB", "written"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in entries:
+        size, when = entry.bytes / 2**20, datetime.fromtimestamp(entry.modified).strftime("%Y-%m-%d")
+        model = Text(str(entry.description.get("name", "unknown")))
+        counts = (f"{entry.documents:,}", f"{entry.tokens:,}", f"{size:,.1f}")
+        table.add_row(entry.reference[:12], model, Text(entry.layers or "-"), *counts, when)
+    console.print(table)
+
+
+@cache_app.command("prune")
+def cache_prune(
+    older_than_days: Annotated[float | None, typer.Option(help="Only scores older than this many days.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Only this reference: its fingerprint, or how it begins.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All cached scores.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; delete nothing.")] = False,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Delete cached scores; they are computed again when a run needs them."""
+    from .cache import prune_cache
+
+    result = prune_cache(
+        _cache_root(cache_dir),
+        older_than_days=older_than_days,
+        reference=reference,
+        everything=everything,
+        dry_run=dry_run,
+    )
+    verb = "would remove" if result.dry_run else "removed"
+    Console().print(Text(f"{verb} {len(result.removed)} files, {result.bytes / 2**20:,.1f} MiB"), soft_wrap=True)
+    for path, why in result.refused:
+        Console(stderr=True).print(Text(f"xtf: left {path}: {why}"), soft_wrap=True)
+    raise typer.Exit(1 if result.refused else 0)
+
+
+def _cache_root(chosen: Path | None) -> Path:
+    from .config import XTFConfig
+
+    return chosen or XTFConfig.model_validate({}).resolved_cache_dir()
+
+
+def _check_hook(recipe: Recipe) -> None:
+    """Raise XTFUserError unless a run of this recipe would see its block."""
+    if not _compat.hook_installed():
+        raise XTFUserError(
+            f"the boot hook of xtf-plugin is not registered in {sys.prefix} (entry point group torch.backends), so "
+            "`trl sft` would not see the block. Run: pip install xtf-plugin"
+        )
+    _compat.check_switches(os.environ)
+    _compat.check_switches(recipe.env, f"the `env:` block of {recipe.path}")
+    _compat.check_trl(_compat.installed_version("trl"))
+
+
+def _facts(recipe: Recipe, config: XTFConfig) -> dict[str, str]:
+    versions = [f"{name} {_compat.installed_version(name) or 'not installed'}" for name in _DISTRIBUTIONS]
+    reference = config.reference
+    return {
+        "host": f"{recipe.host} (trl sft)",
+        "hook": "installed and on",
+        "versions": ", ".join([f"xtf-plugin {__version__}", *versions]),
+        "preset": config.preset,
+        "attributes": ", ".join(config.attributes),
+        "reference": "the model being trained, adapters off"
+        if reference.model is None
+        else f"{reference.model} ({reference.quantization})",
+        "cache": str(config.resolved_cache_dir()),
+        "scores": str(recipe.scores_path()),
+    }
+
+
+def _table_path(target: Path, extra: Sequence[str]) -> Path:
+    """Return a target's score table; score a recipe first if its table is missing or older, or `extra` is given."""
+    if target.suffix == ".parquet":
+        return target
+    recipe = load_recipe(target)
+    path = recipe.scores_path(extra)
+    if not extra and path.exists() and path.stat().st_mtime_ns >= target.stat().st_mtime_ns:
+        return path
+    path, code = run.score_recipe(recipe, extra, None)
+    if code:
+        raise typer.Exit(code)
+    return path
+
+
+def _open_table(path: Path) -> Any:
+    """Open a score table. Raises XTFUserError if the file is missing, is no Parquet file, or is another table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from .table import SCHEMA
+
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise XTFUserError(f"cannot read the score table {path}: {error}") from error
+    missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+    if missing:
+        raise XTFUserError(f"{path} is no score table of XTF: it has no column {', '.join(missing)}.")
+    return file
+
+
+def _read_documents(path: Path, n: int, row: int | None) -> Any:
+    """Read as much of a score table as its first `n` documents, or the dataset row `row`, need."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from . import view
+
+    file = _open_table(path)
+    pieces: list[Any] = []
+    begun = 0
+    for batch in file.iter_batches(columns=list(view.COLUMNS)):
+        piece = pa.Table.from_batches([batch])
+        if row is not None:
+            piece = piece.filter(pc.equal(piece["row"], row))
+        pieces.append(piece)
+        begun += view.summarize([piece]).documents - 1  # its first document may have begun in the piece before
+        if row is None and begun > n:
+            break
+    return pa.concat_tables(pieces) if pieces else file.schema_arrow.empty_table()
+
+
+if __name__ == "__main__":
+    main()

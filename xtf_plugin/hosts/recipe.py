@@ -1,0 +1,93 @@
+"""Reads a recipe and tells whose it is, for the command line; a training run never comes through here.
+
+Hosts parse their own recipes. This reader only answers what must be known before a host is started: which command runs
+the recipe, what its `xtf:` block and `env:` say, and where its output goes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import XTFUserError
+from ._compat import TRL_DEFAULT_OUTPUT_DIR
+
+_HOST_KEYS = {"model_name_or_path": "trl", "base_model": "axolotl"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A host's YAML file as read: nothing validated beyond its being a mapping with a known host."""
+
+    path: Path
+    host: Literal["trl"]
+    data: dict[str, Any]
+    block: Any  # the raw `xtf:` value; None when absent
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The recipe's `env:` block as the host will export it. Raises XTFUserError if it is not a mapping."""
+        env = self.data.get("env") or {}
+        if not isinstance(env, dict):
+            raise XTFUserError(f"{self.path}: `env:` must be a mapping of names to values, not {type(env).__name__}.")
+        return {str(key): str(value) for key, value in env.items()}
+
+    def output_dir(self, extra: Sequence[str] = ()) -> Path:
+        """Where the run writes: `--output_dir` of the extra host arguments, else the recipe's, else TRL's default."""
+        chosen = self.data.get("output_dir") or TRL_DEFAULT_OUTPUT_DIR
+        for index, argument in enumerate(extra):
+            name, _, value = argument.partition("=")
+            if name in ("--output_dir", "--output-dir"):
+                chosen = value or (extra[index + 1] if index + 1 < len(extra) else chosen)
+        return Path(os.path.expanduser(str(chosen)))
+
+    def scores_path(self, extra: Sequence[str] = ()) -> Path:
+        """Where a run of this recipe leaves its score table: `<output_dir>/xtf`, or the folder that `report:` names."""
+        report = self.block.get("report") if isinstance(self.block, dict) else None
+        folder = Path(report) if isinstance(report, str) else self.output_dir(extra) / "xtf"
+        return folder / "scores.parquet"
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a YAML recipe.
+
+    Raises XTFUserError for a missing or unreadable file, bad YAML, anything but a mapping, and a host that is unknown,
+    ambiguous, or not supported by this version.
+    """
+    path = Path(path)
+    data = _read_mapping(path)
+    hosts = [host for key, host in _HOST_KEYS.items() if data.get(key) is not None]
+    if len(hosts) == 2:
+        raise XTFUserError(
+            f"{path}: both `model_name_or_path` (TRL) and `base_model` (Axolotl) are set; remove the one that is not "
+            "your trainer's."
+        )
+    if not hosts:
+        raise XTFUserError(
+            f"{path}: cannot tell whose recipe this is. A TRL recipe names its model in `model_name_or_path`; found "
+            f"the keys: {', '.join(map(str, data)) or 'none'}."
+        )
+    if hosts[0] == "axolotl":
+        raise XTFUserError(
+            f"{path}: Axolotl recipes are not supported by this version; use a TRL recipe (`model_name_or_path: ...`)."
+        )
+    return Recipe(path=path, host="trl", data=data, block=data.get("xtf"))
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise XTFUserError(f"cannot read the recipe {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise XTFUserError(f"{path} is not a text file (not UTF-8 at byte {error.start}).") from error
+    except yaml.YAMLError as error:
+        raise XTFUserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise XTFUserError(f"{path} must hold a YAML mapping (`key: value` lines), not {type(data).__name__}.")
+    return data

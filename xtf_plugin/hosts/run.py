@@ -1,0 +1,47 @@
+"""Runs a recipe through its host's own stock command, as a user would: no part of its pipeline is rebuilt here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import XTFError, XTFUserError
+from .recipe import Recipe
+
+_OURS = ("XTF_DRY_RUN", "XTF_SCORES_OUTPUT")
+
+
+def score_recipe(recipe: Recipe, extra: Sequence[str], output: Path | None) -> tuple[Path, int]:
+    """Run `trl sft` as a dry run; return where the table is and the exit code, 0, 2 or 1.
+
+    Raises XTFError if the run ended well but left no new table, XTFUserError if the recipe could not end as a dry run.
+    """
+    if recipe.block in (None, False) and not any(argument.split("=")[0] == "--xtf" for argument in extra):
+        raise XTFUserError(f"{recipe.path} {off(recipe)}: nothing to score. The shortest block: `xtf: true`.")
+    taken = [name for name in _OURS if name in recipe.env]
+    if taken:
+        raise XTFUserError(f"the `env:` block of {recipe.path} sets {', '.join(taken)}, which `xtf score` sets itself.")
+    table = (output or recipe.scores_path(extra)).absolute()
+    before = table.stat().st_mtime_ns if table.exists() else None
+    environment = {**os.environ, "XTF_DRY_RUN": "1", "XTF_SCORES_OUTPUT": str(table)}
+    command = [*trl_command(), "sft", "--config", str(recipe.path), *extra]
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code == 0 and (not table.exists() or table.stat().st_mtime_ns == before):
+        raise XTFError(f"the run ended without writing {table}: its `xtf:` block was not applied. Try: xtf check")
+    return table, code if code in (0, 2) else 1
+
+
+def trl_command() -> list[str]:
+    """The stock `trl` script of this interpreter; without one, the same call (its folder is not on `sys.path` then)."""
+    script = shutil.which("trl", path=sysconfig.get_path("scripts"))
+    return [script] if script else [sys.executable, "-c", "import sys; from trl.cli import main; sys.exit(main())"]
+
+
+def off(recipe: Recipe) -> str:
+    """Say why a recipe trains without XTF, for a message that begins with the recipe's name."""
+    return "has no `xtf:` block" if recipe.block is None else "turns XTF off (`xtf: false`)"

@@ -1,0 +1,194 @@
+"""What makes stock TRL understand `xtf:`: three patched methods of its parser, one of its trainer.
+
+`TrlParser.__init__` gains the argument `--xtf` next to an SFTConfig (so YAML, command line and `--help` work, and every
+other unknown key still fails); `TrlParser.set_defaults_with_config` refuses the key elsewhere;
+`TrlParser.parse_args_into_dataclasses` validates the block and leaves it on the SFTConfig as plain data. Only when that
+found a block is `SFTTrainer.__init__` wrapped, to attach XTF to the finished trainer. Without a block, or with
+`xtf: false`, stock code sees stock values.
+
+The module knows these classes only as arguments: it imports neither trl nor torch, and the patches can be taken back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..errors import XTFError, XTFUserError
+from . import _compat
+from .autoload import when_imported
+
+if TYPE_CHECKING:
+    from ..config import XTFConfig
+
+TRAINER_MODULE = "trl.trainer.sft_trainer"
+
+_HELP = (
+    "Token-level noise filtering (xtf-plugin): 'true' for the defaults, or the `xtf:` block as JSON or YAML text. "
+    "`xtf check --schema` prints what a block may hold."
+)
+_MISSING: Any = object()
+_undo: list[Callable[[], None]] = []
+_block_parsed = False
+
+
+class _BlockAction(argparse.Action):
+    """Stores `--xtf`; a class of its own so that our argument is told from a user's of the same name."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+
+
+def patch_parser(module: ModuleType) -> None:
+    """Teach `module.TrlParser` the `xtf:` block. Raises AttributeError if TRL moved one of the methods."""
+    _wrap(module.TrlParser, "__init__", _init_with_argument)
+    _wrap(module.TrlParser, "set_defaults_with_config", _refusing_elsewhere)
+    _wrap(module.TrlParser, "parse_args_into_dataclasses", _parse_with_block)
+
+
+def patch_trainer(module: ModuleType) -> None:
+    """Make every `module.SFTTrainer` built from now on carry XTF, or raise."""
+    if not hasattr(module, "SFTTrainer"):
+        raise XTFError(f"xtf: {module.__name__} defines no SFTTrainer, so the `xtf:` block cannot be applied.")
+    _wrap(module.SFTTrainer, "__init__", _init_with_attach)
+
+
+def unpatch() -> None:
+    """Take every patch back and forget that a block was parsed; for tests."""
+    global _block_parsed
+    _block_parsed = False
+    while _undo:
+        _undo.pop()()
+
+
+def _wrap(owner: Any, name: str, build: Callable[[Any], Any]) -> None:
+    """Replace `owner.name` by `build(original)` once, and remember how to put it back (inherited: delete again)."""
+    original = getattr(owner, name)
+    if getattr(original, "_xtf_patch", False):
+        return
+    replacement: Any = functools.update_wrapper(build(original), original)
+    replacement._xtf_patch = True
+    own = name in vars(owner)
+    _undo.append(functools.partial(setattr, owner, name, original) if own else functools.partial(delattr, owner, name))
+    setattr(owner, name, replacement)
+
+
+def _init_with_argument(original: Any) -> Any:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if any(_is_sft_config(kind) for kind in self.dataclass_types) and "--xtf" not in self._option_string_actions:
+            self.add_argument("--xtf", action=_BlockAction, nargs="?", const=True, metavar="BLOCK", help=_HELP)
+
+    return init
+
+
+def _refusing_elsewhere(original: Any) -> Any:
+    """Stock `trl dpo` refuses the key already; its script, launched by hand, would ignore it and train unfiltered."""
+
+    def set_defaults_with_config(self: Any, **config: Any) -> list[str]:
+        remaining: list[str] = original(self, **config)
+        if "--xtf" in remaining[::2] and config["xtf"] not in (None, False):
+            _stop(self, "unrecognized arguments: --xtf: an `xtf:` block works in SFT only; remove it from this recipe.")
+        return remaining
+
+    return set_defaults_with_config
+
+
+def _parse_with_block(original: Any) -> Any:
+    def parse_args_into_dataclasses(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        outputs: tuple[Any, ...] = original(self, *args, **kwargs)
+        if not _owns_argument(self):
+            return outputs
+        # Arguments that belong to no dataclass come back in one extra Namespace: ours must not be the reason for it.
+        extra = next((output for output in outputs if isinstance(output, argparse.Namespace)), None)
+        if extra is None or not hasattr(extra, "xtf"):  # another subcommand than the one with our argument
+            return outputs
+        try:
+            config = _validated(extra.xtf)
+        except XTFUserError as error:
+            _stop(self, str(error))
+        targets = [output for output in outputs if _is_sft_config(type(output))]
+        for target in targets:
+            _record(target, config)
+        if not targets:  # make_parser(subparsers): stock code gets every value in the Namespace, so ours too
+            _record(extra, config)
+            return outputs
+        del extra.xtf
+        return outputs if vars(extra) else tuple(output for output in outputs if output is not extra)
+
+    return parse_args_into_dataclasses
+
+
+def _validated(value: Any) -> XTFConfig | None:
+    """Return the block's config, None when it is absent or off; check first that it can be applied at all."""
+    if value is None or value is False:
+        return None
+    from ..config import XTFConfig
+
+    config = XTFConfig.parse(value)
+    if config is not None:
+        _compat.check_switches(os.environ, "the environment or the recipe's `env:` block")
+        _compat.check_trl(_compat.installed_version("trl"))
+    return config
+
+
+def _record(target: Any, config: XTFConfig | None) -> None:
+    """Leave the block on `target` as plain data, so that training_args.bin loads without us; arm the trainer."""
+    global _block_parsed
+    if config is not None:
+        target.xtf = config.to_dict()
+        _block_parsed = True
+        when_imported(TRAINER_MODULE, patch_trainer)
+    elif _block_parsed:
+        target.xtf = False  # a second parse in one process: this one asks for plain SFT, and says so to the trainer
+    elif isinstance(target, argparse.Namespace):
+        del target.xtf
+
+
+def _init_with_attach(original: Any) -> Any:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = kwargs["args"] if "args" in kwargs else (args[1] if len(args) > 1 else None)
+        block = getattr(given, "xtf", _MISSING)
+        if block is False:
+            original(self, *args, **kwargs)
+            return
+        if block is _MISSING or block is None:
+            raise XTFUserError(
+                "xtf: this process parsed an `xtf:` block, but the args of this SFTTrainer do not carry it "
+                f"(args.xtf is missing on {type(given).__name__}). Pass on the parsed SFTConfig, copy its `xtf` "
+                "attribute to yours, or set `args.xtf = False` to train this one without XTF."
+            )
+        from ..callback import attach
+        from ..config import XTFConfig
+
+        config = XTFConfig.parse(block)
+        original(self, *args, **kwargs)
+        if config is not None:
+            attach(self, config)
+
+    return init
+
+
+def _is_sft_config(kind: type) -> bool:
+    """Return whether a class is TRL's SFTConfig or derives from it; by name, since trl must not be imported here."""
+    return any(base.__name__ == "SFTConfig" and base.__module__.startswith("trl.") for base in kind.__mro__)
+
+
+def _owns_argument(parser: argparse.ArgumentParser) -> bool:
+    """Return whether `--xtf` of this parser, or of one of its subparsers, is ours."""
+    for action in parser._actions:
+        if isinstance(action, _BlockAction):
+            return True
+        if isinstance(action, argparse._SubParsersAction) and any(map(_owns_argument, action.choices.values())):
+            return True
+    return False
+
+
+def _stop(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """End the process as `parser.error` does, without the two hundred lines of usage that would bury the message."""
+    parser.exit(2, f"{parser.prog}: error: {message}\n")
+    raise SystemExit(2)  # a parser whose exit() returns must not let the run go on

@@ -1,0 +1,210 @@
+"""The score table for human eyes: documents with their dropped tokens marked, and the summary of shares.
+
+Pure functions of the exported table (one row per completion token, in dataset order). What was dropped must be legible
+without colour, in a pipe or a log, so every mark is text first: `[-text|KN-]` was dropped by knowledge novelty,
+`{+text|KN protected+}` was kept although a rule fired. Token text is data from strangers: nothing in it may act on the
+terminal or pass for markup, so control, bidirectional and invisible characters are shown as escapes.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .errors import XTFUserError
+from .table import iter_documents
+
+COLUMNS = ("row", "document", "position", "token", "kept", "reason")
+ATTRIBUTES = {"reasoning_importance": "RI", "knowledge_novelty": "KN", "task_relevance": "TR"}
+DECISIONS = {
+    "protected": "kept by protection",
+    "floor": "kept by min_kept",
+    "forced": "dropped by force_drop",
+    "control": "decided by the control",
+}
+LEGEND = (
+    "[-dropped|why-]  {+kept although a rule fired|why+}  RI reasoning importance, KN knowledge novelty, "
+    "TR task relevance  · space  ↵ line break  ⇥ tab"
+)
+
+_COLOURS = {"RI": "magenta", "KN": "cyan", "TR": "yellow", "forced": "red", "control": "blue"}
+_WHITESPACE = {" ": "·", "\n": "↵\n", "\t": "⇥"}
+
+
+class Token(NamedTuple):
+    """One completion token as shown: its text, what became of it, and the table's `reason`."""
+
+    text: str
+    kept: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document's completion tokens, in order; a packed dataset row holds several documents."""
+
+    row: int
+    key: str
+    tokens: list[Token]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over a score table: `fired`, `dropped`, `alone` per attribute, `decided` per decision."""
+
+    documents: int
+    tokens: int
+    kept: int
+    fired: dict[str, int]  # the attribute's rule fired
+    dropped: dict[str, int]  # ... and the token was dropped
+    alone: dict[str, int]  # ... and no other attribute's rule fired
+    decided: dict[str, int]
+
+
+def visible(text: str) -> str:
+    """Return `text` with whitespace shown and everything that is not a printable character escaped."""
+    return "".join(_WHITESPACE.get(char) or (char if _printable(char) else _escape(char)) for char in text)
+
+
+def documents(table: pa.Table) -> Iterator[Document]:
+    """Cut a score table into documents; see `table.iter_documents`."""
+    for row, key, part in iter_documents(table):
+        columns = (part[name].to_pylist() for name in ("token", "kept", "reason"))
+        tokens = [Token(text or "", kept, reason or "") for text, kept, reason in zip(*columns, strict=True)]
+        yield Document(row, key, tokens)
+
+
+def render_documents(table: pa.Table, n: int, row: int | None, console: Console) -> int:
+    """Print the first `n` documents, or all documents of dataset row `row`; return how many.
+
+    Raises XTFUserError if `row` has no completion token in the table.
+    """
+    shown = 0
+    for document in documents(table):
+        if row is not None and document.row != row:
+            continue
+        if row is None and shown == n:
+            break
+        if shown == 0:
+            console.print(Text(LEGEND, style="dim"), soft_wrap=True)
+        console.print()
+        console.print(_heading(document), soft_wrap=True)
+        console.print(render_tokens(document.tokens), soft_wrap=True)
+        shown += 1
+    if row is not None and not shown:
+        raise XTFUserError(f"row {row} has no completion token in the score table; rows count from 0.")
+    return shown
+
+
+def render_tokens(tokens: Iterable[Token]) -> Text:
+    """Return the tokens as one text; neighbours that met the same fate share one mark."""
+    text = Text()
+    for (kept, reason), run in groupby(tokens, key=lambda token: (token.kept, token.reason)):
+        body = visible("".join(token.text for token in run))
+        why = [ATTRIBUTES.get(name, name) for name in reason.split(",") if name]
+        if kept and not why:
+            text.append(body)
+            continue
+        colours = [_COLOURS[name] for name in why if name in _COLOURS]
+        colour = colours[0] if len(colours) == 1 else "red"
+        left, right, style = ("{+", "+}", f"{colour} underline") if kept else ("[-", "-]", f"{colour} strike")
+        text.append(left, style="dim").append(body, style=style).append(f"|{' '.join(why)}{right}", style="dim")
+    return text
+
+
+def summarize(tables: Iterable[pa.Table]) -> Summary:
+    """Count over consecutive pieces of one score table, so that a large file need not fit in memory."""
+    verdicts: Counter[tuple[bool, str]] = Counter()
+    starts, last = 0, None
+    for table in tables:
+        counted = table.select(["kept", "reason"]).group_by(["kept", "reason"]).aggregate([([], "count_all")])
+        for verdict in counted.to_pylist():
+            verdicts[verdict["kept"], verdict["reason"] or ""] += verdict["count_all"]
+        places = table.select(["row", "document", "position"])
+        starts += _count_starts(places if last is None else pa.concat_tables([last, places]))
+        starts -= 0 if last is None else 1  # the token carried over was counted with its own piece
+        last = places.slice(max(places.num_rows - 1, 0)) if places.num_rows else last
+    return _summary(verdicts, starts)
+
+
+def summary_table(source: pa.Table | Summary) -> Table:
+    """Return kept and dropped shares, overall and per attribute, as a printable table."""
+    summary = source if isinstance(source, Summary) else summarize([source])
+    table = Table(title=f"{summary.documents:,} documents, {summary.tokens:,} completion tokens", title_justify="left")
+    table.add_column("")
+    for heading in ("tokens", "share", "dropped", "alone"):
+        table.add_column(heading, justify="right")
+
+    def share(count: int) -> str:
+        return f"{100 * count / summary.tokens:.2f} %" if summary.tokens else "-"
+
+    dropped = summary.tokens - summary.kept
+    table.add_row("kept", f"{summary.kept:,}", share(summary.kept), "", "")
+    table.add_row("dropped", f"{dropped:,}", share(dropped), "", "", end_section=True)
+    for name in ATTRIBUTES:
+        fired = summary.fired[name]
+        table.add_row(name, f"{fired:,}", share(fired), f"{summary.dropped[name]:,}", f"{summary.alone[name]:,}")
+    for name, count in summary.decided.items():
+        if count:
+            table.add_row(DECISIONS[name], f"{count:,}", share(count), "", "")
+    table.caption = "attributes: rule fired; of these, dropped; of these, by it alone"
+    table.caption_justify = "left"
+    return table
+
+
+def _summary(verdicts: Counter[tuple[bool, str]], starts: int) -> Summary:
+    fired, dropped, alone, decided = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    for (kept, reason), count in verdicts.items():
+        names = set(reason.split(","))
+        rules = names & ATTRIBUTES.keys()
+        for name in rules:
+            fired[name] += count
+            dropped[name] += 0 if kept else count
+            alone[name] += count if not kept and len(rules) == 1 else 0
+        for name in names & DECISIONS.keys():
+            decided[name] += count
+    return Summary(
+        documents=starts,
+        tokens=verdicts.total(),
+        kept=sum(count for (kept, _), count in verdicts.items() if kept),
+        fired={name: fired[name] for name in ATTRIBUTES},
+        dropped={name: dropped[name] for name in ATTRIBUTES},
+        alone={name: alone[name] for name in ATTRIBUTES},
+        decided={name: decided[name] for name in DECISIONS},
+    )
+
+
+def _count_starts(places: pa.Table) -> int:
+    """Return how many documents `iter_documents` would yield, without cutting them: the first token begins one."""
+    if not places.num_rows:
+        return 0
+    rows, positions = (places[name].to_numpy() for name in ("row", "position"))
+    keys = places["document"].cast(pa.string())
+    other_key = pc.not_equal(keys.slice(1), keys.slice(0, len(keys) - 1)).to_numpy()
+    return 1 + int(np.count_nonzero((np.diff(rows) != 0) | other_key | (np.diff(positions) <= 0)))
+
+
+def _heading(document: Document) -> Text:
+    kept, total = sum(token.kept for token in document.tokens), len(document.tokens)
+    return Text(f"row {document.row} · document {document.key[:12]} · kept {kept} of {total}", style="bold")
+
+
+def _printable(char: str) -> bool:
+    # Categories C* hold control, bidirectional and zero-width characters; Zl, Zp and odd spaces would move text unseen.
+    return unicodedata.category(char)[0] != "C" and unicodedata.category(char) not in ("Zl", "Zp", "Zs")
+
+
+def _escape(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
