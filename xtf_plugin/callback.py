@@ -218,5 +218,6 @@ def attach(trainer: Any, config: XTFConfig | Mapping[str, Any] | bool | str | No
     """
     parsed = XTFConfig.parse(config)
     if parsed is not None:
-        trainer.add_callback(XTFCallback(trainer, parsed))
+        callback = XTFCallback(trainer, parsed)  # refuses what is no trainer before anything is called on it
+        trainer.add_callback(callback)
     return trainer

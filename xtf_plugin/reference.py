@@ -129,6 +129,11 @@ class Reference:
             with _own_attention(self):
                 logits = type(self.model).forward(self.model, input_ids=input_ids[None], use_cache=False).logits
         theirs = logits[0, :-1].float().log_softmax(-1).gather(-1, input_ids[1:, None])[:, 0]
+        if not bool(theirs.isfinite().any()):
+            raise XTFError(
+                f"the reference {self.name} gives NaN or infinite log-probabilities: its weights or its precision are broken. "
+                "Try `reference.dtype: float32`, or another reference."
+            )
         gap = float((ours - theirs).abs().mean())
         if not gap <= tolerance:
             raise XTFError(

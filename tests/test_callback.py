@@ -1,0 +1,236 @@
+"""XTF inside a real SFTTrainer: the same masks whatever the batches look like, and no way to train unmasked by accident."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from trl import SFTConfig, SFTTrainer
+
+from tests import tiny
+from xtf_plugin import XTFDryRun, XTFError, XTFUserError, attach
+
+BLOCK = {"reasoning_importance": {"drop": {"quantile": 0.2}}, "knowledge_novelty": {"drop": {"quantile": 0.1}}}
+
+
+def trainer(tmp_path, rows=None, model=None, peft_config=None, eval_rows=None, **options):
+    settings = {"max_steps": 2, "per_device_train_batch_size": 4, "max_length": 256, "bf16": False, **options}
+    args = SFTConfig(
+        output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True, logging_steps=1, disable_tqdm=True, **settings
+    )
+    return SFTTrainer(
+        model or tiny.model(),
+        args=args,
+        train_dataset=Dataset.from_list(rows or tiny.problems(24)),
+        eval_dataset=eval_rows and Dataset.from_list(eval_rows),
+        processing_class=tiny.tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def run(tmp_path, block=BLOCK, **options):
+    made = attach(trainer(tmp_path, **options), {"cache_dir": str(tmp_path / "cache"), **block})
+    seen = []
+    step = made.training_step
+
+    def spy(model, inputs, *args, **kwargs):
+        seen.append({k: v.clone() for k, v in inputs.items() if k in ("input_ids", "labels")})
+        return step(model, inputs, *args, **kwargs)
+
+    made.training_step = spy
+    made.train()
+    return made, seen
+
+
+def masks(made):
+    """Kept token positions of every document, by content."""
+    plan = made._xtf_hooks.on_batch.__self__.plan
+    result = {}
+    for index, key in enumerate(plan.documents.keys):
+        where = slice(plan.scores.offsets[index], plan.scores.offsets[index + 1])
+        result[key.tobytes()] = plan.selection.keep[where].tolist()
+    return result
+
+
+def test_labels_that_reach_the_model_are_the_planned_ones(tmp_path):
+    made, seen = run(tmp_path)
+    facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())["totals"]
+    assert 0 < facts["dropped_tokens"] < facts["completion_tokens"]
+    table = pq.read_table(tmp_path / "out/xtf/scores.parquet").to_pydict()
+    assert len(table["kept"]) == facts["completion_tokens"] and sum(table["kept"]) == facts["kept_tokens"]
+    kept = {}
+    for row, position, token, flag in zip(*(table[c] for c in ("row", "position", "token_id", "kept")), strict=True):
+        kept.setdefault(row, {})[position] = token if flag else -100
+    by_ids = {tuple(r["input_ids"]): kept[i] for i, r in enumerate(made.train_dataset)}
+    for batch in seen:
+        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            expected = next(v for k, v in by_ids.items() if list(k) == ids[: len(k)])
+            assert labels == [expected.get(i, -100) for i in range(len(labels))]
+
+
+def test_packing_workers_and_accumulation_give_the_same_masks(tmp_path):
+    plain, _ = run(tmp_path)
+    expected = masks(plain)
+    variants = [
+        {"packing": True, "packing_strategy": "bfd", "max_length": 200},
+        {"packing": True, "packing_strategy": "bfd_split", "max_length": 200},
+        {"padding_free": True, "max_length": None},
+        {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3},
+    ]
+    for options in variants:
+        made, seen = run(tmp_path / "other", {**BLOCK, "cache_dir": str(tmp_path / "cache")}, **options)
+        assert masks(made) == expected, options
+        assert any((batch["labels"] != -100).any() for batch in seen)
+        facts = json.loads((tmp_path / "other/out/xtf/summary.json").read_text())["scoring"]
+        assert facts["scored_documents"] == 0 and facts["stored_documents"] == 24, options
+
+
+def test_wrapped_packing_scores_rows_as_they_are_trained_on(tmp_path):
+    made, _ = run(tmp_path, packing=True, packing_strategy="wrapped", max_length=64)
+    assert len(masks(made)) == len(made.train_dataset)
+
+
+def test_multi_turn_assistant_only(tmp_path):
+    made, seen = run(tmp_path, rows=tiny.conversations(12), assistant_only_loss=True, max_length=400)
+    end = tiny.tokenizer().convert_tokens_to_ids("<|im_end|>")
+    labels = torch.cat([batch["labels"].flatten() for batch in seen])
+    ids = torch.cat([batch["input_ids"].flatten() for batch in seen])
+    assert (labels == end).sum() > 0, "end-of-turn tokens are protected"
+    assert not (labels[labels != -100] != ids[labels != -100]).any()
+
+
+def test_eval_is_never_masked(tmp_path):
+    made, _ = run(tmp_path, eval_rows=tiny.problems(8, seed=5), eval_strategy="steps", eval_steps=1)
+    batch = next(iter(made.get_eval_dataloader()))
+    row = made.eval_dataset[0]
+    assert batch["labels"][0][: len(row["labels"])].tolist() == row["labels"]
+
+
+def test_dropped_labels_do_not_change_any_gradient(tmp_path):
+    """Whatever value a dropped token's label had before, the gradients are the same; a kept token's label changes them."""
+    made, seen = run(tmp_path, rows=tiny.problems(4), per_device_train_batch_size=4, max_steps=1)
+    model, batch = tiny.model(), seen[0]
+    plan = masks(made)
+    assert not all(all(flags) for flags in plan.values())
+
+    def gradient(labels):
+        model.zero_grad()
+        model(input_ids=batch["input_ids"], labels=labels).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    masked = gradient(batch["labels"])
+    swapped = torch.where(batch["labels"] == -100, -100, (batch["labels"] + 1) % 400)
+    assert torch.equal(masked, gradient(batch["labels"].clone()))
+    assert not torch.equal(masked, gradient(swapped))
+    own = torch.stack([torch.tensor(r["labels"] + [-100] * (batch["labels"].shape[1] - len(r["labels"])))
+                       for r in [_row_of(made, ids) for ids in batch["input_ids"].tolist()]])
+    assert not torch.equal(masked, gradient(own)), "without the mask the gradient is another one"
+
+
+def _row_of(made, ids):
+    return next(r for r in made.train_dataset if r["input_ids"] == ids[: len(r["input_ids"])])
+
+
+def test_metrics_reach_the_log(tmp_path):
+    made, seen = run(tmp_path)
+    entry = made.state.log_history[0]
+    kept = json.loads((tmp_path / "out/xtf/summary.json").read_text())["totals"]["kept_fraction"]
+    assert entry["xtf/kept_fraction"] == pytest.approx(kept)
+    assert entry["xtf/kept_tokens_per_batch"] == int((seen[0]["labels"][:, 1:] != -100).sum())
+    assert entry["xtf/dropped_by/reasoning_importance"] > 0
+
+
+def test_resume_gives_the_same_masks(tmp_path):
+    first, _ = run(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    made = attach(
+        trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2), {"cache_dir": str(tmp_path / "cache"), **BLOCK}
+    )
+    made.train(resume_from_checkpoint=True)
+    assert made.state.global_step == 2
+    assert masks(made) == masks(first)
+
+
+def test_resumed_full_fine_tuning_without_its_scores_is_refused(tmp_path):
+    run(tmp_path, save_strategy="steps", save_steps=1, max_steps=1, learning_rate=0.1)
+    made = attach(
+        trainer(tmp_path, save_strategy="steps", save_steps=1), {"cache_dir": str(tmp_path / "elsewhere"), **BLOCK}
+    )
+    with pytest.raises(XTFError, match="no longer those of the base model"):
+        made.train(resume_from_checkpoint=True)
+
+
+def test_dry_run_ends_before_the_first_step(tmp_path):
+    made = attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache"), "dry_run": True})
+    with pytest.raises(XTFDryRun) as ended:
+        made.train()
+    assert ended.value.code == 0 and made.state.global_step == 0
+    assert (tmp_path / "out/xtf/summary.json").is_file()
+
+
+def test_absent_or_false_attaches_nothing(tmp_path):
+    made = trainer(tmp_path)
+    assert attach(made, None) is made and attach(made, False) is made
+    assert not hasattr(made, "_xtf_hooks")
+
+
+class TestRefusals:
+    def test_attaching_twice(self, tmp_path):
+        made = attach(trainer(tmp_path), True)
+        with pytest.raises(XTFError, match="attached to this trainer already"):
+            attach(made, True)
+
+    def test_streaming(self, tmp_path):
+        made = trainer(tmp_path)
+        made.train_dataset = IterableDataset.from_generator(lambda: iter([{"input_ids": [1], "labels": [1]}]))
+        with pytest.raises(XTFUserError, match="streamed"):
+            attach(made, True)
+
+    def test_not_a_trainer(self):
+        with pytest.raises(XTFUserError, match="needs a transformers Trainer"):
+            attach(object(), True)
+
+    def test_rows_without_labels(self, tmp_path):
+        made = attach(trainer(tmp_path), True)
+        made.train_dataset = made.train_dataset.remove_columns("labels")
+        with pytest.raises(XTFUserError, match="no column.*labels"):
+            made.train()
+
+    def test_dataset_changed_behind_our_back(self, tmp_path):
+        made = attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache")})
+        loader = made.get_train_dataloader
+        changed = made.train_dataset.map(lambda row: {"input_ids": [7, *row["input_ids"][1:]]})
+
+        def other_rows():
+            original, made.train_dataset = made.train_dataset, changed
+            try:
+                return loader()
+            finally:
+                made.train_dataset = original
+
+        made.get_train_dataloader = other_rows
+        with pytest.raises(XTFError, match="was not scored"):
+            made.train()
+
+    def test_collator_replaced_after_attaching(self, tmp_path):
+        """The dataloader is built past us: the first batch carries the dataset's own labels, and the run stops."""
+        made = attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache"), **BLOCK})
+        del made.get_train_dataloader
+        with pytest.raises(XTFError, match="does not carry the planned labels"):
+            made.train()
+
+    def test_callback_removed(self, tmp_path):
+        made = attach(trainer(tmp_path), True)
+        made.pop_callback(made._xtf_hooks.on_batch.__self__)
+        with pytest.raises(XTFError, match="no masks|nothing was scored"):
+            made.train()
+
+    def test_nan_weights(self, tmp_path):
+        model = tiny.model()
+        with torch.no_grad():
+            model.lm_head.weight.fill_(float("nan"))
+        made = attach(trainer(tmp_path, model=model), {"cache_dir": str(tmp_path / "cache")})
+        with pytest.raises(XTFError, match="NaN or infinite log-prob"):
+            made.train()

@@ -1,0 +1,283 @@
+"""The `xtf:` block: what each way of writing it comes to, presets, round trips, the schema and docs/config.md."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import types
+from collections import OrderedDict, UserDict
+from pathlib import Path
+
+import numpy
+import pytest
+import yaml
+
+from xtf_plugin import config_docs
+from xtf_plugin.config import ATTRIBUTES, PRESETS, AtLeast, KnowledgeNoveltyConfig, ProtectConfig, XTFConfig
+from xtf_plugin.config_rules import Block
+
+FULL = """
+preset: default
+reference: {model: null, revision: null, quantization: nf4, dtype: auto, trust_remote_code: false}
+reasoning_importance:
+  layers: all
+  drop: {fence: 1.0}
+  scale: linear
+  scope: document
+  window: 1
+  max_fraction: null
+knowledge_novelty: {drop: {known_above: 0.95}, window: 1, max_fraction: null}
+task_relevance:
+  domain: dataset
+  embedding: input
+  drop: {cluster: 2, of: 5}
+  window: 1
+  max_fraction: null
+combine: union
+protect: {special_tokens: true, patterns: []}
+force_drop: []
+min_kept: 1
+control: null
+seed: 0
+cache_dir: null
+batch_tokens: auto
+report: true
+dry_run: false
+"""
+
+BLOCKS = [
+    {},
+    {"preset": "paper"},
+    {"preset": "official", "task_relevance": False},
+    {"reference": {"model": "some/model", "quantization": "none", "dtype": "bfloat16", "revision": "v1"}},
+    {
+        "reasoning_importance": {
+            "layers": [0, -1],
+            "drop": {"fence": 0},
+            "scale": "log",
+            "scope": "dataset",
+            "window": 9,
+        }
+    },
+    {"reasoning_importance": {"drop": {"below": 0.1}, "max_fraction": 1}},
+    {"knowledge_novelty": {"drop": {"unknown_below": 0.05, "known_above": 0.95}}},
+    {"knowledge_novelty": {"drop": {"quantile": 0.2}}},
+    {"task_relevance": {"domain": ["derivative", "matrix"], "drop": {"cluster": 1, "of": 2}, "embedding": "output"}},
+    {"task_relevance": {"drop": {"cluster": 5}}},
+    {"task_relevance": {"drop": {"quantile": 0.5}}},
+    {"combine": {"at_least": 2}},
+    {"combine": "majority", "control": "random", "seed": 7},
+    {"reasoning_importance": False, "knowledge_novelty": False, "task_relevance": False, "force_drop": [r"\bum+\b"]},
+    {"protect": {"special_tokens": False, "patterns": [r"\d+"]}, "min_kept": 0},
+    {"cache_dir": "some/where", "batch_tokens": 512, "report": "out", "dry_run": True},
+    {"report": False},
+]
+
+
+def test_the_full_block_of_the_documentation_is_the_default_but_for_its_rule():
+    block = yaml.safe_load(FULL)
+    assert XTFConfig.parse(block).to_dict() == block
+    block["reasoning_importance"]["drop"] = {"quantile": 0.05}
+    assert XTFConfig.parse(block) == XTFConfig()
+    assert XTFConfig().to_dict() == block
+
+
+@pytest.mark.parametrize("value", [True, {}, "true", "{}", " True\n", "preset: default", '{"preset": "default"}'])
+def test_ways_to_ask_for_the_defaults(value):
+    assert XTFConfig.parse(value) == XTFConfig()
+
+
+@pytest.mark.parametrize("value", [None, False, "false", "null", "off", " ~ "])
+def test_ways_to_ask_for_nothing(value):
+    assert XTFConfig.parse(value) is None
+
+
+def test_a_config_is_its_own_parse():
+    config = XTFConfig(min_kept=3)
+    assert XTFConfig.parse(config) is config
+
+
+def test_text_is_json_first_and_yaml_else():
+    expected = XTFConfig(min_kept=4, report="x", knowledge_novelty={"drop": {"quantile": 0.001}})
+    block = {"min_kept": 4, "report": "x", "knowledge_novelty": {"drop": {"quantile": 0.001}}}
+    assert XTFConfig.parse(json.dumps(block)) == expected
+    assert XTFConfig.parse("{min_kept: 4, report: x, knowledge_novelty: {drop: {quantile: 1e-3}}}") == expected
+    assert XTFConfig.parse("min_kept: 4\nreport: x\nknowledge_novelty:\n  drop:\n    quantile: 1.0e-3\n") == expected
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_round_trips(block):
+    before = copy.deepcopy(block)
+    config = XTFConfig.parse(block)
+    assert block == before
+    plain = config.to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    for again in (plain, json.dumps(plain), yaml.safe_dump(plain)):
+        assert XTFConfig.parse(again) == config
+    assert XTFConfig(**block) == config
+    assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
+    for key, value in block.items():
+        if not isinstance(value, dict):
+            assert plain[key] == value
+        elif isinstance(plain[key], dict):
+            assert {name: plain[key][name] for name in value if name != "drop"} == {
+                name: value[name] for name in value if name != "drop"
+            }
+            assert value.get("drop", {}).items() <= plain[key].get("drop", {}).items()
+
+
+def test_mappings_that_are_not_dicts():
+    class Default(dict):
+        def __missing__(self, key):
+            return None
+
+    drop = types.MappingProxyType({"known_above": 0.9})
+    expected = XTFConfig(preset="paper", knowledge_novelty={"drop": {"known_above": 0.9}})
+    for kind in (Default, OrderedDict, UserDict):
+        block = kind({"preset": "paper", "knowledge_novelty": kind({"drop": drop})})
+        assert XTFConfig.parse(block) == expected
+        assert XTFConfig(**block) == expected
+
+
+def test_the_paper_preset_is_the_papers_equations():
+    paper = XTFConfig(preset="paper")
+    importance, novelty, relevance = (getattr(paper, name) for name in ATTRIBUTES)
+    assert importance.drop.fence == 1.0 and importance.layers == "last"
+    assert (importance.scale, importance.scope) == ("linear", "document")
+    assert novelty.drop.known_above == 0.95
+    assert (relevance.drop.cluster, relevance.drop.of, relevance.embedding) == (2, 5, "input")
+    assert all(part.window == 1 and part.max_fraction is None for part in (importance, novelty, relevance))
+    assert paper.combine == "union" and not paper.protect.special_tokens and paper.min_kept == 0
+
+
+def test_the_official_preset_has_the_scripts_thresholds():
+    official = XTFConfig(preset="official")
+    importance, novelty, relevance = (getattr(official, name) for name in ATTRIBUTES)
+    assert importance.drop.fence == 1.5 and importance.layers == "first"
+    assert novelty.drop.known_above == 0.95 and relevance.embedding == "output"
+    assert all(part.max_fraction == 0.05 for part in (importance, novelty, relevance))
+    assert not official.protect.special_tokens and official.min_kept == 0
+
+
+def test_a_block_wins_over_its_preset_key_by_key():
+    config = XTFConfig(
+        preset="official",
+        reasoning_importance={"drop": {"quantile": 0.1}},
+        knowledge_novelty=True,
+        task_relevance=False,
+        protect={"patterns": ["x"]},
+        min_kept=5,
+    )
+    assert str(config.reasoning_importance.drop) == "{quantile: 0.1}"
+    assert config.reasoning_importance.layers == "first" and config.reasoning_importance.max_fraction == 0.05
+    assert config.knowledge_novelty == XTFConfig(preset="official").knowledge_novelty
+    assert config.task_relevance is False and config.attributes == ATTRIBUTES[:2]
+    assert config.protect.patterns == ["x"] and not config.protect.special_tokens
+    assert config.min_kept == 5
+    assert XTFConfig(preset="official") == XTFConfig.parse({"preset": "official"})
+
+
+def test_models_are_taken_whole():
+    config = XTFConfig(preset="official", knowledge_novelty=KnowledgeNoveltyConfig(), protect=ProtectConfig())
+    assert config.knowledge_novelty.max_fraction is None and config.protect.special_tokens
+    assert XTFConfig(combine=AtLeast(at_least=3)).combine.at_least == 3
+
+
+def test_presets_and_defaults_stay_what_they_are():
+    before = copy.deepcopy(PRESETS)
+    XTFConfig(preset="official", reasoning_importance={"layers": [1]}, protect={"special_tokens": True})
+    assert before == PRESETS
+    config = XTFConfig()
+    config.force_drop.append("x")
+    config.protect.patterns.append("x")
+    assert XTFConfig().force_drop == [] and XTFConfig().protect.patterns == []
+    with pytest.raises(ValueError, match="frozen"):
+        config.min_kept = 3
+
+
+def test_numbers_of_other_libraries_and_paths(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("# maths\n\nmatrix\n", encoding="utf-8")
+    config = XTFConfig(
+        min_kept=numpy.int64(2),
+        knowledge_novelty={"drop": {"known_above": numpy.float32(0.5)}},
+        task_relevance={"domain": words},
+        report=tmp_path,
+        cache_dir=tmp_path,
+    )
+    assert type(config.min_kept) is int and config.knowledge_novelty.drop.known_above == 0.5
+    assert config.task_relevance.domain == str(words) and config.report == config.cache_dir == str(tmp_path)
+    json.dumps(config.to_dict())
+
+
+def test_where_scores_are_kept(monkeypatch, tmp_path):
+    platform = types.SimpleNamespace(user_cache_dir=lambda name: f"/platform/{name}")
+    monkeypatch.setitem(sys.modules, "platformdirs", platform)
+    monkeypatch.delenv("XTF_CACHE", raising=False)
+    assert XTFConfig().resolved_cache_dir() == Path("/platform/xtf-plugin")
+    monkeypatch.setenv("XTF_CACHE", "")
+    assert XTFConfig().resolved_cache_dir() == Path("/platform/xtf-plugin")
+    monkeypatch.setenv("XTF_CACHE", str(tmp_path))
+    assert XTFConfig().resolved_cache_dir() == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert XTFConfig(cache_dir="~/scores").resolved_cache_dir() == tmp_path / "scores"
+    assert XTFConfig(cache_dir="other").resolved_cache_dir() == Path("other")
+
+
+def test_schema_says_what_parse_accepts():
+    schema = json.loads(json.dumps(XTFConfig.json_schema()))
+    assert set(schema["type"]) == {"object", "boolean", "null"}
+    assert set(schema["properties"]) == set(XTFConfig().to_dict())
+    for name in ATTRIBUTES:
+        assert {"type": "boolean"} in schema["properties"][name]["oneOf"]
+    sections = {"": schema, **schema["$defs"]}
+    for title, section in sections.items():
+        assert section["additionalProperties"] is False
+        for key, field in section["properties"].items():
+            assert field.get("description") or "$ref" in field, f"{title}.{key} has no description"
+    novelty = schema["$defs"]["NoveltyDrop"]
+    assert novelty["properties"]["known_above"].items() >= {"type": "number", "minimum": 0, "maximum": 1}.items()
+    assert [set(rule["required"]) for rule in novelty["anyOf"]][-1] == {"known_above", "unknown_below"}
+
+
+def models(base):
+    return {base}.union(*(models(child) for child in base.__subclasses__()))
+
+
+def test_every_field_is_described():
+    described = {part: part.model_fields for part in models(Block)}
+    assert XTFConfig in described and AtLeast in described
+    for part, fields in described.items():
+        for name, field in fields.items():
+            assert field.description and field.description.endswith("."), f"{part.__name__}.{name}"
+
+
+def test_config_page_is_current(monkeypatch, tmp_path):
+    assert config_docs.main(["--check"]) is None, "run: python -m xtf_plugin.config_docs"
+    monkeypatch.setattr(config_docs, "PAGE", tmp_path / "config.md")
+    assert "python -m xtf_plugin.config_docs" in config_docs.main(["--check"])
+    assert config_docs.main([]) is None and config_docs.main(["--check"]) is None
+    (tmp_path / "config.md").write_text("old")
+    assert "stale" in config_docs.main(["--check"])
+    assert "usage" in config_docs.main(["--help"])
+
+
+def test_config_page_holds_every_key_and_the_presets():
+    page = config_docs.render_markdown()
+    sections = page.split("\n## ")
+    for key, value in XTFConfig().to_dict().items():
+        assert f"\n| `{key}` |" in sections[1]
+        for inner in value if isinstance(value, dict) else ():
+            assert any(f"\n| `{inner}` |" in section for section in sections if section.startswith(f"`{key}`"))
+    presets = sections[-1]
+    assert "| `reasoning_importance.drop` | `{quantile: 0.05}` | `{fence: 1.0}` | `{fence: 1.5}` |" in presets
+    assert "seed" not in presets
+
+
+def test_reading_a_block_imports_no_torch():
+    code = "import sys; from xtf_plugin.config import XTFConfig; XTFConfig.parse(True); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

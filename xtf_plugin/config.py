@@ -1,0 +1,298 @@
+"""The `xtf:` block: the only source of its keys, defaults, presets, documentation and JSON schema.
+
+The same block stands in a TRL recipe, in `--xtf '{...}'` and in `XTFConfig(...)`. The defaults of the fields are the
+`default` preset; docs/config.md, the schema and the legal values in error messages are all derived from these models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, StrictBool, ValidationError, model_validator
+
+from .config_rules import (
+    AtLeast,
+    Block,
+    ByText,
+    Count,
+    Domain,
+    Layers,
+    NoveltyDrop,
+    PathText,
+    Patterns,
+    Positive,
+    Problems,
+    ProtectConfig,
+    ReasoningDrop,
+    ReferenceConfig,
+    RelevanceDrop,
+    Share,
+    Switched,
+    Whole,
+    Window,
+)
+from .errors import XTFUserError
+
+__all__ = [
+    "ATTRIBUTES",
+    "AtLeast",
+    "KnowledgeNoveltyConfig",
+    "NoveltyDrop",
+    "PRESETS",
+    "ProtectConfig",
+    "ReasoningDrop",
+    "ReasoningImportanceConfig",
+    "ReferenceConfig",
+    "RelevanceDrop",
+    "TaskRelevanceConfig",
+    "XTFConfig",
+]
+
+ATTRIBUTES = ("reasoning_importance", "knowledge_novelty", "task_relevance")
+
+# What a preset changes from the defaults of the fields. Key by key, a block wins over its preset.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "reasoning_importance": {"layers": "last", "drop": {"fence": 1.0}},
+        "protect": {"special_tokens": False},
+        "min_kept": 0,
+    },
+    "official": {
+        "reasoning_importance": {"layers": "first", "drop": {"fence": 1.5}, "max_fraction": 0.05},
+        "knowledge_novelty": {"drop": {"known_above": 0.95}, "max_fraction": 0.05},
+        "task_relevance": {"embedding": "output", "drop": {"cluster": 2, "of": 5}, "max_fraction": 0.05},
+        "protect": {"special_tokens": False},
+        "min_kept": 0,
+    },
+}
+
+_WINDOW = "Odd; {what} averaged over this many neighbouring completion tokens before the rule applies."
+_MAX_FRACTION = "Never drop more than this share of a document's completion through this attribute; null: no cap."
+
+
+class ReasoningImportanceConfig(Block):
+    """Reasoning importance: the attention that a token receives from later tokens, Eq. (2)."""
+
+    layers: Layers = Field(
+        default="all",
+        description="Layers whose attention is averaged. Numbers count from 0; negative ones, from the last.",
+    )
+    drop: ReasoningDrop = Field(default=ReasoningDrop(quantile=0.05), description="Which tokens go: exactly one rule.")
+    scale: Literal["linear", "log"] = Field(default="linear", description="What a fence's quartiles are taken over.")
+    scope: Literal["document", "dataset"] = Field(
+        default="document",
+        description="Whose quantiles a fence or a quantile uses: each document's own, or the dataset's.",
+    )
+    window: Window = Field(default=1, description=_WINDOW.format(what="scores are"))
+    max_fraction: Share | None = Field(default=None, description=_MAX_FRACTION)
+
+    @model_validator(mode="after")
+    def _every_key_acts(self) -> ReasoningImportanceConfig:
+        idle: list[tuple[str, Any, str]] = []
+        if self.scale == "log" and self.drop.fence is None:
+            idle.append(("scale", self.scale, f"has no effect on drop: {self.drop}; remove it, or use {{fence: k}}"))
+        if self.scope == "dataset" and self.drop.below is not None:
+            why = f"has no effect on drop: {self.drop}; remove it, or use {{fence: k}} or {{quantile: q}}"
+            idle.append(("scope", self.scope, why))
+        if idle:
+            raise Problems(*idle)
+        return self
+
+
+class KnowledgeNoveltyConfig(Block):
+    """Knowledge novelty: one minus the probability that the reference gives the token, Eq. (3)."""
+
+    drop: NoveltyDrop = Field(default=NoveltyDrop(known_above=0.95), description="Which tokens go: exactly one rule.")
+    window: Window = Field(default=1, description=_WINDOW.format(what="log-probabilities are"))
+    max_fraction: Share | None = Field(default=None, description=_MAX_FRACTION)
+
+
+class TaskRelevanceConfig(Block):
+    """Task relevance: how close a token's embedding is to the domain's, Eq. (4)."""
+
+    domain: Domain = Field(
+        default="dataset",
+        description="What the domain is: the dataset's own tokens, expert words, or a file with a word a line.",
+    )
+    embedding: Literal["input", "output"] = Field(
+        default="input",
+        description="Vectors compared: the embedding layer's, or the last hidden state of the token alone.",
+    )
+    drop: RelevanceDrop = Field(default=RelevanceDrop(cluster=2), description="Which tokens go: exactly one rule.")
+    window: Window = Field(default=1, description=_WINDOW.format(what="scores are"))
+    max_fraction: Share | None = Field(default=None, description=_MAX_FRACTION)
+
+
+class XTFConfig(Block):
+    """The whole block; `XTFConfig()` is what `xtf: true` means.
+
+    Built from keywords as from YAML: presets are merged in, the nested parts may be mappings or booleans, and wrong
+    values raise `XTFUserError` with every problem on a line. (Pydantic's own entrances, such as `model_validate`, raise
+    its `ValidationError` around the same text.)
+    """
+
+    preset: Literal["default", "paper", "official"] = Field(
+        default="default", description="Settings to start from; every other key of the block wins over its preset."
+    )
+    reference: ReferenceConfig = Field(default=ReferenceConfig(), description="Whose scores decide.")
+    reasoning_importance: Switched[ReasoningImportanceConfig] = Field(
+        default=ReasoningImportanceConfig(),
+        description="The attention a token receives from later tokens, Eqs. (2) and (5).",
+    )
+    knowledge_novelty: Switched[KnowledgeNoveltyConfig] = Field(
+        default=KnowledgeNoveltyConfig(), description="How unsure the reference is of the token, Eqs. (3) and (6)."
+    )
+    task_relevance: Switched[TaskRelevanceConfig] = Field(
+        default=TaskRelevanceConfig(), description="How close the token is to the domain, Eqs. (4) and (7)."
+    )
+    combine: ByText[Literal["union", "intersection", "majority"], AtLeast] = Field(
+        default="union",
+        description="How many attributes must say so for a token to go: any, as in Eq. (1), all, most, or k.",
+    )
+    protect: ProtectConfig = Field(default=ProtectConfig(), description="What no rule may drop.")
+    force_drop: Patterns = Field(
+        default=[],
+        description="Regexes over the decoded completion; tokens of a match are always dropped. Protection wins.",
+    )
+    min_kept: Count = Field(
+        default=1,
+        description="Tokens per document that survive whatever the rules say: the most novel ones. With 0, a batch "
+        "left without any label still keeps one, counted and reported.",
+    )
+    control: Literal["random"] | None = Field(
+        default=None,
+        description="random: drop as many tokens per document as the rules would, but at random; a control run.",
+    )
+    seed: Whole = Field(default=0, description="Seed of `control: random`; nothing else is random.")
+    cache_dir: PathText | None = Field(
+        default=None, description="Where scores are kept; null: $XTF_CACHE, else the platform's user cache folder."
+    )
+    batch_tokens: ByText[Literal["auto"], Positive] = Field(
+        default="auto", description="Padded tokens per scoring batch; auto: by device, halved when memory runs out."
+    )
+    report: ByText[PathText, StrictBool] = Field(
+        default=True,
+        description="true: write report and summary to `output_dir`/xtf; a path: to that folder; false: neither.",
+    )
+    dry_run: StrictBool = Field(
+        default=False, description="Score, report, then end the run before the first optimizer step."
+    )
+
+    def __init__(self, /, **block: Any) -> None:
+        """Validate the keys of a block; see the class."""
+        try:
+            super().__init__(**_with_preset(_plain(block)))
+        except ValidationError as error:
+            from .config_docs import explain
+
+            raise XTFUserError(explain(error)) from None
+
+    @classmethod
+    def parse(cls, value: XTFConfig | Mapping[str, Any] | str | bool | None) -> XTFConfig | None:
+        """Read what stands under `xtf:`, or after `--xtf`; the input is left as it is.
+
+        Equals `XTFConfig(**value)` for a mapping. True is the defaults; None and False are None: no filtering. Text is
+        read as JSON, else as YAML, of one of these. An XTFConfig is returned as it is.
+
+        Raises:
+            XTFUserError: anything else, or a block with wrong keys or values; the message has a line for each of them.
+        """
+        if isinstance(value, str):
+            value = _read(value)
+        if isinstance(value, XTFConfig):
+            return value
+        if value is None or value is False:
+            return None
+        if value is not True and not isinstance(value, Mapping):
+            from .config_docs import shown
+
+            hint = f" For the preset write {{preset: {value}}}." if isinstance(value, str) and value in PRESETS else ""
+            raise XTFUserError(
+                f"xtf: {shown(value)} is not a block.{hint} Legal: a mapping of settings, true (the defaults) or false "
+                "(off). See docs/config.md."
+            )
+        return cls() if value is True else cls(**{str(key): item for key, item in value.items()})
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """The attributes that are on, in the order of `ATTRIBUTES`."""
+        return tuple(name for name in ATTRIBUTES if getattr(self, name) is not False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain JSON values; `XTFConfig.parse` turns it back into an equal config."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON schema (2020-12) of what may stand under `xtf:`, the booleans included."""
+        from .config_docs import complete
+
+        return complete(cls.model_json_schema())
+
+    def resolved_cache_dir(self) -> Path:
+        """Where scores are kept: `cache_dir`, else $XTF_CACHE, else the platform's user cache folder. Not created."""
+        chosen = self.cache_dir or os.environ.get("XTF_CACHE")
+        if chosen:
+            return Path(os.path.expanduser(chosen))
+        from platformdirs import user_cache_dir
+
+        return Path(user_cache_dir("xtf-plugin"))
+
+    @model_validator(mode="after")
+    def _something_can_go(self) -> XTFConfig:
+        active = len(self.attributes)
+        problems: list[tuple[str, Any, str]] = []
+        if not active and not self.force_drop:
+            why = "is empty and every attribute is off, so nothing could be dropped; switch one on, or write xtf: false"
+            problems.append(("force_drop", self.force_drop, why))
+            if self.control is not None:
+                problems.append(("control", self.control, "has no drop rate to match; switch an attribute on"))
+        if isinstance(self.combine, AtLeast) and self.combine.at_least > active:
+            why = f"is more than the {active} attributes that are on; lower it, or switch an attribute on"
+            problems.append(("combine.at_least", self.combine.at_least, why))
+        if problems:
+            raise Problems(*problems)
+        return self
+
+
+def _with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The block over its preset: mappings key by key, `drop` as a whole; `true` keeps an attribute's preset."""
+    name = block.get("preset", "default")
+    preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
+    merged = {**preset, **block}
+    for key in ("reference", "protect", *ATTRIBUTES):
+        given, base = merged.get(key), preset.get(key, {})
+        if given is True and key in ATTRIBUTES:
+            merged[key] = base
+        elif isinstance(given, Mapping):
+            merged[key] = {**base, **given}
+    return merged
+
+
+def _plain(value: Any, depth: int = 3) -> Any:
+    """Mappings of any kind as dicts with text keys, as deep as a block goes (YAML aliases can make one endless)."""
+    if not isinstance(value, Mapping) or depth == 0:
+        return value
+    return {str(key): _plain(item, depth - 1) for key, item in value.items()}
+
+
+def _read(text: str) -> Any:
+    """JSON or YAML text as a value; empty text is refused, because it would switch the filter off unnoticed."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            value = yaml.safe_load(text)
+        # besides YAMLError, PyYAML's constructors raise these on scalars that do not fit their tag
+        except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            told = " ".join(str(error).split())
+            raise XTFUserError(f"xtf: {text[:80]!r} is neither JSON nor YAML: {told}. See docs/config.md.") from None
+    if value is None and text.strip() not in ("null", "~"):
+        raise XTFUserError(f"xtf: {text[:80]!r} is empty. Write true for the defaults, false for off, or a mapping.")
+    return value

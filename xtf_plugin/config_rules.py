@@ -1,0 +1,289 @@
+"""What the `xtf:` block is made of: numbers, paths, regexes, drop rules, and the parts that are not an attribute.
+
+Apart from `config.py` so that both stay readable. Every check says in its `ValueError` what is wrong with the value, as
+the rest of a sentence that begins with it; the legal values are added from the JSON schema, see `config_docs.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictStr,
+    Tag,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
+
+# Branches of a union, chosen by the value's type before validation: pydantic then reports one error, not one a branch.
+TAGS = TEXT, OTHER, OFF, ON = "<text>", "<other>", "<off>", "<on>"
+_EXPONENT = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+")
+
+
+class Problems(ValueError):
+    """Values that are legal one by one but not together."""
+
+    def __init__(self, *problems: tuple[str, Any, str]) -> None:
+        """Each problem is (key below the model, value, why); the rest of a sentence that begins with the value."""
+        super().__init__("; ".join(f"{key} {why}" for key, _, why in problems))
+        self.problems = problems
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):  # YAML 1.1 reads 1e-3 as text
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError("is not a number" + (" but text; remove the quotes" if isinstance(value, str) else ""))
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError("is not a finite number")
+    return number
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError("is not a whole number")
+    return int(value)
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("is even, so the window has no middle")
+    return value
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise ValueError("is not a list" + ("; write [...] around it" if isinstance(value, str) else ""))
+    return list(value)
+
+
+def _path(value: Any) -> Any:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("holds a NUL character")
+    return value
+
+
+def _regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"is not a regular expression Python can compile ({error})") from error
+    return pattern
+
+
+def _distinct(values: list[int]) -> list[int]:
+    if len(set(values)) < len(values):
+        raise ValueError("names a layer twice")
+    return values
+
+
+def _words(words: list[str]) -> list[str]:
+    if not all(word.strip() for word in words):
+        raise ValueError("holds an empty word")
+    return words
+
+
+def _domain(value: str) -> str:
+    """Check now that a word file can be read, before a model is loaded for nothing."""
+    if value == "dataset":
+        return value
+    path = Path(os.path.expanduser(value))
+    try:
+        if not path.is_file():
+            raise ValueError(f"is not a file (a relative path starts at {Path.cwd()}); a single word is written [word]")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    if not any(line.strip() and not line.startswith("#") for line in lines):
+        raise ValueError("holds no word; put one word on each line")
+    return str(path)
+
+
+def _by_text(value: Any) -> str:
+    return TEXT if isinstance(value, str | os.PathLike) else OTHER
+
+
+def _by_switch(value: Any) -> str:
+    return OFF if value is False else ON
+
+
+T = TypeVar("T")
+N = TypeVar("N")
+ByText = Annotated[Annotated[T, Tag(TEXT)] | Annotated[N, Tag(OTHER)], Discriminator(_by_text)]
+Switched = Annotated[Annotated[T, Tag(ON)] | Annotated[Literal[False], Tag(OFF)], Discriminator(_by_switch)]
+
+Finite = Annotated[float, BeforeValidator(_number)]
+NonNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]
+Probability = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
+Quantile = Annotated[float, Field(gt=0, lt=1), BeforeValidator(_number)]
+Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Classes = Annotated[int, Field(ge=2, le=8), BeforeValidator(_whole)]
+Window = Annotated[
+    int, Field(ge=1, json_schema_extra={"not": {"multipleOf": 2}}), AfterValidator(_odd), BeforeValidator(_whole)
+]
+Name = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_path)]
+PathText = Annotated[StrictStr, Field(min_length=1, json_schema_extra={"format": "path"}), BeforeValidator(_path)]
+Pattern = Annotated[StrictStr, Field(min_length=1, json_schema_extra={"format": "regex"}), AfterValidator(_regex)]
+Patterns = Annotated[list[Pattern], BeforeValidator(_listed)]
+Layers = ByText[
+    Literal["first", "middle", "last", "all"],
+    Annotated[
+        list[Whole],
+        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+        AfterValidator(_distinct),
+        BeforeValidator(_listed),
+    ],
+]
+_DOMAIN_SCHEMA = {"anyOf": [{"const": "dataset"}, {"type": "string", "minLength": 1, "format": "file-path"}]}
+Domain = ByText[
+    Annotated[
+        StrictStr, Field(min_length=1), AfterValidator(_domain), BeforeValidator(_path), WithJsonSchema(_DOMAIN_SCHEMA)
+    ],
+    Annotated[list[StrictStr], Field(min_length=1), AfterValidator(_words), BeforeValidator(_listed)],
+]
+
+
+class Block(BaseModel):
+    """Base of every part of the block: unknown keys are refused, values cannot be reassigned."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _only_rules(schema: dict[str, Any], model: type[Drop]) -> None:
+    """Say in JSON schema what `Drop` checks: one of the legal sets of keys, and no null."""
+    for field in schema["properties"].values():
+        field.update(next((option for option in field.pop("anyOf", []) if option["type"] != "null"), {}))
+        if field.get("default", ...) is None:
+            del field["default"]
+    schema["anyOf"] = [{"required": list(keys), "propertyNames": {"enum": list(keys)}} for keys in model.rules]
+
+
+class Drop(Block):
+    """Which tokens of an attribute go: a mapping that holds exactly one rule.
+
+    `rules` are the sets of keys that make a rule; a key whose value is null counts as absent.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_only_rules)
+    rules: ClassVar[Sequence[tuple[str, ...]]] = ()
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Drop:
+        given = [key for key in sorted(self.model_fields_set) if getattr(self, key) is not None]
+        if not any(given == sorted(rule) for rule in self.rules):
+            raise ValueError(f"holds {' and '.join(given) or 'no rule'}; write exactly one rule")
+        return self
+
+    @model_serializer(mode="plain")
+    def _the_rule(self) -> dict[str, Any]:
+        keys = max((rule for rule in self.rules if all(getattr(self, key) is not None for key in rule)), key=len)
+        return {key: getattr(self, key) for key in keys}
+
+    def __str__(self) -> str:
+        """The rule as in YAML flow style, "{fence: 1.0}"."""
+        return "{" + ", ".join(f"{key}: {value}" for key, value in self._the_rule().items()) + "}"
+
+
+class ReasoningDrop(Drop):
+    """Rule over attention received: Eq. (5) is {fence: 1.0}."""
+
+    rules = (("fence",), ("quantile",), ("below",))
+    fence: NonNegative | None = Field(default=None, description="Drop scores below Q1 - fence * (Q3 - Q1).")
+    quantile: Quantile | None = Field(default=None, description="Drop the lowest share of the scores.")
+    below: Finite | None = Field(default=None, description="Drop scores below this; 1.0 is uniform attention.")
+
+
+class NoveltyDrop(Drop):
+    """Rule over probability: Eq. (6) is {known_above: 0.95}; {unknown_below: p} is the opposite school."""
+
+    rules = (("known_above",), ("unknown_below",), ("quantile",), ("known_above", "unknown_below"))
+    known_above: Probability | None = Field(default=None, description="Drop tokens more probable than this.")
+    unknown_below: Probability | None = Field(default=None, description="Drop tokens less probable than this.")
+    quantile: Quantile | None = Field(default=None, description="Drop the dataset's least novel tokens, this share.")
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> NoveltyDrop:
+        if self.known_above is not None and self.unknown_below is not None and self.unknown_below >= self.known_above:
+            why = f"is not below known_above ({self.known_above}), so that every token would go; write a smaller one"
+            raise Problems(("unknown_below", self.unknown_below, why))
+        return self
+
+
+class RelevanceDrop(Drop):
+    """Rule over task relevance: Eq. (7) is {cluster: 2, of: k}."""
+
+    rules = (("cluster",), ("cluster", "of"), ("quantile",), ("below",))
+    cluster: Positive | None = Field(default=None, description="Drop this Multi-Otsu class; 1 is the least relevant.")
+    of: Classes = Field(default=5, description="Number of classes of the split; only beside `cluster`.")
+    quantile: Quantile | None = Field(default=None, description="Drop the dataset's least relevant tokens, this share.")
+    below: Finite | None = Field(default=None, description="Drop tokens whose relevance, 0 to 1, is below this.")
+
+    @model_validator(mode="after")
+    def _class_exists(self) -> RelevanceDrop:
+        if self.cluster is not None and self.cluster > self.of:
+            raise Problems(("cluster", self.cluster, f"is more than the {self.of} classes that `of` asks for"))
+        return self
+
+
+class ReferenceConfig(Block):
+    """The model whose scores decide."""
+
+    model: Name | None = Field(
+        default=None, description="null: the model being trained, adapters off. Else a path or hub id, same vocabulary."
+    )
+    revision: Name | None = Field(default=None, description="Revision of a separate hub model; null: main.")
+    quantization: Literal["nf4", "fp4", "int8", "none"] = Field(
+        default="nf4", description="How to load a separate model."
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="Type of a separate model; auto: its own."
+    )
+    trust_remote_code: StrictBool = Field(default=False, description="Run code that comes with a separate model.")
+
+    @model_validator(mode="after")
+    def _separate_model_only(self) -> ReferenceConfig:
+        fields = type(self).model_fields.items()
+        changed = [name for name, field in fields if getattr(self, name) != field.default]
+        if self.model is None and changed:
+            why = "has no effect while reference.model is null (the model being trained, as it is loaded): "
+            raise Problems(*[(name, getattr(self, name), why + "remove it, or name a model") for name in changed])
+        return self
+
+
+class ProtectConfig(Block):
+    """Tokens that no rule may drop."""
+
+    special_tokens: StrictBool = Field(default=True, description="Keep EOS, end-of-turn and all other special tokens.")
+    patterns: Patterns = Field(
+        default=[], description="Regexes over the decoded completion; keep what overlaps a match."
+    )
+
+
+class AtLeast(Block):
+    """Drop a token when at least this many attributes say so."""
+
+    at_least: Positive = Field(description="Number of attributes whose rules must fire.")
