@@ -1,4 +1,5 @@
-"""An independent float32 computation of the scores, written from the definitions on transformers' own eager attention maps.
+"""An independent float32 computation of the scores, written from the definitions on transformers' own eager attention
+maps.
 
 It shares no code with the package: one document at a time, `output_attentions=True`, full logits.
 """

@@ -1,7 +1,7 @@
 """The definitions against hand-made cases, and the fast twins against the definitions.
 
-Parity rule: |fast - truth| <= |naive in the same low precision - truth| + tolerance, truth in float32, on ragged shapes,
-with a planted token that every head attends to, so that a shuffled or shifted score fails.
+Parity rule: |fast - truth| <= |naive in the same low precision - truth| + tolerance, truth in float32, on ragged
+shapes, with a planted token that every head attends to, so that a shuffled or shifted score fails.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 
 from xtf_plugin import attributes, kernels
 
-SHAPES = [(1, 4, 4, 64, 16), (3, 4, 2, 150, 16), (2, 6, 1, 129, 24), (2, 2, 2, 7, 8)]  # B, H, K, T, D: aligned and ragged
+# B, H, K, T, D: aligned and ragged
+SHAPES = [(1, 4, 4, 64, 16), (3, 4, 2, 150, 16), (2, 6, 1, 129, 24), (2, 2, 2, 7, 8)]
 PLANTED = 5
 
 
@@ -40,7 +41,9 @@ class TestAttentionReceived:
         assert received[0, PLANTED] > 5 * received[0, PLANTED + 1]
 
     def test_row_average_of_a_softmax_is_constant(self):
-        """What averaging over the key axis yields: 1/T for every token, whatever the attention; hence the column mean."""
+        """What averaging over the key axis yields: 1/T for every token, whatever the attention; hence the column
+        mean.
+        """
         query, key, _, scaling = planted((1, 4, 2, 50, 16))
         A = attributes.attention_map(query, key, scaling=scaling)
         assert torch.allclose(A.mean(1).mean(-1), torch.full((1, 50), 1 / 50))
@@ -64,7 +67,7 @@ class TestAttentionReceived:
         truth = attributes.attention_received(query, key, lengths, scaling=scaling)
         low = [x.to(dtype) for x in (query, key)]
         fast = kernels.attention_received(*low, lengths, scaling=scaling)
-        scores = (low[0] @ low[1].repeat_interleave(shape[1] // shape[2], 1).transpose(-1, -2) * scaling)
+        scores = low[0] @ low[1].repeat_interleave(shape[1] // shape[2], 1).transpose(-1, -2) * scaling
         naive_map = scores.masked_fill(~attributes.visible(shape[3], None), float("-inf")).softmax(-1)
         naive = received_from_map(naive_map, lengths)
         fast_error, naive_error = ((x - truth).nan_to_num().abs() for x in (fast, naive))
@@ -134,7 +137,8 @@ class TestLogProbabilities:
         assert error <= (naive.float() - truth).abs().max() + 1e-5
 
     def test_no_targets(self):
-        assert kernels.log_probabilities(torch.zeros(0, 4), torch.nn.Linear(4, 9), torch.zeros(0, dtype=torch.long)).shape == (0,)
+        none = torch.zeros(0, dtype=torch.long)
+        assert kernels.log_probabilities(torch.zeros(0, 4), torch.nn.Linear(4, 9), none).shape == (0,)
 
 
 class TestTaskRelevance:

@@ -1,4 +1,6 @@
-"""XTF inside a real SFTTrainer: the same masks whatever the batches look like, and no way to train unmasked by accident."""
+"""XTF inside a real SFTTrainer: the same masks whatever the batches look like, and no way to train unmasked by
+accident.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,9 @@ def test_eval_is_never_masked(tmp_path):
 
 
 def test_dropped_labels_do_not_change_any_gradient(tmp_path):
-    """Whatever value a dropped token's label had before, the gradients are the same; a kept token's label changes them."""
+    """Whatever value a dropped token's label had before, the gradients are the same; a kept token's label changes
+    them.
+    """
     made, seen = run(tmp_path, rows=tiny.problems(4), per_device_train_batch_size=4, max_steps=1)
     model, batch = tiny.model(), seen[0]
     plan = masks(made)
@@ -125,8 +129,12 @@ def test_dropped_labels_do_not_change_any_gradient(tmp_path):
     swapped = torch.where(batch["labels"] == -100, -100, (batch["labels"] + 1) % 400)
     assert torch.equal(masked, gradient(batch["labels"].clone()))
     assert not torch.equal(masked, gradient(swapped))
-    own = torch.stack([torch.tensor(r["labels"] + [-100] * (batch["labels"].shape[1] - len(r["labels"])))
-                       for r in [_row_of(made, ids) for ids in batch["input_ids"].tolist()]])
+    own = torch.stack(
+        [
+            torch.tensor(r["labels"] + [-100] * (batch["labels"].shape[1] - len(r["labels"])))
+            for r in [_row_of(made, ids) for ids in batch["input_ids"].tolist()]
+        ]
+    )
     assert not torch.equal(masked, gradient(own)), "without the mask the gradient is another one"
 
 
@@ -146,7 +154,8 @@ def test_metrics_reach_the_log(tmp_path):
 def test_resume_gives_the_same_masks(tmp_path):
     first, _ = run(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
     made = attach(
-        trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2), {"cache_dir": str(tmp_path / "cache"), **BLOCK}
+        trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2),
+        {"cache_dir": str(tmp_path / "cache"), **BLOCK},
     )
     made.train(resume_from_checkpoint=True)
     assert made.state.global_step == 2

@@ -15,7 +15,8 @@ from xtf_plugin.errors import XTFError
 
 A = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
 B = {"input_ids": [9, 10, 11], "labels": [-100, 10, 11]}
-TEXT = {"input_ids": [20, 21, 22], "labels": [20, 21, 22]}  # language modelling: the first label is there but never predicted
+# language modelling: the first label is there but never predicted
+TEXT = {"input_ids": [20, 21, 22], "labels": [20, 21, 22]}
 
 
 def masks(rows, keep, best=None):
@@ -115,7 +116,8 @@ def test_lookup_of_many_documents():
     rows = [{"input_ids": list(ids), "labels": list(ids)} for ids in rng.integers(0, 50, (300, 12))]
     documents = collect(rows)
     keep = rng.random(12 * len(documents)) < 0.5
-    table = MaskTable.build(documents.keys, documents.completion_offsets, keep, np.zeros(len(documents), dtype=np.int64))
+    best = np.zeros(len(documents), dtype=np.int64)
+    table = MaskTable.build(documents.keys, documents.completion_offsets, keep, best)
     for index, key in enumerate(documents.keys):
         assert np.array_equal(table.keep(table.find(key.tobytes())), keep[index * 12 : index * 12 + 12])
     assert table.find(bytes(16)) == -1

@@ -1,4 +1,6 @@
-"""The stock commands, as a user types them: 4-bit QLoRA on a real bitsandbytes base, with an `xtf:` block in the recipe."""
+"""The stock commands, as a user types them: 4-bit QLoRA on a real bitsandbytes base, with an `xtf:` block in the
+recipe.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ def recipe(base: Path, out: Path, **changes) -> Path:
 
 
 def command(*words, cache: Path, **environment):
-    env = {**os.environ, "XTF_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
+    settings = {"XTF_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
+    env = {**os.environ, **settings}
     return subprocess.run([str(w) for w in words], env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -164,7 +167,8 @@ def test_separate_reference_is_freed_and_a_second_run_does_not_load_it(base, tmp
     reference = tmp_path / "reference"
     tiny.model(seed=3, num_hidden_layers=1).save_pretrained(reference)
     tiny.tokenizer().save_pretrained(reference)
-    block = {**DROPS, "reference": {"model": str(reference), "quantization": "nf4", "dtype": "float32"}, "dry_run": True}
+    separate = {"model": str(reference), "quantization": "nf4", "dtype": "float32"}
+    block = {**DROPS, "reference": separate, "dry_run": True}
     path = recipe(base, tmp_path / "out", xtf=block)
     launch = [sys.executable, "-m", "trl.scripts.sft", "--config", path]
     first = command(*launch, cache=tmp_path / "cache")
@@ -173,7 +177,8 @@ def test_separate_reference_is_freed_and_a_second_run_does_not_load_it(base, tmp
     weights = reference / "model.safetensors"
     data = weights.read_bytes()
     code = (
-        "import runpy, sys, transformers; cls = transformers.AutoModelForCausalLM; load = cls.from_pretrained.__func__\n"
+        "import runpy, sys, transformers; cls = transformers.AutoModelForCausalLM; load = "
+        "cls.from_pretrained.__func__\n"
         "def guarded(c, name, *a, **k):\n"
         f"    assert str(name) != {str(reference)!r}, 'the reference was loaded again'\n"
         "    return load(c, name, *a, **k)\n"
@@ -185,6 +190,16 @@ def test_separate_reference_is_freed_and_a_second_run_does_not_load_it(base, tmp
     assert second.returncode == 0, second.stderr[-3000:]
     assert json.loads((tmp_path / "out/xtf/summary.json").read_text())["scoring"]["scored_documents"] == 0
     assert weights.read_bytes() == data
+
+
+@pytest.mark.parametrize("words", [("trl", "sft", "--config"), ("xtf", "score")])
+def test_data_that_cannot_be_masked_ends_with_2_and_one_message(base, tmp_path, words):
+    """Found out only in the training process, behind `accelerate launch`; the code and the message come through."""
+    path = recipe(base, tmp_path / "out", xtf=True, dataset_streaming=True)
+    result = command(BIN / words[0], *words[1:], path, cache=tmp_path / "cache")
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert "streamed" in result.stderr and "dataset_streaming: false" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_wrong_key_ends_with_2_and_one_message(base, tmp_path):

@@ -80,6 +80,9 @@ def trainer_module(**names):
         def __init__(self, model, args=None, train_dataset=None):
             self.args = args
 
+        def train(self):
+            """Stock."""
+
     module = types.ModuleType("no.such.trainer")
     module.SFTTrainer = SFTTrainer
     return module
@@ -226,7 +229,9 @@ def test_trainer_imported_before_the_block_is_attached(recipe, trainer):
 
 def test_trainer_imported_after_the_block_is_attached(recipe, trainer, tmp_path, monkeypatch):
     _, attached = trainer
-    (tmp_path / "later_trainer.py").write_text("class SFTTrainer:\n    def __init__(self, model, args=None): pass")
+    (tmp_path / "later_trainer.py").write_text(
+        "class SFTTrainer:\n    def __init__(self, model, args=None): pass\n    def train(self): pass"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(hook, "TRAINER_MODULE", "later_trainer")
     _, args = parse(recipe(xtf=True))

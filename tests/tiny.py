@@ -55,7 +55,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=500,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator((row["prompt"] + row["completion"] for row in problems(300, seed=9)), trainer)
     fast = PreTrainedTokenizerFast(
@@ -91,7 +94,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def model(family: str = "llama", seed: int = 0, vocab_size: int | None = None, **changes: Any) -> Any:
-    """A randomly initialised model of a family; weights large enough that attention and probabilities are not uniform."""
+    """A randomly initialised model of a family; weights large enough that attention and probabilities are not
+    uniform.
+    """
     prefix, extra = FAMILIES[family]
     fast = tokenizer()
     ids = {"pad_token_id": fast.pad_token_id, "eos_token_id": fast.eos_token_id, "bos_token_id": None}

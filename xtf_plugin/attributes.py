@@ -62,8 +62,8 @@ def attention_received(
         r[k] = mean over q in k+1 .. length-1 of (q + 1) * A[q, k]
 
     Eq. (2) of the paper with two choices made explicit: what counts is the attention a token *receives* (averaging the
-    softmax rows over keys gives the constant 1/T), and the factor `q + 1` divides by what uniform attention would give, so
-    that 0.1 reads "a tenth of uniform" at any length and position. A token's attention to itself is left out.
+    softmax rows over keys gives the constant 1/T), and the factor `q + 1` divides by what uniform attention would give,
+    so that 0.1 reads "a tenth of uniform" at any length and position. A token's attention to itself is left out.
 
     Args:
         query, key, scaling, window, softcap: see `attention_map`.
@@ -111,7 +111,8 @@ def log_probabilities(
     logits = head(hidden).float() * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    logprobs: Tensor = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    return logprobs
 
 
 def task_relevance(vectors: Tensor, domain: Tensor) -> Tensor:
@@ -124,8 +125,8 @@ def task_relevance(vectors: Tensor, domain: Tensor) -> Tensor:
         domain: (D,) domain vector.
 
     Returns:
-        (N,) float32 in [0, 1]; NaN throughout where all distances are equal (nothing can be told apart), and for a token
-        whose vector is zero.
+        (N,) float32 in [0, 1]; NaN throughout where all distances are equal (nothing can be told apart), and for a
+        token whose vector is zero.
     """
     vectors, domain = vectors.float(), domain.float()
     norms = vectors.norm(dim=-1) * domain.norm()
@@ -134,4 +135,5 @@ def task_relevance(vectors: Tensor, domain: Tensor) -> Tensor:
     if defined.numel() == 0 or not bool(defined.max() > defined.min()):
         return torch.full_like(distance, float("nan"))
     low, high = defined.min(), defined.max()
-    return (1 - (distance - low) / (high - low)).float()
+    relevance: Tensor = 1 - (distance - low) / (high - low)
+    return relevance

@@ -17,6 +17,7 @@ from .collator import XTFDataCollator
 from .config import XTFConfig
 from .documents import IGNORE_INDEX, collect
 from .errors import XTFDryRun, XTFError, XTFUserError
+from .hosts._compat import is_on
 from .hosts.trainer import TrainerHooks, check_trainer, rows, visible_columns
 from .pipeline import Plan, ReferenceProvider, make_plan
 from .providers import BorrowedReference, SeparateReference
@@ -24,18 +25,20 @@ from .providers import BorrowedReference, SeparateReference
 logger = logging.getLogger(__name__)
 
 
-class XTFCallback(TrainerCallback):
+class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Scores the training data when training begins and hands the masks to the collator.
 
-    Equals: collect the documents of `trainer.train_dataset`, score them with the reference, apply the thresholds, and let
-    `XTFDataCollator` write -100 over the labels of dropped tokens, in training batches only. `attach` is the short way.
+    Equals: collect the documents of `trainer.train_dataset`, score them with the reference, apply the thresholds, and
+    let `XTFDataCollator` write -100 over the labels of dropped tokens, in training batches only. `attach` is the short
+    way.
 
     Args:
         trainer: a finished transformers Trainer, usually TRL's SFTTrainer.
         config: the `xtf:` block.
 
     Raises:
-        XTFUserError: the trainer's data cannot be masked (streaming, images, none), or several processes without stored scores.
+        XTFUserError: the trainer's data cannot be masked (streaming, images, none), or several processes without stored
+            scores.
         XTFError: from scoring; or the first batch is not the planned one.
 
     Example:
@@ -69,7 +72,7 @@ class XTFCallback(TrainerCallback):
         self.collator.masks = self.plan.masks()
         if state.is_world_process_zero:
             self._report(Path(args.output_dir), tokenizer)
-        if self.config.dry_run or os.environ.get("XTF_DRY_RUN") == "1":
+        if self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN")):
             raise XTFDryRun
 
     def _provider(self, documents: Any, tokenizer: Any) -> ReferenceProvider:
@@ -84,14 +87,14 @@ class XTFCallback(TrainerCallback):
             folder = output_dir / "xtf" if self.config.report is True else Path(self.config.report)
             written = report.write(self.plan, tokenizer, folder)
         extra = os.environ.get("XTF_SCORES_OUTPUT")
-        if extra:
+        if extra and Path(extra) not in written:
             written.append(report.write_table(self.plan, tokenizer, Path(extra)))
         report.show(self.plan, written)
 
     def _on_batch(self, inputs: Mapping[str, Any]) -> None:
         """Hold the first batch that reaches the model against the plan; count labels from then on."""
         if self.plan is None:
-            raise XTFError("xtf is attached but nothing was scored: XTFCallback was removed from the trainer's callbacks.")
+            raise XTFError("xtf is attached but scored nothing: XTFCallback was removed from the trainer's callbacks.")
         labels = inputs.get("labels")
         if labels is None:
             raise XTFError("the training batch has no `labels`; xtf masks labels and cannot mask this trainer's loss.")
@@ -122,8 +125,8 @@ class _StoredOnly:
 
     def open(self) -> Any:
         raise XTFUserError(
-            "xtf: some documents have no stored scores, and scoring in several processes is not supported. Score once in one "
-            "process (`xtf score RECIPE`), then start the same recipe on all of them: every process reads the stored scores."
+            "xtf: some documents have no stored scores, and scoring in several processes is not supported. Score once "
+            "in one process (`xtf score RECIPE`), then start the recipe on all of them: each reads the stored scores."
         )
 
 
@@ -143,24 +146,26 @@ def verify_batch(plan: Plan, inputs: Mapping[str, Any]) -> None:
             if (labels != IGNORE_INDEX).any():
                 raise XTFError(
                     f"the first training batch holds a document of {len(ids)} tokens that xtf did not plan (token ids "
-                    f"{ids[:8].tolist()}…). Something changes the rows between the dataset and the model; xtf will not guess."
+                    f"{ids[:8].tolist()}…). Something changes the rows between the dataset and the model; xtf will "
+                    "not guess."
                 )
             continue
         found += 1
         revived += int(verdict == "one more")
         if verdict == "differs" or revived > 1:
             raise XTFError(
-                f"the first training batch does not carry the planned labels: a document of {len(ids)} tokens arrived with "
-                f"{int((labels != IGNORE_INDEX).sum())} labels. A data collator or a callback rebuilds labels after xtf; remove "
-                "it, or train without the `xtf:` block."
+                f"the first training batch does not carry the planned labels: a document of {len(ids)} tokens arrived "
+                f"with {int((labels != IGNORE_INDEX).sum())} labels. A collator or a callback rebuilds labels; "
+                "remove it, or train without the `xtf:` block."
             )
     if not found:
-        raise XTFError("the first training batch holds no document of the plan; xtf cannot tell that its masks are applied.")
+        raise XTFError("the first training batch holds no planned document: no sign that the masks are applied.")
 
 
 def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """Token ids and labels of every document in a batch, padding removed."""
-    arrays = {k: v.cpu().numpy() for k, v in inputs.items() if k in ("input_ids", "labels", "attention_mask", "position_ids")}
+    names = ("input_ids", "labels", "attention_mask", "position_ids")
+    arrays = {name: inputs[name].cpu().numpy() for name in names if inputs.get(name) is not None}
     pieces = []
     for row in range(len(arrays["input_ids"])):
         ids, labels = arrays["input_ids"][row], arrays["labels"][row]

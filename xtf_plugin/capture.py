@@ -2,8 +2,8 @@
 
 transformers lets a package register an attention function and its mask function. For the length of a pass the model's
 configs point at ours, which returns the fused kernel's output and, on the chosen layers, adds up attention received.
-Right padding plus causality needs no mask, so none is built; what a model asks of its mask beyond "causal, maybe within a
-sliding window" is refused by name, because ignoring it would give wrong scores without a sign.
+Right padding plus causality needs no mask, so none is built; what a model asks of its mask beyond "causal, maybe within
+a sliding window" is refused by name, because ignoring it would give wrong scores without a sign.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ AttentionMaskInterface.register(IMPLEMENTATION, received_mask)
 def attention_switched(model: nn.Module) -> Iterator[None]:
     """Point every config below `model` at our attention function; put back exactly what each one held.
 
-    The configs are switched directly: `set_attn_implementation` is refused by some classes for a name that they do not know.
+    The configs are switched directly: `set_attn_implementation` is refused by some classes for a name that they do not
+    know.
     """
     configs: dict[int, Any] = {}
     for module in model.modules():
@@ -144,7 +145,8 @@ def attention_switched(model: nn.Module) -> Iterator[None]:
                 sub = getattr(config, name, None)
                 if sub is not None:
                     configs[id(sub)] = sub
-    # setting a config also sets its sub-configs, so the state is read before anything is written and restored twice over
+    # setting a config also sets its sub-configs, so the state is read before anything is written and restored twice
+    # over
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
@@ -174,7 +176,7 @@ def check_recorded(recorder: Recorder, num_layers: int, layer_types: list[str] |
         )
     unused = recorder.mask_windows - recorder.layer_windows
     if unused and (layer_types is None or "sliding_attention" in layer_types):
-        raise recorder.refuse(f"its mask has a sliding window of {sorted(unused)} tokens that its layers do not pass on")
+        raise recorder.refuse(f"its mask has a sliding window of {sorted(unused)} that its layers do not pass on")
     unknown = recorder.layer_windows - recorder.mask_windows
     if unknown:
         raise recorder.refuse(f"its layers pass on a sliding window of {sorted(unknown)} that its mask does not have")

@@ -1,7 +1,8 @@
 """The collator that turns planned drops into -100 labels as batches are built.
 
 It wraps the host's own collator and changes nothing but labels, and only from a value to -100. It looks documents up by
-content and runs no model: it lives in dataloader workers, so its table is read-only, one bit per token, and cheap to pickle.
+content and runs no model: it lives in dataloader workers, so its table is read-only, one bit per token, and cheap to
+pickle.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class MaskTable:
         keys: (N, 2) big-endian uint64 halves of the document keys, sorted.
         offsets: (N + 1,) first bit of each document.
         bits: packed keep flags, one bit per completion token.
-        best: (N,) index among the document's completion tokens of the one to keep when a batch would lose all; -1: none.
+        best: (N,) index among the document's completion tokens of the one to keep when a batch would lose all; -1:
+            none.
     """
 
     keys: NDArray[np.uint64]
@@ -70,8 +72,9 @@ def _halves(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
 class XTFDataCollator:
     """Wrap a data collator so that planned tokens reach the loss with label -100.
 
-    Equals, for each row: cut it into documents, look up each one's keep flags, set the labels of dropped tokens to -100, then
-    call `inner` on the changed copies. The rows themselves, input ids and every other column stay as they are.
+    Equals, for each row: cut it into documents, look up each one's keep flags, set the labels of dropped tokens to
+    -100, then call `inner` on the changed copies. The rows themselves, input ids and every other column stay as they
+    are.
 
     Args:
         inner: the host's own collator.
@@ -89,9 +92,9 @@ class XTFDataCollator:
     def __init__(self, inner: Callable[[list[Any]], Any], masks: MaskTable | None = None) -> None:
         self.inner = inner
         self.masks = masks
-        # one row per dataloader worker (0: main process): batches, kept tokens, batches in which one label was brought back;
-        # in shared memory, because what a worker writes to its own copy does not come back
-        self.counters = torch.zeros(MAX_WORKERS + 1, 3, dtype=torch.int64).share_memory_()
+        # one row per dataloader worker (0: main process): batches, kept tokens, batches in which one label was brought
+        # back; in shared memory, because what a worker writes to its own copy does not come back
+        self.counters = torch.zeros(MAX_WORKERS + 1, 3, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def __call__(self, features: list[Any]) -> Any:
         """Collate `features` with dropped labels set to -100."""
@@ -117,8 +120,10 @@ class XTFDataCollator:
             keep = self.masks.keep(index) if index >= 0 else None
             if keep is None or len(keep) != int(completion.sum()):
                 raise XTFError(
-                    f"a training row holds a document of {len(ids)} tokens ({int(completion.sum())} with labels) that was not "
-                    "scored: the dataset or its preparation changed after xtf looked at it. Attach xtf after the last change "
+                    f"a training row holds a document of {len(ids)} tokens ({int(completion.sum())} with labels) that "
+                    "was not "
+                    "scored: the dataset or its preparation changed after xtf looked at it. Attach xtf after the last "
+                    "change "
                     "to trainer.train_dataset."
                 )
             positions = where.start + np.flatnonzero(completion)
@@ -137,15 +142,17 @@ class XTFDataCollator:
         planned, firsts = sum(row.trainable for row in rows), sum(row.firsts for row in rows)
         if not planned <= kept <= planned + firsts:  # padding-free collators blank each document's first label
             raise XTFError(
-                f"{type(self.inner).__name__} returned {kept} labels where xtf planned {planned}: this collator builds labels "
+                f"{type(self.inner).__name__} returned {kept} labels where xtf planned {planned}: this collator "
+                "builds labels "
                 "of its own. Use the trainer's default collator or one that keeps the `labels` column."
             )
 
 
 @dataclass
 class _Row:
-    """A row with its planned labels. `trainable` and `firsts`: kept labels that are predicted, and those that nothing predicts
-    because they stand first in a document. `spare`: position of the label to give back if the batch has none, or -1."""
+    """A row with its planned labels. `trainable` and `firsts`: kept labels that are predicted, and those that nothing
+    predicts because they stand first in a document. `spare`: position of the label to give back if the batch has none,
+    or -1."""
 
     features: dict[str, Any]
     original: Mapping[str, Any]

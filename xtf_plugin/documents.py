@@ -1,8 +1,8 @@
 """Rows of a dataset become documents: what is scored once, and found again by content.
 
-A document is a maximal stretch of tokens that attends only to itself: a whole row, or one of the pieces of a packed row. Its
-key is a hash of its token ids and of which of them carry a label, so it is found again after shuffling, packing, sharding
-and a prepared-dataset cache, and adding rows to a dataset adds documents without touching the others.
+A document is a maximal stretch of tokens that attends only to itself: a whole row, or one of the pieces of a packed
+row. Its key is a hash of its token ids and of which of them carry a label, so it is found again after shuffling,
+packing, sharding and a prepared-dataset cache, and adding rows to a dataset adds documents without touching the others.
 """
 
 from __future__ import annotations
@@ -33,29 +33,31 @@ def document_key(input_ids: Ids, completion: Mask) -> bytes:
         input_ids: (T,) token ids.
         completion: (T,) True where the label is not -100.
     """
-    state = xxhash.xxh3_128(np.ascontiguousarray(input_ids, dtype="<i8"))
-    state.update(np.packbits(completion))
+    state = xxhash.xxh3_128(np.ascontiguousarray(input_ids, dtype="<i8").data)
+    state.update(np.packbits(completion).data)
     return state.digest()
 
 
 def split_row(row: Mapping[str, Any]) -> list[tuple[slice, Ids, Mask]]:
     """Cut a dataset row into its documents: (where in the row, token ids, label mask) each.
 
-    A row with `seq_lengths` is packed (TRL `bfd`, `bfd_split`); one with `position_ids` is cut where they restart; any other
-    row is one document. TRL's `wrapped` packing keeps no boundaries: its rows are scored as they are trained on.
+    A row with `seq_lengths` is packed (TRL `bfd`, `bfd_split`); one with `position_ids` is cut where they restart; any
+    other row is one document. TRL's `wrapped` packing keeps no boundaries: its rows are scored as they are trained on.
 
     Raises:
         XTFUserError: no `labels`, labels of another length, or `seq_lengths` that do not add up.
     """
     if row.get("labels") is None:
         raise XTFUserError(
-            "the training rows carry no `labels`, so xtf cannot tell completion from prompt. Let the trainer prepare the "
+            "the training rows carry no `labels`, so xtf cannot tell completion from prompt. Let the trainer prepare "
+            "the "
             "dataset (no skip_prepare_dataset), or add a `labels` column with -100 outside the completion."
         )
     ids, labels = np.asarray(row["input_ids"], dtype=np.int64), np.asarray(row["labels"], dtype=np.int64)
     if ids.shape != labels.shape or ids.ndim != 1:
         raise XTFUserError(
-            f"a training row has {ids.shape} input_ids but {labels.shape} labels; both must be flat lists of equal length."
+            f"a training row has {ids.shape} input_ids but {labels.shape} labels; both must be flat lists of equal "
+            "length."
         )
     bounds = _bounds(row, len(ids))
     completion = labels != IGNORE_INDEX
@@ -128,7 +130,8 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
     """Collect the distinct documents of a dataset in order of first appearance.
 
     Raises:
-        XTFUserError: see `split_row`; also token ids that are negative or beyond 32 bits, and no completion token at all.
+        XTFUserError: see `split_row`; also token ids that are negative or beyond 32 bits, and no completion token at
+            all.
     """
     index: dict[bytes, int] = {}
     ids: list[NDArray[np.int32]] = []
@@ -151,8 +154,10 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
             row_documents.append(at)
     if not any(mask.any() for mask in masks):
         raise XTFUserError(
-            f"none of the {len(row_sizes)} training rows has a completion token (a label other than -100): there is nothing "
-            "to score or to train on. Check completion_only_loss / assistant_only_loss, the chat template and max_length."
+            f"none of the {len(row_sizes)} training rows has a completion token (a label other than -100): there is "
+            "nothing "
+            "to score or to train on. Check completion_only_loss / assistant_only_loss, the chat template and "
+            "max_length."
         )
     return DocumentSet(
         keys=np.frombuffer(b"".join(index), dtype=np.uint8).reshape(-1, KEY_BYTES),
@@ -168,7 +173,7 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
 def _to_int32(tokens: Ids) -> NDArray[np.int32]:
     if len(tokens) and (tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max):
         bad = tokens[(tokens < 0) | (tokens > np.iinfo(np.int32).max)][0]
-        raise XTFUserError(f"a training row holds the token id {int(bad)}, which no tokenizer gives; re-tokenise the data.")
+        raise XTFUserError(f"a training row holds the token id {int(bad)}, which no tokenizer gives; tokenise again.")
     return tokens.astype(np.int32)
 
 

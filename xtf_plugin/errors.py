@@ -1,7 +1,7 @@
 """The errors a user can meet, apart from everything else so that each module (and the boot hook) can raise them.
 
-`XTFError` means: the `xtf:` block was present and could not be applied, so the run stops. `XTFUserError` is the part of it
-that the user's own input causes; the command line turns it into one message and exit code 2.
+`XTFError` means: the `xtf:` block was present and could not be applied, so the run stops. `XTFUserError` is the part of
+it that the user's own input causes; the command line turns it into one message and exit code 2.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a score depends on, as one hex string: the key under which scores are stored and found again.
 
-Two references get the same fingerprint only if every weight, the quantisation, the numeric precision and the scoring code's
-version agree. Names and paths are not part of it: a renamed folder still finds its scores.
+Two references get the same fingerprint only if every weight, the quantisation, the numeric precision and the scoring
+code's version agree. Names and paths are not part of it: a renamed folder still finds its scores.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def digest(facts: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
 
 
-def model_facts(model: nn.Module) -> dict[str, Any]:
+def model_facts(model: Any) -> dict[str, Any]:
     """Config and weight hash of a loaded model with its adapters left out: equal for a model with and without LoRA."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}  # type: ignore[operator, union-attr]
+
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
     return {"config": digest(config), "weights": weights_hash(model), "scorer": SCORER_VERSION}
 
 
@@ -39,7 +40,7 @@ def weights_hash(model: nn.Module) -> str:
     state = xxhash.xxh3_128()
     for name, tensor in sorted(_base_tensors(model), key=lambda item: item[0]):
         state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        state.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+        state.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     return state.hexdigest()
 
 
@@ -59,7 +60,9 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that a checkpoint holds; the others (rotary frequencies) follow from the config and may change with use."""
+    """Buffers that a checkpoint holds; the others (rotary frequencies) follow from the config and may change with
+    use.
+    """
     for prefix, module in model.named_modules():
         for name, tensor in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
@@ -86,7 +89,8 @@ def files_facts(model: str, commit: str | None) -> dict[str, Any]:
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
     if not (folder / "config.json").is_file() or len(files) < 2:
         raise XTFUserError(
-            f"xtf.reference.model: {model} is a folder without config.json and weights (*.safetensors). Give the folder "
+            f"xtf.reference.model: {model} is a folder without config.json and weights (*.safetensors). Give the "
+            "folder "
             "that `save_pretrained` wrote, or a hub id."
         )
     hashes = {}

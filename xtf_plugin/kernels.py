@@ -1,10 +1,12 @@
-"""Fast twins of `attributes.py`: same names, same signatures, no T x T map for all heads, no full-vocabulary logits for all tokens.
+"""Fast twins of `attributes.py`: same names, same signatures, no T x T map for all heads, no full-vocabulary logits for
+all tokens.
 
-Attention runs once through a fused kernel that also hands out the row log-sum-exp; attention received is then the weighted
-column sum of `exp(scores - logsumexp)`, taken block by block over queries. Where no fused kernel gives a log-sum-exp (soft
-cap, a sliding window shorter than the document, unequal head sizes) a blockwise softmax does both.
+Attention runs once through a fused kernel that also hands out the row log-sum-exp; attention received is then the
+weighted column sum of `exp(scores - logsumexp)`, taken block by block over queries. Where no fused kernel gives a
+log-sum-exp (soft cap, a sliding window shorter than the document, unequal head sizes) a blockwise softmax does both.
 
-Dimensions: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head or hidden size, V vocabulary, N picked tokens.
+Dimensions: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head or hidden size, V vocabulary, N
+    picked tokens.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention output together with the log-sum-exp of every score row.
 
-    Equals `(attention_map(...) @ value, scores.logsumexp(-1))` on unpadded rows; with right padding the rows of real tokens
-    are unaffected, because causality already hides what lies behind them.
+    Equals `(attention_map(...) @ value, scores.logsumexp(-1))` on unpadded rows; with right padding the rows of real
+    tokens are unaffected, because causality already hides what lies behind them.
 
     Args:
         query: (B, H, T, D); key: (B, K, T, D); value: (B, K, T, D').
@@ -103,9 +105,9 @@ def attention_received(
 ) -> Tensor:
     """Fast twin of `attributes.attention_received`: weighted column sums, no T x T map.
 
-    Only columns from `start` on and queries behind it are computed: a query before the first completion token cannot see
-    any completion token. Sums are accumulated in float32 whatever the dtype of `query` and `key`: bf16 sums are off by about
-    1e-2, which moves tokens across quantiles.
+    Only columns from `start` on and queries behind it are computed: a query before the first completion token cannot
+    see any completion token. Sums are accumulated in float32 whatever the dtype of `query` and `key`: bf16 sums are off
+    by about 1e-2, which moves tokens across quantiles.
 
     Arguments, shapes and result: see `attributes.attention_received`.
     """
@@ -191,8 +193,10 @@ def log_probabilities(
             logits = logits.float().div_(softcap).tanh_().mul_(softcap)
         picked = logits.gather(-1, targets[low:high, None])[:, 0].float()
         peak = logits.amax(-1, keepdim=True)
-        total = logits.sub(peak).exp_().sum(-1, dtype=torch.float32) if logits.dtype is torch.float32 else (
-            logits.float().sub_(peak.float()).exp_().sum(-1)
+        total = (
+            logits.sub(peak).exp_().sum(-1, dtype=torch.float32)
+            if logits.dtype is torch.float32
+            else (logits.float().sub_(peak.float()).exp_().sum(-1))
         )
         result[low:high] = picked - peak[:, 0].float() - total.log()
         low = high

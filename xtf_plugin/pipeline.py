@@ -123,9 +123,7 @@ def _gather(
     store: ScoreStore,
     *,
     progress: bool,
-) -> tuple[
-    ScoringStats, int, NDArray[np.float32] | None, NDArray[np.float32] | None, NDArray[np.float32] | None
-]:
+) -> tuple[ScoringStats, int, NDArray[np.float32] | None, NDArray[np.float32] | None, NDArray[np.float32] | None]:
     """Scores of all documents: stored ones as they are, missing ones from one opening of the reference."""
     sizes = np.diff(documents.completion_offsets)
     needs_forward = bool(config.reasoning_importance or config.knowledge_novelty)
@@ -138,9 +136,7 @@ def _gather(
         with provider.open() as reference:
             if len(missing):
                 budget = None if config.batch_tokens == "auto" else int(config.batch_tokens)
-                stats = score(
-                    documents, missing, reference, layers, store.add, batch_tokens=budget, progress=progress
-                )
+                stats = score(documents, missing, reference, layers, store.add, batch_tokens=budget, progress=progress)
                 store.flush()
             if table is not None and values is None:
                 values = table.compute(reference)
@@ -166,7 +162,8 @@ def _check_finite(scores: Scores, reference: dict[str, Any]) -> list[str]:
     total = int(expected.sum())
     if total and undefined == total:
         raise XTFError(
-            f"the reference {reference.get('name')} gives NaN or infinite log-probabilities for all {total} completion tokens: "
+            f"the reference {reference.get('name')} gives NaN or infinite log-probabilities for all {total} "
+            "completion tokens: "
             "its weights or its precision are broken. Try `reference.dtype: float32`, or another reference."
         )
     if undefined:
@@ -202,7 +199,9 @@ def special_ids(tokenizer: Any) -> NDArray[np.int64]:
 
 
 def completion_runs(documents: DocumentSet) -> NDArray[np.int64]:
-    """(R + 1,) offsets of maximal runs of adjacent completion tokens (one answer, or one turn each) among all of them."""
+    """(R + 1,) offsets of maximal runs of adjacent completion tokens (one answer, or one turn each) among all of
+    them.
+    """
     flat = np.flatnonzero(documents.completion)
     breaks = np.zeros(len(flat), dtype=bool)
     breaks[1:] = np.diff(flat) > 1

@@ -64,8 +64,10 @@ class BorrowedReference:
         """The reference, refused once training has changed its weights."""
         if not self.has_adapters and weights_hash(self.reference.model) != self._facts["weights"]:
             raise XTFError(
-                "some documents have no stored scores, and the model's weights are no longer those of the base model (resumed "
-                "or second full fine-tuning): scoring with them would give other masks. Restore the score cache of the first "
+                "some documents have no stored scores, and the model's weights are no longer those of the base model "
+                "(resumed "
+                "or second full fine-tuning): scoring with them would give other masks. Restore the score cache of "
+                "the first "
                 "run (xtf `cache_dir`), or name the base model under xtf `reference.model`."
             )
         yield self.reference
@@ -102,7 +104,8 @@ class SeparateReference:
     def fingerprint(self) -> str:
         """Hash of the reference's files (or its hub commit), quantisation, precision and device type."""
         commit = getattr(self._model_config, "_commit_hash", None)
-        precision = {"dtype": self.config.dtype, "device": self.device.type}  # the 4-bit compute dtype follows the device
+        # the 4-bit compute dtype follows the device
+        precision = {"dtype": self.config.dtype, "device": self.device.type}
         facts = files_facts(str(self.config.model), commit)
         return digest({**facts, **precision, "quantization": self.config.quantization})
 
@@ -148,7 +151,8 @@ def check_tokenizers(ours: Any, theirs: Any, documents: DocumentSet, name: str) 
     for special in ("bos_token_id", "eos_token_id", "unk_token_id"):
         if getattr(ours, special) != getattr(theirs, special):
             raise XTFUserError(
-                f"xtf.reference.model: {special} is {getattr(theirs, special)} in {name} and {getattr(ours, special)} in the "
+                f"xtf.reference.model: {special} is {getattr(theirs, special)} in {name} and {getattr(ours, special)} "
+                "in the "
                 f"training tokenizer. {hint}"
             )
     step = max(1, len(documents) // SAMPLE_DOCUMENTS)

@@ -1,7 +1,7 @@
 """The reference model that scores: the model being trained with its adapters off, or a separate quantised one.
 
-`Reference.scoring()` brings a model into the state of a scoring pass and puts back every flag it touched, so that the first
-training step afterwards is the one that would have happened without it.
+`Reference.scoring()` brings a model into the state of a scoring pass and puts back every flag it touched, so that the
+first training step afterwards is the one that would have happened without it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Reference:
         autocast: context of the trainer's mixed precision.
     """
 
-    model: nn.Module
+    model: Any  # transformers is untyped here
     name: str
     adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -46,22 +46,25 @@ class Reference:
     @property
     def text_config(self) -> Any:
         """The config of the language model, also inside a multimodal one."""
-        return self.model.config.get_text_config()  # type: ignore[operator, union-attr]
+        return self.model.config.get_text_config()
 
     @property
     def device(self) -> torch.device:
         """Where input ids go."""
-        return self.embeddings.weight.device  # type: ignore[return-value, union-attr]
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight.device
 
     @property
     def decoder(self) -> nn.Module:
         """The stack of layers below the LM head. TRL patches `model.forward`, never this."""
-        return self.model.get_decoder()  # type: ignore[operator, no-any-return]
+        decoder: nn.Module = self.model.get_decoder()
+        return decoder
 
     @property
     def embeddings(self) -> nn.Module:
         """The input embedding layer."""
-        return self.model.get_input_embeddings()  # type: ignore[operator, no-any-return]
+        embeddings: nn.Module = self.model.get_input_embeddings()
+        return embeddings
 
     def layers(self, choice: str | list[int]) -> tuple[int, ...]:
         """Layer indices that `reasoning_importance.layers` names in this model; see `resolve_layers`."""
@@ -71,8 +74,8 @@ class Reference:
     def scoring(self) -> Iterator[None]:
         """Adapters off, evaluation mode, no gradients, the trainer's autocast, our attention; all put back afterwards.
 
-        4-bit layers stay in training mode: on CPUs with AVX512-BF16, bitsandbytes repacks their weights in evaluation mode
-        into a layout that has no gradient, and does not repack them back.
+        4-bit layers stay in training mode: on CPUs with AVX512-BF16, bitsandbytes repacks their weights in evaluation
+        mode into a layout that has no gradient, and does not repack them back.
         """
         training = [(module, module.training) for module in self.model.modules()]
         gradients = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -108,7 +111,7 @@ class Reference:
     def log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of `targets` (N,) at hidden states (N, D), float32."""
         scale, softcap = logit_transform(self.text_config)
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        head = self.model.get_output_embeddings()
         return kernels.log_probabilities(hidden, head, targets, scale=scale, softcap=softcap)
 
     def check_against_own_forward(self, input_ids: Tensor, tolerance: float) -> None:
@@ -131,14 +134,16 @@ class Reference:
         theirs = logits[0, :-1].float().log_softmax(-1).gather(-1, input_ids[1:, None])[:, 0]
         if not bool(theirs.isfinite().any()):
             raise XTFError(
-                f"the reference {self.name} gives NaN or infinite log-probabilities: its weights or its precision are broken. "
+                f"the reference {self.name} gives NaN or infinite log-probabilities: its weights or its precision are "
+                "broken. "
                 "Try `reference.dtype: float32`, or another reference."
             )
         gap = float((ours - theirs).abs().mean())
         if not gap <= tolerance:
             raise XTFError(
                 f"{self.name} ({type(self.model).__name__}): log-probabilities differ from the model's own forward by "
-                f"{gap:.2g} nats on average (allowed: {tolerance:.2g}). This architecture is not supported as a reference; "
+                f"{gap:.2g} nats on average (allowed: {tolerance:.2g}). This architecture is not supported as a "
+                "reference; "
                 "name another one under `reference.model`."
             )
         self.checked = True
@@ -156,12 +161,12 @@ def _restore(training: list[tuple[nn.Module, bool]], gradients: list[tuple[nn.Pa
 def _own_attention(reference: Reference) -> Iterator[None]:
     """Inside `scoring()`: a plain implementation of the model's attention instead of ours."""
     config = reference.model.config
-    before = config._attn_implementation  # type: ignore[union-attr]
-    config._attn_implementation = "eager"  # type: ignore[union-attr]
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
     try:
         yield
     finally:
-        config._attn_implementation = before  # type: ignore[union-attr]
+        config._attn_implementation = before
 
 
 def resolve_layers(choice: str | list[int] | tuple[int, ...], text_config: Any) -> tuple[int, ...]:
@@ -196,7 +201,7 @@ def logit_transform(text_config: Any) -> tuple[float, float | None]:
     return scale, None if softcap is None else float(softcap)
 
 
-def borrow(model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Reference:
+def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Reference:
     """The model being trained, adapters off, as the reference: no second copy, no extra memory.
 
     Args:
@@ -209,15 +214,16 @@ def borrow(model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
     adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
     base = model
     if hasattr(model, "peft_config"):
-        for adapter in model.peft_config.values():  # type: ignore[union-attr, operator]
+        for adapter in model.peft_config.values():
             init = getattr(adapter, "init_lora_weights", None)
             if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
                 raise XTFUserError(
-                    f"init_lora_weights={init!r} changes the base weights, so the model with its adapter off is not the "
+                    f"init_lora_weights={init!r} changes the base weights, so the model with its adapter off is not "
+                    "the "
                     "base model. Name the base model under xtf `reference.model`, or use another initialisation."
                 )
-        base = model.get_base_model()  # type: ignore[operator]
-        adapters_off = model.disable_adapter  # type: ignore[assignment]
+        base = model.get_base_model()
+        adapters_off = model.disable_adapter
     name = str(getattr(base.config, "_name_or_path", "")) or type(base).__name__
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise XTFError(f"{name} ({type(base).__name__}) has no LM head; xtf needs a causal language model.")

@@ -1,13 +1,12 @@
 """Task relevance: one number per vocabulary entry and dataset.
 
-The domain vector is the mean embedding of the dataset's own tokens, or of expert words. The finished table is kept beside the
-scores, so that a second run needs no model for it; it is keyed by everything that it depends on.
+The domain vector is the mean embedding of the dataset's own tokens, or of expert words. The finished table is kept
+beside the scores, so that a second run needs no model for it; it is keyed by everything that it depends on.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from . import attributes
 from .documents import DocumentSet
 from .errors import XTFUserError
+from .files import write_whole
 from .fingerprint import digest
 from .reference import Reference
 from .scorer import gather_vectors
@@ -48,7 +48,8 @@ def domain_words(domain: str | Sequence[str]) -> list[str] | None:
         lines = Path(domain).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise XTFUserError(
-            f"xtf.task_relevance.domain: {domain!r} is not a readable text file ({error}). Legal: dataset, a list of words, "
+            f"xtf.task_relevance.domain: {domain!r} is not a readable text file ({error}). Legal: dataset, a list of "
+            "words, "
             "or the path of a UTF-8 file with a word a line."
         ) from error
     words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -68,7 +69,7 @@ def word_pieces(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
         for form in (word, " " + word):
             ids = tokenizer(form, add_special_tokens=False)["input_ids"]
             if not ids:
-                raise XTFUserError(f"xtf.task_relevance.domain: the tokenizer has no token for {word!r}; remove the word.")
+                raise XTFUserError(f"xtf.task_relevance.domain: the tokenizer has no token for {word!r}; remove it.")
             pieces.append(list(ids))
     return pieces
 
@@ -84,6 +85,7 @@ class RelevanceTable:
 
     def __init__(self, config: TaskRelevanceConfig, documents: DocumentSet, tokenizer: Any) -> None:
         self.embedding = config.embedding
+        self.domain_weights: NDArray[np.int64] | None = None
         words = domain_words(config.domain)
         self.pieces = None if words is None else word_pieces(tokenizer, words)
         self.scored_ids = np.unique(documents.input_ids[documents.completion])
@@ -94,7 +96,6 @@ class RelevanceTable:
             self.domain_weights = totals[self.domain_ids]
         else:
             self.domain_ids = np.unique(np.concatenate([np.asarray(p, dtype=np.int64) for p in self.pieces]))
-            self.domain_weights = None
 
     def key(self) -> str:
         """Everything the table depends on besides the reference, as hex."""
@@ -113,7 +114,9 @@ class RelevanceTable:
         return attributes.task_relevance(scored, domain).numpy()
 
     def _domain_vector(self, vectors: Tensor) -> Tensor:
-        """Mean over the dataset's token occurrences, or over words of each word's mean piece embedding, (D,) float64."""
+        """Mean over the dataset's token occurrences, or over words of each word's mean piece embedding, (D,)
+        float64.
+        """
         if self.pieces is None:
             weights = torch.from_numpy(np.asarray(self.domain_weights, dtype=np.float64))
             return (weights @ vectors.double()) / weights.sum()
@@ -132,7 +135,7 @@ def cached_table(path: Path, size: int) -> NDArray[np.float32] | None:
         return None
     try:
         table = pq.read_table(path)
-        values = table.column("relevance").to_numpy().astype(np.float32)
+        values: NDArray[np.float32] = table.column("relevance").to_numpy().astype(np.float32)
         checksum = (table.schema.metadata or {}).get(b"checksum", b"").decode()
     except (OSError, pa.ArrowException, KeyError) as error:
         logger.warning("xtf: %s cannot be read (%s); task relevance is computed again", path, error)
@@ -146,11 +149,10 @@ def cached_table(path: Path, size: int) -> NDArray[np.float32] | None:
 def store_table(path: Path, values: NDArray[np.float32]) -> None:
     """Keep a table for the next run; an unwritable folder is told, not fatal."""
     metadata = {"checksum": xxhash.xxh3_128_hexdigest(values.tobytes())}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({"relevance": values}).replace_schema_metadata(metadata), buffer)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"relevance": values}).replace_schema_metadata(metadata), temporary)
-        os.replace(temporary, path)
+        write_whole(path, memoryview(buffer.getvalue()))
     except OSError as error:
         logger.warning("xtf: %s cannot be written (%s); task relevance will be computed again next time", path, error)
 

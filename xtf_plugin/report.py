@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, selection, spans
+from .files import write_whole
 from .pipeline import Plan, special_ids
 from .table import ScoreTableWriter
 
@@ -136,7 +136,8 @@ def summary(plan: Plan, tokenizer: Any) -> dict[str, Any]:
 
 
 def write(plan: Plan, tokenizer: Any, folder: Path) -> list[Path]:
-    """Write summary.json, and the score table unless the dataset is very large, below `folder`; return what was written.
+    """Write summary.json, and the score table unless the dataset is very large, below `folder`; return what was
+    written.
 
     A folder that cannot be written is told, not fatal: the masks do not depend on it.
     """
@@ -144,14 +145,12 @@ def write(plan: Plan, tokenizer: Any, folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / "summary.json"
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(summary(plan, tokenizer), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        write_whole(target, (json.dumps(summary(plan, tokenizer), indent=2) + "\n").encode())
         written.append(target)
         if len(plan.scores.token_ids) <= TABLE_LIMIT:
             written.append(write_table(plan, tokenizer, folder / "scores.parquet"))
         else:
-            logger.warning("xtf: %d tokens: the score table is left out; `xtf score` writes it", len(plan.scores.token_ids))
+            logger.warning("xtf: %d tokens: no score table; `xtf score` writes it", len(plan.scores.token_ids))
     except OSError as error:
         logger.warning("xtf: %s cannot be written (%s); training goes on without a report", folder, error)
     return written
@@ -231,7 +230,8 @@ def show(plan: Plan, written: list[Path]) -> None:
     console.print(table)
     stats = plan.stats
     console.print(
-        f"xtf: reference {plan.reference.get('name')} ({plan.reference.get('source')}); scored {stats.documents:,} documents in "
+        f"xtf: reference {plan.reference.get('name')} ({plan.reference.get('source')}); scored {stats.documents:,} "
+        "documents in "
         f"{stats.seconds:.1f} s ({_share(stats.tokens, stats.seconds):,.0f} tokens/s), {plan.reused:,} from the store.",
         markup=False,
         highlight=False,

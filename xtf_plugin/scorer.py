@@ -1,7 +1,7 @@
 """Documents in, scores out: length-sorted batches under a token budget, one decoder forward each.
 
-One forward gives reasoning importance and log-probabilities together. Results go to a sink as they come, so a run that is
-killed loses no more than the sink's unwritten part. Out of memory halves the batches and goes on.
+One forward gives reasoning importance and log-probabilities together. Results go to a sink as they come, so a run that
+is killed loses no more than the sink's unwritten part. Out of memory halves the batches and goes on.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def score(
     Args:
         wanted: (n,) indices into `documents`.
         layers: layers for reasoning importance; empty: log-probabilities alone.
-        sink: called with keys (b, 16), offsets (b + 1,), log-probabilities and attention received (flat over the batch's
-            completion tokens, float32; attention None without layers). NaN: undefined.
+        sink: called with keys (b, 16), offsets (b + 1,), log-probabilities and attention received (flat over the
+            batch's completion tokens, float32; attention None without layers). NaN: undefined.
         batch_tokens: padded tokens per batch; None: by device.
 
     Raises:
@@ -127,8 +127,8 @@ def _score_batch(
     input_ids = np.zeros((len(batch), T), dtype=np.int64)
     completion = np.zeros((len(batch), T), dtype=bool)
     for row, index in enumerate(batch):
-        ids, mask = documents.document(int(index))
-        input_ids[row, : len(ids)], completion[row, : len(ids)] = ids, mask
+        tokens, labelled = documents.document(int(index))
+        input_ids[row, : len(tokens)], completion[row, : len(tokens)] = tokens, labelled
     device = reference.device
     ids = torch.from_numpy(input_ids).to(device)
     mask = torch.from_numpy(completion).to(device)
@@ -147,11 +147,12 @@ def _score_batch(
 
 def _check_reference(documents: DocumentSet, wanted: NDArray[np.int64], reference: Reference) -> None:
     """Hold the reference's scoring path against its own forward, once, on the start of one document."""
-    vocabulary = reference.embeddings.weight.shape[0]  # type: ignore[union-attr, index]
+    vocabulary = reference.model.get_input_embeddings().weight.shape[0]
     highest = int(documents.input_ids.max())
     if highest >= vocabulary:
         raise XTFError(
-            f"the data holds token id {highest}, but {reference.name} has only {vocabulary} embeddings. Tokenizer and model "
+            f"the data holds token id {highest}, but {reference.name} has only {vocabulary} embeddings. Tokenizer and "
+            "model "
             "do not belong together."
         )
     candidates = wanted[documents.lengths[wanted] > 1]
@@ -208,5 +209,6 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
             else:
                 vectors, _ = reference.forward(ids[:, None], torch.ones_like(ids), ())
                 vectors = vectors[:, 0]
-            parts.append(vectors.detach().float().cpu())  # hooks for gradient checkpointing mark embeddings as needing grad
+            # hooks for gradient checkpointing mark embeddings as needing grad
+            parts.append(vectors.detach().float().cpu())
     return torch.cat(parts)

@@ -78,7 +78,9 @@ def cached_start(documents: DocumentSet, model) -> tuple[float, float, object]:
 
 
 def import_torch() -> tuple[float, float]:
-    """Milliseconds that the boot hook takes within `import torch`, and of the import itself: medians of fresh processes."""
+    """Milliseconds that the boot hook takes within `import torch`, and of the import itself: medians of fresh
+    processes.
+    """
     code = (
         "import time; a = time.perf_counter(); import torch; b = time.perf_counter();"
         "from xtf_plugin.hosts import autoload; autoload.uninstall();"
@@ -116,7 +118,7 @@ def main() -> None:
     print(f"{machine()}\n\n| what | measured | reach |\n|---|---:|---:|")
     model, rows = make_model("30M", "fp32"), make_rows(options.documents)
     first, second, masks = cached_start(collect(rows), model)
-    print(f"| second start, all scores stored ({len(rows)} documents) | {second:.2f} s, {second / first:.1%} of the first | < 2 % |")
+    print(f"| second start, {len(rows)} stored documents | {second:.2f} s, {second / first:.1%} of the first | < 2 % |")
     hook, whole = import_torch()
     print(f"| boot hook within `import torch` | {hook:.2f} ms of {whole:.0f} ms | < 1 ms |")
     added, step, _ = collator_share(rows, masks, model)

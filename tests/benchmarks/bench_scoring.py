@@ -1,10 +1,11 @@
-"""Time and memory of the scoring pass against the floor: one no-grad decoder forward plus the LM head on completion positions.
+"""Time and memory of the scoring pass against the floor: one no-grad decoder forward plus the LM head on completion
+positions.
 
     python -m tests.benchmarks.bench_scoring [--quick] [--repeats 5] [--markdown docs/benchmarks.md]
 
-Random Llamas of about 30M and 150M parameters, padded batches of at most 4,096 tokens (the same ones for every procedure).
-Times are medians over repeats that run the procedures in turn, so that a slow minute hits all of them; only the ratios travel.
-Peak memory is what a fresh process's resident set grows by over its state after loading the model.
+Random Llamas of about 30M and 150M parameters, padded batches of at most 4,096 tokens (the same ones for every
+procedure). Times are medians over repeats that run the procedures in turn, so that a slow minute hits all of them; only
+the ratios travel. Peak memory is what a fresh process's resident set grows by over its state after loading the model.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from types import SimpleNamespace
 from xtf_plugin.documents import DocumentSet
 from xtf_plugin.reference import Reference
 from xtf_plugin.relevance import RelevanceTable
@@ -42,7 +43,11 @@ def make_model(size: str, dtype: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     heads = SIZES[size]["num_attention_heads"]
     config = LlamaConfig(
-        vocab_size=VOCABULARY, num_key_value_heads=heads // 2, max_position_embeddings=4_096, tie_word_embeddings=True, **SIZES[size]
+        vocab_size=VOCABULARY,
+        num_key_value_heads=heads // 2,
+        max_position_embeddings=4_096,
+        tie_word_embeddings=True,
+        **SIZES[size],
     )
     return LlamaForCausalLM(config).to(DTYPES[dtype]).eval()
 
@@ -186,7 +191,8 @@ def main() -> None:
                 for name, seconds in measured.items():
                     ratio = seconds / measured[FLOOR]
                     memory = "| |" if peaks[name] is None else f"{peaks[name]:.0f} | {peaks[name] / peaks[FLOOR]:.2f} |"
-                    print(f"| {size} {dtype} {lengths} | {name} | {seconds * 1e3:.0f} | {ratio:.2f} | {memory}", flush=True)
+                    case = f"{size} {dtype} {lengths}"
+                    print(f"| {case} | {name} | {seconds * 1e3:.0f} | {ratio:.2f} | {memory}", flush=True)
 
 
 if __name__ == "__main__":

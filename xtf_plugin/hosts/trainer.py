@@ -34,7 +34,8 @@ def check_trainer(trainer: Any) -> None:
         raise XTFUserError("xtf: the trainer has no train_dataset; there is nothing to score.")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise XTFUserError(
-            f"xtf: the training data is streamed ({type(dataset).__name__}). Thresholds need the whole dataset, so streaming is "
+            f"xtf: the training data is streamed ({type(dataset).__name__}). Thresholds need the whole dataset, so "
+            "streaming is "
             "refused: set dataset_streaming: false / streaming: false, or materialise the part that you train on."
         )
     if getattr(trainer, "_is_vision_dataset", False):
@@ -60,8 +61,10 @@ def rows(dataset: Any, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     missing = {"input_ids", "labels"} - set(names)
     if missing:
         raise XTFUserError(
-            f"xtf: the training dataset has no column {sorted(missing)} (it has {dataset.column_names}), so completion and "
-            "prompt cannot be told apart. Let the trainer prepare the dataset (no skip_prepare_dataset), or add `labels` "
+            f"xtf: the training dataset has no column {sorted(missing)} (it has {dataset.column_names}), so "
+            "completion and "
+            "prompt cannot be told apart. Let the trainer prepare the dataset (no skip_prepare_dataset), or add "
+            "`labels` "
             "with -100 outside the completion."
         )
     for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1_000):
@@ -83,7 +86,8 @@ def _slices(column: Any) -> list[Any]:
 
 
 class TrainerHooks:
-    """Stand in for the collator while the train dataloader is built, see every training batch, add to every training log.
+    """Stand in for the collator while the train dataloader is built, see every training batch, add to every training
+    log.
 
     Args:
         trainer: a finished trainer.
@@ -114,7 +118,9 @@ class TrainerHooks:
         trainer.log = self.log
 
     def get_train_dataloader(self) -> Any:
-        """Build the train dataloader with our collator; evaluation shares `trainer.data_collator` and must not see it."""
+        """Build the train dataloader with our collator; evaluation shares `trainer.data_collator` and must not see
+        it.
+        """
         inner = self.trainer.data_collator
         self.collator.inner = inner
         self.trainer.data_collator = self.collator

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -141,6 +143,9 @@ def _record(target: Any, config: XTFConfig | None) -> None:
     global _block_parsed
     if config is not None:
         target.xtf = config.to_dict()
+        if not _block_parsed:
+            _undo.append(functools.partial(setattr, sys, "excepthook", sys.excepthook))
+            sys.excepthook = _handing_on_2(sys.excepthook)
         _block_parsed = True
         when_imported(TRAINER_MODULE, patch_trainer)
     elif _block_parsed:
@@ -168,9 +173,37 @@ def _init_with_attach(original: Any) -> Any:
         config = XTFConfig.parse(block)
         original(self, *args, **kwargs)
         if config is not None:
-            attach(self, config)
+            _ending_with_2(attach)(self, config)
+            self.train = _ending_with_2(self.train)
 
     return init
+
+
+def _ending_with_2(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under a stock command nobody can catch the user's error: print it alone and end with 2, without a traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except XTFUserError as error:
+            sys.stderr.write(f"xtf: error: {str(error).removeprefix('xtf: ')}\n")
+            raise SystemExit(2) from error
+
+    return wrapper
+
+
+def _handing_on_2(previous: Callable[..., Any]) -> Callable[..., Any]:
+    """In the process that launched the training: accelerate turns the child's 2 into a traceback and 1; undo that."""
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, subprocess.CalledProcessError) and error.returncode == 2:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)  # the only way to choose the exit code here; the child has said why
+        previous(kind, error, trace)
+
+    return excepthook
 
 
 def _is_sft_config(kind: type) -> bool:

@@ -1,0 +1,144 @@
+"""Where the reference comes from: the training model in 4 bit with adapters, or a separate model in each quantisation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests import tiny
+from tests.test_pipeline import rows
+from xtf_plugin.config import XTFConfig
+from xtf_plugin.documents import collect
+from xtf_plugin.errors import XTFUserError
+from xtf_plugin.fingerprint import model_facts, weights_hash
+from xtf_plugin.providers import SeparateReference
+from xtf_plugin.reference import borrow
+from xtf_plugin.scorer import score
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_base(tmp_path_factory.mktemp("reference"))
+
+
+def load_4bit(folder):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype="float32")
+
+
+def logprobs(reference, documents):
+    found = {}
+
+    def sink(keys, offsets, values, _):
+        for index, key in enumerate(keys):
+            found[key.tobytes()] = values[offsets[index] : offsets[index + 1]]
+
+    score(documents, np.arange(len(documents)), reference, (1,), sink, progress=False)
+    return np.concatenate([found[key.tobytes()] for key in documents.keys])
+
+
+def separate(folder, documents, **options):
+    block = {"reference": {"model": str(folder), "dtype": "float32", **options}}
+    return SeparateReference(XTFConfig.parse(block).reference, tiny.tokenizer(), documents, torch.device("cpu"))
+
+
+class TestBorrowedQLoRA:
+    def test_scores_are_those_of_the_4bit_base_and_training_state_survives(self, folder):
+        documents = collect(rows())
+        plain = logprobs(borrow(load_4bit(folder)), documents)
+        model = prepare_model_for_kbit_training(load_4bit(folder))
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5))
+        model.train()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+        flags = [(m.training, type(m).__name__) for m in model.modules()]
+        weights = weights_hash(borrow(model).model)
+        np.testing.assert_allclose(logprobs(borrow(model), documents), plain, atol=1e-5)
+        assert [(m.training, type(m).__name__) for m in model.modules()] == flags
+        assert weights_hash(borrow(model).model) == weights, "4-bit weights must not be repacked by scoring"
+
+    def test_4bit_layers_never_see_evaluation_mode(self, folder):
+        """In it, bitsandbytes repacks them on some CPUs into a layout without a gradient."""
+        reference = borrow(load_4bit(folder))
+        with reference.scoring():
+            modes = {type(m).__name__: m.training for m in reference.model.modules()}
+        assert modes["Linear4bit"] is True and modes["LlamaMLP"] is False
+
+    def test_fingerprint_ignores_adapters_and_sees_quantisation(self, folder):
+        plain = load_4bit(folder)
+        adapted = get_peft_model(load_4bit(folder), LoraConfig(r=4, target_modules="all-linear"))
+        assert model_facts(plain)["weights"] == model_facts(adapted.get_base_model())["weights"]
+        assert model_facts(plain)["weights"] != weights_hash(tiny.model())
+
+
+class TestSeparate:
+    @pytest.mark.parametrize("quantization, tolerance", [("none", 1e-5), ("int8", 0.5), ("nf4", 2.0), ("fp4", 2.0)])
+    def test_every_quantisation_loads_scores_and_is_freed(self, folder, quantization, tolerance):
+        documents = collect(rows())
+        truth = logprobs(borrow(tiny.model()), documents)
+        provider = separate(folder, documents, quantization=quantization)
+        with provider.open() as reference:
+            ours = logprobs(reference, documents)
+        assert not hasattr(reference, "model")
+        assert np.nanmean(np.abs(ours - truth)) <= tolerance
+        if quantization != "none":
+            assert np.nanmean(np.abs(ours - truth)) > 1e-4, "quantisation must have happened"
+
+    def test_fingerprint_follows_weights_and_quantisation(self, folder, tmp_path):
+        documents = collect(rows())
+        other = tmp_path / "other"
+        tiny.model(seed=1).save_pretrained(other)
+        tiny.tokenizer().save_pretrained(other)
+        prints = {
+            separate(folder, documents, quantization="nf4").fingerprint(),
+            separate(folder, documents, quantization="fp4").fingerprint(),
+            separate(other, documents, quantization="nf4").fingerprint(),
+        }
+        assert len(prints) == 3
+
+    def test_missing_model_is_one_clear_message(self, tmp_path):
+        with pytest.raises(XTFUserError, match="reference.model.*could not be loaded"):
+            separate(tmp_path / "nowhere", collect(rows()))
+
+
+class TestTokenizerMustAgree:
+    def refused(self, tmp_path, change, match):
+        folder = tiny.save_base(tmp_path / "changed")
+        change(folder)
+        with pytest.raises(XTFUserError, match=match):
+            separate(folder, collect(rows()))
+
+    def test_vocabulary(self, tmp_path):
+        def add(folder):
+            from transformers import AutoTokenizer
+
+            other = AutoTokenizer.from_pretrained(folder)
+            other.add_tokens(["<|extra|>"])
+            other.save_pretrained(folder)
+
+        self.refused(tmp_path, add, "another vocabulary.*extra")
+
+    def test_special_ids(self, tmp_path):
+        def change(folder):
+            from transformers import AutoTokenizer
+
+            other = AutoTokenizer.from_pretrained(folder)
+            other.eos_token = "<|im_end|>"
+            other.save_pretrained(folder)
+
+        self.refused(tmp_path, change, "eos_token_id")
+
+    def test_segmentation_of_the_data(self, tmp_path):
+        def change(folder):
+            from tokenizers import Tokenizer, normalizers
+
+            core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            core.normalizer = normalizers.Lowercase()
+            core.save(str(folder / "tokenizer.json"))
+
+        self.refused(tmp_path, change, "cuts the training text differently")
