@@ -1,4 +1,4 @@
-"""Where the reference comes from: the training model in 4 bit with adapters, or a separate model in each quantisation."""
+"""Where the reference comes from: the training model in 4 bit with adapters, or a separate model, quantised or not."""
 
 from __future__ import annotations
 

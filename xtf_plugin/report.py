@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
-from . import __version__, selection, spans
+from . import __version__, selection, spans, view
 from .files import write_whole
 from .pipeline import Plan, special_ids
 from .table import ScoreTableWriter
@@ -23,11 +22,7 @@ logger = logging.getLogger(__name__)
 TABLE_LIMIT = 20_000_000  # completion tokens up to which a training run writes the score table by itself
 CHUNK_TOKENS = 500_000
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
-_BITS = {
-    "reasoning_importance": selection.REASONING,
-    "knowledge_novelty": selection.NOVELTY,
-    "task_relevance": selection.RELEVANCE,
-}
+_BITS = selection.BITS
 _DECISIONS = {
     "protected": selection.PROTECTED,
     "floor": selection.FLOOR,
@@ -76,9 +71,11 @@ def totals(plan: Plan) -> dict[str, Any]:
     for name in plan.config.attributes:
         fired = (reasons & _BITS[name]) > 0
         count = _count(plan, fired & ~keep)
+        others = (reasons & ~np.uint8(_BITS[name]) & np.uint8(sum(_BITS.values()))) > 0
         attributes[name] = {
             "fired": _count(plan, fired),
             "dropped": count,
+            "dropped_alone": _count(plan, fired & ~keep & ~others),
             "fired_fraction": _share(_count(plan, fired), tokens),
             "dropped_fraction": _share(count, tokens),
         }
@@ -213,33 +210,27 @@ def _occurrences(plan: Plan) -> Any:
 
 
 def show(plan: Plan, written: list[Path]) -> None:
-    """Print the plan to the terminal (standard error): shares, thresholds' warnings, where the files are."""
-    facts = totals(plan)
-    table = Table(title="xtf: what this run trains on", title_justify="left", caption_justify="left")
-    for heading, justify in (("completion tokens", "left"), ("tokens", "right"), ("share", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    whole = facts["completion_tokens"]
-    table.add_row("kept", f"{facts['kept_tokens']:,}", f"{facts['kept_fraction']:.1%}")
-    table.add_row("dropped", f"{facts['dropped_tokens']:,}", f"{_share(facts['dropped_tokens'], whole):.1%}")
-    for name, attribute in facts["attributes"].items():
-        table.add_row(f"  by {name}", f"{attribute['dropped']:,}", f"{attribute['dropped_fraction']:.1%}")
-    for name, count in facts["decided_by"].items():
-        if count:
-            table.add_row(f"  decided: {name}", f"{count:,}", f"{_share(count, whole):.1%}")
+    """Print the plan to the terminal (standard error): shares, the rules' warnings, where the files are."""
+    facts, stats = totals(plan), plan.stats
+    attributes = facts["attributes"].items()
+    counts = view.Summary(
+        documents=facts["documents"],
+        tokens=facts["completion_tokens"],
+        kept=facts["kept_tokens"],
+        fired={name: attribute["fired"] for name, attribute in attributes},
+        dropped={name: attribute["dropped"] for name, attribute in attributes},
+        alone={name: attribute["dropped_alone"] for name, attribute in attributes},
+        decided={name: count for name, count in facts["decided_by"].items() if count},
+    )
+    lines = [
+        f"reference {plan.reference.get('name')} ({plan.reference.get('source')})",
+        f"scored {stats.documents:,} documents in {stats.seconds:.1f} s ({_share(stats.tokens, stats.seconds):,.0f} "
+        f"tokens/s), {plan.reused:,} came from the store",
+        "the training loss is taken over kept tokens only and is not comparable with plain SFT's.",
+        *(f"warning: {warning}" for warning in plan.warnings),
+        *(f"wrote {path}" for path in written),
+    ]
     console = Console(stderr=True, soft_wrap=True)
-    console.print(table)
-    stats = plan.stats
-    console.print(
-        f"xtf: reference {plan.reference.get('name')} ({plan.reference.get('source')}); scored {stats.documents:,} "
-        "documents in "
-        f"{stats.seconds:.1f} s ({_share(stats.tokens, stats.seconds):,.0f} tokens/s), {plan.reused:,} from the store.",
-        markup=False,
-        highlight=False,
-    )
-    console.print(
-        "xtf: the training loss is taken over kept tokens only and is not comparable with plain SFT's.", markup=False
-    )
-    for warning in plan.warnings:
-        console.print(f"xtf: warning: {warning}", markup=False, highlight=False)
-    for path in written:
-        console.print(f"xtf: wrote {path}", markup=False, highlight=False)
+    console.print(view.summary_table(counts))
+    for line in lines:
+        console.print(f"xtf: {line}", markup=False, highlight=False)

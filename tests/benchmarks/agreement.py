@@ -1,0 +1,92 @@
+"""Hold `xtf score` on real text against an independent eager float32 computation, token by token.
+
+    python -m tests.benchmarks.agreement DATA.jsonl --prompt question --completion answer -n 200 [--model PATH]
+
+Writes the rows as prompt-completion data, runs the stock pipeline through `xtf score`, recomputes attention received
+from transformers' own eager maps and log-probabilities from full logits (`tests/eager.py`), and prints the largest
+differences. Ends with 1 if any token differs by more than 2e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import eager, tiny
+
+LIMIT = 2e-4
+
+
+def score(folder: Path, model: str, rows: list[dict[str, str]]) -> Path:
+    tiny.save_rows(folder / "data/train.jsonl", rows)
+    recipe = {
+        "model_name_or_path": model,
+        "dataset_name": str(folder / "data"),
+        "max_length": 2048,
+        "bf16": False,
+        "dtype": "float32",
+        "use_cpu": True,
+        "report_to": "none",
+        "output_dir": str(folder / "out"),
+        "xtf": {"cache_dir": str(folder / "cache"), "report": False},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    output = folder / "scores.parquet"
+    command = [Path(sys.executable).parent / "xtf", "score", path, "--output", output]
+    subprocess.run([str(word) for word in command], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return output
+
+
+def compare(output: Path, model: str, rows: list[dict[str, str]]) -> dict[str, float]:
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    table = pq.read_table(output, columns=["row", "position", "token_id", "knowledge_novelty", "reasoning_importance"])
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    worst = {"knowledge_novelty": 0.0, "reasoning_importance": 0.0}
+    for index, row in enumerate(rows):
+        ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+        logprobs, received = eager.scores(network, ids, range(network.config.num_hidden_layers))
+        here = columns["row"] == index
+        at = columns["position"][here]
+        assert columns["token_id"][here].tolist() == [ids[p] for p in at], f"row {index}: other tokens"
+        truth = {"knowledge_novelty": -np.expm1(logprobs[at].numpy()), "reasoning_importance": received[at].numpy()}
+        for name, values in truth.items():
+            ours = columns[name][here]
+            assert np.array_equal(np.isnan(ours), np.isnan(values)), f"row {index}: other tokens are undefined"
+            worst[name] = max(worst[name], float(np.nanmax(np.abs(ours - values), initial=0.0)))
+    return {**worst, "tokens": float(table.num_rows)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--prompt", default="prompt")
+    parser.add_argument("--completion", default="completion")
+    parser.add_argument("-n", type=int, default=200)
+    parser.add_argument("--model", help="default: a tiny random Llama")
+    options = parser.parse_args()
+    lines = options.data.read_text(encoding="utf-8").splitlines()[: options.n]
+    rows = [
+        {"prompt": row[options.prompt] + "\n", "completion": row[options.completion]} for row in map(json.loads, lines)
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = options.model or str(tiny.save_base(folder / "base", max_position_embeddings=2048))
+        worst = compare(score(folder, model, rows), model, rows)
+    print(json.dumps({"rows": len(rows), "limit": LIMIT, **worst}))
+    return int(max(worst["knowledge_novelty"], worst["reasoning_importance"]) > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
