@@ -1,0 +1,243 @@
+"""The documentation is run: every block, command and link of README.md, docs/ and recipes/README.md has a rule here.
+
+Blocks are collected, not listed: one of a new kind, or a command that begins with a new word, fails until it has a
+rule. Commands that train are run for real, in the order a reader would: on a tiny model, in a folder of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import tiny
+from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
+from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, relative_links
+from xtf_plugin import config_docs
+from xtf_plugin.config import XTFConfig
+
+BIN = Path(sys.executable).parent
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+FENCED = [block for block in BLOCKS if block.language != "indented"]
+README = PAGES[0]
+SWITCHES = ("XTF_DISABLE", "XTF_DRY_RUN", "XTF_SCORES_OUTPUT", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+TINY = {
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "dtype": "float32",
+    "load_in_4bit": True,
+    "use_peft": True,
+    "max_steps": 1,
+    "per_device_train_batch_size": 4,
+    "bf16": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "output_dir": "out",
+}
+
+
+@functools.cache
+def keys_of_trl() -> set[str]:
+    """The keys that `trl sft` takes from a recipe, plus ours."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+
+    kinds = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    return {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init} | {"env", "xtf"}
+
+
+class Workplace:
+    """A reader's folder: a tiny model and data where recipes point, and the commands that were run there, each once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.results: dict[tuple[str, ...], subprocess.CompletedProcess[str]] = {}
+        tiny.save_base(folder / "model")
+        tiny.save_rows(folder / "data/train.jsonl", tiny.problems(24))
+        shutil.copytree(ROOT / "recipes", folder / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def write_recipe(self, name: str) -> None:
+        """Put the `xtf:` block of the named recipe, or of the README's first YAML block, on the tiny model and data."""
+        first = next(block.text for block in FENCED if block.page == README and block.language == "yaml")
+        data = yaml.safe_load(first if name == PLACEHOLDER else (ROOT / name).read_text(encoding="utf-8"))
+        text = yaml.safe_dump({**TINY, "xtf": data["xtf"]}, sort_keys=False)
+        path = self.folder / name
+        if not path.exists() or path.read_text() != text:  # `xtf show` scores again when the recipe is the newer one
+            path.write_text(text)
+
+    def run(self, words: list[str]) -> subprocess.CompletedProcess[str]:
+        if tuple(words) not in self.results:
+            for name in (word for word in words if word.endswith(".yaml")):
+                self.write_recipe(name)
+            quiet = {"XTF_CACHE": "cache", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            environment = {name: value for name, value in os.environ.items() if name not in SWITCHES} | quiet
+            self.results[tuple(words)] = subprocess.run(
+                [str(BIN / words[0]), *words[1:]],
+                cwd=self.folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+        return self.results[tuple(words)]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("workplace"))
+
+
+@pytest.fixture(scope="module")
+def trained(workplace) -> Workplace:
+    """The workplace after the README's `trl sft`."""
+    result = workplace.run(["trl", "sft", "--config", PLACEHOLDER])
+    assert result.returncode == 0, result.stderr[-3000:]
+    return workplace
+
+
+def run_bash(block: Block, trained: Workplace, monkeypatch) -> None:
+    for words in commands(block.text):
+        check_command(words)
+        if words[0] in ("trl", "xtf"):
+            result = trained.run(words)
+            assert result.returncode == 0, result.stderr[-3000:]
+
+
+def check_yaml(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
+    data = yaml.safe_load(block.text)
+    assert set(data) <= keys_of_trl(), f"unknown to `trl sft`: {set(data) - keys_of_trl()}"
+    if "xtf" in data:
+        XTFConfig.parse(data["xtf"])
+
+
+def run_python(block: Block, trained: Workplace, monkeypatch) -> None:
+    """Run a reader's script with what a reader would have: a model, its tokenizer and a dataset. One step is enough."""
+    import trl
+    from datasets import Dataset
+
+    folder = trained.folder / f"script-{block.line}"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XTF_CACHE", str(folder / "cache"))
+    small = functools.partial(
+        trl.SFTConfig, max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no"
+    )
+    monkeypatch.setattr(trl, "SFTConfig", small)
+    dataset = Dataset.from_list(tiny.problems(16))
+    exec(
+        compile(block.text, str(block), "exec"),
+        {"__name__": "__main__", "model": tiny.model(), "tokenizer": tiny.tokenizer(), "dataset": dataset},
+    )
+    if ".train(" in block.text:
+        written = list(folder.glob("*/xtf/summary.json"))
+        assert written, f"{block}: trained without XTF"
+        assert json.loads(written[0].read_text())["totals"]["dropped_tokens"] > 0
+
+
+RULES = {"bash": run_bash, "yaml": check_yaml, "python": run_python}
+
+
+def check_block(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
+    if block.language not in RULES:
+        pytest.fail(f"{block}: no rule for blocks marked {block.language!r}: add one to RULES")
+    RULES[block.language](block, trained, monkeypatch)
+
+
+@pytest.mark.parametrize("block", FENCED, ids=str)
+def test_block_does_what_it_says(block, trained, monkeypatch):
+    check_block(block, trained, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_prose_and_in_indented_blocks_exist(page):
+    indented = [block.text for block in BLOCKS if block.page == page and block.language == "indented"]
+    for text in (*indented, *inline_code(page)):
+        first, *rest = text.split()
+        if first in CHECKS and rest:  # the others are formulas, keys and names
+            for words in commands(text):
+                check_command(words)
+
+
+def test_no_block_is_overlooked():
+    fences = sum(len(re.findall(r"^\s*(?:```|~~~)", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in PAGES)
+    assert len(FENCED) == fences / 2 >= 7
+    assert any(block.text.startswith("python recipes/") for block in BLOCKS if block.language == "indented")
+
+
+QUICK = [["xtf", "cache", "list"], *(c.split() for c in inline_code(README) if re.match("xtf (check|show|report) ", c))]
+
+
+@pytest.mark.parametrize("words", QUICK, ids=" ".join)
+def test_commands_of_the_table_read_what_the_run_left(words, trained):
+    """`xtf score` and `xtf cache prune` have tests of their own; here they are only parsed."""
+    table = trained.folder / "out/xtf/scores.parquet"
+    written = table.stat().st_mtime_ns
+    result = trained.run(words)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip()
+    assert table.stat().st_mtime_ns == written
+
+
+def test_stock_command_writes_what_the_readme_names(trained):
+    named = [code for code in inline_code(README) if code.startswith("<output_dir>/")]
+    assert len(named) >= 2
+    for code in named:
+        assert (trained.folder / code.replace("<output_dir>", "out")).is_file(), code
+    summary = json.loads((trained.folder / "out/xtf/summary.json").read_text())
+    assert summary["totals"]["dropped_tokens"] > 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_point_at_files(page):
+    assert [str(target) for target in relative_links(page) if not target.exists()] == []
+
+
+def test_first_commands_stand_at_the_top_of_the_readme():
+    top = "\n".join(README.read_text(encoding="utf-8").splitlines()[:30])
+    assert "pip install" in top and "make demo" in top
+
+
+def test_reference_of_the_block_is_fresh():
+    assert config_docs.main(["--check"]) is None
+
+
+def test_architecture_names_every_module():
+    modules = {path.stem for path in (ROOT / "xtf_plugin").glob("*.py")} - {"__init__"}
+    assert modules <= set(inline_code(ROOT / "docs" / "architecture.md"))
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("", "anything"),
+        ("toml", "a = 1"),
+        ("bash", "curl example.org"),
+        ("bash", "pip install xtf"),
+        ("bash", "make nothing-of-the-kind"),
+        ("bash", "trl sft --config recipes/nothing.yaml"),
+        ("bash", "xtf shwo recipe.yaml"),
+        ("bash", "xtf show recipe.yaml --rows 3"),
+        ("bash", "xtf show recipes/nothing.yaml"),
+        ("bash", "xtf cache prune --al"),
+        ("bash", "python -m xtf_plugin.nothing"),
+        ("bash", "python recipes/prepare_prompt_completion.py data --colums prompt"),
+        ("bash", "accelerate launch -m trl.scripts.nothing"),
+        ("yaml", "lora_rank: 8"),
+        ("yaml", "xtf: {preset: papr}"),
+    ],
+)
+def test_rules_refuse_what_is_wrong(language, text):
+    (block,) = blocks(README, f"Some words.\n\n```{language}\n{text}\n```\n")
+    assert (block.line, block.text) == (3, text)
+    with pytest.raises((AssertionError, pytest.fail.Exception, ValueError)):
+        check_block(block)
