@@ -243,3 +243,43 @@ class TestRefusals:
         made = attach(trainer(tmp_path, model=model), {"cache_dir": str(tmp_path / "cache")})
         with pytest.raises(XTFError, match="NaN or infinite log-prob"):
             made.train()
+
+    def test_everything_dropped(self, tmp_path):
+        drop_all = {
+            "knowledge_novelty": {"drop": {"unknown_below": 0.999}},
+            "protect": {"special_tokens": False},
+            "min_kept": 0,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        with pytest.raises(XTFUserError, match="drop every one.*min_kept"):
+            attach(trainer(tmp_path), drop_all).train()
+        assert (tmp_path / "out/xtf/scores.parquet").is_file(), "what was scored is kept, to look at"
+
+    def test_several_processes_without_stored_scores(self, tmp_path, monkeypatch):
+        block = {"cache_dir": str(tmp_path / "cache"), **BLOCK, "dry_run": True}
+        several = property(lambda self: 2)
+        made = attach(trainer(tmp_path), block)
+        with monkeypatch.context() as patched:
+            patched.setattr(type(made.accelerator), "num_processes", several)
+            with pytest.raises(XTFUserError, match="xtf score"):
+                made.train()
+        with pytest.raises(XTFDryRun):
+            attach(trainer(tmp_path), block).train()
+        made = attach(trainer(tmp_path), block)
+        monkeypatch.setattr(type(made.accelerator), "num_processes", several)
+        with pytest.raises(XTFDryRun):
+            made.train()
+
+
+def test_a_batch_without_labels_is_counted_and_told(tmp_path, caplog):
+    """Almost everything is dropped: most batches lose all labels, and each gets one back."""
+    block = {
+        "knowledge_novelty": {"drop": {"unknown_below": 0.999}},
+        "protect": {"special_tokens": False, "patterns": ["Zoe"]},
+        "min_kept": 0,
+    }
+    rows = [*tiny.problems(23), {"prompt": "Who?", "completion": " Zoe"}]
+    made, seen = run(tmp_path, block, rows=rows, per_device_train_batch_size=2, max_steps=6)
+    assert all((batch["labels"] != -100).any() for batch in seen)
+    assert int(made._xtf_hooks.collator.counters[:, 2].sum()) >= 4
+    assert "got their most novel token back" in caplog.text

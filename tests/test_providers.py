@@ -65,7 +65,7 @@ class TestBorrowedQLoRA:
     def test_4bit_layers_never_see_evaluation_mode(self, folder):
         """In it, bitsandbytes repacks them on some CPUs into a layout without a gradient."""
         reference = borrow(load_4bit(folder))
-        with reference.scoring():
+        with reference.scoring(record=True):
             modes = {type(m).__name__: m.training for m in reference.model.modules()}
         assert modes["Linear4bit"] is True and modes["LlamaMLP"] is False
 

@@ -213,3 +213,58 @@ def test_borrow_scores_the_base_model_under_a_trained_adapter():
     for key, (logprobs, _) in plain.items():
         np.testing.assert_allclose(found[key], logprobs, atol=1e-5)
     assert not any(p.requires_grad for name, p in model.named_parameters() if name in frozen)
+
+
+def test_attention_sinks_are_refused_by_name():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        vocab_size=500,
+        pad_token_id=0,
+    )
+    with pytest.raises(XTFError, match="s_aux.*reasoning_importance: false"):
+        run(collect(rows()), GptOssForCausalLM(config).eval(), (1,))
+    found, _ = run(collect(rows()), GptOssForCausalLM(config).eval(), ())
+    assert len(found) == 6, "without reasoning importance the model's own attention is used"
+
+
+def test_a_mask_that_is_not_causal_is_refused_by_name():
+    """A model that lets tokens look ahead (prefix LM) would get wrong scores without a sign."""
+    from transformers import masking_utils
+    from transformers.models.llama import modeling_llama
+
+    original = modeling_llama.create_causal_mask
+
+    def looking_ahead(*args, **kwargs):
+        return original(*args, **kwargs, or_mask_function=lambda b, h, q, k: k < 5)
+
+    modeling_llama.create_causal_mask = looking_ahead
+    try:
+        with pytest.raises(XTFError, match="neither causal nor a causal sliding window"):
+            run(collect(rows()), tiny.model(), (1,))
+    finally:
+        modeling_llama.create_causal_mask = original
+    assert masking_utils.create_causal_mask is original
+
+
+def test_a_layer_that_bypasses_the_attention_interface_is_refused_by_name(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    attention = modeling_llama.LlamaAttention.forward
+
+    def own_attention(self, hidden_states, *args, **kwargs):
+        if self.layer_idx == 1:
+            return hidden_states, None
+        return attention(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", own_attention)
+    with pytest.raises(XTFError, match=r"only layers \[0\] of 2"):
+        run(collect(rows()), tiny.model(), (0,))

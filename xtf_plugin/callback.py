@@ -74,6 +74,22 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             self._report(Path(args.output_dir), tokenizer)
         if self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN")):
             raise XTFDryRun
+        if not (self.plan.selection.keep & (self.plan.scores.positions > 0)).any():
+            raise XTFUserError(
+                f"the rules drop every one of {len(self.plan.selection.keep)} completion tokens: there is nothing to "
+                "train on. Loosen a rule, or set min_kept above 0; `dry_run: true` shows what each rule drops."
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell in how many batches a label had to be given back because the batch had none left."""
+        batches, _, revived = self.collator.counters.sum(0).tolist()
+        if revived:
+            logger.warning(
+                "xtf: %d of %d batches had no label left and got their most novel token back; min_kept: 1 keeps one in "
+                "every document.",
+                revived,
+                batches,
+            )
 
     def _provider(self, documents: Any, tokenizer: Any) -> ReferenceProvider:
         if self._borrowed is not None:

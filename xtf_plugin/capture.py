@@ -116,7 +116,7 @@ def received_mask(
     if attention_mask is not None or q_length != kv_length:
         raise recorder.refuse("it was given a padding mask")
     zero, keys = torch.tensor(0), torch.arange(kv_length)
-    for query in {q_length // 2, q_length - 1}:
+    for query in {0, q_length // 2, q_length - 1}:
         row = torch.as_tensor(mask_function(zero, zero, torch.tensor(query), keys)).expand(kv_length)
         width = int(row.sum())
         if not torch.equal(row, (keys <= query) & (keys > query - width)):

@@ -178,7 +178,8 @@ class XTFConfig(Block):
     )
     report: ByText[PathText, StrictBool] = Field(
         default=True,
-        description="true: write report and summary to `output_dir`/xtf; a path: to that folder; false: neither.",
+        description="true: write summary.json and scores.parquet to `output_dir`/xtf; a path: to that folder; "
+        "false: neither.",
     )
     dry_run: StrictBool = Field(
         default=False, description="Score, report, then end the run before the first optimizer step."
@@ -293,6 +294,6 @@ def _read(text: str) -> Any:
         except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             told = " ".join(str(error).split())
             raise XTFUserError(f"xtf: {text[:80]!r} is neither JSON nor YAML: {told}. See docs/config.md.") from None
-    if value is None and text.strip() not in ("null", "~"):
+    if value is None and text.strip().lower() not in ("null", "~"):
         raise XTFUserError(f"xtf: {text[:80]!r} is empty. Write true for the defaults, false for off, or a mapping.")
     return value

@@ -71,8 +71,10 @@ class Reference:
         return resolve_layers(choice, self.text_config)
 
     @contextmanager
-    def scoring(self) -> Iterator[None]:
-        """Adapters off, evaluation mode, no gradients, the trainer's autocast, our attention; all put back afterwards.
+    def scoring(self, record: bool) -> Iterator[None]:
+        """Adapters off, evaluation mode, no gradients, the trainer's autocast; all put back afterwards.
+
+        With `record` attention is ours, so that `forward` can record it; without, the model's own.
 
         4-bit layers stay in training mode: on CPUs with AVX512-BF16, bitsandbytes repacks their weights in evaluation
         mode into a layout that has no gradient, and does not repack them back.
@@ -86,13 +88,14 @@ class Reference:
                 module.training = type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4")
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.autocast())
-            stack.enter_context(attention_switched(self.model))
+            if record:
+                stack.enter_context(attention_switched(self.model))
             yield
 
     def forward(
         self, input_ids: Tensor, lengths: Tensor, layers: tuple[int, ...], start: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """One decoder forward; call it inside `scoring()`.
+        """One decoder forward; call it inside `scoring(record=bool(layers))`.
 
         Args:
             input_ids: (B, T), right-padded; lengths: (B,) on the same device.
@@ -102,6 +105,8 @@ class Reference:
         Returns:
             last hidden states (B, T, D); attention received (B, T) float32, or None without layers.
         """
+        if not layers:
+            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state, None
         recorder = Recorder(self.name, frozenset(layers), lengths, start)
         with recording(recorder):
             output = self.decoder(input_ids=input_ids, use_cache=False)
@@ -114,7 +119,7 @@ class Reference:
         head = self.model.get_output_embeddings()
         return kernels.log_probabilities(hidden, head, targets, scale=scale, softcap=softcap)
 
-    def check_against_own_forward(self, input_ids: Tensor, tolerance: float) -> None:
+    def check_against_own_forward(self, input_ids: Tensor, tolerance: float, layers: tuple[int, ...]) -> None:
         """Compare our log-probabilities with those of the model's own forward and attention on one short document.
 
         Catches a model whose head or attention does something that we do not know of.
@@ -126,8 +131,8 @@ class Reference:
             return
         T = len(input_ids)
         lengths = torch.tensor([T], device=input_ids.device)
-        with self.scoring():
-            hidden, _ = self.forward(input_ids[None], lengths, ())
+        with self.scoring(record=bool(layers)):
+            hidden, _ = self.forward(input_ids[None], lengths, layers)
             ours = self.log_probabilities(hidden[0, :-1], input_ids[1:])
             with _own_attention(self):
                 logits = type(self.model).forward(self.model, input_ids=input_ids[None], use_cache=False).logits

@@ -90,12 +90,12 @@ def score(
         XTFError: a single document does not fit into memory; the reference is not supported.
     """
     budget = batch_tokens or default_batch_tokens(reference.device)
-    _check_reference(documents, wanted, reference)
+    _check_reference(documents, wanted, reference, layers)
     stats = ScoringStats(documents=len(wanted))
     lengths = documents.lengths[wanted]
     pending = list(plan_batches(lengths, budget))[::-1]
     bar = tqdm(total=int(lengths.sum()), unit="tok", unit_scale=True, desc="xtf: scoring", disable=not progress)
-    with bar, reference.scoring():
+    with bar, reference.scoring(record=bool(layers)):
         while pending:
             batch = pending.pop()
             try:
@@ -145,7 +145,9 @@ def _score_batch(
     return documents.keys[batch], offsets, logprobs[mask].cpu().numpy(), attention, int(input_ids.size)
 
 
-def _check_reference(documents: DocumentSet, wanted: NDArray[np.int64], reference: Reference) -> None:
+def _check_reference(
+    documents: DocumentSet, wanted: NDArray[np.int64], reference: Reference, layers: tuple[int, ...]
+) -> None:
     """Hold the reference's scoring path against its own forward, once, on the start of one document."""
     vocabulary = reference.model.get_input_embeddings().weight.shape[0]
     highest = int(documents.input_ids.max())
@@ -160,7 +162,7 @@ def _check_reference(documents: DocumentSet, wanted: NDArray[np.int64], referenc
         ids, _ = documents.document(int(candidates[0]))
         half = next(reference.decoder.parameters()).dtype in (torch.float16, torch.bfloat16)
         sample = torch.from_numpy(ids[:CHECK_TOKENS].astype(np.int64)).to(reference.device)
-        reference.check_against_own_forward(sample, 0.1 if half or _autocasts(reference) else 1e-3)
+        reference.check_against_own_forward(sample, 0.1 if half or _autocasts(reference) else 1e-3, layers)
 
 
 def _autocasts(reference: Reference) -> bool:
@@ -201,7 +203,7 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
         kind: `input`: the row of the input embedding; `output`: the last hidden state of the token run alone.
     """
     parts = []
-    with reference.scoring():
+    with reference.scoring(record=False):
         for low in range(0, len(token_ids), chunk):
             ids = torch.from_numpy(np.asarray(token_ids[low : low + chunk], dtype=np.int64)).to(reference.device)
             if kind == "input":
