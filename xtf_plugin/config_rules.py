@@ -107,6 +107,12 @@ def _domain(value: str) -> str:
     if value == "dataset":
         return value
     path = Path(os.path.expanduser(value))
+    read_words(path)
+    return str(path)
+
+
+def read_words(path: Path) -> list[str]:
+    """Expert words of a file, one a line; blank lines and lines that begin with # are left out. Raises ValueError."""
     try:
         if not path.is_file():
             raise ValueError(f"is not a file (a relative path starts at {Path.cwd()}); a single word is written [word]")
@@ -115,9 +121,10 @@ def _domain(value: str) -> str:
         raise ValueError(f"is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
-    if not any(line.strip() and not line.startswith("#") for line in lines):
+    words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not words:
         raise ValueError("holds no word; put one word on each line")
-    return str(path)
+    return words
 
 
 def _by_text(value: Any) -> str:

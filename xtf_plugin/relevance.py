@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import attributes
+from .config_rules import read_words
 from .documents import DocumentSet
 from .errors import XTFUserError
 from .files import write_whole
@@ -38,24 +39,16 @@ def domain_words(domain: str | Sequence[str]) -> list[str] | None:
     """Expert words of a `domain` setting: None for `dataset`, else the list, or the lines of the file it names.
 
     Raises:
-        XTFUserError: the file is missing or holds no word.
+        XTFUserError: the file that the block was validated with is gone or has changed for the worse.
     """
     if not isinstance(domain, str):
         return list(domain)
     if domain == "dataset":
         return None
     try:
-        lines = Path(domain).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise XTFUserError(
-            f"xtf.task_relevance.domain: {domain!r} is not a readable text file ({error}). Legal: dataset, a list of "
-            "words, "
-            "or the path of a UTF-8 file with a word a line."
-        ) from error
-    words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not words:
-        raise XTFUserError(f"xtf.task_relevance.domain: {domain} holds no word; put one word on each line.")
-    return words
+        return read_words(Path(domain))
+    except ValueError as error:
+        raise XTFUserError(f"xtf.task_relevance.domain: {domain} {error}") from error
 
 
 def word_pieces(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
