@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint bench bench-scoring docs clean
+.PHONY: demo test test-lowest lint bench bench-scoring docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,24 @@ demo: $(STAMP)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
+
+# The lowest versions that pyproject.toml states, in a virtual environment of their own; the tests are those in which
+# other packages' behaviour shows. TORCH stays what it is: PyPI's lower builds for Linux bring gigabytes of CUDA.
+LOWEST = .venv-lowest
+LOWEST_FILES = scorer attributes callback hook_trl store selection config config_errors cli
+LOWEST_TESTS = $(LOWEST_FILES:%=tests/test_%.py) \
+	tests/test_end_to_end.py::test_block_that_drops_nothing_equals_plain_sft_step_for_step \
+	tests/test_end_to_end.py::test_block_that_drops_changes_training_but_not_evaluation_data
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+
+$(LOWEST)/.installed: pyproject.toml tests/constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q --upgrade pip
+	$(LOWEST)/bin/python -m pip install -q "$(TORCH)"
+	$(LOWEST)/bin/python -m pip install -q "$(TORCH)" -e ".[dev]" -c tests/constraints-lowest.txt
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -75,6 +75,11 @@ class TestBorrowedQLoRA:
         assert model_facts(plain)["weights"] == model_facts(adapted.get_base_model())["weights"]
         assert model_facts(plain)["weights"] != weights_hash(tiny.model())
 
+    def test_weights_that_are_not_here_are_refused(self):
+        """Hashing nothing would give every model the same scores."""
+        with pytest.raises(XTFUserError, match="ZeRO-3"):
+            weights_hash(tiny.model().to("meta"))
+
 
 class TestSeparate:
     @pytest.mark.parametrize("quantization, tolerance", [("none", 1e-5), ("int8", 0.5), ("nf4", 2.0), ("fp4", 2.0)])

@@ -30,15 +30,23 @@ def digest(facts: Mapping[str, Any]) -> str:
 
 def model_facts(model: Any) -> dict[str, Any]:
     """Config and weight hash of a loaded model with its adapters left out: equal for a model with and without LoRA."""
-
     config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
     return {"config": digest(config), "weights": weights_hash(model), "scorer": SCORER_VERSION}
 
 
 def weights_hash(model: nn.Module) -> str:
-    """xxh3-128 over name, dtype, shape and bytes of every base parameter and persistent buffer."""
+    """xxh3-128 over name, dtype, shape and bytes of every base parameter and persistent buffer.
+
+    Raises:
+        XTFUserError: weights that are not here (meta device, DeepSpeed ZeRO-3): two models would get the same hash.
+    """
     state = xxhash.xxh3_128()
     for name, tensor in sorted(_base_tensors(model), key=lambda item: item[0]):
+        if tensor.is_meta or hasattr(tensor, "ds_status"):
+            raise XTFUserError(
+                f"xtf: the weight {name} is not held by this process (meta device or DeepSpeed ZeRO-3), so the "
+                "reference cannot be told from another one. Use DDP or ZeRO-2, or name a `reference.model`."
+            )
         state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         state.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     return state.hexdigest()
@@ -48,7 +56,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapters = _adapter_names(model)
     for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
         parts = name.split(".")
-        if adapters.intersection(parts) or not tensor.numel():
+        if adapters.intersection(parts):
             continue
         plain = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
         yield plain, tensor
@@ -77,7 +85,7 @@ def _adapter_names(model: nn.Module) -> set[str]:
     return names
 
 
-def files_facts(model: str, commit: str | None) -> dict[str, Any]:
+def files_facts(model: str, revision: str | None, commit: str | None) -> dict[str, Any]:
     """Facts about a model that is not loaded: the hub commit, or a hash of the files of a local folder.
 
     Raises:
@@ -85,7 +93,7 @@ def files_facts(model: str, commit: str | None) -> dict[str, Any]:
     """
     folder = Path(model)
     if not folder.is_dir():
-        return {"hub": model, "commit": commit, "scorer": SCORER_VERSION}
+        return {"hub": model, "revision": revision, "commit": commit, "scorer": SCORER_VERSION}
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
     if not (folder / "config.json").is_file() or len(files) < 2:
         raise XTFUserError(

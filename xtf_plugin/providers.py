@@ -106,7 +106,7 @@ class SeparateReference:
         commit = getattr(self._model_config, "_commit_hash", None)
         # the 4-bit compute dtype follows the device
         precision = {"dtype": self.config.dtype, "device": self.device.type}
-        facts = files_facts(str(self.config.model), commit)
+        facts = files_facts(str(self.config.model), self.config.revision, commit)
         return digest({**facts, **precision, "quantization": self.config.quantization})
 
     def description(self) -> dict[str, Any]:
