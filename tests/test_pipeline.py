@@ -112,6 +112,17 @@ class TestStore:
         assert after.provider.opened == 1 and "computed again" in caplog.text
         np.testing.assert_array_equal(before.scores.task_relevance, after.scores.task_relevance)
 
+    def test_relevance_table_of_another_reference_is_not_trusted(self, plan, tmp_path, caplog):
+        first = plan()
+        (table,) = tmp_path.rglob("relevance-*.parquet")
+        other = Provider(tiny.model(seed=1))
+        foreign = tmp_path / "v1" / other.fingerprint() / table.name
+        foreign.parent.mkdir()
+        foreign.write_bytes(table.read_bytes())
+        second = plan(provider=other)
+        assert "does not match" in caplog.text
+        assert not np.allclose(first.scores.task_relevance, second.scores.task_relevance)
+
 
 class TestMarks:
     def test_special_tokens_are_protected_unless_turned_off(self, plan):
@@ -149,6 +160,10 @@ class TestMarks:
         )
         assert completion_runs(documents).tolist() == [0, 2, 4, 6]
 
+    def test_patterns_that_match_nothing_are_told(self, plan):
+        warnings = plan({"force_drop": ["no such text"]}).warnings
+        assert any("force_drop" in w and "matches nothing" in w for w in warnings)
+
 
 class TestControl:
     def test_random_control_matches_the_rate_of_every_document(self, plan):
@@ -157,6 +172,14 @@ class TestControl:
         for a, b in zip(ends[:-1], ends[1:], strict=True):
             assert rules.selection.keep[a:b].sum() == control.selection.keep[a:b].sum()
         assert not np.array_equal(plan({"control": "random", "seed": 1}).selection.keep, control.selection.keep)
+
+
+def test_text_without_prompt_control_draws_only_tokens_that_train(plan):
+    """Language modelling: position 0 carries a label that nothing predicts; a draw spent on it would not match."""
+    data = [{"input_ids": r["input_ids"], "labels": r["input_ids"]} for r in rows()]
+    rules, control = plan(data=data), plan({"control": "random"}, data=data)
+    trains = rules.scores.positions > 0
+    assert (~rules.selection.keep & trains).sum() == (~control.selection.keep & trains).sum()
 
 
 def test_presets_differ_as_documented(plan):

@@ -69,6 +69,27 @@ class TestBorrowedQLoRA:
             modes = {type(m).__name__: m.training for m in reference.model.modules()}
         assert modes["Linear4bit"] is True and modes["LlamaMLP"] is False
 
+    def test_half_precision_products_around_float32_norms(self, folder):
+        """What `prepare_model_for_kbit_training` makes: the check against the model's own forward must allow for it."""
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype="float32")
+        model = get_peft_model(prepare_model_for_kbit_training(loaded), LoraConfig(r=4, target_modules="all-linear"))
+        assert np.isfinite(logprobs(borrow(model), collect(rows()))).all()
+
+    def test_adapters_of_transformers_own_are_refused(self):
+        model = tiny.model()
+        model.add_adapter(LoraConfig(r=4, target_modules="all-linear"))
+        with pytest.raises(XTFUserError, match="get_peft_model"):
+            borrow(model)
+
+    def test_8bit_scales_are_part_of_the_fingerprint(self, folder):
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
+        before = weights_hash(model)
+        scale = next(p.SCB for p in model.parameters() if getattr(p, "SCB", None) is not None)
+        scale.mul_(2)
+        assert weights_hash(model) != before
+
     def test_fingerprint_ignores_adapters_and_sees_quantisation(self, folder):
         plain = load_4bit(folder)
         adapted = get_peft_model(load_4bit(folder), LoraConfig(r=4, target_modules="all-linear"))

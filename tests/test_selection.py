@@ -181,6 +181,7 @@ def test_control_drops_as_many_as_the_rules_would(seed):
 def test_control_is_uniform_and_knows_nothing_of_the_scores():
     documents, length = 4000, 10
     scores = random_scores([length] * documents)
+    scores = replace(scores, positions=scores.positions + 1)  # every token trains
     scores.reasoning_importance[:] = np.tile(np.where(np.arange(length) < 3, 0.1, 1.0), documents)
     chosen = select(scores, config(knowledge_novelty=False, task_relevance=False, control="random"))
     dropped = ~chosen.keep.reshape(documents, length)
@@ -198,8 +199,8 @@ def test_control_still_respects_the_floor():
         chosen = select(scores, config(control="random", min_kept=1, seed=seed))
         assert chosen.keep[1:].any(), "something trainable is left"
         seen.update(chosen.reasons.tolist())
-    assert FLOOR in {bits & FLOOR for bits in seen}
-    assert not any(bits & FLOOR and bits & CONTROL for bits in seen), "one decision per token"
+    assert not any(bits & FLOOR for bits in seen), "the draw already leaves what the floor asks for"
+    assert any(bits & CONTROL for bits in seen)
 
 
 def test_control_plans_with_the_floor_in_mind():

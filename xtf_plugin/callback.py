@@ -56,6 +56,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._borrowed = None if config.reference.model else BorrowedReference(trainer)
         self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._metrics)
         self._verified = False
+        self._constant_metrics: dict[str, float] = {}
         self._labels = torch.zeros((), dtype=torch.int64)
         self._steps = 0
 
@@ -70,6 +71,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         progress = not args.disable_tqdm and state.is_world_process_zero
         self.plan = make_plan(self.config, documents, provider, tokenizer, progress=progress)
         self.collator.masks = self.plan.masks()
+        self._constant_metrics = report.metrics(self.plan)
         if state.is_world_process_zero:
             self._report(Path(args.output_dir), tokenizer)
         if self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN")):
@@ -85,8 +87,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         batches, _, revived = self.collator.counters.sum(0).tolist()
         if revived:
             logger.warning(
-                "xtf: %d of %d batches had no label left and got their most novel token back; min_kept: 1 keeps one in "
-                "every document.",
+                "xtf: %d of %d batches had no label left and got one back; min_kept: 1 keeps one in every document.",
                 revived,
                 batches,
             )
@@ -100,11 +101,16 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         assert self.plan is not None
         written = []
         if self.config.report is not False:
-            folder = output_dir / "xtf" if self.config.report is True else Path(self.config.report)
+            folder = output_dir / "xtf" if self.config.report is True else Path(self.config.report).expanduser()
             written = report.write(self.plan, tokenizer, folder)
         extra = os.environ.get("XTF_SCORES_OUTPUT")
         if extra and Path(extra) not in written:
-            written.append(report.write_table(self.plan, tokenizer, Path(extra)))
+            try:
+                written.append(report.write_table(self.plan, tokenizer, Path(extra)))
+            except OSError as error:
+                raise XTFUserError(
+                    f"xtf: the score table {extra} cannot be written ({error}); name another path."
+                ) from error
         report.show(self.plan, written)
 
     def _on_batch(self, inputs: Mapping[str, Any]) -> None:
@@ -124,7 +130,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         """What goes to the host's trackers with each training log."""
         if self.plan is None:
             return {}
-        metrics = report.metrics(self.plan)
+        metrics = dict(self._constant_metrics)
         if self._steps:
             metrics["xtf/kept_tokens_per_batch"] = float(self._labels) / self._steps
             self._labels, self._steps = torch.zeros_like(self._labels), 0
@@ -156,8 +162,11 @@ def verify_batch(plan: Plan, inputs: Mapping[str, Any]) -> None:
     """
     found = 0
     revived = 0
+    padded = "attention_mask" not in inputs and "position_ids" not in inputs
     for ids, labels in _pieces(inputs):
         verdict = _matches(plan, ids, labels)
+        if verdict is None and padded:
+            verdict = _matches_prefix(plan, ids, labels)
         if verdict is None:
             if (labels != IGNORE_INDEX).any():
                 raise XTFError(
@@ -189,7 +198,7 @@ def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         if "attention_mask" in arrays and arrays["attention_mask"].ndim == 2:
             real = arrays["attention_mask"][row].astype(bool)
         cuts = [0]
-        if "position_ids" in arrays and "attention_mask" not in arrays:
+        if "position_ids" in arrays and arrays["position_ids"].ndim == 2:
             cuts = np.flatnonzero(arrays["position_ids"][row][real] == 0).tolist()
         ids, labels = ids[real], labels[real]
         pieces += [(ids[a:b], labels[a:b]) for a, b in zip(cuts, [*cuts[1:], len(ids)], strict=True)]
@@ -214,6 +223,16 @@ def _matches(plan: Plan, ids: Any, labels: Any) -> str | None:
             verdict = "one more"
         verdict = verdict or "differs"
     return verdict
+
+
+def _matches_prefix(plan: Plan, ids: Any, labels: Any) -> str | None:
+    """`_matches` for a row whose padding no mask tells: the longest document that it begins with."""
+    for length in np.unique(plan.documents.lengths)[::-1]:
+        if length < len(ids) and (labels[length:] == IGNORE_INDEX).all():
+            verdict = _matches(plan, ids[:length], labels[:length])
+            if verdict is not None:
+                return verdict
+    return None
 
 
 def _tokenizer(trainer: Any) -> Any:

@@ -204,6 +204,8 @@ def _check_hook(recipe: Recipe) -> None:
     _compat.check_switches(os.environ)
     _compat.check_switches(recipe.env, f"the `env:` block of {recipe.path}")
     _compat.check_trl(_compat.installed_version("trl"))
+    if recipe.data.get("dataset_streaming") is True or recipe.data.get("streaming") is True:
+        raise XTFUserError(_compat.STREAMING_REFUSED)
 
 
 def _facts(recipe: Recipe, config: XTFConfig) -> dict[str, str]:
@@ -229,12 +231,23 @@ def _table_path(target: Path, extra: Sequence[str]) -> Path:
         return target
     recipe = load_recipe(target)
     path = recipe.scores_path(extra)
-    if not extra and path.exists() and path.stat().st_mtime_ns >= target.stat().st_mtime_ns:
+    if not extra and _is_current(path, target, recipe):
         return path
     path, code = run.score_recipe(recipe, extra, None)
     if code:
         raise typer.Exit(code)
     return path
+
+
+def _is_current(path: Path, target: Path, recipe: Recipe) -> bool:
+    """Whether a score table is younger than its recipe and was made with the recipe's block."""
+    from .config import XTFConfig
+    from .table import read_metadata
+
+    if not path.exists() or path.stat().st_mtime_ns < target.stat().st_mtime_ns:
+        return False
+    config = XTFConfig.parse(recipe.block)
+    return config is None or read_metadata(path).get("config") in (None, config.to_dict())
 
 
 def _open_table(path: Path) -> Any:

@@ -138,6 +138,10 @@ class XTFDataCollator:
 
     def _verify(self, batch: Any, rows: list[_Row]) -> None:
         """Refuse a batch whose labels are not the planned ones: a collator that rebuilds labels would undo the mask."""
+        if "labels" not in batch:
+            raise XTFError(
+                f"{type(self.inner).__name__} returns no labels; xtf masks labels and cannot mask this loss."
+            )
         kept = int((batch["labels"] != IGNORE_INDEX).sum())
         planned, firsts = sum(row.trainable for row in rows), sum(row.firsts for row in rows)
         if not planned <= kept <= planned + firsts:  # padding-free collators blank each document's first label

@@ -65,6 +65,9 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for key, value in quant_state.as_dict().items():
                 if isinstance(value, Tensor):
                     yield f"{plain}.{key}", value
+        scales = getattr(tensor, "SCB", None)  # 8-bit weights: likewise
+        if isinstance(scales, Tensor):
+            yield f"{plain}.SCB", scales
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -93,9 +96,14 @@ def files_facts(model: str, revision: str | None, commit: str | None) -> dict[st
     """
     folder = Path(model)
     if not folder.is_dir():
+        if commit is None:
+            raise XTFUserError(
+                f"xtf.reference.model: the commit of {model!r} is not known: its scores could not be told from those "
+                "of another revision. Name a `revision`, or give the folder of a download."
+            )
         return {"hub": model, "revision": revision, "commit": commit, "scorer": SCORER_VERSION}
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
-    if not (folder / "config.json").is_file() or len(files) < 2:
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".py"))
+    if not (folder / "config.json").is_file() or not any(p.suffix == ".safetensors" for p in files):
         raise XTFUserError(
             f"xtf.reference.model: {model} is a folder without config.json and weights (*.safetensors). Give the "
             "folder "

@@ -57,7 +57,8 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     if query.device.type == "cuda":
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        if query.dtype is not torch.float32 and query.shape[-1] <= 256:
+        ampere = torch.cuda.get_device_capability(query.device) >= (8, 0)
+        if ampere and query.dtype is not torch.float32 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             output, logsumexp = flash(query, key, value, 0.0, True, False, scale=scaling)[:2]
         else:
@@ -136,8 +137,9 @@ def _query_blocks(query: Tensor, start: int) -> list[tuple[int, int, list[slice]
     """Cut queries from `start` on, and documents, so that a block of scores stays within SCORE_ELEMENTS."""
     B, H, T, _ = query.shape
     blocks = []
-    for low in range(start, T, QUERY_BLOCK):
-        high = min(low + QUERY_BLOCK, T)
+    size = max(1, min(QUERY_BLOCK, SCORE_ELEMENTS // (H * max(1, T - start))))
+    for low in range(start, T, size):
+        high = min(low + size, T)
         step = max(1, SCORE_ELEMENTS // (H * (high - low) * (high - start)))
         blocks.append((low, high, [slice(b, min(b + step, B)) for b in range(0, B, step)]))
     return blocks

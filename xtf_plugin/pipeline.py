@@ -87,7 +87,7 @@ def make_plan(
     root = config.resolved_cache_dir()
     with ScoreStore(root, fingerprint, tag, description=description) as store:
         stats, reused, logprobs, attention, values = _gather(
-            config, documents, provider, table, layers, store, progress=progress
+            config, documents, provider, fingerprint, table, layers, store, progress=progress
         )
     offsets = documents.completion_offsets
     token_ids = documents.input_ids[documents.completion]
@@ -104,7 +104,12 @@ def make_plan(
     warnings = _check_finite(scores, description)
     protected, forced = marked_tokens(config, documents, tokenizer)
     selection = select(scores, config, protected, forced)
-    return Plan(config, documents, scores, selection, description, stats, reused, [*warnings, *selection.warnings])
+    warnings += selection.warnings
+    if forced is not None and not forced.any():
+        warnings.append(f"force_drop: {config.force_drop} matches nothing in the whole dataset")
+    if selection.keep.all():
+        warnings.append("nothing at all is dropped: this run trains exactly as it would without its `xtf:` block")
+    return Plan(config, documents, scores, selection, description, stats, reused, warnings)
 
 
 def _layers(config: XTFConfig, provider: ReferenceProvider) -> tuple[int, ...]:
@@ -118,6 +123,7 @@ def _gather(
     config: XTFConfig,
     documents: DocumentSet,
     provider: ReferenceProvider,
+    fingerprint: str,
     table: relevance.RelevanceTable | None,
     layers: tuple[int, ...],
     store: ScoreStore,
@@ -130,7 +136,7 @@ def _gather(
     stored = store.load(documents.keys, sizes) if needs_forward else None
     missing = np.flatnonzero(~stored.found & (sizes > 0)) if stored is not None else np.zeros(0, dtype=np.int64)
     path = None if table is None else store.directory.parent / relevance.table_name(table.key())
-    values = None if table is None or path is None else relevance.cached_table(path, len(table.scored_ids))
+    values = None if table is None or path is None else relevance.cached_table(path, fingerprint, len(table.scored_ids))
     stats = ScoringStats()
     if len(missing) or (table is not None and values is None):
         with provider.open() as reference:
@@ -141,7 +147,7 @@ def _gather(
             if table is not None and values is None:
                 values = table.compute(reference)
                 assert path is not None
-                relevance.store_table(path, values)
+                relevance.store_table(path, fingerprint, values)
     if stored is not None and len(missing):
         stored = store.load(documents.keys, sizes)
         lost = np.flatnonzero(~stored.found & (sizes > 0))

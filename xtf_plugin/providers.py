@@ -15,7 +15,7 @@ import torch
 from .documents import DocumentSet
 from .errors import XTFError, XTFUserError
 from .fingerprint import digest, files_facts, model_facts, weights_hash
-from .reference import Reference, borrow, free, load
+from .reference import Reference, borrow, compute_dtype, free, load
 
 if TYPE_CHECKING:
     from .config import ReferenceConfig
@@ -40,7 +40,8 @@ class BorrowedReference:
 
     def fingerprint(self) -> str:
         """Hash of the base weights as they were when XTF was attached, and of the run's mixed precision."""
-        return digest({**self._facts, "autocast": self._precision})
+        device = self.reference.device.type  # kernels and 4-bit products round differently
+        return digest({**self._facts, "autocast": self._precision, "device": device})
 
     def description(self) -> dict[str, Any]:
         """Name and precision, for the log and the summary."""
@@ -61,14 +62,12 @@ class BorrowedReference:
 
     @contextmanager
     def open(self) -> Iterator[Reference]:
-        """The reference, refused once training has changed its weights."""
-        if not self.has_adapters and weights_hash(self.reference.model) != self._facts["weights"]:
+        """The reference, refused once training has changed its weights (full fine-tuning, or adapters with `bias`)."""
+        if weights_hash(self.reference.model) != self._facts["weights"]:
             raise XTFError(
                 "some documents have no stored scores, and the model's weights are no longer those of the base model "
-                "(resumed "
-                "or second full fine-tuning): scoring with them would give other masks. Restore the score cache of "
-                "the first "
-                "run (xtf `cache_dir`), or name the base model under xtf `reference.model`."
+                "(resumed or second training): scoring with them would give other masks. Restore the score cache of "
+                "the first run (xtf `cache_dir`), or name the base model under xtf `reference.model`."
             )
         yield self.reference
 
@@ -104,8 +103,8 @@ class SeparateReference:
     def fingerprint(self) -> str:
         """Hash of the reference's files (or its hub commit), quantisation, precision and device type."""
         commit = getattr(self._model_config, "_commit_hash", None)
-        # the 4-bit compute dtype follows the device
-        precision = {"dtype": self.config.dtype, "device": self.device.type}
+        compute = str(compute_dtype(self.config, self.device))
+        precision = {"dtype": self.config.dtype, "device": self.device.type, "compute": compute}
         facts = files_facts(str(self.config.model), self.config.revision, commit)
         return digest({**facts, **precision, "quantization": self.config.quantization})
 

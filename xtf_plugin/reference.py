@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from . import kernels
@@ -218,7 +219,12 @@ def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nul
     """
     adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
     base = model
-    if hasattr(model, "peft_config"):
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise XTFUserError(
+            "xtf: this model carries adapters of transformers' own (add_adapter or an adapter folder), which cannot be "
+            "told from its base. Use peft.get_peft_model, or name the base under `reference.model`."
+        )
+    if isinstance(model, PeftModel):
         for adapter in model.peft_config.values():
             init = getattr(adapter, "init_lora_weights", None)
             if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
@@ -235,6 +241,14 @@ def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nul
     return Reference(base, name, adapters_off, autocast)
 
 
+def compute_dtype(config: ReferenceConfig, device: torch.device) -> torch.dtype:
+    """The precision in which a 4-bit reference multiplies: as configured, else bfloat16 where the device has it."""
+    if config.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, config.dtype)
+        return chosen
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
 def load(config: ReferenceConfig, device: torch.device) -> Reference:
     """Load the separate reference that `reference.model` names.
 
@@ -244,11 +258,12 @@ def load(config: ReferenceConfig, device: torch.device) -> Reference:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    compute = dtype or (torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32)
     quantization: Any = None
     if config.quantization in ("nf4", "fp4"):
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=config.quantization, bnb_4bit_compute_dtype=compute
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.quantization,
+            bnb_4bit_compute_dtype=compute_dtype(config, device),
         )
     elif config.quantization == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
@@ -260,6 +275,7 @@ def load(config: ReferenceConfig, device: torch.device) -> Reference:
             quantization_config=quantization,
             dtype=dtype or "auto",
             device_map={"": device},
+            use_safetensors=True,  # the other format is a pickle
         )
     except (OSError, ValueError, ImportError) as error:
         raise XTFUserError(

@@ -122,32 +122,37 @@ class RelevanceTable:
         return table[np.searchsorted(self.scored_ids, token_ids)]
 
 
-def cached_table(path: Path, size: int) -> NDArray[np.float32] | None:
-    """A table stored by `store_table`, or None: missing, damaged or of another size (told, and computed again)."""
-    if not path.is_file():
-        return None
+def cached_table(path: Path, reference: str, size: int) -> NDArray[np.float32] | None:
+    """A table stored by `store_table` for this reference and name, or None: missing, damaged or foreign (told)."""
     try:
-        table = pq.read_table(path)
+        if not path.is_file():
+            return None
+        table = pq.read_table(path, memory_map=False)
         values: NDArray[np.float32] = table.column("relevance").to_numpy().astype(np.float32)
         checksum = (table.schema.metadata or {}).get(b"checksum", b"").decode()
-    except (OSError, pa.ArrowException, KeyError) as error:
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
         logger.warning("xtf: %s cannot be read (%s); task relevance is computed again", path, error)
         return None
-    if len(values) != size or checksum != xxhash.xxh3_128_hexdigest(values.tobytes()):
+    if len(values) != size or checksum != _checksum(path, reference, values):
         logger.warning("xtf: %s does not match its checksum; task relevance is computed again", path)
         return None
     return values
 
 
-def store_table(path: Path, values: NDArray[np.float32]) -> None:
+def store_table(path: Path, reference: str, values: NDArray[np.float32]) -> None:
     """Keep a table for the next run; an unwritable folder is told, not fatal."""
-    metadata = {"checksum": xxhash.xxh3_128_hexdigest(values.tobytes())}
+    metadata = {"checksum": _checksum(path, reference, values)}
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table({"relevance": values}).replace_schema_metadata(metadata), buffer)
     try:
         write_whole(path, memoryview(buffer.getvalue()))
     except OSError as error:
         logger.warning("xtf: %s cannot be written (%s); task relevance will be computed again next time", path, error)
+
+
+def _checksum(path: Path, reference: str, values: NDArray[np.float32]) -> str:
+    """Over what the table says and whom it is about, so that one copied from elsewhere does not pass."""
+    return digest({"table": path.name, "reference": reference, "values": xxhash.xxh3_128_hexdigest(values.tobytes())})
 
 
 def table_name(key: str) -> str:

@@ -138,7 +138,7 @@ def _score_batch(
     predicted = mask.clone()
     predicted[:, 0] = False  # nothing predicts a document's first token
     logprobs = torch.full(mask.shape, float("nan"), dtype=torch.float32, device=device)
-    states = hidden[:, :-1][predicted[:, 1:]]  # (N, D): the state before each predicted token
+    states = hidden[:, :-1][predicted[:, 1:].to(hidden.device)]  # (N, D): the state before each predicted token
     logprobs[predicted] = reference.log_probabilities(states, ids[predicted])
     offsets = np.concatenate([[0], np.cumsum(completion.sum(1))]).astype(np.int64)
     attention = None if received is None else received[mask].float().cpu().numpy()
@@ -160,14 +160,19 @@ def _check_reference(
     candidates = wanted[documents.lengths[wanted] > 1]
     if len(candidates):
         ids, _ = documents.document(int(candidates[0]))
-        half = next(reference.decoder.parameters()).dtype in (torch.float16, torch.bfloat16)
         sample = torch.from_numpy(ids[:CHECK_TOKENS].astype(np.int64)).to(reference.device)
-        reference.check_against_own_forward(sample, 0.1 if half or _autocasts(reference) else 1e-3, layers)
+        reference.check_against_own_forward(sample, 0.1 if _low_precision(reference) else 1e-3, layers)
 
 
-def _autocasts(reference: Reference) -> bool:
+def _low_precision(reference: Reference) -> bool:
+    """Whether any part of the forward runs in 16 bits; QLoRA keeps norms in float32 around a bfloat16 product."""
+    low = (torch.float16, torch.bfloat16)
     with reference.autocast():
-        return bool(torch.is_autocast_enabled(reference.device.type))
+        if torch.is_autocast_enabled(reference.device.type):
+            return True
+    if any(parameter.dtype in low for parameter in reference.model.parameters()):
+        return True
+    return any(getattr(module, "compute_dtype", None) in low for module in reference.model.modules())
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

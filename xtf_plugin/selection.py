@@ -228,10 +228,14 @@ def _rescued(chunk: _Chunk, dropped: Bools, min_kept: int) -> Bools:
 
 
 def _drawn(chunk: _Chunk, planned: Bools, seed: int) -> Bools:
-    """As many unprotected tokens of each document as were to be dropped, drawn uniformly without replacement."""
+    """As many unprotected tokens of each document as were to be dropped, drawn uniformly without replacement.
+
+    Only tokens that train count and are drawn; one in position 0, which nothing predicts, stays as planned.
+    """
     keys = np.minimum(_random_keys(chunk, seed), UNDEFINED_KEY - np.uint32(1))
-    keys[chunk.protected] = UNDEFINED_KEY
-    return lowest(keys, chunk.layout, chunk.layout.count(planned))[0]
+    keys[chunk.protected | ~chunk.trainable] = UNDEFINED_KEY
+    drawn: Bools = lowest(keys, chunk.layout, chunk.layout.count(planned & chunk.trainable))[0]
+    return drawn | (planned & ~chunk.trainable)
 
 
 def _random_keys(chunk: _Chunk, seed: int) -> Keys:

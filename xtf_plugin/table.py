@@ -185,6 +185,15 @@ def read_score_table(path: Path) -> tuple[Any, dict[str, Any]]:
     return table, metadata
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a score table without its rows; empty if the file is none."""
+    try:
+        metadata = json.loads((pq.read_schema(path).metadata or {})[METADATA])
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def iter_documents(table: Any) -> Iterator[tuple[int, str, Any]]:
     """Yield (dataset row, document key in hex, slice of the table) for each document, in order.
 

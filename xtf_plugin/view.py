@@ -152,9 +152,9 @@ def summary_table(source: pa.Table | Summary) -> Table:
     dropped = summary.tokens - summary.kept
     table.add_row("kept", f"{summary.kept:,}", share(summary.kept), "", "")
     table.add_row("dropped", f"{dropped:,}", share(dropped), "", "", end_section=True)
-    for name in ATTRIBUTES:
-        fired = summary.fired[name]
-        table.add_row(name, f"{fired:,}", share(fired), f"{summary.dropped[name]:,}", f"{summary.alone[name]:,}")
+    for name in ATTRIBUTES:  # one that is off has no counts
+        fired, gone, alone = (counts.get(name, 0) for counts in (summary.fired, summary.dropped, summary.alone))
+        table.add_row(name, f"{fired:,}", share(fired), f"{gone:,}", f"{alone:,}")
     for name, count in summary.decided.items():
         if count:
             table.add_row(DECISIONS[name], f"{count:,}", share(count), "", "")

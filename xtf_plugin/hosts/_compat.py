@@ -16,6 +16,11 @@ TRL_OLDEST = (1, 9)  # first release whose train rows carry `labels`; goes up on
 TRL_NEWEST_TESTED = (1, 16)  # raise after a run of the test suite on a newer release
 TRL_DEFAULT_OUTPUT_DIR = "trainer_output"  # where a recipe without `output_dir` writes; from transformers >= 5
 
+STREAMING_REFUSED = (
+    "xtf: the training data is streamed. Thresholds need the whole dataset, so streaming is refused: set "
+    "dataset_streaming: false (streaming: false under `datasets`), or materialise the part that you train on."
+)
+
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _logger = logging.getLogger("xtf_plugin")
 

@@ -15,6 +15,7 @@ unnoticed would train plain SFT by accident. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` k
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Callable
@@ -118,6 +119,22 @@ def _teach(module: ModuleType) -> None:
     trl.patch_parser(module)
 
 
+def _refuse_blocks(error: BaseException) -> None:
+    """End a run that brings an `xtf:` block which nothing in this process will apply."""
+    words = sys.argv[1:]
+    found = any(word.split("=")[0] == "--xtf" for word in words)
+    for flag, path in zip(words, words[1:], strict=False):
+        if flag == "--config":
+            with open(path, encoding="utf-8", errors="replace") as recipe:
+                found = found or any(line.startswith("xtf:") for line in recipe)
+    if found:
+        sys.stderr.write(
+            f"xtf: error: xtf-plugin does not fit the installed TRL ({type(error).__name__}: {error}), so the `xtf:` "
+            "block cannot be applied. Install a supported version: pip install 'trl>=1.9'\n"
+        )
+        raise SystemExit(2)
+
+
 def _report_failure(action: Callable[[], None]) -> None:
     """Run `action`; log what it raises.
 
@@ -135,3 +152,5 @@ def _report_failure(action: Callable[[], None]) -> None:
             type(error).__name__,
             error,
         )
+        with contextlib.suppress(OSError):
+            _refuse_blocks(error)

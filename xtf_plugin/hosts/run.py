@@ -27,6 +27,8 @@ def score_recipe(recipe: Recipe, extra: Sequence[str], output: Path | None) -> t
     if taken:
         raise XTFUserError(f"the `env:` block of {recipe.path} sets {', '.join(taken)}, which `xtf score` sets itself.")
     table = (output or recipe.scores_path(extra)).absolute()
+    if table.is_dir() or not _writable(table.parent):
+        raise XTFUserError(f"the score table cannot be written to {table}: name a file in a folder that can be made.")
     before = table.stat().st_mtime_ns if table.exists() else None
     environment = {**os.environ, "XTF_DRY_RUN": "1", "XTF_SCORES_OUTPUT": str(table)}
     command = [*trl_command(), "sft", "--config", str(recipe.path), *extra]
@@ -34,6 +36,12 @@ def score_recipe(recipe: Recipe, extra: Sequence[str], output: Path | None) -> t
     if code == 0 and (not table.exists() or table.stat().st_mtime_ns == before):
         raise XTFError(f"the run ended without writing {table}: its `xtf:` block was not applied. Try: xtf check")
     return table, code if code in (0, 2) else 1
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, or in the nearest folder above it that exists."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def trl_command() -> list[str]:

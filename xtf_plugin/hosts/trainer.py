@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
 from ..collator import XTFDataCollator
 from ..errors import XTFError, XTFUserError
+from ._compat import STREAMING_REFUSED
 
 READ_COLUMNS = ("input_ids", "labels", "seq_lengths", "position_ids")
 
@@ -33,11 +35,7 @@ def check_trainer(trainer: Any) -> None:
     if dataset is None:
         raise XTFUserError("xtf: the trainer has no train_dataset; there is nothing to score.")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise XTFUserError(
-            f"xtf: the training data is streamed ({type(dataset).__name__}). Thresholds need the whole dataset, so "
-            "streaming is "
-            "refused: set dataset_streaming: false / streaming: false, or materialise the part that you train on."
-        )
+        raise XTFUserError(STREAMING_REFUSED)
     if getattr(trainer, "_is_vision_dataset", False):
         raise XTFUserError("xtf: image datasets are not supported; tokens are only known when batches are built.")
 
@@ -76,6 +74,8 @@ def rows(dataset: Any, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
 def _slices(column: Any) -> list[Any]:
     """A list column as one numpy view per row; None for a missing list."""
     parts: list[Any] = []
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.large_list(column.type.value_type))
     for chunk in column.chunks:
         offsets = chunk.offsets.to_numpy()
         values = chunk.values.to_numpy(zero_copy_only=False)

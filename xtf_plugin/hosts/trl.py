@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from ..config import XTFConfig
 
 TRAINER_MODULE = "trl.trainer.sft_trainer"
+BASE_TRAINER_MODULE = "transformers.trainer"
 
 _HELP = (
     "Token-level noise filtering (xtf-plugin): 'true' for the defaults, or the `xtf:` block as JSON or YAML text. "
     "`xtf check --schema` prints what a block may hold."
 )
+_STREAMING = ("dataset_streaming", "streaming")
 _MISSING: Any = object()
 _undo: list[Callable[[], None]] = []
 _block_parsed = False
@@ -46,7 +48,9 @@ class _BlockAction(argparse.Action):
 
 
 def patch_parser(module: ModuleType) -> None:
-    """Teach `module.TrlParser` the `xtf:` block. Raises AttributeError if TRL moved one of the methods."""
+    """Teach `module.TrlParser` the `xtf:` block. Raises AttributeError, before any change, if TRL moved a method."""
+    for name in ("set_defaults_with_config", "parse_args_into_dataclasses"):
+        getattr(module.TrlParser, name)
     _wrap(module.TrlParser, "__init__", _init_with_argument)
     _wrap(module.TrlParser, "set_defaults_with_config", _refusing_elsewhere)
     _wrap(module.TrlParser, "parse_args_into_dataclasses", _parse_with_block)
@@ -57,6 +61,11 @@ def patch_trainer(module: ModuleType) -> None:
     if not hasattr(module, "SFTTrainer"):
         raise XTFError(f"xtf: {module.__name__} defines no SFTTrainer, so the `xtf:` block cannot be applied.")
     _wrap(module.SFTTrainer, "__init__", _init_with_attach)
+
+
+def patch_base_trainer(module: ModuleType) -> None:
+    """Make every `module.Trainer` whose args carry a block refuse to train unless XTF is attached to it."""
+    _wrap(module.Trainer, "train", _train_only_attached)
 
 
 def unpatch() -> None:
@@ -89,15 +98,36 @@ def _init_with_argument(original: Any) -> Any:
 
 
 def _refusing_elsewhere(original: Any) -> Any:
-    """Stock `trl dpo` refuses the key already; its script, launched by hand, would ignore it and train unfiltered."""
+    """Stock `trl dpo` refuses the key already; its script, launched by hand, would ignore it and train unfiltered.
+
+    The same scripts ignore every key that they do not know, a mistyped `xtf` among them; and an empty block reads as
+    null, which would switch the filter off unnoticed.
+    """
 
     def set_defaults_with_config(self: Any, **config: Any) -> list[str]:
         remaining: list[str] = original(self, **config)
-        if "--xtf" in remaining[::2] and config["xtf"] not in (None, False):
+        if "xtf" in config and config["xtf"] is None:
+            _stop(
+                self,
+                "the recipe's `xtf:` block is empty. Write `xtf: true` for the defaults, `xtf: false` for off.",
+            )
+        if "--xtf" in remaining[::2] and config["xtf"] is not False:
             _stop(self, "unrecognized arguments: --xtf: an `xtf:` block works in SFT only; remove it from this recipe.")
+        for key in (name.removeprefix("--") for name in remaining[::2]):
+            if _meant_as_block(key, config.get(key)):
+                _stop(self, f"unrecognized key {key!r} in this recipe. Did you mean `xtf:`?")
         return remaining
 
     return set_defaults_with_config
+
+
+def _meant_as_block(key: str, value: Any) -> bool:
+    """Whether an unknown recipe key is `xtf` mistyped: other case or spaces, two letters swapped, one too many."""
+    plain = key.strip().casefold()
+    if plain == "xtf":
+        return key != "xtf"
+    likely = sorted(plain) == sorted("xtf") or (len(plain) == 4 and {"x", "t", "f"} <= set(plain))
+    return likely and (value is True or isinstance(value, dict))
 
 
 def _parse_with_block(original: Any) -> Any:
@@ -113,6 +143,9 @@ def _parse_with_block(original: Any) -> Any:
             config = _validated(extra.xtf)
         except XTFUserError as error:
             _stop(self, str(error))
+        streamed = any(getattr(output, name, False) is True for output in outputs for name in _STREAMING)
+        if config is not None and streamed:
+            _stop(self, _compat.STREAMING_REFUSED.removeprefix("xtf: "))
         targets = [output for output in outputs if _is_sft_config(type(output))]
         for target in targets:
             _record(target, config)
@@ -148,6 +181,7 @@ def _record(target: Any, config: XTFConfig | None) -> None:
             sys.excepthook = _handing_on_2(sys.excepthook)
         _block_parsed = True
         when_imported(TRAINER_MODULE, patch_trainer)
+        when_imported(BASE_TRAINER_MODULE, patch_base_trainer)
     elif _block_parsed:
         target.xtf = False  # a second parse in one process: this one asks for plain SFT, and says so to the trainer
     elif isinstance(target, argparse.Namespace):
@@ -197,13 +231,27 @@ def _handing_on_2(previous: Callable[..., Any]) -> Callable[..., Any]:
     """In the process that launched the training: accelerate turns the child's 2 into a traceback and 1; undo that."""
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if isinstance(error, subprocess.CalledProcessError) and error.returncode == 2:
+        if isinstance(error, subprocess.CalledProcessError) and error.returncode == 2 and "sft.py" in str(error.cmd):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(2)  # the only way to choose the exit code here; the child has said why
         previous(kind, error, trace)
 
     return excepthook
+
+
+def _train_only_attached(original: Any) -> Any:
+    """A parsed block in a trainer that is not TRL's SFTTrainer: nothing attached XTF; it would train unfiltered."""
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.args, "xtf", None) and getattr(self, "_xtf_hooks", None) is None:
+            raise XTFUserError(
+                f"xtf: the args of this {type(self).__name__} carry an `xtf:` block, but XTF is not attached to it. "
+                "Call xtf_plugin.attach(trainer, trainer.args.xtf) before train(), or set args.xtf = False."
+            )
+        return original(self, *args, **kwargs)
+
+    return train
 
 
 def _is_sft_config(kind: type) -> bool:

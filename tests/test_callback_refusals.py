@@ -1,0 +1,97 @@
+"""A trainer that cannot be masked, or is no longer masked as planned, stops with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import IterableDataset
+
+from tests import tiny
+from tests.test_callback import BLOCK, trainer
+from xtf_plugin import XTFDryRun, XTFError, XTFUserError, attach
+
+
+class TestRefusals:
+    def test_attaching_twice(self, tmp_path):
+        made = attach(trainer(tmp_path), True)
+        with pytest.raises(XTFError, match="attached to this trainer already"):
+            attach(made, True)
+
+    def test_streaming(self, tmp_path):
+        made = trainer(tmp_path)
+        made.train_dataset = IterableDataset.from_generator(lambda: iter([{"input_ids": [1], "labels": [1]}]))
+        with pytest.raises(XTFUserError, match="streamed"):
+            attach(made, True)
+
+    def test_not_a_trainer(self):
+        with pytest.raises(XTFUserError, match="needs a transformers Trainer"):
+            attach(object(), True)
+
+    def test_rows_without_labels(self, tmp_path):
+        made = attach(trainer(tmp_path), True)
+        made.train_dataset = made.train_dataset.remove_columns("labels")
+        with pytest.raises(XTFUserError, match="no column.*labels"):
+            made.train()
+
+    def test_dataset_changed_behind_our_back(self, tmp_path):
+        made = attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache")})
+        loader = made.get_train_dataloader
+        changed = made.train_dataset.map(lambda row: {"input_ids": [7, *row["input_ids"][1:]]})
+
+        def other_rows():
+            original, made.train_dataset = made.train_dataset, changed
+            try:
+                return loader()
+            finally:
+                made.train_dataset = original
+
+        made.get_train_dataloader = other_rows
+        with pytest.raises(XTFError, match="was not scored"):
+            made.train()
+
+    def test_collator_replaced_after_attaching(self, tmp_path):
+        """The dataloader is built past us: the first batch carries the dataset's own labels, and the run stops."""
+        made = attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache"), **BLOCK})
+        del made.get_train_dataloader
+        with pytest.raises(XTFError, match="does not carry the planned labels"):
+            made.train()
+
+    def test_callback_removed(self, tmp_path):
+        made = attach(trainer(tmp_path), True)
+        made.pop_callback(made._xtf_hooks.on_batch.__self__)
+        with pytest.raises(XTFError, match="no masks|nothing was scored"):
+            made.train()
+
+    def test_nan_weights(self, tmp_path):
+        model = tiny.model()
+        with torch.no_grad():
+            model.lm_head.weight.fill_(float("nan"))
+        made = attach(trainer(tmp_path, model=model), {"cache_dir": str(tmp_path / "cache")})
+        with pytest.raises(XTFError, match="NaN or infinite log-prob"):
+            made.train()
+
+    def test_everything_dropped(self, tmp_path):
+        drop_all = {
+            "knowledge_novelty": {"drop": {"unknown_below": 0.999}},
+            "protect": {"special_tokens": False},
+            "min_kept": 0,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        with pytest.raises(XTFUserError, match="drop every one.*min_kept"):
+            attach(trainer(tmp_path), drop_all).train()
+        assert (tmp_path / "out/xtf/scores.parquet").is_file(), "what was scored is kept, to look at"
+
+    def test_several_processes_without_stored_scores(self, tmp_path, monkeypatch):
+        block = {"cache_dir": str(tmp_path / "cache"), **BLOCK, "dry_run": True}
+        several = property(lambda self: 2)
+        made = attach(trainer(tmp_path), block)
+        with monkeypatch.context() as patched:
+            patched.setattr(type(made.accelerator), "num_processes", several)
+            with pytest.raises(XTFUserError, match="xtf score"):
+                made.train()
+        with pytest.raises(XTFDryRun):
+            attach(trainer(tmp_path), block).train()
+        made = attach(trainer(tmp_path), block)
+        monkeypatch.setattr(type(made.accelerator), "num_processes", several)
+        with pytest.raises(XTFDryRun):
+            made.train()
