@@ -8,6 +8,7 @@ import pytest
 
 from tests.test_hook_trl import hooked, parse  # noqa: F401 a fixture
 from xtf_plugin.errors import XTFUserError
+from xtf_plugin.hosts import autoload
 from xtf_plugin.hosts import trl as hook
 
 
@@ -44,3 +45,32 @@ def test_block_in_the_args_of_a_trainer_that_nothing_attached_is_refused():
     assert Trainer(types.SimpleNamespace()).train() == "trained"
     with pytest.raises(XTFUserError, match="attach"):
         Trainer(types.SimpleNamespace(xtf={"preset": "paper"})).train()
+
+
+@pytest.mark.parametrize(
+    "argv, stops",
+    [
+        (["--config", "{recipe}"], True),
+        (["--xtf", "true"], True),
+        (["--config", "{plain}"], False),
+        (["--config", "missing.yaml"], False),
+        ([], False),
+    ],
+)
+def test_hook_that_does_not_fit_trl_ends_only_runs_with_a_block(tmp_path, monkeypatch, caplog, capsys, argv, stops):
+    """A TRL that moved its parser: nothing would apply the block, and scripts that ignore unknown keys would go on."""
+    recipe, plain = tmp_path / "recipe.yaml", tmp_path / "plain.yaml"
+    recipe.write_text("output_dir: out\nxtf: true\n")
+    plain.write_text("output_dir: out\n")
+    monkeypatch.setattr("sys.argv", ["sft.py", *(word.format(recipe=recipe, plain=plain) for word in argv)])
+
+    def misfit():
+        raise AttributeError("TrlParser has no such method")
+
+    if stops:
+        with pytest.raises(SystemExit) as ended:
+            autoload._report_failure(misfit)
+        assert ended.value.code == 2 and "does not fit the installed TRL" in capsys.readouterr().err
+    else:
+        autoload._report_failure(misfit)
+    assert "NOT applied" in caplog.text
