@@ -158,7 +158,7 @@ class XTFConfig(Block):
     )
     combine: ByText[Literal["union", "intersection", "majority"], AtLeast] = Field(
         default="union",
-        description="How many attributes and selectors must say so for a token to go: any, as in Eq. (1), all, most, or k.",
+        description="How many attributes and selectors must say so for a token to go: any (Eq. (1)), all, most, or k.",
     )
     protect: ProtectConfig = Field(default=ProtectConfig(), description="What no rule may drop.")
     force_drop: Patterns = Field(

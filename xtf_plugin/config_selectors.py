@@ -98,7 +98,7 @@ def check_votes(
             problems.append(("control", control, "has no drop rate to match; switch an attribute on"))
     if isinstance(combine, AtLeast) and combine.at_least > voters:
         if selectors:
-            why = f"is more than the {len(attributes)} attributes that are on and the {len(selectors)} selectors together"
+            why = f"is more than the {len(attributes)} attributes that are on and {len(selectors)} selectors"
         else:
             why = f"is more than the {voters} attributes that are on"
         problems.append(("combine.at_least", combine.at_least, f"{why}; lower it, or switch an attribute on"))

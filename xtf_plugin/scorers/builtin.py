@@ -7,7 +7,7 @@ says where that makes a difference.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,7 +30,7 @@ class LogProbabilityConfig(SelectorConfig):
 
 
 class LogProbability(Scorer):
-    """`score = log P(token)`: what the reference finds improbable goes.
+    """`score = log P(token)`: low is improbable to the reference, and goes.
 
     The school of arXiv 2501.14315, which drops tokens of high perplexity. Its threshold on perplexity, 2.5, is
     `drop: {below: -0.916}` here (minus its natural logarithm).
@@ -61,10 +61,11 @@ class ExcessLossConfig(SelectorConfig):
 class ExcessLoss(Scorer):
     """`score = log P_reference(token) - log P_base(token)`, that is `loss(base) - loss(reference)`: Rho-1, SLM.
 
-    Source: arXiv 2404.07965 ("selective language modeling"): tokens of high excess loss are worth training on;
-    `drop: {quantile: 0.4}` keeps the top 60 %. Where this differs: the paper takes the loss of the model being trained at each step and ranks the
-    tokens of a batch. Here the base is the model before training and the ranking is over the dataset (or, with
-    `scope: document`, over each document), so the choice does not follow what is learnt meanwhile.
+    Source: arXiv 2404.07965 ("selective language modeling"): tokens of high excess loss are worth training on, low ones
+    go; `drop: {quantile: 0.4}` keeps the top 60 %. Where this differs: the paper takes the loss of the model being
+    trained at each step and ranks the tokens of a batch. Here the base is the model before training and the ranking is
+    over the dataset (or, with `scope: document`, over each document), so the choice does not follow what is learnt
+    meanwhile.
     """
 
     name = "excess_loss"
@@ -99,7 +100,7 @@ class TokenCleaningConfig(SelectorConfig):
 
 
 class TokenCleaning(Scorer):
-    """`score = log P_reference(token) - log P_base(token)`: the influence score of arXiv 2502.01968.
+    """`score = log P_reference(token) - log P_base(token)`: the influence score of arXiv 2502.01968; low goes.
 
     `mode: fixed` is its "fixed-model cleaning": one reference for the whole dataset. The paper ranks all tokens
     together, `scope: dataset`, and keeps 60 %, `drop: {quantile: 0.4}`.
@@ -110,7 +111,7 @@ class TokenCleaning(Scorer):
     whole dataset again. The base stays the run's own reference, as it was before training, as in the paper.
     """
 
-    name: ClassVar[str] = "token_cleaning"
+    name = "token_cleaning"
     Config = TokenCleaningConfig
     per_document = True
     config: TokenCleaningConfig
@@ -122,5 +123,6 @@ class TokenCleaning(Scorer):
 
     def score(self, context: ScoringContext) -> Floats:
         """Influence, (M,) float32 in nats."""
-        better = context.current_log_probabilities() if self.evolves else context.log_probabilities(self.config.reference)
-        return better - context.logprobs
+        if self.evolves:
+            return context.current_log_probabilities() - context.logprobs
+        return context.log_probabilities(self.config.reference) - context.logprobs
