@@ -35,8 +35,9 @@ from .config_rules import (
     Whole,
     Window,
 )
-from .config_selectors import SelectorConfig, Selectors, check_votes
+from .config_selectors import Selectors, check_votes
 from .errors import XTFUserError
+from .scorers import SelectorConfig
 
 __all__ = [
     "ATTRIBUTES",

@@ -24,7 +24,7 @@ from .errors import XTFError, XTFUserError
 from .files import write_whole
 from .pipeline import Plan, replan
 from .reference import Reference
-from .scorer import score
+from .scorer import ScoringStats, score
 from .selectors import Floats, score_selectors, scorers
 
 FILE = "xtf_selectors.npz"  # in a checkpoint's folder
@@ -65,6 +65,7 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
         self.plan, self.adopt = plan, adopt
         self.names = evolving(config)
         self.epoch: int | None = None
+        self._stats = ScoringStats()
         told = f"xtf: the selector {self.names[0]} selects anew in every epoch, which"
         if trainer.args.dataloader_persistent_workers and trainer.args.dataloader_num_workers:
             raise XTFUserError(
@@ -99,6 +100,7 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
         plan = self.plan()
         if self.epoch == 0 or plan is None:
             return
+        self._stats = ScoringStats()
         if inside:
             found: Mapping[str, Floats | None] = self._restored(plan, args, state.global_step)
         else:
@@ -106,7 +108,7 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
             found = score_selectors(
                 self.config, self.tokenizer, plan.source, lambda: self._current(plan.documents, args.disable_tqdm)
             )
-        self.adopt(replan(plan, self.tokenizer, found), self.epoch)
+        self.adopt(replan(plan, self.tokenizer, found, self._stats), self.epoch)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put this epoch's scores beside the checkpoint that was just written."""
@@ -175,10 +177,13 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         reference = Reference(base, "the model being trained", autocast=self.trainer.accelerator.autocast)
         budget = None if self.config.batch_tokens == "auto" else int(self.config.batch_tokens)
-        return log_probabilities(documents, reference, budget, progress=not quiet)
+        found, self._stats = log_probabilities(documents, reference, budget, progress=not quiet)
+        return found
 
 
-def log_probabilities(documents: DocumentSet, reference: Reference, budget: int | None, *, progress: bool) -> Floats:
+def log_probabilities(
+    documents: DocumentSet, reference: Reference, budget: int | None, *, progress: bool
+) -> tuple[Floats, ScoringStats]:
     """Log-probabilities of all completion tokens, (M,) float32, without the store: the weights are gone tomorrow.
 
     Equals what the store gives back after `scorer.score`, log-probabilities alone.
@@ -193,7 +198,7 @@ def log_probabilities(documents: DocumentSet, reference: Reference, budget: int 
             found[offsets[index] : offsets[index + 1]] = logprobs[parts[row] : parts[row + 1]]
 
     wanted = np.flatnonzero(np.diff(offsets) > 0)
-    score(documents, wanted, reference, (), sink, batch_tokens=budget, progress=progress)
+    stats = score(documents, wanted, reference, (), sink, batch_tokens=budget, progress=progress)
     if np.isnan(found[documents.completion_positions > 0]).all():
         raise XTFError("the model being trained gives NaN for every completion token: training has diverged.")
-    return found
+    return found, stats

@@ -114,6 +114,7 @@ def make_plan(
     warnings = [] if logprobs is None else check_finite(logprobs, documents.completion_positions, description)
     source = LogProbabilities(config, documents, provider, references, logprobs, progress=progress)
     selectors = score_selectors(config, tokenizer, source)
+    stats, reused = source.main_pass or (stats, reused)
     token_ids = documents.input_ids[documents.completion]
     scores = Scores(
         keys=documents.keys,
@@ -128,18 +129,17 @@ def make_plan(
     )
     selection, told = _selected(config, documents, tokenizer, scores)
     plan = Plan(config, documents, scores, selection, description, stats, reused, warnings + source.warnings + told)
-    return replace(plan, selectors=_told(config, source), source=source) if config.selectors else plan
+    if not config.selectors:
+        return plan
+    later = source if any(values is None for values in selectors.values()) else None
+    return replace(plan, selectors={"scorers": facts(config), "references": source.passes}, source=later)
 
 
-def replan(plan: Plan, tokenizer: Any, selectors: Mapping[str, Floats | None]) -> Plan:
-    """The plan with new scores of some selectors: thresholds and masks are worked out again, nothing else is scored."""
+def replan(plan: Plan, tokenizer: Any, selectors: Mapping[str, Floats | None], stats: ScoringStats) -> Plan:
+    """The plan with new scores of some selectors, whose cost was `stats`: thresholds and masks are worked out again."""
     scores = replace(plan.scores, selectors={**plan.scores.selectors, **selectors})
     selection, warnings = _selected(plan.config, plan.documents, tokenizer, scores)
-    return replace(plan, scores=scores, selection=selection, warnings=warnings)
-
-
-def _told(config: XTFConfig, source: LogProbabilities) -> dict[str, Any]:
-    return {"scorers": facts(config), "references": source.passes}
+    return replace(plan, scores=scores, selection=selection, stats=stats, reused=0, warnings=warnings)
 
 
 def _selected(config: XTFConfig, documents: DocumentSet, tokenizer: Any, scores: Scores) -> tuple[Selection, list[str]]:

@@ -128,7 +128,8 @@ def select(
     reasons: Reasons = np.zeros(size, dtype=np.uint16 if config.selectors else np.uint8)
     bits, voting = rule_bits(config), [name for name in config.voters if scores.of(name) is not None]
     best = np.full(len(scores.counts), -1, dtype=np.int64)
-    thresholds, fired, warnings = {}, {}, []
+    thresholds: dict[str, Any] = {}
+    fired, warnings = dict[str, int](), list[str]()
     for name in config.voters:
         values = scores.of(name)
         if values is None:

@@ -41,7 +41,8 @@ class LogProbabilities:
 
     Attributes:
         known: the same, also once a scorer has asked for them.
-        passes: what was scored beyond `known`: for the summary.
+        main_pass: what it took to get `known` then, and how many documents came from the store.
+        passes: the same about other references, for the summary.
         warnings: what to tell about the references.
     """
 
@@ -57,6 +58,7 @@ class LogProbabilities:
     ) -> None:
         self.config, self.documents, self.known = config, documents, known
         self.progress = progress
+        self.main_pass: tuple[ScoringStats, int] | None = None
         self.passes: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self._main, self._references = main, references
@@ -66,16 +68,19 @@ class LogProbabilities:
         """Log-probabilities under a reference, None: the run's own, (M,); see `ScoringContext.log_probabilities`."""
         if reference is None:
             if self.known is None:
-                self.known = self._scored(self._main)
+                self.known, _, stats, reused = self._scored(self._main)
+                self.main_pass = stats, reused
             return self.known
         if reference not in self._others:
             if self._references is None:
                 raise XTFError(f"the reference {reference.model} cannot be loaded here: only the run's own is known.")
-            self._others[reference] = self._scored(self._references(reference))
+            scores, about, stats, reused = self._scored(self._references(reference))
+            self._others[reference] = scores
+            self.passes.append({**about, **asdict(stats), "stored_documents": reused})
         return self._others[reference]
 
-    def _scored(self, provider: Any) -> Floats:
-        """Stored scores as they are, missing ones from one opening of the reference."""
+    def _scored(self, provider: Any) -> tuple[Floats, dict[str, Any], ScoringStats, int]:
+        """Stored scores as they are, missing ones from one opening of the reference; and what that took."""
         fingerprint, sizes = provider.fingerprint(), np.diff(self.documents.completion_offsets)
         description = {**provider.description(), "fingerprint": fingerprint}
         stats = ScoringStats()
@@ -93,10 +98,9 @@ class LogProbabilities:
                 if not stored.found[sizes > 0].all():
                     raise XTFError(f"documents were scored but could not be read back from {store.directory}.")
         reused = int((sizes > 0).sum()) - len(missing)
-        self.passes.append({**description, **asdict(stats), "stored_documents": reused})
         told = check_finite(stored.logprobs, self.documents.completion_positions, description)
         self.warnings += [f"{description['name']}: {warning}" for warning in told]
-        return stored.logprobs
+        return stored.logprobs, description, stats, reused
 
 
 def check_finite(logprobs: Floats, positions: NDArray[np.int32], reference: dict[str, Any]) -> list[str]:

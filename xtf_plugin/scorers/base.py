@@ -8,7 +8,7 @@ Imports no torch, so that a block is validated without it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ..documents import DocumentSet
 
     Floats = NDArray[np.float32]
+
+T = TypeVar("T", bound="np.generic")
 
 
 class SelectorDrop(Drop):
@@ -176,8 +178,8 @@ class Scorer:
         raise NotImplementedError
 
 
-def _read_only(array: Any) -> Any:
+def _read_only(array: NDArray[T]) -> NDArray[T]:
     """A view that cannot be written to: every scorer sees the same arrays, and selection uses them after it."""
-    view = array.view()
+    view: NDArray[T] = array.view()
     view.flags.writeable = False
     return view
