@@ -15,7 +15,7 @@ from xtf_plugin.testing import check_scorer
 
 
 class StrengthConfig(SelectorConfig):
-    strength: float = Field(default=1.0, gt=0)
+    strength: float = Field(default=1.0, gt=0, description="Factor.")
 
 
 class Good(Scorer):
@@ -84,7 +84,7 @@ class IdleReference(Good):
     """Low goes."""
 
     class Config(SelectorConfig):
-        reference: ReferenceConfig
+        reference: ReferenceConfig = Field(description="Not used.")
 
     def score(self, context):
         return context.logprobs * 1

@@ -247,7 +247,7 @@ class TestShown:
         written = report.write(made, tiny.tokenizer(), tmp_path / "report")
         table, metadata = read_score_table(tmp_path / "report" / "scores.parquet")
         assert table.schema.names == [*SCHEMA.names, "low", "never"]
-        assert selector_columns(table.schema.names) == ["low", "never"] and metadata["format"] == 2
+        assert selector_columns(table.schema.names) == ["low", "never"] and metadata["format"] == 1
         reasons = table["reason"].to_pylist()
         fired = sum("low" in reason.split(",") for reason in reasons)
         facts = json.loads(written[0].read_text())

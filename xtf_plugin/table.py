@@ -23,7 +23,6 @@ from . import files
 from .errors import XTFUserError
 
 FORMAT = 1
-SELECTORS_FORMAT = 2  # the same, and a float32 column per selector behind the fixed ones
 METADATA = b"xtf"  # key of the JSON in the Parquet metadata: config, thresholds, reference, versions, format
 SCHEMA = pa.schema(
     [
@@ -60,7 +59,7 @@ class ScoreTableWriter:
     def __init__(self, path: Path, metadata: Mapping[str, Any], selectors: Sequence[str] = ()) -> None:
         """Open a temporary file beside `path`."""
         self.path, self.selectors = Path(path), tuple(selectors)
-        about = json.dumps(_plain({**metadata, "format": SELECTORS_FORMAT if selectors else FORMAT}))
+        about = json.dumps(_plain({**metadata, "format": FORMAT}))
         self.schema = with_selectors(self.selectors).with_metadata({METADATA: about})
         self._chunks: list[Any] = []
         self._rows = 0
@@ -186,10 +185,8 @@ def read_score_table(path: Path) -> tuple[Any, dict[str, Any]]:
         version = int(metadata["format"])
     except (KeyError, TypeError, ValueError) as error:
         raise XTFUserError(f"{path} is a Parquet file, but no score table of xtf. {advice}") from error
-    if version > SELECTORS_FORMAT:
-        raise XTFUserError(
-            f"{path} is a score table of format {version}; this xtf-plugin reads {SELECTORS_FORMAT}. Upgrade it."
-        )
+    if version > FORMAT:
+        raise XTFUserError(f"{path} is a score table of format {version}; this xtf-plugin reads {FORMAT}. Upgrade it.")
     if not table.schema.equals(with_selectors(selector_columns(table.schema.names))):
         wrong = [field.name for field in SCHEMA if field not in list(table.schema)] or table.schema.names
         raise XTFUserError(f"{path} has other columns than a score table of xtf; look at {', '.join(wrong)}. {advice}")
