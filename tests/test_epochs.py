@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.test_callback import trainer
 from tests.test_selectors import OFF, logprobs
-from xtf_plugin import XTFError, XTFUserError, attach
+from xtf_plugin import XTFDryRun, XTFError, XTFUserError, attach
 from xtf_plugin.epochs import FILE, EpochSelection
 from xtf_plugin.selection import rule_bits
 
@@ -88,6 +88,35 @@ def test_excess_loss_against_a_reference_of_its_own(tmp_path):
     assert sum(table["kept"]) == sum(int((labels != -100).sum()) for labels in watch.labels)
 
 
+def test_several_processes_need_the_references_scores_stored(tmp_path, monkeypatch):
+    tiny.save_base(tmp_path / "other", seed=7)
+    reference = {"model": str(tmp_path / "other"), "quantization": "none"}
+    part = {"scorer": "excess_loss", "reference": reference, "drop": {"quantile": 0.4}}
+    block, several = {"selectors": {"rho": part}, "dry_run": True}, property(lambda self: 2)
+    with pytest.raises(XTFDryRun):
+        made(tmp_path, block={"dry_run": True}).train()  # stores the main reference's scores alone
+    run_of_two = made(tmp_path, block=block)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(run_of_two.accelerator), "num_processes", several)
+        with pytest.raises(XTFUserError, match="xtf score"):
+            run_of_two.train()
+    with pytest.raises(XTFDryRun):
+        made(tmp_path, block=block).train()
+    run_of_two = made(tmp_path, block=block)
+    monkeypatch.setattr(type(run_of_two.accelerator), "num_processes", several)
+    with pytest.raises(XTFDryRun):
+        run_of_two.train()
+
+
+def test_packed_rows_are_selected_anew_too(tmp_path):
+    watch = run(tmp_path, packing=True, packing_strategy="bfd", max_length=64, per_device_train_batch_size=1)
+    last = watch.callback.plan
+    assert last.scores.selectors["tc"] is not None and 0.6 < last.selection.keep.mean() < 0.8
+    steps = len(watch.labels) // 3
+    seen = [sum(int((labels != -100).sum()) for labels in watch.labels[i : i + steps]) for i in (0, 2 * steps)]
+    assert seen == [len(last.selection.keep), last.selection.keep.sum()]
+
+
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_masks_follow_the_model_from_epoch_to_epoch(tmp_path, adapters):
     """Every epoch's scores are those of its first weights, computed independently; every batch carries its masks."""
@@ -142,6 +171,14 @@ def test_a_resumed_run_trains_on_the_same_tokens(tmp_path, at, adapters):
     assert rest.made.state.global_step == 3 * STEPS
     assert {epoch: keep for epoch, keep in keeps(whole).items() if epoch >= at // STEPS} == keeps(rest)
     assert all(torch.equal(a, b) for a, b in zip(whole.labels[at:], rest.labels, strict=True))
+
+
+def test_a_checkpoint_that_is_not_there_is_not_made_up(tmp_path, caplog):
+    watch = run(tmp_path, num_train_epochs=2)
+    selection = next(c for c in watch.made.callback_handler.callbacks if isinstance(c, EpochSelection))
+    selection.on_save(watch.made.args, watch.made.state, None)
+    assert "no run can resume from checkpoint 6" in caplog.text
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 class TestResumeIsRefused:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from .pipeline import Plan, replan
 from .reference import Reference
 from .scorer import ScoringStats, score
 from .selectors import Floats, score_selectors, scorers
+
+logger = logging.getLogger(__name__)
 
 FILE = "xtf_selectors.npz"  # in a checkpoint's folder
 FORMAT = 1
@@ -126,7 +129,17 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
             arrays[f"scores_{name}"] = values
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # type: ignore[arg-type]  # the stubs mix the arrays up with allow_pickle
-        write_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE, buffer.getbuffer())
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        try:
+            if not folder.is_dir():  # one of ours alone would pass for the last checkpoint
+                raise FileNotFoundError(f"there is no {folder}")
+            write_whole(folder / FILE, buffer.getbuffer())
+        except OSError as error:
+            logger.warning(
+                "xtf: no run can resume from checkpoint %d: its selectors' scores cannot be written (%s)",
+                state.global_step,
+                error,
+            )
 
     def _about(self, epoch: int, step: int) -> str:
         """What the scores of a checkpoint must agree in with the run that takes them."""

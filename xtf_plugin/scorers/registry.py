@@ -19,7 +19,17 @@ BUILTIN: dict[str, type[Scorer]] = {
 }
 _HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/selectors.md"
 # What importing a stranger's module may raise short of ending the process.
-_IMPORT_ERRORS = (ImportError, AttributeError, SyntaxError, NameError, TypeError, ValueError, LookupError, RuntimeError)
+_IMPORT_ERRORS = (
+    ImportError,
+    AttributeError,
+    SyntaxError,
+    NameError,
+    TypeError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    OSError,
+)
 
 
 def names() -> list[str]:
