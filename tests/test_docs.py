@@ -24,6 +24,7 @@ from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, relative_links
 from xtf_plugin import config_docs
 from xtf_plugin.config import XTFConfig
+from xtf_plugin.scorers import registry
 
 BIN = Path(sys.executable).parent
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -144,7 +145,12 @@ def run_python(block: Block, trained: Workplace, monkeypatch) -> None:
         assert json.loads(written[0].read_text())["totals"]["dropped_tokens"] > 0
 
 
-RULES = {"bash": run_bash, "yaml": check_yaml, "python": run_python}
+def check_toml(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
+    """The one kind there is: a package with a scorer. tests/test_registry.py installs it and runs it."""
+    assert f'[project.entry-points."{registry.GROUP}"]' in block.text, "not the pyproject.toml of a scorer's package"
+
+
+RULES = {"bash": run_bash, "yaml": check_yaml, "python": run_python, "toml": check_toml}
 
 
 def check_block(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:

@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 
 from . import report
 from .collator import XTFDataCollator
-from .config import XTFConfig
+from .config import ReferenceConfig, XTFConfig
 from .documents import IGNORE_INDEX, collect
+from .epochs import EpochSelection, evolving
 from .errors import XTFDryRun, XTFError, XTFUserError
 from .hosts._compat import is_on
 from .hosts.trainer import TrainerHooks, check_trainer, rows, visible_columns
@@ -54,27 +55,44 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self.plan: Plan | None = None
         self.collator = XTFDataCollator(trainer.data_collator)
         self._borrowed = None if config.reference.model else BorrowedReference(trainer)
+        epochs = None
+        if evolving(config):  # before anything of the trainer is changed: it may refuse
+            epochs = EpochSelection(trainer, config, _tokenizer(trainer), lambda: self.plan, self._adopt)
         self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._metrics)
         self._verified = False
         self._constant_metrics: dict[str, float] = {}
         self._labels = torch.zeros((), dtype=torch.int64)
         self._steps = 0
+        if epochs is not None:
+            trainer.add_callback(epochs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Score, decide, write the summary; in a dry run, end here."""
         documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
         tokenizer = _tokenizer(self.trainer)
-        provider = self._provider(documents, tokenizer)
-        if self.trainer.accelerator.num_processes > 1:
+        several = self.trainer.accelerator.num_processes > 1
+
+        def separate(reference: ReferenceConfig) -> ReferenceProvider:
+            found = SeparateReference(reference, tokenizer, documents, self.trainer.accelerator.device)
+            return _StoredOnly(found) if several else found
+
+        provider: ReferenceProvider = self._borrowed or separate(self.config.reference)
+        if several:
             provider = _StoredOnly(provider)
-        self._verified = False
         progress = not args.disable_tqdm and state.is_world_process_zero
-        self.plan = make_plan(self.config, documents, provider, tokenizer, progress=progress)
-        self.collator.masks = self.plan.masks()
-        self._constant_metrics = report.metrics(self.plan)
-        if state.is_world_process_zero:
-            self._report(Path(args.output_dir), tokenizer)
-        if self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN")):
+        plan = make_plan(self.config, documents, provider, tokenizer, references=separate, progress=progress)
+        self._adopt(plan)
+
+    def _adopt(self, plan: Plan, epoch: int = 0) -> None:
+        """Train by this plan from here on: masks, metrics, report, and a first batch to hold against it."""
+        args = self.trainer.args
+        self.plan = plan
+        self.collator.masks = plan.masks()
+        self._constant_metrics = report.metrics(plan)
+        self._verified = False
+        if self.trainer.is_world_process_zero():
+            self._report(Path(args.output_dir), epoch)
+        if not epoch and (self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN"))):
             raise XTFDryRun
         if not (self.plan.selection.keep & (self.plan.scores.positions > 0)).any():
             raise XTFUserError(
@@ -92,19 +110,15 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 batches,
             )
 
-    def _provider(self, documents: Any, tokenizer: Any) -> ReferenceProvider:
-        if self._borrowed is not None:
-            return self._borrowed
-        return SeparateReference(self.config.reference, tokenizer, documents, self.trainer.accelerator.device)
-
-    def _report(self, output_dir: Path, tokenizer: Any) -> None:
+    def _report(self, output_dir: Path, epoch: int) -> None:
         assert self.plan is not None
-        written = []
+        written, tokenizer = [], _tokenizer(self.trainer)
         if self.config.report is not False:
             folder = output_dir / "xtf" if self.config.report is True else Path(self.config.report).expanduser()
+            folder = folder / f"epoch-{epoch + 1}" if epoch else folder
             written = report.write(self.plan, tokenizer, folder)
         extra = os.environ.get("XTF_SCORES_OUTPUT")
-        if extra and Path(extra) not in written:
+        if extra and not epoch and Path(extra) not in written:
             try:
                 written.append(report.write_table(self.plan, tokenizer, Path(extra)))
             except OSError as error:

@@ -130,10 +130,12 @@ def report(target: TargetArgument, extra: ExtraArgument = None) -> None:
     import pyarrow as pa
 
     from . import view
+    from .table import selector_columns
 
     file = _open_table(_table_path(target, extra or []))
     batches = file.iter_batches(columns=["row", "document", "position", "kept", "reason"])
-    Console().print(view.summary_table(view.summarize(pa.Table.from_batches([batch]) for batch in batches)))
+    pieces = (pa.Table.from_batches([batch]) for batch in batches)
+    Console().print(view.summary_table(view.summarize(pieces, selector_columns(file.schema_arrow.names))))
 
 
 @cache_app.command("list")
@@ -211,12 +213,14 @@ def _check_hook(recipe: Recipe) -> None:
 def _facts(recipe: Recipe, config: XTFConfig) -> dict[str, str]:
     versions = [f"{name} {_compat.installed_version(name) or 'not installed'}" for name in _DISTRIBUTIONS]
     reference = config.reference
+    selectors = ", ".join(f"{name} ({part.scorer})" for name, part in config.selectors.items())
     return {
         "host": f"{recipe.host} (trl sft)",
         "hook": "installed and on",
         "versions": ", ".join([f"xtf-plugin {__version__}", *versions]),
         "preset": config.preset,
         "attributes": ", ".join(config.attributes),
+        **({"selectors": selectors} if selectors else {}),
         "reference": "the model being trained, adapters off"
         if reference.model is None
         else f"{reference.model} ({reference.quantization})",

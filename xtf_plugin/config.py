@@ -6,15 +6,14 @@ The same block stands in a TRL recipe, in `--xtf '{...}'` and in `XTFConfig(...)
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
+from .config_input import plain, read
 from .config_rules import (
     AtLeast,
     Block,
@@ -36,7 +35,9 @@ from .config_rules import (
     Whole,
     Window,
 )
+from .config_selectors import Selectors, check_votes
 from .errors import XTFUserError
+from .scorers import SelectorConfig
 
 __all__ = [
     "ATTRIBUTES",
@@ -49,6 +50,7 @@ __all__ = [
     "ReasoningImportanceConfig",
     "ReferenceConfig",
     "RelevanceDrop",
+    "SelectorConfig",
     "TaskRelevanceConfig",
     "XTFConfig",
 ]
@@ -151,9 +153,13 @@ class XTFConfig(Block):
     task_relevance: Switched[TaskRelevanceConfig] = Field(
         default=TaskRelevanceConfig(), description="How close the token is to the domain, Eqs. (4) and (7)."
     )
+    selectors: Selectors = Field(
+        default={},
+        description="Further selectors: a name of your choice, and the scorer behind it; see docs/selectors.md.",
+    )
     combine: ByText[Literal["union", "intersection", "majority"], AtLeast] = Field(
         default="union",
-        description="How many attributes must say so for a token to go: any, as in Eq. (1), all, most, or k.",
+        description="How many attributes and selectors must say so for a token to go: any (Eq. (1)), all, most, or k.",
     )
     protect: ProtectConfig = Field(default=ProtectConfig(), description="What no rule may drop.")
     force_drop: Patterns = Field(
@@ -188,7 +194,7 @@ class XTFConfig(Block):
     def __init__(self, /, **block: Any) -> None:
         """Validate the keys of a block; see the class."""
         try:
-            super().__init__(**_with_preset(_plain(block)))
+            super().__init__(**_with_preset(plain(block)))
         except ValidationError as error:
             from .config_docs import explain
 
@@ -205,7 +211,7 @@ class XTFConfig(Block):
             XTFUserError: anything else, or a block with wrong keys or values; the message has a line for each of them.
         """
         if isinstance(value, str):
-            value = _read(value)
+            value = read(value)
         if isinstance(value, XTFConfig):
             return value
         if value is None or value is False:
@@ -225,9 +231,22 @@ class XTFConfig(Block):
         """The attributes that are on, in the order of `ATTRIBUTES`."""
         return tuple(name for name in ATTRIBUTES if getattr(self, name) is not False)
 
+    @property
+    def voters(self) -> tuple[str, ...]:
+        """Whose rules `combine` counts: the attributes that are on, then the selectors as the block names them."""
+        return (*self.attributes, *self.selectors)
+
+    def part(self, voter: str) -> Any:
+        """The part of the block of an attribute that is on, or of a selector."""
+        return self.selectors[voter] if voter in self.selectors else getattr(self, voter)
+
     def to_dict(self) -> dict[str, Any]:
-        """Every setting as plain JSON values; `XTFConfig.parse` turns it back into an equal config."""
-        return self.model_dump(mode="json")
+        """Every setting as plain JSON values; `XTFConfig.parse` turns it back into an equal config.
+
+        Without selectors the key is left out, as in configs that were written before there were any.
+        """
+        settings = self.model_dump(mode="json")
+        return settings if self.selectors else {key: value for key, value in settings.items() if key != "selectors"}
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -247,18 +266,7 @@ class XTFConfig(Block):
 
     @model_validator(mode="after")
     def _something_can_go(self) -> XTFConfig:
-        active = len(self.attributes)
-        problems: list[tuple[str, Any, str]] = []
-        if not active and not self.force_drop:
-            why = "is empty and every attribute is off, so nothing could be dropped; switch one on, or write xtf: false"
-            problems.append(("force_drop", self.force_drop, why))
-            if self.control is not None:
-                problems.append(("control", self.control, "has no drop rate to match; switch an attribute on"))
-        if isinstance(self.combine, AtLeast) and self.combine.at_least > active:
-            why = f"is more than the {active} attributes that are on; lower it, or switch an attribute on"
-            problems.append(("combine.at_least", self.combine.at_least, why))
-        if problems:
-            raise Problems(*problems)
+        check_votes(self.attributes, self.selectors, self.combine, self.force_drop, self.control)
         return self
 
 
@@ -274,26 +282,3 @@ def _with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(given, Mapping):
             merged[key] = {**base, **given}
     return merged
-
-
-def _plain(value: Any, depth: int = 3) -> Any:
-    """Mappings of any kind as dicts with text keys, as deep as a block goes (YAML aliases can make one endless)."""
-    if not isinstance(value, Mapping) or depth == 0:
-        return value
-    return {str(key): _plain(item, depth - 1) for key, item in value.items()}
-
-
-def _read(text: str) -> Any:
-    """JSON or YAML text as a value; empty text is refused, because it would switch the filter off unnoticed."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            value = yaml.safe_load(text)
-        # besides YAMLError, PyYAML's constructors raise these on scalars that do not fit their tag
-        except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            told = " ".join(str(error).split())
-            raise XTFUserError(f"xtf: {text[:80]!r} is neither JSON nor YAML: {told}. See docs/config.md.") from None
-    if value is None and text.strip().lower() not in ("null", "~"):
-        raise XTFUserError(f"xtf: {text[:80]!r} is empty. Write true for the defaults, false for off, or a mapping.")
-    return value

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from .config import ATTRIBUTES, PRESETS, XTFConfig
 from .config_rules import TAGS, Problems
+from .config_selectors import MOST, PartProblems, completed, schemas
 
 Schema = Mapping[str, Any]
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
@@ -37,6 +38,7 @@ mapping holds exactly one rule and replaces the preset's rule as a whole.
 
 def complete(schema: dict[str, Any]) -> dict[str, Any]:
     """Add what is read before the models see a block: `true` for it and for its attributes, `false` and null for it."""
+    schema = completed(schema)
     properties = dict(schema["properties"])
     for name in ATTRIBUTES:
         mapping = next(option for option in properties[name]["oneOf"] if "$ref" in option)
@@ -82,6 +84,8 @@ def _legal_one(schema: Schema, root: Schema) -> str:
         return f"[{legal(schema['items'], root)}, ...]{extra}{')' if extra else ''}"
     if kind == "string":
         return _TEXTS.get(schema.get("format", ""), "text")
+    if kind == "object":
+        return f"mapping of at most {MOST} names to selectors"
     if kind in ("integer", "number"):
         name = ("odd " if "not" in schema else "") + ("whole number" if kind == "integer" else "number")
         bounds = [f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema]
@@ -122,14 +126,17 @@ def explain(error: ValidationError) -> str:
     return "\n".join([f"the xtf: block has {len(lines)} problems:", *(f"  {line}" for line in lines), _NEXT])
 
 
-def _lines(found: Mapping[str, Any], root: Schema) -> Iterator[str]:
+def _lines(found: Mapping[str, Any], root: Schema, start: str = "xtf") -> Iterator[str]:
     kind, value = found["type"], found["input"]
     keys = found["loc"]
     unknown = keys[-1:] if kind == "extra_forbidden" else ()  # may look like a tag, and must be named all the same
     location = [*(key for key in keys[: len(keys) - len(unknown)] if key not in TAGS), *unknown]
-    path, parent, schema = _follow(location, root)
+    path, parent, schema = _follow(location, root, start)
     cause = found.get("ctx", {}).get("error")
-    if kind == "extra_forbidden":
+    if isinstance(cause, PartProblems):
+        for inner in cause.error.errors(include_url=False):
+            yield from _lines(inner, cause.model.model_json_schema(), path)
+    elif kind == "extra_forbidden":
         yield f"{path}: unknown key (with value {shown(value)}). {_nearest_key(str(location[-1]), parent, root)}"
     elif isinstance(cause, Problems):
         yield from (f"{path}.{key}: {shown(wrong)} {why}." for key, wrong, why in cause.problems)
@@ -142,9 +149,9 @@ def _lines(found: Mapping[str, Any], root: Schema) -> Iterator[str]:
         yield f"{path}: {shown(value)} {why}. {hint}Legal: {legal(schema, root)}."
 
 
-def _follow(location: Sequence[str | int], root: Schema) -> tuple[str, Schema, Schema]:
+def _follow(location: Sequence[str | int], root: Schema, start: str) -> tuple[str, Schema, Schema]:
     """Dotted path, schema of the mapping that holds the last key, schema of the value; both empty once unknown."""
-    path, parent, schema = "xtf", root, root
+    path, parent, schema = start, root, root
     for key in location:
         if isinstance(key, int):
             items = [option["items"] for option in _options(schema, root) if "items" in option]
@@ -152,8 +159,14 @@ def _follow(location: Sequence[str | int], root: Schema) -> tuple[str, Schema, S
         else:
             parent = _mapping(schema, root) or {}
             path = f"{path}.{key if len(key) <= 80 and key.isprintable() else shown(key)}"
-            schema = parent.get("properties", {}).get(key, {})
+            schema = parent.get("properties", {}).get(key) or _values(schema, root)
     return path, parent, schema
+
+
+def _values(schema: Schema, root: Schema) -> Schema:
+    """What a mapping with names of the user's choice holds; empty for any other."""
+    found = (option.get("additionalProperties") for option in _options(schema, root))
+    return next((values for values in found if isinstance(values, dict)), {})
 
 
 def _names(schema: Schema, root: Schema) -> list[str]:
@@ -190,15 +203,8 @@ def _sections(root: Schema, path: str = "xtf", section: Schema | None = None) ->
 def render_markdown() -> str:
     """docs/config.md: a table per part of the block, and what the presets set."""
     root = _root()
-    parts = [_HEADER]
-    for path, section in _sections(root):
-        title = "Top level" if path == "xtf" else f"`{path.removeprefix('xtf.')}`"
-        about = "" if path == "xtf" else f"{section.get('description', '').splitlines()[0]}\n\n"
-        rows = [
-            [f"`{key}`", _default(schema, root), legal(schema, root), schema.get("description", "")]
-            for key, schema in section["properties"].items()
-        ]
-        parts.append(f"## {title}\n\n{about}{_table(['key', 'default', 'legal values', 'meaning'], rows)}")
+    parts = [_HEADER, *(_section(path.removeprefix("xtf."), section, root) for path, section in _sections(root))]
+    parts += [_section(f"selectors.<name> with scorer: {name}", part, part) for name, part in schemas().items()]
     settings = {name: dict(_flat(XTFConfig(preset=name).to_dict())) for name in PRESETS}
     keys = dict.fromkeys(key for values in settings.values() for key in values if key != "preset")
     rows = [[f"`{key}`", *(_code(values.get(key)) for values in settings.values())] for key in keys]
@@ -206,6 +212,16 @@ def render_markdown() -> str:
     about = "Settings in which the presets differ; all others are the defaults above.\n\n"
     parts.append(f"## Presets\n\n{about}{_table(['key', *(f'`{name}`' for name in settings)], rows)}")
     return "\n".join(parts)
+
+
+def _section(title: str, section: Schema, root: Schema) -> str:
+    about = "" if title == "xtf" else f"{section.get('description', '').splitlines()[0]}\n\n"
+    rows = [
+        [f"`{key}`", _default(schema, root), legal(schema, root), schema.get("description", "")]
+        for key, schema in section["properties"].items()
+    ]
+    heading = "Top level" if title == "xtf" else f"`{title}`"
+    return f"## {heading}\n\n{about}{_table(['key', 'default', 'legal values', 'meaning'], rows)}"
 
 
 def _default(schema: Schema, root: Schema) -> str:

@@ -291,6 +291,6 @@ class ProtectConfig(Block):
 
 
 class AtLeast(Block):
-    """Drop a token when at least this many attributes say so."""
+    """Drop a token when at least this many attributes and selectors say so."""
 
-    at_least: Positive = Field(description="Number of attributes whose rules must fire.")
+    at_least: Positive = Field(description="Number of attributes and selectors whose rules must fire.")

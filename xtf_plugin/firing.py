@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from .config import KnowledgeNoveltyConfig
 from .rules import AttributeConfig, Rule, Rules, prepare
+from .scorers import SelectorConfig
 from .segments import UNDEFINED_KEY, Bools, Doubles, Floats, Layout, Scale, dataset_quantiles, lowest, ordered, windowed
 
 Limits = list[Doubles]
@@ -35,31 +36,32 @@ class Firing:
 def evaluate(
     attribute: str, values: Floats, positions: NDArray[np.int32], layout: Layout, config: AttributeConfig
 ) -> Firing:
-    """Apply one attribute's rules to the whole dataset: window, then rules, then `max_fraction`.
+    """Apply one attribute's or selector's rules to the whole dataset: window, then rules, then `max_fraction`.
 
     Args:
         attribute: its name in the block.
-        values: (M,) attention received (1.0 = uniform), log-probabilities (nats), or task relevance (0 to 1); NaN and
-            infinite values are undefined.
+        values: (M,) attention received (1.0 = uniform), log-probabilities (nats), task relevance (0 to 1), or a
+            selector's scores; NaN and infinite values are undefined.
         positions: (M,) of the tokens within their documents.
         layout: of the documents' completion tokens.
         config: the attribute's part of the block.
     """
-    scores, warnings = _defined(attribute, values, positions, layout)
+    scores, warnings = _defined(attribute, values, positions, layout, isinstance(config, SelectorConfig))
     surprisal = isinstance(config, KnowledgeNoveltyConfig)
     scores = windowed(-scores if surprisal else scores, layout, config.window)
     found = prepare(scores, layout, config)
+    off = _off(attribute, config)
     mask, hits, limits = _apply(found, scores, layout, config.max_fraction)
     fired = layout.occurrences(mask)
     warnings += [f"{attribute}: {warning}" for warning in found.warnings]
     drops = _described(found.rules, limits)
     for rule, hit in zip(found.rules, hits, strict=True):
         if hit == 0:
-            warnings.append(_inert(attribute, rule, drops, scores, layout, found.display))
+            warnings.append(_inert(attribute, rule, drops, scores, layout, found.display, off))
     if any(hits) and fired == 0:
         warnings.append(
             f"{attribute}: max_fraction {config.max_fraction} lets no token of any document through (the longest "
-            f"completion has {layout.lengths.max()} tokens); raise it, or set `{attribute}: false`"
+            f"completion has {layout.lengths.max()} tokens); raise it, or {off}"
         )
     thresholds = {
         "rule": config.drop.model_dump(mode="json", exclude_none=True),
@@ -71,8 +73,17 @@ def evaluate(
     return Firing(mask, fired, thresholds, warnings)
 
 
-def _defined(attribute: str, values: Floats, positions: NDArray[np.int32], layout: Layout) -> tuple[Floats, list[str]]:
-    """Turn infinite scores into NaN, and tell of undefined scores where none is to be expected."""
+def _off(attribute: str, config: AttributeConfig) -> str:
+    return f"remove the selector `{attribute}`" if isinstance(config, SelectorConfig) else f"set `{attribute}: false`"
+
+
+def _defined(
+    attribute: str, values: Floats, positions: NDArray[np.int32], layout: Layout, may_be_nan: bool
+) -> tuple[Floats, list[str]]:
+    """Turn infinite scores into NaN, and tell of undefined scores where none is to be expected.
+
+    With `may_be_nan` NaN is a scorer's way to leave a token alone, and only infinite scores are told.
+    """
     infinite = missing = 0
     scores = values
     for tokens, _, part in layout.chunks():
@@ -81,6 +92,8 @@ def _defined(attribute: str, values: Floats, positions: NDArray[np.int32], layou
             scores = values.copy() if scores is values else scores
             scores[tokens][wild] = np.nan
             infinite += int(part.count(wild) @ part.counts)
+        if may_be_nan:
+            continue
         nan &= positions[tokens] > 0  # nothing predicts a document's first token
         nan[part.offsets[1:][part.lengths > 0] - 1] = False  # nothing attends to its last one
         missing += int(part.count(nan) @ part.counts)
@@ -142,7 +155,9 @@ def _spread(numbers: Doubles) -> dict[str, float]:
     return {"median": float(np.median(numbers)), "min": float(numbers.min()), "max": float(numbers.max())}
 
 
-def _inert(attribute: str, rule: Rule, drops: Mapping[str, Any], scores: Floats, layout: Layout, display: Scale) -> str:
+def _inert(
+    attribute: str, rule: Rule, drops: Mapping[str, Any], scores: Floats, layout: Layout, display: Scale, off: str
+) -> str:
     """The warning about a rule that fires on nothing, with the scores it was given."""
     values = dataset_quantiles(scores, layout, list(_SHARES.values()), display)
     if np.isnan(values).all():
@@ -151,8 +166,8 @@ def _inert(attribute: str, rule: Rule, drops: Mapping[str, Any], scores: Floats,
     bounds = ", ".join(f"{bound} {_number(drops[bound])}" for bound in rule.drops if drops[bound] is not None)
     return (
         f"{attribute}: the rule {{{rule.name}}} fires on nothing in the whole dataset. Scores: {spread}; the rule asks "
-        f"for: {bounds or 'less than one token of any document'}. Choose a threshold within the scores, or set "
-        f"`{attribute}: false`"
+        f"for: {bounds or 'less than one token of any document'}. Choose a threshold within the scores, or "
+        f"{off}"
     )
 
 

@@ -6,9 +6,9 @@ No trainer is known here. The reference comes as a provider, so that it is loade
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,10 +21,12 @@ from .errors import XTFError
 from .reference import Reference, resolve_layers
 from .scorer import ScoringStats, score
 from .selection import Scores, Selection, select
+from .selectors import Floats, LogProbabilities, check_finite, facts, score_selectors
 from .store import ScoreStore
 
 if TYPE_CHECKING:
     from .config import XTFConfig
+    from .scorers import ReferenceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,11 @@ class ReferenceProvider(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be trained on, and why."""
+    """What will be trained on, and why.
+
+    `selectors` and `source` are there for selectors alone: what to tell about them, and the log-probabilities that one
+    which evolves is scored with again.
+    """
 
     config: XTFConfig
     documents: DocumentSet
@@ -57,6 +63,8 @@ class Plan:
     stats: ScoringStats
     reused: int
     warnings: list[str] = field(default_factory=list)
+    selectors: dict[str, Any] = field(default_factory=dict)
+    source: LogProbabilities | None = None
 
     def masks(self) -> MaskTable:
         """The collator's view of the plan."""
@@ -69,13 +77,27 @@ class Plan:
 
 
 def make_plan(
-    config: XTFConfig, documents: DocumentSet, provider: ReferenceProvider, tokenizer: Any, *, progress: bool = True
+    config: XTFConfig,
+    documents: DocumentSet,
+    provider: ReferenceProvider,
+    tokenizer: Any,
+    *,
+    references: Callable[[ReferenceConfig], ReferenceProvider] | None = None,
+    progress: bool = True,
 ) -> Plan:
     """Score what is missing and decide for every completion token.
 
+    Args:
+        config: the block.
+        documents: of the dataset.
+        provider: of the run's own reference.
+        tokenizer: the training tokenizer.
+        references: makes the provider of a selector's own reference.
+        progress: show a bar.
+
     Raises:
-        XTFError: the reference gives no finite score at all; see also `scorer.score`.
-        XTFUserError: from the layers, the domain or the reference's tokenizer.
+        XTFError: the reference gives no finite score at all; see also `scorer.score` and `score_selectors`.
+        XTFUserError: from the layers, the domain or a reference's tokenizer.
     """
     layers = _layers(config, provider)
     fingerprint = provider.fingerprint()
@@ -89,27 +111,50 @@ def make_plan(
         stats, reused, logprobs, attention, values = _gather(
             config, documents, provider, fingerprint, table, layers, store, progress=progress
         )
-    offsets = documents.completion_offsets
+    warnings = [] if logprobs is None else check_finite(logprobs, documents.completion_positions, description)
+    source = LogProbabilities(config, documents, provider, references, logprobs, progress=progress)
+    selectors = score_selectors(config, tokenizer, source)
+    stats, reused = source.main_pass or (stats, reused)
     token_ids = documents.input_ids[documents.completion]
     scores = Scores(
         keys=documents.keys,
-        offsets=offsets,
+        offsets=documents.completion_offsets,
         counts=documents.counts,
         token_ids=token_ids,
         positions=documents.completion_positions,
         reasoning_importance=attention,
-        logprobs=logprobs,
+        logprobs=source.known,
         task_relevance=None if table is None or values is None else table.gather(values, token_ids),
+        selectors=selectors,
     )
-    warnings = _check_finite(scores, description)
+    selection, told = _selected(config, documents, tokenizer, scores)
+    plan = Plan(config, documents, scores, selection, description, stats, reused, warnings + source.warnings + told)
+    if not config.selectors:
+        return plan
+    later = source if any(values is None for values in selectors.values()) else None
+    return replace(plan, selectors={"scorers": facts(config), "references": source.passes}, source=later)
+
+
+def replan(plan: Plan, tokenizer: Any, selectors: Mapping[str, Floats | None], stats: ScoringStats) -> Plan:
+    """The plan with new scores of some selectors, whose cost was `stats`: thresholds and masks are worked out again."""
+    scores = replace(plan.scores, selectors={**plan.scores.selectors, **selectors})
+    selection, warnings = _selected(plan.config, plan.documents, tokenizer, scores)
+    return replace(plan, scores=scores, selection=selection, stats=stats, reused=0, warnings=warnings)
+
+
+def _selected(config: XTFConfig, documents: DocumentSet, tokenizer: Any, scores: Scores) -> tuple[Selection, list[str]]:
+    """The decision for every completion token, and what to tell about it."""
     protected, forced = marked_tokens(config, documents, tokenizer)
     selection = select(scores, config, protected, forced)
-    warnings += selection.warnings
+    warnings = list(selection.warnings)
     if forced is not None and not forced.any():
         warnings.append(f"force_drop: {config.force_drop} matches nothing in the whole dataset")
-    if selection.keep.all():
+    later = [name for name, values in scores.selectors.items() if values is None]
+    if later:
+        warnings.append(f"{', '.join(later)}: selects from the second epoch on; the first trains on what is left now")
+    elif selection.keep.all():
         warnings.append("nothing at all is dropped: this run trains exactly as it would without its `xtf:` block")
-    return Plan(config, documents, scores, selection, description, stats, reused, warnings)
+    return selection, warnings
 
 
 def _layers(config: XTFConfig, provider: ReferenceProvider) -> tuple[int, ...]:
@@ -157,27 +202,6 @@ def _gather(
     logprobs = None if stored is None else stored.logprobs
     attention = stored.attention if stored is not None and layers else None
     return stats, reused, logprobs, attention, values
-
-
-def _check_finite(scores: Scores, reference: dict[str, Any]) -> list[str]:
-    """Refuse a reference that gives no finite log-probability; tell how many of a sound one's are undefined."""
-    if scores.logprobs is None:
-        return []
-    expected = scores.positions > 0  # nothing predicts a document's first token
-    undefined = int((~np.isfinite(scores.logprobs[expected])).sum())
-    total = int(expected.sum())
-    if total and undefined == total:
-        raise XTFError(
-            f"the reference {reference.get('name')} gives NaN or infinite log-probabilities for all {total} "
-            "completion tokens: "
-            "its weights or its precision are broken. Try `reference.dtype: float32`, or another reference."
-        )
-    if undefined:
-        return [
-            f"{undefined} of {total} completion tokens have a NaN or infinite log-probability under the reference; an "
-            "undefined score never drops a token"
-        ]
-    return []
 
 
 def marked_tokens(

@@ -22,13 +22,6 @@ logger = logging.getLogger(__name__)
 TABLE_LIMIT = 20_000_000  # completion tokens up to which a training run writes the score table by itself
 CHUNK_TOKENS = 500_000
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
-_BITS = selection.BITS
-_DECISIONS = {
-    "protected": selection.PROTECTED,
-    "floor": selection.FLOOR,
-    "forced": selection.FORCED,
-    "control": selection.CONTROL,
-}
 
 
 def versions() -> dict[str, str | None]:
@@ -52,9 +45,9 @@ def _count(plan: Plan, flags: NDArray[np.bool_]) -> int:
 
 
 def metrics(plan: Plan) -> dict[str, float]:
-    """`xtf/kept_fraction` and `xtf/dropped_by/<attribute>`: shares of the dataset's completion tokens, in [0, 1].
+    """`xtf/kept_fraction`, `xtf/dropped_by/<attribute or selector>`: shares of the dataset's completion tokens, 0 to 1.
 
-    A token that two attributes' rules fire on counts for both; a rule that fired on a kept token counts for neither.
+    A token that two rules fire on counts for both; a rule that fired on a kept token counts for neither.
     """
     facts = totals(plan)
     result = {"xtf/kept_fraction": facts["kept_fraction"]}
@@ -64,14 +57,14 @@ def metrics(plan: Plan) -> dict[str, float]:
 
 
 def totals(plan: Plan) -> dict[str, Any]:
-    """Counts over the dataset's completion tokens: kept, dropped, by attribute, by decision, overlaps."""
+    """Counts over the dataset's completion tokens: kept, dropped, by attribute or selector, by decision, overlaps."""
     reasons, keep = plan.selection.reasons, plan.selection.keep
     tokens, dropped = int(plan.weights.sum()), _count(plan, ~keep)
-    attributes = {}
-    for name in plan.config.attributes:
-        fired = (reasons & _BITS[name]) > 0
+    attributes, bits = {}, selection.rule_bits(plan.config)
+    for name, bit in bits.items():
+        fired = (reasons & bit) > 0
         count = _count(plan, fired & ~keep)
-        others = (reasons & ~np.uint8(_BITS[name]) & np.uint8(sum(_BITS.values()))) > 0
+        others = (reasons & (sum(bits.values()) - bit)) > 0
         attributes[name] = {
             "fired": _count(plan, fired),
             "dropped": count,
@@ -80,9 +73,9 @@ def totals(plan: Plan) -> dict[str, Any]:
             "dropped_fraction": _share(count, tokens),
         }
     overlaps = {}
-    for index, first in enumerate(plan.config.attributes):
-        for second in plan.config.attributes[index + 1 :]:
-            a, b = (reasons & _BITS[first]) > 0, (reasons & _BITS[second]) > 0
+    for index, first in enumerate(bits):
+        for second in list(bits)[index + 1 :]:
+            a, b = (reasons & bits[first]) > 0, (reasons & bits[second]) > 0
             overlaps[f"{first} & {second}"] = _share(_count(plan, a & b), min(_count(plan, a), _count(plan, b)))
     per_document = np.add.reduceat(np.append(keep, False), plan.scores.offsets[:-1]) if len(keep) else np.zeros(0)
     sizes = np.diff(plan.scores.offsets)
@@ -97,7 +90,7 @@ def totals(plan: Plan) -> dict[str, Any]:
         "dropped_tokens": dropped,
         "kept_fraction": _share(tokens - dropped, tokens),
         "attributes": attributes,
-        "decided_by": {name: _count(plan, (reasons & bit) > 0) for name, bit in _DECISIONS.items()},
+        "decided_by": {name: _count(plan, (reasons & bit) > 0) for name, bit in selection.DECISIONS.items()},
         "overlap_of_the_smaller_set": overlaps,
     }
 
@@ -127,6 +120,7 @@ def summary(plan: Plan, tokenizer: Any) -> dict[str, Any]:
             "batches": plan.stats.batches,
             "out_of_memory_halvings": plan.stats.halvings,
         },
+        **({"selectors": plan.selectors} if plan.selectors else {}),
         "loss_is_comparable_with_plain_sft": False,
         "warnings": plan.warnings,
     }
@@ -159,7 +153,8 @@ def write_table(plan: Plan, tokenizer: Any, path: Path) -> Path:
     scores, documents = plan.scores, plan.documents
     distinct = np.unique(scores.token_ids)
     texts = np.asarray(spans.token_texts(tokenizer, distinct.tolist()), dtype=object)
-    names = np.asarray([selection.reason_text(bits) for bits in range(256)], dtype=object)
+    bits, values = selection.rule_bits(plan.config), range(np.iinfo(plan.selection.reasons.dtype).max + 1)
+    names = np.asarray([selection.reason_text(reason, bits) for reason in values], dtype=object)
     keys = np.asarray([key.tobytes().hex() for key in documents.keys], dtype=object)
     novelty = None if scores.logprobs is None else -np.expm1(scores.logprobs)
     metadata = {
@@ -167,13 +162,14 @@ def write_table(plan: Plan, tokenizer: Any, path: Path) -> Path:
         "thresholds": plan.selection.thresholds,
         "reference": plan.reference,
         "versions": versions(),
+        **({"selectors": plan.selectors} if plan.selectors else {}),
     }
     columns = {
         "reasoning_importance": scores.reasoning_importance,
         "knowledge_novelty": novelty if plan.config.knowledge_novelty else None,
         "task_relevance": scores.task_relevance,
     }
-    with ScoreTableWriter(path, metadata) as writer:
+    with ScoreTableWriter(path, metadata, list(scores.selectors)) as writer:
         for row, index, where in _occurrences(plan):
             writer.write(
                 row=row,
@@ -183,6 +179,7 @@ def write_table(plan: Plan, tokenizer: Any, path: Path) -> Path:
                 token=texts[np.searchsorted(distinct, scores.token_ids[where])],
                 kept=plan.selection.keep[where],
                 reason=names[plan.selection.reasons[where]],
+                selectors={name: _or_nan(values, where) for name, values in scores.selectors.items()},
                 **{name: _or_nan(values, where) for name, values in columns.items()},
             )
     return path
@@ -209,6 +206,23 @@ def _occurrences(plan: Plan) -> Any:
         low = high
 
 
+def _selector_lines(plan: Plan) -> list[str]:
+    """A line for each selector, and one for each pass of a reference that only selectors asked for."""
+    if not plan.selectors:
+        return []
+    scorers = (f"selector {n}: {s['scorer']} version {s['version']} ({s['package']})" for n, s in _scorers(plan))
+    passes = (
+        f"reference {p['name']} ({p['source']}): scored {p['documents']:,} documents in {p['seconds']:.1f} s, "
+        f"{p['stored_documents']:,} came from the store"
+        for p in plan.selectors["references"]
+    )
+    return [*scorers, *passes]
+
+
+def _scorers(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
+    return list(plan.selectors["scorers"].items())
+
+
 def show(plan: Plan, written: list[Path]) -> None:
     """Print the plan to the terminal (standard error): shares, the rules' warnings, where the files are."""
     facts, stats = totals(plan), plan.stats
@@ -226,6 +240,7 @@ def show(plan: Plan, written: list[Path]) -> None:
         f"reference {plan.reference.get('name')} ({plan.reference.get('source')})",
         f"scored {stats.documents:,} documents in {stats.seconds:.1f} s ({_share(stats.tokens, stats.seconds):,.0f} "
         f"tokens/s), {plan.reused:,} came from the store",
+        *_selector_lines(plan),
         "the training loss is taken over kept tokens only and is not comparable with plain SFT's.",
         *(f"warning: {warning}" for warning in plan.warnings),
         *(f"wrote {path}" for path in written),

@@ -1,4 +1,4 @@
-"""The rules of the three attributes, Eq. (5) to (7) and their variants, made ready for the scores of a dataset.
+"""The rules of the three attributes, Eq. (5) to (7) and their variants, and of selectors, made ready for a dataset.
 
 Every attribute is brought into the form "low scores are the ones to drop". So novelty enters as surprisal, the negative
 log-probability in nats: `1 - P` in float32 cannot tell apart what the model doubts little from what it does not doubt
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .config import KnowledgeNoveltyConfig, ReasoningImportanceConfig, TaskRelevanceConfig
+from .config import KnowledgeNoveltyConfig, ReasoningDrop, ReasoningImportanceConfig, TaskRelevanceConfig
 from .otsu import UndefinedSplit, multi_otsu
+from .scorers import SelectorConfig, SelectorDrop
 from .segments import (
     Bools,
     Doubles,
@@ -61,22 +62,27 @@ class Rules:
     warnings: Sequence[str] = ()
 
 
-AttributeConfig = ReasoningImportanceConfig | KnowledgeNoveltyConfig | TaskRelevanceConfig
+AttributeConfig = ReasoningImportanceConfig | KnowledgeNoveltyConfig | TaskRelevanceConfig | SelectorConfig
 
 
 def prepare(scores: Floats, layout: Layout, config: AttributeConfig) -> Rules:
-    """The rules of one attribute with their dataset-level thresholds worked out.
+    """The rules of one attribute or selector with their dataset-level thresholds worked out.
 
     Args:
-        scores: (M,) after the window: attention received, surprisal in nats, or task relevance; NaN: undefined.
+        scores: (M,) after the window: attention received, surprisal in nats, task relevance, or what a selector's
+            scorer gave; NaN: undefined.
         layout: of the documents' completion tokens.
-        config: the attribute's part of the block.
+        config: the attribute's or selector's part of the block.
     """
     if isinstance(config, KnowledgeNoveltyConfig):
         return _novelty_rules(scores, layout, config)
     if isinstance(config, TaskRelevanceConfig):
         return _relevance_rules(scores, layout, config)
-    return _importance_rules(scores, layout, config)
+    if isinstance(config, SelectorConfig):
+        facts: dict[str, Any] = {"scorer": config.scorer, "scope": config.scope}
+        return _low_rules(scores, layout, config.drop, config.scope, "linear", facts)
+    facts = {"scope": config.scope, "scale": config.scale}
+    return _low_rules(scores, layout, config.drop, config.scope, config.scale, facts)
 
 
 def _under(limit: float, scale: Scale = identity) -> Test:
@@ -95,10 +101,16 @@ def _novelty(surprisal: Doubles) -> Doubles:
     return -np.expm1(-surprisal)
 
 
-def _importance_rules(scores: Floats, layout: Layout, config: ReasoningImportanceConfig) -> Rules:
+def _low_rules(
+    scores: Floats,
+    layout: Layout,
+    drop: ReasoningDrop | SelectorDrop,
+    scope: str,
+    scale_name: str,
+    facts: Mapping[str, Any],
+) -> Rules:
     """Eq. (5), `S < Q1 - k * (Q3 - Q1)`, over a document or the dataset; or the lowest share; or an absolute bound."""
-    drop, own = config.drop, config.scope == "document"
-    facts: dict[str, Any] = {"scope": config.scope, "scale": config.scale}
+    own = scope == "document"
     if drop.below is not None:
         return Rules([Rule(f"below: {drop.below}", _under(drop.below), {"below": drop.below})], facts=facts)
     if drop.quantile is not None:
@@ -109,7 +121,7 @@ def _importance_rules(scores: Floats, layout: Layout, config: ReasoningImportanc
         return Rules([Rule(name, _under(limit), {"below": limit})], facts=facts)
     assert drop.fence is not None
     name = f"fence: {drop.fence}"
-    scale, unscale = (_log, np.exp) if config.scale == "log" else (identity, identity)
+    scale, unscale = (_log, np.exp) if scale_name == "log" else (identity, identity)
     if own:
         return Rules([Rule(name, _document_fence(drop.fence, scale, unscale), {"below": None})], facts=facts)
     q1, q3 = dataset_quantiles(scores, layout, [0.25, 0.75], scale)

@@ -7,7 +7,8 @@ among the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,26 @@ from .segments import UNDEFINED_KEY, Bools, Ints, Keys, Layout, lowest, ordered
 
 REASONING, NOVELTY, RELEVANCE, PROTECTED, FLOOR, FORCED, CONTROL = (1 << bit for bit in range(7))
 BITS = {"reasoning_importance": REASONING, "knowledge_novelty": NOVELTY, "task_relevance": RELEVANCE}
-_NAMES = {**BITS, "protected": PROTECTED, "floor": FLOOR, "forced": FORCED, "control": CONTROL}
+DECISIONS = {"protected": PROTECTED, "floor": FLOOR, "forced": FORCED, "control": CONTROL}
 
-Reasons = NDArray[np.uint8]
+Reasons = NDArray[np.uint8] | NDArray[np.uint16]
 Hashes = NDArray[np.uint64]
 
 
-def reason_text(bits: int) -> str:
-    """Names of the bits of a reason as in the score table: "reasoning_importance,protected"; empty for 0."""
-    return ",".join(name for name, bit in _NAMES.items() if bits & bit)
+def rule_bits(config: XTFConfig) -> dict[str, int]:
+    """The reason bit of every attribute that is on and of every selector, as the block orders them."""
+    own = {name: 2 * CONTROL << place for place, name in enumerate(config.selectors)}
+    return {name: own[name] if name in own else BITS[name] for name in config.voters}
+
+
+def reason_text(bits: int, rules: Mapping[str, int] = BITS) -> str:
+    """Names of the bits of a reason as in the score table: "reasoning_importance,protected"; empty for 0.
+
+    Args:
+        bits: of one token.
+        rules: bits of attributes and selectors, see `rule_bits`.
+    """
+    return ",".join(name for name, bit in {**rules, **DECISIONS}.items() if bits & bit)
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Scores:
         reasoning_importance: (M,) float32 attention received, 1.0 = uniform; NaN: undefined. None: not scored.
         logprobs: (M,) float32 natural-log probabilities; knowledge novelty is `1 - exp(logprob)`.
         task_relevance: (M,) float32 in [0, 1].
+        selectors: (M,) float32 scores by name of the selector; None for one that has none before the second epoch.
     """
 
     keys: NDArray[np.uint8]
@@ -55,15 +68,17 @@ class Scores:
     reasoning_importance: NDArray[np.float32] | None = None
     logprobs: NDArray[np.float32] | None = None
     task_relevance: NDArray[np.float32] | None = None
+    selectors: Mapping[str, NDArray[np.float32] | None] = field(default_factory=dict)
 
-    def of(self, attribute: str) -> NDArray[np.float32] | None:
-        """The scores behind an attribute: log-probabilities for knowledge novelty."""
+    def of(self, voter: str) -> NDArray[np.float32] | None:
+        """The scores behind an attribute or a selector: log-probabilities for knowledge novelty."""
         known = {
+            **self.selectors,
             "reasoning_importance": self.reasoning_importance,
             "knowledge_novelty": self.logprobs,
             "task_relevance": self.task_relevance,
         }
-        return known[attribute]
+        return known.get(voter)
 
 
 @dataclass(frozen=True)
@@ -72,18 +87,18 @@ class Selection:
 
     Args:
         keep: (M,) False where the label becomes -100.
-        reasons: (M,) bits: every attribute whose rule fired, and PROTECTED, FLOOR, FORCED or CONTROL where that
-            decided.
-        thresholds: per attribute, its rule and the numbers it came to; plain JSON values, in units of the attribute's
+        reasons: (M,) bits: every attribute and selector whose rule fired (see `rule_bits`), and PROTECTED, FLOOR,
+            FORCED or CONTROL where that decided. 8 bits wide, 16 with selectors.
+        thresholds: per attribute and selector, its rule and the numbers it came to; plain JSON values, in units of its
             score.
-        fired: per attribute, on how many completion tokens of the dataset its rule fired (a document counts as often as
-            it occurs).
+        fired: per attribute and selector, on how many completion tokens of the dataset its rule fired (a document
+            counts as often as it occurs).
         warnings: what the user has to be told.
         best: (N,) index of each document's most novel trainable token among its completion tokens; -1 if it has none.
     """
 
     keep: NDArray[np.bool_]
-    reasons: NDArray[np.uint8]
+    reasons: Reasons
     thresholds: dict[str, Any]
     fired: dict[str, int]
     warnings: list[str]
@@ -104,20 +119,25 @@ def select(
         protected: (M,) tokens that are never dropped; forced: (M,) tokens that are dropped unless protected.
 
     Raises:
-        XTFError: arrays that do not fit together, or an attribute that is on but was not scored.
+        XTFError: arrays that do not fit together, or an attribute that is on, or a selector, that was not scored.
     """
     layout = Layout(scores.offsets, scores.counts)
     _check(scores, config, protected, forced)
     size = len(scores.token_ids)
-    keep, reasons = np.zeros(size, dtype=bool), np.zeros(size, dtype=np.uint8)
+    keep = np.zeros(size, dtype=bool)
+    reasons: Reasons = np.zeros(size, dtype=np.uint16 if config.selectors else np.uint8)
+    bits, voting = rule_bits(config), [name for name in config.voters if scores.of(name) is not None]
     best = np.full(len(scores.counts), -1, dtype=np.int64)
-    thresholds, fired, warnings = {}, {}, []
-    for attribute in config.attributes:
-        values = scores.of(attribute)
-        assert values is not None
-        firing = evaluate(attribute, values, scores.positions, layout, getattr(config, attribute))
-        reasons |= firing.mask * np.uint8(BITS[attribute])
-        thresholds[attribute], fired[attribute] = firing.thresholds, firing.fired
+    thresholds: dict[str, Any] = {}
+    fired, warnings = dict[str, int](), list[str]()
+    for name in config.voters:
+        values = scores.of(name)
+        if values is None:
+            thresholds[name], fired[name] = {"rule": None, "drops": {}, "from_epoch": 2}, 0
+            continue
+        firing = evaluate(name, values, scores.positions, layout, config.part(name))
+        reasons |= firing.mask * reasons.dtype.type(bits[name])
+        thresholds[name], fired[name] = firing.thresholds, firing.fired
         warnings += firing.warnings
     for tokens, documents, part in layout.chunks():
         chunk = _Chunk(
@@ -128,7 +148,7 @@ def select(
             np.zeros(part.offsets[-1], dtype=bool) if protected is None else protected[tokens],
             np.zeros(part.offsets[-1], dtype=bool) if forced is None else forced[tokens],
         )
-        keep[tokens], reasons[tokens] = _decide(chunk, reasons[tokens], config)
+        keep[tokens], reasons[tokens] = _decide(chunk, reasons[tokens], config, [bits[name] for name in voting])
         best[documents] = _best(chunk)
     trainable = scores.positions > 0
     if trainable.any() and not (keep & trainable).any():
@@ -141,8 +161,8 @@ def select(
 
 def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: Bools | None) -> None:
     size, number = len(scores.token_ids), len(scores.counts)
-    attributes = {name: scores.of(name) for name in BITS}
-    arrays = {"positions": scores.positions, **attributes, "protected": protected, "forced": forced}
+    voters = {name: scores.of(name) for name in (*BITS, *config.selectors)}
+    arrays = {"positions": scores.positions, **voters, "protected": protected, "forced": forced}
     for name, array in arrays.items():
         if array is not None and array.shape != (size,):
             raise XTFError(f"selection: {name} has the shape {array.shape}, but there are {size} completion tokens")
@@ -151,8 +171,8 @@ def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: B
             f"selection: {len(scores.keys)} keys, {number} counts and {len(scores.offsets)} offsets up to "
             f"{scores.offsets[-1:]} do not describe documents with {size} completion tokens"
         )
-    for name in config.attributes:
-        if attributes[name] is None:
+    for name in config.voters:
+        if voters[name] is None and name not in scores.selectors:
             raise XTFError(f"selection: {name} is on, but the documents were not scored for it")
 
 
@@ -181,13 +201,14 @@ def _order(scores: Scores, tokens: slice) -> Hashes:
     return order
 
 
-def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig) -> tuple[Bools, Reasons]:
-    """Keep flags and complete reasons of a chunk, from the bits of the attributes that fired."""
-    by_rules = _combined(reasons, config)
+def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, voting: list[int]) -> tuple[Bools, Reasons]:
+    """Keep flags and complete reasons of a chunk, from the bits of the rules that fired; `voting`: bits that count."""
+    by_rules = _combined(reasons, config, voting)
     wanted = by_rules | chunk.forced
     dropped = wanted & ~chunk.protected
     decided = wanted & chunk.protected
-    bits = np.where(decided, np.uint8(PROTECTED), np.uint8(0))
+    kind = reasons.dtype.type
+    bits = np.where(decided, kind(PROTECTED), kind(0))
     bits[dropped & ~by_rules] = FORCED
     if config.control == "random":
         planned = dropped & ~_rescued(chunk, dropped, config.min_kept)
@@ -199,12 +220,12 @@ def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig) -> tuple[Bools, 
     return ~dropped | rescued, reasons | bits
 
 
-def _combined(reasons: Reasons, config: XTFConfig) -> Bools:
-    """Where enough of the attributes that are on have fired."""
+def _combined(reasons: Reasons, config: XTFConfig, voting: list[int]) -> Bools:
+    """Where enough of the attributes and selectors that have scores have fired."""
     votes = np.zeros(len(reasons), dtype=np.int8)
-    for attribute in config.attributes:
-        votes += (reasons & BITS[attribute]) > 0
-    active = len(config.attributes)
+    for bit in voting:
+        votes += (reasons & bit) > 0
+    active = len(voting)
     if isinstance(config.combine, str):
         needed = {"union": 1, "intersection": active, "majority": active // 2 + 1}[config.combine]
     else:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,15 +50,17 @@ class ScoreTableWriter:
     Args:
         path: the Parquet file; one that is there stays until the new one is whole.
         metadata: JSON-able facts (config, thresholds, reference, versions); numbers that JSON lacks become null.
+        selectors: names of the selectors, whose scores get a column each behind the fixed ones.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, metadata: Mapping[str, Any], selectors: Sequence[str] = ()) -> None:
         """Open a temporary file beside `path`."""
-        self.path = Path(path)
-        self.schema = SCHEMA.with_metadata({METADATA: json.dumps(_plain({**metadata, "format": FORMAT}))})
+        self.path, self.selectors = Path(path), tuple(selectors)
+        about = json.dumps(_plain({**metadata, "format": FORMAT}))
+        self.schema = with_selectors(self.selectors).with_metadata({METADATA: about})
         self._chunks: list[Any] = []
         self._rows = 0
         files.remove_stale(self.path.parent)
@@ -103,6 +105,7 @@ class ScoreTableWriter:
         task_relevance: NDArray[np.float32],
         kept: NDArray[np.bool_],
         reason: NDArray[np.object_],
+        selectors: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
         """Append one row per completion token; all arrays (n,), in dataset order.
 
@@ -111,21 +114,26 @@ class ScoreTableWriter:
             reasoning_importance: attention received, 1.0 = uniform. This and the other two scores: NaN becomes null.
             knowledge_novelty: in [0, 1].
             task_relevance: in [0, 1].
+            selectors: scores by selector, NaN becomes null; exactly for the names that the writer was made with.
 
         Raises:
-            ValueError: arrays of unequal length, or numbers that do not fit the column.
+            ValueError: names of other selectors, arrays of unequal length, or numbers that do not fit the column.
             OSError: the disk is full.
         """
         scores = [reasoning_importance, knowledge_novelty, task_relevance]
+        own = selectors or {}
+        if set(own) != set(self.selectors):
+            raise ValueError(f"scores of the selectors {list(own)}, but the table has {list(self.selectors)}")
         columns = [
             pa.array(np.asarray(row), pa.int64()),
             _strings(_hex(np.asarray(document))),
             pa.array(np.asarray(position), pa.int32()),
             pa.array(np.asarray(token_id), pa.int32()),
             _strings(np.asarray(token)),
-            *(pa.array(np.asarray(s, dtype=np.float32), pa.float32(), mask=np.isnan(s)) for s in scores),
+            *map(_floats, scores),
             pa.array(np.asarray(kept), pa.bool_()),
             _strings(np.asarray(reason)),
+            *(_floats(own[name]) for name in self.selectors),
         ]
         self._chunks.append(pa.Table.from_arrays(columns, schema=self.schema))
         self._rows += len(columns[0])
@@ -179,10 +187,20 @@ def read_score_table(path: Path) -> tuple[Any, dict[str, Any]]:
         raise XTFUserError(f"{path} is a Parquet file, but no score table of xtf. {advice}") from error
     if version > FORMAT:
         raise XTFUserError(f"{path} is a score table of format {version}; this xtf-plugin reads {FORMAT}. Upgrade it.")
-    if not table.schema.equals(SCHEMA):
+    if not table.schema.equals(with_selectors(selector_columns(table.schema.names))):
         wrong = [field.name for field in SCHEMA if field not in list(table.schema)] or table.schema.names
         raise XTFUserError(f"{path} has other columns than a score table of xtf; look at {', '.join(wrong)}. {advice}")
     return table, metadata
+
+
+def with_selectors(names: Sequence[str]) -> Any:
+    """The schema of a table with these selectors: the fixed columns, then a float32 column for each."""
+    return pa.schema([*SCHEMA, *((name, pa.float32()) for name in names)])
+
+
+def selector_columns(names: Sequence[str]) -> list[str]:
+    """The selectors among a table's columns: those behind the fixed ones."""
+    return list(names[len(SCHEMA.names) :])
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -216,6 +234,10 @@ def _hex(document: NDArray[Any]) -> NDArray[Any]:
         return document
     digits = np.frombuffer(np.ascontiguousarray(document).tobytes().hex().encode(), dtype=f"S{2 * document.shape[1]}")
     return digits.astype(str)
+
+
+def _floats(values: NDArray[np.float32]) -> Any:
+    return pa.array(np.asarray(values, dtype=np.float32), pa.float32(), mask=np.isnan(values))
 
 
 def _strings(values: NDArray[Any]) -> Any:

@@ -61,14 +61,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts over a score table: `fired`, `dropped`, `alone` per attribute, `decided` per decision."""
+    """Counts over a score table: `fired`, `dropped`, `alone` per attribute and selector, `decided` per decision."""
 
     documents: int
     tokens: int
     kept: int
-    fired: dict[str, int]  # the attribute's rule fired
+    fired: dict[str, int]  # the rule fired
     dropped: dict[str, int]  # ... and the token was dropped
-    alone: dict[str, int]  # ... and no other attribute's rule fired
+    alone: dict[str, int]  # ... and no other rule fired
     decided: dict[str, int]
 
 
@@ -123,8 +123,11 @@ def render_tokens(tokens: Iterable[Token]) -> Text:
     return text
 
 
-def summarize(tables: Iterable[pa.Table]) -> Summary:
-    """Count over consecutive pieces of one score table, so that a large file need not fit in memory."""
+def summarize(tables: Iterable[pa.Table], selectors: Iterable[str] = ()) -> Summary:
+    """Count over consecutive pieces of one score table, so that a large file need not fit in memory.
+
+    A selector whose rule fired nowhere is counted too if `selectors` names it.
+    """
     verdicts: Counter[tuple[bool, str]] = Counter()
     starts, last = 0, None
     for table in tables:
@@ -135,7 +138,7 @@ def summarize(tables: Iterable[pa.Table]) -> Summary:
         starts += _count_starts(places if last is None else pa.concat_tables([last, places]))
         starts -= 0 if last is None else 1  # the token carried over was counted with its own piece
         last = places.slice(max(places.num_rows - 1, 0)) if places.num_rows else last
-    return _summary(verdicts, starts)
+    return _summary(verdicts, starts, selectors)
 
 
 def summary_table(source: pa.Table | Summary) -> Table:
@@ -152,7 +155,7 @@ def summary_table(source: pa.Table | Summary) -> Table:
     dropped = summary.tokens - summary.kept
     table.add_row("kept", f"{summary.kept:,}", share(summary.kept), "", "")
     table.add_row("dropped", f"{dropped:,}", share(dropped), "", "", end_section=True)
-    for name in ATTRIBUTES:  # one that is off has no counts
+    for name in [*ATTRIBUTES, *(name for name in summary.fired if name not in ATTRIBUTES)]:  # if off: no counts
         fired, gone, alone = (counts.get(name, 0) for counts in (summary.fired, summary.dropped, summary.alone))
         table.add_row(name, f"{fired:,}", share(fired), f"{gone:,}", f"{alone:,}")
     for name, count in summary.decided.items():
@@ -163,24 +166,25 @@ def summary_table(source: pa.Table | Summary) -> Table:
     return table
 
 
-def _summary(verdicts: Counter[tuple[bool, str]], starts: int) -> Summary:
+def _summary(verdicts: Counter[tuple[bool, str]], starts: int, selectors: Iterable[str]) -> Summary:
     fired, dropped, alone, decided = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     for (kept, reason), count in verdicts.items():
         names = set(reason.split(","))
-        rules = names & ATTRIBUTES.keys()
+        rules = names - DECISIONS.keys() - {""}
         for name in rules:
             fired[name] += count
             dropped[name] += 0 if kept else count
             alone[name] += count if not kept and len(rules) == 1 else 0
         for name in names & DECISIONS.keys():
             decided[name] += count
+    known = list(dict.fromkeys([*ATTRIBUTES, *selectors, *sorted(fired)]))
     return Summary(
         documents=starts,
         tokens=verdicts.total(),
         kept=sum(count for (kept, _), count in verdicts.items() if kept),
-        fired={name: fired[name] for name in ATTRIBUTES},
-        dropped={name: dropped[name] for name in ATTRIBUTES},
-        alone={name: alone[name] for name in ATTRIBUTES},
+        fired={name: fired[name] for name in known},
+        dropped={name: dropped[name] for name in known},
+        alone={name: alone[name] for name in known},
         decided={name: decided[name] for name in DECISIONS},
     )
 

@@ -1,0 +1,134 @@
+"""The `selectors:` part of the block: names of the user's choice, each with a scorer and that scorer's own keys.
+
+Which keys a selector takes is known only when its scorer is: the registry names the class, the class's model checks
+the part. So errors of a part are kept together with their model, for `config_docs` to explain from its schema.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, WrapValidator
+
+from .config_rules import AtLeast, Problems
+from .errors import XTFUserError
+from .scorers import registry
+from .scorers.base import SelectorConfig
+
+MOST = 8
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+# What a reason, a metric or a column of the score table is called already.
+RESERVED = frozenset(
+    "row document position token_id token kept reason reasoning_importance knowledge_novelty task_relevance "
+    "protected floor forced control".split()
+)
+
+
+class PartProblems(ValueError):
+    """A selector's part that its scorer's model refuses."""
+
+    def __init__(self, model: type[SelectorConfig], error: ValidationError) -> None:
+        super().__init__(str(error))
+        self.model, self.error = model, error
+
+
+def _part(value: Any, _: Any) -> SelectorConfig:
+    """One selector's part, checked by the model of the scorer that it names."""
+    if isinstance(value, SelectorConfig):
+        value = value.model_dump()
+    if not isinstance(value, Mapping):
+        raise ValueError("is not a mapping; write {scorer: name, drop: {quantile: q}}")
+    name = value.get("scorer")
+    model = SelectorConfig  # without a name of a scorer, the common keys say what is wrong
+    if isinstance(name, str) and name:
+        try:
+            model = registry.find(name).Config
+        except XTFUserError as error:
+            raise Problems(("scorer", name, str(error).rstrip("."))) from None
+    try:
+        return model.model_validate(dict(value))
+    except ValidationError as error:
+        raise PartProblems(model, error) from None
+
+
+def _mapping(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError("is not a mapping; write {a_name: {scorer: ..., drop: ...}}")
+    return value
+
+
+def _named(selectors: dict[str, SelectorConfig]) -> dict[str, SelectorConfig]:
+    problems: list[tuple[str, Any, str]] = []
+    for name in selectors:
+        if name in RESERVED:
+            problems.append((name, name, "is taken: reasons, metrics and the score table use it; choose another name"))
+        elif not NAME.fullmatch(name):
+            problems.append((name, name, "is no name: use lower-case letters, digits and _, and begin with a letter"))
+    if len(selectors) > MOST:
+        problems.append((list(selectors)[MOST], len(selectors), f"selectors are more than {MOST}; leave some out"))
+    if problems:
+        raise Problems(*problems)
+    return selectors
+
+
+Selectors = Annotated[
+    dict[str, Annotated[SerializeAsAny[SelectorConfig], WrapValidator(_part)]],
+    Field(json_schema_extra={"maxProperties": MOST, "propertyNames": {"pattern": f"^{NAME.pattern}$"}}),
+    AfterValidator(_named),
+    BeforeValidator(_mapping),
+]
+
+
+def check_votes(
+    attributes: tuple[str, ...],
+    selectors: Mapping[str, SelectorConfig],
+    combine: str | AtLeast,
+    force_drop: list[str],
+    control: str | None,
+) -> None:
+    """Refuse a block that could drop nothing, or that asks for more votes than there are; raises `Problems`."""
+    voters = len(attributes) + len(selectors)
+    problems: list[tuple[str, Any, str]] = []
+    if not voters and not force_drop:
+        why = "is empty and every attribute is off, so nothing could be dropped; switch one on, or write xtf: false"
+        problems.append(("force_drop", force_drop, why))
+        if control is not None:
+            problems.append(("control", control, "has no drop rate to match; switch an attribute on"))
+    if isinstance(combine, AtLeast) and combine.at_least > voters:
+        if selectors:
+            why = f"is more than the {len(attributes)} attributes that are on and {len(selectors)} selectors"
+        else:
+            why = f"is more than the {voters} attributes that are on"
+        problems.append(("combine.at_least", combine.at_least, f"{why}; lower it, or switch an attribute on"))
+    if problems:
+        raise Problems(*problems)
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """JSON schema of each built-in scorer's part, by scorer name, with definitions of its own."""
+    return {name: _with_const(name, scorer.Config.model_json_schema()) for name, scorer in registry.BUILTIN.items()}
+
+
+def _with_const(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    own = {**schema["properties"]["scorer"], "const": name}
+    return {**schema, "properties": {**schema["properties"], "scorer": own}}
+
+
+def completed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The block's schema with what a selector may hold: the common keys, and by scorer the built-in ones' own.
+
+    Selectors of other packages' scorers are held to the common keys alone; their keys are known once they are loaded.
+    """
+    definitions = dict(schema["$defs"])
+    common = definitions.pop("SelectorConfig")
+    cases = []
+    for name, part in schemas().items():
+        definitions |= part.pop("$defs")
+        definitions[part["title"]] = part
+        test = {"properties": {"scorer": {"const": name}}, "required": ["scorer"]}
+        cases.append({"if": test, "then": {"$ref": f"#/$defs/{part['title']}"}})
+    selector = {key: value for key, value in common.items() if key != "additionalProperties"}
+    selectors = {**schema["properties"]["selectors"], "additionalProperties": {**selector, "allOf": cases}}
+    return {**schema, "$defs": definitions, "properties": {**schema["properties"], "selectors": selectors}}

@@ -1,0 +1,185 @@
+"""The interface of a scorer: the keys of its part of the block, what it is given, and the scores it gives back.
+
+Kept small because other packages depend on it: a scorer turns documents into one number per completion token, low
+means drop, and everything after that (window, rule, cap, protection, floor, report) is the same for all of them.
+Imports no torch, so that a block is validated without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from ..config_rules import Block, Drop, Finite, Name, NonNegative, Problems, Quantile, ReferenceConfig, Share, Window
+from ..errors import XTFError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..documents import DocumentSet
+
+    Floats = NDArray[np.float32]
+
+T = TypeVar("T", bound="np.generic")
+
+
+class SelectorDrop(Drop):
+    """Rule over a scorer's scores, low ones go: exactly one of quantile, below and fence."""
+
+    rules = (("quantile",), ("below",), ("fence",))
+    quantile: Quantile | None = Field(default=None, description="Drop the lowest share of the scores.")
+    below: Finite | None = Field(default=None, description="Drop scores below this, in units of the scorer's score.")
+    fence: NonNegative | None = Field(default=None, description="Drop scores below Q1 - fence * (Q3 - Q1).")
+
+
+class SelectorConfig(Block):
+    """One selector: a scorer, its own keys, and what happens to its scores.
+
+    A scorer that has keys of its own derives from this class and adds them as fields; unknown keys stay refused.
+    """
+
+    scorer: Name = Field(description="Name of a registered scorer.")
+    drop: SelectorDrop = Field(description="Which tokens go: exactly one rule, over the scorer's scores. Low ones go.")
+    scope: Literal["document", "dataset"] = Field(
+        default="dataset",
+        description="Whose quantiles a fence or a quantile uses: each document's own, or the dataset's.",
+    )
+    window: Window = Field(
+        default=1,
+        description="Odd; scores are averaged over this many neighbouring completion tokens before the rule applies.",
+    )
+    max_fraction: Share | None = Field(
+        default=None,
+        description="Never drop more than this share of a document's completion through this selector; null: no cap.",
+    )
+
+    @model_validator(mode="after")
+    def _scope_acts(self) -> SelectorConfig:
+        if self.scope == "document" and self.drop.below is not None:
+            why = f"has no effect on drop: {self.drop}; remove it, or use {{fence: k}} or {{quantile: q}}"
+            raise Problems(("scope", self.scope, why))
+        return self
+
+
+class ScoringContext:
+    """What a scorer is given: the dataset's distinct documents, and their log-probabilities under any reference.
+
+    M completion tokens of N documents lie in flat arrays, document after document; all arrays are read-only.
+
+    Args:
+        documents: the distinct documents, prompts included.
+        tokenizer: the training tokenizer.
+        log_probabilities: a reference (None: the run's own) -> (M,) float32.
+        current: gives the log-probabilities under the model being trained as it stands; None before the second epoch.
+    """
+
+    def __init__(
+        self,
+        documents: DocumentSet,
+        tokenizer: Any,
+        log_probabilities: Callable[[ReferenceConfig | None], Floats],
+        current: Callable[[], Floats] | None = None,
+    ) -> None:
+        self.documents, self.tokenizer = documents, tokenizer
+        self._log_probabilities, self._current = log_probabilities, current
+        self._positions = documents.completion_positions
+        self._offsets = documents.completion_offsets
+        self._token_ids = documents.input_ids[documents.completion]
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Ids of the completion tokens, (M,)."""
+        return _read_only(self._token_ids)
+
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """Place of each completion token within its document, prompt included, (M,); nothing predicts place 0."""
+        return _read_only(self._positions)
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Document `i` holds the completion tokens `offsets[i]` up to `offsets[i + 1]`, (N + 1,)."""
+        return _read_only(self._offsets)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How often each document occurs in the dataset, (N,); its tokens are scored once."""
+        return _read_only(self.documents.counts)
+
+    @property
+    def logprobs(self) -> Floats:
+        """Log-probabilities under the run's own reference; the same as `log_probabilities()`."""
+        return self.log_probabilities()
+
+    def log_probabilities(self, reference: ReferenceConfig | None = None) -> Floats:
+        """Natural-log probability of every completion token under a reference, (M,) float32; NaN: undefined.
+
+        Stored by content: a second run neither loads nor runs the reference. A separate model is loaded for the scoring
+        pass and freed before training.
+
+        Args:
+            reference: as in the block; None, or one without a `model`: the run's own reference.
+
+        Raises:
+            XTFUserError: the reference cannot be loaded, or its tokenizer is another one.
+            XTFError: it gives no finite log-probability at all.
+        """
+        return _read_only(self._log_probabilities(reference if reference is not None and reference.model else None))
+
+    def current_log_probabilities(self) -> Floats:
+        """The same under the model being trained, adapters on, as it stands at the start of an epoch, (M,) float32.
+
+        Raises:
+            XTFError: called by a scorer whose `evolves` is False; only others are called while training goes on.
+        """
+        if self._current is None:
+            raise XTFError("only a scorer whose `evolves` is True may ask for the model being trained as it stands.")
+        return _read_only(self._current())
+
+
+class Scorer:
+    """Base class of scorers: one score per completion token, low means drop.
+
+    Attributes:
+        name: under which the entry point registers it.
+        version: whole number, raised when the same inputs get other scores; told in summary.json.
+        Config: its part of the block, `SelectorConfig` or a class derived from it.
+        per_document: a document's scores depend on nothing but the document and the options; `check_scorer` checks it.
+
+    Args:
+        config: the selector's part of the block, an instance of `Config`.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    Config: ClassVar[type[SelectorConfig]] = SelectorConfig
+    per_document: ClassVar[bool] = False
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def evolves(self) -> bool:
+        """Whether the scores depend on the model being trained as it stands.
+
+        Then nothing is dropped in the first epoch, and `score` is called at the start of each later one, with
+        `context.current_log_probabilities()` at hand.
+        """
+        return False
+
+    def score(self, context: ScoringContext) -> Floats:
+        """One float32 per completion token, (M,): low means drop; NaN is undefined and never dropped.
+
+        Must be deterministic: the same masks have to come out in every process and after a restart.
+        """
+        raise NotImplementedError
+
+
+def _read_only(array: NDArray[T]) -> NDArray[T]:
+    """A view that cannot be written to: every scorer sees the same arrays, and selection uses them after it."""
+    view: NDArray[T] = array.view()
+    view.flags.writeable = False
+    return view

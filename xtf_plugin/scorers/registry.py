@@ -1,0 +1,104 @@
+"""Which scorers there are: the built-in ones and those of installed packages, found by entry point.
+
+A package's code is imported when a block names its scorer, never before: an unused broken package breaks nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from importlib import metadata
+
+from ..errors import XTFUserError
+from . import builtin
+from .base import Scorer, SelectorConfig
+
+GROUP = "xtf_plugin.scorers"
+BUILTIN: dict[str, type[Scorer]] = {
+    scorer.name: scorer for scorer in (builtin.LogProbability, builtin.ExcessLoss, builtin.TokenCleaning)
+}
+_HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/selectors.md"
+# What importing a stranger's module may raise short of ending the process.
+_IMPORT_ERRORS = (
+    ImportError,
+    AttributeError,
+    SyntaxError,
+    NameError,
+    TypeError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    OSError,
+)
+
+
+def names() -> list[str]:
+    """Every registered name, built-in ones first; imports no package."""
+    return [*BUILTIN, *sorted({entry.name for entry in metadata.entry_points(group=GROUP)} - BUILTIN.keys())]
+
+
+def find(name: str) -> type[Scorer]:
+    """The class registered under a name.
+
+    Raises:
+        XTFUserError: no such name, two packages claim it, its package cannot be imported, or the class does not
+            conform. The message goes on from the name: "is no registered scorer ...".
+    """
+    entries = list(metadata.entry_points(group=GROUP, name=name))
+    entries = list({(entry.value, _package(entry)): entry for entry in entries}.values())  # a folder twice on sys.path
+    if name in BUILTIN and not entries:
+        return BUILTIN[name]
+    if not entries:
+        known = names()
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise XTFUserError(f"is no registered scorer. {hint}Registered: {', '.join(known)}; {_HOW}")
+    if name in BUILTIN or len(entries) > 1:
+        owners = ["xtf-plugin"] * (name in BUILTIN) + sorted(map(_package, entries))
+        raise XTFUserError(f"is a scorer of several packages ({', '.join(owners)}); uninstall all but one of them")
+    return _loaded(entries[0])
+
+
+def package_of(name: str) -> str:
+    """The distribution that registers a scorer, with its version: "some-package 1.2"."""
+    found = list(metadata.entry_points(group=GROUP, name=name))
+    return _package(found[0]) if found else "xtf-plugin"
+
+
+def _package(entry: metadata.EntryPoint) -> str:
+    return "an unnamed package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+
+
+def _loaded(entry: metadata.EntryPoint) -> type[Scorer]:
+    owner = f"of the package {_package(entry)} ({entry.value})"
+    try:
+        scorer = entry.load()
+    except _IMPORT_ERRORS as error:
+        raise XTFUserError(
+            f"{owner} cannot be imported: {type(error).__name__}: {error}. Repair or update that package"
+        ) from error
+    problems = complaints(scorer)
+    if not problems and scorer.name != entry.name:
+        problems = [f"its `name` is {scorer.name!r}"]
+    if problems:
+        raise XTFUserError(f"{owner} is not a usable scorer: {'; '.join(problems)}. Ask that package's authors")
+    conforming: type[Scorer] = scorer
+    return conforming
+
+
+def complaints(scorer: object) -> list[str]:
+    """What keeps an object from being a scorer, none if it is one."""
+    if not inspect.isclass(scorer) or not issubclass(scorer, Scorer):
+        return [f"{scorer!r} is no class derived from xtf_plugin.scorers.Scorer"]
+    found = []
+    if not isinstance(getattr(scorer, "name", None), str):
+        found.append("it has no `name`")
+    if type(scorer.version) is not int:
+        found.append(f"its `version` is {scorer.version!r}, no whole number")
+    if scorer.score is Scorer.score:
+        found.append("it does not define `score`")
+    if not inspect.isclass(scorer.Config) or not issubclass(scorer.Config, SelectorConfig):
+        found.append("its `Config` is no class derived from xtf_plugin.scorers.SelectorConfig")
+    elif scorer.Config.model_config.get("extra") != "forbid" or not scorer.Config.model_config.get("frozen"):
+        found.append("its `Config` does not forbid unknown keys, or is not frozen")
+    return found

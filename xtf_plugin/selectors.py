@@ -1,0 +1,194 @@
+"""Selectors at work: their scorers run on the documents, with log-probabilities out of the store or a reference.
+
+What a scorer gives back is checked before anything is decided with it: a wrong shape or nothing but NaN would read as
+"keep everything".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .documents import DocumentSet
+from .errors import XTFError, XTFUserError
+from .scorer import ScoringStats, score
+from .scorers import ReferenceConfig, Scorer, ScoringContext, registry
+from .store import ScoreStore
+
+if TYPE_CHECKING:
+    from .config import XTFConfig
+
+logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float32]
+MAIN_KEY = "xtf.reference.model"  # how messages about a separate reference begin
+
+
+class LogProbabilities:
+    """Log-probabilities of all completion tokens under any reference, each worked out once.
+
+    Args:
+        config: the block.
+        documents: of the dataset.
+        main: the provider of the run's own reference.
+        references: makes the provider of another one; None: there can be no other.
+        known: (M,) log-probabilities under the run's own reference, if they are there already.
+
+    Attributes:
+        known: the same, also once a scorer has asked for them.
+        main_pass: what it took to get `known` then, and how many documents came from the store.
+        passes: the same about other references, for the summary.
+        warnings: what to tell about the references.
+    """
+
+    def __init__(
+        self,
+        config: XTFConfig,
+        documents: DocumentSet,
+        main: Any,
+        references: Callable[[ReferenceConfig], Any] | None,
+        known: Floats | None,
+        *,
+        progress: bool,
+    ) -> None:
+        self.config, self.documents, self.known = config, documents, known
+        self.progress = progress
+        self.main_pass: tuple[ScoringStats, int] | None = None
+        self.passes: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+        self._main, self._references = main, references
+        self._others: dict[ReferenceConfig, Floats] = {}
+
+    def under(self, reference: ReferenceConfig | None) -> Floats:
+        """Log-probabilities under a reference, None: the run's own, (M,); see `ScoringContext.log_probabilities`."""
+        if reference is None:
+            if self.known is None:
+                self.known, _, stats, reused = self._scored(self._main)
+                self.main_pass = stats, reused
+            return self.known
+        if reference not in self._others:
+            if self._references is None:
+                raise XTFError(f"the reference {reference.model} cannot be loaded here: only the run's own is known.")
+            scores, about, stats, reused = self._scored(self._references(reference))
+            self._others[reference] = scores
+            self.passes.append({**about, **asdict(stats), "stored_documents": reused})
+        return self._others[reference]
+
+    def _scored(self, provider: Any) -> tuple[Floats, dict[str, Any], ScoringStats, int]:
+        """Stored scores as they are, missing ones from one opening of the reference; and what that took."""
+        fingerprint, sizes = provider.fingerprint(), np.diff(self.documents.completion_offsets)
+        description = {**provider.description(), "fingerprint": fingerprint}
+        stats = ScoringStats()
+        with ScoreStore(self.config.resolved_cache_dir(), fingerprint, None, description=description) as store:
+            stored = store.load(self.documents.keys, sizes)
+            missing = np.flatnonzero(~stored.found & (sizes > 0))
+            if len(missing):
+                budget = None if self.config.batch_tokens == "auto" else int(self.config.batch_tokens)
+                with provider.open() as reference:
+                    stats = score(
+                        self.documents, missing, reference, (), store.add, batch_tokens=budget, progress=self.progress
+                    )
+                    store.flush()
+                stored = store.load(self.documents.keys, sizes)
+                if not stored.found[sizes > 0].all():
+                    raise XTFError(f"documents were scored but could not be read back from {store.directory}.")
+        reused = int((sizes > 0).sum()) - len(missing)
+        told = check_finite(stored.logprobs, self.documents.completion_positions, description)
+        self.warnings += [f"{description['name']}: {warning}" for warning in told]
+        return stored.logprobs, description, stats, reused
+
+
+def check_finite(logprobs: Floats, positions: NDArray[np.int32], reference: dict[str, Any]) -> list[str]:
+    """Refuse a reference that gives no finite log-probability; tell how many of a sound one's are undefined."""
+    expected = positions > 0  # nothing predicts a document's first token
+    undefined = int((~np.isfinite(logprobs[expected])).sum())
+    total = int(expected.sum())
+    if total and undefined == total:
+        raise XTFError(
+            f"the reference {reference.get('name')} gives NaN or infinite log-probabilities for all {total} "
+            "completion tokens: "
+            "its weights or its precision are broken. Try `reference.dtype: float32`, or another reference."
+        )
+    if undefined:
+        return [
+            f"{undefined} of {total} completion tokens have a NaN or infinite log-probability under the reference; an "
+            "undefined score never drops a token"
+        ]
+    return []
+
+
+def scorers(config: XTFConfig) -> dict[str, Scorer]:
+    """A scorer for every selector of the block, by the selector's name."""
+    return {name: registry.find(part.scorer)(part) for name, part in config.selectors.items()}
+
+
+def score_selectors(
+    config: XTFConfig,
+    tokenizer: Any,
+    source: LogProbabilities,
+    current: Callable[[], Floats] | None = None,
+) -> dict[str, Floats | None]:
+    """Scores of every selector; with `current`, of those alone that evolve.
+
+    Args:
+        config: the block.
+        tokenizer: the training tokenizer.
+        source: log-probabilities under references.
+        current: the same under the model being trained as it stands. None: training has not begun, and a selector that
+            evolves gets None instead of scores.
+
+    Raises:
+        XTFUserError: a reference cannot be used; names the selector.
+        XTFError: a scorer gives something else than (M,) float32, or NaN alone; names selector and package.
+    """
+    found: dict[str, Floats | None] = {}
+    context = ScoringContext(source.documents, tokenizer, source.under, current)
+    for name, scorer in scorers(config).items():
+        if current is not None and not scorer.evolves:
+            continue
+        found[name] = None
+        if scorer.evolves and current is None:
+            source.under(None)  # what later epochs are held against is the model before training
+            continue
+        try:
+            scores = scorer.score(context)
+        except XTFUserError as error:
+            said = str(error)
+            if not said.startswith(MAIN_KEY):
+                raise
+            own = f"xtf.selectors.{name}.reference.model{said.removeprefix(MAIN_KEY)}"
+            raise XTFUserError(own) from error
+        found[name] = _checked(name, scorer, scores, len(context.token_ids))
+    return found
+
+
+def _checked(name: str, scorer: Scorer, scores: Any, size: int) -> Floats:
+    """The scores themselves, once they are what selection can work with."""
+    owner = f"the selector {name}: the scorer {scorer.name} of {registry.package_of(scorer.name)}"
+    if not isinstance(scores, np.ndarray) or scores.dtype != np.float32 or scores.shape != (size,):
+        told = f"{scores.dtype} {scores.shape}" if isinstance(scores, np.ndarray) else type(scores).__name__
+        raise XTFError(f"{owner} gave {told} where float32 ({size},) is needed, one score per completion token.")
+    if size and np.isnan(scores).all():
+        raise XTFError(
+            f"{owner} gave NaN for all {size} completion tokens, so it could drop nothing. Its data or its reference "
+            "does not fit; ask that package's authors, or remove the selector."
+        )
+    return scores
+
+
+def facts(config: XTFConfig) -> dict[str, dict[str, Any]]:
+    """What to tell about each selector: its scorer, that scorer's version and package."""
+    return {
+        name: {
+            "scorer": scorer.name,
+            "version": scorer.version,
+            "package": registry.package_of(scorer.name),
+            "evolves": scorer.evolves,
+        }
+        for name, scorer in scorers(config).items()
+    }
