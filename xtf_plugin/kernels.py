@@ -19,6 +19,8 @@ from torch import Tensor
 QUERY_BLOCK = 128
 SCORE_ELEMENTS = 1 << 20  # scores alive at once: cache-sized blocks beat big ones on CPU, and memory stays flat in T
 LOGIT_ELEMENTS = 8 << 20  # logits alive at once, likewise
+MOMENT_ELEMENTS = 1 << 19  # of these, on a CPU, as many at a time as its cache holds through several passes
+IMPOSSIBLE = -1e4  # nats below the most probable token: exp of it is 0 in float32
 
 
 def attention(
@@ -169,7 +171,7 @@ def _hidden(
     return hidden if window is None else hidden | (k <= q - window)
 
 
-def log_probabilities(
+def predictions(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
     targets: Tensor,
@@ -177,12 +179,12 @@ def log_probabilities(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Fast twin of `attributes.log_probabilities`: the head runs in chunks of rows, so full logits never exist.
+    """Fast twin of `attributes.predictions`: the head runs in chunks of rows, so full logits never exist.
 
-    The maximum is taken in the dtype of the logits, the sum of exponentials in float32.
-    Arguments, shapes and result: see `attributes.log_probabilities`.
+    The maximum is taken in the dtype of the logits, every sum in float32.
+    Arguments, shapes and result: see `attributes.predictions`.
     """
-    result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    result = torch.empty(3, len(targets), dtype=torch.float32, device=hidden.device)
     rows = 64  # the first chunk also tells the vocabulary size, which a quantised or wrapped head does not show
     low = 0
     while low < len(targets):
@@ -193,13 +195,29 @@ def log_probabilities(
             logits = logits * scale
         if softcap is not None:
             logits = logits.float().div_(softcap).tanh_().mul_(softcap)
-        picked = logits.gather(-1, targets[low:high, None])[:, 0].float()
-        peak = logits.amax(-1, keepdim=True)
-        total = (
-            logits.sub(peak).exp_().sum(-1, dtype=torch.float32)
-            if logits.dtype is torch.float32
-            else (logits.float().sub_(peak.float()).exp_().sum(-1))
-        )
-        result[low:high] = picked - peak[:, 0].float() - total.log()
+        elements = MOMENT_ELEMENTS if logits.device.type == "cpu" else LOGIT_ELEMENTS
+        for part in range(low, high, max(1, elements // logits.shape[-1])):
+            end = min(part + max(1, elements // logits.shape[-1]), high)
+            result[:, part:end] = _moments(logits[part - low : end - low], targets[part:end])
         low = high
     return result
+
+
+def _moments(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of the targets, entropies and deviations of rows of logits, (n, V) -> (3, n) float32.
+
+    With x a logit's distance to the row's maximum and S_k = sum exp(x) x^k: log p = x - log S_0, the entropy is
+    log S_0 - S_1 / S_0, the variance S_2 / S_0 - (S_1 / S_0)^2. Distances to the maximum, and not the logits,
+    because the mean of -x is at most the entropy: so little cancels in the variance, and all of it in float32.
+    """
+    peak = logits.amax(-1, keepdim=True).float()
+    picked = logits.gather(-1, targets[:, None]).float() - peak
+    x = (logits - peak) if logits.dtype is torch.float32 else logits.float().sub_(peak)
+    x.clamp_(min=IMPOSSIBLE)  # exp(x) is 0 all the same, and 0 * x stays 0
+    power = x.exp()
+    S0 = power.sum(-1)
+    S1 = power.mul_(x).sum(-1)
+    S2 = power.mul_(x).sum(-1)
+    mean, log_total = S1 / S0, S0.log()
+    deviation = (S2 / S0 - mean * mean).clamp_(min=0).sqrt_()
+    return torch.stack([picked[:, 0] - log_total, log_total - mean, deviation])

@@ -21,7 +21,7 @@ from .errors import XTFError
 from .reference import Reference, resolve_layers
 from .scorer import ScoringStats, score
 from .selection import Scores, Selection, select
-from .store import ScoreStore
+from .store import ScoreStore, StoredScores
 
 if TYPE_CHECKING:
     from .config import XTFConfig
@@ -86,7 +86,7 @@ def make_plan(
     tag = ",".join(map(str, layers)) or None
     root = config.resolved_cache_dir()
     with ScoreStore(root, fingerprint, tag, description=description) as store:
-        stats, reused, logprobs, attention, values = _gather(
+        stats, reused, stored, values = _gather(
             config, documents, provider, fingerprint, table, layers, store, progress=progress
         )
     offsets = documents.completion_offsets
@@ -97,8 +97,7 @@ def make_plan(
         counts=documents.counts,
         token_ids=token_ids,
         positions=documents.completion_positions,
-        reasoning_importance=attention,
-        logprobs=logprobs,
+        **_columns(stored),
         task_relevance=None if table is None or values is None else table.gather(values, token_ids),
     )
     warnings = _check_finite(scores, description)
@@ -129,7 +128,7 @@ def _gather(
     store: ScoreStore,
     *,
     progress: bool,
-) -> tuple[ScoringStats, int, NDArray[np.float32] | None, NDArray[np.float32] | None, NDArray[np.float32] | None]:
+) -> tuple[ScoringStats, int, StoredScores | None, NDArray[np.float32] | None]:
     """Scores of all documents: stored ones as they are, missing ones from one opening of the reference."""
     sizes = np.diff(documents.completion_offsets)
     needs_forward = bool(config.reasoning_importance or config.knowledge_novelty)
@@ -154,9 +153,19 @@ def _gather(
         if len(lost):
             raise XTFError(f"{len(lost)} documents were scored but could not be read back from {store.directory}.")
     reused = 0 if stored is None else int((sizes > 0).sum()) - len(missing)
-    logprobs = None if stored is None else stored.logprobs
-    attention = stored.attention if stored is not None and layers else None
-    return stats, reused, logprobs, attention, values
+    return stats, reused, stored, values
+
+
+def _columns(stored: StoredScores | None) -> dict[str, NDArray[np.float32] | None]:
+    """What the reference said about each completion token, as `Scores` takes it."""
+    if stored is None:
+        return {}
+    return {
+        "reasoning_importance": stored.attention,
+        "logprobs": stored.logprobs,
+        "entropy": stored.entropy,
+        "deviation": stored.deviation,
+    }
 
 
 def _check_finite(scores: Scores, reference: dict[str, Any]) -> list[str]:

@@ -45,6 +45,8 @@ class Scores:
         reasoning_importance: (M,) float32 attention received, 1.0 = uniform; NaN: undefined. None: not scored.
         logprobs: (M,) float32 natural-log probabilities; knowledge novelty is `1 - exp(logprob)`.
         task_relevance: (M,) float32 in [0, 1].
+        entropy: (M,) float32 nats, the surprisal that the reference itself expected in each place; deviation: (M,)
+            float32 nats, its standard deviation. NaN where the log-probability is. None: not scored.
     """
 
     keys: NDArray[np.uint8]
@@ -55,6 +57,8 @@ class Scores:
     reasoning_importance: NDArray[np.float32] | None = None
     logprobs: NDArray[np.float32] | None = None
     task_relevance: NDArray[np.float32] | None = None
+    entropy: NDArray[np.float32] | None = None
+    deviation: NDArray[np.float32] | None = None
 
     def of(self, attribute: str) -> NDArray[np.float32] | None:
         """The scores behind an attribute: log-probabilities for knowledge novelty."""
@@ -143,6 +147,7 @@ def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: B
     size, number = len(scores.token_ids), len(scores.counts)
     attributes = {name: scores.of(name) for name in BITS}
     arrays = {"positions": scores.positions, **attributes, "protected": protected, "forced": forced}
+    arrays |= {"entropy": scores.entropy, "deviation": scores.deviation}
     for name, array in arrays.items():
         if array is not None and array.shape != (size,):
             raise XTFError(f"selection: {name} has the shape {array.shape}, but there are {size} completion tokens")
