@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from . import relevance, spans
+from . import relevance, sentences, spans
 from .collator import MaskTable
 from .documents import DocumentSet
 from .errors import XTFError
@@ -102,7 +102,7 @@ def make_plan(
     )
     warnings = _check_finite(scores, description)
     protected, forced = marked_tokens(config, documents, tokenizer)
-    selection = select(scores, config, protected, forced)
+    selection = select(scores, config, protected, forced, text_segments(config, documents, tokenizer))
     warnings += selection.warnings
     if forced is not None and not forced.any():
         warnings.append(f"force_drop: {config.force_drop} matches nothing in the whole dataset")
@@ -204,6 +204,16 @@ def marked_tokens(
     if config.force_drop:
         forced = spans.match_spans(tokenizer, token_ids, runs, config.force_drop)
     return protected, forced
+
+
+def text_segments(config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> dict[str, NDArray[np.int64]]:
+    """First completion tokens of the sentences or lines that some attribute's window asks for, by unit."""
+    units = {str(window) for name in config.attributes if isinstance(window := getattr(config, name).window, str)}
+    if not units:
+        return {}
+    token_ids, runs = documents.input_ids[documents.completion], completion_runs(documents)
+    special = special_ids(tokenizer)
+    return {unit: sentences.segment_starts(unit, tokenizer, token_ids, runs, special) for unit in units}
 
 
 def special_ids(tokenizer: Any) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .config import XTFConfig
 from .errors import XTFError
-from .firing import evaluate
+from .firing import Segments, evaluate
 from .segments import UNDEFINED_KEY, Bools, Ints, Keys, Layout, lowest, ordered
 
 REASONING, NOVELTY, RELEVANCE, PROTECTED, FLOOR, FORCED, CONTROL = (1 << bit for bit in range(7))
@@ -99,6 +99,7 @@ def select(
     config: XTFConfig,
     protected: NDArray[np.bool_] | None = None,
     forced: NDArray[np.bool_] | None = None,
+    segments: Segments | None = None,
 ) -> Selection:
     """Decide for every completion token, Eq. (1): rules, `combine`, `force_drop`, protection, control, floor.
 
@@ -106,9 +107,11 @@ def select(
         scores: of the whole dataset.
         config: the block.
         protected: (M,) tokens that are never dropped; forced: (M,) tokens that are dropped unless protected.
+        segments: the first tokens of the sentences and lines, by unit; needed if some window is one.
 
     Raises:
-        XTFError: arrays that do not fit together, or an attribute that is on but was not scored.
+        XTFError: arrays that do not fit together, an attribute that is on but was not scored, or segments that are
+            needed and not given.
     """
     layout = Layout(scores.offsets, scores.counts)
     _check(scores, config, protected, forced)
@@ -119,7 +122,7 @@ def select(
     for attribute in config.attributes:
         values = scores.of(attribute)
         assert values is not None
-        firing = evaluate(attribute, values, scores.positions, layout, getattr(config, attribute))
+        firing = evaluate(attribute, values, scores.positions, layout, getattr(config, attribute), segments)
         reasons |= firing.mask * np.uint8(BITS[attribute])
         thresholds[attribute], fired[attribute] = firing.thresholds, firing.fired
         warnings += firing.warnings
