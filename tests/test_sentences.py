@@ -69,9 +69,7 @@ def test_sentences_by_hand(expected):
     assert cut("sentence", expected.replace("//", "|")) == expected.replace("//", " // ")
 
 
-@pytest.mark.parametrize(
-    "expected", ["a|.| b|\n//  |c|\r\n//\n//d", "a|\nb//c", "a//<s>//b|\n//<s>", "a| b", "|\n//"]
-)
+@pytest.mark.parametrize("expected", ["a|.| b|\n//  |c|\r\n//\n//d", "a|\nb//c", "a//<s>//b|\n//<s>", "a| b", "|\n//"])
 def test_lines_by_hand(expected):
     assert cut("line", expected.replace("//", "|")) == expected.replace("//", " // ")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 QUERY_BLOCK = 128
 SCORE_ELEMENTS = 1 << 20  # scores alive at once: cache-sized blocks beat big ones on CPU, and memory stays flat in T
 LOGIT_ELEMENTS = 8 << 20  # logits alive at once, likewise
-MOMENT_ELEMENTS = 1 << 19  # of these, on a CPU, as many at a time as its cache holds through several passes
+MOMENT_ELEMENTS = 1 << 20  # of these, on a CPU, as many at a time as its cache holds through several passes
 IMPOSSIBLE = -1e4  # nats below the most probable token: exp of it is 0 in float32
 
 
@@ -181,7 +181,7 @@ def predictions(
 ) -> Tensor:
     """Fast twin of `attributes.predictions`: the head runs in chunks of rows, so full logits never exist.
 
-    The maximum is taken in the dtype of the logits, every sum in float32.
+    Every sum is taken in float32, whatever the dtype of the logits.
     Arguments, shapes and result: see `attributes.predictions`.
     """
     result = torch.empty(3, len(targets), dtype=torch.float32, device=hidden.device)
@@ -206,18 +206,18 @@ def predictions(
 def _moments(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities of the targets, entropies and deviations of rows of logits, (n, V) -> (3, n) float32.
 
-    With x a logit's distance to the row's maximum and S_k = sum exp(x) x^k: log p = x - log S_0, the entropy is
-    log S_0 - S_1 / S_0, the variance S_2 / S_0 - (S_1 / S_0)^2. Distances to the maximum, and not the logits,
-    because the mean of -x is at most the entropy: so little cancels in the variance, and all of it in float32.
+    With x a logit's distance to the row's maximum and P the largest probability, log p = x + log P; so the entropy is
+    -log P - sum p x, and the variance sum p x^2 - (sum p x)^2. Distances to the maximum, and not log p, because one
+    fused softmax then gives all that needs an exponential; and the mean of -x is at most the entropy, so that little
+    cancels in the variance, and all of it in float32.
     """
-    peak = logits.amax(-1, keepdim=True).float()
-    picked = logits.gather(-1, targets[:, None]).float() - peak
-    x = (logits - peak) if logits.dtype is torch.float32 else logits.float().sub_(peak)
-    x.clamp_(min=IMPOSSIBLE)  # exp(x) is 0 all the same, and 0 * x stays 0
-    power = x.exp()
-    S0 = power.sum(-1)
-    S1 = power.mul_(x).sum(-1)
-    S2 = power.mul_(x).sum(-1)
-    mean, log_total = S1 / S0, S0.log()
-    deviation = (S2 / S0 - mean * mean).clamp_(min=0).sqrt_()
-    return torch.stack([picked[:, 0] - log_total, log_total - mean, deviation])
+    exact = logits.float()
+    p = exact.softmax(-1)
+    log_peak = p.amax(-1).log()
+    peak = exact.amax(-1, keepdim=True)
+    picked = exact.gather(-1, targets[:, None]) - peak
+    x = exact.sub(peak) if exact is logits else exact.sub_(peak)
+    x.clamp_(min=IMPOSSIBLE)  # p is 0 all the same, and 0 * x stays 0
+    mean = p.mul_(x).sum(-1)
+    deviation = (p.mul_(x).sum(-1) - mean * mean).clamp_(min=0).sqrt_()
+    return torch.stack([picked[:, 0] + log_peak, -log_peak - mean, deviation])

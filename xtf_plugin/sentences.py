@@ -100,7 +100,7 @@ def _vocabulary_flags(tokenizer: Any, ids: NDArray[Any], special_ids: NDArray[An
 def _starts(flags: Flags, begins: Bools, unit: str) -> Bools:
     """Which tokens begin a segment, given which begin a run; whole runs, at least one token."""
     special = (flags & SPECIAL) > 0
-    forced = begins | special
+    forced: Bools = begins | special
     forced[1:] |= special[:-1]
     ends = (flags & NEWLINE) > 0
     if unit == "line":
@@ -112,7 +112,7 @@ def _starts(flags: Flags, begins: Bools, unit: str) -> Bools:
     # a token begins a sentence if the last token before it that is more than whitespace, or ends one, does end one
     telling = ~blank | ends | forced
     last = np.maximum.accumulate(np.where(telling, np.arange(len(flags)), 0))  # token 0 begins a run, so it is telling
-    starts = forced.copy()
+    starts: Bools = forced.copy()
     starts[1:] |= ~blank[1:] & ends[last[:-1]]
     return starts
 
