@@ -28,3 +28,14 @@ def scores(model, input_ids, layers) -> tuple[torch.Tensor, torch.Tensor]:
             received[k] += ((q + 1) * A[q, k]).mean() / len(layers)
     received[-1] = float("nan")
     return logprobs, received
+
+
+@torch.no_grad()
+def expectations(model, input_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the surprisal before each token (NaN for the first), in float64, (T,) each."""
+    logits = model(input_ids=torch.as_tensor(input_ids)[None], use_cache=False).logits[0, :-1].double()
+    p, surprisal = logits.softmax(-1), -logits.log_softmax(-1)
+    mean = (p * surprisal).sum(-1)
+    deviation = ((p * surprisal**2).sum(-1) - mean**2).sqrt()
+    first = torch.full((1,), float("nan"), dtype=torch.float64)
+    return torch.cat([first, mean]), torch.cat([first, deviation])

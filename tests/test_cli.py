@@ -259,9 +259,9 @@ def test_stock_trl_refuses_a_wrong_block_before_it_launches(write):
 def test_cache_is_listed_and_pruned(xtf, tmp_path):
     code, out, _ = xtf("cache", "list", "--cache-dir", tmp_path)
     assert code == 0 and "no cached scores" in out
-    folder = tmp_path / "v1" / ("ab" * 16)
+    folder = tmp_path / "v2" / ("ab" * 16)
     folder.mkdir(parents=True)
-    kept = tmp_path / "v1" / "notes.txt"
+    kept = tmp_path / "v2" / "notes.txt"
     kept.write_text("not ours")
     shard = folder / f"relevance-{'cd' * 16}.parquet"
     shard.write_bytes(b"x" * 2**20)

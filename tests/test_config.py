@@ -63,6 +63,7 @@ BLOCKS = [
         }
     },
     {"reasoning_importance": {"drop": {"below": 0.1}, "max_fraction": 1}},
+    {"reasoning_importance": {"window": "line"}, "task_relevance": {"window": "sentence"}},
     {"knowledge_novelty": {"drop": {"unknown_below": 0.05, "known_above": 0.95}}},
     {"knowledge_novelty": {"drop": {"quantile": 0.2}}},
     {"task_relevance": {"domain": ["derivative", "matrix"], "drop": {"cluster": 1, "of": 2}, "embedding": "output"}},

@@ -77,6 +77,7 @@ CASES = {
     "text as boolean": ({"dry_run": "yes"}, ["xtf.dry_run: 'yes'", "true | false"]),
     "number as boolean": ({"protect": {"special_tokens": 1}}, ["xtf.protect.special_tokens: 1", "true | false"]),
     "even window": (importance(window=4), ["xtf.reasoning_importance.window: 4", "odd"]),
+    "unknown window": (importance(window="sentense"), ["window: 'sentense'", "mean sentence?", "line | odd whole"]),
     "window 0": (importance(window=0), ["window: 0", "odd whole number >= 1"]),
     "max_fraction 0": (importance(max_fraction=0), ["max_fraction: 0", "> 0 and <= 1"]),
     "max_fraction above 1": (relevance(max_fraction=1.1), ["max_fraction: 1.1", "> 0 and <= 1"]),

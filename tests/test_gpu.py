@@ -41,6 +41,16 @@ def test_scores_agree_with_the_cpu():
     documents = collect(rows())
     cpu, _ = run(documents, tiny.model(), (0, 1))
     cuda, _ = run(documents, tiny.model().to("cuda"), (0, 1))
-    for key, (logprobs, attention) in cpu.items():
-        for ours, theirs in zip(cuda[key], (logprobs, attention), strict=True):
-            assert torch.allclose(torch.as_tensor(ours), torch.as_tensor(theirs), atol=1e-3, equal_nan=True)
+    for key, records in cpu.items():
+        for name, values in records.columns.items():
+            theirs = torch.as_tensor(cuda[key].columns[name])
+            assert torch.allclose(theirs, torch.as_tensor(values), atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 2e-2)])
+def test_predictions(dtype, tolerance):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(300, 1_000) * 3, torch.randint(1_000, (300,))
+    truth = attributes.predictions(logits, lambda x: x, targets)
+    ours = kernels.predictions(logits.to("cuda", dtype), lambda x: x, targets.to("cuda")).cpu()
+    assert (truth - ours).abs().max() < tolerance

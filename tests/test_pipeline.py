@@ -116,7 +116,7 @@ class TestStore:
         first = plan()
         (table,) = tmp_path.rglob("relevance-*.parquet")
         other = Provider(tiny.model(seed=1))
-        foreign = tmp_path / "v1" / other.fingerprint() / table.name
+        foreign = tmp_path / "v2" / other.fingerprint() / table.name
         foreign.parent.mkdir()
         foreign.write_bytes(table.read_bytes())
         second = plan(provider=other)

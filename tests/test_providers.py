@@ -32,9 +32,9 @@ def load_4bit(folder):
 def logprobs(reference, documents):
     found = {}
 
-    def sink(keys, offsets, values, _):
-        for index, key in enumerate(keys):
-            found[key.tobytes()] = values[offsets[index] : offsets[index + 1]]
+    def sink(records):
+        for index, key in enumerate(records.keys):
+            found[key.tobytes()] = records.part(index, index + 1).logprobs
 
     score(documents, np.arange(len(documents)), reference, (1,), sink, progress=False)
     return np.concatenate([found[key.tobytes()] for key in documents.keys])

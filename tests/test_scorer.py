@@ -29,10 +29,9 @@ def rows(sizes=(60, 37, 5, 2, 1, 90), seed=0):
 def run(documents, model, layers, **options):
     found = {}
 
-    def sink(keys, offsets, logprobs, attention):
-        for index, key in enumerate(keys):
-            where = slice(offsets[index], offsets[index + 1])
-            found[key.tobytes()] = (logprobs[where], None if attention is None else attention[where])
+    def sink(records):
+        for index, key in enumerate(records.keys):
+            found[key.tobytes()] = records.part(index, index + 1)
 
     wanted = np.arange(len(documents))
     stats = scorer.score(documents, wanted, Reference(model, "tiny"), layers, sink, progress=False, **options)
@@ -48,8 +47,12 @@ def test_agrees_with_eager_maps_and_full_logits(family):
         ids, completion = documents.document(index)
         logprobs, received = eager.scores(model, ids.astype(np.int64), (0, 1))
         ours = found[documents.keys[index].tobytes()]
-        np.testing.assert_allclose(ours[0], logprobs[completion].numpy(), atol=2e-5, rtol=0)
-        np.testing.assert_allclose(ours[1], received[completion].numpy(), atol=2e-5, rtol=0)
+        np.testing.assert_allclose(ours.logprobs, logprobs[completion].numpy(), atol=2e-5, rtol=0)
+        np.testing.assert_allclose(ours.attention, received[completion].numpy(), atol=2e-5, rtol=0)
+        entropy, deviation = eager.expectations(model, ids.astype(np.int64))
+        np.testing.assert_allclose(ours.entropy, entropy[completion].numpy(), atol=2e-5, rtol=0)
+        np.testing.assert_allclose(ours.deviation, deviation[completion].numpy(), atol=2e-5, rtol=0)
+        assert ours.entropy.dtype == ours.deviation.dtype == np.float32
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "gemma3"])
@@ -63,8 +66,9 @@ def test_layers_change_the_score():
     first, _ = run(documents, model, (0,))
     last, _ = run(documents, model, (1,))
     key = documents.keys[0].tobytes()
-    assert np.nanmax(np.abs(first[key][1] - last[key][1])) > 1e-2
-    np.testing.assert_array_equal(first[key][0], last[key][0])
+    assert np.nanmax(np.abs(first[key].attention - last[key].attention)) > 1e-2
+    for name in ("logprobs", "entropy", "deviation"):
+        np.testing.assert_array_equal(first[key].columns[name], last[key].columns[name])
 
 
 def test_batching_changes_nothing_beyond_rounding():
@@ -72,9 +76,9 @@ def test_batching_changes_nothing_beyond_rounding():
     one, _ = run(documents, model, (1,), batch_tokens=1)
     many, stats = run(documents, model, (1,), batch_tokens=10_000)
     assert stats.batches == 1 and len(one) == len(many) == len(documents)
-    for key, (logprobs, attention) in one.items():
-        np.testing.assert_allclose(logprobs, many[key][0], atol=1e-5)
-        np.testing.assert_allclose(attention, many[key][1], atol=1e-5)
+    for key, records in one.items():
+        for name, values in records.columns.items():
+            np.testing.assert_allclose(values, many[key].columns[name], atol=1e-5)
 
 
 def test_batches_respect_the_budget_and_waste_little():
@@ -88,7 +92,7 @@ def test_batches_respect_the_budget_and_waste_little():
 
 def test_without_layers_no_attention():
     found, _ = run(collect(rows()), tiny.model(), ())
-    assert all(attention is None for _, attention in found.values())
+    assert all(list(records.columns) == ["logprobs", "entropy", "deviation"] for records in found.values())
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -205,13 +209,13 @@ def test_borrow_scores_the_base_model_under_a_trained_adapter():
             parameter.requires_grad_(False)
     found = {}
 
-    def sink(keys, offsets, logprobs, attention):
-        for index, key in enumerate(keys):
-            found[key.tobytes()] = logprobs[offsets[index] : offsets[index + 1]]
+    def sink(records):
+        for index, key in enumerate(records.keys):
+            found[key.tobytes()] = records.part(index, index + 1).logprobs
 
     scorer.score(documents, np.arange(len(documents)), borrow(model), (1,), sink, progress=False)
-    for key, (logprobs, _) in plain.items():
-        np.testing.assert_allclose(found[key], logprobs, atol=1e-5)
+    for key, records in plain.items():
+        np.testing.assert_allclose(found[key], records.logprobs, atol=1e-5)
     assert not any(p.requires_grad for name, p in model.named_parameters() if name in frozen)
 
 

@@ -50,6 +50,13 @@ def swap_documents(table):
     return table.set_column(0, table.schema.field("key"), table.column("key").take(pa.array([1, 0, 2])))
 
 
+def exchange_moments(table):
+    """Only the checksum can tell."""
+    entropy, deviation = (table.column(name) for name in ("entropy", "deviation"))
+    table = table.set_column(2, table.schema.field("entropy"), deviation)
+    return table.set_column(3, table.schema.field("deviation"), entropy)
+
+
 def cut_first_list(values):
     lists = values.to_pylist()
     return pa.chunked_array([[lists[0][:-1], *lists[1:]]], type=values.type)
@@ -70,6 +77,7 @@ FORGERIES = {
     "no layers": header(layers=None),
     "layers of no form": header(layers=["0"]),
     "an unknown old format": header(format=0),
+    "the format before this": header(format=1),
     "a format of no form": header(format="x"),
     "another checksum": header(checksum="0" * 32),
     "no header": lambda table: table.replace_schema_metadata(None),
@@ -78,6 +86,9 @@ FORGERIES = {
     "keys of two documents exchanged": swap_documents,
     "a shortened list": column("logprobs", cut_first_list),
     "attention cut elsewhere": column("attention", lambda v: relist(v, [0, 2, 8, 9])),
+    "entropy cut elsewhere": column("entropy", lambda v: relist(v, [0, 2, 8, 9])),
+    "entropy missing": column("entropy", lambda v: pa.nulls(len(v), v.type)),
+    "entropy and deviation exchanged": exchange_moments,
     "attention of one document missing": column("attention", blank_first),
     "attention missing": column("attention", lambda v: pa.nulls(len(v), v.type)),
     "a document without key": column("key", blank_first),
@@ -110,7 +121,7 @@ def damaged(kind: str, path: Path) -> Path:
 
 def test_a_forgery_that_changes_nothing_passes(tmp_path):
     """Otherwise the forgeries below could be found out by how they are made."""
-    keys, *_ = fill(tmp_path, LENGTHS)
+    keys = fill(tmp_path, LENGTHS).keys
     forge(shard_files(tmp_path)[0], header())
     assert ScoreStore(tmp_path, REFERENCE, "0,1").load(keys, np.array(LENGTHS)).found.all()
 
@@ -119,7 +130,7 @@ def test_a_forgery_that_changes_nothing_passes(tmp_path):
     "kind", ["zero-byte", "truncated", "half", "text", "directory", "pipe", "foreign name", *FORGERIES]
 )
 def test_a_bad_file_is_told_and_set_aside(tmp_path, caplog, kind):
-    keys, *_ = fill(tmp_path, LENGTHS)
+    keys = fill(tmp_path, LENGTHS).keys
     (good,) = shard_files(tmp_path)
     bad = damaged(kind, good)
     store = ScoreStore(tmp_path, REFERENCE, "0,1")
@@ -134,7 +145,7 @@ def test_a_bad_file_is_told_and_set_aside(tmp_path, caplog, kind):
 
 
 def test_a_good_shard_in_the_folder_of_other_layers_is_not_believed(tmp_path):
-    keys, *_ = fill(tmp_path / "a", LENGTHS, layers="7")
+    keys = fill(tmp_path / "a", LENGTHS, layers="7").keys
     (path,) = shard_files(tmp_path / "a")
     store = ScoreStore(tmp_path / "b", REFERENCE, "0,1")
     store.directory.mkdir(parents=True)
@@ -143,7 +154,8 @@ def test_a_good_shard_in_the_folder_of_other_layers_is_not_believed(tmp_path):
 
 
 def test_no_flipped_byte_gives_a_wrong_score(tmp_path):
-    keys, _, logprobs, attention = fill(tmp_path, LENGTHS)
+    added = fill(tmp_path, LENGTHS)
+    keys = added.keys
     (path,) = shard_files(tmp_path)
     data = bytearray(path.read_bytes())
     rng = np.random.default_rng(0)
@@ -155,33 +167,33 @@ def test_no_flipped_byte_gives_a_wrong_score(tmp_path):
         assert not found.found.any() and not path.exists()
     path.write_bytes(data)
     found = ScoreStore(tmp_path, REFERENCE, "0,1").load(keys, np.array(LENGTHS))
-    np.testing.assert_array_equal(found.logprobs, logprobs)
-    np.testing.assert_array_equal(found.attention, attention)
+    for name, values in added.columns.items():
+        np.testing.assert_array_equal(getattr(found, name), values)
 
 
 def test_one_bad_file_does_not_cost_the_others(tmp_path):
-    bad_keys, *_ = fill(tmp_path, LENGTHS, seed=0)
+    bad_keys = fill(tmp_path, LENGTHS, seed=0).keys
     (path,) = shard_files(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
-    good_keys, *_ = fill(tmp_path, LENGTHS, seed=1)
+    good_keys = fill(tmp_path, LENGTHS, seed=1).keys
     found = ScoreStore(tmp_path, REFERENCE, "0,1").load(np.concatenate([bad_keys, good_keys]), np.array(LENGTHS * 2))
     assert found.found.tolist() == [False] * 3 + [True] * 3
 
 
 def test_a_later_format_is_left_alone(tmp_path, caplog):
-    keys, *_ = fill(tmp_path, LENGTHS)
-    path = forge(shard_files(tmp_path)[0], header(format=2))
+    keys = fill(tmp_path, LENGTHS).keys
+    path = forge(shard_files(tmp_path)[0], header(format=3))
     store = ScoreStore(tmp_path, REFERENCE, "0,1")
     for _ in range(2):
         assert not store.load(keys, np.array(LENGTHS)).found.any()
     assert path.exists()
     (warning,) = caplog.messages
-    assert path.name in warning and "format 2" in warning
+    assert path.name in warning and "format 3" in warning
 
 
 def test_a_file_that_cannot_be_read_now_is_left_alone(tmp_path, caplog, monkeypatch):
     """In a shared cache, another user's file without read permission is good for its owner."""
-    keys, *_ = fill(tmp_path, LENGTHS)
+    keys = fill(tmp_path, LENGTHS).keys
     (path,) = shard_files(tmp_path)
 
     def refuse(self):
@@ -193,7 +205,7 @@ def test_a_file_that_cannot_be_read_now_is_left_alone(tmp_path, caplog, monkeypa
 
 
 def test_a_bad_file_in_a_read_only_folder_is_ignored(tmp_path, caplog, monkeypatch):
-    keys, *_ = fill(tmp_path, LENGTHS)
+    keys = fill(tmp_path, LENGTHS).keys
     (path,) = shard_files(tmp_path)
     path.write_bytes(b"")
     monkeypatch.setattr(os, "replace", full)
@@ -208,15 +220,14 @@ def full(*_args, **_kwargs):
 def check_kept_in_memory(store, caplog):
     """Three additions to a folder that cannot be written: all are found, and there is one warning."""
     for seed in range(3):
-        keys, offsets, logprobs, attention = records(LENGTHS, seed)
-        store.add(keys, offsets, logprobs, attention)
+        store.add(records(LENGTHS, seed))
         store.flush()
         assert not store.persistent
     for seed in range(3):
-        keys, offsets, logprobs, attention = records(LENGTHS, seed)
-        found = store.load(keys, np.diff(offsets))
-        np.testing.assert_array_equal(found.logprobs, logprobs)
-        np.testing.assert_array_equal(found.attention, attention)
+        added = records(LENGTHS, seed)
+        found = store.load(added.keys, added.lengths)
+        for name, values in added.columns.items():
+            np.testing.assert_array_equal(getattr(found, name), values)
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert str(store.directory) in warning and "cache_dir" in warning and "XTF_CACHE" in warning
     return warning
@@ -236,8 +247,8 @@ def test_a_full_disk(tmp_path, caplog, monkeypatch, where):
     assert not list(tmp_path.rglob("*.tmp"))
     store.close()  # space again: the last try saves what was kept
     assert store.persistent
-    keys, offsets, *_ = records(LENGTHS, 2)
-    assert ScoreStore(tmp_path, REFERENCE, "0").load(keys, np.diff(offsets)).found.all()
+    added = records(LENGTHS, 2)
+    assert ScoreStore(tmp_path, REFERENCE, "0").load(added.keys, added.lengths).found.all()
 
 
 def test_a_full_disk_is_not_tried_again_for_every_batch(tmp_path, monkeypatch):
@@ -245,13 +256,13 @@ def test_a_full_disk_is_not_tried_again_for_every_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *names: tries.append(names) or full())
     store = ScoreStore(tmp_path, REFERENCE, "0", shard_tokens=1)
     for seed in range(5):
-        store.add(*records(LENGTHS, seed))
+        store.add(records(LENGTHS, seed))
     assert len(tries) == 1
 
 
 def test_a_description_that_cannot_be_written_costs_no_scores(tmp_path):
-    (tmp_path / "v1" / REFERENCE / "reference.json").mkdir(parents=True)
-    keys, *_ = fill(tmp_path, LENGTHS, description={"model": "tiny"})
+    (tmp_path / "v2" / REFERENCE / "reference.json").mkdir(parents=True)
+    keys = fill(tmp_path, LENGTHS, description={"model": "tiny"}).keys
     assert ScoreStore(tmp_path, REFERENCE, "0,1").load(keys, np.array(LENGTHS)).found.all()
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from tests.test_store import REFERENCE, fill, shard_files
 from xtf_plugin import files
+from xtf_plugin.records import Records
 from xtf_plugin.store import ScoreStore
 
 LENGTH = 50
@@ -30,7 +31,7 @@ real = os.replace
 if sys.argv[4] == "die":
     os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL) if counter > 4 else real(*names)
 for counter in itertools.count(start) if count < 0 else range(start, start + count):
-    store.add(*document(counter))
+    store.add(document(counter))
     print(counter, flush=True)
 """
 
@@ -39,7 +40,7 @@ def document(index):
     """One document and its scores, told by its number."""
     key = np.frombuffer(index.to_bytes(16, "little"), dtype=np.uint8).reshape(1, 16)
     values = np.arange(LENGTH, dtype=np.float32) + index
-    return key, np.array([0, LENGTH]), -values, values
+    return Records(key, np.array([0, LENGTH]), -values, values, values, values)
 
 
 def start_writer(root, start=0, count=-1, fate="live"):
@@ -50,10 +51,10 @@ def start_writer(root, start=0, count=-1, fate="live"):
 
 
 def check_all_there(root, count):
-    keys = np.concatenate([document(index)[0] for index in range(count)])
+    keys = np.concatenate([document(index).keys for index in range(count)])
     found = ScoreStore(root, REFERENCE, "0").load(keys, np.full(count, LENGTH))
     assert found.found.all()
-    expected = np.concatenate([document(index)[3] for index in range(count)])
+    expected = np.concatenate([document(index).attention for index in range(count)])
     np.testing.assert_array_equal(found.attention, expected)
     np.testing.assert_array_equal(found.logprobs, -expected)
 

@@ -85,7 +85,7 @@ def attention_received(
     return received
 
 
-def log_probabilities(
+def predictions(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
     targets: Tensor,
@@ -93,10 +93,15 @@ def log_probabilities(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Natural log-probability of each target token under the LM head, in float32.
+    """What the LM head predicts before each target token: the target's log-probability, and what was to be expected.
 
-    Equals `softcap(head(hidden) * scale).float().log_softmax(-1).gather(-1, targets)`. Knowledge novelty, Eq. (3), is
-    `1 - exp(log-probability)`.
+    With `logp = softcap(head(hidden) * scale).float().log_softmax(-1)` and `p = exp(logp)`, the rows are
+
+        0. logp at the target; knowledge novelty, Eq. (3), is 1 - exp of it
+        1. H = -sum p logp: the entropy, which is the mean surprisal of a token drawn from p
+        2. sqrt(sum p (logp)^2 - H^2): the standard deviation of that surprisal (its square is known as varentropy)
+
+    Rows 1 and 2 tell a target that was improbable although the model was sure from one where anything could come.
 
     Args:
         hidden: (N, D) last hidden states at the positions that predict the targets.
@@ -106,13 +111,18 @@ def log_probabilities(
         softcap: final logit soft cap (Gemma 2).
 
     Returns:
-        (N,) float32, <= 0, in nats.
+        (3, N) float32, in nats: <= 0, 0 to log V, >= 0. NaN in all three where the softmax is undefined (a logit NaN or
+        positively infinite). A logit of minus infinity is a token that cannot come: it adds nothing to rows 1 and 2.
     """
     logits = head(hidden).float() * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logprobs: Tensor = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    return logprobs
+    logp = logits.log_softmax(-1)  # (N, V)
+    p = logp.exp()
+    logp_or_0 = torch.where(p == 0, 0.0, logp)  # 0 * log 0 is 0 in the limit, and NaN in floating point
+    entropy = -(p * logp_or_0).sum(-1)
+    variance = (p * (logp_or_0 + entropy[:, None]) ** 2).sum(-1)  # centred: the formula's difference would cancel
+    return torch.stack([logp.gather(-1, targets[:, None])[:, 0], entropy, variance.sqrt()])
 
 
 def task_relevance(vectors: Tensor, domain: Tensor) -> Tensor:

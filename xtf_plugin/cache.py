@@ -1,7 +1,7 @@
 """`xtf cache list` and `xtf cache prune`: what the score cache holds, and how it gets smaller.
 
-Only files that bear one of our names are ever deleted, only below `<root>/v1`, and no symbolic link is followed there:
-a cache folder set to a wrong place must not cost anybody a file.
+Only files that bear one of our names are ever deleted, only below the version folders (`<root>/v2`; `v1` of an earlier
+format), and no symbolic link is followed there: a cache folder set to a wrong place must not cost anybody a file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 
 from . import files, shards
 from .errors import XTFUserError
-from .store import DESCRIPTION, REFERENCE, VERSION_FOLDER, entries, layer_folders
+from .store import DESCRIPTION, EARLIER_FOLDERS, REFERENCE, VERSION_FOLDER, entries, layer_folders
 
 _SHARD = re.compile(r"[0-9a-f]{32}\.parquet")
+_VERSIONS = (VERSION_FOLDER, *EARLIER_FOLDERS)
 _CONTENT = re.compile(r"(relevance-)?[0-9a-f]{32}\.parquet(\.damaged)?")
 
 
@@ -69,6 +70,8 @@ def list_cache(root: Path) -> list[CacheEntry]:
     listed = []
     for folder in _reference_folders(root):
         description = _description(folder)
+        if folder.parent.name in EARLIER_FOLDERS:
+            description = {**description, "name": f"{description.get('name', 'unknown')} (earlier format, not used)"}
         loose = _own_files(folder).content
         folders: list[Path | None] = [path for path in layer_folders(folder) if not os.path.islink(path)]
         for path in folders or [None]:
@@ -95,16 +98,16 @@ def prune_cache(
         raise XTFUserError("say what to prune: an age in days and/or a reference, or else everything.")
     if older_than_days is not None and not 0 <= older_than_days < float("inf"):
         raise XTFUserError(f"the age to prune from is {older_than_days} days; it must be 0 or more.")
-    if os.path.islink(root / VERSION_FOLDER):
-        raise XTFUserError(f"{root / VERSION_FOLDER} is a symbolic link; xtf deletes nothing through links.")
+    for link in (root / name for name in _VERSIONS if os.path.islink(root / name)):
+        raise XTFUserError(f"{link} is a symbolic link; xtf deletes nothing through links.")
     folders = _reference_folders(root)
     if reference is not None:
-        folders = [_matching(folders, reference)]
+        folders = _matching(folders, reference)
     cutoff = float("inf") if older_than_days is None else time.time() - 86_400.0 * older_than_days
     removed: list[Path] = []
     refused: list[tuple[Path, str]] = []
     if reference is None:
-        refused += [(p, "a symbolic link") for p in entries(root / VERSION_FOLDER) if os.path.islink(p)]
+        refused += [(p, "a symbolic link") for name in _VERSIONS for p in entries(root / name) if os.path.islink(p)]
     size = 0
     for folder in folders:
         doomed, links = _doomed(folder, cutoff)
@@ -191,19 +194,21 @@ def _description(folder: Path) -> Mapping[str, Any]:
 def _reference_folders(root: Path) -> list[Path]:
     return [
         path
-        for path in entries(root / VERSION_FOLDER)
+        for name in _VERSIONS
+        for path in entries(root / name)
         if REFERENCE.fullmatch(path.name) and os.path.isdir(path) and not os.path.islink(path)
     ]
 
 
-def _matching(folders: list[Path], reference: str) -> Path:
+def _matching(folders: list[Path], reference: str) -> list[Path]:
+    """The folders of one reference, one for each format that there are scores in."""
     hits = [path for path in folders if path.name.startswith(reference)] if reference else []
     exact = [path for path in hits if path.name == reference]
-    if len(exact or hits) != 1:
-        known = ", ".join(path.name for path in hits or folders) or "none"
+    if len({path.name for path in exact or hits}) != 1:
+        known = ", ".join(dict.fromkeys(path.name for path in hits or folders)) or "none"
         problem = "fits several references" if hits else "is no reference in the cache"
         raise XTFUserError(f"{reference!r} {problem}. There: {known}. See `xtf cache list`.")
-    return (exact or hits)[0]
+    return exact or hits
 
 
 def _remove_empty(folder: Path) -> None:

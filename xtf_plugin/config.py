@@ -74,7 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-_WINDOW = "Odd; {what} averaged over this many neighbouring completion tokens before the rule applies."
+_WINDOW = "Before the rule, {what} averaged over this many (odd) neighbours, or over the token's sentence or line."
 _MAX_FRACTION = "Never drop more than this share of a document's completion through this attribute; null: no cap."
 
 

@@ -149,8 +149,11 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Classes = Annotated[int, Field(ge=2, le=8), BeforeValidator(_whole)]
-Window = Annotated[
-    int, Field(ge=1, json_schema_extra={"not": {"multipleOf": 2}}), AfterValidator(_odd), BeforeValidator(_whole)
+Window = ByText[
+    Literal["sentence", "line"],
+    Annotated[
+        int, Field(ge=1, json_schema_extra={"not": {"multipleOf": 2}}), AfterValidator(_odd), BeforeValidator(_whole)
+    ],
 ]
 Name = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_path)]
 PathText = Annotated[StrictStr, Field(min_length=1, json_schema_extra={"format": "path"}), BeforeValidator(_path)]

@@ -11,6 +11,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from .config import XTFConfig
 from .documents import DocumentSet
 from .errors import XTFError, XTFUserError
 from .files import write_whole
-from .pipeline import Plan, replan
+from .pipeline import Plan, replan, segment_starts
+from .records import Records
 from .reference import Reference
 from .scorer import ScoringStats, score
 from .selectors import Floats, score_selectors, scorers
@@ -109,7 +111,11 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
         else:
             assert plan.source is not None
             found = score_selectors(
-                self.config, self.tokenizer, plan.source, lambda: self._current(plan.documents, args.disable_tqdm)
+                self.config,
+                self.tokenizer,
+                plan.source,
+                lambda: self._current(plan.documents, args.disable_tqdm),
+                partial(segment_starts, plan.documents, self.tokenizer),
             )
         self.adopt(replan(plan, self.tokenizer, found, self._stats), self.epoch)
 
@@ -205,10 +211,11 @@ def log_probabilities(
     place = {key.tobytes(): index for index, key in enumerate(documents.keys)}
     found = np.full(int(offsets[-1]), np.nan, dtype=np.float32)
 
-    def sink(keys: NDArray[np.uint8], parts: NDArray[np.int64], logprobs: Floats, *_: Any) -> None:
-        for row, key in enumerate(keys):
+    def sink(records: Records) -> None:
+        for row, key in enumerate(records.keys):
             index = place[key.tobytes()]
-            found[offsets[index] : offsets[index + 1]] = logprobs[parts[row] : parts[row + 1]]
+            part = slice(records.offsets[row], records.offsets[row + 1])
+            found[offsets[index] : offsets[index + 1]] = records.logprobs[part]
 
     wanted = np.flatnonzero(np.diff(offsets) > 0)
     stats = score(documents, wanted, reference, (), sink, batch_tokens=budget, progress=progress)

@@ -15,11 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import KnowledgeNoveltyConfig
+from .errors import XTFError
 from .rules import AttributeConfig, Rule, Rules, prepare
 from .scorers import SelectorConfig
-from .segments import UNDEFINED_KEY, Bools, Doubles, Floats, Layout, Scale, dataset_quantiles, lowest, ordered, windowed
+from .segments import (
+    UNDEFINED_KEY,
+    Bools,
+    Doubles,
+    Floats,
+    Ints,
+    Layout,
+    Scale,
+    dataset_quantiles,
+    lowest,
+    ordered,
+    segment_means,
+    windowed,
+)
 
 Limits = list[Doubles]
+Segments = Mapping[str, Ints]
 _SHARES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95 %": 0.95, "max": 1.0}
 
 
@@ -34,7 +49,12 @@ class Firing:
 
 
 def evaluate(
-    attribute: str, values: Floats, positions: NDArray[np.int32], layout: Layout, config: AttributeConfig
+    attribute: str,
+    values: Floats,
+    positions: NDArray[np.int32],
+    layout: Layout,
+    config: AttributeConfig,
+    segments: Segments | None = None,
 ) -> Firing:
     """Apply one attribute's or selector's rules to the whole dataset: window, then rules, then `max_fraction`.
 
@@ -45,10 +65,14 @@ def evaluate(
         positions: (M,) of the tokens within their documents.
         layout: of the documents' completion tokens.
         config: the attribute's part of the block.
+        segments: the first tokens of the sentences and lines, by unit; needed if the window is one.
+
+    Raises:
+        XTFError: the window is a sentence or line, and their first tokens are not given.
     """
     scores, warnings = _defined(attribute, values, positions, layout, isinstance(config, SelectorConfig))
     surprisal = isinstance(config, KnowledgeNoveltyConfig)
-    scores = windowed(-scores if surprisal else scores, layout, config.window)
+    scores = _averaged(-scores if surprisal else scores, layout, config.window, segments)
     found = prepare(scores, layout, config)
     off = _off(attribute, config)
     mask, hits, limits = _apply(found, scores, layout, config.max_fraction)
@@ -75,6 +99,15 @@ def evaluate(
 
 def _off(attribute: str, config: AttributeConfig) -> str:
     return f"remove the selector `{attribute}`" if isinstance(config, SelectorConfig) else f"set `{attribute}: false`"
+
+
+def _averaged(scores: Floats, layout: Layout, window: int | str, segments: Segments | None) -> Floats:
+    """Scores after the window."""
+    if not isinstance(window, str):
+        return windowed(scores, layout, window)
+    if segments is None or window not in segments:
+        raise XTFError(f"selection: window: {window} needs the first token of every {window}")
+    return segment_means(scores, layout, segments[window])
 
 
 def _defined(

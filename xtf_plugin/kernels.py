@@ -19,6 +19,8 @@ from torch import Tensor
 QUERY_BLOCK = 128
 SCORE_ELEMENTS = 1 << 20  # scores alive at once: cache-sized blocks beat big ones on CPU, and memory stays flat in T
 LOGIT_ELEMENTS = 8 << 20  # logits alive at once, likewise
+MOMENT_ELEMENTS = 1 << 20  # of these, on a CPU, as many at a time as its cache holds through several passes
+IMPOSSIBLE = -1e4  # nats below the most probable token: exp of it is 0 in float32
 
 
 def attention(
@@ -169,7 +171,7 @@ def _hidden(
     return hidden if window is None else hidden | (k <= q - window)
 
 
-def log_probabilities(
+def predictions(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
     targets: Tensor,
@@ -177,12 +179,12 @@ def log_probabilities(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Fast twin of `attributes.log_probabilities`: the head runs in chunks of rows, so full logits never exist.
+    """Fast twin of `attributes.predictions`: the head runs in chunks of rows, so full logits never exist.
 
-    The maximum is taken in the dtype of the logits, the sum of exponentials in float32.
-    Arguments, shapes and result: see `attributes.log_probabilities`.
+    Every sum is taken in float32, whatever the dtype of the logits.
+    Arguments, shapes and result: see `attributes.predictions`.
     """
-    result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    result = torch.empty(3, len(targets), dtype=torch.float32, device=hidden.device)
     rows = 64  # the first chunk also tells the vocabulary size, which a quantised or wrapped head does not show
     low = 0
     while low < len(targets):
@@ -193,13 +195,29 @@ def log_probabilities(
             logits = logits * scale
         if softcap is not None:
             logits = logits.float().div_(softcap).tanh_().mul_(softcap)
-        picked = logits.gather(-1, targets[low:high, None])[:, 0].float()
-        peak = logits.amax(-1, keepdim=True)
-        total = (
-            logits.sub(peak).exp_().sum(-1, dtype=torch.float32)
-            if logits.dtype is torch.float32
-            else (logits.float().sub_(peak.float()).exp_().sum(-1))
-        )
-        result[low:high] = picked - peak[:, 0].float() - total.log()
+        elements = MOMENT_ELEMENTS if logits.device.type == "cpu" else LOGIT_ELEMENTS
+        for part in range(low, high, max(1, elements // logits.shape[-1])):
+            end = min(part + max(1, elements // logits.shape[-1]), high)
+            result[:, part:end] = _moments(logits[part - low : end - low], targets[part:end])
         low = high
     return result
+
+
+def _moments(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of the targets, entropies and deviations of rows of logits, (n, V) -> (3, n) float32.
+
+    With x a logit's distance to the row's maximum and P the largest probability, log p = x + log P; so the entropy is
+    -log P - sum p x, and the variance sum p x^2 - (sum p x)^2. Distances to the maximum, and not log p, because one
+    fused softmax then gives all that needs an exponential; and the mean of -x is at most the entropy, so that little
+    cancels in the variance, and all of it in float32.
+    """
+    exact = logits.float()
+    p = exact.softmax(-1)
+    log_peak = p.amax(-1).log()
+    peak = exact.amax(-1, keepdim=True)
+    picked = exact.gather(-1, targets[:, None]) - peak
+    x = exact.sub(peak) if exact is logits else exact.sub_(peak)
+    x.clamp_(min=IMPOSSIBLE)  # p is 0 all the same, and 0 * x stays 0
+    mean = p.mul_(x).sum(-1)
+    deviation = (p.mul_(x).sum(-1) - mean * mean).clamp_(min=0).sqrt_()
+    return torch.stack([picked[:, 0] + log_peak, -log_peak - mean, deviation])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .documents import KEY_BYTES
-from .shards import Records
+from .records import COLUMNS, Records
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,15 @@ class StoredScores:
     Args:
         found: (N,) whether a document's scores are known.
         logprobs: float32, flat over the documents' completion tokens; NaN where undefined or not found.
+        entropy, deviation: the same for the mean and the standard deviation of the surprisal expected there.
         attention: the same for attention received; None if it was not asked for.
     """
 
     found: NDArray[np.bool_]
     logprobs: NDArray[np.float32]
-    attention: NDArray[np.float32] | None
+    entropy: NDArray[np.float32]
+    deviation: NDArray[np.float32]
+    attention: NDArray[np.float32] | None = None
 
 
 class Lookup:
@@ -37,8 +41,8 @@ class Lookup:
         self.starts = np.cumsum(self.lengths) - self.lengths
         total = int(self.lengths.sum())
         self.found = np.zeros(len(self.lengths), dtype=bool)
-        self.logprobs = np.full(total, np.nan, dtype=np.float32)
-        self.attention = np.full(total, np.nan, dtype=np.float32) if attention else None
+        names = COLUMNS if attention else [name for name in COLUMNS if name != "attention"]
+        self.columns = {name: np.full(total, np.nan, dtype=np.float32) for name in names}
         self.wanted, self.first, self.inverse = np.unique(
             _identity(keys, self.lengths), return_index=True, return_inverse=True
         )
@@ -51,26 +55,21 @@ class Lookup:
         at = np.minimum(np.searchsorted(self.wanted, identity), len(self.wanted) - 1)
         source = np.flatnonzero((self.wanted[at] == identity) & ~self.found[self.first[at]])
         target, once = np.unique(self.first[at[source]], return_index=True)  # a document twice in a shard: its first
-        self._copy(target, records.offsets[:-1][source[once]], records.logprobs, records.attention)
+        self._copy(target, records.offsets[:-1][source[once]], records.columns)
 
     def result(self) -> StoredScores:
         """What was found; a document that is asked for twice gets its scores twice."""
         origin = self.first[self.inverse]
         twins = np.flatnonzero((origin != np.arange(len(origin))) & self.found[origin])
-        self._copy(twins, self.starts[origin[twins]], self.logprobs, self.attention)
-        return StoredScores(self.found, self.logprobs, self.attention)
+        self._copy(twins, self.starts[origin[twins]], self.columns)
+        return StoredScores(self.found, **self.columns)
 
     def _copy(
-        self,
-        target: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        logprobs: NDArray[np.float32],
-        attention: NDArray[np.float32] | None,
+        self, target: NDArray[np.int64], starts: NDArray[np.int64], columns: Mapping[str, NDArray[np.float32]]
     ) -> None:
         into, out_of = (_spans(begin, self.lengths[target]) for begin in (self.starts[target], starts))
-        self.logprobs[into] = logprobs[out_of]
-        if self.attention is not None and attention is not None:
-            self.attention[into] = attention[out_of]
+        for name, values in self.columns.items():
+            values[into] = columns[name][out_of]
         self.found[target] = True
 
 

@@ -9,20 +9,21 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import relevance, spans
+from . import relevance, sentences, spans
 from .collator import MaskTable
 from .documents import DocumentSet
 from .errors import XTFError
 from .reference import Reference, resolve_layers
 from .scorer import ScoringStats, score
 from .selection import Scores, Selection, select
-from .selectors import Floats, LogProbabilities, check_finite, facts, score_selectors
-from .store import ScoreStore
+from .selectors import Floats, StoredPredictions, check_finite, facts, score_selectors
+from .store import ScoreStore, StoredScores
 
 if TYPE_CHECKING:
     from .config import XTFConfig
@@ -64,7 +65,7 @@ class Plan:
     reused: int
     warnings: list[str] = field(default_factory=list)
     selectors: dict[str, Any] = field(default_factory=dict)
-    source: LogProbabilities | None = None
+    source: StoredPredictions | None = None
 
     def masks(self) -> MaskTable:
         """The collator's view of the plan."""
@@ -108,12 +109,12 @@ def make_plan(
     tag = ",".join(map(str, layers)) or None
     root = config.resolved_cache_dir()
     with ScoreStore(root, fingerprint, tag, description=description) as store:
-        stats, reused, logprobs, attention, values = _gather(
+        stats, reused, stored, values = _gather(
             config, documents, provider, fingerprint, table, layers, store, progress=progress
         )
-    warnings = [] if logprobs is None else check_finite(logprobs, documents.completion_positions, description)
-    source = LogProbabilities(config, documents, provider, references, logprobs, progress=progress)
-    selectors = score_selectors(config, tokenizer, source)
+    warnings = [] if stored is None else check_finite(stored.logprobs, documents.completion_positions, description)
+    source = StoredPredictions(config, documents, provider, references, stored, progress=progress)
+    selectors = score_selectors(config, tokenizer, source, segments=partial(segment_starts, documents, tokenizer))
     stats, reused = source.main_pass or (stats, reused)
     token_ids = documents.input_ids[documents.completion]
     scores = Scores(
@@ -122,8 +123,7 @@ def make_plan(
         counts=documents.counts,
         token_ids=token_ids,
         positions=documents.completion_positions,
-        reasoning_importance=attention,
-        logprobs=source.known,
+        **_columns(source.known),
         task_relevance=None if table is None or values is None else table.gather(values, token_ids),
         selectors=selectors,
     )
@@ -145,7 +145,7 @@ def replan(plan: Plan, tokenizer: Any, selectors: Mapping[str, Floats | None], s
 def _selected(config: XTFConfig, documents: DocumentSet, tokenizer: Any, scores: Scores) -> tuple[Selection, list[str]]:
     """The decision for every completion token, and what to tell about it."""
     protected, forced = marked_tokens(config, documents, tokenizer)
-    selection = select(scores, config, protected, forced)
+    selection = select(scores, config, protected, forced, text_segments(config, documents, tokenizer))
     warnings = list(selection.warnings)
     if forced is not None and not forced.any():
         warnings.append(f"force_drop: {config.force_drop} matches nothing in the whole dataset")
@@ -174,7 +174,7 @@ def _gather(
     store: ScoreStore,
     *,
     progress: bool,
-) -> tuple[ScoringStats, int, NDArray[np.float32] | None, NDArray[np.float32] | None, NDArray[np.float32] | None]:
+) -> tuple[ScoringStats, int, StoredScores | None, NDArray[np.float32] | None]:
     """Scores of all documents: stored ones as they are, missing ones from one opening of the reference."""
     sizes = np.diff(documents.completion_offsets)
     needs_forward = bool(config.reasoning_importance or config.knowledge_novelty)
@@ -199,9 +199,19 @@ def _gather(
         if len(lost):
             raise XTFError(f"{len(lost)} documents were scored but could not be read back from {store.directory}.")
     reused = 0 if stored is None else int((sizes > 0).sum()) - len(missing)
-    logprobs = None if stored is None else stored.logprobs
-    attention = stored.attention if stored is not None and layers else None
-    return stats, reused, logprobs, attention, values
+    return stats, reused, stored, values
+
+
+def _columns(stored: StoredScores | None) -> dict[str, NDArray[np.float32] | None]:
+    """What the reference said about each completion token, as `Scores` takes it."""
+    if stored is None:
+        return {}
+    return {
+        "reasoning_importance": stored.attention,
+        "logprobs": stored.logprobs,
+        "entropy": stored.entropy,
+        "deviation": stored.deviation,
+    }
 
 
 def marked_tokens(
@@ -219,6 +229,18 @@ def marked_tokens(
     if config.force_drop:
         forced = spans.match_spans(tokenizer, token_ids, runs, config.force_drop)
     return protected, forced
+
+
+def text_segments(config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> dict[str, NDArray[np.int64]]:
+    """First completion tokens of the sentences or lines that some attribute's window asks for, by unit."""
+    units = {str(window) for name in config.voters if isinstance(window := config.part(name).window, str)}
+    return {unit: segment_starts(documents, tokenizer, unit) for unit in units}
+
+
+def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> NDArray[np.int64]:
+    """First completion tokens of the sentences or lines, among all completion tokens."""
+    token_ids, runs = documents.input_ids[documents.completion], completion_runs(documents)
+    return sentences.segment_starts(unit, tokenizer, token_ids, runs, special_ids(tokenizer))
 
 
 def special_ids(tokenizer: Any) -> NDArray[np.int64]:

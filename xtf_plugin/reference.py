@@ -114,11 +114,14 @@ class Reference:
         check_recorded(recorder, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None))
         return output.last_hidden_state, recorder.mean()
 
-    def log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities of `targets` (N,) at hidden states (N, D), float32."""
+    def predictions(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of `targets` (N,) at hidden states (N, D), and what was to be expected; (3, N) float32.
+
+        Rows: see `attributes.predictions`.
+        """
         scale, softcap = logit_transform(self.text_config)
         head = self.model.get_output_embeddings()
-        return kernels.log_probabilities(hidden, head, targets, scale=scale, softcap=softcap)
+        return kernels.predictions(hidden, head, targets, scale=scale, softcap=softcap)
 
     def check_against_own_forward(self, input_ids: Tensor, tolerance: float, layers: tuple[int, ...]) -> None:
         """Compare our log-probabilities with those of the model's own forward and attention on one short document.
@@ -134,7 +137,7 @@ class Reference:
         lengths = torch.tensor([T], device=input_ids.device)
         with self.scoring(record=bool(layers)):
             hidden, _ = self.forward(input_ids[None], lengths, layers)
-            ours = self.log_probabilities(hidden[0, :-1], input_ids[1:])
+            ours = self.predictions(hidden[0, :-1], input_ids[1:])[0]
             with _own_attention(self):
                 logits = type(self.model).forward(self.model, input_ids=input_ids[None], use_cache=False).logits
         theirs = logits[0, :-1].float().log_softmax(-1).gather(-1, input_ids[1:, None])[:, 0]

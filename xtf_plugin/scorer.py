@@ -1,7 +1,8 @@
 """Documents in, scores out: length-sorted batches under a token budget, one decoder forward each.
 
-One forward gives reasoning importance and log-probabilities together. Results go to a sink as they come, so a run that
-is killed loses no more than the sink's unwritten part. Out of memory halves the batches and goes on.
+One forward gives reasoning importance, log-probabilities and what the reference expected there together. Results go to
+a sink as they come, so a run that is killed loses no more than the sink's unwritten part. Out of memory halves the
+batches and goes on.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from tqdm.auto import tqdm
 
 from .documents import DocumentSet
 from .errors import XTFError
+from .records import Records
 from .reference import Reference
 
 logger = logging.getLogger(__name__)
 
-Sink = Callable[[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None], None]
+Sink = Callable[[Records], None]
 CHECK_TOKENS = 128  # length of the document on which the reference is held against its own forward
 
 
@@ -77,13 +79,12 @@ def score(
     """Score the `wanted` documents and hand each batch's scores to `sink`.
 
     Equals, per document: run the decoder, `attributes.attention_received` averaged over `layers` and
-    `attributes.log_probabilities` at every completion token.
+    `attributes.predictions` at every completion token.
 
     Args:
         wanted: (n,) indices into `documents`.
-        layers: layers for reasoning importance; empty: log-probabilities alone.
-        sink: called with keys (b, 16), offsets (b + 1,), log-probabilities and attention received (flat over the
-            batch's completion tokens, float32; attention None without layers). NaN: undefined.
+        layers: layers for reasoning importance; empty: no attention received.
+        sink: called with the records of each batch of documents.
         batch_tokens: padded tokens per batch; None: by device.
 
     Raises:
@@ -99,7 +100,7 @@ def score(
         while pending:
             batch = pending.pop()
             try:
-                keys, offsets, logprobs, attention, padded = _score_batch(documents, wanted[batch], reference, layers)
+                records, padded = _score_batch(documents, wanted[batch], reference, layers)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -108,7 +109,7 @@ def score(
                 pending = [rest[part] for part in plan_batches(lengths[rest], budget)][::-1]
                 stats.halvings += 1
                 continue
-            sink(keys, offsets, logprobs, attention)
+            sink(records)
             done = int(lengths[batch].sum())
             stats.tokens += done
             stats.padded_tokens += padded
@@ -120,8 +121,8 @@ def score(
 
 def _score_batch(
     documents: DocumentSet, batch: NDArray[np.int64], reference: Reference, layers: tuple[int, ...]
-) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None, int]:
-    """Scores of one batch of documents, in the order given."""
+) -> tuple[Records, int]:
+    """Scores of one batch of documents, in the order given, and the tokens it took with its padding."""
     lengths = documents.lengths[batch]
     T = int(lengths.max())
     input_ids = np.zeros((len(batch), T), dtype=np.int64)
@@ -137,12 +138,13 @@ def _score_batch(
     hidden, received = reference.forward(ids, torch.from_numpy(lengths).to(device), layers, min(start, T - 1))
     predicted = mask.clone()
     predicted[:, 0] = False  # nothing predicts a document's first token
-    logprobs = torch.full(mask.shape, float("nan"), dtype=torch.float32, device=device)
+    predictions = torch.full((3, *mask.shape), float("nan"), dtype=torch.float32, device=device)
     states = hidden[:, :-1][predicted[:, 1:].to(hidden.device)]  # (N, D): the state before each predicted token
-    logprobs[predicted] = reference.log_probabilities(states, ids[predicted])
+    predictions[:, predicted] = reference.predictions(states, ids[predicted])
     offsets = np.concatenate([[0], np.cumsum(completion.sum(1))]).astype(np.int64)
     attention = None if received is None else received[mask].float().cpu().numpy()
-    return documents.keys[batch], offsets, logprobs[mask].cpu().numpy(), attention, int(input_ids.size)
+    logprobs, entropy, deviation = predictions[:, mask].cpu().numpy()
+    return Records(documents.keys[batch], offsets, logprobs, entropy, deviation, attention), int(input_ids.size)
 
 
 def _check_reference(

@@ -114,6 +114,30 @@ def windowed(scores: Floats, layout: Layout, window: int) -> Floats:
     return result
 
 
+def segment_means(scores: Floats, layout: Layout, starts: Ints) -> Floats:
+    """Replace every defined score by the mean of its segment's defined scores, (M,) -> (M,).
+
+    Equals `np.nanmean(scores[starts[s] : starts[s + 1]])` for each token of segment `s` that is not NaN itself. Sums
+    are taken in float64 over the segment's own tokens, so what else is in the dataset changes no bit.
+
+    Args:
+        starts: (S,) strictly ascending first tokens of the segments; every document that is not empty begins one.
+    """
+    result = np.empty_like(scores)
+    for tokens, _, _ in layout.chunks():
+        if tokens.start == tokens.stop:
+            continue
+        low, high = np.searchsorted(starts, [tokens.start, tokens.stop])
+        first = starts[low:high] - tokens.start
+        known = ~np.isnan(scores[tokens])
+        total = np.add.reduceat(np.where(known, scores[tokens], 0).astype(np.float64), first)
+        number = np.add.reduceat(known.astype(np.int64), first)
+        lengths = np.diff(first, append=tokens.stop - tokens.start)
+        means = np.repeat(total / np.maximum(number, 1), lengths)
+        result[tokens] = np.where(known, means, np.nan)
+    return result
+
+
 def _sliding_sum(values: Doubles, window: int) -> Doubles:
     """`values[i : i + window].sum()` at every i, added up by doubling: the same order of additions at every place."""
     total, power, done, width = np.zeros_like(values), values, 0, 1

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .config import XTFConfig
 from .errors import XTFError
-from .firing import evaluate
+from .firing import Segments, evaluate
 from .segments import UNDEFINED_KEY, Bools, Ints, Keys, Layout, lowest, ordered
 
 REASONING, NOVELTY, RELEVANCE, PROTECTED, FLOOR, FORCED, CONTROL = (1 << bit for bit in range(7))
@@ -57,6 +57,8 @@ class Scores:
         reasoning_importance: (M,) float32 attention received, 1.0 = uniform; NaN: undefined. None: not scored.
         logprobs: (M,) float32 natural-log probabilities; knowledge novelty is `1 - exp(logprob)`.
         task_relevance: (M,) float32 in [0, 1].
+        entropy: (M,) float32 nats, the surprisal that the reference itself expected in each place; deviation: (M,)
+            float32 nats, its standard deviation. NaN where the log-probability is. None: not scored.
         selectors: (M,) float32 scores by name of the selector; None for one that has none before the second epoch.
     """
 
@@ -68,6 +70,8 @@ class Scores:
     reasoning_importance: NDArray[np.float32] | None = None
     logprobs: NDArray[np.float32] | None = None
     task_relevance: NDArray[np.float32] | None = None
+    entropy: NDArray[np.float32] | None = None
+    deviation: NDArray[np.float32] | None = None
     selectors: Mapping[str, NDArray[np.float32] | None] = field(default_factory=dict)
 
     def of(self, voter: str) -> NDArray[np.float32] | None:
@@ -110,6 +114,7 @@ def select(
     config: XTFConfig,
     protected: NDArray[np.bool_] | None = None,
     forced: NDArray[np.bool_] | None = None,
+    segments: Segments | None = None,
 ) -> Selection:
     """Decide for every completion token, Eq. (1): rules, `combine`, `force_drop`, protection, control, floor.
 
@@ -117,9 +122,11 @@ def select(
         scores: of the whole dataset.
         config: the block.
         protected: (M,) tokens that are never dropped; forced: (M,) tokens that are dropped unless protected.
+        segments: the first tokens of the sentences and lines, by unit; needed if some window is one.
 
     Raises:
-        XTFError: arrays that do not fit together, or an attribute that is on, or a selector, that was not scored.
+        XTFError: arrays that do not fit together, an attribute that is on, or a selector, that was not scored, or
+            segments that are needed and not given.
     """
     layout = Layout(scores.offsets, scores.counts)
     _check(scores, config, protected, forced)
@@ -135,7 +142,7 @@ def select(
         if values is None:
             thresholds[name], fired[name] = {"rule": None, "drops": {}, "from_epoch": 2}, 0
             continue
-        firing = evaluate(name, values, scores.positions, layout, config.part(name))
+        firing = evaluate(name, values, scores.positions, layout, config.part(name), segments)
         reasons |= firing.mask * reasons.dtype.type(bits[name])
         thresholds[name], fired[name] = firing.thresholds, firing.fired
         warnings += firing.warnings
@@ -163,6 +170,7 @@ def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: B
     size, number = len(scores.token_ids), len(scores.counts)
     voters = {name: scores.of(name) for name in (*BITS, *config.selectors)}
     arrays = {"positions": scores.positions, **voters, "protected": protected, "forced": forced}
+    arrays |= {"entropy": scores.entropy, "deviation": scores.deviation}
     for name, array in arrays.items():
         if array is not None and array.shape != (size,):
             raise XTFError(f"selection: {name} has the shape {array.shape}, but there are {size} completion tokens")

@@ -1,4 +1,4 @@
-"""Selectors at work: their scorers run on the documents, with log-probabilities out of the store or a reference.
+"""Selectors at work: their scorers run on the documents, with predictions out of the store or a reference.
 
 What a scorer gives back is checked before anything is decided with it: a wrong shape or nothing but NaN would read as
 "keep everything".
@@ -18,7 +18,7 @@ from .documents import DocumentSet
 from .errors import XTFError, XTFUserError
 from .scorer import ScoringStats, score
 from .scorers import ReferenceConfig, Scorer, ScoringContext, registry
-from .store import ScoreStore
+from .store import ScoreStore, StoredScores
 
 if TYPE_CHECKING:
     from .config import XTFConfig
@@ -29,15 +29,15 @@ Floats = NDArray[np.float32]
 MAIN_KEY = "xtf.reference.model"  # how messages about a separate reference begin
 
 
-class LogProbabilities:
-    """Log-probabilities of all completion tokens under any reference, each worked out once.
+class StoredPredictions:
+    """What any reference predicts for all completion tokens, each worked out once.
 
     Args:
         config: the block.
         documents: of the dataset.
         main: the provider of the run's own reference.
         references: makes the provider of another one; None: there can be no other.
-        known: (M,) log-probabilities under the run's own reference, if they are there already.
+        known: what the run's own reference says, if it is there already.
 
     Attributes:
         known: the same, also once a scorer has asked for them.
@@ -52,7 +52,7 @@ class LogProbabilities:
         documents: DocumentSet,
         main: Any,
         references: Callable[[ReferenceConfig], Any] | None,
-        known: Floats | None,
+        known: StoredScores | None,
         *,
         progress: bool,
     ) -> None:
@@ -62,10 +62,10 @@ class LogProbabilities:
         self.passes: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self._main, self._references = main, references
-        self._others: dict[ReferenceConfig, Floats] = {}
+        self._others: dict[ReferenceConfig, StoredScores] = {}
 
-    def under(self, reference: ReferenceConfig | None) -> Floats:
-        """Log-probabilities under a reference, None: the run's own, (M,); see `ScoringContext.log_probabilities`."""
+    def under(self, reference: ReferenceConfig | None) -> StoredScores:
+        """What a reference predicts, None: the run's own; see `ScoringContext.predictions`."""
         if reference is None:
             if self.known is None:
                 self.known, _, stats, reused = self._scored(self._main)
@@ -79,7 +79,7 @@ class LogProbabilities:
             self.passes.append({**about, **asdict(stats), "stored_documents": reused})
         return self._others[reference]
 
-    def _scored(self, provider: Any) -> tuple[Floats, dict[str, Any], ScoringStats, int]:
+    def _scored(self, provider: Any) -> tuple[StoredScores, dict[str, Any], ScoringStats, int]:
         """Stored scores as they are, missing ones from one opening of the reference; and what that took."""
         fingerprint, sizes = provider.fingerprint(), np.diff(self.documents.completion_offsets)
         description = {**provider.description(), "fingerprint": fingerprint}
@@ -100,7 +100,7 @@ class LogProbabilities:
         reused = int((sizes > 0).sum()) - len(missing)
         told = check_finite(stored.logprobs, self.documents.completion_positions, description)
         self.warnings += [f"{description['name']}: {warning}" for warning in told]
-        return stored.logprobs, description, stats, reused
+        return stored, description, stats, reused
 
 
 def check_finite(logprobs: Floats, positions: NDArray[np.int32], reference: dict[str, Any]) -> list[str]:
@@ -130,24 +130,26 @@ def scorers(config: XTFConfig) -> dict[str, Scorer]:
 def score_selectors(
     config: XTFConfig,
     tokenizer: Any,
-    source: LogProbabilities,
+    source: StoredPredictions,
     current: Callable[[], Floats] | None = None,
+    segments: Callable[[str], NDArray[np.int64]] | None = None,
 ) -> dict[str, Floats | None]:
     """Scores of every selector; with `current`, of those alone that evolve.
 
     Args:
         config: the block.
         tokenizer: the training tokenizer.
-        source: log-probabilities under references.
+        source: predictions of references.
         current: the same under the model being trained as it stands. None: training has not begun, and a selector that
             evolves gets None instead of scores.
+        segments: gives the first completion tokens of each `sentence` or `line`.
 
     Raises:
         XTFUserError: a reference cannot be used; names the selector.
         XTFError: a scorer gives something else than (M,) float32, or NaN alone; names selector and package.
     """
     found: dict[str, Floats | None] = {}
-    context = ScoringContext(source.documents, tokenizer, source.under, current)
+    context = ScoringContext(source.documents, tokenizer, source.under, current, segments)
     for name, scorer in scorers(config).items():
         if current is not None and not scorer.evolves:
             continue

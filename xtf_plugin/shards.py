@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,15 @@ from numpy.typing import NDArray
 
 from .documents import KEY_BYTES
 from .errors import XTFError
+from .records import COLUMNS, Records
 
-FORMAT = 1
+FORMAT = 2
 HEADER = b"xtf_store"  # key of the JSON header in the Parquet metadata
 SUFFIX = ".parquet"
 LAYERS = re.compile(r"\d+(,\d+)*")
 
 _SCORES = pa.list_(pa.field("element", pa.float32()))
-_SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("logprobs", _SCORES), ("attention", _SCORES)])
+_SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), *((name, _SCORES) for name in COLUMNS)])
 
 
 class BadShard(XTFError):
@@ -39,54 +39,14 @@ class NewerShard(XTFError):
     """A shard of a later format: good, but not for this version."""
 
 
-@dataclass(frozen=True)
-class Records:
-    """Scores of documents, flat.
-
-    Args:
-        keys: (n, 16) uint8.
-        offsets: (n + 1,) int64 into the scores.
-        logprobs: (m,) float32, NaN: undefined.
-        attention: (m,) float32 attention received, NaN: undefined; None: not measured.
-    """
-
-    keys: NDArray[np.uint8]
-    offsets: NDArray[np.int64]
-    logprobs: NDArray[np.float32]
-    attention: NDArray[np.float32] | None
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Completion tokens per document, (n,)."""
-        return np.diff(self.offsets)
-
-    def part(self, low: int, high: int) -> Records:
-        """Documents low to high, as views."""
-        a, b = int(self.offsets[low]), int(self.offsets[high])
-        attention = None if self.attention is None else self.attention[a:b]
-        return Records(self.keys[low:high], self.offsets[low : high + 1] - a, self.logprobs[a:b], attention)
-
-
-def merge(parts: list[Records]) -> Records:
-    """Records one after the other; at least one part, all with attention or all without."""
-    lengths = np.concatenate([part.lengths for part in parts])
-    with_attention = [part.attention for part in parts if part.attention is not None]
-    return Records(
-        keys=np.concatenate([part.keys for part in parts]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        logprobs=np.concatenate([part.logprobs for part in parts]),
-        attention=np.concatenate(with_attention) if with_attention else None,
-    )
-
-
 def checksum(records: Records, reference: str, layers: str | None) -> str:
     """xxh3-128 over what a shard says: format, reference, layers, keys, offsets, scores (little-endian)."""
-    facts = [FORMAT, reference, layers, len(records.keys), len(records.logprobs), records.attention is not None]
+    columns = records.columns
+    facts = [FORMAT, reference, layers, len(records.keys), len(records.logprobs), list(columns)]
     state = xxhash.xxh3_128(json.dumps(facts).encode())
-    for array, dtype in ((records.keys, "u1"), (records.offsets, "<i8"), (records.logprobs, "<f4")):
+    arrays = [(records.keys, "u1"), (records.offsets, "<i8"), *((values, "<f4") for values in columns.values())]
+    for array, dtype in arrays:
         state.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
-    if records.attention is not None:
-        state.update(np.ascontiguousarray(records.attention, dtype="<f4").tobytes())
     return state.hexdigest()
 
 
@@ -107,10 +67,10 @@ def encode(records: Records, reference: str, layers: str | None) -> tuple[str, m
         return pa.ListArray.from_arrays(offsets, pa.array(values, pa.float32()), type=_SCORES)
 
     keys = pa.py_buffer(np.ascontiguousarray(records.keys))
+    scores = records.columns
     columns = [
         pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), count, [None, keys]),
-        lists(records.logprobs),
-        pa.nulls(count, _SCORES) if records.attention is None else lists(records.attention),
+        *(lists(scores[name]) if name in scores else pa.nulls(count, _SCORES) for name in COLUMNS),
     ]
     schema = _SCHEMA.with_metadata({HEADER: json.dumps(header)})
     sink = pa.BufferOutputStream()
@@ -142,7 +102,7 @@ def read(path: Path, reference: str) -> tuple[str | None, Records]:
         if header["reference"] != reference:
             raise BadShard(f"scores of another reference, {header['reference']}")
         if not file.schema_arrow.equals(_SCHEMA):
-            raise BadShard("columns other than key, logprobs and attention, or of other types")
+            raise BadShard(f"columns other than key, {', '.join(COLUMNS)}, or of other types")
         records = _records(file.read())
     except (OSError, pa.ArrowException, ValueError) as error:
         raise BadShard(f"not a readable Parquet file ({_first_line(error)})") from error
@@ -161,7 +121,7 @@ def _header(file: Any) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise BadShard("no header of ours: not a score shard") from error
     if version != FORMAT or not (known["layers"] is None or LAYERS.fullmatch(str(known["layers"]))):
-        raise BadShard(f"format {version} and layers {known['layers']}, which no xtf-plugin writes")
+        raise BadShard(f"format {version} and layers {known['layers']}, which this xtf-plugin does not write")
     return known
 
 
@@ -171,12 +131,14 @@ def _records(table: Any) -> Records:
         raise BadShard("no documents in it")
     keys = np.concatenate([_keys(chunk) for chunk in table.column("key").chunks])
     offsets, logprobs = _flat(table.column("logprobs"))
-    attention = None
-    if table.column("attention").null_count < len(table):
-        attention_offsets, attention = _flat(table.column("attention"))
-        if not np.array_equal(offsets, attention_offsets):
-            raise BadShard("log-probabilities and attention of unequal length")
-    return Records(keys, offsets, logprobs, attention)
+    columns = {"logprobs": logprobs}
+    for name in COLUMNS[1:]:
+        if name == "attention" and table.column(name).null_count == len(table):
+            continue
+        own_offsets, columns[name] = _flat(table.column(name))
+        if not np.array_equal(offsets, own_offsets):
+            raise BadShard(f"log-probabilities and {name} of unequal length")
+    return Records(keys=keys, offsets=offsets, **columns)
 
 
 def _keys(chunk: Any) -> NDArray[np.uint8]:

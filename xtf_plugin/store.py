@@ -4,8 +4,8 @@ Scores are facts and thresholds are choices, so nothing but the document and the
 a threshold reads, it never scores. Shards are only ever added. A kill loses at most the one being written; a damaged
 file is told, set aside and scored again; an unwritable folder costs the next run time, never this run its scores.
 
-    <root>/v1/<reference>/reference.json          what the reference is, for `xtf cache list`
-    <root>/v1/<reference>/<layers>/<hash>.parquet a shard, see shards.py; `.damaged` behind it: set aside, never read
+    <root>/v2/<reference>/reference.json          what the reference is, for `xtf cache list`
+    <root>/v2/<reference>/<layers>/<hash>.parquet a shard, see shards.py; `.damaged` behind it: set aside, never read
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from numpy.typing import NDArray
 from . import files, shards
 from .documents import KEY_BYTES
 from .lookup import Lookup, StoredScores
-from .shards import BadShard, NewerShard, Records
+from .records import Records, merge
+from .shards import BadShard, NewerShard
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["ScoreStore", "StoredScores"]
 
-VERSION_FOLDER = "v1"
+VERSION_FOLDER = "v2"
+EARLIER_FOLDERS = ("v1",)  # v1: without entropy and deviation
 DESCRIPTION = "reference.json"
 REFERENCE = re.compile(r"[0-9a-f]{8,128}")
 LAYER_FOLDER = re.compile(r"none|layers-[0-9a-f,_]+")
@@ -80,7 +82,7 @@ def layer_folders(folder: Path) -> list[Path]:
 
 
 class ScoreStore:
-    """Equals a dictionary from document to (log-probabilities, attention received) that outlives the process.
+    """Equals a dictionary from document to its scores, see `records.Records`, that outlives the process.
 
     Args:
         root: the cache folder; made when the first shard is written.
@@ -120,6 +122,7 @@ class ScoreStore:
         self._told: set[Path] = set()
         for folder in (self.directory.parent, *layer_folders(self.directory.parent)):
             files.remove_stale(folder)
+        _tell_earlier(Path(root), reference)
 
     def __enter__(self) -> ScoreStore:
         """Return the store itself."""
@@ -151,23 +154,16 @@ class ScoreStore:
             lookup.take(records)
         return lookup.result()
 
-    def add(
-        self,
-        keys: NDArray[np.uint8],
-        offsets: NDArray[np.int64],
-        logprobs: NDArray[np.float32],
-        attention: NDArray[np.float32] | None,
-    ) -> None:
+    def add(self, records: Records) -> None:
         """Take in scores of documents; they are copied, and written a shard at a time.
 
         Args:
-            keys: (n, 16) uint8. offsets: (n + 1,) into the scores, from 0. logprobs, attention: float32, flat, NaN:
-                undefined; attention exactly if the store has layers.
+            records: offsets from 0; attention exactly if the store has layers.
 
         Raises:
             ValueError: arrays that do not fit together. Never for a folder that cannot be written: that is told once.
         """
-        records = _checked(keys, offsets, logprobs, attention, self.layers)
+        records = _checked(records, self.layers)
         if not len(records.keys):
             return
         if not self._buffer:
@@ -182,7 +178,7 @@ class ScoreStore:
         """Write what has come in; what cannot be written stays in memory, and the next flush tries again."""
         if not self._buffer:
             return
-        pending = list(_cut(shards.merge(self._buffer), self.shard_tokens))
+        pending = list(_cut(merge(self._buffer), self.shard_tokens))
         try:
             if self.description is not None:
                 _describe(self.directory.parent, self.description)
@@ -235,20 +231,19 @@ class ScoreStore:
             logger.warning("xtf: score file %s: %s. Its documents count as not scored.", path, what)
 
 
-def _checked(keys: Any, offsets: Any, logprobs: Any, attention: Any, layers: str | None) -> Records:
-    """Own copies of what was added, as Records."""
-    if (attention is None) != (layers is None):
+def _checked(added: Records, layers: str | None) -> Records:
+    """Own copies of what was added."""
+    if (added.attention is None) != (layers is None):
         raise ValueError(f"attention must be given exactly if the store has layers; the store has {layers}")
     records = Records(
-        np.array(keys, dtype=np.uint8),
-        np.array(offsets, dtype=np.int64),
-        np.array(logprobs, dtype=np.float32),
-        None if attention is None else np.array(attention, dtype=np.float32),
+        keys=np.array(added.keys, dtype=np.uint8),
+        offsets=np.array(added.offsets, dtype=np.int64),
+        **{name: np.array(values, dtype=np.float32) for name, values in added.columns.items()},
     )
     n, m = len(records.keys), len(records.logprobs)
-    fits = records.keys.shape == (n, KEY_BYTES) and records.offsets.shape == (n + 1,) and records.logprobs.shape == (m,)
+    fits = records.keys.shape == (n, KEY_BYTES) and records.offsets.shape == (n + 1,)
     fits = fits and records.offsets[0] == 0 and records.offsets[-1] == m and bool((records.lengths >= 0).all())
-    if not fits or (records.attention is not None and records.attention.shape != (m,)):
+    if not fits or any(values.shape != (m,) for values in records.columns.values()):
         raise ValueError(f"keys {records.keys.shape}, offsets and scores ({m},) do not fit together")
     return records
 
@@ -263,6 +258,18 @@ def _cut(records: Records, shard_tokens: int) -> Iterator[Records]:
         high = max(low + 1, int(np.searchsorted(records.offsets, limit, side="right")) - 1)
         yield records.part(low, high)
         low = high
+
+
+def _tell_earlier(root: Path, reference: str) -> None:
+    """Say that scores of an earlier format are there and not used; they stay, for whoever still runs that version."""
+    for name in EARLIER_FOLDERS:
+        folder = root / name / reference
+        if layer_folders(folder):
+            logger.warning(
+                "xtf: the scores in %s were written by an earlier xtf-plugin and lack what this one records; they "
+                "count as not there. `xtf cache prune --all` removes them with all others.",
+                folder,
+            )
 
 
 def _set_aside(path: Path) -> str:

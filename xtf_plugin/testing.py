@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -82,23 +83,37 @@ def _documents(vocabulary: int) -> DocumentSet:
     return collect([*rows, rows[3], {"input_ids": ids, "labels": [IGNORE_INDEX] * 4}])
 
 
+@dataclass(frozen=True)
+class _MadeUp:
+    """Predictions that follow from a reference and a document alone."""
+
+    logprobs: Floats
+    entropy: Floats
+    deviation: Floats
+
+
 def _context(documents: DocumentSet, tokenizer: Any) -> ScoringContext:
-    def log_probabilities(reference: ReferenceConfig | None) -> Floats:
+    def predictions(reference: ReferenceConfig | None) -> _MadeUp:
         return _made_up(documents, "" if reference is None else reference.model_dump_json())
 
-    return ScoringContext(documents, tokenizer, log_probabilities, lambda: _made_up(documents, "current"))
+    def segments(unit: str) -> NDArray[np.int64]:
+        starts = documents.completion_offsets
+        breaks = np.arange(0, int(starts[-1]), 4 if unit == "sentence" else 9)
+        return np.union1d(breaks, starts[:-1][np.diff(starts) > 0])
+
+    return ScoringContext(documents, tokenizer, predictions, lambda: _made_up(documents, "current").logprobs, segments)
 
 
-def _made_up(documents: DocumentSet, reference: str) -> Floats:
-    """Log-probabilities that follow from a reference and a document; NaN in place 0, which nothing predicts."""
-    parts = []
+def _made_up(documents: DocumentSet, reference: str) -> _MadeUp:
+    """What a reference might predict; NaN in place 0, which nothing predicts."""
+    parts: list[NDArray[np.float64]] = []
     for index, key in enumerate(documents.keys):
         seed = xxhash.xxh3_64_intdigest(reference.encode() + key.tobytes())
         tokens, completion = documents.document(index)
-        parts.append(-np.random.default_rng(seed).exponential(size=len(tokens))[completion])
-    scores: Floats = np.concatenate(parts).astype(np.float32)
-    scores[documents.completion_positions == 0] = np.nan
-    return scores
+        parts.append(np.random.default_rng(seed).exponential(size=(3, len(tokens)))[:, completion])
+    drawn = np.concatenate(parts, axis=1).astype(np.float32)
+    drawn[:, documents.completion_positions == 0] = np.nan
+    return _MadeUp(-drawn[0], drawn[1], drawn[2])
 
 
 def _described(scorer_class: type[Scorer], block: Mapping[str, Any]) -> list[str]:

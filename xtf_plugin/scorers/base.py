@@ -8,7 +8,7 @@ Imports no torch, so that a block is validated without it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -64,27 +64,46 @@ class SelectorConfig(Block):
         return self
 
 
+class Predictions(Protocol):
+    """What a reference predicts at every completion token, (M,) float32 each, in nats; NaN where undefined.
+
+    Attributes:
+        logprobs: log-probability of the token.
+        entropy: mean surprisal of a token drawn from the reference's own distribution there.
+        deviation: standard deviation of that surprisal.
+    """
+
+    @property
+    def logprobs(self) -> Floats: ...  # noqa: D102
+    @property
+    def entropy(self) -> Floats: ...  # noqa: D102
+    @property
+    def deviation(self) -> Floats: ...  # noqa: D102
+
+
 class ScoringContext:
-    """What a scorer is given: the dataset's distinct documents, and their log-probabilities under any reference.
+    """What a scorer is given: the dataset's distinct documents, and what any reference predicts in them.
 
     M completion tokens of N documents lie in flat arrays, document after document; all arrays are read-only.
 
     Args:
         documents: the distinct documents, prompts included.
         tokenizer: the training tokenizer.
-        log_probabilities: a reference (None: the run's own) -> (M,) float32.
+        predictions: a reference (None: the run's own) -> what it predicts.
         current: gives the log-probabilities under the model being trained as it stands; None before the second epoch.
+        segments: `sentence` or `line` -> index of the first completion token of each.
     """
 
     def __init__(
         self,
         documents: DocumentSet,
         tokenizer: Any,
-        log_probabilities: Callable[[ReferenceConfig | None], Floats],
+        predictions: Callable[[ReferenceConfig | None], Predictions],
         current: Callable[[], Floats] | None = None,
+        segments: Callable[[str], NDArray[np.int64]] | None = None,
     ) -> None:
         self.documents, self.tokenizer = documents, tokenizer
-        self._log_probabilities, self._current = log_probabilities, current
+        self._predictions, self._current, self._segments = predictions, current, segments
         self._positions = documents.completion_positions
         self._offsets = documents.completion_offsets
         self._token_ids = documents.input_ids[documents.completion]
@@ -127,7 +146,21 @@ class ScoringContext:
             XTFUserError: the reference cannot be loaded, or its tokenizer is another one.
             XTFError: it gives no finite log-probability at all.
         """
-        return _read_only(self._log_probabilities(reference if reference is not None and reference.model else None))
+        return _read_only(self.predictions(reference).logprobs)
+
+    def predictions(self, reference: ReferenceConfig | None = None) -> Predictions:
+        """Log-probability, entropy and deviation at every completion token; otherwise as `log_probabilities`."""
+        return self._predictions(reference if reference is not None and reference.model else None)
+
+    def segments(self, unit: Literal["sentence", "line"]) -> NDArray[np.int64]:
+        """Index of the first completion token of every sentence or line, (S,) ascending from 0; see docs/method.md.
+
+        Raises:
+            XTFError: the context was made without a text to cut.
+        """
+        if self._segments is None:
+            raise XTFError(f"this context does not tell where a {unit} begins.")
+        return _read_only(self._segments(unit))
 
     def current_log_probabilities(self) -> Floats:
         """The same under the model being trained, adapters on, as it stands at the start of an epoch, (M,) float32.
