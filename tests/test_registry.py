@@ -109,7 +109,7 @@ class TestBlock:
             ({"r-o": LOW}, ["xtf.selectors.r-o"]),
             ({f"s{i}": LOW for i in range(MOST + 1)}, ["xtf.selectors.s8: 9", f"more than {MOST}"]),
             ({"r": {**LOW, "scorer": "exces_los"}}, ["xtf.selectors.r.scorer: 'exces_los'", "mean excess_loss?"]),
-            ({"r": {**LOW, "scorer": "zz"}}, ["Registered: log_probability, excess_loss", registry.GROUP]),
+            ({"r": {**LOW, "scorer": "zz"}}, ["Registered: typicality, opening, log_probability, excess_loss", registry.GROUP]),
             ({"r": {**LOW, "scorer": 3}}, ["xtf.selectors.r.scorer: 3"]),
             ({"r": {**LOW, "wndow": 3}}, ["xtf.selectors.r.wndow", "mean window?", "scope, window, max_fraction, ref"]),
             ({"r": {**LOW, "window": 2}}, ["xtf.selectors.r.window: 2 is even"]),

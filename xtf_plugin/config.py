@@ -35,7 +35,7 @@ from .config_rules import (
     Whole,
     Window,
 )
-from .config_selectors import Selectors, check_votes
+from .config_selectors import Selectors, check_votes, with_preset
 from .errors import XTFUserError
 from .scorers import SelectorConfig
 
@@ -243,10 +243,13 @@ class XTFConfig(Block):
     def to_dict(self) -> dict[str, Any]:
         """Every setting as plain JSON values; `XTFConfig.parse` turns it back into an equal config.
 
-        Without selectors the key is left out, as in configs that were written before there were any.
+        A selector of the preset that is off is written as false. The key is left out where it would be empty, as in
+        configs that were written before there were selectors.
         """
         settings = self.model_dump(mode="json")
-        return settings if self.selectors else {key: value for key, value in settings.items() if key != "selectors"}
+        off = PRESETS[self.preset].get("selectors", {}).keys() - self.selectors.keys()
+        settings["selectors"] |= dict.fromkeys(sorted(off), False)
+        return settings if settings["selectors"] else {k: v for k, v in settings.items() if k != "selectors"}
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -276,9 +279,11 @@ def _with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
     preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
     merged = {**preset, **block}
     for key in ("reference", "protect", *ATTRIBUTES):
-        given, base = merged.get(key), preset.get(key, {})
+        given, base = merged.get(key), preset.get(key, {}) or {}  # off in the preset: what is given stands alone
         if given is True and key in ATTRIBUTES:
             merged[key] = base
         elif isinstance(given, Mapping):
             merged[key] = {**base, **given}
+    if "selectors" in block:
+        merged["selectors"] = with_preset(block["selectors"], preset.get("selectors", {}))
     return merged

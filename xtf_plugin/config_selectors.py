@@ -81,6 +81,27 @@ Selectors = Annotated[
 ]
 
 
+def with_preset(given: Any, preset: Mapping[str, Any]) -> Any:
+    """The block's selectors over the preset's: by name, and key by key where both use the same scorer.
+
+    `false` takes one of the preset's out; `selectors: false` takes out all of them.
+    """
+    if given is False:
+        return {}
+    if not isinstance(given, Mapping):
+        return given
+    merged = dict(preset)
+    for name, part in given.items():
+        base = preset.get(name)
+        if part is False and base is not None:
+            del merged[name]
+        elif isinstance(part, Mapping) and base is not None and part.get("scorer", base["scorer"]) == base["scorer"]:
+            merged[name] = {**base, **part}
+        else:
+            merged[name] = part
+    return merged
+
+
 def check_votes(
     attributes: tuple[str, ...],
     selectors: Mapping[str, SelectorConfig],

@@ -97,9 +97,9 @@ def _context(documents: DocumentSet, tokenizer: Any) -> ScoringContext:
         return _made_up(documents, "" if reference is None else reference.model_dump_json())
 
     def segments(unit: str) -> NDArray[np.int64]:
-        starts = documents.completion_offsets
-        breaks = np.arange(0, int(starts[-1]), 4 if unit == "sentence" else 9)
-        return np.union1d(breaks, starts[:-1][np.diff(starts) > 0])
+        offsets = documents.completion_offsets
+        place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+        return np.flatnonzero(place % (4 if unit == "sentence" else 9) == 0)
 
     return ScoringContext(documents, tokenizer, predictions, lambda: _made_up(documents, "current").logprobs, segments)
 

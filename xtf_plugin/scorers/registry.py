@@ -10,13 +10,18 @@ import inspect
 from importlib import metadata
 
 from ..errors import XTFUserError
-from . import builtin
+from . import builtin, typical
 from .base import Scorer, SelectorConfig
 
 GROUP = "xtf_plugin.scorers"
-BUILTIN: dict[str, type[Scorer]] = {
-    scorer.name: scorer for scorer in (builtin.LogProbability, builtin.ExcessLoss, builtin.TokenCleaning)
-}
+_BUILTIN = (
+    typical.Typicality,
+    typical.Opening,
+    builtin.LogProbability,
+    builtin.ExcessLoss,
+    builtin.TokenCleaning,
+)
+BUILTIN: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in _BUILTIN}
 _HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/selectors.md"
 # What importing a stranger's module may raise short of ending the process.
 _IMPORT_ERRORS = (

@@ -1,0 +1,106 @@
+"""Typicality and openings: what is noise beyond the surprise that was to be expected."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from tests.test_pipeline import Provider, rows
+from tests.test_selectors import OFF
+from xtf_plugin import attributes
+from xtf_plugin.config import XTFConfig
+from xtf_plugin.documents import collect
+from xtf_plugin.pipeline import make_plan, segment_starts
+from xtf_plugin.scorers import typical
+from xtf_plugin.testing import check_scorer
+
+OTHER = {"reference": {"model": "other"}}
+
+
+@pytest.mark.parametrize(
+    ("scorer", "options"),
+    [
+        (typical.Typicality, OTHER),
+        (typical.Opening, OTHER),
+        (typical.Opening, {"unit": "line", "tokens": 3}),
+    ],
+)
+def test_they_conform(scorer, options):
+    check_scorer(scorer, options)
+
+
+def context(logprobs, entropy, starts):
+    arrays = {"logprobs": np.float32(logprobs), "entropy": np.float32(entropy)}
+    return SimpleNamespace(predictions=lambda _: SimpleNamespace(**arrays), segments=lambda _: np.asarray(starts))
+
+
+def opening(given, **keys):
+    config = typical.OpeningConfig(scorer="opening", drop={"below": -1.0}, **keys)
+    return typical.Opening(config).score(given)
+
+
+def test_typicality_of_what_the_reference_itself_would_write_is_zero_on_average():
+    torch.manual_seed(0)
+    logits = torch.randn(7, 50) * torch.tensor([0.0, 0.5, 1, 2, 4, 8, 16])[:, None]  # from uniform to sure
+    p = logits.softmax(-1)
+    for row in range(7):
+        every = torch.arange(50)
+        found = attributes.predictions(logits[row].expand(50, 50), lambda x: x, every)
+        assert abs(float((p[row] * (found[0] + found[1])).sum())) < 1e-4
+
+
+def test_opening_equals_its_definition_on_random_units():
+    rng = np.random.default_rng(0)
+    for trial in range(30):
+        size = int(rng.integers(1, 60))
+        starts = np.union1d([0], rng.integers(0, size, rng.integers(0, 9)))
+        logprobs, entropy = -rng.exponential(2, size), rng.exponential(1, size)
+        logprobs[rng.random(size) < 0.2] = np.nan
+        for tokens in (1, 2, 5, 100):
+            got = opening(context(logprobs, entropy, starts), tokens=tokens)
+            for low, high in zip(starts, [*starts[1:], size], strict=True):
+                first = (np.float32(logprobs) + np.float32(entropy))[low:high][:tokens].astype(np.float64)
+                expected = np.nan if np.isnan(first).all() else np.nanmean(first)
+                np.testing.assert_allclose(got[low:high], np.float32(expected), rtol=1e-6, err_msg=str(trial))
+
+
+def test_no_token_no_score():
+    assert opening(context([], [], [])).shape == (0,)
+
+
+def test_fluent_filler_is_found_by_its_beginning_and_not_by_its_average():
+    """Five likely tokens; a digression whose first token is a surprise and whose rest follows; an uncertain start."""
+    logprobs = [-0.1, -0.1, -0.1, -0.1, -0.1, -9.0, -0.05, -0.05, -0.05, -0.05, -0.05, -0.05, -3.0, -0.1, -0.1]
+    entropy = [0.1] * 12 + [3.0, 0.1, 0.1]  # where many words may begin a sentence, an improbable one is no noise
+    starts = [0, 5, 12]
+    given = context(logprobs, entropy, starts)
+    scores = opening(given, tokens=1)
+    assert (scores < -5).tolist() == [False] * 5 + [True] * 7 + [False] * 3
+    means = np.repeat(np.add.reduceat(np.float64(logprobs), starts) / np.diff([*starts, 15]), np.diff([*starts, 15]))
+    assert means[5] > -2 and (means < -1).sum() == 10  # the average cannot tell the digression from the good sentence
+
+
+def test_both_select_in_a_plan_and_the_knobs_change_it(tmp_path):
+    documents = collect(rows(12))
+    provider = Provider()
+    base = {**OFF, "min_kept": 0, "cache_dir": str(tmp_path)}
+
+    def kept(**selector):
+        config = XTFConfig.parse({**base, "selectors": {"odd": {"drop": {"quantile": 0.3}, **selector}}})
+        return make_plan(config, documents, provider, tiny.tokenizer(), progress=False)
+
+    plan = kept(scorer="typicality")
+    scores = plan.scores.selectors["odd"]
+    defined = ~np.isnan(scores)
+    assert not plan.selection.keep.all()
+    assert scores[~plan.selection.keep].max() <= scores[plan.selection.keep & defined].min()
+    lines = kept(scorer="opening", unit="line", tokens=1)
+    starts = segment_starts(documents, tiny.tokenizer(), "line")
+    for low, high in zip(starts, [*starts[1:], len(scores)], strict=True):
+        assert len(set(lines.scores.selectors["odd"][low:high].tolist())) == 1
+        np.testing.assert_allclose(lines.scores.selectors["odd"][low], scores[low], rtol=1e-6)
+    assert not np.array_equal(lines.scores.selectors["odd"], kept(scorer="opening").scores.selectors["odd"])
