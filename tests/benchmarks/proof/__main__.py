@@ -1,0 +1,96 @@
+"""`make proof`: base models, detection tables, fine-tuning runs, and the tables of docs/evidence.md, from nothing.
+
+Everything goes to one folder and is picked up again after a stop. `--only` does a part; `--scale gpu` is larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from . import plan, tables
+from .data import BASES, train_tokenizer
+from .finetune import quiet
+from .models import BaseSettings, make_base
+from .runs import Scale, run_all
+
+SCALES = {
+    "cpu": (BaseSettings(), Scale()),
+    "gpu": (
+        BaseSettings(hidden=256, intermediate=768, layers=6, documents=24_000, batch_tokens=16_384),
+        Scale(rows=1_500, held_out=1_000, seeds=8, workers=4),
+    ),
+    # a few minutes: shows that every stage works, and nothing else
+    "smoke": (
+        BaseSettings(hidden=64, intermediate=128, layers=2, documents=300, steps=8),
+        Scale(rows=24, held_out=8, seeds=2, epochs=2, clean_reference_rows=16, workers=1),
+    ),
+}
+
+
+def _base(arguments: tuple[str, Path, BaseSettings]) -> None:
+    import torch
+
+    name, folder, settings = arguments
+    quiet()
+    torch.set_num_threads(1)
+    make_base(name, folder, train_tokenizer(), settings, lambda text: print(f"[{name}] {text.strip()}", flush=True))
+
+
+def make_bases(folder: Path, settings: BaseSettings, workers: int) -> None:
+    """Train the base models that are not there yet, the longest first."""
+    names = sorted(BASES, key=lambda name: -len(BASES[name]))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.map(_base, [(name, folder, settings) for name in names], chunksize=1)
+
+
+def detection(folder: Path) -> list[dict[str, Any]]:
+    """Detection results, from `detection.json` if it is there."""
+    path = folder / "detection.json"
+    if not path.exists():
+        from .detect import measure_all
+
+        path.write_text(json.dumps(measure_all(plan.SETTINGS, folder)))
+    found: list[dict[str, Any]] = json.loads(path.read_text())
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do the stages that are asked for, and print every table whose numbers are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(".proof"))
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--only", nargs="+", choices=("bases", "detection", "runs", "tables"), default=None)
+    parser.add_argument("--groups", nargs="+", choices=plan.GROUPS, default=plan.GROUPS)
+    parser.add_argument("--seeds", type=int, help="fewer or more seeds than the scale's")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop the runs after so many")
+    options = parser.parse_args(arguments)
+    quiet()
+    settings, scale = SCALES[options.scale]
+    if options.seeds:
+        scale = replace(scale, seeds=options.seeds)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    (options.folder / "scale.json").write_text(json.dumps({**asdict(scale), "base": asdict(settings)}))
+    stages = options.only or ("bases", "detection", "runs", "tables")
+    start = time.time()
+    if "bases" in stages:
+        make_bases(options.folder, settings, scale.workers)
+        print(f"base models: {(time.time() - start) / 60:.1f} min")
+    if "detection" in stages:
+        detection(options.folder)
+        print(f"detection: {(time.time() - start) / 60:.1f} min")
+    if "runs" in stages:
+        run_all(plan.jobs(options.groups, scale.seeds), options.folder, scale, until=start + 60 * options.minutes)
+        print(f"runs: {(time.time() - start) / 60:.1f} min")
+    if "tables" in stages:
+        print(tables.everything(options.folder, options.groups, scale))
+
+
+if __name__ == "__main__":
+    main()

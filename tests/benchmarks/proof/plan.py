@@ -1,0 +1,61 @@
+"""What is measured: the settings of detection and the runs of each table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .arms import ARMS
+from .runs import Job
+
+MAIN = "facts"  # all arms run here: its runs are short, and its training data holds facts that the base does not know
+OTHERS = ("sums", "programs")
+MAIN_RATE = 0.25
+
+# (world, base model, noise rate) of the detection tables.
+SETTINGS: tuple[tuple[str, str, float], ...] = (
+    ("sums", "sums", 0.25),
+    ("programs", "programs", 0.25),
+    ("facts", "facts", 0.25),
+    ("sums", "both", 0.25),
+    ("sums", "programs", 0.25),
+    ("sums", "no_chatter", 0.25),
+    *((world, world, rate) for world in (MAIN, *OTHERS) for rate in (0.0, 0.1, 0.4)),
+)
+
+_CORE = ("plain", "default", "random_tokens", "random_spans", "oracle")
+_PEERS = ("DFT loss", "excess loss (Rho-1)")
+
+
+def _group(name: str) -> list[Job]:
+    """The runs of one table at seed 0."""
+    if name == "arms":
+        return [Job(name, MAIN, arm, 0, MAIN_RATE, MAIN) for arm in ARMS]
+    if name == "rates":
+        rates = (0.0, 0.1, 0.4)
+        arms = ("plain", "default", "random_tokens", "oracle")
+        return [
+            Job(name, MAIN, arm, 0, rate, MAIN)
+            for rate in rates
+            for arm in arms
+            if rate or arm != "oracle"  # without noise the oracle is plain SFT
+        ]
+    if name == "worlds":
+        arms = (*_CORE, "paper", *_PEERS)
+        noisy = [Job(name, world, arm, 0, MAIN_RATE, world) for world in OTHERS for arm in arms]
+        return noisy + [Job(name, world, arm, 0, 0.0, world) for world in OTHERS for arm in ("plain", "default")]
+    if name == "qlora":
+        arms = ("plain", "default", "oracle")
+        return [Job(name, MAIN, arm, 0, MAIN_RATE, MAIN, method="qlora") for arm in arms]
+    assert name == "bases", name
+    arms = ("plain", "default", "oracle")
+    return [Job(name, "sums", arm, 0, MAIN_RATE, base) for base in ("both", "programs") for arm in arms]
+
+
+GROUPS = ("arms", "rates", "worlds", "qlora", "bases")
+
+
+def jobs(groups: Sequence[str], seeds: int) -> list[Job]:
+    """All runs of some groups, seed by seed, so that what is done first is a whole table."""
+    found = [job for name in groups for job in _group(name)]
+    return [replace(job, seed=seed) for seed in range(seeds) for job in found]

@@ -1,0 +1,186 @@
+"""The tables of docs/evidence.md, printed from what was measured; a table whose numbers are missing is left out."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import plan
+from .noise import KINDS
+from .runs import Job, Scale, done
+from .stats import mean_interval, paired
+from .worlds import GOOD_KINDS
+
+Results = dict[str, dict[str, Any]]
+LABELS = {
+    "plain": "plain SFT",
+    "plain_kept_tokens": "plain SFT, as many trained tokens",
+    "plain_wall_clock": "plain SFT, as much wall-clock",
+    "random_tokens": "random control, tokens",
+    "random_spans": "random control, spans",
+    "oracle": "oracle: exactly the planted noise",
+    "default": "**default**",
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are right-aligned."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def environment() -> str:
+    """Hardware, versions and commit, as the tables' caption."""
+    names = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+    packages = ", ".join(f"{name} {version(name)}" for name in names)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    models = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in models if line.startswith("model name")), platform.machine())
+    return (
+        f"{cpu}, one thread a process; Python {platform.python_version()}, {packages}; commit {commit.strip() or '?'}."
+    )
+
+
+def accuracy_table(title: str, jobs: Sequence[Job], results: Results, seeds: int) -> str:
+    """Greedy and sampled accuracy of arms on the same seeds, with intervals and paired tests against plain SFT."""
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for job in jobs:
+        if job.key in results:
+            by_arm.setdefault(job.arm, []).append(results[job.key])
+    plain = by_arm.get("plain", [])
+    rows = []
+    for arm, found in by_arm.items():
+        cells = [LABELS.get(arm, arm), f"{np.mean([one['kept'] for one in found]):.0%}", _found(found), _lost(found)]
+        for metric in ("accuracy", "sampled"):
+            values = [100 * one[metric] for one in found]
+            mean, half = mean_interval(values)
+            cells.append(f"{mean:.1f} ± {half:.1f}")
+            if arm == "plain" or len(found) != len(plain):
+                cells.append("")
+            else:
+                difference, _, p = paired(values, [100 * one[metric] for one in plain])
+                cells.append(f"{difference:+.1f} (p {_p(p)})")
+        rows.append(cells)
+    if not rows:
+        return ""
+    number = max(len(found) for found in by_arm.values())
+    head = ["arm", "kept", "noise dropped", "good lost", "greedy, %", "vs plain", "sampled, %", "vs plain"]
+    return f"### {title}\n\n{number} of {seeds} seeds.\n\n{table(head, rows)}\n"
+
+
+def _p(p: float) -> str:
+    return "–" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _mean(found: Sequence[dict[str, Any]], wanted: Callable[[str], bool]) -> float:
+    values = [share for one in found for kind, share in one["dropped_by_kind"].items() if wanted(kind)]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _found(found: Sequence[dict[str, Any]]) -> str:
+    """Spans and single tokens found, means over noise kinds."""
+    spans, singles = (_mean(found, lambda kind, s=shape: kind.endswith(s)) for shape in ("/span", "/single"))
+    return "–" if spans != spans else f"{spans:.0%} / {singles:.0%}"
+
+
+def _lost(found: Sequence[dict[str, Any]]) -> str:
+    return f"{_mean(found, lambda kind: kind in GOOD_KINDS and kind != 'eos'):.0%}"
+
+
+def auc_table(setting: dict[str, Any]) -> str:
+    """AUC of every score, by noise kind, spans and single tokens."""
+    columns = [f"{kind}/all/{shape}" for shape in ("span", "single") for kind in ("all", *KINDS)]
+    head = ["score", *(("spans" if c.startswith("all") else c.split("/")[0]) for c in columns[:7])]
+    head += [("single tokens" if c.startswith("all") else c.split("/")[0]) for c in columns[7:]]
+    rows = [[name, *(_auc(aucs[column]) for column in columns)] for name, aucs in setting["auc"].items()]
+    return f"### AUC: {_where(setting)}\n\n{table(head, rows)}\n"
+
+
+def _auc(value: float) -> str:
+    return f"{value:.2f}".lstrip("0") if value < 0.995 else "1.00"
+
+
+def _where(setting: dict[str, Any]) -> str:
+    reference = f", {setting['quantization']} reference" if setting["quantization"] else ""
+    return (
+        f"world {setting['world']}, base model {setting['base']}{reference}, noise rate {setting['rate']:.0%} "
+        f"({setting['tokens']:,} completion tokens, {setting['noise']:.1%} noise)"
+    )
+
+
+def conditions_table(settings: Sequence[dict[str, Any]]) -> str:
+    """The main scores over all settings: what a base model that knows less, or a 4-bit reference, changes."""
+    names = [
+        "attention received, all",
+        "relevance to the dataset",
+        "log-probability, 1",
+        "log-probability, 9",
+        "log-probability, line",
+        "typicality, 1",
+        "typicality, line",
+        "opening, sentence, clip 8",
+        "opening, line, clip 8",
+    ]
+    head = ["world", "base", "reference", "rate", *names]
+    rows = []
+    for setting in settings:
+        if "auc" in setting:
+            aucs = [setting["auc"][name] for name in names]
+            cells = [f"{_auc(one['all/all/span'])} / {_auc(one['all/all/single'])}" for one in aucs]
+            where = [setting["world"], setting["base"], setting["quantization"] or "fp32", f"{setting['rate']:.0%}"]
+            rows.append([*where, *cells])
+    return f"### AUC of spans / single tokens in every setting\n\n{table(head, rows)}\n"
+
+
+def rules_table(setting: dict[str, Any]) -> str:
+    """What each rule drops."""
+    head = [
+        "rule",
+        "dropped",
+        "precision",
+        "spans",
+        "single tokens",
+        "good lost",
+        *(f"{k} lost" for k in GOOD_KINDS[:4]),
+    ]
+    rows = []
+    for name, one in setting["rules"].items():
+        shares = [one[key] for key in ("dropped", "precision", "spans", "singles", "good_lost")]
+        shares += [one["lost"][kind] for kind in GOOD_KINDS[:4]]
+        rows.append([name, *("–" if share != share else f"{share:.1%}" for share in shares)])
+    return f"### Rules: {_where(setting)}\n\n{table(head, rows)}\n"
+
+
+TITLES = {
+    "arms": "Every arm: world facts, 25 % noise, full fine-tuning",
+    "rates": "Noise rates: world facts, full fine-tuning",
+    "worlds": "Other worlds, full fine-tuning",
+    "qlora": "QLoRA (4-bit nf4): world facts, 25 % noise",
+    "bases": "Other base models: world sums, 25 % noise",
+}
+
+
+def everything(folder: Path, groups: Sequence[str], scale: Scale) -> str:
+    """All tables, as Markdown."""
+    parts = [environment() + "\n"]
+    if (folder / "detection.json").exists():
+        settings = json.loads((folder / "detection.json").read_text())
+        parts += ["## Finding noise\n", conditions_table(settings)]
+        parts += [auc_table(setting) for setting in settings if "auc" in setting and setting["rate"] == plan.MAIN_RATE]
+        parts += [rules_table(setting) for setting in settings]
+    results = done(folder)
+    parts.append("## Better models\n")
+    for group in groups:
+        jobs = plan.jobs([group], scale.seeds)
+        for world, base, rate in dict.fromkeys((job.world, job.base, job.rate) for job in jobs):
+            chosen = [job for job in jobs if (job.world, job.base, job.rate) == (world, base, rate)]
+            title = f"{TITLES[group]} ({world}, base {base}, noise rate {rate:.0%})"
+            parts.append(accuracy_table(title, chosen, results, scale.seeds))
+    return "\n".join(part for part in parts if part)
