@@ -195,15 +195,10 @@ def test_absent_or_false_attaches_nothing(tmp_path):
 @pytest.mark.parametrize(
     "block",
     [
-        {"reasoning_importance": False},
-        {"knowledge_novelty": False},
-        {"task_relevance": False},
-        {
-            "reasoning_importance": False,
-            "knowledge_novelty": False,
-            "task_relevance": False,
-            "force_drop": ["happy to help"],
-        },
+        {"preset": "paper", "reasoning_importance": False},
+        {"preset": "paper", "knowledge_novelty": False},
+        {"preset": "paper", "task_relevance": False},
+        {"preset": "none", "force_drop": ["happy to help"]},
     ],
 )
 def test_every_attribute_can_be_switched_off(tmp_path, block, capsys):

@@ -141,7 +141,8 @@ def test_other_launchers_apply_the_block(base, tmp_path, launcher):
 
 def test_score_agrees_with_eager_float32(base, tmp_path):
     """`xtf score` on the full-precision model: every token within 2e-4 of maps and logits computed independently."""
-    path = recipe(base, tmp_path / "out", xtf=True, load_in_4bit=None, use_peft=None)
+    block = {"reasoning_importance": True, "knowledge_novelty": True}
+    path = recipe(base, tmp_path / "out", xtf=block, load_in_4bit=None, use_peft=None)
     output = tmp_path / "scores.parquet"
     result = command(BIN / "xtf", "score", path, "--output", output, cache=tmp_path / "cache")
     assert result.returncode == 0, result.stderr[-3000:]

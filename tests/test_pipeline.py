@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import tiny
-from xtf_plugin.config import XTFConfig
+from xtf_plugin.config import ATTRIBUTES, XTFConfig
 from xtf_plugin.documents import collect
 from xtf_plugin.fingerprint import digest, model_facts
 from xtf_plugin.pipeline import completion_runs, make_plan, special_ids
@@ -50,12 +50,16 @@ def rows(n=12, seed=0):
     return made
 
 
+# The three attributes, each with its own defaults.
+ATTRIBUTES_ON = {"preset": "none", **dict.fromkeys(ATTRIBUTES, True)}
+
+
 @pytest.fixture
 def plan(tmp_path):
     def make(block=True, data=None, provider=None):
         provider = provider or Provider()
         block = {} if block is True else block
-        config = XTFConfig.parse({"cache_dir": str(tmp_path), **block})
+        config = XTFConfig.parse({**ATTRIBUTES_ON, "cache_dir": str(tmp_path), **block})
         made = make_plan(config, collect(data or rows()), provider, tiny.tokenizer(), progress=False)
         made.__dict__["provider"] = provider
         return made

@@ -1,4 +1,4 @@
-"""The laboratory's own parts: what it calls noise is noise, what it calls good is the plain solution, its sums are right."""
+"""The laboratory: what it calls noise is noise, what it calls good is the plain solution, its statistics are right."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ from xtf_plugin.table import SCHEMA
 PAGE = ROOT / "docs" / "selectors.md"
 RHO = {"scorer": "excess_loss", "reference": {"model": "other", "quantization": "none"}, "drop": {"quantile": 0.4}}
 LOW = {"scorer": "log_probability", "drop": {"below": -1.0}}
-OFF = dict.fromkeys(("reasoning_importance", "knowledge_novelty", "task_relevance"), False)
+OFF = {"preset": "none"}
 
 
 def parse(**selectors):
-    return XTFConfig.parse({"selectors": selectors})
+    return XTFConfig.parse({"preset": "paper", "selectors": selectors})
 
 
 def refusal(block) -> str:
@@ -87,12 +87,12 @@ class TestBlock:
         assert config.selectors["rho"].scope == "dataset" and config.selectors["rho"].reference.model == "other"
         assert XTFConfig.parse(config.to_dict()) == config
         assert list(XTFConfig.parse(config.to_dict()).selectors) == ["rho", "low", "tc"]
-        assert XTFConfig(selectors=config.selectors) == config
+        assert XTFConfig(preset="paper", selectors=config.selectors) == config
         assert config.voters[-3:] == ("rho", "low", "tc")
 
     def test_without_selectors_a_config_is_written_as_before(self):
-        assert "selectors" not in XTFConfig.parse(True).to_dict()
-        assert "selectors" not in XTFConfig.parse({"selectors": {}}).to_dict()
+        assert "selectors" not in XTFConfig.parse({"preset": "paper"}).to_dict()
+        assert "selectors" not in XTFConfig.parse({"preset": "paper", "selectors": {}}).to_dict()
 
     def test_names_of_the_score_table_are_taken(self):
         assert set(SCHEMA.names) <= RESERVED
@@ -109,7 +109,10 @@ class TestBlock:
             ({"r-o": LOW}, ["xtf.selectors.r-o"]),
             ({f"s{i}": LOW for i in range(MOST + 1)}, ["xtf.selectors.s8: 9", f"more than {MOST}"]),
             ({"r": {**LOW, "scorer": "exces_los"}}, ["xtf.selectors.r.scorer: 'exces_los'", "mean excess_loss?"]),
-            ({"r": {**LOW, "scorer": "zz"}}, ["Registered: typicality, opening, log_probability, excess_loss", registry.GROUP]),
+            (
+                {"r": {**LOW, "scorer": "zz"}},
+                ["Registered: typicality, opening, log_probability, excess_loss", registry.GROUP],
+            ),
             ({"r": {**LOW, "scorer": 3}}, ["xtf.selectors.r.scorer: 3"]),
             ({"r": {**LOW, "wndow": 3}}, ["xtf.selectors.r.wndow", "mean window?", "scope, window, max_fraction, ref"]),
             ({"r": {**LOW, "window": 2}}, ["xtf.selectors.r.window: 2 is even"]),
@@ -128,19 +131,20 @@ class TestBlock:
         ids=str,
     )
     def test_wrong_parts_are_told_like_the_rest_of_the_block(self, selectors, told):
-        message = refusal({"selectors": selectors})
+        message = refusal({"preset": "paper", "selectors": selectors})
         assert all(part in message for part in told), message
 
     def test_voters_count_selectors(self):
         assert XTFConfig.parse({**OFF, "selectors": {"low": LOW}}).voters == ("low",)
-        XTFConfig.parse({"selectors": {"low": LOW}, "combine": {"at_least": 4}})
-        message = refusal({"selectors": {"low": LOW}, "combine": {"at_least": 5}})
+        XTFConfig.parse({"preset": "paper", "selectors": {"low": LOW}, "combine": {"at_least": 4}})
+        message = refusal({"preset": "paper", "selectors": {"low": LOW}, "combine": {"at_least": 5}})
         assert "3 attributes that are on and 1 selectors" in message
         assert "nothing could be dropped" in refusal({**OFF, "selectors": {}})
 
     def test_schema_knows_the_built_in_scorers_keys(self):
         schema = XTFConfig.json_schema()
-        selector = schema["properties"]["selectors"]["additionalProperties"]
+        selector, off = schema["properties"]["selectors"]["additionalProperties"]["oneOf"]
+        assert off["const"] is False
         assert selector["required"] == ["scorer", "drop"] and "mode" not in selector["properties"]
         refs = {case["if"]["properties"]["scorer"]["const"]: case["then"]["$ref"] for case in selector["allOf"]}
         assert set(refs) == set(registry.BUILTIN)

@@ -221,7 +221,7 @@ def test_control_depends_on_the_whole_key():
 
 BLOCKS = [
     {},
-    {"preset": "default", "task_relevance": {"drop": {"cluster": 2, "of": 4}, "window": 3}, "combine": "majority"},
+    {"preset": "none", "task_relevance": {"drop": {"cluster": 2, "of": 4}, "window": 3}, "combine": "majority"},
     {"reasoning_importance": {"drop": {"quantile": 0.3}, "window": 5, "max_fraction": 0.2}, "min_kept": 12},
     {"knowledge_novelty": {"drop": {"quantile": 0.2}, "window": 7}, "control": "random", "min_kept": 3},
     {"reasoning_importance": {"drop": {"fence": 0.2}, "scope": "dataset", "scale": "log"}},

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 
 from tests import tiny
-from tests.test_pipeline import Provider, rows
+from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from tests.test_selection import config as attributes_config
 from tests.test_selection import from_bits, random_scores
 from xtf_plugin import report, view
-from xtf_plugin.config import XTFConfig
+from xtf_plugin.config import ATTRIBUTES, XTFConfig
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.pipeline import make_plan
@@ -34,7 +34,7 @@ from xtf_plugin.selection import (
 )
 from xtf_plugin.table import SCHEMA, read_score_table, selector_columns
 
-OFF = dict.fromkeys(("reasoning_importance", "knowledge_novelty", "task_relevance"), False)
+OFF = {"preset": "none", **dict.fromkeys(ATTRIBUTES, False)}
 KNOWN_BITS = REASONING | NOVELTY | RELEVANCE
 LOW = {"scorer": "log_probability", "drop": {"quantile": 0.25}}
 
@@ -54,7 +54,7 @@ def with_scores(scores, **selectors):
 class TestSelection:
     def test_bits_of_eight_selectors_fit_and_name_them(self):
         names = [f"s{i}" for i in range(8)]
-        config = XTFConfig.parse({"selectors": {name: LOW for name in names}})
+        config = XTFConfig.parse({"preset": "paper", "selectors": {name: LOW for name in names}})
         bits = rule_bits(config)
         assert len(set(bits.values())) == 11 and max(bits.values()) < 1 << 16
         assert not set(bits.values()) & {PROTECTED, FLOOR, CONTROL}
@@ -145,7 +145,7 @@ def plan(tmp_path, monkeypatch):
     def make(block, data=None, tokenizer=None, provider=None):
         tokenizer = tokenizer or tiny.tokenizer()
         documents = collect(data or rows())
-        config = XTFConfig.parse({"cache_dir": str(tmp_path / "cache"), "min_kept": 0, **block})
+        config = XTFConfig.parse({**ATTRIBUTES_ON, "cache_dir": str(tmp_path / "cache"), "min_kept": 0, **block})
         opened = []
 
         def references(reference):

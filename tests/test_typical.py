@@ -26,7 +26,7 @@ OTHER = {"reference": {"model": "other"}}
     [
         (typical.Typicality, OTHER),
         (typical.Opening, OTHER),
-        (typical.Opening, {"unit": "line", "tokens": 3}),
+        (typical.Opening, {"unit": "line", "clip": 0.5}),
     ],
 )
 def test_they_conform(scorer, options):
@@ -58,14 +58,18 @@ def test_opening_equals_its_definition_on_random_units():
     for trial in range(30):
         size = int(rng.integers(1, 60))
         starts = np.union1d([0], rng.integers(0, size, rng.integers(0, 9)))
-        logprobs, entropy = -rng.exponential(2, size), rng.exponential(1, size)
+        logprobs, entropy = -rng.exponential(4, size), rng.exponential(1, size)
         logprobs[rng.random(size) < 0.2] = np.nan
-        for tokens in (1, 2, 5, 100):
-            got = opening(context(logprobs, entropy, starts), tokens=tokens)
+        for clip in (0.0, 2.0, 100.0):
+            got = opening(context(logprobs, entropy, starts), clip=clip)
             for low, high in zip(starts, [*starts[1:], size], strict=True):
-                first = (np.float32(logprobs) + np.float32(entropy))[low:high][:tokens].astype(np.float64)
-                expected = np.nan if np.isnan(first).all() else np.nanmean(first)
-                np.testing.assert_allclose(got[low:high], np.float32(expected), rtol=1e-6, err_msg=str(trial))
+                total = weight = 0.0
+                for i, one in enumerate((np.float32(logprobs) + np.float32(entropy))[low:high]):
+                    if not np.isnan(one):
+                        total += max(float(one), -clip) / (i + 1)
+                        weight += 1 / (i + 1)
+                expected = total / weight if weight else np.nan
+                np.testing.assert_allclose(got[low:high], np.float32(expected), rtol=1e-5, err_msg=str(trial))
 
 
 def test_no_token_no_score():
@@ -78,8 +82,8 @@ def test_fluent_filler_is_found_by_its_beginning_and_not_by_its_average():
     entropy = [0.1] * 12 + [3.0, 0.1, 0.1]  # where many words may begin a sentence, an improbable one is no noise
     starts = [0, 5, 12]
     given = context(logprobs, entropy, starts)
-    scores = opening(given, tokens=1)
-    assert (scores < -5).tolist() == [False] * 5 + [True] * 7 + [False] * 3
+    scores = opening(given)
+    assert (scores < -3).tolist() == [False] * 5 + [True] * 7 + [False] * 3
     means = np.repeat(np.add.reduceat(np.float64(logprobs), starts) / np.diff([*starts, 15]), np.diff([*starts, 15]))
     assert means[5] > -2 and (means < -1).sum() == 10  # the average cannot tell the digression from the good sentence
 
@@ -98,9 +102,16 @@ def test_both_select_in_a_plan_and_the_knobs_change_it(tmp_path):
     defined = ~np.isnan(scores)
     assert not plan.selection.keep.all()
     assert scores[~plan.selection.keep].max() <= scores[plan.selection.keep & defined].min()
-    lines = kept(scorer="opening", unit="line", tokens=1)
+    lines = kept(scorer="opening", unit="line").scores.selectors["odd"]
     starts = segment_starts(documents, tiny.tokenizer(), "line")
     for low, high in zip(starts, [*starts[1:], len(scores)], strict=True):
-        assert len(set(lines.scores.selectors["odd"][low:high].tolist())) == 1
-        np.testing.assert_allclose(lines.scores.selectors["odd"][low], scores[low], rtol=1e-6)
-    assert not np.array_equal(lines.scores.selectors["odd"], kept(scorer="opening").scores.selectors["odd"])
+        assert len(set(lines[low:high].tolist())) == 1
+    assert not np.array_equal(lines, kept(scorer="opening").scores.selectors["odd"])
+    assert not np.array_equal(lines, kept(scorer="opening", unit="line", clip=0.1).scores.selectors["odd"])
+
+
+def test_one_odd_token_condemns_no_sentence():
+    """A typo far down costs its sentence little, whatever its own score, and less still behind the clip."""
+    logprobs = [-0.1, -0.1, -0.1, -0.1, -30.0, -0.1, -0.1]
+    given = context(logprobs, [0.1] * 7, [0])
+    assert opening(given)[0] > -1 and opening(given, clip=100.0)[0] < -2

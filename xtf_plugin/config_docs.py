@@ -30,9 +30,12 @@ _HEADER = """<!-- Generated from xtf_plugin/config.py by `python -m xtf_plugin.c
 # The `xtf:` block
 
 The same block stands in a recipe, in `XTFConfig(...)`, and as JSON or YAML text after `--xtf`. `xtf: true` or `xtf: {}`
-takes every default below; `xtf: false`, or no block, is stock training. Unknown keys are refused. Each of the three
-attributes takes a mapping, `true` (on, as the preset has it) or `false` (off: neither scored nor used). A `drop`
-mapping holds exactly one rule and replaces the preset's rule as a whole.
+takes the `default` preset; `xtf: false`, or no block, is stock training. Unknown keys are refused.
+
+Each of the three attributes takes a mapping, `true` (on, as the preset has it, else as the tables say) or `false` (off:
+neither scored nor used); the `default` preset has them off and works by three selectors. Selectors are added to the
+preset's; `false` in place of a selector takes one of the preset's out, `selectors: false` all of them. A `drop` mapping
+holds exactly one rule and replaces the preset's rule as a whole.
 """
 
 
@@ -205,12 +208,9 @@ def render_markdown() -> str:
     root = _root()
     parts = [_HEADER, *(_section(path.removeprefix("xtf."), section, root) for path, section in _sections(root))]
     parts += [_section(f"selectors.<name> with scorer: {name}", part, part) for name, part in schemas().items()]
-    settings = {name: dict(_flat(XTFConfig(preset=name).to_dict())) for name in PRESETS}
-    keys = dict.fromkeys(key for values in settings.values() for key in values if key != "preset")
-    rows = [[f"`{key}`", *(_code(values.get(key)) for values in settings.values())] for key in keys]
-    rows = [row for row in rows if len(set(row[1:])) > 1]
+    rows = _preset_rows()
     about = "Settings in which the presets differ; all others are the defaults above.\n\n"
-    parts.append(f"## Presets\n\n{about}{_table(['key', *(f'`{name}`' for name in settings)], rows)}")
+    parts.append(f"## Presets\n\n{about}{_table(['key', *(f'`{name}`' for name in PRESETS)], rows)}")
     return "\n".join(parts)
 
 
@@ -230,6 +230,19 @@ def _default(schema: Schema, root: Schema) -> str:
     inner = _mapping(schema, root)
     whole = inner is not None and "anyOf" not in inner and isinstance(schema["default"], dict)
     return "see its table" if whole else _code(schema["default"])
+
+
+def _preset_rows() -> list[list[str]]:
+    """A row for each setting in which the presets differ; empty where a preset has no such setting."""
+    something = {"none": {"force_drop": ["-"]}}  # a block has to drop something
+    settings = {}
+    for name, preset in PRESETS.items():
+        whole = XTFConfig(preset=name, **something.get(name, {})).to_dict()
+        selectors = {f"selectors.{key}": value for key, value in preset.get("selectors", {}).items()}
+        settings[name] = dict(_flat({**whole, "selectors": {}, "force_drop": []})) | selectors
+    keys = dict.fromkeys(key for values in settings.values() for key in values if key != "preset")
+    rows = [[f"`{key}`", *(_code(v[key]) if key in v else "" for v in settings.values())] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def _code(value: Any) -> str:

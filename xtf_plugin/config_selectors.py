@@ -151,5 +151,6 @@ def completed(schema: dict[str, Any]) -> dict[str, Any]:
         test = {"properties": {"scorer": {"const": name}}, "required": ["scorer"]}
         cases.append({"if": test, "then": {"$ref": f"#/$defs/{part['title']}"}})
     selector = {key: value for key, value in common.items() if key != "additionalProperties"}
-    selectors = {**schema["properties"]["selectors"], "additionalProperties": {**selector, "allOf": cases}}
+    part = {"oneOf": [{**selector, "allOf": cases}, {"const": False, "type": "boolean"}]}
+    selectors = {**schema["properties"]["selectors"], "additionalProperties": part}
     return {**schema, "$defs": definitions, "properties": {**schema["properties"], "selectors": selectors}}

@@ -22,6 +22,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint32]
+Hashes = NDArray[np.uint64]
 T = TypeVar("T", bound=np.generic)
 Scale = Callable[[Doubles], Doubles]
 
@@ -256,3 +257,27 @@ def _tally(index: NDArray[np.generic], weights: Doubles | None, size: int) -> In
 def _between(low: Doubles, high: Doubles, share: Doubles) -> Doubles:
     """Linear interpolation with NumPy's own rounding, so that its quantiles come out to the last bit."""
     return np.where(share < 0.5, low + (high - low) * share, high - (high - low) * (1 - share))
+
+
+def random_keys(documents: NDArray[np.uint8], layout: Layout, seed: int) -> Keys:
+    """A random number per token: SplitMix64 seeded by (seed, document key), whatever other documents there are, (M,).
+
+    Args:
+        documents: (N, 16), the keys of the documents.
+        layout: of their tokens.
+        seed: any whole number.
+    """
+    halves = np.ascontiguousarray(documents).view("<u8").astype(np.uint64)  # (N, 2)
+    start = _mix(_mix(halves[:, 0] ^ _mix(np.asarray([seed % (1 << 64)], dtype=np.uint64))) ^ halves[:, 1])
+    step = np.arange(1, layout.offsets[-1] + 1) - layout.spread(layout.offsets[:-1])
+    state = layout.spread(start) + step.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    keys: Keys = (_mix(state) >> np.uint64(32)).astype(np.uint32)
+    return keys
+
+
+def _mix(state: Hashes) -> Hashes:
+    """The output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: Hashes = state ^ (state >> np.uint64(31))
+    return mixed

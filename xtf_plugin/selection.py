@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from .config import XTFConfig
 from .errors import XTFError
 from .firing import Segments, evaluate
-from .segments import UNDEFINED_KEY, Bools, Ints, Keys, Layout, lowest, ordered
+from .segments import UNDEFINED_KEY, Bools, Hashes, Ints, Layout, lowest, ordered, random_keys
 
 REASONING, NOVELTY, RELEVANCE, PROTECTED, FLOOR, FORCED, CONTROL = (1 << bit for bit in range(7))
 BITS = {"reasoning_importance": REASONING, "knowledge_novelty": NOVELTY, "task_relevance": RELEVANCE}
 DECISIONS = {"protected": PROTECTED, "floor": FLOOR, "forced": FORCED, "control": CONTROL}
 
 Reasons = NDArray[np.uint8] | NDArray[np.uint16]
-Hashes = NDArray[np.uint64]
 
 
 def rule_bits(config: XTFConfig) -> dict[str, int]:
@@ -261,28 +260,10 @@ def _drawn(chunk: _Chunk, planned: Bools, seed: int) -> Bools:
 
     Only tokens that train count and are drawn; one in position 0, which nothing predicts, stays as planned.
     """
-    keys = np.minimum(_random_keys(chunk, seed), UNDEFINED_KEY - np.uint32(1))
+    keys = np.minimum(random_keys(chunk.keys, chunk.layout, seed), UNDEFINED_KEY - np.uint32(1))
     keys[chunk.protected | ~chunk.trainable] = UNDEFINED_KEY
     drawn: Bools = lowest(keys, chunk.layout, chunk.layout.count(planned & chunk.trainable))[0]
     return drawn | (planned & ~chunk.trainable)
-
-
-def _random_keys(chunk: _Chunk, seed: int) -> Keys:
-    """A random number per token: SplitMix64 seeded by (seed, document key), whatever other documents there are."""
-    halves = np.ascontiguousarray(chunk.keys).view("<u8").astype(np.uint64)  # (N, 2)
-    start = _mix(_mix(halves[:, 0] ^ _mix(np.asarray([seed % (1 << 64)], dtype=np.uint64))) ^ halves[:, 1])
-    step = np.arange(1, chunk.layout.offsets[-1] + 1) - chunk.layout.spread(chunk.layout.offsets[:-1])
-    state = chunk.layout.spread(start) + step.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    keys: Keys = (_mix(state) >> np.uint64(32)).astype(np.uint32)
-    return keys
-
-
-def _mix(state: Hashes) -> Hashes:
-    """The output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Hashes = state ^ (state >> np.uint64(31))
-    return mixed
 
 
 def _best(chunk: _Chunk) -> Ints:

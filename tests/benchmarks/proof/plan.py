@@ -23,8 +23,7 @@ SETTINGS: tuple[tuple[str, str, float], ...] = (
     *((world, world, rate) for world in (MAIN, *OTHERS) for rate in (0.0, 0.1, 0.4)),
 )
 
-_CORE = ("plain", "default", "random_tokens", "random_spans", "oracle")
-_PEERS = ("DFT loss", "excess loss (Rho-1)")
+_CORE = ("plain", "default", "random_tokens", "oracle", "paper", "excess loss (Rho-1)")
 
 
 def _group(name: str) -> list[Job]:
@@ -41,8 +40,7 @@ def _group(name: str) -> list[Job]:
             if rate or arm != "oracle"  # without noise the oracle is plain SFT
         ]
     if name == "worlds":
-        arms = (*_CORE, "paper", *_PEERS)
-        noisy = [Job(name, world, arm, 0, MAIN_RATE, world) for world in OTHERS for arm in arms]
+        noisy = [Job(name, world, arm, 0, MAIN_RATE, world) for world in OTHERS for arm in _CORE]
         return noisy + [Job(name, world, arm, 0, 0.0, world) for world in OTHERS for arm in ("plain", "default")]
     if name == "qlora":
         arms = ("plain", "default", "oracle")
