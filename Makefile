@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-lowest lint bench bench-scoring docs clean
+.PHONY: demo test test-lowest lint bench bench-scoring proof proof-gpu docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,14 @@ bench: bench-scoring
 bench-scoring: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_scoring
 	$(BIN)/python -m tests.benchmarks.bench_overheads
+
+# From nothing to the tables of docs/evidence.md: about an hour on two cores. Started again, it goes on where it stopped.
+proof: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.proof --folder .proof
+
+# Larger models and more seeds; started again until nothing is missing, each time at most ten minutes.
+proof-gpu: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.proof --folder .proof-gpu --scale gpu --minutes 9
 
 docs: $(STAMP)
 	$(BIN)/python -m xtf_plugin.config_docs

@@ -115,3 +115,16 @@ def test_one_odd_token_condemns_no_sentence():
     logprobs = [-0.1, -0.1, -0.1, -0.1, -30.0, -0.1, -0.1]
     given = context(logprobs, [0.1] * 7, [0])
     assert opening(given)[0] > -1 and opening(given, clip=100.0)[0] < -2
+
+
+def test_a_reference_that_does_not_know_the_text_is_told(tmp_path):
+    """To a reference that is sure and wrong everything is odd; silence would hide that nearly all is dropped."""
+    documents, model = collect(rows(12)), tiny.model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # sure of itself everywhere, for no reason
+    config = XTFConfig.parse({"cache_dir": str(tmp_path)})
+    plan = make_plan(config, documents, Provider(model), tiny.tokenizer(), progress=False)
+    assert plan.selection.keep.mean() < 0.5
+    assert any("odd_tokens: fires on" in told and "may not know" in told for told in plan.warnings)
+    calm = make_plan(config, documents, Provider(), tiny.tokenizer(), progress=False)
+    assert not any("may not know" in told for told in calm.warnings)

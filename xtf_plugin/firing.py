@@ -33,6 +33,7 @@ from .segments import (
     windowed,
 )
 
+MOST = 0.5  # share of the dataset's completion tokens beyond which a rule is told to fire too often
 Limits = list[Doubles]
 Segments = Mapping[str, Ints]
 _SHARES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95 %": 0.95, "max": 1.0}
@@ -87,6 +88,7 @@ def evaluate(
             f"{attribute}: max_fraction {config.max_fraction} lets no token of any document through (the longest "
             f"completion has {layout.lengths.max()} tokens); raise it, or {off}"
         )
+    warnings += _greedy(attribute, fired, layout, off)
     thresholds = {
         "rule": config.drop.model_dump(mode="json", exclude_none=True),
         "window": config.window,
@@ -97,8 +99,22 @@ def evaluate(
     return Firing(mask, fired, thresholds, warnings)
 
 
+def _greedy(attribute: str, fired: int, layout: Layout, off: str) -> list[str]:
+    """What to tell about a rule that fires on most of the dataset: then it finds no noise, it is noise to the data."""
+    total = int(layout.lengths @ layout.counts)
+    if fired <= MOST * total:
+        return []
+    return [
+        f"{attribute}: fires on {fired / total:.0%} of all completion tokens. Noise is seldom the larger part: the "
+        "reference may not know this kind of text (other language or domain), or the threshold does not suit it. Look "
+        f"at `xtf show`; choose another threshold, a `max_fraction` or another `reference.model`, or {off}"
+    ]
+
+
 def _off(attribute: str, config: AttributeConfig) -> str:
-    return f"remove the selector `{attribute}`" if isinstance(config, SelectorConfig) else f"set `{attribute}: false`"
+    if isinstance(config, SelectorConfig):
+        return f"remove the selector `{attribute}` (`{attribute}: false` if it is the preset's)"
+    return f"set `{attribute}: false`"
 
 
 def _averaged(scores: Floats, layout: Layout, window: int | str, segments: Segments | None) -> Floats:

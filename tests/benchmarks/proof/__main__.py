@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--groups", nargs="+", choices=plan.GROUPS, default=plan.GROUPS)
     parser.add_argument("--seeds", type=int, help="fewer or more seeds than the scale's")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop the runs after so many")
+    parser.add_argument("--write", type=Path, help="also put the tables into this page, between its marks")
     options = parser.parse_args(arguments)
     quiet()
     settings, scale = SCALES[options.scale]
@@ -89,7 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_all(plan.jobs(options.groups, scale.seeds), options.folder, scale, until=start + 60 * options.minutes)
         print(f"runs: {(time.time() - start) / 60:.1f} min")
     if "tables" in stages:
-        print(tables.everything(options.folder, options.groups, scale))
+        text = tables.everything(options.folder, options.groups, scale)
+        print(text)
+        if options.write is not None:
+            tables.write_into(options.write, text)
 
 
 if __name__ == "__main__":

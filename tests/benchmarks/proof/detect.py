@@ -20,6 +20,7 @@ from xtf_plugin.segments import Layout, segment_means, windowed
 from .arms import OFF
 from .data import Encoder, Row, flat_kinds, make_rows
 from .finetune import dataset, load
+from .models import device
 from .noise import FORMS, KINDS, is_noise
 from .stats import auc
 from .worlds import GOOD_KINDS
@@ -133,7 +134,8 @@ class Bench:
         self.kinds = flat_kinds(self.rows)
         self.noise = np.asarray([is_noise(kind) for kind in self.kinds])
         self.documents = collect(dataset(self.rows))
-        self.provider = Provider(load(base, "qlora" if quantization else "full"))
+        model = load(base, "qlora" if quantization else "full")
+        self.provider = Provider(model if quantization else model.to(device()))
         self.cache = str(folder / "cache")
 
     def plan(self, block: Mapping[str, Any]) -> Plan:

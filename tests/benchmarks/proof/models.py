@@ -24,6 +24,11 @@ IGNORE = -100
 ANSWER_MARK = "Answer:"
 
 
+def device() -> torch.device:
+    """Where models train and answer."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True)
 class BaseSettings:
     """Size and training of a base model; linear sizes are multiples of 64, the block size of 4-bit quantisation."""
@@ -94,7 +99,7 @@ def train_base(
     documents: Sequence[Sequence[int]], tokenizer: Any, settings: BaseSettings, log: Callable[[str], None] = print
 ) -> LlamaForCausalLM:
     """Next-token training with warm-up and a cosine, in float32."""
-    model = build(tokenizer, settings)
+    model = build(tokenizer, settings).to(device())
     steppers = optimizers(model, settings.learning_rate)
     rng, queue, start, seen = random.Random(settings.seed), [], time.perf_counter(), 0
     model.train()
@@ -102,7 +107,7 @@ def train_base(
         if not queue:
             queue = batches(documents, settings.batch_tokens, rng)
         chosen = [documents[i] for i in queue.pop()]
-        ids, labels = padded(chosen, 0), padded(chosen, IGNORE)
+        ids, labels = (padded(chosen, value).to(device()) for value in (0, IGNORE))
         progress = max(0, step - settings.warmup) / max(1, settings.steps - settings.warmup)
         factor = min(1, (step + 1) / settings.warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in (group for stepper in steppers for group in stepper.param_groups):
@@ -147,7 +152,8 @@ def complete(
     seed: int = 0,
 ) -> list[list[int]]:
     """Greedy completions (or samples at a temperature), without EOS; prompts of equal length share a batch."""
-    generator = torch.Generator().manual_seed(seed)
+    where = model.device
+    generator = torch.Generator(where).manual_seed(seed)
     groups: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(len(prompt), []).append(index)
@@ -155,8 +161,8 @@ def complete(
     was_training = model.training
     model.eval()
     for members in groups.values():
-        ids, cache = torch.tensor([prompts[i] for i in members]), None
-        alive = torch.ones(len(members), dtype=torch.bool)
+        ids, cache = torch.tensor([prompts[i] for i in members], device=where), None
+        alive = torch.ones(len(members), dtype=torch.bool, device=where)
         for _ in range(limit):
             output = model(input_ids=ids, past_key_values=cache, use_cache=True)
             logits, cache = output.logits[:, -1], output.past_key_values

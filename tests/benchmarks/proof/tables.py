@@ -19,6 +19,7 @@ from .stats import mean_interval, paired
 from .worlds import GOOD_KINDS
 
 Results = dict[str, dict[str, Any]]
+BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
 LABELS = {
     "plain": "plain SFT",
     "plain_kept_tokens": "plain SFT, as many trained tokens",
@@ -158,29 +159,52 @@ def rules_table(setting: dict[str, Any]) -> str:
     return f"### Rules: {_where(setting)}\n\n{table(head, rows)}\n"
 
 
+def default_table(settings: Sequence[dict[str, Any]]) -> str:
+    """What the default drops in every setting; at rate 0, what filtering clean data costs."""
+    head = ["world", "base", "reference", "rate", "dropped", "precision", "spans", "single tokens", "good lost"]
+    head += [f"{kind} lost" for kind in GOOD_KINDS[:4]]
+    rows = []
+    for setting in settings:
+        one = setting["rules"]["default"]
+        shares = [one[key] for key in ("dropped", "precision", "spans", "singles", "good_lost")]
+        shares += [one["lost"][kind] for kind in GOOD_KINDS[:4]]
+        where = [setting["world"], setting["base"], setting["quantization"] or "fp32", f"{setting['rate']:.0%}"]
+        rows.append([*where, *("–" if share != share else f"{share:.1%}" for share in shares)])
+    return f"### The default's rules in every setting\n\n{table(head, rows)}\n"
+
+
 TITLES = {
-    "arms": "Every arm: world facts, 25 % noise, full fine-tuning",
-    "rates": "Noise rates: world facts, full fine-tuning",
+    "arms": "Every arm, full fine-tuning",
+    "rates": "Other noise rates, full fine-tuning",
     "worlds": "Other worlds, full fine-tuning",
-    "qlora": "QLoRA (4-bit nf4): world facts, 25 % noise",
-    "bases": "Other base models: world sums, 25 % noise",
+    "qlora": "QLoRA, 4-bit nf4",
+    "bases": "Base models that know another world, or both",
 }
 
 
-def everything(folder: Path, groups: Sequence[str], scale: Scale) -> str:
+def everything(folder: Path, groups: Sequence[str], scale: Scale, caption: str | None = None) -> str:
     """All tables, as Markdown."""
-    parts = [environment() + "\n"]
+    parts = [(caption or environment()) + "\n"]
     if (folder / "detection.json").exists():
         settings = json.loads((folder / "detection.json").read_text())
-        parts += ["## Finding noise\n", conditions_table(settings)]
-        parts += [auc_table(setting) for setting in settings if "auc" in setting and setting["rate"] == plan.MAIN_RATE]
-        parts += [rules_table(setting) for setting in settings]
+        own = [s for s in settings if s["world"] == s["base"] and not s["quantization"] and s["rate"] == plan.MAIN_RATE]
+        parts += ["## Finding noise\n", conditions_table(settings), default_table(settings)]
+        parts += [f(setting) for f in (auc_table, rules_table) for setting in own]
     results = done(folder)
     parts.append("## Better models\n")
     for group in groups:
         jobs = plan.jobs([group], scale.seeds)
         for world, base, rate in dict.fromkeys((job.world, job.base, job.rate) for job in jobs):
             chosen = [job for job in jobs if (job.world, job.base, job.rate) == (world, base, rate)]
-            title = f"{TITLES[group]} ({world}, base {base}, noise rate {rate:.0%})"
+            title = f"{TITLES[group]}: world {world}, base model {base}, {rate:.0%} noise"
             parts.append(accuracy_table(title, chosen, results, scale.seeds))
     return "\n".join(part for part in parts if part)
+
+
+def write_into(page: Path, text: str) -> None:
+    """Put the tables between the marks of a page; ValueError if it has none."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} has no lines {BEGIN} and {END} to put the tables between")
+    page.write_text(f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}", encoding="utf-8")
