@@ -185,7 +185,7 @@ def test_a_block_wins_over_its_preset_key_by_key():
 def test_models_are_taken_whole():
     config = XTFConfig(preset="official", knowledge_novelty=KnowledgeNoveltyConfig(), protect=ProtectConfig())
     assert config.knowledge_novelty.max_fraction is None and config.protect.special_tokens
-    assert XTFConfig(combine=AtLeast(at_least=3)).combine.at_least == 3
+    assert XTFConfig(preset="paper", combine=AtLeast(at_least=3)).combine.at_least == 3
 
 
 def test_presets_and_defaults_stay_what_they_are():
@@ -276,7 +276,7 @@ def test_config_page_holds_every_key_and_the_presets():
             assert any(f"\n| `{inner}` |" in section for section in sections if section.startswith(f"`{key}`"))
     presets = sections[-1]
     assert "| `reasoning_importance.drop` |  |  | `{fence: 1.0}` | `{fence: 1.5}` |" in presets
-    assert "| `selectors.odd_tokens` | `{scorer: typicality, drop: {below: " in presets
+    assert "| `selectors.odd_lines` | `{scorer: opening, unit: line, drop: {below: " in presets
     assert "seed" not in presets
 
 

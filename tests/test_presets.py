@@ -10,16 +10,18 @@ from xtf_plugin.errors import XTFUserError
 
 def test_an_attribute_that_the_preset_has_off_comes_on_with_its_own_defaults():
     on = XTFConfig.parse({"reasoning_importance": True, "knowledge_novelty": {"window": 5}})
-    assert on.attributes == ("reasoning_importance", "knowledge_novelty") and len(on.selectors) == 3
+    assert on.attributes == ("reasoning_importance", "knowledge_novelty") and len(on.selectors) == len(
+        PRESETS["default"]["selectors"]
+    )
     assert on.reasoning_importance.drop.quantile == 0.05
     assert (on.knowledge_novelty.drop.known_above, on.knowledge_novelty.window) == (0.95, 5)
 
 
 def test_selectors_of_the_preset_are_changed_replaced_and_taken_out():
     names = list(PRESETS["default"]["selectors"])
-    less = XTFConfig.parse({"selectors": {names[0]: False, names[2]: {"drop": {"below": -3}}}})
-    assert list(less.selectors) == names[1:] and less.selectors[names[2]].drop.below == -3
-    assert less.selectors[names[2]].scorer == XTFConfig().selectors[names[2]].scorer
+    less = XTFConfig.parse({"selectors": {names[0]: False, names[1]: {"drop": {"below": -3}}}})
+    assert list(less.selectors) == names[1:] and less.selectors[names[1]].drop.below == -3
+    assert less.selectors[names[1]].scorer == XTFConfig().selectors[names[1]].scorer
     assert XTFConfig.parse(less.to_dict()) == less
     other = {"scorer": "log_probability", "drop": {"quantile": 0.1}}
     replaced = XTFConfig.parse({"selectors": {names[0]: other, "more": other}})

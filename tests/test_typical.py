@@ -122,7 +122,8 @@ def test_a_reference_that_does_not_know_the_text_is_told(tmp_path):
     documents, model = collect(rows(12)), tiny.model()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)  # sure of itself everywhere, for no reason
-    config = XTFConfig.parse({"cache_dir": str(tmp_path)})
+    rule = {"odd_tokens": {"scorer": "typicality", "drop": {"below": -10}}}
+    config = XTFConfig.parse({"cache_dir": str(tmp_path), "selectors": rule})
     plan = make_plan(config, documents, Provider(model), tiny.tokenizer(), progress=False)
     assert plan.selection.keep.mean() < 0.5
     assert any("odd_tokens: fires on" in told and "may not know" in told for told in plan.warnings)

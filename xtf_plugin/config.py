@@ -58,15 +58,14 @@ __all__ = [
 ATTRIBUTES = ("reasoning_importance", "knowledge_novelty", "task_relevance")
 
 # What a preset changes from the defaults of the fields. Key by key, a block wins over its preset.
-# The default's three rules ask what is more surprising than the reference expected; docs/evidence.md has the comparison
-# with the paper's attributes that led there.
+# The default asks which lines and sentences begin more surprisingly than the reference expected; docs/evidence.md has
+# the comparison with the paper's attributes that led there.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         **dict.fromkeys(ATTRIBUTES, False),
         "selectors": {
-            "odd_lines": {"scorer": "opening", "unit": "line", "drop": {"below": -4.5}},
-            "odd_sentences": {"scorer": "opening", "unit": "sentence", "drop": {"below": -4.5}},
-            "odd_tokens": {"scorer": "typicality", "drop": {"below": -10.0}},
+            "odd_lines": {"scorer": "opening", "unit": "line", "drop": {"below": -4.0}},
+            "odd_sentences": {"scorer": "opening", "unit": "sentence", "drop": {"below": -4.0}},
         },
     },
     "none": dict.fromkeys(ATTRIBUTES, False),  # for a block that names all of its own rules

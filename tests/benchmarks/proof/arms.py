@@ -7,6 +7,8 @@ number of steps.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,6 +68,15 @@ ARMS: dict[str, Arm] = {
     "plain_wall_clock": Arm(steps="wall_clock"),
     "oracle": Arm(keep="oracle"),
     "default": Arm({"preset": "default"}),
+    "openings and tokens": Arm(
+        {
+            "selectors": {
+                "odd_lines": {"drop": {"below": -4.5}},
+                "odd_sentences": {"drop": {"below": -4.5}},
+                "odd_tokens": {"scorer": "typicality", "drop": {"below": -10.0}},
+            }
+        }
+    ),
     "random_tokens": Arm({"preset": "default", "control": "random"}),
     "random_spans": Arm(keep="random_spans"),
     "paper": Arm({"preset": "paper"}),
@@ -108,6 +119,29 @@ def random_spans(keep: NDArray[np.bool_], rows: Sequence[Row], seed: int) -> NDA
 def oracle(rows: Sequence[Row]) -> NDArray[np.bool_]:
     """Keep exactly what was not planted, (M,)."""
     return np.asarray([not is_noise(kind) for row in rows for kind in row.kinds])
+
+
+def definition(name: str) -> str:
+    """What an arm is, in full: a result is only as good as the rules it was got with, and presets change."""
+    from xtf_plugin import XTFConfig
+
+    def block_of(arm: Arm) -> Any:
+        if arm.block is None:
+            return None
+        config = XTFConfig.parse(with_reference(arm, "reference").block if arm.reference else arm.block)
+        return None if config is None else config.to_dict()
+
+    arm = ARMS[name]
+    relative = arm.keep == "random_spans" or arm.steps is not None  # they are made to match the default
+    parts = [
+        block_of(arm),
+        arm.keep,
+        arm.loss,
+        arm.steps,
+        arm.reference,
+        block_of(ARMS["default"]) if relative else None,
+    ]
+    return hashlib.sha1(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def with_reference(arm: Arm, path: str) -> Arm:

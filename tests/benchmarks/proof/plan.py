@@ -23,7 +23,8 @@ SETTINGS: tuple[tuple[str, str, float], ...] = (
     *((world, world, rate) for world in (MAIN, *OTHERS) for rate in (0.0, 0.1, 0.4)),
 )
 
-_CORE = ("plain", "default", "random_tokens", "oracle", "paper", "excess loss (Rho-1)")
+_CORE = ("plain", "default", "openings and tokens", "random_tokens", "oracle", "paper", "excess loss (Rho-1)")
+_BRIEF = ("plain", "default", "openings and tokens", "oracle")
 
 
 def _group(name: str) -> list[Job]:
@@ -32,7 +33,7 @@ def _group(name: str) -> list[Job]:
         return [Job(name, MAIN, arm, 0, MAIN_RATE, MAIN) for arm in ARMS]
     if name == "rates":
         rates = (0.0, 0.1, 0.4)
-        arms = ("plain", "default", "random_tokens", "oracle")
+        arms = (*_BRIEF, "random_tokens")
         return [
             Job(name, MAIN, arm, 0, rate, MAIN)
             for rate in rates
@@ -41,13 +42,11 @@ def _group(name: str) -> list[Job]:
         ]
     if name == "worlds":
         noisy = [Job(name, world, arm, 0, MAIN_RATE, world) for world in OTHERS for arm in _CORE]
-        return noisy + [Job(name, world, arm, 0, 0.0, world) for world in OTHERS for arm in ("plain", "default")]
+        return noisy + [Job(name, world, arm, 0, 0.0, world) for world in OTHERS for arm in _BRIEF[:-1]]
     if name == "qlora":
-        arms = ("plain", "default", "oracle")
-        return [Job(name, MAIN, arm, 0, MAIN_RATE, MAIN, method="qlora") for arm in arms]
+        return [Job(name, MAIN, arm, 0, MAIN_RATE, MAIN, method="qlora") for arm in _BRIEF]
     assert name == "bases", name
-    arms = ("plain", "default", "oracle")
-    return [Job(name, "sums", arm, 0, MAIN_RATE, base) for base in ("both", "programs") for arm in arms]
+    return [Job(name, "sums", arm, 0, MAIN_RATE, base) for base in ("both", "programs") for arm in _BRIEF]
 
 
 GROUPS = ("arms", "rates", "worlds", "qlora", "bases")

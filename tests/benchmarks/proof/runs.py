@@ -36,7 +36,10 @@ class Job:
     @property
     def key(self) -> str:
         """What makes the run what it is; equal keys, equal runs, whatever table they are for."""
-        return json.dumps({name: value for name, value in asdict(self).items() if name != "group"}, sort_keys=True)
+        from .arms import definition
+
+        facts = {name: value for name, value in asdict(self).items() if name != "group"}
+        return json.dumps({**facts, "definition": definition(self.arm)}, sort_keys=True)
 
 
 @dataclass(frozen=True)
