@@ -49,31 +49,35 @@ def environment() -> str:
     )
 
 
-def accuracy_table(title: str, jobs: Sequence[Job], results: Results, seeds: int) -> str:
+def accuracy_table(title: str, jobs: Sequence[Job], results: Results) -> str:
     """Greedy and sampled accuracy of arms on the same seeds, with intervals and paired tests against plain SFT."""
-    by_arm: dict[str, list[dict[str, Any]]] = {}
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for job in jobs:
         if job.key in results:
-            by_arm.setdefault(job.arm, []).append(results[job.key])
-    plain = by_arm.get("plain", [])
+            by_arm.setdefault(job.arm, {})[job.seed] = results[job.key]
+    plain = by_arm.get("plain", {})
     rows = []
-    for arm, found in by_arm.items():
-        cells = [LABELS.get(arm, arm), f"{np.mean([one['kept'] for one in found]):.0%}", _found(found), _lost(found)]
+    for arm, by_seed in by_arm.items():
+        found = list(by_seed.values())
+        cells = [LABELS.get(arm, arm), str(len(found)), f"{np.mean([one['kept'] for one in found]):.0%}"]
+        cells += [_found(found), _lost(found)]
         for metric in ("accuracy", "sampled"):
-            values = [100 * one[metric] for one in found]
-            mean, half = mean_interval(values)
-            cells.append(f"{mean:.1f} ± {half:.1f}")
-            if arm == "plain" or len(found) != len(plain):
-                cells.append("")
-            else:
-                difference, _, p = paired(values, [100 * one[metric] for one in plain])
-                cells.append(f"{difference:+.1f} (p {_p(p)})")
+            mean, half = mean_interval([100 * one[metric] for one in found])
+            cells += [f"{mean:.1f} ± {half:.1f}" if half == half else f"{mean:.1f}", _against(by_seed, plain, metric)]
         rows.append(cells)
     if not rows:
         return ""
-    number = max(len(found) for found in by_arm.values())
-    head = ["arm", "kept", "noise dropped", "good lost", "greedy, %", "vs plain", "sampled, %", "vs plain"]
-    return f"### {title}\n\n{number} of {seeds} seeds.\n\n{table(head, rows)}\n"
+    head = ["arm", "seeds", "kept", "noise dropped", "good lost", "greedy, %", "vs plain", "sampled, %", "vs plain"]
+    return f"### {title}\n\n{table(head, rows)}\n"
+
+
+def _against(found: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]], metric: str) -> str:
+    """Mean difference from plain SFT on the seeds that both have, with the p of the paired test."""
+    common = sorted(found.keys() & plain.keys())
+    if found is plain or not common:
+        return ""
+    difference, _, p = paired(*([100 * one[seed][metric] for seed in common] for one in (found, plain)))
+    return f"{difference:+.1f} (p {_p(p)})"
 
 
 def _p(p: float) -> str:
@@ -197,7 +201,7 @@ def everything(folder: Path, groups: Sequence[str], scale: Scale, caption: str |
         for world, base, rate in dict.fromkeys((job.world, job.base, job.rate) for job in jobs):
             chosen = [job for job in jobs if (job.world, job.base, job.rate) == (world, base, rate)]
             title = f"{TITLES[group]}: world {world}, base model {base}, {rate:.0%} noise"
-            parts.append(accuracy_table(title, chosen, results, scale.seeds))
+            parts.append(accuracy_table(title, chosen, results))
     return "\n".join(part for part in parts if part)
 
 
