@@ -219,7 +219,7 @@ def _facts(recipe: Recipe, config: XTFConfig) -> dict[str, str]:
         "hook": "installed and on",
         "versions": ", ".join([f"xtf-plugin {__version__}", *versions]),
         "preset": config.preset,
-        "attributes": ", ".join(config.attributes),
+        "attributes": ", ".join(config.attributes) or "off",
         **({"selectors": selectors} if selectors else {}),
         "reference": "the model being trained, adapters off"
         if reference.model is None

@@ -142,7 +142,7 @@ def summarize(tables: Iterable[pa.Table], selectors: Iterable[str] = ()) -> Summ
 
 
 def summary_table(source: pa.Table | Summary) -> Table:
-    """Return kept and dropped shares, overall and per attribute, as a printable table."""
+    """Return kept and dropped shares, overall and per attribute and selector, as a printable table."""
     summary = source if isinstance(source, Summary) else summarize([source])
     table = Table(title=f"{summary.documents:,} documents, {summary.tokens:,} completion tokens", title_justify="left")
     table.add_column("")
@@ -155,13 +155,13 @@ def summary_table(source: pa.Table | Summary) -> Table:
     dropped = summary.tokens - summary.kept
     table.add_row("kept", f"{summary.kept:,}", share(summary.kept), "", "")
     table.add_row("dropped", f"{dropped:,}", share(dropped), "", "", end_section=True)
-    for name in [*ATTRIBUTES, *(name for name in summary.fired if name not in ATTRIBUTES)]:  # if off: no counts
+    for name in [*(n for n in ATTRIBUTES if n in summary.fired), *(n for n in summary.fired if n not in ATTRIBUTES)]:
         fired, gone, alone = (counts.get(name, 0) for counts in (summary.fired, summary.dropped, summary.alone))
         table.add_row(name, f"{fired:,}", share(fired), f"{gone:,}", f"{alone:,}")
     for name, count in summary.decided.items():
         if count:
             table.add_row(DECISIONS[name], f"{count:,}", share(count), "", "")
-    table.caption = "attributes: rule fired; of these, dropped; of these, by it alone"
+    table.caption = "a rule's row: it fired; of these, dropped; of these, by it alone"
     table.caption_justify = "left"
     return table
 
@@ -177,7 +177,8 @@ def _summary(verdicts: Counter[tuple[bool, str]], starts: int, selectors: Iterab
             alone[name] += count if not kept and len(rules) == 1 else 0
         for name in names & DECISIONS.keys():
             decided[name] += count
-    known = list(dict.fromkeys([*ATTRIBUTES, *selectors, *sorted(fired)]))
+    named = list(selectors)  # beside selectors an attribute that never fired is most likely off
+    known = list(dict.fromkeys([*([] if named else ATTRIBUTES), *named, *sorted(fired)]))
     return Summary(
         documents=starts,
         tokens=verdicts.total(),

@@ -38,7 +38,12 @@ def score(folder: Path, model: str, rows: list[dict[str, str]]) -> Path:
         "use_cpu": True,
         "report_to": "none",
         "output_dir": str(folder / "out"),
-        "xtf": {"cache_dir": str(folder / "cache"), "report": False},
+        "xtf": {
+            "reasoning_importance": True,
+            "knowledge_novelty": True,
+            "cache_dir": str(folder / "cache"),
+            "report": False,
+        },
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))

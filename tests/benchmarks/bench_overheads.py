@@ -67,7 +67,9 @@ def clock(function, *args) -> tuple[float, object]:
 def cached_start(documents: DocumentSet, model) -> tuple[float, float, object]:
     """Seconds from documents to masks: first start (scores everything) and second (all stored)."""
     with tempfile.TemporaryDirectory() as folder:
-        config = XTFConfig.parse({"cache_dir": folder, "protect": {"special_tokens": False}})
+        attributes = dict.fromkeys(("reasoning_importance", "knowledge_novelty", "task_relevance"), True)
+        block = {"preset": "none", **attributes, "cache_dir": folder, "protect": {"special_tokens": False}}
+        config = XTFConfig.parse(block)
 
         def start():
             plan = make_plan(config, documents, Provider(model), None, progress=False)
