@@ -168,7 +168,7 @@ def odd_one_out():
 
 
 def novelty(window):
-    block = {"reasoning_importance": False, "task_relevance": False, "min_kept": 0}
+    block = {"preset": "none", "min_kept": 0}
     return XTFConfig.parse({**block, "knowledge_novelty": {"drop": {"unknown_below": 0.08}, "window": window}})
 
 
