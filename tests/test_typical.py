@@ -14,6 +14,7 @@ from tests.test_selectors import OFF
 from xtf_plugin import attributes
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import collect
+from xtf_plugin.errors import XTFUserError
 from xtf_plugin.pipeline import make_plan, segment_starts
 from xtf_plugin.scorers import typical
 from xtf_plugin.testing import check_scorer
@@ -39,7 +40,7 @@ def context(logprobs, entropy, starts):
 
 
 def opening(given, **keys):
-    config = typical.OpeningConfig(scorer="opening", drop={"below": -1.0}, **keys)
+    config = typical.OpeningConfig(scorer="opening", drop={"quantile": 0.1}, **keys)
     return typical.Opening(config).score(given)
 
 
@@ -70,6 +71,11 @@ def test_opening_equals_its_definition_on_random_units():
                         weight += 1 / (i + 1)
                 expected = total / weight if weight else np.nan
                 np.testing.assert_allclose(got[low:high], np.float32(expected), rtol=1e-5, err_msg=str(trial))
+
+
+def test_an_opening_that_the_clip_keeps_from_firing_is_refused():
+    with pytest.raises(XTFUserError, match="odd_lines.clip: 4.0 keeps every score"):
+        XTFConfig.parse({"selectors": {"odd_lines": {"clip": 4}}})
 
 
 def test_no_token_no_score():

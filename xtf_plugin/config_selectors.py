@@ -18,6 +18,7 @@ from .scorers import registry
 from .scorers.base import SelectorConfig
 
 MOST = 8
+OFF = {"const": False, "type": "boolean"}
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 # What a reason, a metric or a column of the score table is called already.
 RESERVED = frozenset(
@@ -113,7 +114,10 @@ def check_votes(
     voters = len(attributes) + len(selectors)
     problems: list[tuple[str, Any, str]] = []
     if not voters and not force_drop:
-        why = "is empty and every attribute is off, so nothing could be dropped; switch one on, or write xtf: false"
+        why = (
+            "is empty, every attribute is off and there is no selector, so nothing could be dropped; switch one on, "
+            "add a selector, or write xtf: false"
+        )
         problems.append(("force_drop", force_drop, why))
         if control is not None:
             problems.append(("control", control, "has no drop rate to match; switch an attribute on"))
@@ -122,7 +126,9 @@ def check_votes(
             why = f"is more than the {len(attributes)} attributes that are on and {len(selectors)} selectors"
         else:
             why = f"is more than the {voters} attributes that are on"
-        problems.append(("combine.at_least", combine.at_least, f"{why}; lower it, or switch an attribute on"))
+        problems.append(
+            ("combine.at_least", combine.at_least, f"{why}; lower it, switch an attribute on or add a selector")
+        )
     if problems:
         raise Problems(*problems)
 
@@ -150,7 +156,9 @@ def completed(schema: dict[str, Any]) -> dict[str, Any]:
         definitions[part["title"]] = part
         test = {"properties": {"scorer": {"const": name}}, "required": ["scorer"]}
         cases.append({"if": test, "then": {"$ref": f"#/$defs/{part['title']}"}})
-    selector = {key: value for key, value in common.items() if key != "additionalProperties"}
-    part = {"oneOf": [{**selector, "allOf": cases}, {"const": False, "type": "boolean"}]}
-    selectors = {**schema["properties"]["selectors"], "additionalProperties": part}
+    # not required: beside a preset a part may change single keys of the preset's selector
+    selector = {key: value for key, value in common.items() if key not in ("additionalProperties", "required")}
+    part = {"oneOf": [{**selector, "allOf": cases}, OFF]}
+    mapping = {**schema["properties"]["selectors"], "additionalProperties": part}
+    selectors = {"description": mapping.pop("description"), "default": mapping.pop("default"), "oneOf": [mapping, OFF]}
     return {**schema, "$defs": definitions, "properties": {**schema["properties"], "selectors": selectors}}

@@ -49,7 +49,8 @@ class SelectorConfig(Block):
     )
     window: Window = Field(
         default=1,
-        description="Odd; scores are averaged over this many neighbouring completion tokens before the rule applies.",
+        description="Before the rule, scores averaged over this many (odd) neighbours, or over the token's sentence or "
+        "line.",
     )
     max_fraction: Share | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""The scorers that come with the package: log-probability, excess loss (Rho-1), token cleaning.
+"""Scorers of the published peers: log-probability, excess loss (Rho-1), token cleaning.
 
 All three are differences of log-probabilities in nats, so one stored pass per reference serves all of them. They run
 before training, while the published methods choose tokens in each batch or after each part of the data; every class

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from ..config_rules import NonNegative, ReferenceConfig
+from ..config_rules import NonNegative, Problems, ReferenceConfig
 from .base import Scorer, ScoringContext, SelectorConfig
 
 if TYPE_CHECKING:
@@ -60,6 +60,13 @@ class OpeningConfig(TypicalityConfig):
         description="Nats below 0 beyond which a single token counts no further, so that one odd token condemns no "
         "sentence.",
     )
+
+    @model_validator(mode="after")
+    def _can_fire(self) -> OpeningConfig:
+        if self.drop.below is not None and self.drop.below <= -self.clip:
+            why = f"keeps every score at or above {-self.clip:g}, so that {self.drop} can never fire; raise it"
+            raise Problems(("clip", self.clip, why))
+        return self
 
 
 class Opening(Scorer):

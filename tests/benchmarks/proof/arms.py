@@ -106,7 +106,11 @@ def random_spans(keep: NDArray[np.bool_], rows: Sequence[Row], seed: int) -> NDA
         dropped = np.concatenate([[0], ~keep[at : at + size], [0]]).astype(int)
         edges = np.flatnonzero(np.diff(dropped))
         lengths = (edges[1::2] - edges[::2]).tolist()
-        gaps = rng.multinomial(size - sum(lengths), np.full(len(lengths) + 1, 1 / (len(lengths) + 1)))
+        if dropped[-2]:  # EOS is protected in every arm; a run that ends there is none of the default's
+            raise ValueError("a dropped run holds EOS")
+        free = size - 1 - sum(lengths)
+        cuts = np.sort(rng.choice(free + len(lengths), len(lengths), replace=False))  # every placement equally likely
+        gaps = np.append(np.diff(cuts, prepend=-1) - 1, 0)
         place = at
         for gap, length in zip(gaps[:-1], rng.permutation(lengths), strict=True):
             place += int(gap)

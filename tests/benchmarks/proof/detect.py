@@ -26,7 +26,7 @@ from .stats import auc
 from .worlds import GOOD_KINDS
 
 RI, KN, TR = tuple(OFF)
-NEVER = {"below": -1e9}  # a rule is needed, the score alone is looked at
+ANY = {"quantile": 0.5}  # a rule is needed, the score alone is looked at
 
 
 def attribute(name: str, **keys: Any) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def attribute(name: str, **keys: Any) -> dict[str, Any]:
 
 def selector(**keys: Any) -> dict[str, Any]:
     """A block with one selector, called `score`."""
-    return {"preset": "paper", **OFF, "selectors": {"score": {"drop": NEVER, **keys}}}
+    return {"preset": "paper", **OFF, "selectors": {"score": {"drop": ANY, **keys}}}
 
 
 def _scores() -> dict[str, dict[str, Any]]:
