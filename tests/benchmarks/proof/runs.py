@@ -50,7 +50,7 @@ class Scale:
     held_out: int = 200
     epochs: float = 2
     batch: int = 16
-    # By world, the one of 3e-4, 6e-4 and 1e-3 that serves plain SFT best; QLoRA takes three times as much.
+    # By world, set after a few single runs of plain SFT; QLoRA takes three times as much.
     learning_rates: Mapping[str, float] = field(default_factory=lambda: {"sums": 3e-4, "programs": 3e-4, "facts": 1e-3})
     clean_reference_rows: int = 200
     seeds: int = 5
