@@ -69,7 +69,7 @@ BLOCKS = [
     {"task_relevance": {"domain": ["derivative", "matrix"], "drop": {"cluster": 1, "of": 2}, "embedding": "output"}},
     {"task_relevance": {"drop": {"cluster": 5}}},
     {"task_relevance": {"drop": {"quantile": 0.5}}},
-    {"combine": {"at_least": 2}},
+    {"combine": {"at_least": 1}},
     {"combine": "majority", "control": "random", "seed": 7},
     {"reasoning_importance": False, "knowledge_novelty": False, "task_relevance": False, "force_drop": [r"\bum+\b"]},
     {"protect": {"special_tokens": False, "patterns": [r"\d+"]}, "min_kept": 0},
@@ -276,7 +276,7 @@ def test_config_page_holds_every_key_and_the_presets():
             assert any(f"\n| `{inner}` |" in section for section in sections if section.startswith(f"`{key}`"))
     presets = sections[-1]
     assert "| `reasoning_importance.drop` |  |  | `{fence: 1.0}` | `{fence: 1.5}` |" in presets
-    assert "| `selectors.odd_lines` | `{scorer: opening, unit: line, drop: {below: " in presets
+    assert "| `selectors.out_of_place` | `{scorer: opening, unit: both, context: kept, drop: {below: " in presets
     assert "seed" not in presets
 
 

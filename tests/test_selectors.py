@@ -120,6 +120,19 @@ class TestSelection:
         drawn = select(scores, block(selectors=parts, control="random", min_kept=0))
         assert (~drawn.keep).sum() == 4 and ((drawn.reasons & CONTROL) > 0).any()
 
+    def test_the_floor_brings_back_what_the_first_selector_minds_least(self):
+        """Not the most novel token: to a selector that may be the worst noise."""
+        scores = replace(with_scores(from_bits(*[0] * 5), a=[-9, -5, -5, -7, -9], b=[0, -1, -2, -3, -4]))
+        scores = replace(scores, logprobs=np.float32([-1, -8, -2, -3, -9]))
+        parts = {"a": low(drop={"below": 0}), "b": low(drop={"below": 9})}
+        for min_kept, kept in [(1, [2]), (2, [1, 2]), (3, [1, 2, 3]), (4, [0, 1, 2, 3])]:
+            made = select(scores, block(selectors=parts, min_kept=min_kept))
+            assert np.flatnonzero(made.keep).tolist() == kept and (made.reasons[made.keep] & FLOOR).all()
+        assert made.best.tolist() == [2]
+        later = replace(scores, selectors={"b": None, "a": scores.selectors["a"]})  # b has no scores yet
+        made = select(later, block(selectors=dict(reversed(parts.items())), min_kept=1))
+        assert np.flatnonzero(made.keep).tolist() == [2]
+
     def test_a_selector_that_was_not_scored_is_refused_and_a_later_one_has_no_vote(self):
         with pytest.raises(XTFError, match="a is on"):
             select(from_bits(0, 0), block("a"))

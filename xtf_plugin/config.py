@@ -1,7 +1,7 @@
 """The `xtf:` block: the only source of its keys, defaults, presets, documentation and JSON schema.
 
-The same block stands in a TRL recipe, in `--xtf '{...}'` and in `XTFConfig(...)`. The defaults of the fields are the
-`default` preset; docs/config.md, the schema and the legal values in error messages are all derived from these models.
+The same block stands in a TRL recipe, in `--xtf '{...}'` and in `XTFConfig(...)`. What a preset leaves out is its
+field's default; docs/config.md, the schema and the legal values in error messages are all derived from these models.
 """
 
 from __future__ import annotations
@@ -58,14 +58,13 @@ __all__ = [
 ATTRIBUTES = ("reasoning_importance", "knowledge_novelty", "task_relevance")
 
 # What a preset changes from the defaults of the fields. Key by key, a block wins over its preset.
-# The default asks which lines and sentences begin more surprisingly than the reference expected; docs/evidence.md has
-# the comparison with the paper's attributes that led there.
+# The default asks which lines and sentences are out of place, told by how they begin; docs/evidence.md has the
+# comparison with the paper's attributes that led there.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         **dict.fromkeys(ATTRIBUTES, False),
         "selectors": {
-            "odd_lines": {"scorer": "opening", "unit": "line", "drop": {"below": -4.0}},
-            "odd_sentences": {"scorer": "opening", "unit": "sentence", "drop": {"below": -4.0}},
+            "out_of_place": {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -4.0}},
         },
     },
     "none": dict.fromkeys(ATTRIBUTES, False),  # for a block that names all of its own rules
@@ -178,8 +177,8 @@ class XTFConfig(Block):
     )
     min_kept: Count = Field(
         default=1,
-        description="Tokens per document that survive whatever the rules say: the most novel ones. With 0, a batch "
-        "left without any label still keeps one, counted and reported.",
+        description="Tokens per document that survive whatever the rules say: those that the first selector scores "
+        "highest; without selectors, the most novel. With 0, an empty batch still keeps one, counted and reported.",
     )
     control: Literal["random"] | None = Field(
         default=None,

@@ -35,8 +35,22 @@ class PartProblems(ValueError):
         self.model, self.error = model, error
 
 
+class NothingToTakeOut:
+    """Stands for a `false` under a name that the preset does not have, so that the message can say which it has."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def __repr__(self) -> str:
+        """What the user wrote."""
+        return "false"
+
+
 def _part(value: Any, _: Any) -> SelectorConfig:
     """One selector's part, checked by the model of the scorer that it names."""
+    if isinstance(value, NothingToTakeOut):
+        has = f"has {', '.join(value.names)}" if value.names else "has no selector"
+        raise ValueError(f"takes a selector of the preset out, but that {has}; remove the key or correct its name")
     if isinstance(value, SelectorConfig):
         value = value.model_dump()
     if not isinstance(value, Mapping):
@@ -94,8 +108,10 @@ def with_preset(given: Any, preset: Mapping[str, Any]) -> Any:
     merged = dict(preset)
     for name, part in given.items():
         base = preset.get(name)
-        if part is False and base is not None:
-            del merged[name]
+        if part is False:
+            merged[name] = NothingToTakeOut(tuple(preset))
+            if base is not None:
+                del merged[name]
         elif isinstance(part, Mapping) and base is not None and part.get("scorer", base["scorer"]) == base["scorer"]:
             merged[name] = {**base, **part}
         else:

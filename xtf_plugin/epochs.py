@@ -24,7 +24,7 @@ from .config import XTFConfig
 from .documents import DocumentSet
 from .errors import XTFError, XTFUserError
 from .files import write_whole
-from .pipeline import Plan, replan, segment_starts
+from .pipeline import Plan, marked_tokens, replan, segment_starts
 from .records import Records
 from .reference import Reference
 from .scorer import ScoringStats, score
@@ -116,6 +116,7 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 plan.source,
                 lambda: self._current(plan.documents, args.disable_tqdm),
                 partial(segment_starts, plan.documents, self.tokenizer),
+                marked_tokens(self.config, plan.documents, self.tokenizer)[0],
             )
         self.adopt(replan(plan, self.tokenizer, found, self._stats), self.epoch)
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Marks = NDArray[np.bool_]
+
 
 class ReferenceProvider(Protocol):
     """A reference that need not be there yet."""
@@ -114,7 +116,10 @@ def make_plan(
         )
     warnings = [] if stored is None else check_finite(stored.logprobs, documents.completion_positions, description)
     source = StoredPredictions(config, documents, provider, references, stored, progress=progress)
-    selectors = score_selectors(config, tokenizer, source, segments=partial(segment_starts, documents, tokenizer))
+    marks = marked_tokens(config, documents, tokenizer)
+    selectors = score_selectors(
+        config, tokenizer, source, segments=partial(segment_starts, documents, tokenizer), protected=marks[0]
+    )
     stats, reused = source.main_pass or (stats, reused)
     token_ids = documents.input_ids[documents.completion]
     scores = Scores(
@@ -127,24 +132,28 @@ def make_plan(
         task_relevance=None if table is None or values is None else table.gather(values, token_ids),
         selectors=selectors,
     )
-    selection, told = _selected(config, documents, tokenizer, scores)
+    selection, told = _selected(config, documents, tokenizer, scores, marks)
     plan = Plan(config, documents, scores, selection, description, stats, reused, warnings + source.warnings + told)
     if not config.selectors:
         return plan
     later = source if any(values is None for values in selectors.values()) else None
-    return replace(plan, selectors={"scorers": facts(config), "references": source.passes}, source=later)
+    about = {"scorers": facts(config), "references": source.passes, **source.about_excerpts()}
+    return replace(plan, selectors=about, source=later)
 
 
 def replan(plan: Plan, tokenizer: Any, selectors: Mapping[str, Floats | None], stats: ScoringStats) -> Plan:
     """The plan with new scores of some selectors, whose cost was `stats`: thresholds and masks are worked out again."""
     scores = replace(plan.scores, selectors={**plan.scores.selectors, **selectors})
-    selection, warnings = _selected(plan.config, plan.documents, tokenizer, scores)
+    marks = marked_tokens(plan.config, plan.documents, tokenizer)
+    selection, warnings = _selected(plan.config, plan.documents, tokenizer, scores, marks)
     return replace(plan, scores=scores, selection=selection, stats=stats, reused=0, warnings=warnings)
 
 
-def _selected(config: XTFConfig, documents: DocumentSet, tokenizer: Any, scores: Scores) -> tuple[Selection, list[str]]:
-    """The decision for every completion token, and what to tell about it."""
-    protected, forced = marked_tokens(config, documents, tokenizer)
+def _selected(
+    config: XTFConfig, documents: DocumentSet, tokenizer: Any, scores: Scores, marks: tuple[Marks, Marks | None]
+) -> tuple[Selection, list[str]]:
+    """The decision for every completion token, and what to tell about it; `marks` are those of `marked_tokens`."""
+    protected, forced = marks
     selection = select(scores, config, protected, forced, text_segments(config, documents, tokenizer))
     warnings = list(selection.warnings)
     if forced is not None and not forced.any():
@@ -214,9 +223,7 @@ def _columns(stored: StoredScores | None) -> dict[str, NDArray[np.float32] | Non
     }
 
 
-def marked_tokens(
-    config: XTFConfig, documents: DocumentSet, tokenizer: Any
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None]:
+def marked_tokens(config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> tuple[Marks, Marks | None]:
     """Protected and force-dropped completion tokens, (M,) each: special tokens and regex matches."""
     token_ids = documents.input_ids[documents.completion]
     protected = np.zeros(len(token_ids), dtype=bool)

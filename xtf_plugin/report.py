@@ -216,7 +216,14 @@ def _selector_lines(plan: Plan) -> list[str]:
         f"{p['stored_documents']:,} came from the store"
         for p in plan.selectors["references"]
     )
-    return [*scorers, *passes]
+    looks = plan.selectors.get("excerpts")
+    if looks is None:
+        return [*scorers, *passes]
+    told = (
+        f"second looks: scored {looks['documents']:,} excerpts of {looks['tokens']:,} tokens in "
+        f"{looks['seconds']:.1f} s, {looks['stored_documents']:,} came from the store"
+    )
+    return [*scorers, *passes, told]
 
 
 def _scorers(plan: Plan) -> list[tuple[str, dict[str, Any]]]:

@@ -97,7 +97,8 @@ class Selection:
         fired: per attribute and selector, on how many completion tokens of the dataset its rule fired (a document
             counts as often as it occurs).
         warnings: what the user has to be told.
-        best: (N,) index of each document's most novel trainable token among its completion tokens; -1 if it has none.
+        best: (N,) index among its completion tokens of the token that a document would keep last; -1 if it has none
+            that trains.
     """
 
     keep: NDArray[np.bool_]
@@ -185,7 +186,7 @@ def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: B
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A run of whole documents; `order` sorts tokens from the most novel to the least, see `_order`."""
+    """A run of whole documents; `order` sorts tokens by who is brought back first, see `_order`."""
 
     layout: Layout
     keys: NDArray[np.uint8]
@@ -196,9 +197,17 @@ class _Chunk:
 
 
 def _order(scores: Scores, tokens: slice) -> Hashes:
-    """Sort keys by novelty: lowest log-probability first; without one, highest task relevance; NaN comes last."""
+    """Sort keys of what is brought back first; NaN comes last.
+
+    With attributes alone by novelty: lowest log-probability first; without one, highest task relevance. To a selector
+    the most novel token may be the worst noise: its highest score comes first, and of equal ones the most probable.
+    """
+    voiced = [values for values in scores.selectors.values() if values is not None]
+    by = ((scores.logprobs, 1), (scores.task_relevance, -1))
+    if voiced:
+        by = ((voiced[0], -1), (scores.logprobs, -1))
     halves = []
-    for values, sign in ((scores.logprobs, 1), (scores.task_relevance, -1)):
+    for values, sign in by:
         if values is None:
             halves.append(np.full(tokens.stop - tokens.start, UNDEFINED_KEY))
         else:
@@ -241,7 +250,7 @@ def _combined(reasons: Reasons, config: XTFConfig, voting: list[int]) -> Bools:
 
 
 def _rescued(chunk: _Chunk, dropped: Bools, min_kept: int) -> Bools:
-    """Dropped tokens that the floor brings back: the most novel trainable ones, until a document keeps `min_kept`."""
+    """Dropped tokens that the floor brings back: trainable ones in order, until a document keeps `min_kept`."""
     rescued = np.zeros(len(dropped), dtype=bool)
     lacking = min_kept - chunk.layout.count(chunk.trainable & ~dropped)
     if not (lacking > 0).any():
@@ -267,7 +276,7 @@ def _drawn(chunk: _Chunk, planned: Bools, seed: int) -> Bools:
 
 
 def _best(chunk: _Chunk) -> Ints:
-    """Index of each document's most novel trainable token among its completion tokens, -1 if there is none, (N,)."""
+    """Index among its completion tokens of each document's first trainable token in order, (N,); -1: it has none."""
     number = chunk.layout.count(chunk.trainable)
     best = np.full(len(number), -1, dtype=np.int64)
     some = number > 0

@@ -43,6 +43,7 @@ class StoredPredictions:
         known: the same, also once a scorer has asked for them.
         main_pass: what it took to get `known` then, and how many documents came from the store.
         passes: the same about other references, for the summary.
+        excerpts: what it took to score other documents than the dataset's, and how many of them came from the store.
         warnings: what to tell about the references.
     """
 
@@ -61,45 +62,73 @@ class StoredPredictions:
         self.main_pass: tuple[ScoringStats, int] | None = None
         self.passes: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+        self.excerpts, self.stored_excerpts = ScoringStats(), 0
         self._main, self._references = main, references
         self._others: dict[ReferenceConfig, StoredScores] = {}
+        self._providers: dict[ReferenceConfig, Any] = {}
 
-    def under(self, reference: ReferenceConfig | None) -> StoredScores:
-        """What a reference predicts, None: the run's own; see `ScoringContext.predictions`."""
+    def under(self, reference: ReferenceConfig | None, documents: DocumentSet | None = None) -> StoredScores:
+        """What a reference predicts, None: the run's own; see `ScoringContext.predictions`.
+
+        Args:
+            reference: who predicts.
+            documents: None: the dataset's. Others are looked up and scored on every call, and kept in the store alone.
+        """
+        if documents is not None:
+            scores, _, stats, reused = self._scored(self._provider(reference), documents)
+            self.excerpts.add(stats)
+            self.stored_excerpts += reused
+            return scores
         if reference is None:
             if self.known is None:
-                self.known, _, stats, reused = self._scored(self._main)
+                self.known, about, stats, reused = self._scored(self._main, self.documents)
+                self._check(self.known, about)
                 self.main_pass = stats, reused
             return self.known
         if reference not in self._others:
-            if self._references is None:
-                raise XTFError(f"the reference {reference.model} cannot be loaded here: only the run's own is known.")
-            scores, about, stats, reused = self._scored(self._references(reference))
+            scores, about, stats, reused = self._scored(self._provider(reference), self.documents)
+            self._check(scores, about)
             self._others[reference] = scores
             self.passes.append({**about, **asdict(stats), "stored_documents": reused})
         return self._others[reference]
 
-    def _scored(self, provider: Any) -> tuple[StoredScores, dict[str, Any], ScoringStats, int]:
+    def about_excerpts(self) -> dict[str, Any]:
+        """For the summary; nothing if there were none."""
+        told = {**asdict(self.excerpts), "stored_documents": self.stored_excerpts}
+        return {"excerpts": told} if self.excerpts.documents or self.stored_excerpts else {}
+
+    def _provider(self, reference: ReferenceConfig | None) -> Any:
+        if reference is None:
+            return self._main
+        if reference not in self._providers:  # it reads its tokenizer and files once
+            if self._references is None:
+                raise XTFError(f"the reference {reference.model} cannot be loaded here: only the run's own is known.")
+            self._providers[reference] = self._references(reference)
+        return self._providers[reference]
+
+    def _check(self, scores: StoredScores, about: dict[str, Any]) -> None:
+        told = check_finite(scores.logprobs, self.documents.completion_positions, about)
+        self.warnings += [f"{about['name']}: {warning}" for warning in told]
+
+    def _scored(self, provider: Any, documents: DocumentSet) -> tuple[StoredScores, dict[str, Any], ScoringStats, int]:
         """Stored scores as they are, missing ones from one opening of the reference; and what that took."""
-        fingerprint, sizes = provider.fingerprint(), np.diff(self.documents.completion_offsets)
+        fingerprint, sizes = provider.fingerprint(), np.diff(documents.completion_offsets)
         description = {**provider.description(), "fingerprint": fingerprint}
         stats = ScoringStats()
         with ScoreStore(self.config.resolved_cache_dir(), fingerprint, None, description=description) as store:
-            stored = store.load(self.documents.keys, sizes)
+            stored = store.load(documents.keys, sizes)
             missing = np.flatnonzero(~stored.found & (sizes > 0))
             if len(missing):
                 budget = None if self.config.batch_tokens == "auto" else int(self.config.batch_tokens)
                 with provider.open() as reference:
                     stats = score(
-                        self.documents, missing, reference, (), store.add, batch_tokens=budget, progress=self.progress
+                        documents, missing, reference, (), store.add, batch_tokens=budget, progress=self.progress
                     )
                     store.flush()
-                stored = store.load(self.documents.keys, sizes)
+                stored = store.load(documents.keys, sizes)
                 if not stored.found[sizes > 0].all():
                     raise XTFError(f"documents were scored but could not be read back from {store.directory}.")
         reused = int((sizes > 0).sum()) - len(missing)
-        told = check_finite(stored.logprobs, self.documents.completion_positions, description)
-        self.warnings += [f"{description['name']}: {warning}" for warning in told]
         return stored, description, stats, reused
 
 
@@ -133,6 +162,7 @@ def score_selectors(
     source: StoredPredictions,
     current: Callable[[], Floats] | None = None,
     segments: Callable[[str], NDArray[np.int64]] | None = None,
+    protected: NDArray[np.bool_] | None = None,
 ) -> dict[str, Floats | None]:
     """Scores of every selector; with `current`, of those alone that evolve.
 
@@ -143,13 +173,14 @@ def score_selectors(
         current: the same under the model being trained as it stands. None: training has not begun, and a selector that
             evolves gets None instead of scores.
         segments: gives the first completion tokens of each `sentence` or `line`.
+        protected: (M,) completion tokens that no rule may drop.
 
     Raises:
         XTFUserError: a reference cannot be used; names the selector.
         XTFError: a scorer gives something else than (M,) float32, or NaN alone; names selector and package.
     """
     found: dict[str, Floats | None] = {}
-    context = ScoringContext(source.documents, tokenizer, source.under, current, segments)
+    context = ScoringContext(source.documents, tokenizer, source.under, current, segments, protected)
     for name, scorer in scorers(config).items():
         if current is not None and not scorer.evolves:
             continue

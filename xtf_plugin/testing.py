@@ -93,15 +93,21 @@ class _MadeUp:
 
 
 def _context(documents: DocumentSet, tokenizer: Any) -> ScoringContext:
-    def predictions(reference: ReferenceConfig | None) -> _MadeUp:
-        return _made_up(documents, "" if reference is None else reference.model_dump_json())
+    def predictions(reference: ReferenceConfig | None, others: DocumentSet | None) -> _MadeUp:
+        wanted = documents if others is None else others
+        return _made_up(wanted, "" if reference is None else reference.model_dump_json())
 
     def segments(unit: str) -> NDArray[np.int64]:
         offsets = documents.completion_offsets
         place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
         return np.flatnonzero(place % (4 if unit == "sentence" else 9) == 0)
 
-    return ScoringContext(documents, tokenizer, predictions, lambda: _made_up(documents, "current").logprobs, segments)
+    protected = documents.input_ids[documents.completion] % 7 == 3
+
+    def current() -> Floats:
+        return _made_up(documents, "current").logprobs
+
+    return ScoringContext(documents, tokenizer, predictions, current, segments, protected)
 
 
 def _made_up(documents: DocumentSet, reference: str) -> _MadeUp:

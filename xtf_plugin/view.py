@@ -34,8 +34,8 @@ DECISIONS = {
     "control": "decided by the control",
 }
 LEGEND = (
-    "[-dropped|why-]  {+kept although a rule fired|why+}  RI reasoning importance, KN knowledge novelty, "
-    "TR task relevance  · space  ↵ line break  ⇥ tab"
+    "[-dropped|why-]  {+kept although a rule fired|why+}  why: RI reasoning importance, KN knowledge novelty, "
+    "TR task relevance, or a selector's name  · space  ↵ line break  ⇥ tab"
 )
 
 _COLOURS = {"RI": "magenta", "KN": "cyan", "TR": "yellow", "forced": "red", "control": "blue"}

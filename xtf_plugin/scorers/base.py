@@ -90,20 +90,23 @@ class ScoringContext:
     Args:
         documents: the distinct documents, prompts included.
         tokenizer: the training tokenizer.
-        predictions: a reference (None: the run's own) -> what it predicts.
+        predictions: a reference (None: the run's own) and documents (None: the dataset's) -> what it predicts there.
         current: gives the log-probabilities under the model being trained as it stands; None before the second epoch.
         segments: `sentence` or `line` -> index of the first completion token of each.
+        protected: (M,) completion tokens that no rule may drop; None: none is.
     """
 
     def __init__(
         self,
         documents: DocumentSet,
         tokenizer: Any,
-        predictions: Callable[[ReferenceConfig | None], Predictions],
+        predictions: Callable[[ReferenceConfig | None, DocumentSet | None], Predictions],
         current: Callable[[], Floats] | None = None,
         segments: Callable[[str], NDArray[np.int64]] | None = None,
+        protected: NDArray[np.bool_] | None = None,
     ) -> None:
         self.documents, self.tokenizer = documents, tokenizer
+        self._protected = protected
         self._predictions, self._current, self._segments = predictions, current, segments
         self._positions = documents.completion_positions
         self._offsets = documents.completion_offsets
@@ -151,7 +154,44 @@ class ScoringContext:
 
     def predictions(self, reference: ReferenceConfig | None = None) -> Predictions:
         """Log-probability, entropy and deviation at every completion token; otherwise as `log_probabilities`."""
-        return self._predictions(reference if reference is not None and reference.model else None)
+        return self._predictions(_named(reference), None)
+
+    def predictions_without(
+        self,
+        hidden: NDArray[np.bool_],
+        starts: NDArray[np.int64],
+        wanted: NDArray[np.int64],
+        reference: ReferenceConfig | None = None,
+    ) -> Predictions:
+        """What a reference predicts in some segments when it has not read certain tokens before them.
+
+        Equals, per wanted segment: `predictions` for a document of all tokens before the segment that are not hidden,
+        and the segment. Prompts and other turns stay. Each segment takes a forward over that document; results are
+        stored by content.
+
+        Args:
+            hidden: (M,) completion tokens to leave out; in the segment itself they stay.
+            starts: (S,) first completion token of each segment, ascending from 0, as from `segments`; none spans two
+                documents or turns.
+            wanted: (W,) indices into `starts`.
+            reference: as in `log_probabilities`.
+
+        Returns:
+            (M,) float32 each; NaN outside the wanted segments.
+        """
+        from ..excerpts import predictions_without
+
+        def predict(documents: DocumentSet) -> Predictions:
+            return self._predictions(_named(reference), documents)
+
+        return predictions_without(self.documents, hidden, starts, wanted, predict)
+
+    @property
+    def protected(self) -> NDArray[np.bool_]:
+        """Completion tokens that no rule may drop, special tokens among them, (M,); see `protect` in the block."""
+        import numpy as np
+
+        return _read_only(np.zeros(len(self._token_ids), dtype=bool) if self._protected is None else self._protected)
 
     def segments(self, unit: Literal["sentence", "line"]) -> NDArray[np.int64]:
         """Index of the first completion token of every sentence or line, (S,) ascending from 0; see docs/method.md.
@@ -210,6 +250,11 @@ class Scorer:
         Must be deterministic: the same masks have to come out in every process and after a restart.
         """
         raise NotImplementedError
+
+
+def _named(reference: ReferenceConfig | None) -> ReferenceConfig | None:
+    """The reference itself, or None for the run's own: one without a model."""
+    return reference if reference is not None and reference.model else None
 
 
 def _read_only(array: NDArray[T]) -> NDArray[T]:

@@ -10,13 +10,13 @@ import inspect
 from importlib import metadata
 
 from ..errors import XTFUserError
-from . import builtin, typical
+from . import builtin, opening, typical
 from .base import Scorer, SelectorConfig
 
 GROUP = "xtf_plugin.scorers"
 _BUILTIN = (
     typical.Typicality,
-    typical.Opening,
+    opening.Opening,
     builtin.LogProbability,
     builtin.ExcessLoss,
     builtin.TokenCleaning,

@@ -1,18 +1,16 @@
-"""Scorers that ask whether the reference is more surprised than it expected to be.
+"""The scorer that asks whether the reference is more surprised than it expected to be.
 
 A low probability alone says little: where anything could come, every token is improbable. What the reference expects to
-be surprised by at a place is the entropy of its own prediction there, and noise is what goes beyond that. A token that
-was put into a sentence stands out by itself. A sentence that does not belong, however fluent, stands out where it
-begins: its later tokens follow from its first ones, and averaging over them hides what gave it away.
+be surprised by at a place is the entropy of its own prediction there, and noise is what goes beyond that.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from ..config_rules import NonNegative, Problems, ReferenceConfig
+from ..config_rules import ReferenceConfig
 from .base import Scorer, ScoringContext, SelectorConfig
 
 if TYPE_CHECKING:
@@ -47,60 +45,3 @@ class Typicality(Scorer):
         """Minus the surprisal in excess of the expected one, (M,) float32 in nats."""
         found = context.predictions(self.config.reference)
         return found.logprobs + found.entropy
-
-
-class OpeningConfig(TypicalityConfig):
-    """Scorer `opening`: how typical a sentence or line begins, for all of its tokens, in nats."""
-
-    unit: Literal["sentence", "line"] = Field(
-        default="sentence", description="What is judged as a whole by how it begins."
-    )
-    clip: NonNegative = Field(
-        default=8.0,
-        description="Nats below 0 beyond which a single token counts no further, so that one odd token condemns no "
-        "sentence.",
-    )
-
-    @model_validator(mode="after")
-    def _can_fire(self) -> OpeningConfig:
-        if self.drop.below is not None and self.drop.below <= -self.clip:
-            why = f"keeps every score at or above {-self.clip:g}, so that {self.drop} can never fire; raise it"
-            raise Problems(("clip", self.clip, why))
-        return self
-
-
-class Opening(Scorer):
-    """`score = sum_i w_i max(t_i, -clip) / sum_i w_i` over a sentence or line, `w_i = 1 / (i + 1)`; low goes.
-
-    t_i is the typicality of the unit's token i = 0, 1, ..., and all tokens of the unit get the same score. A special
-    token is a unit of its own; units are those of `window: sentence` and `window: line`. An undefined token counts
-    nowhere.
-
-    Ours: boilerplate and digressions are fluent, so that a good reference finds most of their tokens likely once they
-    have begun; what it does not find likely is that they begin. Broken text is unlikely throughout. Weights that fall
-    with the distance from the beginning find both; docs/evidence.md compares them with plain averages over sentences,
-    lines and windows.
-    """
-
-    name = "opening"
-    Config = OpeningConfig
-    config: OpeningConfig
-    per_document = True
-
-    def score(self, context: ScoringContext) -> Floats:
-        """Weighted mean of the unit's clipped typicality, (M,) float32 in nats; NaN where no token has one."""
-        import numpy as np  # reading a block needs no NumPy
-
-        found = context.predictions(self.config.reference)
-        typical = (found.logprobs + found.entropy).astype(np.float64)
-        starts = context.segments(self.config.unit)
-        if not len(typical):
-            return found.logprobs
-        lengths = np.diff(starts, append=len(typical))
-        place = np.arange(len(typical)) - np.repeat(starts, lengths)
-        known = ~np.isnan(typical)
-        weights = known / (place + 1.0)
-        total = np.add.reduceat(np.where(known, np.maximum(typical, -self.config.clip), 0.0) * weights, starts)
-        weight = np.add.reduceat(weights, starts)
-        mean = np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), np.nan)
-        return np.repeat(mean, lengths).astype(np.float32)
