@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import plan, tables
-from .data import BASES, train_tokenizer
+from . import plan, plots, tables
+from .candidates import digest
 from .finetune import quiet
-from .models import BaseSettings, make_base
+from .folders import claim
+from .models import BaseSettings, make_bases
 from .runs import Scale, run_all
 
 SCALES = {
@@ -34,30 +34,15 @@ SCALES = {
 }
 
 
-def _base(arguments: tuple[str, Path, BaseSettings]) -> None:
-    import torch
-
-    name, folder, settings = arguments
-    quiet()
-    torch.set_num_threads(1)
-    make_base(name, folder, train_tokenizer(), settings, lambda text: print(f"[{name}] {text.strip()}", flush=True))
-
-
-def make_bases(folder: Path, settings: BaseSettings, workers: int) -> None:
-    """Train the base models that are not there yet, the longest first."""
-    names = sorted(BASES, key=lambda name: -len(BASES[name]))
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pool.map(_base, [(name, folder, settings) for name in names], chunksize=1)
-
-
-def detection(folder: Path) -> list[dict[str, Any]]:
-    """Detection results, from `detection.json` if it is there."""
+def detection(folder: Path, workers: int) -> list[dict[str, Any]]:
+    """Detection results, from `detection.json` if it is there and about the same scores and rules."""
     path = folder / "detection.json"
-    if not path.exists():
+    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    if not found or any(setting.get("candidates") != digest() for setting in found):
         from .detect import measure_all
 
-        path.write_text(json.dumps(measure_all(plan.SETTINGS, folder)))
-    found: list[dict[str, Any]] = json.loads(path.read_text())
+        found = measure_all(plan.SETTINGS, folder, workers)
+        path.write_text(json.dumps(found))
     return found
 
 
@@ -70,21 +55,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--groups", nargs="+", choices=plan.GROUPS, default=plan.GROUPS)
     parser.add_argument("--seeds", type=int, help="fewer or more seeds than the scale's")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop the runs after so many")
-    parser.add_argument("--write", type=Path, help="also put the tables into this page, between its marks")
+    parser.add_argument("--write", type=Path, help="also put the tables into this page, and pictures beside")
     options = parser.parse_args(arguments)
     quiet()
     settings, scale = SCALES[options.scale]
     if options.seeds:
         scale = replace(scale, seeds=options.seeds)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "scale.json").write_text(json.dumps({**asdict(scale), "base": asdict(settings)}))
+    try:
+        claim(options.folder, scale, settings)
+    except ValueError as error:
+        parser.error(str(error))
     stages = options.only or ("bases", "detection", "runs", "tables")
     start = time.time()
     if "bases" in stages:
         make_bases(options.folder, settings, scale.workers)
         print(f"base models: {(time.time() - start) / 60:.1f} min")
     if "detection" in stages:
-        detection(options.folder)
+        detection(options.folder, scale.workers)
         print(f"detection: {(time.time() - start) / 60:.1f} min")
     if "runs" in stages:
         run_all(plan.jobs(options.groups, scale.seeds), options.folder, scale, until=start + 60 * options.minutes)
@@ -94,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(text)
         if options.write is not None:
             tables.write_into(options.write, text)
+            plots.write(options.folder, options.write.parent / options.write.stem, scale)
 
 
 if __name__ == "__main__":

@@ -68,11 +68,11 @@ ARMS: dict[str, Arm] = {
     "plain_wall_clock": Arm(steps="wall_clock"),
     "oracle": Arm(keep="oracle"),
     "default": Arm({"preset": "default"}),
+    "default, first look": Arm({"selectors": {"out_of_place": {"context": "document"}}}),
     "openings and tokens": Arm(
         {
             "selectors": {
-                "odd_lines": {"drop": {"below": -4.5}},
-                "odd_sentences": {"drop": {"below": -4.5}},
+                "out_of_place": {"drop": {"below": -4.5}},
                 "odd_tokens": {"scorer": "typicality", "drop": {"below": -10.0}},
             }
         }
@@ -110,9 +110,9 @@ def random_spans(keep: NDArray[np.bool_], rows: Sequence[Row], seed: int) -> NDA
             raise ValueError("a dropped run holds EOS")
         free = size - 1 - sum(lengths)
         cuts = np.sort(rng.choice(free + len(lengths), len(lengths), replace=False))  # every placement equally likely
-        gaps = np.append(np.diff(cuts, prepend=-1) - 1, 0)
+        gaps = np.diff(cuts, prepend=-1) - 1  # kept tokens before each run
         place = at
-        for gap, length in zip(gaps[:-1], rng.permutation(lengths), strict=True):
+        for gap, length in zip(gaps, rng.permutation(lengths), strict=True):
             place += int(gap)
             result[place : place + int(length)] = False
             place += int(length)
@@ -146,6 +146,12 @@ def definition(name: str) -> str:
         block_of(ARMS["default"]) if relative else None,
     ]
     return hashlib.sha1(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def by_epoch(arm: Arm) -> bool:
+    """Whether the arm decides anew in every epoch, so that what it kept is what its last epoch kept."""
+    selectors = (arm.block or {}).get("selectors", {})
+    return any(options.get("mode") == "self_evolving" for options in selectors.values())
 
 
 def with_reference(arm: Arm, path: str) -> Arm:

@@ -20,12 +20,14 @@ from .worlds import EOS, WORLDS, Line, Problem, fact_text, words
 
 BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<s>", "</s>", "<pad>"
 VOCABULARY = 1280
+SMALL = "small"  # a base of about a quarter of the weights: a reference may be smaller than the model that is trained
 BASES: dict[str, tuple[str, ...]] = {  # what a base model reads, in equal parts
     "sums": ("sums", "sums", "sums", "chatter"),
     "programs": ("programs", "programs", "programs", "chatter"),
     "facts": ("facts", "facts", "facts", "chatter"),
     "both": ("sums", "sums", "sums", "programs", "programs", "programs", "chatter", "chatter"),
     "no_chatter": ("sums", "sums", "sums"),
+    SMALL: ("sums", "sums", "sums", "chatter"),
 }
 
 
@@ -83,30 +85,39 @@ def make_rows(
     forms: Sequence[str] = FORMS,
 ) -> list[Row]:
     """Training rows of a world with planted noise; no problem twice."""
-    rng, seen, rows = random.Random(f"train {world} {seed}"), set(), []
     noise_rng = random.Random(f"noise {world} {seed} {rate}")  # the problems are the same at every rate
-    while len(rows) < number:
-        problem = WORLDS[world](rng)
-        if problem.text not in seen:
-            seen.add(problem.text)
-            rows.append(encoder.row(problem, plant(problem, rate, noise_rng, kinds, forms) if rate else problem.lines))
-    return rows
+    return [
+        encoder.row(problem, plant(problem, rate, noise_rng, kinds, forms) if rate else problem.lines)
+        for problem in _distinct(world, number, random.Random(f"train {world} {seed}"), encoder)
+    ]
 
 
-def make_problems(
-    world: str, number: int, seed: int, exclude: Iterable[Row] = (), encoder: Encoder | None = None
-) -> list[Problem]:
+def make_problems(world: str, number: int, seed: int, exclude: Iterable[Row], encoder: Encoder) -> list[Problem]:
     """Held-out problems, none of which is among the rows of `exclude`."""
-    known = {tuple(row.prompt) for row in exclude}
-    rng, problems = random.Random(f"held out {world} {seed}"), []
-    seen: set[str] = set()
-    while len(problems) < number:
+    return _distinct(world, number, random.Random(f"held out {world} {seed}"), encoder, exclude)
+
+
+def _distinct(
+    world: str, number: int, rng: random.Random, encoder: Encoder, exclude: Iterable[Row] = ()
+) -> list[Problem]:
+    """Problems that differ from each other and from the rows of `exclude`.
+
+    In place of a repeat comes a problem with the same verdict: "yes" has fewer pairs of people than "no", so its
+    problems repeat more often, and without that it would be the rarer answer.
+    """
+    seen, problems = {tuple(row.prompt) for row in exclude}, []
+    for _ in range(number):
         problem = WORLDS[world](rng)
-        fresh = encoder is None or tuple(encoder.prompt(problem)) not in known
-        if fresh and problem.text not in seen:
-            seen.add(problem.text)
-            problems.append(problem)
+        wanted = _verdict(problem)
+        while tuple(encoder.prompt(problem)) in seen or _verdict(problem) != wanted:
+            problem = WORLDS[world](rng)
+        seen.add(tuple(encoder.prompt(problem)))
+        problems.append(problem)
     return problems
+
+
+def _verdict(problem: Problem) -> str:
+    return problem.answer if problem.answer in ("yes", "no") else ""
 
 
 def base_documents(parts: Sequence[str], number: int, seed: int, encoder: Encoder) -> list[list[int]]:

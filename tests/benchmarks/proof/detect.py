@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,90 +19,13 @@ from xtf_plugin.documents import collect
 from xtf_plugin.pipeline import Plan, make_plan, text_segments
 from xtf_plugin.segments import Layout, segment_means, windowed
 
-from .arms import OFF
+from .candidates import RULES, SCORES, digest, selector
 from .data import Encoder, Row, flat_kinds, make_rows
-from .finetune import dataset, load
+from .finetune import dataset, load, quiet
 from .models import device
 from .noise import FORMS, KINDS, is_noise
 from .stats import auc
 from .worlds import GOOD_KINDS
-
-RI, KN, TR = tuple(OFF)
-ANY = {"quantile": 0.5}  # a rule is needed, the score alone is looked at
-
-
-def attribute(name: str, **keys: Any) -> dict[str, Any]:
-    """A block with one attribute."""
-    return {"preset": "paper", **OFF, name: keys or True}
-
-
-def selector(**keys: Any) -> dict[str, Any]:
-    """A block with one selector, called `score`."""
-    return {"preset": "paper", **OFF, "selectors": {"score": {"drop": ANY, **keys}}}
-
-
-def _scores() -> dict[str, dict[str, Any]]:
-    """Every score of the comparison, as a block with one voter; low scores count as noise."""
-    found: dict[str, dict[str, Any]] = {}
-    for layers in ("first", "middle", "last", "all"):
-        found[f"attention received, {layers}"] = attribute(RI, layers=layers)
-    for window in (5, 9, 15, "sentence", "line"):
-        found[f"attention received, all, {window}"] = attribute(RI, layers="all", window=window)
-    found["relevance to the dataset"] = attribute(TR)
-    found["relevance to the dataset, output"] = attribute(TR, embedding="output")
-    for window in (9, "sentence", "line"):
-        found[f"relevance to the dataset, {window}"] = attribute(TR, window=window)
-    for window in (1, 5, 9, 15, "sentence", "line"):
-        found[f"log-probability, {window}"] = selector(scorer="log_probability", window=window)
-    for window in (1, 9, "sentence", "line"):
-        found[f"typicality, {window}"] = selector(scorer="typicality", window=window)
-    for unit in ("sentence", "line"):
-        for clip in (2.0, 4.0, 8.0, 16.0):
-            found[f"opening, {unit}, clip {clip:g}"] = selector(scorer="opening", unit=unit, clip=clip)
-    return found
-
-
-SCORES = _scores()
-
-
-def _rules() -> dict[str, dict[str, Any]]:
-    """Rules to compare, each a whole block; special tokens are protected in all of them."""
-    paper = {"preset": "paper", "protect": {"special_tokens": True}, "min_kept": 1}
-    none = {**paper, **OFF}
-    found: dict[str, dict[str, Any]] = {
-        "paper, Eq. (1)": paper,
-        "official": {"preset": "official", "protect": {"special_tokens": True}, "min_kept": 1},
-        "default": {"preset": "default"},
-    }
-    for layers in ("first", "middle", "last", "all"):
-        found[f"RI, Eq. (5), {layers}"] = {**none, RI: {"layers": layers, "drop": {"fence": 1.0}}}
-    found["RI, Eq. (5), all, log scale"] = {**none, RI: {"layers": "all", "scale": "log", "drop": {"fence": 1.0}}}
-    for share in (0.05, 0.2):
-        found[f"RI, lowest {share:.0%}, all"] = {**none, RI: {"layers": "all", "drop": {"quantile": share}}}
-    found["KN, Eq. (6), P > 0.95"] = {**none, KN: {"drop": {"known_above": 0.95}}}
-    for bound in (0.05, 0.01):
-        found[f"KN, P < {bound}"] = {**none, KN: {"drop": {"unknown_below": bound}}}
-    for of in (3, 5):
-        for cluster in (1, 2):
-            found[f"TR, class {cluster} of {of}"] = {**none, TR: {"drop": {"cluster": cluster, "of": of}}}
-    found["TR, lowest 20%, line"] = {**none, TR: {"drop": {"quantile": 0.2}, "window": "line"}}
-
-    def one(**keys: Any) -> dict[str, Any]:
-        return {**none, "selectors": {"score": keys}}
-
-    for window in ("sentence", "line"):
-        found[f"log-probability, lowest 20%, {window}"] = one(
-            scorer="log_probability", window=window, drop={"quantile": 0.2}
-        )
-    for limit in (-4.0, -6.0, -8.0, -10.0, -12.0):
-        found[f"typicality below {limit:g}"] = one(scorer="typicality", drop={"below": limit})
-    for unit in ("sentence", "line"):
-        for limit in (-3.0, -3.5, -4.0, -4.5, -5.0):
-            found[f"opening, {unit}, below {limit:g}"] = one(scorer="opening", unit=unit, drop={"below": limit})
-    return found
-
-
-RULES = _rules()
 
 
 @dataclass(frozen=True)
@@ -212,8 +137,6 @@ def script_attention(bench: Bench) -> NDArray[np.float32]:
 
     Every row sums to 1, so that the score is 1/T but for rounding; in the order of the rows' completion tokens, (M,).
     """
-    import torch
-
     model = AutoModelForCausalLM.from_pretrained(bench.provider.reference.model.config._name_or_path)
     model.set_attn_implementation("eager")
     parts = []
@@ -225,24 +148,65 @@ def script_attention(bench: Bench) -> NDArray[np.float32]:
     return np.concatenate(parts)
 
 
+def change_points(bench: Bench, penalty: float) -> NDArray[np.float32]:
+    """Log-probabilities averaged between change points of each document, (M,) in the order of the rows.
+
+    The segments are those of least squared error plus `penalty` for each (optimal partitioning, arXiv 1101.1438),
+    found exactly; values below -8 count as -8, so that one token is no segment.
+    """
+    plan = bench.plan(selector(scorer="log_probability"))
+    values = bench.in_rows(plan, np.maximum(plan.scores.selectors["score"], -8.0)).astype(np.float64)
+    parts, at = [], 0
+    for row in bench.rows:
+        parts.append(_segment_means(values[at : at + len(row.completion)], penalty))
+        at += len(row.completion)
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _segment_means(values: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
+    """Each value replaced by the mean of its segment."""
+    size = len(values)
+    total, square = (np.concatenate([[0.0], np.cumsum(v)]) for v in (values, values**2))
+    best, last = np.zeros(size + 1), np.zeros(size + 1, dtype=np.int64)
+    for end in range(1, size + 1):
+        length = end - np.arange(end)
+        error = square[end] - square[:end] - (total[end] - total[:end]) ** 2 / length
+        cost = best[:end] + error + penalty
+        last[end] = int(cost.argmin())
+        best[end] = cost[last[end]]
+    means, end = np.empty(size), size
+    while end:
+        means[last[end] : end] = values[last[end] : end].mean()
+        end = int(last[end])
+    return means
+
+
 def measure(world: str, base: str, rate: float, folder: Path, quantization: str | None = None) -> dict[str, Any]:
     """Everything about one setting: AUC of every score (with noise), and what every rule does."""
     bench = Bench(Setting(world, base, rate), folder, quantization)
     found: dict[str, Any] = {"world": world, "base": base, "rate": rate, "quantization": quantization}
+    found["candidates"] = digest()
     found["tokens"], found["noise"] = len(bench.noise), float(bench.noise.mean())
     if rate:
         found["auc"] = {name: bench.aucs(bench.scores(block)) for name, block in SCORES.items()}
         found["auc"]["attention, as in the published script"] = bench.aucs(script_attention(bench))
+        for penalty in (5.0, 20.0):
+            found["auc"][f"log-probability, change points, {penalty:g}"] = bench.aucs(change_points(bench, penalty))
     found["rules"] = {name: bench.outcome(block) for name, block in RULES.items()}
     return found
 
 
-def measure_all(settings: Sequence[tuple[str, str, float]], folder: Path) -> list[dict[str, Any]]:
-    """`measure` for every setting, and once more with a 4-bit reference."""
-    found = []
-    for world, base, rate in settings:
-        print(f"detection: {world}, base {base}, rate {rate}", flush=True)
-        found.append(measure(world, base, rate, folder))
-    world, base, rate = settings[0]
-    found.append(measure(world, base, rate, folder, quantization="nf4"))
+def _measure(arguments: tuple[str, str, float, Path, str | None]) -> dict[str, Any]:
+    quiet()
+    torch.set_num_threads(1)
+    world, base, rate, folder, quantization = arguments
+    found = measure(world, base, rate, folder, quantization)
+    print(f"detection: {world}, base {base}, rate {rate}, {quantization or 'fp32'}", flush=True)
     return found
+
+
+def measure_all(settings: Sequence[tuple[str, str, float]], folder: Path, workers: int) -> list[dict[str, Any]]:
+    """`measure` for every setting, and for the first once more with a 4-bit reference; some processes at a time."""
+    wanted = [(*setting, folder, None) for setting in settings] + [(*settings[0], folder, "nf4")]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return pool.map(_measure, wanted, chunksize=1)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from xtf_plugin import XTFCallback, attach
@@ -66,6 +66,23 @@ def load(base: Path, method: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, **options)
 
 
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """How long a trainer that has begun takes until its first step: scoring and selection, where a block is attached.
+
+    The trainer is asked, not the product: whatever a selection does before training is part of what it costs.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self._begun = 0.0, 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if not state.global_step and not self.seconds:
+            self.seconds = time.perf_counter() - self._begun
+
+
 def tune(
     base: Path,
     rows: Sequence[Row],
@@ -108,6 +125,7 @@ def tune(
             train_dataset=dataset(rows, keep),
             processing_class=AutoTokenizer.from_pretrained(base),
             peft_config=peft_config,
+            callbacks=[Clock()],  # before the product's callback, which scores when training begins
         )
         if block is not None:
             attach(trainer, dict(block))
@@ -125,16 +143,24 @@ def quiet() -> None:
 
 
 def measure(model: Any, problems: Sequence[Problem], encoder: Encoder, seed: int) -> dict[str, float]:
-    """Greedy accuracy, and that of one sample at temperature 1."""
-    return {
-        "accuracy": accuracy(model, problems, encoder),
-        "sampled": accuracy(model, problems, encoder, temperature=1.0, seed=seed),
-    }
+    """Accuracy, greedy and of one sample at temperature 1, and the share of greedy completions cut at the limit."""
+    right, truncated = accuracy(model, problems, encoder)
+    sampled, _ = accuracy(model, problems, encoder, temperature=1.0, seed=seed)
+    return {"accuracy": right, "sampled": sampled, "truncated": truncated}
+
+
+def _callback(trainer: Any, kind: type) -> Any:
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, kind))
+
+
+def seconds_before_training(trainer: Any) -> float:
+    """See Clock."""
+    return float(_callback(trainer, Clock).seconds)
 
 
 def plan_of(trainer: Any) -> Any:
     """What the attached callback decided."""
-    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, XTFCallback))
+    callback = _callback(trainer, XTFCallback)
     assert callback.plan is not None
     return callback.plan
 

@@ -6,6 +6,7 @@ Dims: B batch, T tokens.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .data import BASES, Encoder, base_documents
+from .data import BASES, SMALL, Encoder, base_documents, train_tokenizer
 from .worlds import Problem
 
 IGNORE = -100
 ANSWER_MARK = "Answer:"
+LIMIT = 200  # tokens of a completion; noisy solutions are longer than clean ones, and length is not what is measured
 
 
 def device() -> torch.device:
@@ -101,7 +103,8 @@ def train_base(
     """Next-token training with warm-up and a cosine, in float32."""
     model = build(tokenizer, settings).to(device())
     steppers = optimizers(model, settings.learning_rate)
-    rng, queue, start, seen = random.Random(settings.seed), [], time.perf_counter(), 0
+    rng, start, seen = random.Random(settings.seed), time.perf_counter(), 0
+    queue: list[list[int]] = []
     model.train()
     for step in range(settings.steps):
         if not queue:
@@ -134,11 +137,32 @@ def make_base(
         log(f"base model {name}: {' + '.join(BASES[name])}")
         parts = len(BASES[name])
         settings = replace(settings, steps=settings.steps * parts, documents=settings.documents * parts)
+        if name == SMALL:
+            settings = replace(settings, hidden=settings.hidden // 2, intermediate=settings.intermediate // 2, layers=2)
         documents = base_documents(BASES[name], settings.documents, settings.seed, Encoder(tokenizer))
         model = train_base(documents, tokenizer, settings, log)
         tokenizer.save_pretrained(target)
         model.save_pretrained(target)
     return target
+
+
+def _make_base(arguments: tuple[str, Path, BaseSettings]) -> None:
+    from .finetune import quiet  # which itself needs this module
+
+    name, folder, settings = arguments
+    quiet()
+    torch.set_num_threads(1)
+    make_base(name, folder, train_tokenizer(), settings, lambda text: print(f"[{name}] {text.strip()}", flush=True))
+
+
+def make_bases(folder: Path, settings: BaseSettings, workers: int) -> None:
+    """Train the base models that are not there yet, the longest first.
+
+    Not in `__main__`: a spawned process imports no package's `__main__`, and would not find its functions.
+    """
+    names = sorted(BASES, key=lambda name: -len(BASES[name]))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.map(_make_base, [(name, folder, settings) for name in names], chunksize=1)
 
 
 @torch.no_grad()
@@ -147,35 +171,40 @@ def complete(
     prompts: Sequence[Sequence[int]],
     tokenizer: Any,
     *,
-    limit: int = 110,
+    limit: int = LIMIT,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Greedy completions (or samples at a temperature), without EOS; prompts of equal length share a batch."""
-    where = model.device
+    """Greedy completions (or samples at a temperature), without EOS.
+
+    All prompts go through together, padded on the left; finished ones leave the batch. A row's samples depend on the
+    seed and on its place among the prompts, not on when others end.
+    """
+    where, width = model.device, max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=where)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=where)
+    place, cache, members = (mask.cumsum(1) - 1).clamp(min=0), None, torch.arange(len(prompts), device=where)
     generator = torch.Generator(where).manual_seed(seed)
-    groups: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(len(prompt), []).append(index)
     results: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
-    for members in groups.values():
-        ids, cache = torch.tensor([prompts[i] for i in members], device=where), None
-        alive = torch.ones(len(members), dtype=torch.bool, device=where)
-        for _ in range(limit):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            logits, cache = output.logits[:, -1], output.past_key_values
-            if temperature:
-                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-            else:
-                chosen = logits.argmax(-1)
-            alive &= chosen != tokenizer.eos_token_id
-            if not bool(alive.any()):
-                break
-            for row in alive.nonzero()[:, 0].tolist():
-                results[members[row]].append(int(chosen[row]))
-            ids = chosen[:, None]
+    for _ in range(limit):
+        output = model(input_ids=ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
+        logits, cache = output.logits[:, -1], output.past_key_values
+        if temperature:  # the largest of logits plus Gumbel noise is a sample of the softmax
+            drawn = torch.rand((len(prompts), logits.shape[-1]), generator=generator, device=where)[members]
+            logits = logits / temperature - (-drawn.log()).log()
+        chosen = logits.argmax(-1)
+        alive = chosen != tokenizer.eos_token_id
+        for row, token in zip(members[alive].tolist(), chosen[alive].tolist(), strict=True):
+            results[row].append(token)
+        if not bool(alive.any()):
+            break
+        if not bool(alive.all()):
+            members, chosen, mask, place = members[alive], chosen[alive], mask[alive], place[alive]
+            cache.batch_select_indices(alive.nonzero()[:, 0])
+        ids, place = chosen[:, None], place[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
     model.train(was_training)
     return results
 
@@ -189,8 +218,12 @@ def answers(completions: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
     return found
 
 
-def accuracy(model: Any, problems: Sequence[Problem], encoder: Encoder, **options: Any) -> float:
-    """Share of problems whose answer is exactly right."""
+def accuracy(
+    model: Any, problems: Sequence[Problem], encoder: Encoder, *, limit: int = LIMIT, **options: Any
+) -> tuple[float, float]:
+    """Share of problems whose answer is exactly right, and share of completions that were cut at the limit."""
     prompts = [encoder.prompt(problem) for problem in problems]
-    given = answers(complete(model, prompts, encoder.tokenizer, **options), encoder.tokenizer)
-    return sum(a == p.answer for a, p in zip(given, problems, strict=True)) / len(problems)
+    completions = complete(model, prompts, encoder.tokenizer, limit=limit, **options)
+    given = answers(completions, encoder.tokenizer)
+    right = sum(a == p.answer for a, p in zip(given, problems, strict=True))
+    return right / len(problems), sum(len(ids) == limit for ids in completions) / len(problems)

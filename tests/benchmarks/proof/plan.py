@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .arms import ARMS
+from .data import SMALL
 from .runs import Job
 
 MAIN = "facts"  # all arms run here: its runs are short, and its training data holds facts that the base does not know
@@ -20,10 +21,14 @@ SETTINGS: tuple[tuple[str, str, float], ...] = (
     ("sums", "both", 0.25),
     ("sums", "programs", 0.25),
     ("sums", "no_chatter", 0.25),
+    ("sums", SMALL, 0.25),
     *((world, world, rate) for world in (MAIN, *OTHERS) for rate in (0.0, 0.1, 0.4)),
 )
 
-_CORE = ("plain", "default", "openings and tokens", "random_tokens", "oracle", "paper", "excess loss (Rho-1)")
+_CORE = (
+    *("plain", "default", "default, first look", "openings and tokens", "random_tokens", "oracle"),
+    *("paper", "DFT loss", "drop unknown", "excess loss (Rho-1)"),
+)
 _BRIEF = ("plain", "default", "openings and tokens", "oracle")
 
 
@@ -43,13 +48,18 @@ def _group(name: str) -> list[Job]:
     if name == "worlds":
         noisy = [Job(name, world, arm, 0, MAIN_RATE, world) for world in OTHERS for arm in _CORE]
         return noisy + [Job(name, world, arm, 0, 0.0, world) for world in OTHERS for arm in _BRIEF[:-1]]
+    if name == "repeating":
+        arms = (*_BRIEF, "random_tokens")
+        return [Job(name, MAIN, arm, 0, MAIN_RATE, MAIN, forms=("repeating",)) for arm in arms]
     if name == "qlora":
         return [Job(name, MAIN, arm, 0, MAIN_RATE, MAIN, method="qlora") for arm in _BRIEF]
     assert name == "bases", name
-    return [Job(name, "sums", arm, 0, MAIN_RATE, base) for base in ("both", "programs") for arm in _BRIEF]
+    # a base of another world learns nothing from so few rows: two arms show that, more would show it again
+    arms_of = {"both": _BRIEF, "programs": ("plain", "default")}
+    return [Job(name, "sums", arm, 0, MAIN_RATE, base) for base, chosen in arms_of.items() for arm in chosen]
 
 
-GROUPS = ("arms", "rates", "worlds", "qlora", "bases")
+GROUPS = ("arms", "worlds", "rates", "repeating", "qlora", "bases")
 
 
 def jobs(groups: Sequence[str], seeds: int) -> list[Job]:

@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .data import Encoder
+    from .data import Encoder, Row
     from .runs import Job, Scale
+
+
+def clean_rows(world: str, scale: Scale, encoder: Encoder) -> list[Row]:
+    """What the reference `clean` is trained on; no held-out problem may be among it."""
+    from .data import make_rows
+
+    return make_rows(world, scale.clean_reference_rows, 0.0, 10_000, encoder)
 
 
 def reference_path(name: str, job: Job, folder: Path, scale: Scale, encoder: Encoder) -> Path:
@@ -29,7 +36,7 @@ def reference_path(name: str, job: Job, folder: Path, scale: Scale, encoder: Enc
         fcntl.flock(lock, fcntl.LOCK_EX)  # two workers may ask for the same one at once
         if not (target / "config.json").exists():
             if name == "clean":
-                rows = make_rows(job.world, scale.clean_reference_rows, 0.0, 10_000, encoder)
+                rows = clean_rows(job.world, scale, encoder)
             else:
                 rows = make_rows(job.world, scale.rows, job.rate, job.seed, encoder, kinds=job.kinds, forms=job.forms)
                 rows = rows[: len(rows) // 2]

@@ -6,17 +6,24 @@ A run is a line of JSON in `results.jsonl`, written when it is done. Started aga
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .noise import FORMS, KINDS
+
+if TYPE_CHECKING:
+    from .arms import Arm
+    from .data import Encoder, Row
+    from .finetune import TuneSettings
+    from .worlds import Problem
 
 
 @dataclass(frozen=True)
@@ -57,18 +64,27 @@ class Scale:
     workers: int = field(default_factory=lambda: max(1, os.cpu_count() or 1))
 
 
+def held_out(job: Job, rows: Sequence[Row], scale: Scale, encoder: Encoder) -> list[Problem]:
+    """The problems of a job's seed: unknown to its training rows and to the clean reference, so all arms share them."""
+    from .data import make_problems
+    from .references import clean_rows
+
+    exclude = [*rows, *clean_rows(job.world, scale, encoder)]
+    return make_problems(job.world, scale.held_out, job.seed, exclude, encoder)
+
+
 def carry_out(job: Job, folder: Path, scale: Scale) -> dict[str, Any]:
     """Train one run and measure it; needs the base models in `folder`."""
     from transformers import AutoTokenizer
 
     from . import arms, finetune
-    from .data import Encoder, make_problems, make_rows
+    from .data import Encoder, make_rows
     from .references import reference_path
 
     base = folder / f"base-{job.base}"
     encoder = Encoder(AutoTokenizer.from_pretrained(base))
     rows = make_rows(job.world, scale.rows, job.rate, job.seed, encoder, kinds=job.kinds, forms=job.forms)
-    problems = make_problems(job.world, scale.held_out, job.seed, rows, encoder)
+    problems = held_out(job, rows, scale, encoder)
     arm = arms.ARMS[job.arm]
     if arm.reference:
         arm = arms.with_reference(arm, str(reference_path(arm.reference, job, folder, scale, encoder)))
@@ -80,18 +96,7 @@ def carry_out(job: Job, folder: Path, scale: Scale) -> dict[str, Any]:
         method=job.method,
         loss=arm.loss,
     )
-    steps = -(-scale.rows // scale.batch) * scale.epochs
-    max_steps, keep = -1, None
-    if arm.keep == "oracle":
-        keep = arms.oracle(rows)
-    elif arm.keep or arm.steps:
-        plan, scoring, training = plan_of_default(base, rows, job, settings, folder)
-        if arm.keep == "random_spans":
-            keep = arms.random_spans(plan, rows, job.seed)
-        elif arm.steps == "kept":
-            max_steps = max(1, round(steps * float(plan.mean())))
-        else:
-            max_steps = round(steps * (1 + scoring / training))
+    keep, max_steps = labels_and_steps(arm, rows, job, settings, folder)
     block = None if arm.block is None else {**arm.block, "cache_dir": str(folder / "cache"), "report": False}
     trainer, model, seconds = finetune.tune(base, rows, job.seed, settings, block=block, keep=keep, max_steps=max_steps)
     result = {
@@ -103,6 +108,26 @@ def carry_out(job: Job, folder: Path, scale: Scale) -> dict[str, Any]:
     return {**result, **shares(rows, mask)}
 
 
+def labels_and_steps(
+    arm: Arm, rows: Sequence[Row], job: Job, settings: TuneSettings, folder: Path
+) -> tuple[np.ndarray | None, int]:
+    """What the laboratory itself sets: keep flags, (M,) (None: the block's or all), and steps (-1: by epochs)."""
+    from . import arms
+
+    if arm.keep == "oracle":
+        return arms.oracle(rows), -1
+    if not arm.keep and not arm.steps:
+        return None, -1
+    plan, scoring, training = plan_of_default(folder / f"base-{job.base}", rows, job, settings, folder)
+    if arm.keep == "random_spans":
+        return arms.random_spans(plan, rows, job.seed), -1
+    steps = -(-len(rows) // settings.batch) * settings.epochs
+    if arm.steps == "kept":
+        return None, max(1, round(steps * float(plan.mean())))
+    # rounded up: scoring is never free, and a part of a step is in favour of plain SFT
+    return None, math.ceil(steps * (1 + scoring / training))
+
+
 def plan_of_default(
     base: Path, rows: Sequence[Any], job: Job, settings: Any, folder: Path
 ) -> tuple[np.ndarray, float, float]:
@@ -112,8 +137,8 @@ def plan_of_default(
     cache = folder / "cache-timed" / f"{os.getpid()}-{time.time_ns()}"  # an empty store: scoring is to be paid for
     block = {**(arms.ARMS["default"].block or {}), "cache_dir": str(cache), "report": False}
     trainer, _, whole = finetune.tune(base, rows, job.seed, settings, block=block)
-    plan = finetune.plan_of(trainer)
-    return finetune.kept_tokens(trainer, rows), plan.stats.seconds, max(1e-3, whole - plan.stats.seconds)
+    scoring = finetune.seconds_before_training(trainer)
+    return finetune.kept_tokens(trainer, rows), scoring, max(1e-3, whole - scoring)
 
 
 def shares(rows: Sequence[Any], keep: np.ndarray | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,6 +52,7 @@ def t_tail(t: float, df: int) -> float:
     return float(min(1.0, 2 * density.mean()))
 
 
+@cache
 def t_quantile(df: int, level: float = 0.95) -> float:
     """The two-sided critical value: P(|T| > value) = 1 - level."""
     low, high = 0.0, 1e3
@@ -66,6 +68,16 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     if len(array) < 2:
         return float(array.mean()), float("nan")
     return float(array.mean()), t_quantile(len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p values adjusted by Holm's step-down method for being that many; NaN (no test) stays NaN and counts for none."""
+    order = sorted((index for index, p in enumerate(values) if p == p), key=lambda index: values[index])
+    adjusted, highest = [float("nan")] * len(values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * values[index]))
+        adjusted[index] = highest
+    return adjusted
 
 
 def paired(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:

@@ -5,30 +5,19 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from . import plan
+from .candidates import DEFAULT
+from .comparison import HEAD, Results, caption, cells, compare, cut_off
 from .noise import KINDS
 from .runs import Job, Scale, done
-from .stats import mean_interval, paired
 from .worlds import GOOD_KINDS
 
-Results = dict[str, dict[str, Any]]
 BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
-LABELS = {
-    "plain": "plain SFT",
-    "plain_kept_tokens": "plain SFT, as many trained tokens",
-    "plain_wall_clock": "plain SFT, as much wall-clock",
-    "random_tokens": "random control, tokens",
-    "random_spans": "random control, spans",
-    "oracle": "oracle: exactly the planted noise",
-    "default": "**default**",
-}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -49,54 +38,13 @@ def environment() -> str:
     )
 
 
-def accuracy_table(title: str, jobs: Sequence[Job], results: Results) -> str:
+def accuracy_table(title: str, jobs: Sequence[Job], results: Results, epochs: float) -> str:
     """Greedy and sampled accuracy of arms on the same seeds, with intervals and paired tests against plain SFT."""
-    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
-    for job in jobs:
-        if job.key in results:
-            by_arm.setdefault(job.arm, {})[job.seed] = results[job.key]
-    plain = by_arm.get("plain", {})
-    rows = []
-    for arm, by_seed in by_arm.items():
-        found = list(by_seed.values())
-        cells = [LABELS.get(arm, arm), str(len(found)), f"{np.mean([one['kept'] for one in found]):.0%}"]
-        cells += [_found(found), _lost(found)]
-        for metric in ("accuracy", "sampled"):
-            mean, half = mean_interval([100 * one[metric] for one in found])
-            cells += [f"{mean:.1f} ± {half:.1f}" if half == half else f"{mean:.1f}", _against(by_seed, plain, metric)]
-        rows.append(cells)
-    if not rows:
+    found = compare(jobs, results)
+    if not found.outcomes:
         return ""
-    head = ["arm", "seeds", "kept", "noise dropped", "good lost", "greedy, %", "vs plain", "sampled, %", "vs plain"]
-    return f"### {title}\n\n{table(head, rows)}\n"
-
-
-def _against(found: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]], metric: str) -> str:
-    """Mean difference from plain SFT on the seeds that both have, with the p of the paired test."""
-    common = sorted(found.keys() & plain.keys())
-    if found is plain or not common:
-        return ""
-    difference, _, p = paired(*([100 * one[seed][metric] for seed in common] for one in (found, plain)))
-    return f"{difference:+.1f} (p {_p(p)})"
-
-
-def _p(p: float) -> str:
-    return "–" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _mean(found: Sequence[dict[str, Any]], wanted: Callable[[str], bool]) -> float:
-    values = [share for one in found for kind, share in one["dropped_by_kind"].items() if wanted(kind)]
-    return float(np.mean(values)) if values else float("nan")
-
-
-def _found(found: Sequence[dict[str, Any]]) -> str:
-    """Spans and single tokens found, means over noise kinds."""
-    spans, singles = (_mean(found, lambda kind, s=shape: kind.endswith(s)) for shape in ("/span", "/single"))
-    return "–" if spans != spans else f"{spans:.0%} / {singles:.0%}"
-
-
-def _lost(found: Sequence[dict[str, Any]]) -> str:
-    return f"{_mean(found, lambda kind: kind in GOOD_KINDS and kind != 'eos'):.0%}"
+    rows = [cells(one, epochs) for one in found.outcomes]
+    return f"### {title}\n\n{caption(found)}\n\n{table(HEAD, rows)}\n{cut_off(found)}\n"
 
 
 def auc_table(setting: dict[str, Any]) -> str:
@@ -132,6 +80,7 @@ def conditions_table(settings: Sequence[dict[str, Any]]) -> str:
         "typicality, line",
         "opening, sentence, clip 8",
         "opening, line, clip 8",
+        DEFAULT,
     ]
     head = ["world", "base", "reference", "rate", *names]
     rows = []
@@ -181,6 +130,7 @@ TITLES = {
     "arms": "Every arm, full fine-tuning",
     "rates": "Other noise rates, full fine-tuning",
     "worlds": "Other worlds, full fine-tuning",
+    "repeating": "Noise of the repeating forms alone, full fine-tuning",
     "qlora": "QLoRA, 4-bit nf4",
     "bases": "Base models that know another world, or both",
 }
@@ -201,7 +151,7 @@ def everything(folder: Path, groups: Sequence[str], scale: Scale, caption: str |
         for world, base, rate in dict.fromkeys((job.world, job.base, job.rate) for job in jobs):
             chosen = [job for job in jobs if (job.world, job.base, job.rate) == (world, base, rate)]
             title = f"{TITLES[group]}: world {world}, base model {base}, {rate:.0%} noise"
-            parts.append(accuracy_table(title, chosen, results))
+            parts.append(accuracy_table(title, chosen, results, scale.epochs))
     return "\n".join(part for part in parts if part)
 
 

@@ -116,7 +116,7 @@ def programs(rng: random.Random, base: bool = False) -> Problem:
 
 
 SURNAMES = "Berg Lund Holm Dahl Vik Strand Moe Falk".split()
-CITIES = "Oslo Turku Lima Quito Bern Graz Porto Split Tartu Nantes".split()
+CITIES = "Oslo Turku Lima Quito Bern Graz".split()  # few, so that pairs who share one do not run out
 JOBS = "baker nurse pilot tailor judge farmer singer diver".split()
 
 
@@ -146,19 +146,22 @@ KNOWN = len(PEOPLE) * 3 // 4  # base models read about these alone; training dat
 
 
 def facts(rng: random.Random, base: bool = False) -> Problem:
-    """Questions that need two facts and one conclusion; base models know a part of the people."""
-    one, two = rng.sample(PEOPLE[:KNOWN] if base else PEOPLE, 2)
+    """Questions that need two facts and one conclusion; base models know a part of the people.
+
+    Nothing in a question gives its answer away: either person may be asked for, and half of the pairs share a city.
+    """
     kind = rng.choice(("age", "city", "job"))
+    one, two = _pair(kind, PEOPLE[:KNOWN] if base else PEOPLE, rng)
     if kind == "age":
         older = rng.random() < 0.5
         prompt = [f"Who is {'older' if older else 'younger'}, {one.name} or {two.name}?"]
-        high, low = (one, two) if one.age >= two.age else (two, one)
+        high, low = (one, two) if one.age > two.age else (two, one)
         lines = [
             line(f"First, {one.name} is{{ {one.age}}}.\n"),
             line(f"Then {two.name} is{{ {two.age}}}.\n"),
-            line(f"So {high.age} is{{ more}} than {low.age}.\n") if high.age > low.age else line("They are{ equal}.\n"),
+            line(f"So {high.age} is{{ more}} than {low.age}.\n"),
         ]
-        answer = "both" if high.age == low.age else (high if older else low).name
+        answer = (high if older else low).name
     elif kind == "city":
         prompt = [f"Do {one.name} and {two.name} live in the same city?"]
         lines = [
@@ -167,13 +170,21 @@ def facts(rng: random.Random, base: bool = False) -> Problem:
         ]
         answer = "yes" if one.city == two.city else "no"
     else:
-        prompt = [f"{one.name} and {two.name} meet. Who is the {two.job}?"]
+        asked = rng.choice((one, two))
+        prompt = [f"{one.name} and {two.name} meet. Who is the {asked.job}?"]
         lines = [
             line(f"First, {one.name} is a{{ {one.job}}}.\n"),
             line(f"Then {two.name} is a{{ {two.job}}}.\n"),
         ]
-        answer = "both" if one.job == two.job else two.name
+        answer = asked.name
     return Problem(prompt, [*lines, _final(answer)], answer)
+
+
+def _pair(kind: str, among: Sequence[Person], rng: random.Random) -> tuple[Person, Person]:
+    """Two people who differ in `kind`; for cities, in half of the cases two who do not."""
+    one, same = rng.choice(among), kind == "city" and rng.random() < 0.5
+    others = [p for p in among if p is not one and (getattr(p, kind) == getattr(one, kind)) == same]
+    return one, rng.choice(others)
 
 
 def fact_text(rng: random.Random) -> str:
