@@ -31,7 +31,7 @@ test: $(STAMP) lint
 # The lowest versions that pyproject.toml states, in a virtual environment of their own; the tests are those in which
 # other packages' behaviour shows. TORCH stays what it is: PyPI's lower builds for Linux bring gigabytes of CUDA.
 LOWEST = .venv-lowest
-LOWEST_FILES = scorer attributes callback hook_trl store selection config config_errors cli opening excerpts typical selectors
+LOWEST_FILES = scorer attributes callback hook_trl store selection config config_errors cli opening excerpts typical selectors second_looks
 LOWEST_TESTS = $(LOWEST_FILES:%=tests/test_%.py) \
 	tests/test_end_to_end.py::test_other_launchers_apply_the_block \
 	tests/test_end_to_end.py::test_score_agrees_with_eager_float32

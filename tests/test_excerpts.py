@@ -19,7 +19,7 @@ def test_they_are_what_is_left_and_the_segment():
         ]
     )
     starts, hidden = np.asarray([0, 2, 4, 6]), np.asarray([True, False, False, True] + [True, False, True, False])
-    made = excerpts.excerpts(documents, hidden, starts, np.asarray([1, 3]))
+    made = excerpts.excerpts(documents, hidden, starts, np.asarray([1, 3]), np.zeros(8, dtype=bool))
     found = [(ids.tolist(), labels.tolist()) for ids, labels in map(made.document, made.row_documents)]
     assert found == [([1, 3, 4, 5, 6], [False] * 3 + [True] * 2), ([9, 8, 7], [False, True, True])]
 
@@ -32,7 +32,7 @@ def test_values_come_back_to_their_places():
         values = made.input_ids[made.completion].astype(np.float32)
         return SimpleNamespace(logprobs=values, entropy=values + 100, deviation=values + 200)
 
-    found = excerpts.predictions_without(documents, hidden, starts, np.asarray([2, 0]), predict)
+    found = excerpts.predictions_without(documents, hidden, starts, np.asarray([2, 0]), hidden, predict)
     expected = np.asarray([10, 11, 12, np.nan, np.nan, 15, 16, 17], dtype=np.float32)
     np.testing.assert_array_equal(found.logprobs, expected)
     np.testing.assert_array_equal(found.deviation, expected + 200)
@@ -41,5 +41,17 @@ def test_values_come_back_to_their_places():
 def test_nothing_wanted_asks_no_reference():
     documents = collect([{"input_ids": [1, 2], "labels": [1, 2]}])
     none = np.zeros(0, dtype=np.int64)
-    found = excerpts.predictions_without(documents, np.zeros(2, dtype=bool), np.asarray([0]), none, lambda _: 1 / 0)
+    hidden = np.zeros(2, dtype=bool)
+    found = excerpts.predictions_without(documents, hidden, np.asarray([0]), none, hidden, lambda _: 1 / 0)
     assert np.isnan(found.logprobs).all()
+
+
+def test_the_break_of_a_line_of_which_something_is_left_stays():
+    """Else the segment would be glued to a line that it does not belong to."""
+    ids = list(range(1, 10))
+    documents = collect([{"input_ids": ids, "labels": [-100, *ids[1:]]}])  # 2 3 4n | 5 6n | 7 8 9
+    breaks = np.isin(ids[1:], [4, 6])
+    starts, wanted = np.asarray([0, 1, 3, 5]), np.asarray([3])
+    for hidden, past in [([3, 4], [1, 2, 4, 5, 6]), ([2, 3, 4], [1, 5, 6]), ([3, 4, 5, 6], [1, 2, 4])]:
+        made = excerpts.excerpts(documents, np.isin(ids[1:], hidden), starts, wanted, breaks)
+        assert made.document(0)[0].tolist() == [*past, 7, 8, 9]

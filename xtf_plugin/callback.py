@@ -162,7 +162,8 @@ class _StoredOnly:
     def open(self) -> Any:
         raise XTFUserError(
             "xtf: some documents have no stored scores, and scoring in several processes is not supported. Score once "
-            "in one process (`xtf score RECIPE`), then start the recipe on all of them: each reads the stored scores."
+            "in one process (`xtf score RECIPE`), then start the recipe on all of them: each reads the stored scores. "
+            "(Second looks, `context: kept`, are those of one threshold, clip and protection: score again for others.)"
         )
 
 

@@ -164,7 +164,7 @@ class XTFConfig(Block):
     )
     selectors: Selectors = Field(
         default={},
-        description="Further selectors: a name of your choice, and the scorer behind it; see docs/selectors.md.",
+        description="Selectors, added to the preset's: a name of your choice and its scorer; see docs/selectors.md.",
     )
     combine: ByText[Literal["union", "intersection", "majority"], AtLeast] = Field(
         default="union",

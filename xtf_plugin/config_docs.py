@@ -33,7 +33,7 @@ The same block stands in a recipe, in `XTFConfig(...)`, and as JSON or YAML text
 takes the `default` preset; `xtf: false`, or no block, is stock training. Unknown keys are refused.
 
 Each of the three attributes takes a mapping, `true` (on, as the preset has it, else as the tables say) or `false` (off:
-neither scored nor used); the `default` preset has them off and works by two selectors. Selectors are added to the
+neither scored nor used); the `default` preset has them off and works by one selector. Selectors are added to the
 preset's; `false` in place of a selector takes one of the preset's out, `selectors: false` all of them. A `drop` mapping
 holds exactly one rule and replaces the preset's rule as a whole.
 """

@@ -105,7 +105,7 @@ def with_preset(given: Any, preset: Mapping[str, Any]) -> Any:
         return {}
     if not isinstance(given, Mapping):
         return given
-    merged = dict(preset)
+    merged = {name: preset.get(name) for name in (*given, *preset)}  # the block's order, then what it does not name
     for name, part in given.items():
         base = preset.get(name)
         if part is False:

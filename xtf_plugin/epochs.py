@@ -116,7 +116,7 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 plan.source,
                 lambda: self._current(plan.documents, args.disable_tqdm),
                 partial(segment_starts, plan.documents, self.tokenizer),
-                marked_tokens(self.config, plan.documents, self.tokenizer)[0],
+                *marked_tokens(self.config, plan.documents, self.tokenizer),
             )
         self.adopt(replan(plan, self.tokenizer, found, self._stats), self.epoch)
 

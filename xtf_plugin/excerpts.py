@@ -7,9 +7,9 @@ other, so every model that can score can do this, and a second run finds the ans
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,14 +33,17 @@ class Excerpted:
     deviation: Floats
 
 
-def excerpts(documents: DocumentSet, hidden: Bools, starts: Ints, wanted: Ints) -> DocumentSet:
+def excerpts(documents: DocumentSet, hidden: Bools, starts: Ints, wanted: Ints, breaks: Bools) -> DocumentSet:
     """One document for each wanted segment: all before it in its document that is not hidden, then the segment.
 
-    Equals, per segment, `[t for t in before if not hidden(t)] + segment`, of which the segment alone carries labels.
+    Equals, per segment, `[t for t in before if not hidden(t)] + segment`, of which the segment alone carries labels. A
+    hidden token that ends a line stays where something before it in the line does: the segment would else be glued to
+    what is left of a line that it does not belong to, and look odd for that.
 
     Args:
         documents: N documents with M completion tokens.
         hidden: (M,) completion tokens to leave out; what is no completion always stays.
+        breaks: (M,) completion tokens that end a line.
         starts: (S,) first completion token of each segment, ascending from 0; no segment spans two documents or turns.
         wanted: (W,) indices into `starts`.
 
@@ -49,17 +52,32 @@ def excerpts(documents: DocumentSet, hidden: Bools, starts: Ints, wanted: Ints) 
     """
     flat = np.flatnonzero(documents.completion)
     visible = np.ones(len(documents.input_ids), dtype=bool)
-    visible[flat[hidden]] = False
+    visible[flat[hidden & ~_needed_breaks(documents, hidden, breaks)]] = False
     ends = np.append(starts[1:], len(flat))
     first, behind = flat[starts[wanted]], flat[ends[wanted] - 1] + 1
     begins = documents.offsets[np.searchsorted(documents.offsets, first, side="right") - 1]
-    rows = []
-    for begin, a, b in zip(begins, first, behind, strict=True):
-        past = documents.input_ids[begin:a][visible[begin:a]]
-        own = documents.input_ids[a:b]
-        labels = np.concatenate([np.full(len(past), IGNORE_INDEX), own])
-        rows.append({"input_ids": np.concatenate([past, own]), "labels": labels})
-    return collect(rows)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for begin, a, b in zip(begins, first, behind, strict=True):
+            past = documents.input_ids[begin:a][visible[begin:a]]
+            own = documents.input_ids[a:b]
+            labels = np.concatenate([np.full(len(past), IGNORE_INDEX), own])
+            yield {"input_ids": np.concatenate([past, own]), "labels": labels}
+
+    return collect(rows())
+
+
+def _needed_breaks(documents: DocumentSet, hidden: Bools, breaks: Bools) -> Bools:
+    """Hidden line ends of lines of which something before them is visible, (M,)."""
+    if not (hidden & breaks).any():
+        return np.zeros(len(hidden), dtype=bool)
+    begins = np.zeros(len(hidden) + 1, dtype=bool)
+    begins[documents.completion_offsets] = True
+    begins[1:] |= breaks
+    lines = np.flatnonzero(begins[:-1])
+    some = np.add.reduceat((~hidden).astype(np.int64), lines) > 0
+    needed: Bools = hidden & breaks & np.repeat(some, np.diff(lines, append=len(hidden)))
+    return needed
 
 
 def predictions_without(
@@ -67,18 +85,19 @@ def predictions_without(
     hidden: Bools,
     starts: Ints,
     wanted: Ints,
+    breaks: Bools,
     predict: Callable[[DocumentSet], Predictions],
 ) -> Excerpted:
     """What a reference predicts in the wanted segments when it has not read the hidden tokens before them.
 
     Args:
-        documents, hidden, starts, wanted: as in `excerpts`.
+        documents, hidden, starts, wanted, breaks: as in `excerpts`.
         predict: predictions at the completion tokens of any documents.
     """
     total = int(documents.completion.sum())
     columns = {name: np.full(total, np.nan, dtype=np.float32) for name in ("logprobs", "entropy", "deviation")}
     if len(wanted):
-        made = excerpts(documents, hidden, starts, wanted)
+        made = excerpts(documents, hidden, starts, wanted, breaks)
         found, offsets = predict(made), made.completion_offsets
         lengths = np.append(starts[1:], total)[wanted] - starts[wanted]
         into = _stretches(starts[wanted], lengths)

@@ -117,9 +117,7 @@ def make_plan(
     warnings = [] if stored is None else check_finite(stored.logprobs, documents.completion_positions, description)
     source = StoredPredictions(config, documents, provider, references, stored, progress=progress)
     marks = marked_tokens(config, documents, tokenizer)
-    selectors = score_selectors(
-        config, tokenizer, source, segments=partial(segment_starts, documents, tokenizer), protected=marks[0]
-    )
+    selectors = score_selectors(config, tokenizer, source, None, partial(segment_starts, documents, tokenizer), *marks)
     stats, reused = source.main_pass or (stats, reused)
     token_ids = documents.input_ids[documents.completion]
     scores = Scores(

@@ -67,7 +67,8 @@ class BorrowedReference:
             raise XTFError(
                 "some documents have no stored scores, and the model's weights are no longer those of the base model "
                 "(resumed or second training): scoring with them would give other masks. Restore the score cache of "
-                "the first run (xtf `cache_dir`), or name the base model under xtf `reference.model`."
+                "the first run (xtf `cache_dir`) and leave the block as it was, or name the base model under xtf "
+                "`reference.model`."
             )
         yield self.reference
 

@@ -7,8 +7,10 @@ What a scorer gives back is checked before anything is decided with it: a wrong 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +18,10 @@ from numpy.typing import NDArray
 
 from .documents import DocumentSet
 from .errors import XTFError, XTFUserError
+from .excerpts import Excerpted, predictions_without
 from .scorer import ScoringStats, score
 from .scorers import ReferenceConfig, Scorer, ScoringContext, registry
+from .sentences import line_breaks
 from .store import ScoreStore, StoredScores
 
 if TYPE_CHECKING:
@@ -66,6 +70,9 @@ class StoredPredictions:
         self._main, self._references = main, references
         self._others: dict[ReferenceConfig, StoredScores] = {}
         self._providers: dict[ReferenceConfig, Any] = {}
+        self._fingerprints: dict[int, str] = {}  # providers live as long as this does
+        self._stack, self._keeps = ExitStack(), False
+        self._open: tuple[Any, Any] | None = None
 
     def under(self, reference: ReferenceConfig | None, documents: DocumentSet | None = None) -> StoredScores:
         """What a reference predicts, None: the run's own; see `ScoringContext.predictions`.
@@ -92,6 +99,38 @@ class StoredPredictions:
             self.passes.append({**about, **asdict(stats), "stored_documents": reused})
         return self._others[reference]
 
+    def __enter__(self) -> StoredPredictions:
+        """Keep the reference that is asked last open until the end, so that several rounds load it once."""
+        self._keeps = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Free it."""
+        self._keeps = False
+        self._close()
+
+    def _close(self) -> None:
+        self._stack.close()
+        self._open = None
+
+    @contextmanager
+    def _opened(self, provider: Any) -> Iterator[Any]:
+        """The reference; one at a time is held in memory."""
+        if self._open is None or self._open[0] is not provider:
+            self._close()
+            self._open = provider, self._stack.enter_context(provider.open())
+        try:
+            yield self._open[1]
+        finally:
+            if not self._keeps:
+                self._close()
+
+    def _fingerprint(self, provider: Any) -> str:
+        """Of a provider, once: it may have to read all files of a model for it."""
+        if id(provider) not in self._fingerprints:
+            self._fingerprints[id(provider)] = provider.fingerprint()
+        return self._fingerprints[id(provider)]
+
     def about_excerpts(self) -> dict[str, Any]:
         """For the summary; nothing if there were none."""
         told = {**asdict(self.excerpts), "stored_documents": self.stored_excerpts}
@@ -112,7 +151,7 @@ class StoredPredictions:
 
     def _scored(self, provider: Any, documents: DocumentSet) -> tuple[StoredScores, dict[str, Any], ScoringStats, int]:
         """Stored scores as they are, missing ones from one opening of the reference; and what that took."""
-        fingerprint, sizes = provider.fingerprint(), np.diff(documents.completion_offsets)
+        fingerprint, sizes = self._fingerprint(provider), np.diff(documents.completion_offsets)
         description = {**provider.description(), "fingerprint": fingerprint}
         stats = ScoringStats()
         with ScoreStore(self.config.resolved_cache_dir(), fingerprint, None, description=description) as store:
@@ -120,7 +159,7 @@ class StoredPredictions:
             missing = np.flatnonzero(~stored.found & (sizes > 0))
             if len(missing):
                 budget = None if self.config.batch_tokens == "auto" else int(self.config.batch_tokens)
-                with provider.open() as reference:
+                with self._opened(provider) as reference:
                     stats = score(
                         documents, missing, reference, (), store.add, batch_tokens=budget, progress=self.progress
                     )
@@ -163,6 +202,7 @@ def score_selectors(
     current: Callable[[], Floats] | None = None,
     segments: Callable[[str], NDArray[np.int64]] | None = None,
     protected: NDArray[np.bool_] | None = None,
+    forced: NDArray[np.bool_] | None = None,
 ) -> dict[str, Floats | None]:
     """Scores of every selector; with `current`, of those alone that evolve.
 
@@ -173,19 +213,37 @@ def score_selectors(
         current: the same under the model being trained as it stands. None: training has not begun, and a selector that
             evolves gets None instead of scores.
         segments: gives the first completion tokens of each `sentence` or `line`.
-        protected: (M,) completion tokens that no rule may drop.
+        protected: (M,) completion tokens that no rule may drop; forced: those that go in any case.
 
     Raises:
         XTFUserError: a reference cannot be used; names the selector.
         XTFError: a scorer gives something else than (M,) float32, or NaN alone; names selector and package.
     """
     found: dict[str, Floats | None] = {}
-    context = ScoringContext(source.documents, tokenizer, source.under, current, segments, protected)
-    for name, scorer in scorers(config).items():
-        if current is not None and not scorer.evolves:
+    breaks: list[NDArray[np.bool_]] = []
+
+    def without(hidden: Any, starts: Any, wanted: Any, reference: ReferenceConfig | None) -> Excerpted:
+        if not breaks:  # one read of the vocabulary for all selectors and rounds
+            breaks.append(line_breaks(tokenizer, source.documents.input_ids[source.documents.completion]))
+        predict = partial(source.under, reference)
+        return predictions_without(source.documents, hidden, starts, wanted, breaks[0], predict)
+
+    context = ScoringContext(source.documents, tokenizer, source.under, current, segments, without, protected, forced)
+    with source:
+        _run(context, scorers(config), source, found)
+    return found
+
+
+def _run(
+    context: ScoringContext, chosen: dict[str, Scorer], source: StoredPredictions, found: dict[str, Floats | None]
+) -> None:
+    """Scores of the selectors that are to be scored now, into `found`."""
+    current = context.evolving
+    for name, scorer in chosen.items():
+        if current and not scorer.evolves:
             continue
         found[name] = None
-        if scorer.evolves and current is None:
+        if scorer.evolves and not current:
             source.under(None)  # what later epochs are held against is the model before training
             continue
         try:
@@ -197,7 +255,8 @@ def score_selectors(
             own = f"xtf.selectors.{name}.reference.model{said.removeprefix(MAIN_KEY)}"
             raise XTFUserError(own) from error
         found[name] = _checked(name, scorer, scores, len(context.token_ids))
-    return found
+        source.warnings += [f"{name}: {told}" for told in context.warnings]
+        context.warnings.clear()
 
 
 def _checked(name: str, scorer: Scorer, scores: Any, size: int) -> Floats:

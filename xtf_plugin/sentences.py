@@ -64,6 +64,13 @@ def segment_starts(
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 
+def line_breaks(tokenizer: Any, token_ids: ArrayLike) -> Bools:
+    """Which tokens contain a line feed, (M,)."""
+    ids = np.asarray(token_ids)
+    marked: Bools = (_vocabulary_flags(tokenizer, ids, np.zeros(0, dtype=np.int64)) & NEWLINE)[ids] > 0
+    return marked
+
+
 def token_flags(pieces: Sequence[bytes]) -> Flags:
     """What matters about each token's bytes, (n,) uint8.
 

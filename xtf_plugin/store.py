@@ -205,7 +205,9 @@ class ScoreStore:
         self.flush()
 
     def _candidates(self) -> Iterator[Path]:
-        folders = [self.directory] if self.layers is not None else layer_folders(self.directory.parent)
+        folders = [self.directory]
+        if self.layers is None:  # its own first: what this store wrote must not depend on what others write later
+            folders += [folder for folder in layer_folders(self.directory.parent) if folder != self.directory]
         for folder in folders:
             yield from (path for path in entries(folder) if path.suffix == shards.SUFFIX)
 

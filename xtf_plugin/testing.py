@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from .documents import IGNORE_INDEX, DocumentSet, collect
+from .excerpts import Excerpted, predictions_without
 from .firing import evaluate
 from .scorers import ReferenceConfig, Scorer, ScoringContext, SelectorConfig
 from .scorers.registry import complaints
@@ -93,9 +95,13 @@ class _MadeUp:
 
 
 def _context(documents: DocumentSet, tokenizer: Any) -> ScoringContext:
-    def predictions(reference: ReferenceConfig | None, others: DocumentSet | None) -> _MadeUp:
+    def predictions(reference: ReferenceConfig | None, others: DocumentSet | None = None) -> _MadeUp:
         wanted = documents if others is None else others
         return _made_up(wanted, "" if reference is None else reference.model_dump_json())
+
+    def without(hidden: Any, starts: Any, wanted: Any, reference: ReferenceConfig | None) -> Excerpted:
+        breaks = documents.input_ids[documents.completion] % 11 == 5
+        return predictions_without(documents, hidden, starts, wanted, breaks, partial(predictions, reference))
 
     def segments(unit: str) -> NDArray[np.int64]:
         offsets = documents.completion_offsets
@@ -107,7 +113,7 @@ def _context(documents: DocumentSet, tokenizer: Any) -> ScoringContext:
     def current() -> Floats:
         return _made_up(documents, "current").logprobs
 
-    return ScoringContext(documents, tokenizer, predictions, current, segments, protected)
+    return ScoringContext(documents, tokenizer, predictions, current, segments, without, protected)
 
 
 def _made_up(documents: DocumentSet, reference: str) -> _MadeUp:

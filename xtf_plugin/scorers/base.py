@@ -90,27 +90,40 @@ class ScoringContext:
     Args:
         documents: the distinct documents, prompts included.
         tokenizer: the training tokenizer.
-        predictions: a reference (None: the run's own) and documents (None: the dataset's) -> what it predicts there.
+        predictions: a reference (None: the run's own) -> what it predicts.
         current: gives the log-probabilities under the model being trained as it stands; None before the second epoch.
         segments: `sentence` or `line` -> index of the first completion token of each.
-        protected: (M,) completion tokens that no rule may drop; None: none is.
+        without: what `predictions_without` does, the reference last.
+        protected: (M,) completion tokens that no rule may drop; forced: (M,) those that go in any case. None: none.
+
+    Attributes:
+        warnings: what `warn` was given.
     """
 
     def __init__(
         self,
         documents: DocumentSet,
         tokenizer: Any,
-        predictions: Callable[[ReferenceConfig | None, DocumentSet | None], Predictions],
+        predictions: Callable[[ReferenceConfig | None], Predictions],
         current: Callable[[], Floats] | None = None,
         segments: Callable[[str], NDArray[np.int64]] | None = None,
+        without: Callable[..., Predictions] | None = None,
         protected: NDArray[np.bool_] | None = None,
+        forced: NDArray[np.bool_] | None = None,
     ) -> None:
         self.documents, self.tokenizer = documents, tokenizer
-        self._protected = protected
+        self.warnings: list[str] = []
+        self._protected, self._forced, self._without = protected, forced, without
         self._predictions, self._current, self._segments = predictions, current, segments
+        self._cut: dict[str, NDArray[np.int64]] = {}
         self._positions = documents.completion_positions
         self._offsets = documents.completion_offsets
         self._token_ids = documents.input_ids[documents.completion]
+
+    @property
+    def evolving(self) -> bool:
+        """Whether training has begun, so that `current_log_probabilities` can be asked."""
+        return self._current is not None
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
@@ -154,7 +167,7 @@ class ScoringContext:
 
     def predictions(self, reference: ReferenceConfig | None = None) -> Predictions:
         """Log-probability, entropy and deviation at every completion token; otherwise as `log_probabilities`."""
-        return self._predictions(_named(reference), None)
+        return self._predictions(_named(reference))
 
     def predictions_without(
         self,
@@ -166,8 +179,8 @@ class ScoringContext:
         """What a reference predicts in some segments when it has not read certain tokens before them.
 
         Equals, per wanted segment: `predictions` for a document of all tokens before the segment that are not hidden,
-        and the segment. Prompts and other turns stay. Each segment takes a forward over that document; results are
-        stored by content.
+        and the segment. Prompts and other turns stay, and so does the line break of a line of which something does.
+        Each segment takes a forward over that document; results are stored by content.
 
         Args:
             hidden: (M,) completion tokens to leave out; in the segment itself they stay.
@@ -179,19 +192,28 @@ class ScoringContext:
         Returns:
             (M,) float32 each; NaN outside the wanted segments.
         """
-        from ..excerpts import predictions_without
-
-        def predict(documents: DocumentSet) -> Predictions:
-            return self._predictions(_named(reference), documents)
-
-        return predictions_without(self.documents, hidden, starts, wanted, predict)
+        if self._without is None:
+            raise XTFError("this context gives no predictions for other documents than the dataset's.")
+        return self._without(hidden, starts, wanted, _named(reference))
 
     @property
     def protected(self) -> NDArray[np.bool_]:
         """Completion tokens that no rule may drop, special tokens among them, (M,); see `protect` in the block."""
+        return self._marks(self._protected)
+
+    @property
+    def forced(self) -> NDArray[np.bool_]:
+        """Completion tokens that go whatever the scores say, unless protected, (M,); see `force_drop` in the block."""
+        return self._marks(self._forced)
+
+    def _marks(self, marks: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
         import numpy as np
 
-        return _read_only(np.zeros(len(self._token_ids), dtype=bool) if self._protected is None else self._protected)
+        return _read_only(np.zeros(len(self._token_ids), dtype=bool) if marks is None else marks)
+
+    def warn(self, text: str) -> None:
+        """Tell the user something: it reaches the terminal and summary.json under the selector's name."""
+        self.warnings.append(text)
 
     def segments(self, unit: Literal["sentence", "line"]) -> NDArray[np.int64]:
         """Index of the first completion token of every sentence or line, (S,) ascending from 0; see docs/method.md.
@@ -201,7 +223,9 @@ class ScoringContext:
         """
         if self._segments is None:
             raise XTFError(f"this context does not tell where a {unit} begins.")
-        return _read_only(self._segments(unit))
+        if unit not in self._cut:
+            self._cut[unit] = self._segments(unit)
+        return _read_only(self._cut[unit])
 
     def current_log_probabilities(self) -> Floats:
         """The same under the model being trained, adapters on, as it stands at the start of an epoch, (M,) float32.

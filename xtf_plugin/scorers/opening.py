@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from .base import Floats
 
+    Bools = NDArray[np.bool_]
     Ints = NDArray[np.int64]
 
+CHUNK_TOKENS = 1 << 21  # temporaries of some hundred MB, whatever the size of the dataset
 UNITS: dict[str, tuple[Literal["sentence", "line"], ...]] = {
     "sentence": ("sentence",),
     "line": ("line",),
@@ -46,8 +48,8 @@ class OpeningConfig(TypicalityConfig):
     context: Literal["document", "kept"] = Field(
         default="document",
         description="What stands before a sentence or line when it is judged. document: all of it. kept: what would be "
-        "dropped is looked at again behind what was kept alone, so that what follows noise is not taken for noise. "
-        "Needs `drop: {below: x}`.",
+        "dropped is looked at again behind what this selector and force_drop leave, so that what follows noise is not "
+        "taken for noise. Needs `drop: {below: x}`.",
     )
 
     @model_validator(mode="after")
@@ -59,12 +61,20 @@ class OpeningConfig(TypicalityConfig):
 
     @model_validator(mode="after")
     def _verdicts_are_the_rules(self) -> OpeningConfig:
-        if self.context == "kept" and self.drop.below is None:
-            why = f"has to know what is dropped from one score alone, not {self.drop}; use {{below: x}}, or document"
-            raise Problems(("context", self.context, why))
-        if self.context == "kept" and self.window != 1:
-            why = "beside `context: kept` would drop other tokens than it looked at again; remove it"
-            raise Problems(("window", self.window, why))
+        if self.context == "document":
+            return self
+        if self.drop.below is None:
+            why = (
+                "does not go with `context: kept`, which the default preset has: what is kept must follow from the "
+                "document alone; use {below: x}, or add `context: document`"
+            )
+            raise Problems(("drop", self.drop, why))
+        for key, usual in (("window", 1), ("max_fraction", None)):
+            if getattr(self, key) != usual:
+                why = (
+                    "does not go with `context: kept`: other tokens would go than were left out; use context: document"
+                )
+                raise Problems((key, getattr(self, key), why))
         return self
 
 
@@ -77,8 +87,9 @@ class Opening(Scorer):
     units are those of `window: sentence` and `window: line`. An undefined token counts nowhere.
 
     With `context: kept`, in order of the document: a unit goes if its score is below the threshold, and still is when
-    the reference has read nothing before it but what was kept (prompts and protected tokens always are). Its score is
-    the higher of the two. A unit behind which nothing was dropped is not looked at again: nothing would change.
+    nothing stands before it but what was kept (prompts and protected tokens always are; the line break of a line of
+    which something was kept too), for the reference and in the unit's line. Its score is the higher of the two. A unit
+    before which nothing was dropped is not looked at again: nothing would change.
 
     Ours: boilerplate and digressions are fluent, so that a good reference finds most of their tokens likely once they
     have begun; what it does not find likely is that they begin. Broken text is unlikely throughout. Weights that fall
@@ -94,56 +105,66 @@ class Opening(Scorer):
 
     def score(self, context: ScoringContext) -> Floats:
         """Weighted mean of the unit's clipped typicality, (M,) float32 in nats; NaN where no token has one."""
-        found = context.predictions(self.config.reference)
-        typical = found.logprobs + found.entropy
-        if not len(typical):
-            return typical
-        if self.config.context == "document":
-            return self._judged(typical, context)
-        return self._second_looks(typical, context)
-
-    def _pieces(self, context: ScoringContext) -> Ints:
-        """First completion token of every piece that no unit cuts, (S,)."""
         import numpy as np  # reading a block needs no NumPy
 
-        levels = [context.segments(unit) for unit in UNITS[self.config.unit]]
-        return levels[0] if len(levels) == 1 else np.union1d(*levels)
-
-    def _judged(self, typical: Floats, context: ScoringContext) -> Floats:
-        """The score of every token from the typicality of all, (M,)."""
-        import numpy as np
-
-        pieces = self._pieces(context)
-        levels = [context.segments(unit) for unit in UNITS[self.config.unit]]
-        scores = [_openings(typical, starts, pieces, self.config.clip) for starts in levels]
-        worst = scores[0] if len(scores) == 1 else np.fmin(*scores)
-        return np.repeat(worst, np.diff(pieces, append=len(typical))).astype(np.float32)
-
-    def _second_looks(self, typical: Floats, context: ScoringContext) -> Floats:
-        """The same where what would be dropped is judged behind what was kept."""
         from .again import SecondLooks
+        from .typical import typicality
+
+        typical = typicality(context.predictions(self.config.reference))
+        if not len(typical):
+            return typical
+        levels = [context.segments(unit) for unit in UNITS[self.config.unit]]
+        pieces = levels[0] if len(levels) == 1 else np.union1d(*levels)
+
+        def judge(values: Floats, gone: Bools) -> Floats:
+            return _judged(values, gone, levels, pieces, context.offsets, self.config.clip)
 
         limit = self.config.drop.below
-        assert limit is not None
-        looks = SecondLooks(context, self._pieces(context), limit, self.config.reference)
-        return looks.scores(typical, lambda values: self._judged(values, context))
+        if self.config.context == "document" or limit is None:
+            return judge(typical, np.zeros(len(typical), dtype=bool))
+        return SecondLooks(context, pieces, limit, self.config.reference).scores(typical, judge)
 
 
-def _openings(typical: Floats, starts: Ints, pieces: Ints, clip: float) -> NDArray[np.float64]:
+def _judged(typical: Floats, gone: Bools, levels: list[Ints], pieces: Ints, offsets: Ints, clip: float) -> Floats:
+    """The score of every token, (M,): the lowest over the levels; some documents at a time, to bound memory."""
+    import numpy as np
+
+    scores, low = np.empty(len(typical), dtype=np.float32), 0
+    while low < len(offsets) - 1:
+        high = max(low + 1, int(np.searchsorted(offsets, offsets[low] + CHUNK_TOKENS, side="right")) - 1)
+        a, b = int(offsets[low]), int(offsets[high])
+        low = high
+        if a == b:
+            continue
+        here, *parts = (starts[(starts >= a) & (starts < b)] - a for starts in (pieces, *levels))
+        found = [_openings(typical[a:b], gone[a:b], starts, here, clip) for starts in parts]
+        worst = found[0] if len(found) == 1 else np.fmin(*found)
+        scores[a:b] = np.repeat(worst, np.diff(here, append=b - a))
+    return scores
+
+
+def _openings(typical: Floats, gone: Bools, starts: Ints, pieces: Ints, clip: float) -> NDArray[np.float64]:
     """Weighted mean of clipped typicality from a unit's beginning to each piece's end, (S,); NaN without any.
 
-    Each is summed by itself: a running sum over the dataset would round by where a document stands in it.
+    Of what stands before the piece in its unit, only what is not gone counts, and only that is counted along. Each
+    piece is summed by itself: a running sum over the dataset would round by where a document stands in it.
     """
     import numpy as np
 
-    lengths = np.diff(starts, append=len(typical))
-    place = np.arange(len(typical)) - np.repeat(starts, lengths)
-    known = ~np.isnan(typical)
-    weights = known / (place + 1.0)
-    clipped = np.where(known, np.maximum(typical.astype(np.float64), -clip), 0.0)
-    ends = np.append(pieces[1:], len(typical))
-    begins = starts[np.searchsorted(starts, pieces, side="right") - 1]
-    bounds = np.stack([begins, ends], axis=1).reshape(-1)
-    total, weight = (np.add.reduceat(np.append(values, 0.0), bounds)[::2] for values in (clipped * weights, weights))
+    size = len(typical)
+    known, clipped = ~np.isnan(typical), np.maximum(np.nan_to_num(typical.astype(np.float64)), -clip)
+    counted = np.concatenate([[0], np.cumsum(~gone)])
+    lengths, begins = np.diff(pieces, append=size), starts[np.searchsorted(starts, pieces, side="right") - 1]
+    unit = np.repeat(starts, np.diff(starts, append=size))
+    earlier = (known & ~gone) / (counted[:-1] - counted[unit] + 1.0)  # weight of a token that stands before a piece
+    ahead = counted[pieces] - counted[begins]  # tokens that count before each piece in its unit
+    own = known / (np.arange(size) - np.repeat(pieces - ahead, lengths) + 1.0)
+    bounds = np.stack([begins, pieces], axis=1).reshape(-1)
+
+    def summed(before: NDArray[np.float64], within: NDArray[np.float64]) -> NDArray[np.float64]:
+        past = np.where(begins < pieces, np.add.reduceat(before, bounds)[::2], 0.0)
+        return past + np.add.reduceat(within, pieces)
+
+    total, weight = summed(clipped * earlier, clipped * own), summed(earlier, own)
     mean: NDArray[np.float64] = np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), np.nan)
     return mean

@@ -14,7 +14,7 @@ from ..config_rules import ReferenceConfig
 from .base import Scorer, ScoringContext, SelectorConfig
 
 if TYPE_CHECKING:
-    from .base import Floats
+    from .base import Floats, Predictions
 
 
 class TypicalityConfig(SelectorConfig):
@@ -43,5 +43,12 @@ class Typicality(Scorer):
 
     def score(self, context: ScoringContext) -> Floats:
         """Minus the surprisal in excess of the expected one, (M,) float32 in nats."""
-        found = context.predictions(self.config.reference)
-        return found.logprobs + found.entropy
+        return typicality(context.predictions(self.config.reference))
+
+
+def typicality(found: Predictions) -> Floats:
+    """Log-probability plus entropy, (M,) float32; NaN where one of them is infinite: undefined, as everywhere."""
+    import numpy as np  # reading a block needs no NumPy
+
+    typical = found.logprobs + found.entropy
+    return np.where(np.isfinite(typical), typical, np.float32(np.nan))

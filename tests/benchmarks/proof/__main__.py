@@ -46,12 +46,24 @@ def detection(folder: Path, workers: int) -> list[dict[str, Any]]:
     return found
 
 
+def costs(folder: Path) -> None:
+    """Write `costs.json` unless it is there."""
+    path = folder / "costs.json"
+    if not path.exists():
+        from .costs import measure_all
+
+        path.write_text(json.dumps(measure_all((plan.MAIN, *plan.OTHERS), folder)))
+
+
+STAGES = ("bases", "detection", "costs", "runs", "tables")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do the stages that are asked for, and print every table whose numbers are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(".proof"))
     parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--only", nargs="+", choices=("bases", "detection", "runs", "tables"), default=None)
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=None)
     parser.add_argument("--groups", nargs="+", choices=plan.GROUPS, default=plan.GROUPS)
     parser.add_argument("--seeds", type=int, help="fewer or more seeds than the scale's")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop the runs after so many")
@@ -65,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         claim(options.folder, scale, settings)
     except ValueError as error:
         parser.error(str(error))
-    stages = options.only or ("bases", "detection", "runs", "tables")
+    stages = options.only or STAGES
     start = time.time()
     if "bases" in stages:
         make_bases(options.folder, settings, scale.workers)
@@ -73,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "detection" in stages:
         detection(options.folder, scale.workers)
         print(f"detection: {(time.time() - start) / 60:.1f} min")
+    if "costs" in stages:
+        costs(options.folder)
     if "runs" in stages:
         run_all(plan.jobs(options.groups, scale.seeds), options.folder, scale, until=start + 60 * options.minutes)
         print(f"runs: {(time.time() - start) / 60:.1f} min")

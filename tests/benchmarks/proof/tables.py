@@ -13,7 +13,7 @@ from typing import Any
 from . import plan
 from .candidates import DEFAULT
 from .comparison import HEAD, Results, caption, cells, compare, cut_off
-from .noise import KINDS
+from .noise import FORMS, KINDS
 from .runs import Job, Scale, done
 from .worlds import GOOD_KINDS
 
@@ -126,6 +126,28 @@ def default_table(settings: Sequence[dict[str, Any]]) -> str:
     return f"### The default's rules in every setting\n\n{table(head, rows)}\n"
 
 
+def forms_table(settings: Sequence[dict[str, Any]]) -> str:
+    """The same noise said in ever new words, and in the same words again and again."""
+    names = ("log-probability, 1", "log-probability, 9", "log-probability, line", "typicality, 1", DEFAULT)
+    rows = []
+    for setting in settings:
+        for shape in ("span", "single"):
+            for form in FORMS:
+                cells = [_auc(setting["auc"][name][f"all/{form}/{shape}"]) for name in names]
+                rows.append([setting["world"], "spans" if shape == "span" else "single tokens", form, *cells])
+    return f"### AUC by form\n\n{table(['world', 'noise', 'form', *names], rows)}\n"
+
+
+def costs_table(costs: Sequence[dict[str, Any]]) -> str:
+    """What second looks cost beside the pass."""
+    head = ["world", "rate", "sentences looked at again", "their tokens / the pass's", "seconds of the plan, ratio"]
+    rows = [
+        [one["world"], f"{one['rate']:.0%}", str(one["sentences"]), f"{one['tokens']:.2f}", f"{one['seconds']:.2f}"]
+        for one in costs
+    ]
+    return f"### What second looks cost\n\n{table(head, rows)}\n"
+
+
 TITLES = {
     "arms": "Every arm, full fine-tuning",
     "rates": "Other noise rates, full fine-tuning",
@@ -143,6 +165,9 @@ def everything(folder: Path, groups: Sequence[str], scale: Scale, caption: str |
         settings = json.loads((folder / "detection.json").read_text())
         own = [s for s in settings if s["world"] == s["base"] and not s["quantization"] and s["rate"] == plan.MAIN_RATE]
         parts += ["## Finding noise\n", conditions_table(settings), default_table(settings)]
+        parts.append(forms_table(own))
+        if (folder / "costs.json").exists():
+            parts.append(costs_table(json.loads((folder / "costs.json").read_text())))
         parts += [f(setting) for f in (auc_table, rules_table) for setting in own]
     results = done(folder)
     parts.append("## Better models\n")
