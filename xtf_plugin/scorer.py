@@ -81,6 +81,7 @@ def score(
     *,
     batch_tokens: int | None = None,
     progress: bool = True,
+    label: str = "scoring",
 ) -> ScoringStats:
     """Score the `wanted` documents and hand each batch's scores to `sink`.
 
@@ -92,6 +93,7 @@ def score(
         layers: layers for reasoning importance; empty: no attention received.
         sink: called with the records of each batch of documents.
         batch_tokens: padded tokens per batch; None: by device.
+        progress: show a bar, called by `label`.
 
     Raises:
         XTFError: a single document does not fit into memory; the reference is not supported.
@@ -101,7 +103,7 @@ def score(
     stats = ScoringStats(documents=len(wanted))
     lengths = documents.lengths[wanted]
     pending = list(plan_batches(lengths, budget))[::-1]
-    bar = tqdm(total=int(lengths.sum()), unit="tok", unit_scale=True, desc="xtf: scoring", disable=not progress)
+    bar = tqdm(total=int(lengths.sum()), unit="tok", unit_scale=True, desc=f"xtf: {label}", disable=not progress)
     start = time.perf_counter()
     with bar, reference.scoring(record=bool(layers)):
         while pending:

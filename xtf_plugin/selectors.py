@@ -159,9 +159,17 @@ class StoredPredictions:
             missing = np.flatnonzero(~stored.found & (sizes > 0))
             if len(missing):
                 budget = None if self.config.batch_tokens == "auto" else int(self.config.batch_tokens)
+                label = "scoring" if documents is self.documents else "second look"
                 with self._opened(provider) as reference:
                     stats = score(
-                        documents, missing, reference, (), store.add, batch_tokens=budget, progress=self.progress
+                        documents,
+                        missing,
+                        reference,
+                        (),
+                        store.add,
+                        batch_tokens=budget,
+                        progress=self.progress,
+                        label=label,
                     )
                     store.flush()
                 stored = store.load(documents.keys, sizes)
