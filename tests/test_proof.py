@@ -243,7 +243,7 @@ class TestRuns:
         rows = data.make_rows("facts", 24, 0.25, 0, encoder)
         start = time.perf_counter()
         keep, scoring, training = runs.plan_of_default(
-            base_folder / "base-facts", rows, self.JOB, TuneSettings(), base_folder
+            base_folder / "base-facts", rows, self.JOB, TuneSettings(), base_folder, True
         )
         assert 0.5 < scoring < scoring + training < time.perf_counter() - start
         assert 0 < (~keep).mean() < 0.5

@@ -89,7 +89,6 @@ ARMS: dict[str, Arm] = {
     "KN+TR": _only(KN, TR),
     "RI quantile": _only(RI, rules=_QUANTILE),
     "drop unknown": Arm({**PEER, KN: {"drop": {"unknown_below": 0.05}}}),
-    "drop known": Arm({**PEER, KN: {"drop": {"known_above": 0.95}}}),
     "drop both ends": Arm({**PEER, KN: {"drop": {"unknown_below": 0.05, "known_above": 0.95}}}),
     "DFT loss": Arm(loss="dft"),
     "excess loss (Rho-1)": _peer("excess_loss", "clean"),

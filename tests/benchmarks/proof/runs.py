@@ -118,7 +118,8 @@ def labels_and_steps(
         return arms.oracle(rows), -1
     if not arm.keep and not arm.steps:
         return None, -1
-    plan, scoring, training = plan_of_default(folder / f"base-{job.base}", rows, job, settings, folder)
+    timed = arm.steps == "wall_clock"
+    plan, scoring, training = plan_of_default(folder / f"base-{job.base}", rows, job, settings, folder, timed)
     if arm.keep == "random_spans":
         return arms.random_spans(plan, rows, job.seed), -1
     steps = -(-len(rows) // settings.batch) * settings.epochs
@@ -129,14 +130,15 @@ def labels_and_steps(
 
 
 def plan_of_default(
-    base: Path, rows: Sequence[Any], job: Job, settings: Any, folder: Path
+    base: Path, rows: Sequence[Any], job: Job, settings: Any, folder: Path, timed: bool
 ) -> tuple[np.ndarray, float, float]:
-    """What the default keeps on these rows, (M,), and how long its scoring and one plain training take."""
+    """What the default keeps on these rows, (M,), and how long its scoring and one training take, if that matters."""
     from . import arms, finetune
 
     cache = folder / "cache-timed" / f"{os.getpid()}-{time.time_ns()}"  # an empty store: scoring is to be paid for
     block = {**(arms.ARMS["default"].block or {}), "cache_dir": str(cache), "report": False}
-    trainer, _, whole = finetune.tune(base, rows, job.seed, settings, block=block)
+    steps = -1 if timed else 1
+    trainer, _, whole = finetune.tune(base, rows, job.seed, settings, block=block, max_steps=steps)
     scoring = finetune.seconds_before_training(trainer)
     return finetune.kept_tokens(trainer, rows), scoring, max(1e-3, whole - scoring)
 

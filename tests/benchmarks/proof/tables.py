@@ -154,7 +154,7 @@ TITLES = {
     "worlds": "Other worlds, full fine-tuning",
     "repeating": "Noise of the repeating forms alone, full fine-tuning",
     "qlora": "QLoRA, 4-bit nf4",
-    "bases": "Base models that know another world, or both",
+    "bases": "A base model that knows both worlds",
 }
 
 
