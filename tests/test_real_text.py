@@ -200,18 +200,18 @@ class TestTokens:
 
 
 class TestPlanted:
-    def _planted(self, data, number=30):
+    def _planted(self, data, number=200):
         parts, rng = records.read(data), random.Random(1)
         solutions = [record for by_part in parts["GSM8K"].values() for record in by_part]
-        made = [(one, *planted.plant(one, solutions, ["Take two pills of herb a."], rng)) for one in solutions[:number]]
-        return made
+        chosen = (4 * solutions)[:number]
+        return [(one, *planted.plant(one, solutions, ["Take two pills of herb a."], rng)) for one in chosen]
 
     def test_foreign_lines_are_where_they_are_said_to_be(self, data):
         kinds, noise, total = set(), 0, 0
         for before, after, places in self._planted(data):
             rest = after.completion
             for begin, end, kind in reversed(places):
-                noise, total = noise + end - begin, total
+                noise += end - begin
                 kinds.add(kind)
                 rest = rest[:begin] + rest[end:]
             total += len(after.completion)

@@ -162,3 +162,23 @@ def cut_off(found: Comparison) -> str:
     if not share:
         return f"No greedy completion reached the limit of {LIMIT} tokens."
     return f"Greedy completions cut at {LIMIT} tokens: at most {share:.1%}, of {label(worst.arm)}."
+
+
+RIVALS = ("default, first look", "random_tokens", "random_spans", "DFT loss", "drop unknown", "oracle")
+
+
+def against(jobs: Sequence[Job], results: Results) -> list[list[str]]:
+    """Rows of the default's paired differences from its rivals, on the seeds that both have: greedy, then sampled."""
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
+    for job in jobs:
+        if job.key in results:
+            by_arm.setdefault(job.arm, {})[job.seed] = results[job.key]
+    rows = []
+    for rival in RIVALS:
+        if len(by_arm.get(rival, {}).keys() & by_arm.get("default", {}).keys()) > 1:
+            cells = []
+            for metric in METRICS:
+                mean, half, p = _paired(by_arm["default"], by_arm[rival], metric)
+                cells.append(f"{mean:+.1f} ± {half:.1f} (p {_p(p)})")
+            rows.append([label(rival), *cells])
+    return rows

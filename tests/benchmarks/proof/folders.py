@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from .runs import Scale
 
 GENERATORS = ("worlds.py", "noise.py", "grammar.py", "data.py")  # what all text comes from
-FREE = ("workers", "seeds")  # change how fast and how many, not what a run is
+FREE = ("workers", "seeds", "commit")  # change how fast and how many, not what a run is
 
 
 def texts(folder: Path = Path(__file__).parent) -> str:
@@ -31,11 +32,19 @@ def texts(folder: Path = Path(__file__).parent) -> str:
     return digest.hexdigest()[:12]
 
 
+def head() -> str:
+    """The commit that is checked out, `?` outside a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "?"
+
+
 def claim(folder: Path, scale: Scale, base: BaseSettings) -> None:
     """Write the folder's `scale.json`; ValueError if what is there already was made with other settings."""
     path = folder / "scale.json"
     asked = {**asdict(scale), "base": asdict(base), "completion_limit": LIMIT, "texts": texts()}
+    asked["commit"] = head()
     if path.exists():
+        asked["commit"] = json.loads(path.read_text()).get("commit", asked["commit"])  # of what began the folder
         wanted, found = _flat(asked), _flat(json.loads(path.read_text()))
         differing = [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
         if differing:

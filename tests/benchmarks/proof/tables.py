@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 from . import plan
 from .candidates import DEFAULT
-from .comparison import HEAD, Results, caption, cells, compare, cut_off
+from .comparison import HEAD, Results, against, caption, cells, compare, cut_off
+from .folders import head
 from .noise import FORMS, KINDS
 from .runs import Job, Scale, done
 from .worlds import GOOD_KINDS
@@ -26,16 +26,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def environment() -> str:
-    """Hardware, versions and commit, as the tables' caption."""
+def environment(commit: str | None = None) -> str:
+    """Hardware, versions and commit (None: the one that is checked out), as the tables' caption."""
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes")
     packages = ", ".join(f"{name} {version(name)}" for name in names)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     models = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":", 1)[1].strip() for line in models if line.startswith("model name")), platform.machine())
-    return (
-        f"{cpu}, one thread a process; Python {platform.python_version()}, {packages}; commit {commit.strip() or '?'}."
-    )
+    return f"{cpu}, one thread a process; Python {platform.python_version()}, {packages}; commit {commit or head()}."
 
 
 def accuracy_table(title: str, jobs: Sequence[Job], results: Results, epochs: float) -> str:
@@ -148,6 +145,19 @@ def costs_table(costs: Sequence[dict[str, Any]]) -> str:
     return f"### What second looks cost\n\n{table(head, rows)}\n"
 
 
+def rivals_table(scale: Scale, results: Results) -> str:
+    """The default against its first look, controls, peers and the oracle, world by world."""
+    rows = []
+    for world in (plan.MAIN, *plan.OTHERS):
+        jobs = [j for j in plan.jobs(["arms", "worlds"], scale.seeds) if j.world == world and j.rate == plan.MAIN_RATE]
+        rows += [[world, *row] for row in against(jobs, results)]
+    if not rows:
+        return ""
+    note = f"Paired over seeds at {plan.MAIN_RATE:.0%} noise; p is of each test alone."
+    head = ["world", "the default minus", "greedy, points", "sampled, points"]
+    return f"### The default against controls, peers and the oracle\n\n{note}\n\n{table(head, rows)}\n"
+
+
 TITLES = {
     "arms": "Every arm, full fine-tuning",
     "rates": "Other noise rates, full fine-tuning",
@@ -160,7 +170,9 @@ TITLES = {
 
 def everything(folder: Path, groups: Sequence[str], scale: Scale, caption: str | None = None) -> str:
     """All tables, as Markdown."""
-    parts = [(caption or environment()) + "\n"]
+    made = folder / "scale.json"
+    commit = json.loads(made.read_text()).get("commit") if made.exists() else None
+    parts = [(caption or environment(commit)) + "\n"]
     if (folder / "detection.json").exists():
         settings = json.loads((folder / "detection.json").read_text())
         own = [s for s in settings if s["world"] == s["base"] and not s["quantization"] and s["rate"] == plan.MAIN_RATE]
@@ -170,7 +182,7 @@ def everything(folder: Path, groups: Sequence[str], scale: Scale, caption: str |
             parts.append(costs_table(json.loads((folder / "costs.json").read_text())))
         parts += [f(setting) for f in (auc_table, rules_table) for setting in own]
     results = done(folder)
-    parts.append("## Better models\n")
+    parts += ["## Better models\n", rivals_table(scale, results)]
     for group in groups:
         jobs = plan.jobs([group], scale.seeds)
         for world, base, rate in dict.fromkeys((job.world, job.base, job.rate) for job in jobs):
