@@ -41,6 +41,13 @@ def programs(rng: random.Random) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def not_quiet():
+    with pytest.MonkeyPatch.context() as patched:  # it would silence other tests' warnings
+        patched.setattr("tests.benchmarks.real_text.__main__.quiet", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
@@ -52,7 +59,6 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(data, tmp_path_factory):
-    """One whole run of the command."""
     target = tmp_path_factory.mktemp("out")
     page = target / "page.md"
     page.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")

@@ -123,6 +123,21 @@ def default_table(settings: Sequence[dict[str, Any]]) -> str:
     return f"### The default's rules in every setting\n\n{table(head, rows)}\n"
 
 
+RECALLED = ("paper, Eq. (1)", "official", "KN, P < 0.05", "typicality below -10", "opening, both, below -4", "default")
+
+
+def recall_table(settings: Sequence[dict[str, Any]]) -> str:
+    """Which kinds of noise the main rules find."""
+    head = ["world", "rule", *KINDS, *(f"{kind}, single" for kind in KINDS)]
+    rows = []
+    for setting in settings:
+        for name in RECALLED:
+            one = setting["rules"][name]
+            shares = [one[form][kind] for form in ("found", "found_single") for kind in KINDS]
+            rows.append([setting["world"], name, *("–" if share != share else f"{share:.0%}" for share in shares)])
+    return f"### Recall by kind: spans, then single tokens\n\n{table(head, rows)}\n"
+
+
 def forms_table(settings: Sequence[dict[str, Any]]) -> str:
     """The same noise said in ever new words, and in the same words again and again."""
     names = ("log-probability, 1", "log-probability, 9", "log-probability, line", "typicality, 1", DEFAULT)
@@ -177,7 +192,7 @@ def everything(folder: Path, groups: Sequence[str], scale: Scale, caption: str |
         settings = json.loads((folder / "detection.json").read_text())
         own = [s for s in settings if s["world"] == s["base"] and not s["quantization"] and s["rate"] == plan.MAIN_RATE]
         parts += ["## Finding noise\n", conditions_table(settings), default_table(settings)]
-        parts.append(forms_table(own))
+        parts += [forms_table(own), recall_table(own)]
         if (folder / "costs.json").exists():
             parts.append(costs_table(json.loads((folder / "costs.json").read_text())))
         parts += [f(setting) for f in (auc_table, rules_table) for setting in own]
