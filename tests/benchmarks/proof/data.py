@@ -20,7 +20,7 @@ from .worlds import EOS, WORLDS, Line, Problem, fact_text, words
 
 BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<s>", "</s>", "<pad>"
 VOCABULARY = 1280
-SMALL = "small"  # a base of about a quarter of the weights: a reference may be smaller than the model that is trained
+SMALL = "small"  # a base of about a fifth of the weights: a reference may be smaller than the model that is trained
 BASES: dict[str, tuple[str, ...]] = {  # what a base model reads, in equal parts
     "sums": ("sums", "sums", "sums", "chatter"),
     "programs": ("programs", "programs", "programs", "chatter"),
