@@ -33,7 +33,10 @@ def scores(model, input_ids, layers) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def expectations(model, input_ids) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the surprisal before each token (NaN for the first), in float64, (T,) each."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # fused attention of early versions leaves out what Gemma 2 asks of it
     logits = model(input_ids=torch.as_tensor(input_ids)[None], use_cache=False).logits[0, :-1].double()
+    model.config._attn_implementation = before
     p, surprisal = logits.softmax(-1), -logits.log_softmax(-1)
     mean = (p * surprisal).sum(-1)
     deviation = ((p * surprisal**2).sum(-1) - mean**2).sqrt()
