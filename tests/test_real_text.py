@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.proof import stats
 from tests.benchmarks.real_text import audit, base, encode, examples, pages, planted, records, runs, stages
 from tests.benchmarks.real_text.__main__ import main
 
@@ -244,11 +243,6 @@ class TestFigures:
     def test_little_is_not_shown_as_nothing(self):
         shares = [pages.percent(share) for share in (0.0, 0.0001, 0.0005, 0.123, math.nan)]
         assert shares == ["0.0%", "< 0.05%", "0.1%", "12.3%", "–"]
-
-    def test_interval_equals_the_laboratorys(self):
-        values = [0.5, 0.7, 0.9, 0.4]
-        assert np.allclose(pages.interval(values), stats.mean_interval(values))
-        assert math.isnan(pages.interval([1.0])[1])
 
     def test_overlap_of_a_hand_made_selection(self):
         flags = {

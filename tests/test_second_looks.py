@@ -238,3 +238,15 @@ def test_a_unit_of_protected_tokens_alone_is_not_looked_at():
     config = opening.OpeningConfig(scorer="opening", context="kept", drop={"below": -1})
     scores = opening.Opening(config).score(given)
     assert np.isnan(scores[0]) and (scores[1:] < -1).all() and not wanted_ever
+
+
+def test_an_infinite_second_look_is_undefined_and_drops_nothing():
+    documents = collect([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}])
+    low, never = (
+        SimpleNamespace(logprobs=np.full(2, value, np.float32), entropy=np.zeros(2, np.float32))
+        for value in (-9, -np.inf)
+    )
+    given = ScoringContext(documents, None, lambda _: low, None, lambda _: np.arange(2), lambda *_: never)
+    config = opening.OpeningConfig(scorer="opening", context="kept", drop={"below": -1})
+    scores = opening.Opening(config).score(given)
+    assert scores[0] < -1 and np.isnan(scores[1])

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .documents import IGNORE_INDEX, DocumentSet, collect
+from .lookup import stretches
 
 if TYPE_CHECKING:
     from .scorers.base import Predictions
@@ -100,14 +101,8 @@ def predictions_without(
         made = excerpts(documents, hidden, starts, wanted, breaks)
         found, offsets = predict(made), made.completion_offsets
         lengths = np.append(starts[1:], total)[wanted] - starts[wanted]
-        into = _stretches(starts[wanted], lengths)
-        out_of = _stretches(offsets[made.row_documents], lengths)
+        into = stretches(starts[wanted], lengths)
+        out_of = stretches(offsets[made.row_documents], lengths)
         for name, values in columns.items():
             values[into] = getattr(found, name)[out_of]
     return Excerpted(**columns)
-
-
-def _stretches(begins: Ints, lengths: Ints) -> Ints:
-    """Indices begin, begin + 1, ... of every stretch, one after the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(begins - before, lengths) + np.arange(int(lengths.sum()))

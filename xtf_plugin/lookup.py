@@ -67,7 +67,7 @@ class Lookup:
     def _copy(
         self, target: NDArray[np.int64], starts: NDArray[np.int64], columns: Mapping[str, NDArray[np.float32]]
     ) -> None:
-        into, out_of = (_spans(begin, self.lengths[target]) for begin in (self.starts[target], starts))
+        into, out_of = (stretches(begin, self.lengths[target]) for begin in (self.starts[target], starts))
         for name, values in self.columns.items():
             values[into] = columns[name][out_of]
         self.found[target] = True
@@ -79,7 +79,7 @@ def _identity(keys: NDArray[np.uint8], lengths: NDArray[np.int64]) -> NDArray[np
     return joined.view(f"S{KEY_BYTES + 8}").reshape(-1)
 
 
-def _spans(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def stretches(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Indices start, start + 1, ..., start + length - 1 of every span, one after the other."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .typical import typicality
+
 if TYPE_CHECKING:
     from ..config_rules import ReferenceConfig
     from .base import ScoringContext
@@ -95,7 +97,7 @@ class SecondLooks:
         seen = self.context.predictions_without(gone, self.starts, wanted, self.reference)
         looked = np.zeros(len(self.starts), dtype=bool)
         looked[wanted] = True
-        found = np.where(np.repeat(looked, self.lengths), seen.logprobs + seen.entropy, again)
+        found = np.where(np.repeat(looked, self.lengths), typicality(seen), again)
         # all before it was kept after all
         return np.where(np.repeat(changed & (hidden == 0), self.lengths), typical, found)
 

@@ -78,15 +78,21 @@ class Comparison:
         return sum(d.p == d.p for one in self.outcomes for d in one.differences.values())
 
 
+def _by_arm(jobs: Sequence[Job], results: Results) -> dict[str, dict[int, dict[str, Any]]]:
+    """What is there of some jobs, by arm and seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for job in jobs:
+        if job.key in results:
+            found.setdefault(job.arm, {})[job.seed] = results[job.key]
+    return found
+
+
 def compare(jobs: Sequence[Job], results: Results) -> Comparison:
     """What is there of some jobs that differ in arm and seed alone.
 
     All arms are cut to the seeds that every one of them has, unless those are fewer than two.
     """
-    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
-    for job in jobs:
-        if job.key in results:
-            by_arm.setdefault(job.arm, {})[job.seed] = results[job.key]
+    by_arm = _by_arm(jobs, results)
     common = set.intersection(*(set(found) for found in by_arm.values())) if by_arm else set()
     if len(common) >= 2:
         by_arm = {arm: {seed: found[seed] for seed in sorted(common)} for arm, found in by_arm.items()}
@@ -169,10 +175,7 @@ RIVALS = ("default, first look", "random_tokens", "random_spans", "DFT loss", "d
 
 def against(jobs: Sequence[Job], results: Results) -> list[list[str]]:
     """Rows of the default's paired differences from its rivals, on the seeds that both have: greedy, then sampled."""
-    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
-    for job in jobs:
-        if job.key in results:
-            by_arm.setdefault(job.arm, {})[job.seed] = results[job.key]
+    by_arm = _by_arm(jobs, results)
     rows = []
     for rival in RIVALS:
         if len(by_arm.get(rival, {}).keys() & by_arm.get("default", {}).keys()) > 1:

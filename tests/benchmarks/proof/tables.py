@@ -207,10 +207,10 @@ def everything(folder: Path, groups: Sequence[str], scale: Scale, caption: str |
     return "\n".join(part for part in parts if part)
 
 
-def write_into(page: Path, text: str) -> None:
-    """Put the tables between the marks of a page; ValueError if it has none."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
+def write_into(page: Path, text: str, mark: str = BEGIN, end_mark: str = END) -> None:
+    """Put text between the marks of a page; ValueError if it has none."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(mark)
+    _, end, after = rest.partition(end_mark)
     if not begin or not end:
-        raise ValueError(f"{page} has no lines {BEGIN} and {END} to put the tables between")
-    page.write_text(f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{page} has no lines {mark} and {end_mark} to put the tables between")
+    page.write_text(f"{before}{mark}\n\n{text.strip()}\n\n{end_mark}{after}", encoding="utf-8")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import subprocess
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tests.benchmarks.proof.stats import t_quantile
+from tests.benchmarks.proof import tables
+from tests.benchmarks.proof.stats import mean_interval
 from tests.benchmarks.proof.tables import environment, table
 
 from .examples import escaped
@@ -20,7 +18,6 @@ from .planted import GOOD, KINDS
 from .records import PARTS
 from .runs import ARMS, BASE, METRICS
 
-quantile = cache(t_quantile)  # integrated numerically, and the same few are asked for in every cell
 BEGIN, END = "<!-- real text -->", "<!-- /real text -->"
 Audit = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -153,25 +150,17 @@ def _arms_table(title: str, results: Mapping[str, Mapping[str, Any]], arms: Sequ
     return f"### {title}\n\n{table(head, rows)}\n{note}\n"
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % confidence interval; equals `stats.mean_interval`."""
-    array = np.asarray(values, dtype=np.float64)
-    if len(array) < 2:
-        return float(array.mean()), float("nan")
-    return float(array.mean()), quantile(len(array) - 1) * float(array.std(ddof=1)) / len(array) ** 0.5
-
-
 def _cells(
     found: Mapping[str, Mapping[str, Any]], plain: Mapping[str, Mapping[str, Any]], metric: str
 ) -> tuple[str, str]:
     """A metric with its 95 % interval, and the mean of the paired differences from plain SFT with its interval."""
     scale, digits = (100, 1) if metric == "accuracy" else (1, 3)
-    mean, half = interval([scale * one[metric] for one in found.values()])
+    mean, half = mean_interval([scale * one[metric] for one in found.values()])
     own = f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
     common = sorted(found.keys() & plain.keys())
     if found is plain or len(common) < 2:
         return own, ""
-    difference, half = interval([scale * (found[seed][metric] - plain[seed][metric]) for seed in common])
+    difference, half = mean_interval([scale * (found[seed][metric] - plain[seed][metric]) for seed in common])
     return own, f"{difference:+.{digits}f} ± {half:.{digits}f}"
 
 
@@ -206,8 +195,4 @@ def planted_tables(noisy: Mapping[str, Any]) -> str:
 
 def write_into(page: Path, text: str) -> None:
     """Put the text between the marks of a page; ValueError if it has none."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} has no lines {BEGIN} and {END} to put the tables between")
-    page.write_text(f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}", encoding="utf-8")
+    tables.write_into(page, text, BEGIN, END)
