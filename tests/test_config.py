@@ -44,6 +44,7 @@ control: null
 seed: 0
 cache_dir: null
 batch_tokens: auto
+calibration: 1000
 report: true
 dry_run: false
 """
@@ -73,7 +74,7 @@ BLOCKS = [
     {"combine": "majority", "control": "random", "seed": 7},
     {"reasoning_importance": False, "knowledge_novelty": False, "task_relevance": False, "force_drop": [r"\bum+\b"]},
     {"protect": {"special_tokens": False, "patterns": [r"\d+"]}, "min_kept": 0},
-    {"cache_dir": "some/where", "batch_tokens": 512, "report": "out", "dry_run": True},
+    {"cache_dir": "some/where", "batch_tokens": 512, "calibration": 8, "report": "out", "dry_run": True},
     {"report": False},
 ]
 

@@ -14,10 +14,12 @@ from typing import Any, Literal
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from .config_input import plain, read
+from .config_presets import ATTRIBUTES, PRESETS, over_preset
 from .config_rules import (
     AtLeast,
     Block,
     ByText,
+    Calibration,
     Count,
     Domain,
     Layers,
@@ -35,7 +37,7 @@ from .config_rules import (
     Whole,
     Window,
 )
-from .config_selectors import Selectors, check_votes, with_preset
+from .config_selectors import Selectors, check_votes
 from .errors import XTFUserError
 from .scorers import SelectorConfig
 
@@ -54,33 +56,6 @@ __all__ = [
     "TaskRelevanceConfig",
     "XTFConfig",
 ]
-
-ATTRIBUTES = ("reasoning_importance", "knowledge_novelty", "task_relevance")
-
-# What a preset changes from the defaults of the fields. Key by key, a block wins over its preset.
-# The default asks which lines and sentences are out of place, told by how they begin; docs/evidence.md has the
-# comparison with the paper's attributes that led there.
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {
-        **dict.fromkeys(ATTRIBUTES, False),
-        "selectors": {
-            "out_of_place": {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -4.0}},
-        },
-    },
-    "none": dict.fromkeys(ATTRIBUTES, False),  # for a block that names all of its own rules
-    "paper": {
-        "reasoning_importance": {"layers": "last", "drop": {"fence": 1.0}},
-        "protect": {"special_tokens": False},
-        "min_kept": 0,
-    },
-    "official": {
-        "reasoning_importance": {"layers": "first", "drop": {"fence": 1.5}, "max_fraction": 0.05},
-        "knowledge_novelty": {"drop": {"known_above": 0.95}, "max_fraction": 0.05},
-        "task_relevance": {"embedding": "output", "drop": {"cluster": 2, "of": 5}, "max_fraction": 0.05},
-        "protect": {"special_tokens": False},
-        "min_kept": 0,
-    },
-}
 
 _WINDOW = "Before the rule, {what} averaged over this many (odd) neighbours, or over the token's sentence or line."
 _MAX_FRACTION = "Never drop more than this share of a document's completion through this attribute; null: no cap."
@@ -191,6 +166,11 @@ class XTFConfig(Block):
     batch_tokens: ByText[Literal["auto"], Positive] = Field(
         default="auto", description="Padded tokens per scoring batch; auto: by device, halved when memory runs out."
     )
+    calibration: Calibration = Field(
+        default=1000,
+        description="Streamed data only: the stream's first so many documents are scored before training, and what "
+        "depends on a whole dataset (its quantiles, classes and domain) is taken from them.",
+    )
     report: ByText[PathText, StrictBool] = Field(
         default=True,
         description="true: write summary.json and scores.parquet to `output_dir`/xtf; a path: to that folder; "
@@ -203,7 +183,7 @@ class XTFConfig(Block):
     def __init__(self, /, **block: Any) -> None:
         """Validate the keys of a block; see the class."""
         try:
-            super().__init__(**_with_preset(plain(block)))
+            super().__init__(**over_preset(plain(block)))
         except ValidationError as error:
             from .config_docs import explain
 
@@ -280,19 +260,3 @@ class XTFConfig(Block):
     def _something_can_go(self) -> XTFConfig:
         check_votes(self.attributes, self.selectors, self.combine, self.force_drop, self.control)
         return self
-
-
-def _with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The block over its preset: mappings key by key, `drop` as a whole; `true` keeps an attribute's preset."""
-    name = block.get("preset", "default")
-    preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
-    merged = {**preset, **block}
-    for key in ("reference", "protect", *ATTRIBUTES):
-        given, base = merged.get(key), preset.get(key, {}) or {}  # off in the preset: what is given stands alone
-        if given is True and key in ATTRIBUTES:
-            merged[key] = base
-        elif isinstance(given, Mapping):
-            merged[key] = {**base, **given}
-    if "selectors" in block:
-        merged["selectors"] = with_preset(block["selectors"], preset.get("selectors", {}))
-    return merged

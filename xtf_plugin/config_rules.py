@@ -148,6 +148,7 @@ Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Calibration = Annotated[int, Field(ge=8), BeforeValidator(_whole)]  # quartiles of fewer documents are accidents
 Classes = Annotated[int, Field(ge=2, le=8), BeforeValidator(_whole)]
 Window = ByText[
     Literal["sentence", "line"],
