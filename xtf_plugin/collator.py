@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -57,6 +57,11 @@ class MaskTable:
         at = left + int(np.searchsorted(self.keys[left:right, 1], low))
         return at if at < right and self.keys[at, 1] == low else -1
 
+    def lookup(self, key: bytes) -> tuple[NDArray[np.bool_], int] | None:
+        """Keep flags of a document's completion tokens and its `best`; None: it is not in the table."""
+        index = self.find(key)
+        return None if index < 0 else (self.keep(index), int(self.best[index]))
+
     def keep(self, index: int) -> NDArray[np.bool_]:
         """Keep flags of one document's completion tokens."""
         first, last = int(self.offsets[index]), int(self.offsets[index + 1])
@@ -67,6 +72,13 @@ class MaskTable:
 def _halves(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
     flat = np.ascontiguousarray(keys).reshape(-1, KEY_BYTES)
     return flat.view(">u8").reshape(-1, 2).astype(np.uint64)
+
+
+class Masks(Protocol):
+    """What the collator asks for: a whole dataset's table, or what is known of a stream so far."""
+
+    def lookup(self, key: bytes) -> tuple[NDArray[np.bool_], int] | None:
+        """See `MaskTable.lookup`."""
 
 
 class XTFDataCollator:
@@ -89,7 +101,7 @@ class XTFDataCollator:
         tensor([[-100, -100,    3]])
     """
 
-    def __init__(self, inner: Callable[[list[Any]], Any], masks: MaskTable | None = None) -> None:
+    def __init__(self, inner: Callable[[list[Any]], Any], masks: Masks | None = None) -> None:
         self.inner = inner
         self.masks = masks
         # one row per dataloader worker (0: main process): batches, kept tokens, batches in which one label was brought
@@ -116,8 +128,7 @@ class XTFDataCollator:
         pieces = split_row(row)
         labels = np.array(row["labels"], dtype=np.int64)
         for where, ids, completion in pieces:
-            index = self.masks.find(document_key(ids, completion))
-            keep = self.masks.keep(index) if index >= 0 else None
+            keep, best = self.masks.lookup(document_key(ids, completion)) or (None, -1)
             if keep is None or len(keep) != int(completion.sum()):
                 raise XTFError(
                     f"a training row holds a document of {len(ids)} tokens ({int(completion.sum())} with labels) that "
@@ -127,8 +138,8 @@ class XTFDataCollator:
                     "to trainer.train_dataset."
                 )
             positions = where.start + np.flatnonzero(completion)
-            if result.spare < 0 and self.masks.best[index] >= 0:
-                result.spare = int(positions[self.masks.best[index]])
+            if result.spare < 0 and best >= 0:
+                result.spare = int(positions[best])
             labels[positions[~keep]] = IGNORE_INDEX
             first = bool(len(keep)) and bool(completion[0]) and bool(keep[0])
             result.firsts += int(first)

@@ -41,12 +41,15 @@ _SHARES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95
 
 @dataclass(frozen=True)
 class Firing:
-    """Where an attribute's rules fire: the tokens (M,), their number in the dataset, thresholds, and what to tell."""
+    """Where an attribute's rules fire: the tokens (M,), their number in the dataset, thresholds, what to tell, and the
+    rules themselves, to fire on other documents with the same thresholds.
+    """
 
     mask: Bools
     fired: int
     thresholds: dict[str, Any]
     warnings: list[str]
+    rules: Rules
 
 
 def evaluate(
@@ -56,6 +59,7 @@ def evaluate(
     layout: Layout,
     config: AttributeConfig,
     segments: Segments | None = None,
+    rules: Rules | None = None,
 ) -> Firing:
     """Apply one attribute's or selector's rules to the whole dataset: window, then rules, then `max_fraction`.
 
@@ -67,6 +71,8 @@ def evaluate(
         layout: of the documents' completion tokens.
         config: the attribute's part of the block.
         segments: the first tokens of the sentences and lines, by unit; needed if the window is one.
+        rules: with thresholds from elsewhere, for a part of a stream; how often they fire here is then no reason to
+            warn. None: thresholds are taken from these scores.
 
     Raises:
         XTFError: the window is a sentence or line, and their first tokens are not given.
@@ -74,12 +80,21 @@ def evaluate(
     scores, warnings = _defined(attribute, values, positions, layout, isinstance(config, SelectorConfig))
     surprisal = isinstance(config, KnowledgeNoveltyConfig)
     scores = _averaged(-scores if surprisal else scores, layout, config.window, segments)
-    found = prepare(scores, layout, config)
+    found = prepare(scores, layout, config) if rules is None else rules
     off = _off(attribute, config)
     mask, hits, limits = _apply(found, scores, layout, config.max_fraction)
     fired = layout.occurrences(mask)
-    warnings += [f"{attribute}: {warning}" for warning in found.warnings]
     drops = _described(found.rules, limits)
+    thresholds = {
+        "rule": config.drop.model_dump(mode="json", exclude_none=True),
+        "window": config.window,
+        "max_fraction": config.max_fraction,
+        **found.facts,
+        "drops": drops,
+    }
+    if rules is not None:
+        return Firing(mask, fired, thresholds, warnings, found)
+    warnings += [f"{attribute}: {warning}" for warning in found.warnings]
     for rule, hit in zip(found.rules, hits, strict=True):
         if hit == 0:
             warnings.append(_inert(attribute, rule, drops, scores, layout, found.display, off))
@@ -89,14 +104,7 @@ def evaluate(
             f"completion has {layout.lengths.max()} tokens); raise it, or {off}"
         )
     warnings += _greedy(attribute, fired, layout, off)
-    thresholds = {
-        "rule": config.drop.model_dump(mode="json", exclude_none=True),
-        "window": config.window,
-        "max_fraction": config.max_fraction,
-        **found.facts,
-        "drops": drops,
-    }
-    return Firing(mask, fired, thresholds, warnings)
+    return Firing(mask, fired, thresholds, warnings, found)
 
 
 def _greedy(attribute: str, fired: int, layout: Layout, off: str) -> list[str]:

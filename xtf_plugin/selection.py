@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .config import XTFConfig
 from .errors import XTFError
 from .firing import Segments, evaluate
+from .rules import Rules
 from .segments import UNDEFINED_KEY, Bools, Hashes, Ints, Layout, lowest, ordered, random_keys
 
 REASONING, NOVELTY, RELEVANCE, PROTECTED, FLOOR, FORCED, CONTROL = (1 << bit for bit in range(7))
@@ -99,6 +100,7 @@ class Selection:
         warnings: what the user has to be told.
         best: (N,) index among its completion tokens of the token that a document would keep last; -1 if it has none
             that trains.
+        rules: per attribute and selector, its rules with the thresholds that were used.
     """
 
     keep: NDArray[np.bool_]
@@ -107,6 +109,7 @@ class Selection:
     fired: dict[str, int]
     warnings: list[str]
     best: NDArray[np.int64]
+    rules: Mapping[str, Rules] = field(default_factory=dict)
 
 
 def select(
@@ -115,6 +118,7 @@ def select(
     protected: NDArray[np.bool_] | None = None,
     forced: NDArray[np.bool_] | None = None,
     segments: Segments | None = None,
+    frozen: Mapping[str, Rules] | None = None,
 ) -> Selection:
     """Decide for every completion token, Eq. (1): rules, `combine`, `force_drop`, protection, control, floor.
 
@@ -123,6 +127,7 @@ def select(
         config: the block.
         protected: (M,) tokens that are never dropped; forced: (M,) tokens that are dropped unless protected.
         segments: the first tokens of the sentences and lines, by unit; needed if some window is one.
+        frozen: the rules of another selection, for a part of a stream: thresholds are its, not those of `scores`.
 
     Raises:
         XTFError: arrays that do not fit together, an attribute that is on, or a selector, that was not scored, or
@@ -136,16 +141,17 @@ def select(
     bits, voting = rule_bits(config), [name for name in config.voters if scores.of(name) is not None]
     best = np.full(len(scores.counts), -1, dtype=np.int64)
     thresholds: dict[str, Any] = {}
-    fired, warnings = dict[str, int](), list[str]()
+    fired, warnings, rules = dict[str, int](), list[str](), dict[str, Rules]()
     for name in config.voters:
         values = scores.of(name)
         if values is None:
             thresholds[name], fired[name] = {"rule": None, "drops": {}, "from_epoch": 2}, 0
             continue
-        firing = evaluate(name, values, scores.positions, layout, config.part(name), segments)
+        given = None if frozen is None else frozen[name]
+        firing = evaluate(name, values, scores.positions, layout, config.part(name), segments, given)
         reasons |= firing.mask * reasons.dtype.type(bits[name])
         thresholds[name], fired[name] = firing.thresholds, firing.fired
-        warnings += firing.warnings
+        warnings, rules[name] = warnings + firing.warnings, firing.rules
     for tokens, documents, part in layout.chunks():
         chunk = _Chunk(
             part,
@@ -163,7 +169,7 @@ def select(
             f"every one of the {int(trainable.sum())} trainable completion tokens is dropped; loosen the rules, or set "
             "min_kept above 0"
         )
-    return Selection(keep, reasons, thresholds, fired, warnings, best)
+    return Selection(keep, reasons, thresholds, fired, warnings, best, rules)
 
 
 def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: Bools | None) -> None:
