@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +14,7 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.test_callback import trainer
 from tests.test_selectors import OFF, logprobs
-from xtf_plugin import XTFDryRun, XTFError, XTFUserError, attach
+from xtf_plugin import XTFError, XTFUserError, attach
 from xtf_plugin.epochs import FILE, EpochSelection
 from xtf_plugin.selection import rule_bits
 
@@ -86,26 +85,6 @@ def test_excess_loss_against_a_reference_of_its_own(tmp_path):
     table = pq.read_table(tmp_path / "out/xtf/scores.parquet").to_pydict()
     np.testing.assert_allclose(table["rho"], plan.scores.selectors["rho"])
     assert sum(table["kept"]) == sum(int((labels != -100).sum()) for labels in watch.labels)
-
-
-def test_several_processes_need_the_references_scores_stored(tmp_path, monkeypatch):
-    tiny.save_base(tmp_path / "other", seed=7)
-    reference = {"model": str(tmp_path / "other"), "quantization": "none"}
-    part = {"scorer": "excess_loss", "reference": reference, "drop": {"quantile": 0.4}}
-    block, several = {"selectors": {"rho": part}, "dry_run": True}, property(lambda self: 2)
-    with pytest.raises(XTFDryRun):
-        made(tmp_path, block={"dry_run": True}).train()  # stores the main reference's scores alone
-    run_of_two = made(tmp_path, block=block)
-    with monkeypatch.context() as patched:
-        patched.setattr(type(run_of_two.accelerator), "num_processes", several)
-        with pytest.raises(XTFUserError, match="xtf score"):
-            run_of_two.train()
-    with pytest.raises(XTFDryRun):
-        made(tmp_path, block=block).train()
-    run_of_two = made(tmp_path, block=block)
-    monkeypatch.setattr(type(run_of_two.accelerator), "num_processes", several)
-    with pytest.raises(XTFDryRun):
-        run_of_two.train()
 
 
 def test_packed_rows_are_selected_anew_too(tmp_path):
@@ -221,14 +200,6 @@ class TestRefusals:
     def test_a_single_epoch(self, tmp_path):
         with pytest.raises(XTFUserError, match=r"selector tc selects from the second epoch on, but this run has 1"):
             made(tmp_path, num_train_epochs=1).train()
-
-    def test_several_processes(self):
-        from xtf_plugin.config import XTFConfig
-
-        args = SimpleNamespace(dataloader_persistent_workers=False, dataloader_num_workers=0)
-        two = SimpleNamespace(args=args, accelerator=SimpleNamespace(num_processes=2))
-        with pytest.raises(XTFUserError, match="not supported in 2 processes"):
-            EpochSelection(two, XTFConfig.parse(BLOCK), None, lambda: None, lambda *_: None)
 
     def test_training_that_diverged(self, tmp_path):
         result = made(tmp_path)

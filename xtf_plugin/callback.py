@@ -22,6 +22,7 @@ from .hosts._compat import is_on
 from .hosts.trainer import TrainerHooks, check_trainer, rows, visible_columns
 from .pipeline import Plan, ReferenceProvider, make_plan
 from .providers import BorrowedReference, SeparateReference
+from .ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         config: the `xtf:` block.
 
     Raises:
-        XTFUserError: the trainer's data cannot be masked (streaming, images, none), or several processes without stored
-            scores.
+        XTFUserError: the trainer's data cannot be masked (streaming, images, none), or processes that split one model
+            between them otherwise than by FSDP.
         XTFError: from scoring; or the first batch is not the planned one.
 
     Example:
@@ -54,10 +55,11 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self.config = config
         self.plan: Plan | None = None
         self.collator = XTFDataCollator(trainer.data_collator)
-        self._borrowed = None if config.reference.model else BorrowedReference(trainer)
+        self.ranks = Ranks.of(trainer.accelerator)
+        self._borrowed = None if config.reference.model else BorrowedReference(trainer, self.ranks)
         epochs = None
         if evolving(config):  # before anything of the trainer is changed: it may refuse
-            epochs = EpochSelection(trainer, config, _tokenizer(trainer), lambda: self.plan, self._adopt)
+            epochs = EpochSelection(trainer, config, _tokenizer(trainer), lambda: self.plan, self._adopt, self.ranks)
         self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._metrics)
         self._verified = False
         self._constant_metrics: dict[str, float] = {}
@@ -70,17 +72,15 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         """Score, decide, write the summary; in a dry run, end here."""
         documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
         tokenizer = _tokenizer(self.trainer)
-        several = self.trainer.accelerator.num_processes > 1
 
         def separate(reference: ReferenceConfig) -> ReferenceProvider:
-            found = SeparateReference(reference, tokenizer, documents, self.trainer.accelerator.device)
-            return _StoredOnly(found) if several else found
+            return SeparateReference(reference, tokenizer, documents, self.trainer.accelerator.device)
 
         provider: ReferenceProvider = self._borrowed or separate(self.config.reference)
-        if several:
-            provider = _StoredOnly(provider)
         progress = not args.disable_tqdm and state.is_world_process_zero
-        plan = make_plan(self.config, documents, provider, tokenizer, references=separate, progress=progress)
+        plan = make_plan(
+            self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks
+        )
         self._adopt(plan)
 
     def _adopt(self, plan: Plan, epoch: int = 0) -> None:
@@ -90,8 +90,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self.collator.masks = plan.masks()
         self._constant_metrics = report.metrics(plan)
         self._verified = False
-        if self.trainer.is_world_process_zero():
-            self._report(Path(args.output_dir), epoch)
+        self.ranks.from_main(lambda: self._report(Path(args.output_dir), epoch))
         if not epoch and (self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN"))):
             raise XTFDryRun
         if not (self.plan.selection.keep & (self.plan.scores.positions > 0)).any():
@@ -110,7 +109,8 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 batches,
             )
 
-    def _report(self, output_dir: Path, epoch: int) -> None:
+    def _report(self, output_dir: Path, epoch: int) -> bytes:
+        """Write and show what the plan amounts to; nothing of it is for other ranks."""
         assert self.plan is not None
         written, tokenizer = [], _tokenizer(self.trainer)
         if self.config.report is not False:
@@ -126,6 +126,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                     f"xtf: the score table {extra} cannot be written ({error}); name another path."
                 ) from error
         report.show(self.plan, written)
+        return b""
 
     def _on_batch(self, inputs: Mapping[str, Any]) -> None:
         """Hold the first batch that reaches the model against the plan; count labels from then on."""
@@ -149,22 +150,6 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             metrics["xtf/kept_tokens_per_batch"] = float(self._labels) / self._steps
             self._labels, self._steps = torch.zeros_like(self._labels), 0
         return metrics
-
-
-class _StoredOnly:
-    """A reference that may be known but not run: scoring is not shared between processes."""
-
-    def __init__(self, provider: ReferenceProvider) -> None:
-        self.fingerprint = provider.fingerprint
-        self.description = provider.description
-        self.text_config = provider.text_config
-
-    def open(self) -> Any:
-        raise XTFUserError(
-            "xtf: some documents have no stored scores, and scoring in several processes is not supported. Score once "
-            "in one process (`xtf score RECIPE`), then start the recipe on all of them: each reads the stored scores. "
-            "(Second looks, `context: kept`, are those of one threshold, clip and protection: score again for others.)"
-        )
 
 
 def verify_batch(plan: Plan, inputs: Mapping[str, Any]) -> None:

@@ -17,17 +17,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from peft import PeftModel
 from transformers import TrainerCallback
 
+from .batches import ScoringStats
 from .config import XTFConfig
 from .documents import DocumentSet
 from .errors import XTFError, XTFUserError
 from .files import write_whole
 from .pipeline import Plan, marked_tokens, replan, segment_starts
+from .providers import as_it_stands
+from .ranks import ALONE, Ranks
 from .records import Records
 from .reference import Reference
-from .scorer import ScoringStats, score
+from .scorer import score
 from .selectors import Floats, score_selectors, scorers
 
 logger = logging.getLogger(__name__)
@@ -53,9 +55,10 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
         tokenizer: the training tokenizer.
         plan: gives the plan in use.
         adopt: takes the new plan and the number of the epoch, 1 for the second.
+        ranks: of the run.
 
     Raises:
-        XTFUserError: persistent dataloader workers, or several processes.
+        XTFUserError: persistent dataloader workers.
     """
 
     def __init__(
@@ -65,9 +68,10 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
         tokenizer: Any,
         plan: Callable[[], Plan | None],
         adopt: Callable[[Plan, int], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.trainer, self.config, self.tokenizer = trainer, config, tokenizer
-        self.plan, self.adopt = plan, adopt
+        self.plan, self.adopt, self.ranks = plan, adopt, ranks
         self.names = evolving(config)
         self.epoch: int | None = None
         self._stats = ScoringStats()
@@ -76,12 +80,6 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
             raise XTFUserError(
                 f"{told} dataloader workers that outlive an epoch never hear of. Set dataloader_persistent_workers: "
                 "false."
-            )
-        if trainer.accelerator.num_processes > 1:
-            raise XTFUserError(
-                f"{told} is not supported in {trainer.accelerator.num_processes} processes: one of them scores the "
-                "whole dataset with the model being trained. Train in one process, or use `mode: fixed` with a "
-                "reference."
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -123,7 +121,7 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put this epoch's scores beside the checkpoint that was just written."""
         plan = self.plan()
-        if not self.epoch or plan is None:
+        if not self.epoch or plan is None or not self.trainer.args.should_save:
             return
         arrays: dict[str, NDArray[Any]] = {
             "about": np.asarray(self._about(self.epoch, state.global_step)),
@@ -178,7 +176,7 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
             "start again."
         )
         try:
-            with np.load(path) as stored:  # refuses pickled arrays
+            with np.load(io.BytesIO(self.ranks.from_main(path.read_bytes))) as stored:  # refuses pickled arrays
                 about, keys, offsets = str(stored["about"]), stored["keys"], stored["offsets"]
                 found = {name: stored[f"scores_{name}"] for name in self.names}
         except FileNotFoundError:
@@ -193,16 +191,14 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
 
     def _current(self, documents: DocumentSet, quiet: bool) -> Floats:
         """Log-probabilities of all completion tokens under the model being trained, adapters on, (M,)."""
-        model = self.trainer.model
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        reference = Reference(base, "the model being trained", autocast=self.trainer.accelerator.autocast)
         budget = None if self.config.batch_tokens == "auto" else int(self.config.batch_tokens)
-        found, self._stats = log_probabilities(documents, reference, budget, progress=not quiet)
+        reference, progress = as_it_stands(self.trainer, self.ranks), self.ranks.main and not quiet
+        found, self._stats = log_probabilities(documents, reference, budget, progress=progress, ranks=self.ranks)
         return found
 
 
 def log_probabilities(
-    documents: DocumentSet, reference: Reference, budget: int | None, *, progress: bool
+    documents: DocumentSet, reference: Reference, budget: int | None, *, progress: bool, ranks: Ranks = ALONE
 ) -> tuple[Floats, ScoringStats]:
     """Log-probabilities of all completion tokens, (M,) float32, without the store: the weights are gone tomorrow.
 
@@ -219,7 +215,8 @@ def log_probabilities(
             found[offsets[index] : offsets[index + 1]] = records.logprobs[part]
 
     wanted = np.flatnonzero(np.diff(offsets) > 0)
-    stats = score(documents, wanted, reference, (), sink, batch_tokens=budget, progress=progress)
+    stats = score(documents, wanted, reference, (), sink, batch_tokens=budget, progress=progress, ranks=ranks)
+    found = ranks.same(found)
     if np.isnan(found[documents.completion_positions > 0]).all():
         raise XTFError("the model being trained gives NaN for every completion token: training has diverged.")
     return found, stats

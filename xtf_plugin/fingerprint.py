@@ -41,7 +41,7 @@ def weights_hash(model: nn.Module) -> str:
         XTFUserError: weights that are not here (meta device, DeepSpeed ZeRO-3): two models would get the same hash.
     """
     state = xxhash.xxh3_128()
-    for name, tensor in sorted(_base_tensors(model), key=lambda item: item[0]):
+    for name, tensor in sorted(base_tensors(model), key=lambda item: item[0]):
         if tensor.is_meta or hasattr(tensor, "ds_status"):
             raise XTFUserError(
                 f"xtf: the weight {name} is not held by this process (meta device or DeepSpeed ZeRO-3), so the "
@@ -52,7 +52,8 @@ def weights_hash(model: nn.Module) -> str:
     return state.hexdigest()
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every parameter and persistent buffer that is no adapter's, 4-bit and 8-bit scales included."""
     adapters = _adapter_names(model)
     for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
         parts = name.split(".")

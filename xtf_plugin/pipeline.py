@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import relevance, sentences, spans
+from .batches import ScoringStats
 from .collator import MaskTable
 from .documents import DocumentSet
-from .errors import XTFError
+from .passes import stored_scores
+from .ranks import ALONE, Ranks
 from .reference import Reference, resolve_layers
-from .scorer import ScoringStats, score
 from .selection import Scores, Selection, select
 from .selectors import Floats, StoredPredictions, check_finite, facts, score_selectors
 from .store import ScoreStore, StoredScores
@@ -87,6 +88,7 @@ def make_plan(
     *,
     references: Callable[[ReferenceConfig], ReferenceProvider] | None = None,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     """Score what is missing and decide for every completion token.
 
@@ -97,13 +99,17 @@ def make_plan(
         tokenizer: the training tokenizer.
         references: makes the provider of a selector's own reference.
         progress: show a bar.
+        ranks: of the run; each gets the same plan, and scores its share.
 
     Raises:
-        XTFError: the reference gives no finite score at all; see also `scorer.score` and `score_selectors`.
+        XTFError: ranks with different data or references; the reference gives no finite score at all; see also
+            `scorer.score` and `score_selectors`.
         XTFUserError: from the layers, the domain or a reference's tokenizer.
     """
     layers = _layers(config, provider)
     fingerprint = provider.fingerprint()
+    ranks.agree(documents.keys.tobytes() + documents.counts.tobytes(), "training data")
+    ranks.agree(fingerprint.encode(), "reference")
     table = None
     if config.task_relevance:
         table = relevance.RelevanceTable(config.task_relevance, documents, tokenizer)
@@ -112,10 +118,10 @@ def make_plan(
     root = config.resolved_cache_dir()
     with ScoreStore(root, fingerprint, tag, description=description) as store:
         stats, reused, stored, values = _gather(
-            config, documents, provider, fingerprint, table, layers, store, progress=progress
+            config, documents, provider, fingerprint, table, layers, store, progress=progress, ranks=ranks
         )
     warnings = [] if stored is None else check_finite(stored.logprobs, documents.completion_positions, description)
-    source = StoredPredictions(config, documents, provider, references, stored, progress=progress)
+    source = StoredPredictions(config, documents, provider, references, stored, progress=progress, ranks=ranks)
     marks = marked_tokens(config, documents, tokenizer)
     selectors = score_selectors(config, tokenizer, source, None, partial(segment_starts, documents, tokenizer), *marks)
     stats, reused = source.main_pass or (stats, reused)
@@ -181,31 +187,25 @@ def _gather(
     store: ScoreStore,
     *,
     progress: bool,
+    ranks: Ranks,
 ) -> tuple[ScoringStats, int, StoredScores | None, NDArray[np.float32] | None]:
     """Scores of all documents: stored ones as they are, missing ones from one opening of the reference."""
-    sizes = np.diff(documents.completion_offsets)
-    needs_forward = bool(config.reasoning_importance or config.knowledge_novelty)
-    stored = store.load(documents.keys, sizes) if needs_forward else None
-    missing = np.flatnonzero(~stored.found & (sizes > 0)) if stored is not None else np.zeros(0, dtype=np.int64)
     path = None if table is None else store.directory.parent / relevance.table_name(table.key())
     values = None if table is None or path is None else relevance.cached_table(path, fingerprint, len(table.scored_ids))
-    stats = ScoringStats()
-    if len(missing) or (table is not None and values is None):
-        with provider.open() as reference:
-            if len(missing):
-                budget = None if config.batch_tokens == "auto" else int(config.batch_tokens)
-                stats = score(documents, missing, reference, layers, store.add, batch_tokens=budget, progress=progress)
-                store.flush()
-            if table is not None and values is None:
-                values = table.compute(reference)
-                assert path is not None
-                relevance.store_table(path, fingerprint, values)
-    if stored is not None and len(missing):
-        stored = store.load(documents.keys, sizes)
-        lost = np.flatnonzero(~stored.found & (sizes > 0))
-        if len(lost):
-            raise XTFError(f"{len(lost)} documents were scored but could not be read back from {store.directory}.")
-    reused = 0 if stored is None else int((sizes > 0).sum()) - len(missing)
+    stats, reused, stored = ScoringStats(), 0, None
+    with ExitStack() as stack:
+        reference = cache(lambda: stack.enter_context(provider.open()))
+        if config.reasoning_importance or config.knowledge_novelty:
+            budget = None if config.batch_tokens == "auto" else int(config.batch_tokens)
+            stored, stats, reused = stored_scores(
+                store, documents, reference, layers, batch_tokens=budget, progress=progress, ranks=ranks
+            )
+        if table is not None and path is not None:
+            sent = ranks.first(None if values is None else values.tobytes())
+            known = table.compute(reference()) if sent is None else np.frombuffer(sent, dtype=np.float32)
+            if values is None and (sent is not None or ranks.main):
+                relevance.store_table(path, fingerprint, known)
+            values = ranks.same(known)
     return stats, reused, stored, values
 
 

@@ -5,17 +5,22 @@ A provider knows the reference's fingerprint without running it, so a fully cach
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 
 from .documents import DocumentSet
 from .errors import XTFError, XTFUserError
-from .fingerprint import digest, files_facts, model_facts, weights_hash
-from .reference import Reference, borrow, compute_dtype, free, load
+from .fingerprint import base_tensors, digest, files_facts, model_facts, weights_hash
+from .loading import compute_dtype, free, load
+from .ranks import ALONE, Ranks
+from .reference import Reference, borrow
+from .sharded import ShardedReference
 
 if TYPE_CHECKING:
     from .config import ReferenceConfig
@@ -29,18 +34,28 @@ class BorrowedReference:
 
     Args:
         trainer: a finished trainer.
+        ranks: of the run.
+
+    Raises:
+        XTFError: the ranks hold different weights.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, ranks: Ranks = ALONE) -> None:
         self.trainer = trainer
         self.reference = borrow(trainer.model, trainer.accelerator.autocast)
         self.has_adapters = self.reference.model is not trainer.model
-        self._facts = model_facts(self.reference.model)
+        self.sharded = ranks.size > 1 and bool(getattr(trainer, "is_fsdp_enabled", False))
+        if self.sharded:  # the other ranks may hold empty weights until FSDP hands rank 0's out
+            told = ranks.from_main(lambda: json.dumps(model_facts(self.reference.model)).encode())
+            self._facts = json.loads(told)
+        else:
+            self._facts = model_facts(self.reference.model)
         self._precision = str(trainer.accelerator.mixed_precision)
 
     def fingerprint(self) -> str:
         """Hash of the base weights as they were when XTF was attached, and of the run's mixed precision."""
-        device = self.reference.device.type  # kernels and 4-bit products round differently
+        # kernels and 4-bit products round differently
+        device = self.trainer.accelerator.device.type if self.sharded else self.reference.device.type
         return digest({**self._facts, "autocast": self._precision, "device": device})
 
     def description(self) -> dict[str, Any]:
@@ -63,14 +78,34 @@ class BorrowedReference:
     @contextmanager
     def open(self) -> Iterator[Reference]:
         """The reference, refused once training has changed its weights (full fine-tuning, or adapters with `bias`)."""
-        if weights_hash(self.reference.model) != self._facts["weights"]:
+        changed = False
+        if not self.sharded:
+            changed = weights_hash(self.reference.model) != self._facts["weights"]
+        elif self.trainer.state.global_step:  # nobody holds all weights to look at them
+            changed = any(tensor.requires_grad for _, tensor in base_tensors(self.reference.model))
+        if changed:
             raise XTFError(
                 "some documents have no stored scores, and the model's weights are no longer those of the base model "
                 "(resumed or second training): scoring with them would give other masks. Restore the score cache of "
                 "the first run (xtf `cache_dir`) and leave the block as it was, or name the base model under xtf "
                 "`reference.model`."
             )
-        yield self.reference
+        plain = self.reference
+        if self.sharded:
+            root = self.trainer.model_wrapped
+            yield ShardedReference(plain.model, plain.name, plain.adapters_off, plain.autocast, root=root)
+        else:
+            yield plain
+
+
+def as_it_stands(trainer: Any, ranks: Ranks = ALONE) -> Reference:
+    """The model being trained with all that it has learnt, adapters on; once training has begun."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name, autocast = "the model being trained", trainer.accelerator.autocast
+    if ranks.size > 1 and getattr(trainer, "is_fsdp_enabled", False):
+        return ShardedReference(base, name, autocast=autocast, root=trainer.model_wrapped)
+    return Reference(base, name, autocast=autocast)
 
 
 class SeparateReference:

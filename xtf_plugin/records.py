@@ -5,6 +5,7 @@ Apart from `shards.py` so that the scorer knows what to give without knowing fil
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,22 @@ class Records:
         a, b = int(self.offsets[low]), int(self.offsets[high])
         columns = {name: values[a:b] for name, values in self.columns.items()}
         return Records(keys=self.keys[low:high], offsets=self.offsets[low : high + 1] - a, **columns)
+
+    def to_bytes(self) -> bytes:
+        """For another process; `from_bytes` reads it."""
+        about = json.dumps([len(self.keys), len(self.logprobs), list(self.columns)]).encode()
+        arrays = [self.keys, self.offsets.astype("<i8"), *(values.astype("<f4") for values in self.columns.values())]
+        return b"\n".join([about, b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)])
+
+    @classmethod
+    def from_bytes(cls, sent: bytes) -> Records:
+        """What `to_bytes` was called on."""
+        about, _, data = sent.partition(b"\n")
+        n, m, names = json.loads(about)
+        keys, low = np.frombuffer(data, np.uint8, 16 * n).reshape(n, 16), 16 * n
+        offsets, low = np.frombuffer(data, "<i8", n + 1, low).astype(np.int64), low + 8 * (n + 1)
+        values = np.frombuffer(data, "<f4", m * len(names), low).astype(np.float32).reshape(len(names), m)
+        return cls(keys, offsets, **dict(zip(names, values, strict=True)))
 
 
 def merge(parts: list[Records]) -> Records:

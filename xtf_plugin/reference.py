@@ -6,11 +6,10 @@ first training step afterwards is the one that would have happened without it.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -20,8 +19,7 @@ from . import kernels
 from .capture import Recorder, attention_switched, check_recorded, recording
 from .errors import XTFError, XTFUserError
 
-if TYPE_CHECKING:
-    from .config import ReferenceConfig
+T = TypeVar("T")
 
 # LoRA initialisations that change the base weights: with the adapter off, what is left is not the base model.
 _BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
@@ -43,6 +41,15 @@ class Reference:
     adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     checked: bool = field(default=False, init=False)
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether every forward is a collective of all ranks, which must then run the same number of them."""
+        return False
+
+    def whole(self, run: Callable[[], T]) -> T:
+        """What `run` gives; it runs where all of the model's own weights are at hand."""
+        return run()
 
     @property
     def text_config(self) -> Any:
@@ -133,13 +140,16 @@ class Reference:
         """
         if self.checked or len(input_ids) < 2:
             return
-        T = len(input_ids)
-        lengths = torch.tensor([T], device=input_ids.device)
-        with self.scoring(record=bool(layers)):
+        lengths = torch.tensor([len(input_ids)], device=input_ids.device)
+
+        def run() -> tuple[Tensor, Tensor]:
             hidden, _ = self.forward(input_ids[None], lengths, layers)
-            ours = self.predictions(hidden[0, :-1], input_ids[1:])[0]
             with _own_attention(self):
                 logits = type(self.model).forward(self.model, input_ids=input_ids[None], use_cache=False).logits
+            return self.predictions(hidden[0, :-1], input_ids[1:])[0], logits
+
+        with self.scoring(record=bool(layers)):
+            ours, logits = self.whole(run)
         theirs = logits[0, :-1].float().log_softmax(-1).gather(-1, input_ids[1:, None])[:, 0]
         if not bool(theirs.isfinite().any()):
             raise XTFError(
@@ -242,55 +252,3 @@ def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nul
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise XTFError(f"{name} ({type(base).__name__}) has no LM head; xtf needs a causal language model.")
     return Reference(base, name, adapters_off, autocast)
-
-
-def compute_dtype(config: ReferenceConfig, device: torch.device) -> torch.dtype:
-    """The precision in which a 4-bit reference multiplies: as configured, else bfloat16 where the device has it."""
-    if config.dtype != "auto":
-        chosen: torch.dtype = getattr(torch, config.dtype)
-        return chosen
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def load(config: ReferenceConfig, device: torch.device) -> Reference:
-    """Load the separate reference that `reference.model` names.
-
-    Raises:
-        XTFUserError: it cannot be loaded; the message carries the loader's own.
-    """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    quantization: Any = None
-    if config.quantization in ("nf4", "fp4"):
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=config.quantization,
-            bnb_4bit_compute_dtype=compute_dtype(config, device),
-        )
-    elif config.quantization == "int8":
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            revision=config.revision or "main",
-            trust_remote_code=config.trust_remote_code,
-            quantization_config=quantization,
-            dtype=dtype or "auto",
-            device_map={"": device},
-            use_safetensors=True,  # the other format is a pickle
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise XTFUserError(
-            f"xtf.reference.model: {config.model!r} could not be loaded: {error}\n"
-            "Give a folder written by save_pretrained or the hub id of a causal language model."
-        ) from error
-    return Reference(model, str(config.model))
-
-
-def free(reference: Reference) -> None:
-    """Drop a separate reference and hand its memory back before the first training step."""
-    del reference.model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

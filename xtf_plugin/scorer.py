@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,57 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .batches import ScoringStats, default_batch_tokens, plan_batches
 from .documents import DocumentSet
 from .errors import XTFError
+from .ranks import ALONE, Ranks
 from .records import Records
 from .reference import Reference
+from .sharing import meet, share_out
 
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[Records], None]
 CHECK_TOKENS = 128  # length of the document on which the reference is held against its own forward
-
-
-@dataclass
-class ScoringStats:
-    """What a scoring pass did: for the log and the summary."""
-
-    documents: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    batches: int = 0
-    halvings: int = 0
-    seconds: float = 0.0
-
-    def add(self, other: ScoringStats) -> None:
-        """Count another pass in."""
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
-
-def plan_batches(lengths: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
-    """Cut documents, longest first, into batches of at most `budget` padded tokens (a longer document goes alone).
-
-    Longest first: memory runs out at once or not at all, and neighbours in length waste little padding.
-
-    Args:
-        lengths: (N,) tokens per document; empty documents are left out.
-
-    Yields:
-        indices into `lengths`, ties in order of index.
-    """
-    order = np.lexsort((np.arange(len(lengths)), -lengths))
-    order = order[lengths[order] > 0]
-    low = 0
-    while low < len(order):
-        size = max(1, budget // int(lengths[order[low]]))
-        yield order[low : low + size]
-        low += size
-
-
-def default_batch_tokens(device: torch.device) -> int:
-    """Padded tokens per batch for `batch_tokens: auto`."""
-    return 16_384 if device.type == "cuda" else 4_096
 
 
 def score(
@@ -82,50 +43,110 @@ def score(
     batch_tokens: int | None = None,
     progress: bool = True,
     label: str = "scoring",
+    ranks: Ranks = ALONE,
+    others: Sink | None = None,
 ) -> ScoringStats:
     """Score the `wanted` documents and hand each batch's scores to `sink`.
 
     Equals, per document: run the decoder, `attributes.attention_received` averaged over `layers` and
-    `attributes.predictions` at every completion token.
+    `attributes.predictions` at every completion token. Of several ranks each scores its share and is told the rest.
 
     Args:
-        wanted: (n,) indices into `documents`.
+        wanted: (n,) indices into `documents`, the same on every rank.
         layers: layers for reasoning importance; empty: no attention received.
         sink: called with the records of each batch of documents.
         batch_tokens: padded tokens per batch; None: by device.
         progress: show a bar, called by `label`.
+        ranks: of the run.
+        others: called with the records of other ranks; None: `sink`.
+
+    Returns:
+        what all ranks did together; the seconds are the slowest one's.
 
     Raises:
-        XTFError: a single document does not fit into memory; the reference is not supported.
+        XTFError: a single document does not fit into memory; the reference is not supported; another rank failed.
     """
     budget = batch_tokens or default_batch_tokens(reference.device)
     _check_reference(documents, wanted, reference, layers)
-    stats = ScoringStats(documents=len(wanted))
     lengths = documents.lengths[wanted]
-    pending = list(plan_batches(lengths, budget))[::-1]
-    bar = tqdm(total=int(lengths.sum()), unit="tok", unit_scale=True, desc=f"xtf: {label}", disable=not progress)
-    start = time.perf_counter()
+    rank_of = share_out(lengths, ranks.size)
+    own = wanted[rank_of == ranks.rank]
+    name = f"xtf: {label}" if ranks.size == 1 else f"xtf: {label}, rank {ranks.rank} of {ranks.size}"
+    bar = tqdm(total=int(documents.lengths[own].sum()), unit="tok", unit_scale=True, desc=name, disable=not progress)
+    work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)))
     with bar, reference.scoring(record=bool(layers)):
+        if ranks.size == 1:
+            for records in work.batches(own, budget):
+                sink(records)
+            return work.stats
+        if reference.lockstep:
+            by_rank = [len(list(plan_batches(lengths[rank_of == rank], budget))) for rank in range(ranks.size)]
+            batches = work.in_step(own, budget, max(by_rank), wanted[np.argmin(lengths)])
+        else:
+            batches = work.batches(own, budget)
+
+        def take(records: Records, mine: bool) -> None:
+            (sink if mine or others is None else others)(records)
+
+        told = meet(ranks, batches, lambda: list(asdict(work.stats).values()), take, lockstep=reference.lockstep)
+    return ScoringStats.of_all(told)
+
+
+class _Work:
+    """One rank's scoring pass: its batches one after the other, and what they took."""
+
+    def __init__(
+        self, documents: DocumentSet, reference: Reference, layers: tuple[int, ...], bar: Any, stats: ScoringStats
+    ) -> None:
+        self.documents, self.reference, self.layers, self.bar, self.stats = documents, reference, layers, bar, stats
+        self._start = time.perf_counter()
+
+    def batches(self, wanted: NDArray[np.int64], budget: int) -> Iterator[Records]:
+        """Scores of the `wanted` documents; batches are halved when memory runs out."""
+        lengths = self.documents.lengths[wanted]
+        pending = list(plan_batches(lengths, budget))[::-1]
         while pending:
             batch = pending.pop()
             try:
-                records, padded = _score_batch(documents, wanted[batch], reference, layers)
+                yield self._scored(wanted[batch])
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                budget = _halve(len(batch), int(lengths[batch[0]]), reference.device, error)
+                budget = _halve(len(batch), int(lengths[batch[0]]), self.reference.device, error)
                 rest = np.concatenate([batch, *pending[::-1]])
                 pending = [rest[part] for part in plan_batches(lengths[rest], budget)][::-1]
-                stats.halvings += 1
-                continue
-            sink(records)
-            done = int(lengths[batch].sum())
-            stats.tokens += done
-            stats.padded_tokens += padded
-            stats.batches += 1
-            bar.update(done)
-    stats.seconds = time.perf_counter() - start  # a bar that is switched off keeps no time
-    return stats
+                self.stats.halvings += 1
+
+    def in_step(self, wanted: NDArray[np.int64], budget: int, forwards: int, filler: int) -> Iterator[Records]:
+        """The same in exactly `forwards` forwards: the shortest document, `filler`, makes up the number.
+
+        Memory that runs out ends the run: the other ranks are in the same forward, and wait for this one.
+        """
+        done = 0
+        for batch in plan_batches(self.documents.lengths[wanted], budget):
+            try:
+                records = self._scored(wanted[batch])
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise XTFError(
+                    f"out of memory while scoring {len(batch)} documents with a model that is sharded between ranks "
+                    f"({error}). Set xtf `batch_tokens` below {budget}."
+                ) from error
+            done += 1
+            yield records
+        for _ in range(done, forwards):
+            _score_batch(self.documents, np.asarray([filler]), self.reference, self.layers)
+
+    def _scored(self, batch: NDArray[np.int64]) -> Records:
+        records, padded = _score_batch(self.documents, batch, self.reference, self.layers)
+        tokens = int(self.documents.lengths[batch].sum())
+        self.stats.tokens += tokens
+        self.stats.padded_tokens += padded
+        self.stats.batches += 1
+        self.stats.seconds = time.perf_counter() - self._start  # a bar that is switched off keeps no time
+        self.bar.update(tokens)
+        return records
 
 
 def _score_batch(
@@ -144,12 +165,17 @@ def _score_batch(
     mask = torch.from_numpy(completion).to(device)
     picked_columns = np.flatnonzero(completion.any(0))
     start = int(picked_columns[0]) if len(picked_columns) else T
-    hidden, received = reference.forward(ids, torch.from_numpy(lengths).to(device), layers, min(start, T - 1))
     predicted = mask.clone()
     predicted[:, 0] = False  # nothing predicts a document's first token
     predictions = torch.full((3, *mask.shape), float("nan"), dtype=torch.float32, device=device)
-    states = hidden[:, :-1][predicted[:, 1:].to(hidden.device)]  # (N, D): the state before each predicted token
-    predictions[:, predicted] = reference.predictions(states, ids[predicted])
+
+    def run() -> Tensor | None:
+        hidden, received = reference.forward(ids, torch.from_numpy(lengths).to(device), layers, min(start, T - 1))
+        states = hidden[:, :-1][predicted[:, 1:].to(hidden.device)]  # (N, D): the state before each predicted token
+        predictions[:, predicted] = reference.predictions(states, ids[predicted])
+        return received
+
+    received = reference.whole(run)
     offsets = np.concatenate([[0], np.cumsum(completion.sum(1))]).astype(np.int64)
     attention = None if received is None else received[mask].float().cpu().numpy()
     logprobs, entropy, deviation = predictions[:, mask].cpu().numpy()
@@ -222,11 +248,12 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
     with reference.scoring(record=False):
         for low in range(0, len(token_ids), chunk):
             ids = torch.from_numpy(np.asarray(token_ids[low : low + chunk], dtype=np.int64)).to(reference.device)
-            if kind == "input":
-                vectors = reference.embeddings(ids)
-            else:
-                vectors, _ = reference.forward(ids[:, None], torch.ones_like(ids), ())
-                vectors = vectors[:, 0]
+
+            def run(ids: Tensor = ids) -> Tensor:
+                if kind == "input":
+                    return reference.embeddings(ids)  # type: ignore[no-any-return]
+                return reference.forward(ids[:, None], torch.ones_like(ids), ())[0][:, 0]
+
             # hooks for gradient checkpointing mark embeddings as needing grad
-            parts.append(vectors.detach().float().cpu())
+            parts.append(reference.whole(run).detach().float().cpu())
     return torch.cat(parts)

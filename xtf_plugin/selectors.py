@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .batches import ScoringStats
 from .documents import DocumentSet
 from .errors import XTFError, XTFUserError
 from .excerpts import Excerpted, predictions_without
-from .scorer import ScoringStats, score
+from .passes import stored_scores
+from .ranks import ALONE, Ranks
 from .scorers import ReferenceConfig, Scorer, ScoringContext, registry
 from .sentences import line_breaks
 from .store import ScoreStore, StoredScores
@@ -42,6 +44,7 @@ class StoredPredictions:
         main: the provider of the run's own reference.
         references: makes the provider of another one; None: there can be no other.
         known: what the run's own reference says, if it is there already.
+        ranks: of the run.
 
     Attributes:
         known: the same, also once a scorer has asked for them.
@@ -60,7 +63,9 @@ class StoredPredictions:
         known: StoredScores | None,
         *,
         progress: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.config, self.documents, self.known = config, documents, known
         self.progress = progress
         self.main_pass: tuple[ScoringStats, int] | None = None
@@ -128,7 +133,8 @@ class StoredPredictions:
     def _fingerprint(self, provider: Any) -> str:
         """Of a provider, once: it may have to read all files of a model for it."""
         if id(provider) not in self._fingerprints:
-            self._fingerprints[id(provider)] = provider.fingerprint()
+            found = self._fingerprints[id(provider)] = provider.fingerprint()
+            self.ranks.agree(found.encode(), "reference")
         return self._fingerprints[id(provider)]
 
     def about_excerpts(self) -> dict[str, Any]:
@@ -151,31 +157,21 @@ class StoredPredictions:
 
     def _scored(self, provider: Any, documents: DocumentSet) -> tuple[StoredScores, dict[str, Any], ScoringStats, int]:
         """Stored scores as they are, missing ones from one opening of the reference; and what that took."""
-        fingerprint, sizes = self._fingerprint(provider), np.diff(documents.completion_offsets)
+        fingerprint = self._fingerprint(provider)
         description = {**provider.description(), "fingerprint": fingerprint}
-        stats = ScoringStats()
-        with ScoreStore(self.config.resolved_cache_dir(), fingerprint, None, description=description) as store:
-            stored = store.load(documents.keys, sizes)
-            missing = np.flatnonzero(~stored.found & (sizes > 0))
-            if len(missing):
-                budget = None if self.config.batch_tokens == "auto" else int(self.config.batch_tokens)
-                label = "scoring" if documents is self.documents else "second look"
-                with self._opened(provider) as reference:
-                    stats = score(
-                        documents,
-                        missing,
-                        reference,
-                        (),
-                        store.add,
-                        batch_tokens=budget,
-                        progress=self.progress,
-                        label=label,
-                    )
-                    store.flush()
-                stored = store.load(documents.keys, sizes)
-                if not stored.found[sizes > 0].all():
-                    raise XTFError(f"documents were scored but could not be read back from {store.directory}.")
-        reused = int((sizes > 0).sum()) - len(missing)
+        root, label = self.config.resolved_cache_dir(), "scoring" if documents is self.documents else "second look"
+        budget = None if self.config.batch_tokens == "auto" else int(self.config.batch_tokens)
+        with ExitStack() as stack, ScoreStore(root, fingerprint, None, description=description) as store:
+            stored, stats, reused = stored_scores(
+                store,
+                documents,
+                lambda: stack.enter_context(self._opened(provider)),
+                (),
+                batch_tokens=budget,
+                progress=self.progress,
+                label=label,
+                ranks=self.ranks,
+            )
         return stored, description, stats, reused
 
 

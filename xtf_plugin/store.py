@@ -116,6 +116,7 @@ class ScoreStore:
         self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
         self.directory = reference_folder(root, reference) / layers_tag(layers)
         self.persistent = True
+        self._held: list[Records] = []
         self._buffer: list[Records] = []
         self._buffered = 0  # tokens
         self._since = 0.0  # when the oldest of them came in
@@ -150,9 +151,14 @@ class ScoreStore:
             records = self._read(path)
             if records is not None:
                 lookup.take(records)
-        for records in self._buffer:
+        for records in (*self._held, *self._buffer):
             lookup.take(records)
         return lookup.result()
+
+    def hold(self, records: Records) -> None:
+        """Remember scores that another process has or writes, in memory alone; `load` finds them."""
+        if len(records.keys):
+            self._held.append(records)
 
     def add(self, records: Records) -> None:
         """Take in scores of documents; they are copied, and written a shard at a time.

@@ -1,0 +1,288 @@
+"""Started on every rank by torchrun: runs the cases and writes what this rank found, for tests/test_ranks.py to judge.
+
+One launch for all cases: importing torch and transformers twice costs more than the cases do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from tests import tiny
+from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
+from xtf_plugin import ranks as ranks_module
+from xtf_plugin import scorer, sharing
+from xtf_plugin.config import XTFConfig
+from xtf_plugin.documents import collect
+from xtf_plugin.errors import XTFError
+from xtf_plugin.passes import stored_scores
+from xtf_plugin.pipeline import make_plan
+from xtf_plugin.ranks import Ranks
+from xtf_plugin.reference import Reference, borrow
+from xtf_plugin.scorer import gather_vectors
+from xtf_plugin.sharded import ShardedReference
+from xtf_plugin.store import ScoreStore
+
+FINGERPRINT = "ab" * 8
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def lines(array):
+    return [None if np.isnan(value) else float(value) for value in np.asarray(array, dtype=np.float64)]
+
+
+def scored(ranks, root, documents, reference, layers=(0, 1), tag="0,1", budget=100):
+    with ScoreStore(root, FINGERPRINT, tag) as store:
+        stored, stats, reused = stored_scores(
+            store, documents, reference, layers, batch_tokens=budget, progress=False, ranks=ranks
+        )
+    return {
+        "logprobs": lines(stored.logprobs),
+        "attention": lines(stored.attention) if stored.attention is not None else None,
+        "stats": [stats.documents, stats.tokens, stats.batches],
+        "reused": reused,
+    }
+
+
+def forbidden():
+    raise AssertionError("this start must not open the reference")
+
+
+@case
+def messages(ranks, folder):
+    """Bytes of unequal length go round whole, also in several chunks."""
+    ranks_module.CHUNK_BYTES = 10
+    mine = bytes(range(7 + 20 * ranks.rank))
+    found = ranks.gather(mine), ranks.gather(b""), ranks.first(None), ranks.first(mine if ranks.rank == 1 else None)
+    ranks_module.CHUNK_BYTES = 4 << 20
+    whole = [bytes(range(7 + 20 * rank)) for rank in range(ranks.size)]
+    column = ranks.same(np.float32([1, 2, ranks.rank]))
+    return {"right": found == (whole, [b""] * ranks.size, None, whole[1]), "column": lines(column)}
+
+
+@case
+def disagreement(ranks, folder):
+    ranks.agree(b"same", "reference")
+    try:
+        ranks.agree(bytes([ranks.rank]), "training data")
+    except XTFError as error:
+        return str(error)
+
+
+@case
+def work_of_the_main_rank(ranks, folder):
+    """Longer than a beat: the others answer meanwhile, and get the result, or learn that there is none."""
+    ranks_module.BEAT_SECONDS, meetings, gather = 0.05, [], Ranks.gather
+    Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
+
+    def slow():
+        time.sleep(0.4)
+        return b"done"
+
+    def broken():
+        raise XTFError("the disk is full")
+
+    result, count = ranks.from_main(slow), len(meetings)
+    try:
+        ranks.from_main(broken)
+        told = ""
+    except XTFError as error:
+        told = str(error)
+    ranks_module.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    return {"result": result.decode(), "meetings": count, "told": told}
+
+
+@case
+def scores_without_a_shared_disk(ranks, folder):
+    """Every rank has a cache of its own: it holds what the rank scored, and together they are enough."""
+    documents, reference, root = collect(rows(13)), Reference(tiny.model(), "tiny"), folder / f"own-{ranks.rank}"
+    found = scored(ranks, root, documents, lambda: reference)
+    with ScoreStore(root, FINGERPRINT, "0,1") as store:
+        kept = int(store.load(documents.keys, np.diff(documents.completion_offsets)).found.sum())
+    again = scored(ranks, root, documents, forbidden)
+    more = scored(ranks, root, collect(rows(16)), lambda: reference)
+    return {**found, "stored_here": kept, "again": again, "more": more["stats"][0]}
+
+
+@case
+def scores_on_a_shared_disk(ranks, folder):
+    documents, reference = collect(rows(13)), Reference(tiny.model(), "tiny")
+    found = scored(ranks, folder / "shared", documents, lambda: reference)
+    return {**found, "again": scored(ranks, folder / "shared", documents, forbidden)}
+
+
+@case
+def caches_that_differ(ranks, folder):
+    """Two caches with other scores of the same documents: the ranks must plan with the same ones."""
+    documents, root = collect(rows(5)), folder / f"differ-{ranks.rank}"
+    reference = Reference(tiny.model(seed=ranks.rank), "tiny")
+    scored(Ranks(), root, documents, lambda: reference)
+    return scored(ranks, root, documents, forbidden)
+
+
+@case
+def many_rounds(ranks, folder):
+    """Ranks meet between batches, so scores come in pieces."""
+    sharing.BEAT_SECONDS, meetings, gather = 0.06, [], Ranks.gather
+    Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
+    documents = collect(rows(13))
+
+    class Reluctant(Reference):
+        def forward(self, *args, **kwargs):
+            time.sleep(0.05 * ranks.rank)
+            return super().forward(*args, **kwargs)
+
+    reference = Reluctant(tiny.model(), "tiny")
+    found = scored(ranks, folder / f"rounds-{ranks.rank}", documents, lambda: reference)
+    sharing.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    return {**found, "meetings": len(meetings)}
+
+
+@case
+def a_rank_that_fails(ranks, folder):
+    class Broken(Reference):
+        def forward(self, *args, **kwargs):
+            if ranks.rank == 1 and self.checked:
+                raise ValueError("device-side assert")
+            return super().forward(*args, **kwargs)
+
+    try:
+        scored(ranks, folder / f"broken-{ranks.rank}", collect(rows(9)), lambda: Broken(tiny.model(), "tiny"))
+    except (XTFError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@case
+def memory_that_runs_out_on_one_rank(ranks, folder):
+    class Small(Reference):
+        def forward(self, input_ids, *args, **kwargs):
+            if ranks.rank == 0 and len(input_ids) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(input_ids, *args, **kwargs)
+
+    reference = Small(tiny.model(), "tiny")
+    return scored(ranks, folder / f"small-{ranks.rank}", collect(rows(13)), lambda: reference)
+
+
+def sharded(ranks, adapters):
+    """A tiny model under FSDP2 on the CPU, the decoder's layers and the whole, with adapters or without."""
+    base = tiny.model()
+    model = base
+    if adapters:
+        torch.manual_seed(1)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    borrowed = borrow(model)
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    reference = ShardedReference(borrowed.model, "tiny", borrowed.adapters_off, root=model)
+    return model, reference
+
+
+@contextmanager
+def counted(reference):
+    calls = []
+    hook = reference.decoder.register_forward_hook(lambda *_: calls.append(1))
+    yield calls
+    hook.remove()
+
+
+def fsdp(ranks, folder, adapters):
+    """Unequal numbers of batches: 5 documents over 2 ranks, one of them far longer than the others."""
+    data = rows(4)
+    data.append({name: data[0][name] * 5 for name in ("input_ids", "labels")})
+    documents = collect(data)
+    model, reference = sharded(ranks, adapters)
+    with counted(reference) as calls:
+        found = scored(ranks, folder / f"fsdp-{adapters}-{ranks.rank}", documents, lambda: reference, budget=45)
+    lengths = documents.lengths
+    of = sharing.share_out(lengths, ranks.size)
+    own = len(list(scorer.plan_batches(lengths[of == ranks.rank], 45)))
+    ids = np.arange(20)
+    vectors = gather_vectors(reference, ids, "input"), gather_vectors(reference, ids, "output")
+    plain = Reference(tiny.model(), "tiny")
+    expected = gather_vectors(plain, ids, "input"), gather_vectors(plain, ids, "output")
+    gap = max(float((a - b).abs().max()) for a, b in zip(vectors, expected, strict=True))
+    # training goes on from the shards: one step, then a forward that must see its result
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    inputs = torch.randint(4, 400, (2, 12), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(2):
+        loss = model(input_ids=inputs, labels=inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return {**found, "forwards": len(calls), "batches": own, "vectors": gap, "losses": losses}
+
+
+@case
+def fsdp_full(ranks, folder):
+    return fsdp(ranks, folder, adapters=False)
+
+
+@case
+def fsdp_adapters(ranks, folder):
+    return fsdp(ranks, folder, adapters=True)
+
+
+def planned(ranks, folder, block):
+    config = XTFConfig.parse({**block, "cache_dir": str(folder / f"plan-{ranks.rank}")})
+    plan = make_plan(config, collect(rows(14)), Provider(), tiny.tokenizer(), progress=False, ranks=ranks)
+    about = plan.selectors.get("excerpts", {}).get("documents", 0)
+    return {"keep": plan.selection.keep.astype(int).tolist(), "excerpts": about, "documents": plan.stats.documents}
+
+
+@case
+def plans(ranks, folder):
+    looks = {"selectors": {"out_of_place": {"drop": {"below": -0.5}}}}
+    blocks = {"default": looks, "attributes": ATTRIBUTES_ON, "paper": {"preset": "paper"}}
+    return {name: planned(ranks, folder / name, block) for name, block in blocks.items()}
+
+
+@case
+def other_data_on_one_rank(ranks, folder):
+    config = XTFConfig.parse({"cache_dir": str(folder / "other")})
+    try:
+        make_plan(config, collect(rows(6 + ranks.rank)), Provider(), tiny.tokenizer(), progress=False, ranks=ranks)
+    except XTFError as error:
+        return str(error)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    else:
+        ranks = Ranks()
+    torch.set_num_threads(1)
+    names = sys.argv[2].split(",") if len(sys.argv) > 2 else list(CASES)
+    found = {}
+    for name in names:
+        found[name] = CASES[name](ranks, folder / name)
+        (folder / f"rank-{ranks.rank}-of-{ranks.size}.json").write_text(json.dumps(found))
+    if ranks.size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""On PYTHONPATH, makes every Trainer of a stock command write down which labels its training steps were given.
+
+Independent of the package: it reads what the model is about to be trained on. One line of JSON per document and step in
+`$RECORD.<rank>`: the token ids, and the positions that carry a label.
+"""
+
+import json
+import os
+
+from xtf_plugin.hosts.autoload import when_imported
+
+
+def documents(inputs):
+    """Token ids and labelled positions of each document of a batch: padding away, packed rows cut."""
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        labels = inputs["labels"][row].tolist()
+        mask = inputs["attention_mask"][row].tolist() if inputs.get("attention_mask") is not None else [1] * len(ids)
+        places = inputs["position_ids"][row].tolist() if inputs.get("position_ids") is not None else None
+        starts = [0]
+        if places is not None and sum(place == 0 for place, real in zip(places, mask, strict=True) if real) > 1:
+            starts = [at for at, place in enumerate(places) if place == 0 and mask[at]]
+        for low, high in zip(starts, [*starts[1:], len(ids)], strict=True):
+            real = [at for at in range(low, high) if mask[at]]
+            # position 0 of a document is predicted by nothing, and padding-free collators blank it
+            kept = [at - low for at in real if labels[at] != -100 and at > low]
+            yield {"ids": [ids[at] for at in real], "kept": kept}
+
+
+def watch(module):
+    step = module.Trainer.training_step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        with open(f"{os.environ['RECORD']}.{os.environ.get('RANK', '0')}", "a", encoding="utf-8") as file:
+            for document in documents(inputs):
+                file.write(json.dumps(document) + "\n")
+        return step(self, model, inputs, *args, **kwargs)
+
+    module.Trainer.training_step = training_step
+
+
+if "RECORD" in os.environ:
+    when_imported("transformers.trainer", watch)
