@@ -125,7 +125,7 @@ def predictions(
     return torch.stack([logp.gather(-1, targets[:, None])[:, 0], entropy, variance.sqrt()])
 
 
-def task_relevance(vectors: Tensor, domain: Tensor) -> Tensor:
+def task_relevance(vectors: Tensor, domain: Tensor, among: Tensor | None = None) -> Tensor:
     """Task relevance of each distinct completion token, Eq. (4): one minus its min-max normalised cosine distance.
 
     Equals `1 - (d - d.min()) / (d.max() - d.min())` with `d = 1 - cos(vectors, domain)`.
@@ -133,17 +133,26 @@ def task_relevance(vectors: Tensor, domain: Tensor) -> Tensor:
     Args:
         vectors: (N, D) context-free embeddings of the distinct completion tokens.
         domain: (D,) domain vector.
+        among: cosine distances of other tokens, whose smallest and largest take the place of d.min() and d.max(): a
+            token outside them gets a relevance below 0 or above 1.
 
     Returns:
         (N,) float32 in [0, 1]; NaN throughout where all distances are equal (nothing can be told apart), and for a
         token whose vector is zero.
     """
-    vectors, domain = vectors.float(), domain.float()
-    norms = vectors.norm(dim=-1) * domain.norm()
-    distance = 1 - (vectors @ domain) / norms  # 0/0 -> NaN: a zero vector has no direction
-    defined = distance[~distance.isnan()]
+    distance = cosine_distance(vectors, domain)
+    among = distance if among is None else among
+    defined = among[~among.isnan()]
     if defined.numel() == 0 or not bool(defined.max() > defined.min()):
         return torch.full_like(distance, float("nan"))
     low, high = defined.min(), defined.max()
     relevance: Tensor = 1 - (distance - low) / (high - low)
     return relevance
+
+
+def cosine_distance(vectors: Tensor, domain: Tensor) -> Tensor:
+    """`1 - cos(vectors, domain)` of vectors (N, D) from a domain (D,), (N,) float32; NaN for a zero vector."""
+    vectors, domain = vectors.float(), domain.float()
+    norms = vectors.norm(dim=-1) * domain.norm()
+    distance: Tensor = 1 - (vectors @ domain) / norms  # 0/0 -> NaN: a zero vector has no direction
+    return distance

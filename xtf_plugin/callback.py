@@ -5,24 +5,27 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from . import report
 from .collator import XTFDataCollator
 from .config import ReferenceConfig, XTFConfig
-from .documents import IGNORE_INDEX, collect
+from .documents import IGNORE_INDEX, DocumentSet, collect
 from .epochs import EpochSelection, evolving
 from .errors import XTFDryRun, XTFError, XTFUserError
+from .held import check_base
 from .hosts._compat import is_on
-from .hosts.trainer import TrainerHooks, check_trainer, rows, visible_columns
+from .hosts.trainer import TrainerHooks, check_trainer, rows, rows_under_way, streamed, visible_columns
 from .pipeline import Plan, ReferenceProvider, make_plan
 from .providers import BorrowedReference, SeparateReference
 from .ranks import Ranks
+from .streaming import Stream
+from .verification import Planned, PlannedDocuments, verify_batch
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +42,8 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         config: the `xtf:` block.
 
     Raises:
-        XTFUserError: the trainer's data cannot be masked (streaming, images, none), or processes that split one model
-            between them otherwise than by FSDP.
+        XTFUserError: the trainer's data cannot be masked (images, none), it is streamed in a way that cannot be scored,
+            or processes split one model between them otherwise than by FSDP.
         XTFError: from scoring; or the first batch is not the planned one.
 
     Example:
@@ -60,8 +63,11 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         epochs = None
         if evolving(config):  # before anything of the trainer is changed: it may refuse
             epochs = EpochSelection(trainer, config, _tokenizer(trainer), lambda: self.plan, self._adopt, self.ranks)
-        self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._metrics)
+        self._stream = self._streaming()
+        around = self._stream.around if self._stream else None
+        self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._metrics, around)
         self._verified = False
+        self._planned: Planned | None = None
         self._constant_metrics: dict[str, float] = {}
         self._labels = torch.zeros((), dtype=torch.int64)
         self._steps = 0
@@ -70,24 +76,54 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Score, decide, write the summary; in a dry run, end here."""
-        documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
-        tokenizer = _tokenizer(self.trainer)
-
-        def separate(reference: ReferenceConfig) -> ReferenceProvider:
-            return SeparateReference(reference, tokenizer, documents, self.trainer.accelerator.device)
-
-        provider: ReferenceProvider = self._borrowed or separate(self.config.reference)
         progress = not args.disable_tqdm and state.is_world_process_zero
+        if self._stream is not None:
+            self._begin_streaming(self._stream, progress)
+            return
+        documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
+        separate = partial(self._separate, documents)
+        provider = self._borrowed or separate(self.config.reference)
+        tokenizer = _tokenizer(self.trainer)
         plan = make_plan(
             self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks
         )
         self._adopt(plan)
+
+    def _separate(self, documents: DocumentSet, reference: ReferenceConfig) -> ReferenceProvider:
+        return SeparateReference(reference, _tokenizer(self.trainer), documents, self.trainer.accelerator.device)
+
+    def _streaming(self) -> Stream | None:
+        """What scores streamed data while it is trained on; None for a dataset that can be scored beforehand."""
+        if streamed(self.trainer.train_dataset):
+            stream = Stream(self.config, _tokenizer(self.trainer))
+            if self._borrowed is not None:
+                check_base(self._borrowed.reference.model)
+            return stream
+        usual = XTFConfig.model_fields["calibration"].default
+        if self.config.calibration != usual:
+            logger.warning(
+                "xtf: calibration: %d is for streamed data; this dataset is scored as a whole.", self.config.calibration
+            )
+        return None
+
+    def _begin_streaming(self, stream: Stream, progress: bool) -> None:
+        """Score the first documents, take thresholds from them; the others are scored as they come."""
+        trainer, chosen = self.trainer, self.config.reference
+
+        def provider(documents: DocumentSet) -> ReferenceProvider:
+            return self._borrowed or self._separate(documents, chosen)
+
+        plan = stream.calibrate(trainer.train_dataset, visible_columns(trainer), provider, progress=progress)
+        self._adopt(plan)
+        report.tell(stream.begin(plan, rows_under_way(trainer)))
+        self.collator.masks = self._planned = stream.masks
 
     def _adopt(self, plan: Plan, epoch: int = 0) -> None:
         """Train by this plan from here on: masks, metrics, report, and a first batch to hold against it."""
         args = self.trainer.args
         self.plan = plan
         self.collator.masks = plan.masks()
+        self._planned = PlannedDocuments(plan.documents, plan.selection.keep)
         self._constant_metrics = report.metrics(plan)
         self._verified = False
         self.ranks.from_main(lambda: self._report(Path(args.output_dir), epoch))
@@ -108,6 +144,9 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 revived,
                 batches,
             )
+        if self._stream is not None:
+            report.tell([self._stream.summary()])
+            self._stream.close()
 
     def _report(self, output_dir: Path, epoch: int) -> bytes:
         """Write and show what the plan amounts to; nothing of it is for other ranks."""
@@ -130,13 +169,13 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     def _on_batch(self, inputs: Mapping[str, Any]) -> None:
         """Hold the first batch that reaches the model against the plan; count labels from then on."""
-        if self.plan is None:
+        if self.plan is None or self._planned is None:
             raise XTFError("xtf is attached but scored nothing: XTFCallback was removed from the trainer's callbacks.")
         labels = inputs.get("labels")
         if labels is None:
             raise XTFError("the training batch has no `labels`; xtf masks labels and cannot mask this trainer's loss.")
         if not self._verified:
-            verify_batch(self.plan, inputs)
+            verify_batch(self._planned, inputs)
             self._verified = True
         self._labels = self._labels.to(labels.device) + (labels[..., 1:] != IGNORE_INDEX).sum()
         self._steps += 1
@@ -145,94 +184,11 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         """What goes to the host's trackers with each training log."""
         if self.plan is None:
             return {}
-        metrics = dict(self._constant_metrics)
+        metrics = {**self._constant_metrics, **(self._stream.metrics() if self._stream is not None else {})}
         if self._steps:
             metrics["xtf/kept_tokens_per_batch"] = float(self._labels) / self._steps
             self._labels, self._steps = torch.zeros_like(self._labels), 0
         return metrics
-
-
-def verify_batch(plan: Plan, inputs: Mapping[str, Any]) -> None:
-    """Check that a batch carries exactly the planned labels, by looking its documents up by their tokens.
-
-    Independent of the collator: it sees what reaches the model, after every other piece of the host's pipeline.
-
-    Raises:
-        XTFError: a document's labels are not the planned ones, or no document of the plan is in the batch.
-    """
-    found = 0
-    revived = 0
-    padded = "attention_mask" not in inputs and "position_ids" not in inputs
-    for ids, labels in _pieces(inputs):
-        verdict = _matches(plan, ids, labels)
-        if verdict is None and padded:
-            verdict = _matches_prefix(plan, ids, labels)
-        if verdict is None:
-            if (labels != IGNORE_INDEX).any():
-                raise XTFError(
-                    f"the first training batch holds a document of {len(ids)} tokens that xtf did not plan (token ids "
-                    f"{ids[:8].tolist()}…). Something changes the rows between the dataset and the model; xtf will "
-                    "not guess."
-                )
-            continue
-        found += 1
-        revived += int(verdict == "one more")
-        if verdict == "differs" or revived > 1:
-            raise XTFError(
-                f"the first training batch does not carry the planned labels: a document of {len(ids)} tokens arrived "
-                f"with {int((labels != IGNORE_INDEX).sum())} labels. A collator or a callback rebuilds labels; "
-                "remove it, or train without the `xtf:` block."
-            )
-    if not found:
-        raise XTFError("the first training batch holds no planned document: no sign that the masks are applied.")
-
-
-def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """Token ids and labels of every document in a batch, padding removed."""
-    names = ("input_ids", "labels", "attention_mask", "position_ids")
-    arrays = {name: inputs[name].cpu().numpy() for name in names if inputs.get(name) is not None}
-    pieces = []
-    for row in range(len(arrays["input_ids"])):
-        ids, labels = arrays["input_ids"][row], arrays["labels"][row]
-        real = np.ones(len(ids), dtype=bool)
-        if "attention_mask" in arrays and arrays["attention_mask"].ndim == 2:
-            real = arrays["attention_mask"][row].astype(bool)
-        cuts = [0]
-        if "position_ids" in arrays and arrays["position_ids"].ndim == 2:
-            cuts = np.flatnonzero(arrays["position_ids"][row][real] == 0).tolist()
-        ids, labels = ids[real], labels[real]
-        pieces += [(ids[a:b], labels[a:b]) for a, b in zip(cuts, [*cuts[1:], len(ids)], strict=True)]
-    return pieces
-
-
-def _matches(plan: Plan, ids: Any, labels: Any) -> str | None:
-    """None: no planned document has these tokens; else `equal`, `one more` (a label given back) or `differs`."""
-    documents, verdict = plan.documents, None
-    for index in np.flatnonzero(documents.lengths == len(ids)):
-        tokens, completion = documents.document(int(index))
-        if not np.array_equal(tokens, ids):
-            continue
-        where = slice(plan.scores.offsets[index], plan.scores.offsets[index + 1])
-        planned = np.zeros(len(ids), dtype=bool)
-        planned[np.flatnonzero(completion)[plan.selection.keep[where]]] = True
-        kept = labels != IGNORE_INDEX
-        if np.array_equal(kept[1:], planned[1:]):
-            return "equal"
-        more = kept[1:] & ~planned[1:]
-        if more.sum() == 1 and not (planned[1:] & ~kept[1:]).any() and completion[1:][more].all():
-            verdict = "one more"
-        verdict = verdict or "differs"
-    return verdict
-
-
-def _matches_prefix(plan: Plan, ids: Any, labels: Any) -> str | None:
-    """`_matches` for a row whose padding no mask tells: the longest document that it begins with."""
-    for length in np.unique(plan.documents.lengths)[::-1]:
-        if length < len(ids) and (labels[length:] == IGNORE_INDEX).all():
-            verdict = _matches(plan, ids[:length], labels[:length])
-            if verdict is not None:
-                return verdict
-    return None
 
 
 def _tokenizer(trainer: Any) -> Any:
@@ -247,7 +203,7 @@ def attach(trainer: Any, config: XTFConfig | Mapping[str, Any] | bool | str | No
     Equals `trainer.add_callback(XTFCallback(trainer, XTFConfig.parse(config)))`. None or False attach nothing.
 
     Args:
-        trainer: a transformers Trainer with a map-style train dataset that carries `labels`.
+        trainer: a transformers Trainer whose train dataset carries `labels`, map-style or iterable.
         config: what would stand under `xtf:` in a recipe.
 
     Raises:

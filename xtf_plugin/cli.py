@@ -23,7 +23,7 @@ from rich.text import Text
 from . import __version__
 from .errors import XTFError, XTFUserError
 from .hosts import _compat, run
-from .hosts.recipe import Recipe, load_recipe
+from .hosts.recipe import Recipe, check_stream, load_recipe
 
 if TYPE_CHECKING:
     from .config import XTFConfig
@@ -91,6 +91,7 @@ def check(
     if config is None:
         raise XTFUserError(f"{recipe} {run.off(loaded)}, so it trains without XTF. The shortest block: `xtf: true`.")
     _check_hook(loaded)
+    check_stream(loaded, config)
     console = Console()
     console.print(Text(f"{recipe}: ok", style="bold"), soft_wrap=True)
     for name, value in _facts(loaded, config).items():
@@ -206,8 +207,6 @@ def _check_hook(recipe: Recipe) -> None:
     _compat.check_switches(os.environ)
     _compat.check_switches(recipe.env, f"the `env:` block of {recipe.path}")
     _compat.check_trl(_compat.installed_version("trl"))
-    if recipe.data.get("dataset_streaming") is True or recipe.data.get("streaming") is True:
-        raise XTFUserError(_compat.STREAMING_REFUSED)
 
 
 def _facts(recipe: Recipe, config: XTFConfig) -> dict[str, str]:
@@ -224,6 +223,7 @@ def _facts(recipe: Recipe, config: XTFConfig) -> dict[str, str]:
         "reference": "the model being trained, adapters off"
         if reference.model is None
         else f"{reference.model} ({reference.quantization})",
+        **({"data": f"streamed; its first {config.calibration} documents calibrate"} if recipe.streamed else {}),
         "cache": str(config.resolved_cache_dir()),
         "scores": str(recipe.scores_path()),
     }

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, WrapValidator
 
-from .config_rules import AtLeast, Problems
+from .config_rules import AtLeast, Problems, ReferenceConfig
 from .errors import XTFUserError
 from .scorers import registry
 from .scorers.base import SelectorConfig
@@ -147,6 +147,29 @@ def check_votes(
         )
     if problems:
         raise Problems(*problems)
+
+
+def check_streamed(selectors: Mapping[str, SelectorConfig]) -> None:
+    """Refuse, by name, selectors that cannot be had of streamed data.
+
+    Raises:
+        XTFUserError: one evolves, needs the whole dataset, or has a reference of its own.
+    """
+    for name, part in selectors.items():
+        scorer = registry.find(part.scorer)(part)
+        own = [value for _, value in part if isinstance(value, ReferenceConfig) and value.model]
+        if scorer.evolves:
+            why = "selects anew in every epoch, after the whole dataset was scored again"
+        elif not scorer.per_document:
+            why = f"has a scorer ({scorer.name}) that needs the whole dataset at once"
+        elif own:
+            why = f"has a reference of its own ({own[0].model}), which would have to stay loaded beside training"
+        else:
+            continue
+        raise XTFUserError(
+            f"xtf: the training data is streamed, and the selector {name} {why}. Remove it, or do not stream: "
+            "dataset_streaming: false (streaming: false under `datasets`)."
+        )
 
 
 def schemas() -> dict[str, dict[str, Any]]:

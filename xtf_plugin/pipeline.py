@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Marks = NDArray[np.bool_]
+NOTHING_DROPPED = "nothing at all is dropped: this run trains exactly as it would without its `xtf:` block"
 
 
 class ReferenceProvider(Protocol):
@@ -56,7 +57,7 @@ class Plan:
     """What will be trained on, and why.
 
     `selectors` and `source` are there for selectors alone: what to tell about them, and the log-probabilities that one
-    which evolves is scored with again.
+    which evolves is scored with again. `streaming`: about the calibration sample that this is a plan of, if it is one.
     """
 
     config: XTFConfig
@@ -69,6 +70,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     selectors: dict[str, Any] = field(default_factory=dict)
     source: StoredPredictions | None = None
+    streaming: dict[str, Any] = field(default_factory=dict)
 
     def masks(self) -> MaskTable:
         """The collator's view of the plan."""
@@ -106,7 +108,7 @@ def make_plan(
             `scorer.score` and `score_selectors`.
         XTFUserError: from the layers, the domain or a reference's tokenizer.
     """
-    layers = _layers(config, provider)
+    layers = attention_layers(config, provider.text_config())
     fingerprint = provider.fingerprint()
     ranks.agree(documents.keys.tobytes() + documents.counts.tobytes(), "training data")
     ranks.agree(fingerprint.encode(), "reference")
@@ -132,7 +134,7 @@ def make_plan(
         counts=documents.counts,
         token_ids=token_ids,
         positions=documents.completion_positions,
-        **_columns(source.known),
+        **score_columns(source.known),
         task_relevance=None if table is None or values is None else table.gather(values, token_ids),
         selectors=selectors,
     )
@@ -166,15 +168,16 @@ def _selected(
     if later:
         warnings.append(f"{', '.join(later)}: selects from the second epoch on; the first trains on what is left now")
     elif selection.keep.all():
-        warnings.append("nothing at all is dropped: this run trains exactly as it would without its `xtf:` block")
+        warnings.append(NOTHING_DROPPED)
     return selection, warnings
 
 
-def _layers(config: XTFConfig, provider: ReferenceProvider) -> tuple[int, ...]:
+def attention_layers(config: XTFConfig, text_config: Any) -> tuple[int, ...]:
+    """The layers whose attention is recorded, by the config of the reference's language model; none if it is off."""
     if not config.reasoning_importance:
         return ()
     choice = config.reasoning_importance.layers
-    return resolve_layers(choice if isinstance(choice, str) else list(choice), provider.text_config())
+    return resolve_layers(choice if isinstance(choice, str) else list(choice), text_config)
 
 
 def _gather(
@@ -209,7 +212,7 @@ def _gather(
     return stats, reused, stored, values
 
 
-def _columns(stored: StoredScores | None) -> dict[str, NDArray[np.float32] | None]:
+def score_columns(stored: StoredScores | None) -> dict[str, NDArray[np.float32] | None]:
     """What the reference said about each completion token, as `Scores` takes it."""
     if stored is None:
         return {}

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+VOCABULARY_CHUNK = 4_096
+
 
 def domain_words(domain: str | Sequence[str]) -> list[str] | None:
     """Expert words of a `domain` setting: None for `dataset`, else the list, or the lines of the file it names.
@@ -100,11 +102,31 @@ class RelevanceTable:
 
     def compute(self, reference: Reference) -> NDArray[np.float32]:
         """Relevance of each of `scored_ids`, in [0, 1]; see `attributes.task_relevance`."""
+        return attributes.task_relevance(*self._vectors(reference)).numpy()
+
+    def over_vocabulary(self, reference: Reference) -> NDArray[np.float32]:
+        """Relevance of every token of the vocabulary, (V,): `compute` for the scored ids, the others on their scale.
+
+        For a stream, whose later documents hold tokens that these do not. A token that is closer to the domain than
+        every scored one, or farther, gets a relevance above 1, or below 0.
+        """
+        scored, domain = self._vectors(reference)
+        among = attributes.cosine_distance(scored, domain)
+        size = int(reference.model.get_input_embeddings().weight.shape[0])
+        found = np.empty(size, dtype=np.float32)
+        for low in range(0, size, VOCABULARY_CHUNK):  # all vectors of a large vocabulary would take gigabytes
+            ids = np.arange(low, min(size, low + VOCABULARY_CHUNK))
+            vectors = gather_vectors(reference, ids, self.embedding)
+            found[ids] = attributes.task_relevance(vectors, domain, among).numpy()
+        found[self.scored_ids] = attributes.task_relevance(scored, domain).numpy()  # to the last bit as in `compute`
+        return found
+
+    def _vectors(self, reference: Reference) -> tuple[Tensor, Tensor]:
+        """Embeddings of the scored ids (n, D), and the domain vector (D,)."""
         ids = np.union1d(self.scored_ids, self.domain_ids)
         vectors = gather_vectors(reference, ids, self.embedding)
         domain = self._domain_vector(vectors[torch.from_numpy(np.searchsorted(ids, self.domain_ids))])
-        scored = vectors[torch.from_numpy(np.searchsorted(ids, self.scored_ids))]
-        return attributes.task_relevance(scored, domain).numpy()
+        return vectors[torch.from_numpy(np.searchsorted(ids, self.scored_ids))], domain
 
     def _domain_vector(self, vectors: Tensor) -> Tensor:
         """Mean over the dataset's token occurrences, or over words of each word's mean piece embedding, (D,)

@@ -121,6 +121,7 @@ def summary(plan: Plan, tokenizer: Any) -> dict[str, Any]:
             "out_of_memory_halvings": plan.stats.halvings,
         },
         **({"selectors": plan.selectors} if plan.selectors else {}),
+        **({"streaming": plan.streaming} if plan.streaming else {}),
         "loss_is_comparable_with_plain_sft": False,
         "warnings": plan.warnings,
     }
@@ -163,6 +164,7 @@ def write_table(plan: Plan, tokenizer: Any, path: Path) -> Path:
         "reference": plan.reference,
         "versions": versions(),
         **({"selectors": plan.selectors} if plan.selectors else {}),
+        **({"streaming": plan.streaming} if plan.streaming else {}),
     }
     columns = {
         "reasoning_importance": scores.reasoning_importance,
@@ -244,6 +246,7 @@ def show(plan: Plan, written: list[Path]) -> None:
         decided={name: count for name, count in facts["decided_by"].items() if count},
     )
     lines = [
+        *_streaming_line(plan),
         f"reference {plan.reference.get('name')} ({plan.reference.get('source')})",
         f"scored {stats.documents:,} documents in {stats.seconds:.1f} s ({_share(stats.tokens, stats.seconds):,.0f} "
         f"tokens/s), {plan.reused:,} came from the store",
@@ -252,7 +255,20 @@ def show(plan: Plan, written: list[Path]) -> None:
         *(f"warning: {warning}" for warning in plan.warnings),
         *(f"wrote {path}" for path in written),
     ]
+    Console(stderr=True, soft_wrap=True).print(view.summary_table(counts))
+    tell(lines)
+
+
+def _streaming_line(plan: Plan) -> list[str]:
+    if not plan.streaming:
+        return []
+    number, whole = plan.streaming["documents"], plan.streaming["whole_stream"]
+    which = "all there are" if whole else "not the whole stream"
+    return [f"calibration sample: the first {number:,} documents of the stream, {which}; all figures here are of it"]
+
+
+def tell(lines: list[str]) -> None:
+    """Print lines to the terminal (standard error)."""
     console = Console(stderr=True, soft_wrap=True)
-    console.print(view.summary_table(counts))
     for line in lines:
         console.print(f"xtf: {line}", markup=False, highlight=False)

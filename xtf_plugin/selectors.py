@@ -52,7 +52,10 @@ class StoredPredictions:
         passes: the same about other references, for the summary.
         excerpts: what it took to score other documents than the dataset's, and how many of them came from the store.
         warnings: what to tell about the references.
+        whole: whether these are the documents of a whole dataset, in which some score has to be defined.
     """
+
+    whole = True
 
     def __init__(
         self,
@@ -258,18 +261,18 @@ def _run(
                 raise
             own = f"xtf.selectors.{name}.reference.model{said.removeprefix(MAIN_KEY)}"
             raise XTFUserError(own) from error
-        found[name] = _checked(name, scorer, scores, len(context.token_ids))
+        found[name] = _checked(name, scorer, scores, len(context.token_ids), source.whole)
         source.warnings += [f"{name}: {told}" for told in context.warnings]
         context.warnings.clear()
 
 
-def _checked(name: str, scorer: Scorer, scores: Any, size: int) -> Floats:
+def _checked(name: str, scorer: Scorer, scores: Any, size: int, whole: bool) -> Floats:
     """The scores themselves, once they are what selection can work with."""
     owner = f"the selector {name}: the scorer {scorer.name} of {registry.package_of(scorer.name)}"
     if not isinstance(scores, np.ndarray) or scores.dtype != np.float32 or scores.shape != (size,):
         told = f"{scores.dtype} {scores.shape}" if isinstance(scores, np.ndarray) else type(scores).__name__
         raise XTFError(f"{owner} gave {told} where float32 ({size},) is needed, one score per completion token.")
-    if size and np.isnan(scores).all():
+    if whole and size and np.isnan(scores).all():
         raise XTFError(
             f"{owner} gave NaN for all {size} completion tokens, so it could drop nothing. Its data or its reference "
             "does not fit; ask that package's authors, or remove the selector."

@@ -16,9 +16,10 @@ TRL_OLDEST = (1, 9)  # first release whose train rows carry `labels`; goes up on
 TRL_NEWEST_TESTED = (1, 16)  # raise after a run of the test suite on a newer release
 TRL_DEFAULT_OUTPUT_DIR = "trainer_output"  # where a recipe without `output_dir` writes; from transformers >= 5
 
-STREAMING_REFUSED = (
-    "xtf: the training data is streamed. Thresholds need the whole dataset, so streaming is refused: set "
-    "dataset_streaming: false (streaming: false under `datasets`), or materialise the part that you train on."
+WORKERS_REFUSED = (
+    "xtf: the training data is streamed and dataloader_num_workers is {workers}: rows would be fetched in processes "
+    "that have no model to score them with. Set dataloader_num_workers: 0, or do not stream (dataset_streaming: false; "
+    "streaming: false under `datasets`)."
 )
 
 _TRUE = frozenset({"1", "true", "yes", "on"})

@@ -10,10 +10,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import XTFUserError
-from ._compat import TRL_DEFAULT_OUTPUT_DIR
+from ._compat import TRL_DEFAULT_OUTPUT_DIR, WORKERS_REFUSED
+
+if TYPE_CHECKING:
+    from ..config import XTFConfig
 
 _HOST_KEYS = {"model_name_or_path": "trl", "base_model": "axolotl"}
 
@@ -34,6 +37,11 @@ class Recipe:
         if not isinstance(env, dict):
             raise XTFUserError(f"{self.path}: `env:` must be a mapping of names to values, not {type(env).__name__}.")
         return {str(key): str(value) for key, value in env.items()}
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the host reads the training data row by row, without ever having all of it."""
+        return self.data.get("dataset_streaming") is True or self.data.get("streaming") is True
 
     def output_dir(self, extra: Sequence[str] = ()) -> Path:
         """Where the run writes: `--output_dir` of the extra host arguments, else the recipe's, else TRL's default."""
@@ -75,6 +83,17 @@ def load_recipe(path: str | Path) -> Recipe:
             f"{path}: Axolotl recipes are not supported by this version; use a TRL recipe (`model_name_or_path: ...`)."
         )
     return Recipe(path=path, host="trl", data=data, block=data.get("xtf"))
+
+
+def check_stream(recipe: Recipe, config: XTFConfig) -> None:
+    """Raise XTFUserError for what can be refused of streamed data before a model is loaded."""
+    from ..config_selectors import check_streamed
+
+    if not recipe.streamed:
+        return
+    if recipe.data.get("dataloader_num_workers"):
+        raise XTFUserError(WORKERS_REFUSED.format(workers=recipe.data["dataloader_num_workers"]))
+    check_streamed(config.selectors)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset, IterableDataset
 
 from ..collator import XTFDataCollator
 from ..errors import XTFError, XTFUserError
-from ._compat import STREAMING_REFUSED
+from ._compat import WORKERS_REFUSED
 
 READ_COLUMNS = ("input_ids", "labels", "seq_lengths", "position_ids")
 
@@ -23,7 +24,8 @@ def check_trainer(trainer: Any) -> None:
     """Refuse by name what cannot be masked.
 
     Raises:
-        XTFUserError: not a transformers Trainer, no or streaming train dataset, or image data.
+        XTFUserError: not a transformers Trainer, no train dataset or one of no known kind, or image data; a streamed
+            one with dataloader workers, or in several processes.
     """
     from transformers import Trainer
 
@@ -34,10 +36,40 @@ def check_trainer(trainer: Any) -> None:
     dataset = trainer.train_dataset
     if dataset is None:
         raise XTFUserError("xtf: the trainer has no train_dataset; there is nothing to score.")
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise XTFUserError(STREAMING_REFUSED)
+    if streamed(dataset):
+        _check_streamed(trainer)
+    elif not hasattr(dataset, "__len__"):
+        raise XTFUserError(
+            f"xtf: train_dataset is a {type(dataset).__name__}, which has no length and is no IterableDataset of "
+            "datasets or torch; make it one of them."
+        )
     if getattr(trainer, "_is_vision_dataset", False):
         raise XTFUserError("xtf: image datasets are not supported; tokens are only known when batches are built.")
+
+
+def streamed(dataset: Any) -> bool:
+    """Whether rows of a dataset can only be had one after the other."""
+    return isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset))
+
+
+def _check_streamed(trainer: Any) -> None:
+    workers, processes = trainer.args.dataloader_num_workers, trainer.accelerator.num_processes
+    if workers:
+        raise XTFUserError(WORKERS_REFUSED.format(workers=workers))
+    if processes > 1:
+        raise XTFUserError(
+            f"xtf: the training data is streamed, which is supported in one process, and this run has {processes}. "
+            "Train in one process, or do not stream (dataset_streaming: false; streaming: false under `datasets`)."
+        )
+
+
+def rows_under_way(trainer: Any) -> int:
+    """How many rows may have been yielded by the dataset and not have reached the model yet, and some to spare.
+
+    The Trainer collects the batches of a whole optimizer step before it takes the first, and its dataloader holds one
+    more.
+    """
+    return int(trainer.args.train_batch_size) * (int(trainer.args.gradient_accumulation_steps) + 2) + 64
 
 
 def visible_columns(trainer: Any) -> tuple[str, ...]:
@@ -94,6 +126,7 @@ class TrainerHooks:
         collator: ours; its `inner` becomes the trainer's own collator.
         on_batch: called with the inputs of each training step, before it.
         metrics: called for each training log; what it returns is added to it.
+        around: gives the dataset that stands in for the trainer's own in the train dataloader; None: none does.
     """
 
     def __init__(
@@ -102,6 +135,7 @@ class TrainerHooks:
         collator: XTFDataCollator,
         on_batch: Callable[[Mapping[str, Any]], None],
         metrics: Callable[[], dict[str, float]],
+        around: Callable[[Any], Any] | None = None,
     ) -> None:
         if getattr(trainer, "_xtf_hooks", None) is not None:
             raise XTFError("xtf is attached to this trainer already; attach it once.")
@@ -112,6 +146,7 @@ class TrainerHooks:
         self._log = trainer.log
         self.on_batch = on_batch
         self.metrics = metrics
+        self.around = around
         trainer._xtf_hooks = self
         trainer.get_train_dataloader = self.get_train_dataloader
         trainer.training_step = self.training_step
@@ -121,13 +156,15 @@ class TrainerHooks:
         """Build the train dataloader with our collator; evaluation shares `trainer.data_collator` and must not see
         it.
         """
-        inner = self.trainer.data_collator
+        inner, dataset = self.trainer.data_collator, self.trainer.train_dataset
         self.collator.inner = inner
         self.trainer.data_collator = self.collator
+        if self.around is not None:
+            self.trainer.train_dataset = self.around(dataset)
         try:
             return self._get_train_dataloader()
         finally:
-            self.trainer.data_collator = inner
+            self.trainer.data_collator, self.trainer.train_dataset = inner, dataset
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Show the batch to `on_batch`, then take the trainer's own step."""

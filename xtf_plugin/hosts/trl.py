@@ -34,7 +34,6 @@ _HELP = (
     "Token-level noise filtering (xtf-plugin): 'true' for the defaults, or the `xtf:` block as JSON or YAML text. "
     "`xtf check --schema` prints what a block may hold."
 )
-_STREAMING = ("dataset_streaming", "streaming")
 _MISSING: Any = object()
 _undo: list[Callable[[], None]] = []
 _block_parsed = False
@@ -143,9 +142,6 @@ def _parse_with_block(original: Any) -> Any:
             config = _validated(extra.xtf)
         except XTFUserError as error:
             _stop(self, str(error))
-        streamed = any(getattr(output, name, False) is True for output in outputs for name in _STREAMING)
-        if config is not None and streamed:
-            _stop(self, _compat.STREAMING_REFUSED.removeprefix("xtf: "))
         targets = [output for output in outputs if _is_sft_config(type(output))]
         for target in targets:
             _record(target, config)
@@ -231,13 +227,22 @@ def _handing_on_2(previous: Callable[..., Any]) -> Callable[..., Any]:
     """In the process that launched the training: accelerate turns the child's 2 into a traceback and 1; undo that."""
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if isinstance(error, subprocess.CalledProcessError) and error.returncode == 2 and "sft.py" in str(error.cmd):
+        one = isinstance(error, subprocess.CalledProcessError) and "sft.py" in str(error.cmd) and error.returncode == 2
+        if one or _first_of_several(error) == 2:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(2)  # the only way to choose the exit code here; the child has said why
         previous(kind, error, trace)
 
     return excepthook
+
+
+def _first_of_several(error: BaseException) -> int | None:
+    """Exit code of the rank that ended first, if `error` is what torch's launcher of several processes raises."""
+    if type(error).__name__ != "ChildFailedError":
+        return None
+    first: Any = error
+    return first.get_first_failure()[1].exitcode  # type: ignore[no-any-return]
 
 
 def _train_only_attached(original: Any) -> Any:

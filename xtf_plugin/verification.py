@@ -1,0 +1,131 @@
+"""Whether a batch that reaches the model carries the planned labels; independent of the collator that should see to it.
+
+Documents are found by their tokens alone: the labels, of which their keys are made as well, are what is in question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .documents import IGNORE_INDEX, DocumentSet
+from .errors import XTFError
+
+Bools = NDArray[np.bool_]
+Candidate = tuple[NDArray[np.int32], Bools, Bools]
+
+
+class Planned(Protocol):
+    """Documents and what is planned for them."""
+
+    def lengths(self) -> set[int]:
+        """All lengths in tokens that a planned document has."""
+
+    def of_length(self, length: int) -> Iterator[Candidate]:
+        """Token ids (T,), completion mask (T,) and keep flags of the completion tokens of all documents of a length."""
+
+
+@dataclass(frozen=True)
+class PlannedDocuments:
+    """A set of documents with the keep flags (M,) of their completion tokens."""
+
+    documents: DocumentSet
+    keep: Bools
+
+    def lengths(self) -> set[int]:
+        """See `Planned`."""
+        return set(np.unique(self.documents.lengths).tolist())
+
+    def of_length(self, length: int) -> Iterator[Candidate]:
+        """See `Planned`."""
+        found = np.flatnonzero(self.documents.lengths == length)
+        offsets = self.documents.completion_offsets if len(found) else None
+        for index in found:
+            assert offsets is not None
+            tokens, completion = self.documents.document(int(index))
+            yield tokens, completion, self.keep[offsets[index] : offsets[index + 1]]
+
+
+def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> None:
+    """Check that a batch carries exactly the planned labels.
+
+    It sees what reaches the model, after every other piece of the host's pipeline.
+
+    Raises:
+        XTFError: a document's labels are not the planned ones, or no planned document is in the batch.
+    """
+    found = 0
+    revived = 0
+    padded = "attention_mask" not in inputs and "position_ids" not in inputs
+    for ids, labels in _pieces(inputs):
+        verdict = _matches(planned, ids, labels)
+        if verdict is None and padded:
+            verdict = _matches_prefix(planned, ids, labels)
+        if verdict is None:
+            if (labels != IGNORE_INDEX).any():
+                raise XTFError(
+                    f"the first training batch holds a document of {len(ids)} tokens that xtf did not plan (token ids "
+                    f"{ids[:8].tolist()}…). Something changes the rows between the dataset and the model; xtf will "
+                    "not guess."
+                )
+            continue
+        found += 1
+        revived += int(verdict == "one more")
+        if verdict == "differs" or revived > 1:
+            raise XTFError(
+                f"the first training batch does not carry the planned labels: a document of {len(ids)} tokens arrived "
+                f"with {int((labels != IGNORE_INDEX).sum())} labels. A collator or a callback rebuilds labels; "
+                "remove it, or train without the `xtf:` block."
+            )
+    if not found:
+        raise XTFError("the first training batch holds no planned document: no sign that the masks are applied.")
+
+
+def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Token ids and labels of every document in a batch, padding removed."""
+    names = ("input_ids", "labels", "attention_mask", "position_ids")
+    arrays = {name: inputs[name].cpu().numpy() for name in names if inputs.get(name) is not None}
+    pieces = []
+    for row in range(len(arrays["input_ids"])):
+        ids, labels = arrays["input_ids"][row], arrays["labels"][row]
+        real = np.ones(len(ids), dtype=bool)
+        if "attention_mask" in arrays and arrays["attention_mask"].ndim == 2:
+            real = arrays["attention_mask"][row].astype(bool)
+        cuts = [0]
+        if "position_ids" in arrays and arrays["position_ids"].ndim == 2:
+            cuts = np.flatnonzero(arrays["position_ids"][row][real] == 0).tolist()
+        ids, labels = ids[real], labels[real]
+        pieces += [(ids[a:b], labels[a:b]) for a, b in zip(cuts, [*cuts[1:], len(ids)], strict=True)]
+    return pieces
+
+
+def _matches(candidates: Planned, ids: Any, labels: Any) -> str | None:
+    """None: no planned document has these tokens; else `equal`, `one more` (a label given back) or `differs`."""
+    verdict = None
+    for tokens, completion, keep in candidates.of_length(len(ids)):
+        if not np.array_equal(tokens, ids):
+            continue
+        planned = np.zeros(len(ids), dtype=bool)
+        planned[np.flatnonzero(completion)[keep]] = True
+        kept = labels != IGNORE_INDEX
+        if np.array_equal(kept[1:], planned[1:]):
+            return "equal"
+        more = kept[1:] & ~planned[1:]
+        if more.sum() == 1 and not (planned[1:] & ~kept[1:]).any() and completion[1:][more].all():
+            verdict = "one more"
+        verdict = verdict or "differs"
+    return verdict
+
+
+def _matches_prefix(planned: Planned, ids: Any, labels: Any) -> str | None:
+    """`_matches` for a row whose padding no mask tells: the longest document that it begins with."""
+    for length in sorted(planned.lengths(), reverse=True):
+        if length < len(ids) and (labels[length:] == IGNORE_INDEX).all():
+            verdict = _matches(planned, ids[:length], labels[:length])
+            if verdict is not None:
+                return verdict
+    return None
