@@ -141,8 +141,9 @@ def test_a_sharded_model_scores_in_step(two, name):
 
 @pytest.mark.parametrize("name", ["fsdp_full", "fsdp_adapters"])
 def test_training_goes_on_from_the_shards(two, name):
-    """The weights that were gathered for scoring are given up: the second step sees what the first has changed."""
+    """The weights that were gathered for scoring are given up, and the second step sees what the first has changed."""
     for rank in two:
+        assert rank[name]["split"] is True
         first, second = rank[name]["losses"]
         assert second < first - 0.1
 

@@ -37,7 +37,7 @@ class ShardedReference(Reference):
 
     @contextmanager
     def scoring(self, record: bool) -> Iterator[None]:
-        """As any reference's; afterwards no rank keeps whole weights that an optimizer step would leave behind."""
+        """As any reference's; afterwards no rank keeps the whole weights that the root's forward leaves gathered."""
         with super().scoring(record):
             yield
         for module in self.root.modules():

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from tests import tiny
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
@@ -212,6 +213,7 @@ def fsdp(ranks, folder, adapters):
     model, reference = sharded(ranks, adapters)
     with counted(reference) as calls:
         found = scored(ranks, folder / f"fsdp-{adapters}-{ranks.rank}", documents, lambda: reference, budget=45)
+    split = isinstance(reference.embeddings.weight, DTensor)
     lengths = documents.lengths
     of = sharing.share_out(lengths, ranks.size)
     own = len(list(scorer.plan_batches(lengths[of == ranks.rank], 45)))
@@ -230,7 +232,7 @@ def fsdp(ranks, folder, adapters):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    return {**found, "forwards": len(calls), "batches": own, "vectors": gap, "losses": losses}
+    return {**found, "forwards": len(calls), "batches": own, "vectors": gap, "losses": losses, "split": split}
 
 
 @case

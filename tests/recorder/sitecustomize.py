@@ -6,6 +6,7 @@ Independent of the package: it reads what the model is about to be trained on. O
 
 import json
 import os
+import sys
 
 from xtf_plugin.hosts.autoload import when_imported
 
@@ -26,8 +27,10 @@ def documents(inputs):
             yield {"ids": [ids[at] for at in real], "kept": kept}
 
 
-def watch(module):
-    step = module.Trainer.training_step
+def watch():
+    step = sys.modules["transformers.trainer"].Trainer.training_step
+    if hasattr(step, "recorded"):
+        return
 
     def training_step(self, model, inputs, *args, **kwargs):
         with open(f"{os.environ['RECORD']}.{os.environ.get('RANK', '0')}", "a", encoding="utf-8") as file:
@@ -35,8 +38,20 @@ def watch(module):
                 file.write(json.dumps(document) + "\n")
         return step(self, model, inputs, *args, **kwargs)
 
-    module.Trainer.training_step = training_step
+    training_step.recorded = True
+    sys.modules["transformers.trainer"].Trainer.training_step = training_step
+
+
+def at_the_first_trainer(module):
+    """A trainer makes its callback handler first, before anything could have taken hold of its methods."""
+    init = module.CallbackHandler.__init__
+
+    def __init__(self, *args, **kwargs):
+        watch()
+        init(self, *args, **kwargs)
+
+    module.CallbackHandler.__init__ = __init__
 
 
 if "RECORD" in os.environ:
-    when_imported("transformers.trainer", watch)
+    when_imported("transformers.trainer_callback", at_the_first_trainer)
