@@ -227,3 +227,30 @@ def test_unwritable_cache_costs_the_store_not_the_run(tmp_path, caplog):
     config = XTFConfig.parse({"cache_dir": str(blocked / "below")})
     made = make_plan(config, collect(rows()), Provider(), tiny.tokenizer(), progress=False)
     assert made.stats.documents == 12 and "XTF_CACHE" in caplog.text
+
+
+def test_scores_made_with_other_settings_are_told_once(plan, caplog):
+    """They were to be used here, perhaps: the warning says what differs, and a run that finds its own says nothing."""
+
+    class Elsewhere(Provider):
+        def __init__(self, device):
+            super().__init__()
+            self.device = device
+
+        def fingerprint(self):
+            return digest({"device": self.device})
+
+        def description(self):
+            return {"name": f"/models/{self.device}/tiny", "device": self.device, "autocast": "no"}
+
+    block = {"reasoning_importance": False}
+    plan(block, provider=Elsewhere("cuda"))
+    assert "do not count" not in caplog.text
+    plan(block, provider=Elsewhere("cpu"))
+    told = [record.message for record in caplog.records if "do not count" in record.message]
+    assert len(told) == 1
+    assert "made with device cuda; this run has device cpu, autocast no" in told[0]
+    caplog.clear()
+    plan(block, provider=Elsewhere("cpu"))
+    plan(block, provider=Elsewhere("cuda"))
+    assert "do not count" not in caplog.text

@@ -67,6 +67,13 @@ def test_work_of_the_main_rank_keeps_the_others_in_touch(two):
     assert main["told"] == "the disk is full" and other["told"].startswith("rank 0 failed")
 
 
+def test_work_of_every_rank_ends_together(two):
+    found = [rank["work_of_every_rank"] for rank in two]
+    assert [one["result"] for one in found] == [0, 1]
+    assert found[0]["told"] == "XTFError: rank 1 failed; its own message says why."
+    assert found[1]["told"] == "ValueError: no such file"
+
+
 def test_scores_are_those_of_one_process(two, alone):
     expected = alone["scores_on_a_shared_disk"]
     for rank in two:

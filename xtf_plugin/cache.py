@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import stat
@@ -23,6 +24,8 @@ import pyarrow.parquet as pq
 from . import files, shards
 from .errors import XTFUserError
 from .store import DESCRIPTION, EARLIER_FOLDERS, REFERENCE, VERSION_FOLDER, entries, layer_folders
+
+logger = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"[0-9a-f]{32}\.parquet")
 _VERSIONS = (VERSION_FOLDER, *EARLIER_FOLDERS)
@@ -78,6 +81,37 @@ def list_cache(root: Path) -> list[CacheEntry]:
             listed.append(_entry(folder.name, description, path, loose))
             loose = []
     return [entry for entry in listed if entry.bytes]
+
+
+def tell_relatives(root: Path, reference: str, description: Mapping[str, Any]) -> None:
+    """Warn if the cache holds scores of the same model made otherwise, saying in what they differ.
+
+    Scores that were made elsewhere, to be used here, would else be made again unnoticed.
+
+    Args:
+        root: the cache folder.
+        reference: fingerprint of the reference that is about to score.
+        description: its description.
+    """
+    for folder in (path for path in _reference_folders(root) if path.parent.name == VERSION_FOLDER):
+        other = _description(folder)
+        if folder.name == reference or not layer_folders(folder) or _last(other) != _last(description):
+            continue
+        names = [name for name in description if name not in ("fingerprint", "name", "source")]
+        unlike = [f"{name} {other[name]}" for name in names if name in other and other[name] != description[name]]
+        here = ", ".join(f"{name} {description[name]}" for name in names)
+        logger.warning(
+            "xtf: the cache holds scores of %s that do not count for this run: they were made with %s; this run has "
+            "%s. To score elsewhere for this run, score with its settings.",
+            description.get("name"),
+            ", ".join(unlike) or "other files or another version",
+            here,
+        )
+
+
+def _last(description: Mapping[str, Any]) -> str:
+    """A model's name without the folder it lies in, which may be another one on another machine."""
+    return Path(str(description.get("name", ""))).name
 
 
 def prune_cache(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .batches import ScoringStats
+from .cache import tell_relatives
 from .documents import DocumentSet
 from .errors import XTFError
 from .lookup import StoredScores
@@ -48,10 +49,13 @@ def stored_scores(
     missing = np.flatnonzero(~stored.found & (sizes > 0))
     stats = ScoringStats()
     if len(missing):
+        of_dataset = label == "scoring"  # second looks come in rounds, and need not be told each time
+        if of_dataset and ranks.main and store.description is not None and not stored.found.any():
+            tell_relatives(store.root, store.reference, store.description)
         stats = score(
             documents,
             missing,
-            reference(),
+            ranks.each(reference),
             layers,
             store.add,
             batch_tokens=batch_tokens,

@@ -205,7 +205,7 @@ def _gather(
             )
         if table is not None and path is not None:
             sent = ranks.first(None if values is None else values.tobytes())
-            known = table.compute(reference()) if sent is None else np.frombuffer(sent, dtype=np.float32)
+            known = table.compute(ranks.each(reference)) if sent is None else np.frombuffer(sent, dtype=np.float32)
             if values is None and (sent is not None or ranks.main):
                 relevance.store_table(path, fingerprint, known)
             values = ranks.same(known)

@@ -54,9 +54,11 @@ class BorrowedReference:
 
     def fingerprint(self) -> str:
         """Hash of the base weights as they were when XTF was attached, and of the run's mixed precision."""
-        # kernels and 4-bit products round differently
-        device = self.trainer.accelerator.device.type if self.sharded else self.reference.device.type
-        return digest({**self._facts, "autocast": self._precision, "device": device})
+        return digest({**self._facts, "autocast": self._precision, "device": self._device()})
+
+    def _device(self) -> str:
+        """Part of what scores depend on: kernels and 4-bit products round differently."""
+        return str(self.trainer.accelerator.device.type if self.sharded else self.reference.device.type)
 
     def description(self) -> dict[str, Any]:
         """Name and precision, for the log and the summary."""
@@ -69,6 +71,8 @@ class BorrowedReference:
             "source": "the model being trained, adapters off" if self.has_adapters else "the model being trained",
             "quantization": quantization or "none",
             "autocast": self._precision,
+            "device": self._device(),
+            "weights": self._facts["weights"][:12],
         }
 
     def text_config(self) -> Any:
@@ -151,6 +155,8 @@ class SeparateReference:
             "source": "a separate model",
             "quantization": self.config.quantization,
             "dtype": self.config.dtype,
+            "compute": str(compute_dtype(self.config, self.device)).removeprefix("torch."),
+            "device": self.device.type,
         }
 
     def text_config(self) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from .errors import XTFError, XTFUserError
+
+T = TypeVar("T")
 
 BEAT_SECONDS = 20.0  # ranks meet at least this often, a batch that takes longer aside
 CHUNK_BYTES = 4 << 20  # of a message at a time: it goes through the accelerator's memory, once per rank
@@ -124,25 +126,36 @@ class Ranks:
         theirs: NDArray[np.float32] = np.frombuffer(sent, dtype=np.float32).copy()
         return theirs
 
-    def from_main(self, work: Callable[[], bytes]) -> bytes:
-        """What `work` gives in rank 0, on every rank; the others wait without being taken for dead. A collective.
+    def each(self, work: Callable[[], T]) -> T:
+        """What `work` gives; ranks that are through wait for the others without being taken for dead. A collective.
+
+        For what takes ranks differently long: loading a model, writing files. It runs on a thread of its own.
 
         Raises:
-            XTFError: on every rank: in rank 0 what `work` raised, elsewhere that rank 0 failed.
+            XTFError: `work` failed on another rank. What it raises here is raised once the others are through.
         """
         if self.size == 1:
             return work()
-        with ThreadPoolExecutor(1) as thread:
-            task = thread.submit(work if self.main else bytes)
-            state = b"0"
-            while state == b"0":
-                if self.main and wait([task], BEAT_SECONDS).done:
-                    state = b"1" if task.exception() is None else b"!"
-                state = self.gather(state if self.main else b"")[0]
-        if state == b"!":
-            task.result()  # raises what `work` raised
-            raise XTFError("rank 0 failed; its own message says why.")
-        return self.gather(task.result() if self.main else b"")[0]
+        with ThreadPoolExecutor(1, initializer=self._on_device) as thread:
+            task = thread.submit(work)
+            states = [b"0"]
+            while b"0" in states:
+                wait([task], BEAT_SECONDS)
+                states = self.gather(b"0" if not task.done() else b"1" if task.exception() is None else b"!")
+        result = task.result()  # raises what `work` raised
+        if b"!" in states:
+            raise XTFError(f"rank {states.index(b'!')} failed; its own message says why.")
+        return result
+
+    def from_main(self, work: Callable[[], bytes]) -> bytes:
+        """What `work` gives in rank 0, on every rank; errors as in `each`. A collective."""
+        found = self.each(work if self.main else bytes)
+        return self.gather(found)[0] if self.size > 1 else found
+
+    def _on_device(self) -> None:
+        """A new thread begins on the first GPU, whichever is this rank's."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
 
 ALONE = Ranks()

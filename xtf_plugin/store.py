@@ -112,7 +112,7 @@ class ScoreStore:
         shard_seconds: float = 60.0,
     ) -> None:
         """Open the store and tidy up after killed processes; touches nothing else on disk."""
-        self.reference, self.layers, self.description = reference, layers, description
+        self.root, self.reference, self.layers, self.description = Path(root), reference, layers, description
         self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
         self.directory = reference_folder(root, reference) / layers_tag(layers)
         self.persistent = True
@@ -123,7 +123,7 @@ class ScoreStore:
         self._told: set[Path] = set()
         for folder in (self.directory.parent, *layer_folders(self.directory.parent)):
             files.remove_stale(folder)
-        _tell_earlier(Path(root), reference)
+        _tell_earlier(self.root, reference)
 
     def __enter__(self) -> ScoreStore:
         """Return the store itself."""

@@ -110,6 +110,28 @@ def work_of_the_main_rank(ranks, folder):
 
 
 @case
+def work_of_every_rank(ranks, folder):
+    """A rank that is through early stays in touch with one that is not; a failure is known to all."""
+    ranks_module.BEAT_SECONDS = 0.05
+
+    def work():
+        time.sleep(0.3 * ranks.rank)
+        return ranks.rank
+
+    def broken():
+        if ranks.rank == 1:
+            raise ValueError("no such file")
+
+    result, told = ranks.each(work), ""
+    try:
+        ranks.each(broken)
+    except (XTFError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+    ranks_module.BEAT_SECONDS = 20.0
+    return {"result": result, "told": told}
+
+
+@case
 def scores_without_a_shared_disk(ranks, folder):
     """Every rank has a cache of its own: it holds what the rank scored, and together they are enough."""
     documents, reference, root = collect(rows(13)), Reference(tiny.model(), "tiny"), folder / f"own-{ranks.rank}"
