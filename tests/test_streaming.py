@@ -1,0 +1,181 @@
+"""Streamed data trains on the same labels as a dataset would, in bounded memory, and leaves training as it was."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from tests import tiny
+from tests.streams import LOOSE, ROWS, attached, rows, stream_of, trained, trainer
+
+PAPER = {"preset": "paper", "reasoning_importance": {"drop": {"quantile": 0.2}, "scope": "dataset"}}
+OFFICIAL = {"preset": "official", "reasoning_importance": {"drop": {"fence": 0.0}}}
+MANY_ROWS = {
+    "document scope": {
+        "reasoning_importance": {"drop": {"quantile": 0.2}},
+        "knowledge_novelty": {"drop": {"unknown_below": 0.001}, "window": 3, "max_fraction": 0.3},
+        "selectors": {
+            "out_of_place": {"drop": {"below": -2.0}},
+            "odd": {"scorer": "typicality", "drop": {"quantile": 0.1}, "scope": "document", "window": "sentence"},
+        },
+        "protect": {"patterns": ["apples"]},
+        "force_drop": ["happy to"],
+        "min_kept": 2,
+    },
+    "control": {**LOOSE, "control": "random", "seed": 3},
+}
+
+
+def dropped(labels):
+    return sum(label == -100 for values in labels.values() for label in values)
+
+
+@pytest.mark.parametrize("calibration", [ROWS, 1000])
+@pytest.mark.parametrize(
+    "block", [LOOSE, PAPER, OFFICIAL, {**LOOSE, "control": "random"}], ids=["default", "paper", "official", "control"]
+)
+def test_a_stream_within_the_sample_gets_the_masks_of_a_dataset(tmp_path, block, calibration):
+    plain = trained(tmp_path / "none", trainer(tmp_path, rows()), {"preset": "none", "force_drop": ["no such text"]})
+    expected = trained(tmp_path / "map", trainer(tmp_path, rows()), block)
+    made = trainer(tmp_path)
+    assert trained(tmp_path / "stream", made, {**block, "calibration": calibration}) == expected
+    assert dropped(expected) > dropped(plain)
+    facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())
+    assert facts["streaming"]["documents"] == ROWS and facts["streaming"]["whole_stream"] is (calibration > ROWS)
+    assert "0 of them ahead of training" in stream_of(made).summary(), "the sample's decisions are used again"
+
+
+@pytest.mark.parametrize("block", MANY_ROWS.values(), ids=MANY_ROWS)
+def test_rules_of_a_document_alone_do_not_depend_on_the_sample(tmp_path, block):
+    expected = trained(tmp_path / "map", trainer(tmp_path, rows()), block)
+    assert trained(tmp_path / "stream", trainer(tmp_path), {**block, "calibration": 8}) == expected
+    reasons = set(pq.read_table(tmp_path / "out/xtf/scores.parquet").column("reason").to_pylist())
+    assert len(reasons) > 2
+
+
+def test_thresholds_over_the_dataset_are_those_of_the_sample(tmp_path):
+    """Against NumPy on the scores of all documents: a quantile over the first sixteen decides for all."""
+    block = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"quantile": 0.2}}}, "min_kept": 0}
+    selector = {**block["selectors"]["odd"], "scope": "dataset"}
+    block = {**block, "selectors": {"odd": selector}, "protect": {"special_tokens": False}}
+    attached(tmp_path, mapped := trainer(tmp_path / "map", rows()), block)
+    mapped.train()
+    table = pq.read_table(tmp_path / "map/out/xtf/scores.parquet").to_pandas()
+    limit = np.nanquantile(table.odd[table.row < 16].astype(np.float64), 0.2)
+    labels = trained(tmp_path, trainer(tmp_path), {**block, "calibration": 16})
+    for row, document in table.groupby("row"):
+        ids = tuple(mapped.train_dataset[row]["input_ids"])
+        kept = {int(p) for p, odd in zip(document.position, document.odd, strict=True) if not odd < limit}
+        assert labels[ids] == [token if place in kept else -100 for place, token in enumerate(ids)][1:]
+    whole = np.nanquantile(table.odd.astype(np.float64), 0.2)
+    assert ((table.odd < whole) != (table.odd < limit)).any(), "the dataset's own threshold would drop other tokens"
+
+
+def test_relevance_of_tokens_that_the_sample_never_held(tmp_path):
+    """Against the definition: domain and scale of the first sixteen documents, for every token of the rest."""
+    block = {"preset": "none", "task_relevance": {"drop": {"below": 0.4}}, "min_kept": 0, "calibration": 16}
+    made = trainer(tmp_path, model=tiny.model(seed=2))
+    labels = trained(tmp_path, made, {**block, "protect": {"special_tokens": False}})
+    sample = [row for row, _ in zip(made.train_dataset, range(16), strict=False)]
+    vectors = tiny.model(seed=2).get_input_embeddings().weight.detach().double()
+    domain = vectors[[token for row in sample for token in row["input_ids"]]].mean(0)
+    distance = 1 - torch.cosine_similarity(vectors, domain[None])
+    scored = {token for row in sample for token in row["labels"] if token != -100}
+    low, high = min(distance[list(scored)]), max(distance[list(scored)])
+    relevance = 1 - (distance - low) / (high - low)
+    new = set()
+    for row in made.train_dataset:
+        ids, own = row["input_ids"], row["labels"]
+        expected = [-100 if label == -100 or relevance[label] < 0.4 else label for label in own]
+        assert labels[tuple(ids)] == expected[1:]
+        new |= {label for label in own if label != -100} - scored
+    assert new and any(relevance[token] < 0.4 for token in new) and any(relevance[token] >= 0.4 for token in new)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"packing": True, "packing_strategy": "bfd", "max_length": 200, "max_steps": 2},
+        {"packing": True, "packing_strategy": "bfd_split", "max_length": 200, "max_steps": 2},
+        {"padding_free": True, "max_length": None},
+        {"gradient_accumulation_steps": 5, "max_steps": 2},
+    ],
+    ids=["bfd", "bfd_split", "padding_free", "accumulation"],
+)
+def test_packed_streams(tmp_path, options):
+    expected = trained(tmp_path / "map", trainer(tmp_path, rows()), MANY_ROWS["document scope"])
+    found = trained(
+        tmp_path / "stream", trainer(tmp_path, **options), {**MANY_ROWS["document scope"], "calibration": 8}
+    )
+    assert found.items() <= expected.items() and len(found) > 24
+
+
+def test_wrapped_packing_is_scored_as_it_is_trained_on(tmp_path):
+    options = {"packing": True, "packing_strategy": "wrapped", "max_length": 64, "max_steps": 14}
+    expected = trained(tmp_path / "map", trainer(tmp_path, rows(), **options), LOOSE)
+    found = trained(tmp_path / "stream", trainer(tmp_path, **options), {**LOOSE, "calibration": 8})
+    assert found == expected and len(found) > 30
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Rows without end, none like another."""
+
+    def __iter__(self):
+        rng = random.Random(5)
+        while True:
+            ids = [rng.randrange(4, 400) for _ in range(rng.randrange(20, 60))]
+            yield {"input_ids": ids, "labels": [-100] * 5 + ids[5:]}
+
+
+def plain_trainer(folder, dataset, steps, **options):
+    args = TrainingArguments(
+        str(folder / "out"), max_steps=steps, per_device_train_batch_size=4, report_to="none", use_cpu=True, **options
+    )
+
+    def collate(features):
+        longest = max(len(row["input_ids"]) for row in features)
+        ids = [row["input_ids"] + [1] * (longest - len(row["input_ids"])) for row in features]
+        labels = [row["labels"] + [-100] * (longest - len(row["labels"])) for row in features]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+    model = tiny.model()
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    return Trainer(model, args, train_dataset=dataset, data_collator=collate, processing_class=tiny.tokenizer())
+
+
+def test_an_endless_stream_takes_bounded_memory(tmp_path, base_reference):
+    made = attached(tmp_path, plain_trainer(tmp_path, Endless(), 600, disable_tqdm=True), base_reference)
+    held, arrays = [], []
+    step = made.training_step
+
+    def watch(*args, **kwargs):
+        held.append(len(stream_of(made).masks))
+        if made.state.global_step in (200, 599):
+            gc.collect()
+            arrays.append(sum(isinstance(thing, np.ndarray) for thing in gc.get_objects()) + len(gc.get_objects()))
+        return step(*args, **kwargs)
+
+    made.training_step = watch
+    made.train()
+    stretch = 4 * 256 // 20 + 1  # tokens that are read ahead over the shortest row
+    assert max(held) <= 4 * 3 + 64 + 2 * stretch
+    assert max(held[300:]) <= max(held[:300]) * 1.1
+    assert arrays[1] <= arrays[0] * 1.02
+    assert made.state.log_history[-1]["train_loss"] > 0
+
+
+@pytest.fixture
+def base_reference(tmp_path):
+    folder = tiny.save_base(tmp_path / "reference", seed=3)
+    separate = {"model": str(folder), "quantization": "none", "dtype": "float32"}
+    drop = {"scorer": "typicality", "drop": {"below": -2.0}}
+    block = {"preset": "none", "selectors": {"odd": drop}, "reference": separate, "calibration": 16}
+    return {**block, "batch_tokens": 256}
