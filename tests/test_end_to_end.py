@@ -196,7 +196,7 @@ def test_separate_reference_is_freed_and_a_second_run_does_not_load_it(base, tmp
 @pytest.mark.parametrize("words", [("trl", "sft", "--config"), ("xtf", "score")])
 def test_data_that_cannot_be_masked_ends_with_2_and_one_message(base, tmp_path, words):
     """Found out only in the training process, behind `accelerate launch`; the code and the message come through."""
-    path = recipe(base, tmp_path / "out", xtf=True, dataset_streaming=True)
+    path = recipe(base, tmp_path / "out", xtf=True, dataset_streaming=True, dataloader_num_workers=2)
     result = command(BIN / words[0], *words[1:], path, cache=tmp_path / "cache")
     assert result.returncode == 2, result.stderr[-3000:]
     assert "streamed" in result.stderr and "dataset_streaming: false" in result.stderr
