@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft import LoraConfig
 
 from tests import tiny
 from tests.streams import LOOSE, LORA, ROWS, attached, labels_by_document, rows, stream_of, trained, trainer, watched
-from xtf_plugin import XTFDryRun, XTFError, XTFUserError, attach
+from xtf_plugin import XTFDryRun, XTFError, XTFUserError, attach, scorer
 from xtf_plugin.scorers import Scorer, registry
-from xtf_plugin.stream_dataset import ScoredAhead
 
 NOTHING = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -1000}}}, "calibration": 8}
 BLOCK = {**LOOSE, "calibration": 8}
@@ -184,6 +183,22 @@ def test_what_cannot_be_scored_while_it_streams_is_refused(tmp_path, monkeypatch
     assert attach(trainer(tmp_path, rows(), peft_config=LORA), True), "a dataset is not refused"
 
 
+def test_memory_that_ran_out_is_remembered(tmp_path, monkeypatch):
+    """Beside training there is less of it than before; only the first stretch finds that out."""
+    made = attached(tmp_path, trainer(tmp_path), {**BLOCK, "batch_tokens": 160})
+    run, refused = scorer._score_batch, []
+
+    def tight(documents, batch, *others):
+        if made.state.global_step and documents.lengths[batch].max() * len(batch) > 80:
+            refused.append(len(batch))
+            raise torch.OutOfMemoryError("out of memory")
+        return run(documents, batch, *others)
+
+    monkeypatch.setattr(scorer, "_score_batch", tight)
+    made.train()
+    assert len(refused) == 1 and made.state.global_step == 10
+
+
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     made = trainer(tmp_path)
     monkeypatch.setattr(type(made.accelerator), "num_processes", property(lambda self: 2))
@@ -229,59 +244,3 @@ def test_a_dry_run_ends_with_the_sample(tmp_path):
     facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())
     assert facts["streaming"] == {"calibration": 8, "documents": 8, "rows": 8, "whole_stream": False}
     assert facts["totals"]["documents"] == 8
-
-
-class TestScoredAhead:
-    """The dataset that stands in."""
-
-    def made(self, inner, most=4):
-        self.log = []
-
-        def prepare(stretch):
-            self.log.append([row["input_ids"][0] for row in stretch])
-            return lambda place: self.log.append(place)
-
-        return ScoredAhead.around(inner, prepare, lambda: 10, most)
-
-    def stream(self, **options):
-        ids = [{"input_ids": [index] * 3} for index in range(11)]
-        return Dataset.from_list(ids).to_iterable_dataset(**options)
-
-    def test_rows_are_prepared_in_stretches_before_they_are_yielded(self):
-        ahead = iter(self.made(self.stream()))
-        assert next(ahead)["input_ids"] == [0, 0, 0] and self.log == [[0, 1, 2, 3], 0]
-        assert [row["input_ids"][0] for row in ahead] == list(range(1, 11))
-        assert [entry for entry in self.log if isinstance(entry, list)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
-
-    @pytest.mark.parametrize("read", [0, 1, 4, 6, 9, 11])
-    def test_a_state_names_the_next_row_whatever_was_read_ahead(self, read):
-        first = self.made(self.stream(num_shards=3))
-        rows_left = iter(first)
-        for _ in range(read):
-            next(rows_left)
-        state = json.loads(json.dumps(first.state_dict()))
-        second = self.made(self.stream(num_shards=3))
-        second.load_state_dict(state)
-        assert [row["input_ids"][0] for row in second] == [row["input_ids"][0] for row in rows_left]
-
-    def test_everything_else_is_the_inner_datasets(self):
-        inner = self.stream(num_shards=3).shuffle(seed=2, buffer_size=4)
-        ahead = self.made(inner)
-        assert ahead.n_shards == 3 and ahead.column_names == ["input_ids"]
-        epochs = []
-        for epoch in (0, 1, 0):
-            ahead.set_epoch(epoch)
-            epochs.append([row["input_ids"][0] for row in ahead])
-        assert inner.epoch == 0 and epochs[0] == epochs[2] != epochs[1]
-        assert not hasattr(ahead, "__len__") and not hasattr(ahead, "no_such_thing")
-
-    def test_a_length_passes_through(self):
-        class Sized(torch.utils.data.IterableDataset):
-            def __iter__(self):
-                yield {"input_ids": [1]}
-
-            def __len__(self):
-                return 1
-
-        ahead = self.made(Sized())
-        assert len(ahead) == 1 and not hasattr(ahead, "state_dict") and len(list(ahead)) == 1

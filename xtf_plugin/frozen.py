@@ -49,9 +49,10 @@ class FrozenPlan:
 
     @property
     def batch_tokens(self) -> int:
-        """Padded tokens per scoring batch."""
+        """Padded tokens per scoring batch; less once memory has run out, so that not every stretch finds out anew."""
         chosen = self.config.batch_tokens
-        return default_batch_tokens(self.reference.device) if chosen == "auto" else int(chosen)
+        whole = default_batch_tokens(self.reference.device) if chosen == "auto" else int(chosen)
+        return max(1, whole >> (self.stats.halvings + self.excerpts.halvings))
 
     def select(self, documents: DocumentSet) -> Selection:
         """Score the documents and decide for every completion token."""
