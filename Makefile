@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-lowest lint bench bench-scoring proof proof-gpu docs clean
+.PHONY: demo test test-lowest lint bench bench-scoring bench-streaming proof proof-gpu docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -51,11 +51,14 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m xtf_plugin.config_docs --check
 
-bench: bench-scoring
+bench: bench-scoring bench-streaming
 
 bench-scoring: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_scoring
 	$(BIN)/python -m tests.benchmarks.bench_overheads
+
+bench-streaming: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.bench_streaming
 
 # From nothing to the tables of docs/evidence.md: about an hour on two cores. Started again, it goes on where it stopped.
 proof: $(STAMP)
