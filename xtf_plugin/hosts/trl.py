@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import XTFError, XTFUserError
 from . import _compat
 from .autoload import when_imported
+from .guard import EMPTY_BLOCK, ending_with_2, handing_on_2, meant_as_block
 
 if TYPE_CHECKING:
     from ..config import XTFConfig
@@ -106,27 +106,15 @@ def _refusing_elsewhere(original: Any) -> Any:
     def set_defaults_with_config(self: Any, **config: Any) -> list[str]:
         remaining: list[str] = original(self, **config)
         if "xtf" in config and config["xtf"] is None:
-            _stop(
-                self,
-                "the recipe's `xtf:` block is empty. Write `xtf: true` for the defaults, `xtf: false` for off.",
-            )
+            _stop(self, EMPTY_BLOCK)
         if "--xtf" in remaining[::2] and config["xtf"] is not False:
             _stop(self, "unrecognized arguments: --xtf: an `xtf:` block works in SFT only; remove it from this recipe.")
         for key in (name.removeprefix("--") for name in remaining[::2]):
-            if _meant_as_block(key, config.get(key)):
+            if meant_as_block(key, config.get(key)):
                 _stop(self, f"unrecognized key {key!r} in this recipe. Did you mean `xtf:`?")
         return remaining
 
     return set_defaults_with_config
-
-
-def _meant_as_block(key: str, value: Any) -> bool:
-    """Whether an unknown recipe key is `xtf` mistyped: other case or spaces, two letters swapped, one too many."""
-    plain = key.strip().casefold()
-    if plain == "xtf":
-        return key != "xtf"
-    likely = sorted(plain) == sorted("xtf") or (len(plain) == 4 and {"x", "t", "f"} <= set(plain))
-    return likely and (value is True or isinstance(value, dict))
 
 
 def _parse_with_block(original: Any) -> Any:
@@ -174,7 +162,7 @@ def _record(target: Any, config: XTFConfig | None) -> None:
         target.xtf = config.to_dict()
         if not _block_parsed:
             _undo.append(functools.partial(setattr, sys, "excepthook", sys.excepthook))
-            sys.excepthook = _handing_on_2(sys.excepthook)
+            sys.excepthook = handing_on_2(sys.excepthook, lambda command: "sft.py" in command)
         _block_parsed = True
         when_imported(TRAINER_MODULE, patch_trainer)
         when_imported(BASE_TRAINER_MODULE, patch_base_trainer)
@@ -203,46 +191,10 @@ def _init_with_attach(original: Any) -> Any:
         config = XTFConfig.parse(block)
         original(self, *args, **kwargs)
         if config is not None:
-            _ending_with_2(attach)(self, config)
-            self.train = _ending_with_2(self.train)
+            ending_with_2(attach)(self, config)
+            self.train = ending_with_2(self.train)
 
     return init
-
-
-def _ending_with_2(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Under a stock command nobody can catch the user's error: print it alone and end with 2, without a traceback."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except XTFUserError as error:
-            sys.stderr.write(f"xtf: error: {str(error).removeprefix('xtf: ')}\n")
-            raise SystemExit(2) from error
-
-    return wrapper
-
-
-def _handing_on_2(previous: Callable[..., Any]) -> Callable[..., Any]:
-    """In the process that launched the training: accelerate turns the child's 2 into a traceback and 1; undo that."""
-
-    def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        one = isinstance(error, subprocess.CalledProcessError) and "sft.py" in str(error.cmd) and error.returncode == 2
-        if one or _first_of_several(error) == 2:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(2)  # the only way to choose the exit code here; the child has said why
-        previous(kind, error, trace)
-
-    return excepthook
-
-
-def _first_of_several(error: BaseException) -> int | None:
-    """Exit code of the rank that ended first, if `error` is what torch's launcher of several processes raises."""
-    if type(error).__name__ != "ChildFailedError":
-        return None
-    first: Any = error
-    return first.get_first_failure()[1].exitcode  # type: ignore[no-any-return]
 
 
 def _train_only_attached(original: Any) -> Any:

@@ -1,0 +1,69 @@
+"""What every host's hook needs to fail closed: keys that were meant as a block, and how a refused run ends.
+
+Standard library only, like all that the boot hook may load; knows no host.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import XTFUserError
+
+EMPTY_BLOCK = (
+    "the recipe's `xtf:` block is empty. Write `xtf: true` for the defaults, `xtf: false` for off, or a mapping."
+)
+
+
+def meant_as_block(key: str, value: Any) -> bool:
+    """Whether an unknown recipe key is `xtf` mistyped: other case or spaces, two letters swapped, one too many."""
+    plain = key.strip().casefold()
+    if plain == "xtf":
+        return key != "xtf"
+    likely = sorted(plain) == sorted("xtf") or (len(plain) == 4 and {"x", "t", "f"} <= set(plain))
+    return likely and (value is True or isinstance(value, dict))
+
+
+def ending_with_2(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under a stock command nobody can catch the user's error: print it alone and end with 2, without a traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except XTFUserError as error:
+            sys.stderr.write(f"xtf: error: {str(error).removeprefix('xtf: ')}\n")
+            raise SystemExit(2) from error
+
+    return wrapper
+
+
+def handing_on_2(previous: Callable[..., Any], mine: Callable[[str], bool]) -> Callable[..., Any]:
+    """For the process that launched the training: its launcher turns the child's 2 into a traceback and 1; undo that.
+
+    Args:
+        previous: the excepthook for everything else.
+        mine: told the failed command, whether it is a run that a block of ours may have ended with 2.
+    """
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        one = isinstance(error, subprocess.CalledProcessError) and error.returncode == 2 and mine(str(error.cmd))
+        if one or _first_of_several(error) == 2:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)  # the only way to choose the exit code here; the child has said why
+        previous(kind, error, trace)
+
+    return excepthook
+
+
+def _first_of_several(error: BaseException) -> int | None:
+    """Exit code of the rank that ended first, if `error` is what torch's launcher of several processes raises."""
+    if type(error).__name__ != "ChildFailedError":
+        return None
+    first: Any = error
+    return first.get_first_failure()[1].exitcode  # type: ignore[no-any-return]
