@@ -14,9 +14,19 @@ if TYPE_CHECKING:
     from .collator import XTFDataCollator
     from .config import XTFConfig
     from .errors import XTFDryRun, XTFError, XTFUserError
+    from .hosts.axolotl import XTFPlugin
 
 __version__ = "0.1.0"
-__all__ = ["XTFCallback", "XTFConfig", "XTFDataCollator", "XTFDryRun", "XTFError", "XTFUserError", "attach"]
+__all__ = [
+    "XTFCallback",
+    "XTFConfig",
+    "XTFDataCollator",
+    "XTFDryRun",
+    "XTFError",
+    "XTFPlugin",
+    "XTFUserError",
+    "attach",
+]
 
 _HOME = {
     "XTFCallback": "callback",
@@ -24,6 +34,7 @@ _HOME = {
     "XTFDataCollator": "collator",
     "XTFDryRun": "errors",
     "XTFError": "errors",
+    "XTFPlugin": "hosts.axolotl",
     "XTFUserError": "errors",
     "attach": "callback",
 }

@@ -14,6 +14,9 @@ from ..errors import XTFUserError
 
 TRL_OLDEST = (1, 9)  # first release whose train rows carry `labels`; goes up only when a patch point changes
 TRL_NEWEST_TESTED = (1, 16)  # raise after a run of the test suite on a newer release
+AXOLOTL_OLDEST = (0, 19)  # the only release tested; older ones pin a TRL and a transformers below what we need
+AXOLOTL_NEWEST_TESTED = (0, 19)  # raise after `make test-axolotl` on a newer release
+AXOLOTL_DEFAULT_OUTPUT_DIR = "./model-out"  # where an Axolotl recipe without `output_dir` writes
 TRL_DEFAULT_OUTPUT_DIR = "trainer_output"  # where a recipe without `output_dir` writes; from transformers >= 5
 
 WORKERS_REFUSED = (
@@ -55,15 +58,37 @@ def check_trl(version: str | None) -> None:
 
     Raises XTFUserError when `version` is None (not installed) or below `TRL_OLDEST`.
     """
-    legal = f"trl>={TRL_OLDEST[0]}.{TRL_OLDEST[1]}"
-    newest = f"{TRL_NEWEST_TESTED[0]}.{TRL_NEWEST_TESTED[1]}"
-    if version is None or release(version)[:2] < TRL_OLDEST:
+    _check_release("TRL", "trl", version, TRL_OLDEST, TRL_NEWEST_TESTED)
+
+
+def check_axolotl(version: str | None) -> None:
+    """Refuse an Axolotl that cannot apply a block, and warn of one that is newer than any tested.
+
+    Raises XTFUserError when `version` is None (not installed) or below `AXOLOTL_OLDEST`.
+    """
+    _check_release("Axolotl", "axolotl", version, AXOLOTL_OLDEST, AXOLOTL_NEWEST_TESTED)
+
+
+def _check_release(
+    name: str, package: str, version: str | None, oldest: tuple[int, ...], tested: tuple[int, ...]
+) -> None:
+    legal = f"{package}>={oldest[0]}.{oldest[1]}"
+    newest = f"{tested[0]}.{tested[1]}"
+    if version is None or release(version)[:2] < oldest:
         found = "not installed" if version is None else f"version {version}"
         raise XTFUserError(
-            f"xtf: TRL is {found}, an `xtf:` block needs {legal} (tested up to {newest}). Run: pip install '{legal}'"
+            f"xtf: {name} is {found}, an `xtf:` block needs {legal} (tested up to {newest}). Run: pip install '{legal}'"
         )
-    if release(version)[:2] > TRL_NEWEST_TESTED:
-        _logger.warning("xtf: TRL %s is newer than the newest tested release, %s; going on.", version, newest)
+    if release(version)[:2] > tested:
+        _logger.warning("xtf: %s %s is newer than the newest tested release, %s; going on.", name, version, newest)
+
+
+def check_disabled(environment: Mapping[str, str], source: str = "this process's environment") -> None:
+    """Refuse an environment that switches XTF off under a recipe with a block. Raises XTFUserError."""
+    if is_on(environment.get("XTF_DISABLE")):
+        raise XTFUserError(
+            f"xtf: block present but XTF_DISABLE={environment['XTF_DISABLE']}: remove one of them (set in {source})."
+        )
 
 
 def check_switches(environment: Mapping[str, str], source: str = "this process's environment") -> None:
@@ -71,10 +96,7 @@ def check_switches(environment: Mapping[str, str], source: str = "this process's
 
     `environment` is what the training process will see; `source` is named in the message. Raises XTFUserError.
     """
-    if is_on(environment.get("XTF_DISABLE")):
-        raise XTFUserError(
-            f"xtf: block present but XTF_DISABLE={environment['XTF_DISABLE']}: remove one of them (set in {source})."
-        )
+    check_disabled(environment, source)
     autoload = environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     if autoload != "1":  # PyTorch's own test: every value but "1" turns autoloading off
         raise XTFUserError(

@@ -23,14 +23,27 @@ from types import ModuleType
 from typing import Any
 
 PARSER_MODULE = "trl.scripts.utils"
+AXOLOTL_MODULE = "axolotl.cli.config"
+AXOLOTL_TRAINING = "axolotl.cli.train"  # what Axolotl's launchers are told to run
+
+_TRL = ("TRL", "pip install 'trl>=1.9'")
+_AXOLOTL = ("Axolotl", "pip install axolotl==0.19.0")
 
 _waiting: dict[str, Callable[[ModuleType], None]] = {}
 _searching = threading.local()
 
 
 def install() -> None:
-    """Arrange that TRL's parser learns the `xtf:` block once its module is complete; idempotent, never raises."""
+    """Arrange that TRL's parser learns the `xtf:` block, and that Axolotl refuses one which its plugin does not apply,
+    once their modules are complete; idempotent, never raises.
+    """
     _report_failure(lambda: when_imported(PARSER_MODULE, lambda module: _report_failure(lambda: _teach(module))))
+    _report_failure(
+        lambda: when_imported(AXOLOTL_MODULE, lambda module: _report_failure(lambda: _guard(module), *_AXOLOTL)),
+        *_AXOLOTL,
+    )
+    if AXOLOTL_TRAINING in sys.argv:
+        _report_failure(_hand_on_exit_code, *_AXOLOTL)
 
 
 def uninstall() -> None:
@@ -38,9 +51,10 @@ def uninstall() -> None:
     _waiting.clear()
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
-    from . import trl
+    from . import axolotl_hook, trl
 
     trl.unpatch()
+    axolotl_hook.unpatch()
 
 
 def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
@@ -119,27 +133,39 @@ def _teach(module: ModuleType) -> None:
     trl.patch_parser(module)
 
 
-def _refuse_blocks(error: BaseException) -> None:
+def _guard(module: ModuleType) -> None:
+    from . import axolotl_hook
+
+    axolotl_hook.patch_config(module)
+
+
+def _hand_on_exit_code() -> None:
+    from . import axolotl_hook
+
+    axolotl_hook.patch_launcher()
+
+
+def _refuse_blocks(error: BaseException, host: str, cure: str) -> None:
     """End a run that brings an `xtf:` block which nothing in this process will apply."""
     words = sys.argv[1:]
     found = any(word.split("=")[0] == "--xtf" for word in words)
-    for flag, path in zip(words, words[1:], strict=False):
-        if flag == "--config":
-            with open(path, encoding="utf-8", errors="replace") as recipe:
+    for flag, path in zip(["", *words], words, strict=False):
+        if flag == "--config" or path.endswith((".yaml", ".yml")):  # TRL's recipes follow a flag, Axolotl's do not
+            with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as recipe:
                 found = found or any(line.startswith("xtf:") for line in recipe)
     if found:
         sys.stderr.write(
-            f"xtf: error: xtf-plugin does not fit the installed TRL ({type(error).__name__}: {error}), so the `xtf:` "
-            "block cannot be applied. Install a supported version: pip install 'trl>=1.9'\n"
+            f"xtf: error: xtf-plugin does not fit the installed {host} ({type(error).__name__}: {error}), so the "
+            f"`xtf:` block cannot be applied. Install a supported version: {cure}\n"
         )
         raise SystemExit(2)
 
 
-def _report_failure(action: Callable[[], None]) -> None:
+def _report_failure(action: Callable[[], None], host: str = _TRL[0], cure: str = _TRL[1]) -> None:
     """Run `action`; log what it raises.
 
     The one place of the package that catches `Exception`: letting anything through would break `import torch`, or the
-    import of trl, for programs without an `xtf:` block.
+    import of a host, for programs without an `xtf:` block.
     """
     try:
         action()
@@ -147,10 +173,10 @@ def _report_failure(action: Callable[[], None]) -> None:
         import logging
 
         logging.getLogger("xtf_plugin").error(
-            "xtf-plugin could not hook into TRL (%s: %s): `xtf:` blocks are NOT applied in this process. "
+            "xtf-plugin could not hook into %s (%s: %s): `xtf:` blocks are NOT applied in this process. "
             "Reinstall xtf-plugin, or `pip uninstall xtf-plugin`.",
+            host,
             type(error).__name__,
             error,
         )
-        with contextlib.suppress(OSError):
-            _refuse_blocks(error)
+        _refuse_blocks(error, host, cure)

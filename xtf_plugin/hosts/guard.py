@@ -28,6 +28,21 @@ def meant_as_block(key: str, value: Any) -> bool:
     return likely and (value is True or isinstance(value, dict))
 
 
+def wrap(owner: Any, name: str, build: Callable[[Any], Any], undo: list[Callable[[], None]]) -> None:
+    """Replace `owner.name` by `build(original)` once, and note in `undo` how to put it back (inherited: delete again).
+
+    Raises AttributeError, before any change, if the owner has no such name.
+    """
+    original = getattr(owner, name)
+    if getattr(original, "_xtf_patch", False):
+        return
+    replacement: Any = functools.update_wrapper(build(original), original)
+    replacement._xtf_patch = True
+    own = name in vars(owner)
+    undo.append(functools.partial(setattr, owner, name, original) if own else functools.partial(delattr, owner, name))
+    setattr(owner, name, replacement)
+
+
 def ending_with_2(function: Callable[..., Any]) -> Callable[..., Any]:
     """Under a stock command nobody can catch the user's error: print it alone and end with 2, without a traceback."""
 

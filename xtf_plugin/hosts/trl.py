@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import XTFError, XTFUserError
 from . import _compat
 from .autoload import when_imported
-from .guard import EMPTY_BLOCK, ending_with_2, handing_on_2, meant_as_block
+from .guard import EMPTY_BLOCK, ending_with_2, handing_on_2, meant_as_block, wrap
 
 if TYPE_CHECKING:
     from ..config import XTFConfig
@@ -76,15 +76,7 @@ def unpatch() -> None:
 
 
 def _wrap(owner: Any, name: str, build: Callable[[Any], Any]) -> None:
-    """Replace `owner.name` by `build(original)` once, and remember how to put it back (inherited: delete again)."""
-    original = getattr(owner, name)
-    if getattr(original, "_xtf_patch", False):
-        return
-    replacement: Any = functools.update_wrapper(build(original), original)
-    replacement._xtf_patch = True
-    own = name in vars(owner)
-    _undo.append(functools.partial(setattr, owner, name, original) if own else functools.partial(delattr, owner, name))
-    setattr(owner, name, replacement)
+    wrap(owner, name, build, _undo)
 
 
 def _init_with_argument(original: Any) -> Any:

@@ -1,0 +1,91 @@
+"""What an Axolotl recipe must say for its `xtf:` block to be applied; asked before anything is loaded.
+
+The same questions are asked by the boot hook (of every recipe that Axolotl reads), by the plugin and by `xtf check`.
+Standard library only: it reads a mapping and knows nothing of Axolotl's classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import XTFUserError
+from . import _compat
+from .guard import EMPTY_BLOCK, meant_as_block
+
+PLUGIN = "xtf_plugin.XTFPlugin"
+
+_REFUSED = {
+    "rl": "an `xtf:` block works in supervised fine-tuning only",
+    "reward_model": "an `xtf:` block works in supervised fine-tuning only",
+    "process_reward_model": "an `xtf:` block works in supervised fine-tuning only",
+    "pretraining_dataset": "its data is streamed, and thresholds need the whole dataset before training; name it under "
+    "`datasets`",
+    "streaming": "thresholds need the whole dataset before training; set streaming: false",
+    "kd_trainer": "distillation trains on a mask of its own besides the labels, which xtf does not reach",
+    "processor_type": "labels of image and audio data are made while batches are built, where no score is known",
+}
+_DIFFUSION = "axolotl.integrations.diffusion."
+
+
+def has_block(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe asks for XTF: `xtf:` is there and not false.
+
+    Raises XTFUserError for an empty block, which would switch the filter off unnoticed, and a mistyped key.
+    """
+    for key, value in recipe.items():
+        if meant_as_block(str(key), value):
+            raise XTFUserError(f"xtf: unrecognized key {key!r} in this recipe. Did you mean `xtf:`?")
+    if "xtf" not in recipe or recipe["xtf"] is False:
+        return False
+    if recipe["xtf"] is None:
+        raise XTFUserError(f"xtf: {EMPTY_BLOCK}")
+    return True
+
+
+def check_surroundings() -> None:
+    """Raise XTFUserError if this environment cannot apply a block: switched off, or another Axolotl."""
+    _compat.check_disabled(os.environ)
+    _compat.check_axolotl(_compat.installed_version("axolotl"))
+
+
+def check_settings(recipe: Mapping[str, Any]) -> None:
+    """Raise XTFUserError for settings under which the masks of a block would not be what is trained on."""
+    for key, why in _REFUSED.items():
+        value = recipe.get(key)
+        if value:
+            shown = f"{key}: {getattr(value, 'value', value)}" if isinstance(value, (str, bool)) else f"{key}:"
+            raise XTFUserError(f"xtf: `{shown}` and `xtf:` do not go together: {why}. Remove one of them.")
+    for name in _plugins(recipe):
+        if name.startswith(_DIFFUSION):
+            raise XTFUserError(
+                f"xtf: the plugin {name} and `xtf:` do not go together: it also noises its input by the labels. "
+                "Remove one of them."
+            )
+
+
+def check_plugin_line(recipe: Mapping[str, Any]) -> None:
+    """Raise XTFUserError, with the line to write, unless `plugins:` is a list that may hold ours."""
+    if not isinstance(recipe.get("plugins") or [], list):
+        raise XTFUserError(f"xtf: `plugins:` must be a list. Write: {_line(recipe)}")
+    if not any(name.rpartition(".")[2] == "XTFPlugin" for name in _plugins(recipe)):
+        raise missing_plugin(recipe)
+
+
+def missing_plugin(recipe: Mapping[str, Any]) -> XTFUserError:
+    """The error of a recipe whose block nothing would apply: Axolotl drops keys that no plugin declares."""
+    return XTFUserError(
+        "xtf: this recipe has an `xtf:` block, but its plugin is not loaded, so Axolotl would train without it. "
+        f"Add this line to the recipe: {_line(recipe)}"
+    )
+
+
+def _plugins(recipe: Mapping[str, Any]) -> list[str]:
+    named = recipe.get("plugins") or []
+    return [str(name) for name in named] if isinstance(named, list) else [str(named)]
+
+
+def _line(recipe: Mapping[str, Any]) -> str:
+    others = [name for name in _plugins(recipe) if name.rpartition(".")[2] != "XTFPlugin"]
+    return f"plugins: [{', '.join([*others, PLUGIN])}]"
