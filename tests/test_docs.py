@@ -247,3 +247,11 @@ def test_rules_refuse_what_is_wrong(language, text):
     assert (block.line, block.text) == (3, text)
     with pytest.raises((AssertionError, pytest.fail.Exception, ValueError)):
         check_block(block)
+
+
+def test_the_matrix_names_tests_that_exist():
+    page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 10
+    for path, test in named:
+        assert re.search(rf"^ *def {test}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), f"{path}::{test}"
