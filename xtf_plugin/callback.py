@@ -20,6 +20,7 @@ from .epochs import EpochSelection, evolving
 from .errors import XTFDryRun, XTFError, XTFUserError
 from .held import check_base
 from .hosts._compat import is_on
+from .hosts.supported import text_tokenizer
 from .hosts.trainer import TrainerHooks, check_trainer, rows, rows_under_way, streamed, visible_columns
 from .pipeline import Plan, ReferenceProvider, make_plan
 from .providers import BorrowedReference, SeparateReference
@@ -135,6 +136,14 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 "train on. Loosen a rule, or set min_kept above 0; `dry_run: true` shows what each rule drops."
             )
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse a training whose batches do not come by: a loop of its own, or a step that somebody put back."""
+        if not self._verified:
+            raise XTFError(
+                f"a step was made with a batch that xtf has not seen: {type(self.trainer).__name__} does not train "
+                "through its own training_step (or somebody replaced it after xtf was attached). Attach xtf last."
+            )
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Tell in how many batches a label had to be given back because the batch had none left."""
         batches, _, revived = self.collator.counters.sum(0).tolist()
@@ -192,9 +201,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
 
 def _tokenizer(trainer: Any) -> Any:
-    """The text tokenizer of a trainer, also inside a processor."""
-    processing = trainer.processing_class
-    return getattr(processing, "tokenizer", processing)
+    return text_tokenizer(trainer)
 
 
 def attach(trainer: Any, config: XTFConfig | Mapping[str, Any] | bool | str | None) -> Any:

@@ -144,7 +144,7 @@ class XTFDataCollator:
             first = bool(len(keep)) and bool(completion[0]) and bool(keep[0])
             result.firsts += int(first)
             result.trainable += int(keep.sum()) - int(first)
-        result.features = {**row, "labels": labels.tolist()}
+        result.features = {**row, "labels": _as_before(row["labels"], labels)}
         return result
 
     def _verify(self, batch: Any, rows: list[_Row]) -> None:
@@ -161,6 +161,13 @@ class XTFDataCollator:
                 "builds labels "
                 "of its own. Use the trainer's default collator or one that keeps the `labels` column."
             )
+
+
+def _as_before(given: Any, labels: NDArray[np.int64]) -> Any:
+    """Labels as the kind of sequence that the row had: a collator of the host's own may ask for tensors."""
+    if isinstance(given, torch.Tensor):
+        return torch.from_numpy(labels).to(given.dtype)
+    return labels.astype(given.dtype) if isinstance(given, np.ndarray) else labels.tolist()
 
 
 @dataclass

@@ -43,9 +43,10 @@ def split_row(row: Mapping[str, Any]) -> list[tuple[slice, Ids, Mask]]:
 
     A row with `seq_lengths` is packed (TRL `bfd`, `bfd_split`); one with `position_ids` is cut where they restart; any
     other row is one document. TRL's `wrapped` packing keeps no boundaries: its rows are scored as they are trained on.
+    What `attention_mask` marks as padding belongs to no document.
 
     Raises:
-        XTFUserError: no `labels`, labels of another length, or `seq_lengths` that do not add up.
+        XTFUserError: no `labels`, labels of another length, labels on padding, or `seq_lengths` that do not add up.
     """
     if row.get("labels") is None:
         raise XTFUserError(
@@ -59,12 +60,35 @@ def split_row(row: Mapping[str, Any]) -> list[tuple[slice, Ids, Mask]]:
             f"a training row has {ids.shape} input_ids but {labels.shape} labels; both must be flat lists of equal "
             "length."
         )
-    bounds = _bounds(row, len(ids))
     completion = labels != IGNORE_INDEX
+    start, end = _without_padding(row, completion)
+    bounds = [start + cut for cut in _bounds(row, start, end)]
     return [(slice(a, b), ids[a:b], completion[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def _bounds(row: Mapping[str, Any], length: int) -> list[int]:
+def _without_padding(row: Mapping[str, Any], completion: Mask) -> tuple[int, int]:
+    """Where a row's tokens begin and end, by its `attention_mask`: many datasets are padded before they get here."""
+    if row.get("attention_mask") is None:
+        return 0, len(completion)
+    real = np.asarray(row["attention_mask"]) != 0
+    where = np.flatnonzero(real)
+    start, end = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
+    if real.shape != completion.shape or not real[start:end].all():
+        raise XTFUserError(
+            f"a training row has {len(completion)} tokens and an attention_mask of shape {real.shape} with "
+            f"{len(where)} ones; it must be as long, with all its ones side by side and zeros for padding alone."
+        )
+    if (stray := int((completion & ~real).sum())) > 0:
+        raise XTFUserError(
+            f"a training row has labels on {stray} of its {len(real) - len(where)} padding tokens (attention_mask 0): "
+            "they would be trained on. Give padding the label -100, or leave it to the collator."
+        )
+    return start, end
+
+
+def _bounds(row: Mapping[str, Any], start: int, end: int) -> list[int]:
+    """Where the documents between `start` and `end` of a row begin, counted from `start`; and the end of the last."""
+    length = end - start
     if row.get("seq_lengths") is not None:
         lengths = np.asarray(row["seq_lengths"], dtype=np.int64)
         if (lengths < 1).any() or int(lengths.sum()) != length:
@@ -74,7 +98,7 @@ def _bounds(row: Mapping[str, Any], length: int) -> list[int]:
             )
         return [0, *np.cumsum(lengths).tolist()]
     if row.get("position_ids") is not None:
-        starts = np.flatnonzero(np.asarray(row["position_ids"]) == 0).tolist()
+        starts = np.flatnonzero(np.asarray(row["position_ids"])[start:end] == 0).tolist()
         return [*(starts if starts[:1] == [0] else [0, *starts]), length]
     return [0, length]
 

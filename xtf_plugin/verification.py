@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,24 +43,29 @@ class PlannedDocuments:
 
     def of_length(self, length: int) -> Iterator[Candidate]:
         """See `Planned`."""
-        found = np.flatnonzero(self.documents.lengths == length)
-        offsets = self.documents.completion_offsets if len(found) else None
-        for index in found:
-            assert offsets is not None
+        for index in np.flatnonzero(self.documents.lengths == length):
             tokens, completion = self.documents.document(int(index))
-            yield tokens, completion, self.keep[offsets[index] : offsets[index + 1]]
+            yield tokens, completion, self.keep[self._offsets[index] : self._offsets[index + 1]]
+
+    @cached_property
+    def _offsets(self) -> NDArray[np.int64]:
+        return self.documents.completion_offsets
 
 
-def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> None:
+def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
     """Check that a batch carries exactly the planned labels.
 
     It sees what reaches the model, after every other piece of the host's pipeline.
+
+    Returns:
+        how many labels the plan drops in it: a batch without any looks the same whether or not masks are applied.
 
     Raises:
         XTFError: a document's labels are not the planned ones, or no planned document is in the batch.
     """
     found = 0
     revived = 0
+    dropped = 0
     padded = "attention_mask" not in inputs and "position_ids" not in inputs
     for ids, labels in _pieces(inputs):
         verdict = _matches(planned, ids, labels)
@@ -74,8 +80,9 @@ def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> None:
                 )
             continue
         found += 1
-        revived += int(verdict == "one more")
-        if verdict == "differs" or revived > 1:
+        revived += int(verdict.kind == "one more")
+        dropped += verdict.dropped
+        if verdict.kind == "differs" or revived > 1:
             raise XTFError(
                 f"the first training batch does not carry the planned labels: a document of {len(ids)} tokens arrived "
                 f"with {int((labels != IGNORE_INDEX).sum())} labels. A collator or a callback rebuilds labels; "
@@ -83,6 +90,7 @@ def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> None:
             )
     if not found:
         raise XTFError("the first training batch holds no planned document: no sign that the masks are applied.")
+    return dropped
 
 
 def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
@@ -103,8 +111,16 @@ def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     return pieces
 
 
-def _matches(candidates: Planned, ids: Any, labels: Any) -> str | None:
-    """None: no planned document has these tokens; else `equal`, `one more` (a label given back) or `differs`."""
+class _Verdict(NamedTuple):
+    """How a document arrived: `equal`, `one more` (a label given back) or `differs`; and how many labels it is to
+    lose."""
+
+    kind: str
+    dropped: int
+
+
+def _matches(candidates: Planned, ids: Any, labels: Any) -> _Verdict | None:
+    """None: no planned document has these tokens."""
     verdict = None
     for tokens, completion, keep in candidates.of_length(len(ids)):
         if not np.array_equal(tokens, ids):
@@ -112,16 +128,17 @@ def _matches(candidates: Planned, ids: Any, labels: Any) -> str | None:
         planned = np.zeros(len(ids), dtype=bool)
         planned[np.flatnonzero(completion)[keep]] = True
         kept = labels != IGNORE_INDEX
+        dropped = int((~keep).sum())
         if np.array_equal(kept[1:], planned[1:]):
-            return "equal"
+            return _Verdict("equal", dropped)
         more = kept[1:] & ~planned[1:]
         if more.sum() == 1 and not (planned[1:] & ~kept[1:]).any() and completion[1:][more].all():
-            verdict = "one more"
-        verdict = verdict or "differs"
+            verdict = _Verdict("one more", dropped)
+        verdict = verdict or _Verdict("differs", dropped)
     return verdict
 
 
-def _matches_prefix(planned: Planned, ids: Any, labels: Any) -> str | None:
+def _matches_prefix(planned: Planned, ids: Any, labels: Any) -> _Verdict | None:
     """`_matches` for a row whose padding no mask tells: the longest document that it begins with."""
     for length in sorted(planned.lengths(), reverse=True):
         if length < len(ids) and (labels[length:] == IGNORE_INDEX).all():

@@ -16,23 +16,20 @@ from datasets import Dataset, IterableDataset
 from ..collator import XTFDataCollator
 from ..errors import XTFError, XTFUserError
 from ._compat import WORKERS_REFUSED
+from .supported import check_collator, check_columns, check_host
 
-READ_COLUMNS = ("input_ids", "labels", "seq_lengths", "position_ids")
+READ_COLUMNS = ("input_ids", "labels", "attention_mask", "seq_lengths", "position_ids")
 
 
 def check_trainer(trainer: Any) -> None:
     """Refuse by name what cannot be masked.
 
     Raises:
-        XTFUserError: not a transformers Trainer, no train dataset or one of no known kind, or image data; a streamed
-            one with dataloader workers, or in several processes.
+        XTFUserError: see `check_host`; no train dataset or one of no known kind, or image data; a streamed one with
+            dataloader workers, or in several processes.
     """
-    from transformers import Trainer
-
-    if not isinstance(trainer, Trainer):
-        raise XTFUserError(
-            f"attach() needs a transformers Trainer (TRL's SFTTrainer, for one), got {type(trainer).__name__}."
-        )
+    check_host(trainer)
+    check_collator(trainer.data_collator)
     dataset = trainer.train_dataset
     if dataset is None:
         raise XTFUserError("xtf: the trainer has no train_dataset; there is nothing to score.")
@@ -73,10 +70,17 @@ def rows_under_way(trainer: Any) -> int:
 
 
 def visible_columns(trainer: Any) -> tuple[str, ...]:
-    """The columns that reach the collator: documents must be cut alike while planning and while training."""
+    """The columns that reach the collator: documents must be cut alike while planning and while training.
+
+    Raises:
+        XTFUserError: some of them hold no text.
+    """
+    present = set(getattr(trainer.train_dataset, "column_names", None) or ())  # unknown of streams and torch datasets
     if not trainer.args.remove_unused_columns:
+        check_columns(present)
         return READ_COLUMNS
     trainer._set_signature_columns_if_needed()
+    check_columns(present & set(trainer._signature_columns))
     return tuple(name for name in READ_COLUMNS if name in trainer._signature_columns)
 
 
@@ -85,6 +89,12 @@ def rows(dataset: Any, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         for index in range(len(dataset)):
             row = dataset[index]
+            if not hasattr(row, "keys"):
+                raise XTFUserError(
+                    f"xtf: row {index} of the train_dataset ({type(dataset).__name__}) is a {type(row).__name__}; it "
+                    "must be a mapping with `input_ids` and `labels`."
+                )
+            check_columns(row.keys())
             yield {name: row[name] for name in columns if name in row}
         return
     names = [name for name in columns if name in dataset.column_names]
@@ -98,14 +108,21 @@ def rows(dataset: Any, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
             "with -100 outside the completion."
         )
     for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1_000):
-        lists = {name: _slices(batch.column(name)) for name in names}
+        lists = {name: _slices(name, batch.column(name)) for name in names}
         for index in range(len(batch)):
             yield {name: parts[index] for name, parts in lists.items() if parts[index] is not None}
 
 
-def _slices(column: Any) -> list[Any]:
+def _slices(name: str, column: Any) -> list[Any]:
     """A list column as one numpy view per row; None for a missing list."""
     parts: list[Any] = []
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    flat = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
+    if not any(f(column.type) for f in kinds) or not any(f(column.type.value_type) for f in flat):
+        raise XTFUserError(
+            f"xtf: the column `{name}` of the training dataset holds {column.type}; it must hold a flat list of token "
+            "ids in every row. Labels of whole rows (classification) cannot be masked."
+        )
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.large_list(column.type.value_type))
     for chunk in column.chunks:
