@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-lowest lint bench bench-scoring bench-streaming proof proof-gpu docs clean
+.PHONY: demo test test-versions test-lowest test-middle lint bench bench-scoring bench-streaming proof proof-gpu docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,22 +28,24 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
 
-# The lowest versions that pyproject.toml states, in a virtual environment of their own; the tests are those in which
-# other packages' behaviour shows. TORCH stays what it is: PyPI's lower builds for Linux bring gigabytes of CUDA.
-LOWEST = .venv-lowest
-LOWEST_FILES = scorer attributes callback hook_trl store selection config config_errors cli opening excerpts typical selectors second_looks
-LOWEST_TESTS = $(LOWEST_FILES:%=tests/test_%.py) \
+# Other versions of the packages around us, each set in a virtual environment of its own: the lowest that pyproject.toml
+# states, and one between them and the newest. The tests are those in which other packages' behaviour shows. TORCH stays
+# what it is: PyPI's lower builds for Linux bring gigabytes of CUDA.
+VERSIONS_FILES = scorer attributes callback callback_refusals hook_trl hook_refusals store selection config config_errors cli opening excerpts typical selectors second_looks
+VERSIONS_TESTS = $(VERSIONS_FILES:%=tests/test_%.py) \
 	tests/test_end_to_end.py::test_other_launchers_apply_the_block \
 	tests/test_end_to_end.py::test_score_agrees_with_eager_float32
 
-test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+test-versions: test-lowest test-middle
 
-$(LOWEST)/.installed: pyproject.toml tests/constraints-lowest.txt
-	$(PYTHON) -m venv --clear $(LOWEST)
-	$(LOWEST)/bin/python -m pip install -q --upgrade pip
-	$(LOWEST)/bin/python -m pip install -q "$(TORCH)"
-	$(LOWEST)/bin/python -m pip install -q "$(TORCH)" -e ".[dev]" -c tests/constraints-lowest.txt
+test-lowest test-middle: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest $(VERSIONS_TESTS)
+
+.venv-%/.installed: pyproject.toml tests/constraints-%.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install -q --upgrade pip
+	.venv-$*/bin/python -m pip install -q "$(TORCH)"
+	.venv-$*/bin/python -m pip install -q "$(TORCH)" -e ".[dev]" -c tests/constraints-$*.txt
 	touch $@
 
 lint: $(STAMP)
