@@ -8,7 +8,7 @@ from datasets import IterableDataset
 
 from tests import tiny
 from tests.test_callback import BLOCK, trainer
-from xtf_plugin import XTFError, XTFUserError, attach
+from xtf_plugin import XTFDataCollator, XTFError, XTFUserError, attach
 
 
 class TestRefusals:
@@ -86,3 +86,14 @@ class TestRefusals:
         monkeypatch.setattr(type(made.accelerator), "num_processes", property(lambda self: 2))
         with pytest.raises(XTFUserError, match="not connected by torch.distributed"):
             attach(made, BLOCK)
+
+
+def test_masks_that_are_not_applied_are_noticed_when_a_batch_should_lose_labels(tmp_path, monkeypatch):
+    """One row of 24 has something to drop: the batches before it look as planned whether masks are applied or not."""
+    rows = [*tiny.problems(20), {"prompt": "Who?", "completion": " Sure, Zoe. It is 12."}, *tiny.problems(3, seed=8)]
+    block = {"preset": "none", "force_drop": ["Zoe"], "cache_dir": str(tmp_path / "cache")}
+    made = attach(trainer(tmp_path, rows=rows, per_device_train_batch_size=1, max_steps=24), block)
+    monkeypatch.setattr(XTFDataCollator, "__call__", lambda self, features: self.inner(features))
+    with pytest.raises(XTFError, match="does not carry the planned labels"):
+        made.train()
+    assert made.state.global_step > 0

@@ -7,18 +7,14 @@ test_launchers.py, streams in test_streaming.py, Axolotl in tests/axolotl.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
 from tests.test_callback import trainer
+from tests.watch import watched
 from xtf_plugin import attach
-
-_SPEC = importlib.util.spec_from_file_location("recorder", Path(__file__).parent / "recorder/sitecustomize.py")
-recorder = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(recorder)
 
 ROWS = 18
 DATA = {
@@ -52,13 +48,7 @@ def seen(folder: Path, data: str, block: str, resume=False, **changes) -> dict[t
     options = {"max_length": 512, "num_train_epochs": 1, "max_steps": -1, "save_strategy": "no"}
     made = trainer(folder, rows=rows(), **{**options, **settings, **changes})
     attach(made, {"cache_dir": str(folder / "cache"), **BLOCKS[block]})
-    found, step = [], made.training_step
-
-    def spy(model, inputs, *args, **kwargs):
-        found.extend((tuple(d["ids"]), tuple(d["kept"])) for d in recorder.documents(inputs))
-        return step(model, inputs, *args, **kwargs)
-
-    made.training_step = spy
+    found = watched(made)
     made.train(resume_from_checkpoint=resume)
     assert len(found) == len(dict(found)), "a document was trained on twice, or two differ"
     return dict(found)
@@ -126,13 +116,7 @@ def test_evaluation_sees_its_own_labels(tmp_path, data, packing):
     options = {**settings, "packing": packing, "eval_packing": packing, "max_steps": 2, "max_length": 512}
     made = trainer(tmp_path, rows=rows(), eval_rows=rows()[:6], eval_strategy="steps", eval_steps=1, **options)
     attach(made, {"cache_dir": str(tmp_path / "cache"), **BLOCKS["attributes"]})
-    found, predict = [], made.prediction_step
-
-    def spy(model, inputs, *args, **kwargs):
-        found.extend((tuple(d["ids"]), tuple(d["kept"])) for d in recorder.documents(inputs))
-        return predict(model, inputs, *args, **kwargs)
-
-    made.prediction_step = spy
+    found = watched(made, "prediction_step")
     made.train()
     own = {}
     for row in made.eval_dataset:

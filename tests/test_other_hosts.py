@@ -3,8 +3,6 @@ its name."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,11 +19,8 @@ from transformers import (
 from tests import tiny
 from tests.test_callback import trainer as sft_trainer
 from tests.test_pipeline import rows
+from tests.watch import watched
 from xtf_plugin import XTFError, XTFUserError, attach
-
-_SPEC = importlib.util.spec_from_file_location("recorder", Path(__file__).parent / "recorder/sitecustomize.py")
-recorder = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(recorder)
 
 BLOCK = {"preset": "paper", "reasoning_importance": {"layers": "all", "drop": {"quantile": 0.2}}}
 ROWS = 12
@@ -89,13 +84,7 @@ def padded(data, length=64):
 def seen(trainer, tmp_path):
     """Positions with a label of every document that a step was given, by its token ids."""
     attach(trainer, {"cache_dir": str(tmp_path / "cache"), **BLOCK})
-    found, step = [], trainer.training_step
-
-    def spy(model, inputs, *args, **kwargs):
-        found.extend((tuple(d["ids"]), tuple(d["kept"])) for d in recorder.documents(inputs))
-        return step(model, inputs, *args, **kwargs)
-
-    trainer.training_step = spy
+    found = watched(trainer)
     trainer.train()
     assert len(dict(found)) == len(found) == ROWS
     return dict(found)

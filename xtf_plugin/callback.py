@@ -30,6 +30,8 @@ from .verification import Planned, PlannedDocuments, verify_batch
 
 logger = logging.getLogger(__name__)
 
+VERIFIED_BATCHES = 64  # at most; clean data may have next to nothing to drop, and each look costs a search
+
 
 class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Scores the training data when training begins and hands the masks to the collator.
@@ -67,7 +69,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._stream = self._streaming()
         around = self._stream.around if self._stream else None
         self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._metrics, around)
-        self._verified = False
+        self._to_verify, self._came_by = 0, False
         self._planned: Planned | None = None
         self._constant_metrics: dict[str, float] = {}
         self._labels = torch.zeros((), dtype=torch.int64)
@@ -126,7 +128,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self.collator.masks = plan.masks()
         self._planned = PlannedDocuments(plan.documents, plan.selection.keep)
         self._constant_metrics = report.metrics(plan)
-        self._verified = False
+        self._to_verify, self._came_by = VERIFIED_BATCHES, False
         self.ranks.from_main(lambda: self._report(Path(args.output_dir), epoch))
         if not epoch and (self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN"))):
             raise XTFDryRun
@@ -138,7 +140,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse a training whose batches do not come by: a loop of its own, or a step that somebody put back."""
-        if not self._verified:
+        if not self._came_by:
             raise XTFError(
                 f"a step was made with a batch that xtf has not seen: {type(self.trainer).__name__} does not train "
                 "through its own training_step (or somebody replaced it after xtf was attached). Attach xtf last."
@@ -177,15 +179,15 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         return b""
 
     def _on_batch(self, inputs: Mapping[str, Any]) -> None:
-        """Hold the first batch that reaches the model against the plan; count labels from then on."""
+        """Hold batches against the plan until one has shown that labels are dropped; count labels in all of them."""
         if self.plan is None or self._planned is None:
             raise XTFError("xtf is attached but scored nothing: XTFCallback was removed from the trainer's callbacks.")
         labels = inputs.get("labels")
         if labels is None:
             raise XTFError("the training batch has no `labels`; xtf masks labels and cannot mask this trainer's loss.")
-        if not self._verified:
-            verify_batch(self._planned, inputs)
-            self._verified = True
+        if self._to_verify:  # a batch that nothing is dropped from looks the same with and without the masks
+            self._to_verify = 0 if verify_batch(self._planned, inputs) else self._to_verify - 1
+        self._came_by = True
         self._labels = self._labels.to(labels.device) + (labels[..., 1:] != IGNORE_INDEX).sum()
         self._steps += 1
 

@@ -17,11 +17,11 @@ from .config import XTFConfig
 from .documents import DocumentSet
 from .fingerprint import digest
 from .lookup import Lookup, StoredScores
-from .pipeline import Plan, attention_layers, marked_tokens, score_columns, segment_starts, text_segments
+from .pipeline import Plan, attention_layers, marked_tokens, scores_of, segment_starts, text_segments
 from .reference import Reference
 from .relevance import RelevanceTable, cached_table, store_table, table_name
 from .scorer import score
-from .selection import Scores, Selection, select
+from .selection import Selection, select
 from .selectors import StoredPredictions, score_selectors
 from .store import reference_folder
 
@@ -62,17 +62,8 @@ class FrozenPlan:
             source.under(None)
         segments = partial(segment_starts, documents, self.tokenizer)
         selectors = score_selectors(self.config, self.tokenizer, source, None, segments, *marks)
-        token_ids = documents.input_ids[documents.completion]
-        scores = Scores(
-            keys=documents.keys,
-            offsets=documents.completion_offsets,
-            counts=documents.counts,
-            token_ids=token_ids,
-            positions=documents.completion_positions,
-            **score_columns(source.known),
-            task_relevance=None if self._relevance is None else self._relevance[token_ids],
-            selectors=selectors,
-        )
+        relevance = None if self._relevance is None else self._relevance[documents.input_ids[documents.completion]]
+        scores = scores_of(documents, source.known, relevance, selectors)
         units = text_segments(self.config, documents, self.tokenizer)
         selection = select(scores, self.config, *marks, units, self._rules)
         if source.main_pass is not None:

@@ -127,17 +127,10 @@ def make_plan(
     marks = marked_tokens(config, documents, tokenizer)
     selectors = score_selectors(config, tokenizer, source, None, partial(segment_starts, documents, tokenizer), *marks)
     stats, reused = source.main_pass or (stats, reused)
-    token_ids = documents.input_ids[documents.completion]
-    scores = Scores(
-        keys=documents.keys,
-        offsets=documents.completion_offsets,
-        counts=documents.counts,
-        token_ids=token_ids,
-        positions=documents.completion_positions,
-        **score_columns(source.known),
-        task_relevance=None if table is None or values is None else table.gather(values, token_ids),
-        selectors=selectors,
-    )
+    given = None
+    if table is not None and values is not None:
+        given = table.gather(values, documents.input_ids[documents.completion])
+    scores = scores_of(documents, source.known, given, selectors)
     selection, told = _selected(config, documents, tokenizer, scores, marks)
     plan = Plan(config, documents, scores, selection, description, stats, reused, warnings + source.warnings + told)
     if not config.selectors:
@@ -212,16 +205,26 @@ def _gather(
     return stats, reused, stored, values
 
 
-def score_columns(stored: StoredScores | None) -> dict[str, NDArray[np.float32] | None]:
-    """What the reference said about each completion token, as `Scores` takes it."""
-    if stored is None:
-        return {}
-    return {
-        "reasoning_importance": stored.attention,
-        "logprobs": stored.logprobs,
-        "entropy": stored.entropy,
-        "deviation": stored.deviation,
-    }
+def scores_of(
+    documents: DocumentSet,
+    stored: StoredScores | None,
+    task_relevance: Floats | None,
+    selectors: Mapping[str, Floats | None],
+) -> Scores:
+    """What is known about the documents' completion tokens: by the reference, by the vocabulary, by selectors."""
+    return Scores(
+        keys=documents.keys,
+        offsets=documents.completion_offsets,
+        counts=documents.counts,
+        token_ids=documents.input_ids[documents.completion],
+        positions=documents.completion_positions,
+        reasoning_importance=None if stored is None else stored.attention,
+        logprobs=None if stored is None else stored.logprobs,
+        entropy=None if stored is None else stored.entropy,
+        deviation=None if stored is None else stored.deviation,
+        task_relevance=task_relevance,
+        selectors=selectors,
+    )
 
 
 def marked_tokens(config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> tuple[Marks, Marks | None]:

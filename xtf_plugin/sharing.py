@@ -127,10 +127,10 @@ def pool(ranks: Ranks, store: ScoreStore, documents: DocumentSet, stored: Stored
     found = np.stack([np.unpackbits(np.frombuffer(bits, np.uint8), count=len(sizes)) for bits in sent]).astype(bool)
     partial = np.flatnonzero(found.any(0) & ~found.all(0))
     owner = found.argmax(0)
+    before = np.concatenate([[0], np.cumsum(sizes[partial])])
     low = 0
     while low < len(partial):
-        running = np.cumsum(sizes[partial[low:]])
-        high = low + max(1, int(np.searchsorted(running, PIECE_TOKENS, side="right")))
+        high = max(low + 1, int(np.searchsorted(before, before[low] + PIECE_TOKENS, side="right")) - 1)
         piece = partial[low:high]
         mine = _records(documents, stored, piece[owner[piece] == ranks.rank])
         for rank, theirs in enumerate(ranks.gather(mine.to_bytes())):

@@ -31,10 +31,8 @@ class ScoredAhead(torch.utils.data.IterableDataset[Any]):
         self, inner: Any, prepare: Callable[[list[Any]], Passed], tokens: Callable[[], int], most: int
     ) -> None:
         self.inner, self.prepare, self.tokens, self.most = inner, prepare, tokens, most
-        self._start: tuple[Any, int] = (
-            None,
-            0,
-        )  # what the next iteration begins with: state (None: own), rows after it
+        # what the next iteration begins with: a state (None: the dataset's own), and rows after it
+        self._start: tuple[Any, int] = (None, 0)
         self._at = self._start
 
     @classmethod

@@ -74,7 +74,7 @@ def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
         if verdict is None:
             if (labels != IGNORE_INDEX).any():
                 raise XTFError(
-                    f"the first training batch holds a document of {len(ids)} tokens that xtf did not plan (token ids "
+                    f"a training batch holds a document of {len(ids)} tokens that xtf did not plan (token ids "
                     f"{ids[:8].tolist()}…). Something changes the rows between the dataset and the model; xtf will "
                     "not guess."
                 )
@@ -84,12 +84,12 @@ def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
         dropped += verdict.dropped
         if verdict.kind == "differs" or revived > 1:
             raise XTFError(
-                f"the first training batch does not carry the planned labels: a document of {len(ids)} tokens arrived "
+                f"a training batch does not carry the planned labels: a document of {len(ids)} tokens arrived "
                 f"with {int((labels != IGNORE_INDEX).sum())} labels. A collator or a callback rebuilds labels; "
                 "remove it, or train without the `xtf:` block."
             )
     if not found:
-        raise XTFError("the first training batch holds no planned document: no sign that the masks are applied.")
+        raise XTFError("a training batch holds no planned document: no sign that the masks are applied.")
     return dropped
 
 
