@@ -58,16 +58,17 @@ def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
     It sees what reaches the model, after every other piece of the host's pipeline.
 
     Returns:
-        how many labels the plan drops in it: a batch without any looks the same whether or not masks are applied.
+        how many labels that would train the plan drops in it: a batch without any looks the same whether or not masks
+        are applied, and so does one that was given its only label back.
 
     Raises:
         XTFError: a document's labels are not the planned ones, or no planned document is in the batch.
     """
-    found = 0
-    revived = 0
-    dropped = 0
+    found = dropped = 0
     padded = "attention_mask" not in inputs and "position_ids" not in inputs
-    for ids, labels in _pieces(inputs):
+    pieces = _pieces(inputs)
+    only_one = sum(int((labels[1:] != IGNORE_INDEX).sum()) for _, labels in pieces) == 1
+    for ids, labels in pieces:
         verdict = _matches(planned, ids, labels)
         if verdict is None and padded:
             verdict = _matches_prefix(planned, ids, labels)
@@ -80,9 +81,8 @@ def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
                 )
             continue
         found += 1
-        revived += int(verdict.kind == "one more")
         dropped += verdict.dropped
-        if verdict.kind == "differs" or revived > 1:
+        if verdict.kind == "differs" or (verdict.kind == "one more" and not only_one):
             raise XTFError(
                 f"a training batch does not carry the planned labels: a document of {len(ids)} tokens arrived "
                 f"with {int((labels != IGNORE_INDEX).sum())} labels. A collator or a callback rebuilds labels; "
@@ -105,37 +105,36 @@ def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
             real = arrays["attention_mask"][row].astype(bool)
         cuts = [0]
         if "position_ids" in arrays and arrays["position_ids"].ndim == 2:
-            cuts = np.flatnonzero(arrays["position_ids"][row][real] == 0).tolist()
+            starts = np.flatnonzero(arrays["position_ids"][row][real] == 0).tolist()
+            cuts = starts if starts[:1] == [0] else [0, *starts]
         ids, labels = ids[real], labels[real]
         pieces += [(ids[a:b], labels[a:b]) for a, b in zip(cuts, [*cuts[1:], len(ids)], strict=True)]
     return pieces
 
 
 class _Verdict(NamedTuple):
-    """How a document arrived: `equal`, `one more` (a label given back) or `differs`; and how many labels it is to
-    lose."""
+    """How a document arrived: `equal`, `one more` (see `collator._revive`) or `differs`; and how many labels that would
+    train it is seen to have lost."""
 
     kind: str
     dropped: int
 
 
 def _matches(candidates: Planned, ids: Any, labels: Any) -> _Verdict | None:
-    """None: no planned document has these tokens."""
-    verdict = None
+    """None: no planned document has these tokens. Of several, the one that proves least: another may be what came."""
+    verdict, equal = None, []
     for tokens, completion, keep in candidates.of_length(len(ids)):
         if not np.array_equal(tokens, ids):
             continue
         planned = np.zeros(len(ids), dtype=bool)
         planned[np.flatnonzero(completion)[keep]] = True
         kept = labels != IGNORE_INDEX
-        dropped = int((~keep).sum())
-        if np.array_equal(kept[1:], planned[1:]):
-            return _Verdict("equal", dropped)
-        more = kept[1:] & ~planned[1:]
-        if more.sum() == 1 and not (planned[1:] & ~kept[1:]).any() and completion[1:][more].all():
-            verdict = _Verdict("one more", dropped)
-        verdict = verdict or _Verdict("differs", dropped)
-    return verdict
+        if np.array_equal(kept[1:], planned[1:]):  # nothing predicts a first token, and some collators blank its label
+            equal.append(int((completion & ~planned)[1:].sum()))
+        elif not planned[1:].any() and kept[1:].sum() == 1 and (completion & kept)[1:].any():
+            verdict = _Verdict("one more", 0)
+        verdict = verdict or _Verdict("differs", 0)
+    return _Verdict("equal", min(equal)) if equal else verdict
 
 
 def _matches_prefix(planned: Planned, ids: Any, labels: Any) -> _Verdict | None:

@@ -1,0 +1,71 @@
+"""A batch proves that masks are applied only if it would look otherwise without them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from xtf_plugin.documents import collect
+from xtf_plugin.errors import XTFError
+from xtf_plugin.verification import PlannedDocuments, verify_batch
+
+A = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}
+B = {"input_ids": [9, 10, 11, 12], "labels": [-100, 10, 11, 12]}
+TEXT = {"input_ids": [20, 21, 22, 23], "labels": [20, 21, 22, 23]}
+
+
+def planned(rows, keep):
+    return PlannedDocuments(collect(rows), np.asarray(keep, dtype=bool))
+
+
+def batch(rows, **more):
+    made = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    return {**made, "attention_mask": torch.ones_like(made["input_ids"]), **more}
+
+
+def masked(row, *places):
+    return {**row, "labels": [-100 if place in places else label for place, label in enumerate(row["labels"])]}
+
+
+def test_dropped_labels_are_counted():
+    plan = planned([A, B], [1, 0, 1, 0, 0, 1])
+    assert verify_batch(plan, batch([masked(A, 2), masked(B, 1, 2)])) == 3
+
+
+def test_an_unmasked_batch_that_lacks_exactly_one_drop_is_refused():
+    with pytest.raises(XTFError, match="does not carry the planned labels"):
+        verify_batch(planned([A, B], [1, 0, 1, 1, 1, 1]), batch([A, B]))
+    with pytest.raises(XTFError, match="does not carry the planned labels"):
+        verify_batch(planned([A], [1, 0, 1]), batch([A]))
+
+
+def test_a_label_that_was_given_back_is_allowed_and_proves_nothing():
+    plan = planned([A, B], [0, 0, 0, 0, 0, 0])
+    assert verify_batch(plan, batch([masked(A, 1, 3), masked(B, 1, 2, 3)])) == 3, "the other document's three"
+    assert verify_batch(planned([masked(A, 1, 2)], [0]), batch([masked(A, 1, 2)])) == 0, "as it would be unmasked"
+
+
+def test_a_label_given_back_beside_others_is_refused():
+    with pytest.raises(XTFError, match="does not carry the planned labels"):
+        verify_batch(planned([A, B], [0, 0, 0, 0, 0, 1]), batch([masked(A, 1, 3), masked(B, 1, 2)]))
+
+
+def test_a_first_token_trains_nothing_and_proves_nothing():
+    plan = planned([TEXT], [0, 1, 1, 1])
+    assert verify_batch(plan, batch([TEXT])) == 0
+    assert verify_batch(plan, batch([masked(TEXT, 0)])) == 0
+
+
+def test_tokens_that_are_planned_under_two_label_masks_prove_no_more_than_either():
+    """One document, unmasked, looks like the other one with its drop."""
+    rows = [A, masked(A, 3)]
+    assert verify_batch(planned(rows, [1, 1, 0, 1, 1]), batch([masked(A, 3)])) == 0
+
+
+@pytest.mark.parametrize("positions", [[2, 3, 4, 5], [2, 3, 0, 1]])
+def test_a_row_whose_positions_do_not_begin_at_0_is_cut_as_while_planning(positions):
+    row = {**A, "position_ids": positions}
+    plan = planned([row], [1, 0, 1])
+    given = batch([masked(A, 2)], position_ids=torch.tensor([positions]))
+    assert verify_batch(plan, given) == (1 if 0 not in positions else 0), "a second document's first token is no proof"
