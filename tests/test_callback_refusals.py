@@ -6,9 +6,10 @@ import pytest
 import torch
 from datasets import IterableDataset
 
-from tests import tiny
+from tests import streams, tiny
+from tests.streams import LOOSE, attached
 from tests.test_callback import BLOCK, trainer
-from xtf_plugin import XTFDataCollator, XTFError, XTFUserError, attach
+from xtf_plugin import XTFDataCollator, XTFError, XTFUserError, attach, verification
 
 
 class TestRefusals:
@@ -97,3 +98,17 @@ def test_masks_that_are_not_applied_are_noticed_when_a_batch_should_lose_labels(
     with pytest.raises(XTFError, match="does not carry the planned labels"):
         made.train()
     assert made.state.global_step > 0
+
+
+@pytest.mark.parametrize(("steps", "told"), [(1, True), (24, False)])
+def test_a_training_that_never_showed_that_masks_are_applied_says_so(tmp_path, caplog, steps, told):
+    rows = [*tiny.problems(20), {"prompt": "Who?", "completion": " Sure, Zoe. It is 12."}, *tiny.problems(3, seed=8)]
+    block = {"preset": "none", "force_drop": ["Zoe"], "cache_dir": str(tmp_path / "cache")}
+    attach(trainer(tmp_path, rows=rows, per_device_train_batch_size=1, max_steps=steps), block).train()
+    assert ("nothing has shown that the model was given the masks" in caplog.text) is told
+
+
+def test_a_stream_that_never_showed_that_masks_are_applied_says_so(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(verification, "verify_batch", lambda *_: 0)
+    attached(tmp_path, streams.trainer(tmp_path, max_steps=2), {**LOOSE, "calibration": 8}).train()
+    assert "nothing has shown that the model was given the masks" in caplog.text

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from xtf_plugin import verification
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.verification import PlannedDocuments, verify_batch
+from xtf_plugin.verification import PlannedDocuments, Watch, verify_batch
 
 A = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}
 B = {"input_ids": [9, 10, 11, 12], "labels": [-100, 10, 11, 12]}
@@ -69,3 +70,33 @@ def test_a_row_whose_positions_do_not_begin_at_0_is_cut_as_while_planning(positi
     plan = planned([row], [1, 0, 1])
     given = batch([masked(A, 2)], position_ids=torch.tensor([positions]))
     assert verify_batch(plan, given) == (1 if 0 not in positions else 0), "a second document's first token is no proof"
+
+
+class TestWatch:
+    """Sixty-four batches and more with nothing to drop: then the first ones that have something."""
+
+    ROWS = [{"input_ids": [index + 30, 6, 7, 8], "labels": [-100, 6, 7, 8]} for index in range(200)]
+
+    def watched(self, first_drop, apply):
+        keep = np.ones((200, 3), dtype=bool)
+        keep[first_drop:, :2] = False
+        watch = Watch(planned(self.ROWS, keep.ravel()))
+        for index, row in enumerate(self.ROWS):
+            watch.look(batch([masked(row, 1, 2) if apply and index >= first_drop else row]))
+        return watch
+
+    @pytest.mark.parametrize("first_drop", [0, 63, 70, 190])
+    def test_masks_that_are_not_applied_are_found_late_rather_than_never(self, first_drop):
+        with pytest.raises(XTFError, match="does not carry the planned labels"):
+            self.watched(first_drop, apply=False)
+
+    @pytest.mark.parametrize(("first_drop", "proven"), [(0, True), (70, True), (193, False), (200, False)])
+    def test_what_was_proven(self, first_drop, proven):
+        watch = self.watched(first_drop, apply=True)
+        assert (watch.batches, watch.proven) == (200, proven)
+
+    def test_no_batch_is_looked_at_after_the_proof(self, monkeypatch):
+        looked = []
+        monkeypatch.setattr(verification, "verify_batch", lambda *_: looked.append(1) or len(looked) // 3)
+        self.watched(0, apply=True)
+        assert len(looked) == 3

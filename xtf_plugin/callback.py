@@ -26,11 +26,9 @@ from .pipeline import Plan, ReferenceProvider, make_plan
 from .providers import BorrowedReference, SeparateReference
 from .ranks import Ranks
 from .streaming import Stream
-from .verification import Planned, PlannedDocuments, verify_batch
+from .verification import CLOSELY, PlannedDocuments, Watch
 
 logger = logging.getLogger(__name__)
-
-VERIFIED_BATCHES = 64  # at most; clean data may have next to nothing to drop, and each look costs a search
 
 
 class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -69,8 +67,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._stream = self._streaming()
         around = self._stream.around if self._stream else None
         self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._metrics, around)
-        self._to_verify, self._came_by = 0, False
-        self._planned: Planned | None = None
+        self._watch: Watch | None = None
         self._constant_metrics: dict[str, float] = {}
         self._labels = torch.zeros((), dtype=torch.int64)
         self._steps = 0
@@ -119,16 +116,16 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         plan = stream.calibrate(trainer.train_dataset, visible_columns(trainer), provider, progress=progress)
         self._adopt(plan)
         report.tell(stream.begin(plan, rows_under_way(trainer)))
-        self.collator.masks = self._planned = stream.masks
+        assert stream.masks is not None
+        self.collator.masks, self._watch = stream.masks, Watch(stream.masks)
 
     def _adopt(self, plan: Plan, epoch: int = 0) -> None:
         """Train by this plan from here on: masks, metrics, report, and a first batch to hold against it."""
         args = self.trainer.args
         self.plan = plan
         self.collator.masks = plan.masks()
-        self._planned = PlannedDocuments(plan.documents, plan.selection.keep)
+        self._watch = Watch(PlannedDocuments(plan.documents, plan.selection.keep))
         self._constant_metrics = report.metrics(plan)
-        self._to_verify, self._came_by = VERIFIED_BATCHES, False
         self.ranks.from_main(lambda: self._report(Path(args.output_dir), epoch))
         if not epoch and (self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN"))):
             raise XTFDryRun
@@ -140,14 +137,16 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse a training whose batches do not come by: a loop of its own, or a step that somebody put back."""
-        if not self._came_by:
+        if self._watch is None or not self._watch.batches:
             raise XTFError(
                 f"a step was made with a batch that xtf has not seen: {type(self.trainer).__name__} does not train "
                 "through its own training_step (or somebody replaced it after xtf was attached). Attach xtf last."
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Tell in how many batches a label had to be given back because the batch had none left."""
+        """Tell in how many batches a label had to be given back because the batch had none left, and if no batch has
+        shown that masks are applied.
+        """
         batches, _, revived = self.collator.counters.sum(0).tolist()
         if revived:
             logger.warning(
@@ -155,9 +154,27 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 revived,
                 batches,
             )
+        dropped = self._dropped()
+        if dropped and self._watch is not None and self._watch.batches and not self._watch.proven:
+            logger.warning(
+                "xtf: %d tokens were to be dropped, but none of them was in a batch that was held against the plan "
+                "(the first %d of %d, then every %dth): nothing has shown that the model was given the masks.",
+                dropped,
+                min(CLOSELY, self._watch.batches),
+                self._watch.batches,
+                CLOSELY,
+            )
         if self._stream is not None:
             report.tell([self._stream.summary()])
             self._stream.close()
+
+    def _dropped(self) -> int:
+        """How many tokens that would train are dropped: by the plan, or of what was read of a stream."""
+        if self._stream is not None:
+            return self._stream.dropped
+        if self.plan is None:
+            return 0
+        return int((~self.plan.selection.keep & (self.plan.scores.positions > 0)).sum())
 
     def _report(self, output_dir: Path, epoch: int) -> bytes:
         """Write and show what the plan amounts to; nothing of it is for other ranks."""
@@ -180,14 +197,12 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     def _on_batch(self, inputs: Mapping[str, Any]) -> None:
         """Hold batches against the plan until one has shown that labels are dropped; count labels in all of them."""
-        if self.plan is None or self._planned is None:
+        if self.plan is None or self._watch is None:
             raise XTFError("xtf is attached but scored nothing: XTFCallback was removed from the trainer's callbacks.")
         labels = inputs.get("labels")
         if labels is None:
             raise XTFError("the training batch has no `labels`; xtf masks labels and cannot mask this trainer's loss.")
-        if self._to_verify:  # a batch that nothing is dropped from looks the same with and without the masks
-            self._to_verify = 0 if verify_batch(self._planned, inputs) else self._to_verify - 1
-        self._came_by = True
+        self._watch.look(inputs)
         self._labels = self._labels.to(labels.device) + (labels[..., 1:] != IGNORE_INDEX).sum()
         self._steps += 1
 

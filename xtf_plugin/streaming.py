@@ -134,6 +134,11 @@ class Stream:
         counts = (kept, *dropped)
         return {f"xtf/{name}": count / tokens for name, count in zip(names, counts, strict=True)} if tokens else {}
 
+    @property
+    def dropped(self) -> int:
+        """How many completion tokens of the rows read so far are dropped."""
+        return int(self._counts[0] - self._counts[1])
+
     def summary(self) -> str:
         """What was done, for the end of training."""
         tokens, kept, *_ = self._counts.tolist()

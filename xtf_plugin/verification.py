@@ -19,6 +19,8 @@ from .errors import XTFError
 Bools = NDArray[np.bool_]
 Candidate = tuple[NDArray[np.int32], Bools, Bools]
 
+CLOSELY = 64  # batches; clean data may have next to nothing to drop, and each look costs a search
+
 
 class Planned(Protocol):
     """Documents and what is planned for them."""
@@ -50,6 +52,30 @@ class PlannedDocuments:
     @cached_property
     def _offsets(self) -> NDArray[np.int64]:
         return self.documents.completion_offsets
+
+
+@dataclass
+class Watch:
+    """Holds batches against the plan until one has shown that labels are lost: each of the first 64, then every 64th.
+
+    Args:
+        planned: documents and what is planned for them.
+
+    Attributes:
+        batches: how many have come by.
+        proven: whether one had labels to lose, and had lost them.
+    """
+
+    planned: Planned
+    batches: int = 0
+    proven: bool = False
+
+    def look(self, inputs: Mapping[str, Any]) -> None:
+        """Take notice of the next batch, see `verify_batch`."""
+        due = self.batches < CLOSELY or self.batches % CLOSELY == 0
+        self.batches += 1
+        if due and not self.proven:
+            self.proven = verify_batch(self.planned, inputs) > 0
 
 
 def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
