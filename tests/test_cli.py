@@ -86,7 +86,8 @@ def host(tmp_path, monkeypatch):
                 shutil.copyfile({str(tmp_path / "source.parquet")!r}, output)
             sys.exit({code})
         """
-        monkeypatch.setattr(host_command, "trl_command", lambda: [sys.executable, "-c", textwrap.dedent(script)])
+        start, words = [sys.executable, "-c", textwrap.dedent(script)], host_command.COMMANDS
+        monkeypatch.setattr(host_command, "host_command", lambda r: [*start, *words[r.host].split()[1:], str(r.path)])
 
     become()
     become.started = lambda: json.loads(note.read_text()) if note.exists() else None
@@ -128,7 +129,6 @@ def test_check_prints_the_schema(xtf):
         ({"env": {"TORCH_DEVICE_BACKEND_AUTOLOAD": 0}}, "TORCH_DEVICE_BACKEND_AUTOLOAD=0"),
         ({"env": [1]}, "`env:` must be a mapping"),
         ({"model_name_or_path": ...}, "cannot tell whose recipe"),
-        ({"model_name_or_path": ..., "base_model": "m"}, "Axolotl recipes are not supported by this version"),
         ({"base_model": "m"}, "both"),
     ],
 )
@@ -249,7 +249,7 @@ def test_documents_beyond_the_first_batch_are_found(xtf, tmp_path):
 
 def test_stock_trl_refuses_a_wrong_block_before_it_launches(write):
     path = write(xtf={"min_kpet": 1}, dataset_name="none", bf16=False, use_cpu=True)
-    command = [*host_command.trl_command(), "sft", "--config", str(path)]
+    command = host_command.host_command(recipe.load_recipe(path))
     process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert process.returncode == 2
     assert "min_kpet" in process.stderr and "trl sft: error:" in process.stderr

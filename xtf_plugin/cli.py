@@ -8,7 +8,6 @@ Heavy imports live inside the commands, so `xtf --help` and `xtf check` answer a
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -23,7 +22,8 @@ from rich.text import Text
 from . import __version__
 from .errors import XTFError, XTFUserError
 from .hosts import _compat, run
-from .hosts.recipe import Recipe, check_stream, load_recipe
+from .hosts.check import check_environment, parse_block
+from .hosts.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from .config import XTFConfig
@@ -40,7 +40,8 @@ app.add_typer(cache_app, name="cache")
 
 _DISTRIBUTIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A TRL recipe (YAML) with an `xtf:` block.")]
+_RECIPE = typer.Argument(help="A recipe (YAML) of TRL or Axolotl with an `xtf:` block.")
+RecipeArgument = Annotated[Path, _RECIPE]
 TargetArgument = Annotated[Path, typer.Argument(help="A recipe, or a scores.parquet.")]
 ExtraArgument = Annotated[list[str] | None, typer.Argument(help="After `--`: more arguments for the host's command.")]
 CacheOption = Annotated[Path | None, typer.Option("--cache-dir", help="Default: $XTF_CACHE, or the user's cache.")]
@@ -75,7 +76,9 @@ def _root(
 
 @app.command()
 def check(
-    recipe: Annotated[Path | None, typer.Argument(help="A TRL recipe (YAML) with an `xtf:` block.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe (YAML) of TRL or Axolotl with an `xtf:` block.")
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the `xtf:` block.")] = False,
 ) -> None:
     """Validate block, host, hook and versions, without loading a model."""
@@ -87,14 +90,13 @@ def check(
     if recipe is None:
         raise XTFUserError("name a recipe (xtf check RECIPE), or ask for the block's schema (xtf check --schema).")
     loaded = load_recipe(recipe)
-    config = XTFConfig.parse(loaded.block)
+    config = parse_block(loaded)
     if config is None:
         raise XTFUserError(f"{recipe} {run.off(loaded)}, so it trains without XTF. The shortest block: `xtf: true`.")
-    _check_hook(loaded)
-    check_stream(loaded, config)
+    hook = check_environment(loaded)
     console = Console()
     console.print(Text(f"{recipe}: ok", style="bold"), soft_wrap=True)
-    for name, value in _facts(loaded, config).items():
+    for name, value in _facts(loaded, config, hook).items():
         console.print(Text(f"{name:<12}{value}"), soft_wrap=True)  # no frame: paths stay whole, to be copied
 
 
@@ -197,25 +199,14 @@ def _cache_root(chosen: Path | None) -> Path:
     return chosen or XTFConfig.model_validate({}).resolved_cache_dir()
 
 
-def _check_hook(recipe: Recipe) -> None:
-    """Raise XTFUserError unless a run of this recipe would see its block."""
-    if not _compat.hook_installed():
-        raise XTFUserError(
-            f"the boot hook of xtf-plugin is not registered in {sys.prefix} (entry point group torch.backends), so "
-            "`trl sft` would not see the block. Run: pip install xtf-plugin"
-        )
-    _compat.check_switches(os.environ)
-    _compat.check_switches(recipe.env, f"the `env:` block of {recipe.path}")
-    _compat.check_trl(_compat.installed_version("trl"))
-
-
-def _facts(recipe: Recipe, config: XTFConfig) -> dict[str, str]:
-    versions = [f"{name} {_compat.installed_version(name) or 'not installed'}" for name in _DISTRIBUTIONS]
+def _facts(recipe: Recipe, config: XTFConfig, hook: str) -> dict[str, str]:
+    names = ("axolotl", *_DISTRIBUTIONS) if recipe.host == "axolotl" else _DISTRIBUTIONS
+    versions = [f"{name} {_compat.installed_version(name) or 'not installed'}" for name in names]
     reference = config.reference
     selectors = ", ".join(f"{name} ({part.scorer})" for name, part in config.selectors.items())
     return {
-        "host": f"{recipe.host} (trl sft)",
-        "hook": "installed and on",
+        "host": f"{recipe.host} ({run.COMMANDS[recipe.host]})",
+        "hook": hook,
         "versions": ", ".join([f"xtf-plugin {__version__}", *versions]),
         "preset": config.preset,
         "attributes": ", ".join(config.attributes) or "off",

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import XTFUserError
-from .axolotl_recipe import PLUGIN, check_plugin_line, check_surroundings, has_block, missing_plugin
+from .axolotl_recipe import PLUGIN, check_plugin_line, check_surroundings, check_words, has_block, missing_plugin
 from .guard import ending_with_2, handing_on_2, meant_as_block, wrap
 
 TRAINING_MODULE = "axolotl.cli.train"  # what the launched process runs
@@ -47,6 +47,7 @@ def unpatch() -> None:
 def _guarded(original: Any) -> Any:
     @ending_with_2
     def prepare_plugins(cfg: Any) -> Any:
+        check_words(sys.argv)
         if not has_block(cfg):
             return original(cfg)
         check_surroundings()

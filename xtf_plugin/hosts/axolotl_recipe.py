@@ -7,7 +7,7 @@ Standard library only: it reads a mapping and knows nothing of Axolotl's classes
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import XTFUserError
@@ -42,6 +42,12 @@ def has_block(recipe: Mapping[str, Any]) -> bool:
     if recipe["xtf"] is None:
         raise XTFUserError(f"xtf: {EMPTY_BLOCK}")
     return True
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise XTFUserError if a command line brings a block: Axolotl ignores options that it does not know."""
+    if any(word.split("=")[0] == "--xtf" for word in words):
+        raise XTFUserError("xtf: Axolotl's command has no `--xtf`: write the `xtf:` block into the recipe.")
 
 
 def check_surroundings() -> None:

@@ -10,15 +10,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..errors import XTFUserError
-from ._compat import TRL_DEFAULT_OUTPUT_DIR, WORKERS_REFUSED
+from ._compat import AXOLOTL_DEFAULT_OUTPUT_DIR, TRL_DEFAULT_OUTPUT_DIR
 
-if TYPE_CHECKING:
-    from ..config import XTFConfig
+Host = Literal["trl", "axolotl"]
 
-_HOST_KEYS = {"model_name_or_path": "trl", "base_model": "axolotl"}
+_HOST_KEYS: dict[str, Host] = {"model_name_or_path": "trl", "base_model": "axolotl"}
+_DEFAULT_OUTPUT_DIRS = {"trl": TRL_DEFAULT_OUTPUT_DIR, "axolotl": AXOLOTL_DEFAULT_OUTPUT_DIR}
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Recipe:
     """A host's YAML file as read: nothing validated beyond its being a mapping with a known host."""
 
     path: Path
-    host: Literal["trl"]
+    host: Host
     data: dict[str, Any]
     block: Any  # the raw `xtf:` value; None when absent
 
     @property
     def env(self) -> dict[str, str]:
-        """The recipe's `env:` block as the host will export it. Raises XTFUserError if it is not a mapping."""
-        env = self.data.get("env") or {}
+        """What the host will export: TRL's `env:` block. Raises XTFUserError if it is not a mapping."""
+        env = (self.data.get("env") or {}) if self.host == "trl" else {}
         if not isinstance(env, dict):
             raise XTFUserError(f"{self.path}: `env:` must be a mapping of names to values, not {type(env).__name__}.")
         return {str(key): str(value) for key, value in env.items()}
@@ -44,8 +44,8 @@ class Recipe:
         return self.data.get("dataset_streaming") is True or self.data.get("streaming") is True
 
     def output_dir(self, extra: Sequence[str] = ()) -> Path:
-        """Where the run writes: `--output_dir` of the extra host arguments, else the recipe's, else TRL's default."""
-        chosen = self.data.get("output_dir") or TRL_DEFAULT_OUTPUT_DIR
+        """Where the run writes: `--output_dir` of the extra host arguments, else the recipe's, else the default."""
+        chosen = self.data.get("output_dir") or _DEFAULT_OUTPUT_DIRS[self.host]
         for index, argument in enumerate(extra):
             name, _, value = argument.partition("=")
             if name in ("--output_dir", "--output-dir"):
@@ -62,8 +62,8 @@ class Recipe:
 def load_recipe(path: str | Path) -> Recipe:
     """Read a YAML recipe.
 
-    Raises XTFUserError for a missing or unreadable file, bad YAML, anything but a mapping, and a host that is unknown,
-    ambiguous, or not supported by this version.
+    Raises XTFUserError for a missing or unreadable file, bad YAML, anything but a mapping, and a host that is unknown
+    or ambiguous.
     """
     path = Path(path)
     data = _read_mapping(path)
@@ -75,25 +75,10 @@ def load_recipe(path: str | Path) -> Recipe:
         )
     if not hosts:
         raise XTFUserError(
-            f"{path}: cannot tell whose recipe this is. A TRL recipe names its model in `model_name_or_path`; found "
-            f"the keys: {', '.join(map(str, data)) or 'none'}."
+            f"{path}: cannot tell whose recipe this is. A TRL recipe names its model in `model_name_or_path`, one of "
+            f"Axolotl in `base_model`; found the keys: {', '.join(map(str, data)) or 'none'}."
         )
-    if hosts[0] == "axolotl":
-        raise XTFUserError(
-            f"{path}: Axolotl recipes are not supported by this version; use a TRL recipe (`model_name_or_path: ...`)."
-        )
-    return Recipe(path=path, host="trl", data=data, block=data.get("xtf"))
-
-
-def check_stream(recipe: Recipe, config: XTFConfig) -> None:
-    """Raise XTFUserError for what can be refused of streamed data before a model is loaded."""
-    from ..config_selectors import check_streamed
-
-    if not recipe.streamed:
-        return
-    if recipe.data.get("dataloader_num_workers"):
-        raise XTFUserError(WORKERS_REFUSED.format(workers=recipe.data["dataloader_num_workers"]))
-    check_streamed(config.selectors)
+    return Recipe(path=path, host=hosts[0], data=data, block=data.get("xtf"))
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

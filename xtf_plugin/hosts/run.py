@@ -11,16 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import XTFError, XTFUserError
+from .axolotl_recipe import check_words
+from .check import parse_block
 from .recipe import Recipe
 
 _OURS = ("XTF_DRY_RUN", "XTF_SCORES_OUTPUT")
+COMMANDS = {"trl": "trl sft --config", "axolotl": "axolotl train"}  # and the recipe
+_MODULES = {"trl": "trl.cli", "axolotl": "axolotl.cli.main"}  # whose `main` a command's script runs
 
 
 def score_recipe(recipe: Recipe, extra: Sequence[str], output: Path | None) -> tuple[Path, int]:
-    """Run `trl sft` as a dry run; return where the table is and the exit code, 0, 2 or 1.
+    """Run the host's command as a dry run; return where the table is and the exit code, 0, 2 or 1.
 
     Raises XTFError if the run ended well but left no new table, XTFUserError if the recipe could not end as a dry run.
     """
+    if recipe.host == "axolotl":
+        check_words(extra)
+        parse_block(recipe)  # a wrong one ends Axolotl with 1 and the traceback of its own validation
     if recipe.block in (None, False) and not any(argument.split("=")[0] == "--xtf" for argument in extra):
         raise XTFUserError(f"{recipe.path} {off(recipe)}: nothing to score. The shortest block: `xtf: true`.")
     taken = [name for name in _OURS if name in recipe.env]
@@ -31,8 +38,7 @@ def score_recipe(recipe: Recipe, extra: Sequence[str], output: Path | None) -> t
         raise XTFUserError(f"the score table cannot be written to {table}: name a file in a folder that can be made.")
     before = table.stat().st_mtime_ns if table.exists() else None
     environment = {**os.environ, "XTF_DRY_RUN": "1", "XTF_SCORES_OUTPUT": str(table)}
-    command = [*trl_command(), "sft", "--config", str(recipe.path), *extra]
-    code = subprocess.run(command, env=environment, check=False).returncode
+    code = subprocess.run([*host_command(recipe), *extra], env=environment, check=False).returncode
     if code == 0 and (not table.exists() or table.stat().st_mtime_ns == before):
         raise XTFError(f"the run ended without writing {table}: its `xtf:` block was not applied. Try: xtf check")
     return table, code if code in (0, 2) else 1
@@ -44,10 +50,15 @@ def _writable(folder: Path) -> bool:
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
-def trl_command() -> list[str]:
-    """The stock `trl` script of this interpreter; without one, the same call (its folder is not on `sys.path` then)."""
-    script = shutil.which("trl", path=sysconfig.get_path("scripts"))
-    return [script] if script else [sys.executable, "-c", "import sys; from trl.cli import main; sys.exit(main())"]
+def host_command(recipe: Recipe) -> list[str]:
+    """The words that train `recipe`: its host's stock script of this interpreter.
+
+    Without a script the same call, whose folder is not on `sys.path` then.
+    """
+    name, *words = COMMANDS[recipe.host].split()
+    script = shutil.which(name, path=sysconfig.get_path("scripts"))
+    call = f"import sys; from {_MODULES[recipe.host]} import main; sys.exit(main())"
+    return [*([script] if script else [sys.executable, "-c", call]), *words, str(recipe.path)]
 
 
 def off(recipe: Recipe) -> str:
