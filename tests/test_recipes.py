@@ -1,4 +1,7 @@
-"""Every recipe must be one that stock TRL takes, with an `xtf:` block that XTF takes, and files it names must exist."""
+"""Every recipe must be one that its host takes, with an `xtf:` block that XTF takes, and files it names must exist.
+
+That Axolotl takes its recipes is checked where Axolotl is: tests/axolotl/test_recipes.py.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+AXOLOTL = sorted((ROOT / "recipes" / "axolotl").glob("*.yaml"))
+ALL = RECIPES + AXOLOTL
 DOMAINS = sorted((ROOT / "recipes" / "domains").glob("*.txt"))
 CONVERTER = ROOT / "recipes" / "prepare_prompt_completion.py"
 
@@ -32,7 +37,7 @@ for path in sys.argv[1:]:
 
 
 def names(paths):
-    return [path.stem for path in paths]
+    return [str(path.relative_to(ROOT / "recipes").with_suffix("")) for path in paths]
 
 
 def without_block(path, folder):
@@ -57,9 +62,10 @@ def run(*arguments):
 
 
 def test_there_are_recipes_for_every_domain():
-    assert {"demo"} <= set(names(RECIPES))
-    for domain in DOMAINS:
-        assert any(path.stem.startswith(domain.stem) for path in RECIPES), domain
+    for recipes in (RECIPES, AXOLOTL):
+        assert "demo" in {path.stem for path in recipes}
+        for domain in DOMAINS:
+            assert any(path.stem.startswith(domain.stem) for path in recipes), domain
 
 
 def test_stock_trl_takes_every_recipe_without_its_block(tmp_path):
@@ -75,7 +81,7 @@ def test_stock_trl_takes_every_recipe_without_its_block(tmp_path):
     assert refused[0] == "error" and "lora_rank" in refused[1]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=names(RECIPES))
+@pytest.mark.parametrize("path", ALL, ids=names(ALL))
 def test_block_is_valid(path, monkeypatch):
     from xtf_plugin.config import XTFConfig
 
@@ -98,11 +104,12 @@ def test_commented_keys_of_the_demo_are_valid_too(monkeypatch):
     assert XTFConfig.parse(keys) is not None
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=names(RECIPES))
+@pytest.mark.parametrize("path", ALL, ids=names(ALL))
 def test_recipe_opens_with_its_launch_command_and_its_files_exist(path):
     text = path.read_text(encoding="utf-8")
     header = text.split("\n\n")[0]
-    assert header.startswith("# ") and f"trl sft --config recipes/{path.name}" in header
+    command = "axolotl train" if path in AXOLOTL else "trl sft --config"
+    assert header.startswith("# ") and f"{command} recipes/{path.relative_to(ROOT / 'recipes')}" in header
     assert re.search(r"\bCPU\b|\bGPU\b", header)
     assert "Run" in header or "run" in header
     for named in re.findall(r"recipes/[\w/.]+\.(?:py|txt|yaml)", text):
@@ -119,7 +126,18 @@ def test_domain_words_are_single_distinct_lower_case_words(path):
 
 def test_readme_lists_every_recipe():
     readme = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"\]\((\w+\.yaml)\)", readme)) == {path.name for path in RECIPES}
+    listed = {ROOT / "recipes" / name for name in re.findall(r"\]\(([\w/]+\.yaml)\)", readme)}
+    assert listed == set(ALL)
+
+
+@pytest.mark.parametrize("path", AXOLOTL, ids=names(AXOLOTL))
+def test_recipes_of_axolotl_load_the_plugin_and_have_the_block_of_trls(path):
+    from xtf_plugin.hosts import axolotl_recipe
+
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    axolotl_recipe.check_plugin_line(recipe)
+    axolotl_recipe.check_settings(recipe)
+    assert recipe["xtf"] == yaml.safe_load((ROOT / "recipes" / path.name).read_text(encoding="utf-8"))["xtf"]
 
 
 @pytest.fixture
