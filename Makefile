@@ -5,11 +5,15 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# Axolotl pins TRL and transformers, so it has an environment of its own.
+AXOLOTL ?= axolotl==0.19.0
+AXOLOTL_VENV ?= .venv-axolotl
+AXOLOTL_STAMP = $(AXOLOTL_VENV)/.installed
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-versions test-lowest test-middle lint bench bench-scoring bench-streaming proof proof-gpu docs clean
+.PHONY: demo test test-axolotl test-versions test-lowest test-middle lint bench bench-scoring bench-streaming proof proof-gpu docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +31,17 @@ demo: $(STAMP)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
+
+# Two tests at a time: each is a stock command, which spends its time on imports that use one core.
+test-axolotl: $(AXOLOTL_STAMP)
+	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest -n 2 --dist loadgroup tests/axolotl
+
+$(AXOLOTL_STAMP): pyproject.toml
+	$(PYTHON) -m venv --clear $(AXOLOTL_VENV)
+	$(AXOLOTL_VENV)/bin/python -m pip install -q --upgrade pip
+	$(AXOLOTL_VENV)/bin/python -m pip install -q "$(TORCH)"
+	$(AXOLOTL_VENV)/bin/python -m pip install -q "$(TORCH)" "$(AXOLOTL)" -e . pytest pytest-xdist
+	touch $@
 
 # Other versions of the packages around us, each set in a virtual environment of its own: the lowest that pyproject.toml
 # states, and one between them and the newest. The tests are those in which other packages' behaviour shows. TORCH stays

@@ -38,6 +38,15 @@ def check_trl(words: list[str]) -> None:
         assert name == PLACEHOLDER or (ROOT / name).is_file(), f"{name}: no such recipe"
 
 
+def check_axolotl(words: list[str]) -> None:
+    """`train` with a recipe that exists; that Axolotl takes it is tested where Axolotl is: tests/axolotl."""
+    assert words[1] in ("train", "preprocess", "xtf"), f"{words}: not a command this package is for"
+    if words[1] == "xtf":
+        check_xtf(words[1:])
+    elif len(words) > 2:
+        assert words[2] == PLACEHOLDER or (ROOT / words[2]).is_file(), f"{words[2]}: no such recipe"
+
+
 def check_xtf(words: list[str]) -> None:
     """Let the real command line parse the words, without calling what they ask for; "xtf …" speaks of all of it."""
     command, rest = typer.main.get_command(cli.app), words[1:] if words[1:] != ["…"] else []
@@ -86,6 +95,7 @@ CHECKS = {
     "pip": check_pip,
     "make": check_make,
     "trl": check_trl,
+    "axolotl": check_axolotl,
     "xtf": check_xtf,
     "python": check_python,
     "accelerate": check_accelerate,

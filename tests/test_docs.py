@@ -19,11 +19,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import tiny
+from tests import tiny, unsloth_pattern
 from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, relative_links
+from tests.test_other_hosts import with_mask
+from tests.test_pipeline import rows as labelled
 from xtf_plugin import config_docs
 from xtf_plugin.config import XTFConfig
+from xtf_plugin.hosts import axolotl_recipe
 from xtf_plugin.scorers import registry
 
 BIN = Path(sys.executable).parent
@@ -116,6 +119,9 @@ def run_bash(block: Block, trained: Workplace, monkeypatch) -> None:
 
 def check_yaml(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
     data = yaml.safe_load(block.text)
+    if "plugins" in data:  # an Axolotl recipe: whether Axolotl takes it is tested where Axolotl is
+        axolotl_recipe.check_plugin_line(data)
+        data.pop("plugins")
     assert set(data) <= keys_of_trl(), f"unknown to `trl sft`: {set(data) - keys_of_trl()}"
     if "xtf" in data:
         XTFConfig.parse(data["xtf"])
@@ -123,6 +129,7 @@ def check_yaml(block: Block, trained: Workplace | None = None, monkeypatch=None)
 
 def run_python(block: Block, trained: Workplace, monkeypatch) -> None:
     """Run a reader's script with what a reader would have: a model, its tokenizer and a dataset. One step is enough."""
+    import transformers
     import trl
     from datasets import Dataset
 
@@ -130,15 +137,15 @@ def run_python(block: Block, trained: Workplace, monkeypatch) -> None:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XTF_CACHE", str(folder / "cache"))
-    small = functools.partial(
-        trl.SFTConfig, max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no"
-    )
-    monkeypatch.setattr(trl, "SFTConfig", small)
-    dataset = Dataset.from_list(tiny.problems(16))
-    exec(
-        compile(block.text, str(block), "exec"),
-        {"__name__": "__main__", "model": tiny.model(), "tokenizer": tiny.tokenizer(), "dataset": dataset},
-    )
+    small = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
+    for package, name in ((trl, "SFTConfig"), (transformers, "TrainingArguments")):
+        monkeypatch.setattr(package, name, functools.partial(getattr(package, name), **small))
+    if "from unsloth" in block.text:  # no dependency of ours: a double stands in for it
+        for name, module in unsloth_pattern.modules().items():
+            monkeypatch.setitem(sys.modules, name, module)
+    given = {"model": tiny.model(), "tokenizer": tiny.tokenizer(), "dataset": Dataset.from_list(tiny.problems(16))}
+    given["rows"] = Dataset.from_list(with_mask(labelled(16)))
+    exec(compile(block.text, str(block), "exec"), {"__name__": "__main__", **given})
     if ".train(" in block.text:
         written = list(folder.glob("*/xtf/summary.json"))
         assert written, f"{block}: trained without XTF"
@@ -232,6 +239,9 @@ def test_architecture_names_every_module():
         ("bash", "make nothing-of-the-kind"),
         ("bash", "trl sft --config recipes/nothing.yaml"),
         ("bash", "xtf shwo recipe.yaml"),
+        ("bash", "axolotl trian recipe.yaml"),
+        ("bash", "axolotl train recipes/axolotl/nothing.yaml"),
+        ("bash", "axolotl xtf shwo recipe.yaml"),
         ("bash", "xtf show recipe.yaml --rows 3"),
         ("bash", "xtf show recipes/nothing.yaml"),
         ("bash", "xtf cache prune --al"),
@@ -240,6 +250,7 @@ def test_architecture_names_every_module():
         ("bash", "accelerate launch -m trl.scripts.nothing"),
         ("yaml", "lora_rank: 8"),
         ("yaml", "xtf: {preset: papr}"),
+        ("yaml", "plugins: [xtf_plugin.Plugin]\nxtf: true"),
     ],
 )
 def test_rules_refuse_what_is_wrong(language, text):

@@ -34,10 +34,11 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def run(words, base: Path, out: Path, cache: Path, *, ok=True, **changes):
+def run(words, base: Path, out: Path, cache: Path, *, ok=True, pretend=None, **changes):
     """One epoch of 24 rows over two ranks, half of one in a single process; what each step was given, by rank."""
     path = recipe(base, out, **{**EPOCH, "xtf": DROPS, **changes})
     environment = {"PYTHONPATH": str(RECORDER), "RECORD": str(out.parent / f"{out.name}.seen"), "OMP_NUM_THREADS": "1"}
+    environment |= {"PRETEND": pretend} if pretend else {}
     result = command(*words, "--config", path, cache=cache, **environment)
     if ok:
         assert result.returncode == 0, result.stderr[-4000:]
@@ -107,6 +108,17 @@ def test_a_users_error_ends_all_ranks_with_2(base, tmp_path):
     result = run(LAUNCHERS["trl sft"], base, tmp_path / "out", tmp_path / "cache", ok=False, xtf=everything)
     assert result.returncode == 2, result.stderr[-4000:]
     assert "the rules drop every one of" in result.stderr
+
+
+def test_a_trl_newer_than_any_tested_gets_a_warning_and_the_same_masks(base, one, tmp_path):
+    out = tmp_path / "out"
+    result = run([BIN / "trl", "sft"], base, out, tmp_path / "cache", max_steps=12, pretend="trl==1.99.0")
+    assert "TRL 1.99.0 is newer than the newest tested release" in result.stderr
+    assert seen(out) == seen(one / "out")
+    facts = json.loads((out / "xtf/summary.json").read_text())
+    assert facts["versions"]["trl"] == "1.99.0" and facts["totals"]["dropped_tokens"] > 0
+    result = run([BIN / "trl", "sft"], base, out, tmp_path / "cache", ok=False, pretend="trl==1.8.0")
+    assert result.returncode == 2 and "needs trl>=1.9" in result.stderr
 
 
 def test_an_evolving_selector_selects_alike_on_all_ranks(base, tmp_path):

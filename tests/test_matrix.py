@@ -19,6 +19,7 @@ from xtf_plugin import attach
 ROWS = 18
 DATA = {
     "plain": (lambda: tiny.problems(ROWS), {}),
+    "prompts too": (lambda: tiny.problems(ROWS), {"completion_only_loss": False}),
     "chat": (lambda: tiny.conversations(ROWS, turns=1), {"assistant_only_loss": True}),
     "multi-turn": (lambda: tiny.conversations(ROWS, turns=3), {"assistant_only_loss": True}),
 }

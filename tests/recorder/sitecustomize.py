@@ -1,12 +1,14 @@
-"""On PYTHONPATH, makes every Trainer of a stock command write down which labels its training steps were given.
+"""On PYTHONPATH, makes every Trainer of a stock command write down which labels its steps were given.
 
-Independent of the package: it reads what the model is about to be trained on. One line of JSON per document and step in
-`$RECORD.<rank>`: the token ids, and the positions that carry a label.
+Independent of the package: it reads what the model is about to be trained or evaluated on. One line of JSON per
+document and step in `$RECORD.<rank>`, for evaluation in `$RECORD.eval.<rank>`: the token ids, and the positions that
+carry a label. `$PRETEND` (`name==version`) makes a distribution look like another version of itself.
 """
 
 import json
 import os
 import sys
+from importlib import metadata
 
 from xtf_plugin.hosts.autoload import when_imported
 
@@ -27,19 +29,20 @@ def documents(inputs):
             yield {"ids": [ids[at] for at in real], "kept": kept}
 
 
-def watch():
-    step = sys.modules["transformers.trainer"].Trainer.training_step
+def watch(name, suffix):
+    trainer = sys.modules["transformers.trainer"].Trainer
+    step = getattr(trainer, name)
     if hasattr(step, "recorded"):
         return
 
-    def training_step(self, model, inputs, *args, **kwargs):
-        with open(f"{os.environ['RECORD']}.{os.environ.get('RANK', '0')}", "a", encoding="utf-8") as file:
+    def recorded(self, model, inputs, *args, **kwargs):
+        with open(f"{os.environ['RECORD']}{suffix}.{os.environ.get('RANK', '0')}", "a", encoding="utf-8") as file:
             for document in documents(inputs):
                 file.write(json.dumps(document) + "\n")
         return step(self, model, inputs, *args, **kwargs)
 
-    training_step.recorded = True
-    sys.modules["transformers.trainer"].Trainer.training_step = training_step
+    recorded.recorded = True
+    setattr(trainer, name, recorded)
 
 
 def at_the_first_trainer(module):
@@ -47,11 +50,20 @@ def at_the_first_trainer(module):
     init = module.CallbackHandler.__init__
 
     def __init__(self, *args, **kwargs):
-        watch()
+        watch("training_step", "")
+        watch("prediction_step", ".eval")
         init(self, *args, **kwargs)
 
     module.CallbackHandler.__init__ = __init__
 
 
+def pretend(name, version):
+    """Tell everybody that asks for the version of a distribution another one."""
+    own = metadata.version
+    metadata.version = lambda distribution: version if distribution == name else own(distribution)
+
+
+if "PRETEND" in os.environ:
+    pretend(*os.environ["PRETEND"].split("=="))
 if "RECORD" in os.environ:
     when_imported("transformers.trainer_callback", at_the_first_trainer)

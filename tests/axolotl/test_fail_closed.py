@@ -1,0 +1,126 @@
+"""A block that stock Axolotl would not apply stops the run, by name and with the next step; without one nothing is new.
+
+Axolotl 0.19 drops keys that no plugin declares and goes on without a plugin that it cannot import: either would train
+on every token and say nothing. Each case is a real `axolotl` command; what it would have trained on must not exist.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.axolotl import stock
+
+BROKEN = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "xtf_plugin.hosts.axolotl":
+            raise ImportError("a part of it is missing")
+sys.meta_path.insert(0, Finder())
+"""
+NOTHING = {"preset": "none", "selectors": {"typical": {"scorer": "typicality", "drop": {"below": -1e6}}}}
+EVERYTHING = {"preset": "none", "force_drop": ["(?s).*"], "min_kept": 0, "protect": {"special_tokens": False}}
+LINE = f"Add this line to the recipe: plugins: [{stock.PLUGIN}]"
+REFUSED = {
+    "no plugins line": ({"plugins": ...}, 2, LINE),
+    "another plugin": (
+        {"plugins": ["axolotl.integrations.spectrum.SpectrumPlugin"]},
+        2,
+        f"plugins: [axolotl.integrations.spectrum.SpectrumPlugin, {stock.PLUGIN}]",
+    ),
+    "empty": ({"xtf": None}, 2, "the recipe's `xtf:` block is empty"),
+    "mistyped": ({"xtf": ..., "Xtf": True}, 2, "Did you mean `xtf:`?"),
+    "preference data": ({"rl": "dpo"}, 1, "`rl: dpo` and `xtf:` do not go together"),
+    "streamed": ({"streaming": True, "max_steps": 2}, 1, "set streaming: false"),
+    "wrong key": ({"xtf": {"min_kpet": 1}}, 1, "min_kept"),
+    "wrong value": ({"xtf": {"min_kept": -1}}, 1, "min_kept"),
+    "everything dropped": ({"xtf": EVERYTHING}, 2, "the rules drop every one of"),
+}
+
+
+def refused(base, tmp_path, *words, code=2, text, command="train", environment=None, **changes) -> None:
+    """A command ends with `code` and says `text`, before anything was trained on."""
+    out = tmp_path / "out"
+    path = stock.write(base, out, **changes)
+    if command == "train":
+        result = stock.train(path, out, tmp_path / "cache", *words, ok=False, **(environment or {}))
+    else:
+        result = stock.command(stock.BIN / "axolotl", command, path, cache=tmp_path / "cache")
+    said = result.stdout + result.stderr
+    assert result.returncode == code, said[-6000:]
+    assert text in said.replace("\n", " ").replace("  ", " ") or text in said
+    assert not list(tmp_path.glob("out.seen*"))
+    if code == 2:
+        assert f"xtf: error: {text}"[:12] in result.stderr and "Traceback" not in said
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_block_that_would_not_be_applied_stops_the_run(base, tmp_path, case):
+    changes, code, text = REFUSED[case]
+    refused(base, tmp_path, code=code, text=text, **changes)
+
+
+def test_a_plugin_that_cannot_be_imported_stops_the_run(base, tmp_path):
+    """Axolotl itself logs the error and trains on."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(BROKEN)
+    path = str(folder), str(Path(__file__).parents[2])
+    environment = {"PYTHONPATH": ":".join(path)}
+    refused(
+        base, tmp_path, text="cannot be imported here (ImportError: a part of it is missing)", environment=environment
+    )
+
+
+@pytest.mark.parametrize("words", [("--launcher", "accelerate"), ("--launcher", "torchrun")])
+def test_launchers_hand_the_refusal_on(base, tmp_path, words):
+    refused(base, tmp_path, *words, text=LINE, plugins=...)
+
+
+def test_preprocess_refuses_too(base, tmp_path):
+    refused(base, tmp_path, text=LINE, command="preprocess", plugins=...)
+
+
+def test_switched_off_and_command_line(base, tmp_path):
+    refused(base, tmp_path, text="XTF_DISABLE=1", environment={"XTF_DISABLE": "1"})
+    refused(base, tmp_path, *stock.ONE, "--xtf", "true", text="Axolotl's command has no `--xtf`", xtf=..., plugins=...)
+
+
+@pytest.fixture(scope="module")
+def stock_run(base, tmp_path_factory) -> Path:
+    """A run that has neither block nor plugin; XTF is switched off, which changes nothing without a block."""
+    out = tmp_path_factory.mktemp("stock") / "out"
+    path = stock.write(base, out, xtf=..., plugins=..., save_strategy="epoch")
+    stock.train(path, out, out.parent / "cache", XTF_DISABLE="1")
+    return out
+
+
+@pytest.mark.xdist_group("off")
+@pytest.mark.parametrize("block", [..., False])
+def test_without_a_block_everything_is_as_it_was(base, stock_run, tmp_path, block):
+    out = tmp_path / "out"
+    stock.train(stock.write(base, out, xtf=block, save_strategy="epoch"), out, tmp_path / "cache")
+    assert stock.seen(out) == stock.seen(stock_run)
+    assert stock.losses(out) == stock.losses(stock_run)
+    adapter = "adapter_model.safetensors"
+    assert (out / adapter).read_bytes() == (stock_run / adapter).read_bytes()
+    assert not (out / "xtf").exists() and not any((tmp_path / "cache").rglob("*.parquet"))
+
+
+@pytest.mark.xdist_group("off")
+def test_a_block_that_drops_nothing_trains_as_stock(base, stock_run, tmp_path):
+    out = tmp_path / "out"
+    result = stock.train(stock.write(base, out, xtf=NOTHING, save_strategy="epoch"), out, tmp_path / "cache")
+    assert stock.seen(out) == stock.seen(stock_run) and stock.losses(out) == stock.losses(stock_run)
+    assert "nothing at all is dropped" in result.stdout + result.stderr
+    assert (out / "xtf/summary.json").exists()
+
+
+@pytest.mark.xdist_group("off")
+def test_a_block_that_drops_trains_otherwise(base, stock_run, plain, tmp_path):
+    """The comparison above can fail: the masks change the losses and the adapter."""
+    out = tmp_path / "out"
+    stock.train(stock.write(base, out, save_strategy="epoch"), out, tmp_path / "cache")
+    assert stock.losses(out) != stock.losses(stock_run)
