@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +131,26 @@ class TestSeparate:
             separate(other, documents, quantization="nf4").fingerprint(),
         }
         assert len(prints) == 3
+
+    @pytest.mark.parametrize("before", [None, "true", "false"])
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_every_rank_loads_all_weights_under_fsdp(self, folder, monkeypatch, before, fails):
+        """transformers leaves them empty on all ranks but one while this variable is on."""
+        name, seen = "FSDP_CPU_RAM_EFFICIENT_LOADING", []
+        monkeypatch.delenv(name, raising=False)
+        if before:
+            monkeypatch.setenv(name, before)
+        load = AutoModelForCausalLM.from_pretrained
+
+        def watch(*args, **kwargs):
+            seen.append(os.environ.get(name))
+            return load("/no/such/folder" if fails else args[0], **kwargs)
+
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watch)
+        with pytest.raises(XTFUserError) if fails else nullcontext():
+            with separate(folder, collect(rows()), quantization="none").open() as reference:
+                assert reference.model.lm_head.weight.any()
+        assert seen == ["false"] and os.environ.get(name) == before
 
     def test_missing_model_is_one_clear_message(self, tmp_path):
         with pytest.raises(XTFUserError, match="reference.model.*could not be loaded"):

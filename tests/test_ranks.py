@@ -109,6 +109,11 @@ def test_a_rank_that_fails_takes_the_others_with_it(two):
     assert two[1]["a_rank_that_fails"] == "ValueError: device-side assert"
 
 
+def test_a_reference_that_one_rank_did_not_load_is_refused(two):
+    for rank in two:
+        assert "do not hold the same weights of the reference: rank 1" in rank["weights_that_one_rank_did_not_load"]
+
+
 def test_memory_may_run_out_on_one_rank_alone(two, alone):
     for rank in two:
         close(rank["memory_that_runs_out_on_one_rank"], alone["scores_on_a_shared_disk"])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import XTFUserError
 
+SAMPLED = 1_024  # numbers of a weight
 SCORER_VERSION = 1  # raise it when scores of the same model and document change
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"}
 
@@ -50,6 +51,19 @@ def weights_hash(model: nn.Module) -> str:
         state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         state.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     return state.hexdigest()
+
+
+def weights_sample(model: nn.Module) -> bytes:
+    """Name, dtype, shape and first numbers of every unquantised parameter, hashed: tells a model whose weights were not
+    loaded, at next to no cost. Quantised ones may come out differently on another kind of device.
+    """
+    state = xxhash.xxh3_128()
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point():
+            state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{tensor.is_meta}|".encode())
+            if not tensor.is_meta:
+                state.update(tensor.detach().flatten()[:SAMPLED].view(torch.uint8).cpu().numpy().data)
+    return state.digest()
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

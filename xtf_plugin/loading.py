@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +15,8 @@ from .reference import Reference
 
 if TYPE_CHECKING:
     from .config import ReferenceConfig
+
+_LOADED_ON_ONE_RANK = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def compute_dtype(config: ReferenceConfig, device: torch.device) -> torch.dtype:
@@ -41,21 +46,38 @@ def load(config: ReferenceConfig, device: torch.device) -> Reference:
     elif config.quantization == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            revision=config.revision or "main",
-            trust_remote_code=config.trust_remote_code,
-            quantization_config=quantization,
-            dtype=dtype or "auto",
-            device_map={"": device},
-            use_safetensors=True,  # the other format is a pickle
-        )
+        with _whole_on_every_rank():
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model,
+                revision=config.revision or "main",
+                trust_remote_code=config.trust_remote_code,
+                quantization_config=quantization,
+                dtype=dtype or "auto",
+                device_map={"": device},
+                use_safetensors=True,  # the other format is a pickle
+            )
     except (OSError, ValueError, ImportError) as error:
         raise XTFUserError(
             f"xtf.reference.model: {config.model!r} could not be loaded: {error}\n"
             "Give a folder written by save_pretrained or the hub id of a causal language model."
         ) from error
     return Reference(model, str(config.model))
+
+
+@contextmanager
+def _whole_on_every_rank() -> Iterator[None]:
+    """Under FSDP transformers can leave weights empty on all ranks but one, for FSDP to hand them out: it never wraps
+    this model.
+    """
+    before = os.environ.get(_LOADED_ON_ONE_RANK)
+    os.environ[_LOADED_ON_ONE_RANK] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_LOADED_ON_ONE_RANK]
+        else:
+            os.environ[_LOADED_ON_ONE_RANK] = before
 
 
 def free(reference: Reference) -> None:

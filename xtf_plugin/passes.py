@@ -18,7 +18,7 @@ from .lookup import StoredScores
 from .ranks import ALONE, Ranks
 from .reference import Reference
 from .scorer import score
-from .sharing import alike, pool
+from .sharing import alike, open_on_all, pool
 from .store import ScoreStore
 
 
@@ -55,7 +55,7 @@ def stored_scores(
         stats = score(
             documents,
             missing,
-            ranks.each(reference),
+            open_on_all(ranks, reference),
             layers,
             store.add,
             batch_tokens=batch_tokens,

@@ -24,6 +24,7 @@ from .ranks import ALONE, Ranks
 from .reference import Reference, resolve_layers
 from .selection import Scores, Selection, select
 from .selectors import Floats, StoredPredictions, check_finite, facts, score_selectors
+from .sharing import open_on_all
 from .store import ScoreStore, StoredScores
 
 if TYPE_CHECKING:
@@ -198,7 +199,10 @@ def _gather(
             )
         if table is not None and path is not None:
             sent = ranks.first(None if values is None else values.tobytes())
-            known = table.compute(ranks.each(reference)) if sent is None else np.frombuffer(sent, dtype=np.float32)
+            if sent is None:
+                known = table.compute(open_on_all(ranks, reference))
+            else:
+                known = np.frombuffer(sent, dtype=np.float32)
             if values is None and (sent is not None or ranks.main):
                 relevance.store_table(path, fingerprint, known)
             values = ranks.same(known)

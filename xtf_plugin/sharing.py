@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import XTFError
+from .fingerprint import weights_sample
 from .lookup import Lookup, StoredScores
 from .ranks import BEAT_SECONDS, Ranks
 from .records import COLUMNS, Records, merge
 
 if TYPE_CHECKING:
     from .documents import DocumentSet
+    from .reference import Reference
     from .store import ScoreStore
 
 LOCKSTEP_BATCHES = 16  # forwards between two meetings of ranks that go in step anyway
@@ -39,6 +41,18 @@ def share_out(lengths: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     rank = np.empty(len(lengths), dtype=np.int64)
     rank[order] = np.where(place < size, place, 2 * size - 1 - place)
     return rank
+
+
+def open_on_all(ranks: Ranks, reference: Callable[[], Reference]) -> Reference:
+    """The reference, opened by every rank. A collective.
+
+    Raises:
+        XTFError: it has other weights on some rank, though ranks agreed on what to load; or see `Ranks.each`.
+    """
+    opened = ranks.each(reference)
+    if ranks.size > 1 and not opened.lockstep:  # in step, each holds a part
+        ranks.agree(weights_sample(opened.model), "weights of the reference")
+    return opened
 
 
 @dataclass

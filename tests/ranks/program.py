@@ -186,6 +186,20 @@ def a_rank_that_fails(ranks, folder):
 
 
 @case
+def weights_that_one_rank_did_not_load(ranks, folder):
+    """What transformers leaves empty on all ranks but one, for FSDP: no check of one rank alone can tell it."""
+    model = tiny.model()
+    if ranks.rank:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+    try:
+        scored(ranks, folder / f"empty-{ranks.rank}", collect(rows(9)), lambda: Reference(model, "tiny"))
+    except XTFError as error:
+        return str(error)
+
+
+@case
 def memory_that_runs_out_on_one_rank(ranks, folder):
     class Small(Reference):
         def forward(self, input_ids, *args, **kwargs):
