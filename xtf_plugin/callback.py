@@ -36,16 +36,16 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     Equals: collect the documents of `trainer.train_dataset`, score them with the reference, apply the thresholds, and
     let `XTFDataCollator` write -100 over the labels of dropped tokens, in training batches only. `attach` is the short
-    way.
+    way. `collator` is that collator; a training loop of one's own can use it after a `dry_run`.
 
     Args:
         trainer: a finished transformers Trainer, usually TRL's SFTTrainer.
         config: the `xtf:` block.
 
     Raises:
-        XTFUserError: the trainer's data cannot be masked (images, none), it is streamed in a way that cannot be scored,
-            or processes split one model between them otherwise than by FSDP.
-        XTFError: from scoring; or the first batch is not the planned one.
+        XTFUserError: the host is not known, its model or data cannot be masked (images, none), it is streamed in a way
+            that cannot be scored, or processes split one model between them otherwise than by FSDP.
+        XTFError: from scoring; or a batch is not the planned one, or did not come by.
 
     Example:
         >>> trainer = SFTTrainer(model, args=args, train_dataset=dataset, peft_config=peft_config)
@@ -66,7 +66,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             epochs = EpochSelection(trainer, config, _tokenizer(trainer), lambda: self.plan, self._adopt, self.ranks)
         self._stream = self._streaming()
         around = self._stream.around if self._stream else None
-        self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._metrics, around)
+        self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._on_trained, self._metrics, around)
         self._watch: Watch | None = None
         self._constant_metrics: dict[str, float] = {}
         self._labels = torch.zeros((), dtype=torch.int64)
@@ -206,6 +206,14 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._labels = self._labels.to(labels.device) + (labels[..., 1:] != IGNORE_INDEX).sum()
         self._steps += 1
 
+    def _on_trained(self) -> None:
+        """Refuse, when it is over, a training that went past all the rest: a `train` of the trainer's own."""
+        if self.plan is None:
+            raise XTFError(
+                f"{type(self.trainer).__name__}.train() has trained without asking its callbacks: xtf scored nothing, "
+                "and no label was masked. What was trained is plain SFT; use a trainer that trains with its callbacks."
+            )
+
     def _metrics(self) -> dict[str, float]:
         """What goes to the host's trackers with each training log."""
         if self.plan is None:
@@ -224,14 +232,18 @@ def _tokenizer(trainer: Any) -> Any:
 def attach(trainer: Any, config: XTFConfig | Mapping[str, Any] | bool | str | None) -> Any:
     """Attach XTF to a finished trainer and return it.
 
-    Equals `trainer.add_callback(XTFCallback(trainer, XTFConfig.parse(config)))`. None or False attach nothing.
+    Equals `trainer.add_callback(XTFCallback(trainer, XTFConfig.parse(config)))`. None or False attach nothing. Attach
+    after all else that changes the trainer. Its rows are read when training begins: they may get their labels later
+    than this, as in Unsloth. docs/other-hosts.md has what works in which host.
 
     Args:
-        trainer: a transformers Trainer whose train dataset carries `labels`, map-style or iterable.
-        config: what would stand under `xtf:` in a recipe.
+        trainer: a transformers Trainer, or TRL's SFTTrainer, of a causal language model; a subclass may take its own
+            training step and loss. Its train dataset, map-style or iterable, carries `labels` when training begins.
+        config: what would stand under `xtf:` in a recipe: a mapping, true, false, or an `XTFConfig`.
 
     Raises:
-        XTFUserError: the block is wrong, or the trainer cannot be masked; see `XTFCallback`.
+        XTFUserError: the block is wrong, or the trainer is of a kind that cannot be masked; see `XTFCallback`.
+        XTFError: it is attached already. What only rows, batches or the reference show, `trainer.train()` raises.
 
     Example:
         >>> attach(trainer, {"preset": "paper", "min_kept": 1}).train()

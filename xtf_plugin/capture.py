@@ -171,8 +171,10 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
 def check_recorded(recorder: Recorder, num_layers: int, layer_types: list[str] | None) -> None:
     """Refuse a forward in which not every layer came through our attention function, once, as the mask described it."""
     if sorted(recorder.seen) != list(range(num_layers)):
+        which = f"only layers {sorted(set(recorder.seen))}" if recorder.seen else "none"
         raise recorder.refuse(
-            f"only layers {sorted(set(recorder.seen))} of {num_layers} use transformers' attention interface"
+            f"{which} of {num_layers} layers use transformers' attention interface (the rest have their own, or it was "
+            "replaced, as Unsloth does for all models of a class)"
         )
     unused = recorder.mask_windows - recorder.layer_windows
     if unused and (layer_types is None or "sliding_attention" in layer_types):

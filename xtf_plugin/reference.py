@@ -114,12 +114,22 @@ class Reference:
             last hidden states (B, T, D); attention received (B, T) float32, or None without layers.
         """
         if not layers:
-            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state, None
+            return self._hidden(input_ids), None
         recorder = Recorder(self.name, frozenset(layers), lengths, start)
         with recording(recorder):
-            output = self.decoder(input_ids=input_ids, use_cache=False)
+            hidden = self._hidden(input_ids)
         check_recorded(recorder, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None))
-        return output.last_hidden_state, recorder.mean()
+        return hidden, recorder.mean()
+
+    def _hidden(self, input_ids: Tensor) -> Tensor:
+        hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        if hidden.shape[:2] != input_ids.shape:
+            raise XTFError(
+                f"{self.name} was given {input_ids.shape[1]} tokens and read {hidden.shape[1]}: it cuts its input off "
+                "(Unsloth does, at the max_seq_length that the model was loaded with). Load it with a higher one, or "
+                "shorten the rows (max_length)."
+            )
+        return hidden
 
     def predictions(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of `targets` (N,) at hidden states (N, D), and what was to be expected; (3, N) float32.
@@ -146,6 +156,7 @@ class Reference:
             hidden, _ = self.forward(input_ids[None], lengths, layers)
             with _own_attention(self):
                 logits = type(self.model).forward(self.model, input_ids=input_ids[None], use_cache=False).logits
+            self._check_logits(logits, len(input_ids))
             return self.predictions(hidden[0, :-1], input_ids[1:])[0], logits
 
         with self.scoring(record=bool(layers)):
@@ -166,6 +177,19 @@ class Reference:
                 "name another one under `reference.model`."
             )
         self.checked = True
+
+    def _check_logits(self, logits: Any, length: int) -> None:
+        """Refuse a forward that leaves its logits out, or puts something else in their place, to save memory."""
+        vocabulary = int(getattr(self.text_config, "vocab_size", 0))
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+        if len(shape) != 3 or shape[:2] != (1, length) or shape[2] < vocabulary:
+            raise XTFError(
+                f"{self.name} ({type(self.model).__name__}) gives no logits for its log-probabilities to be held "
+                f"against: for {length} tokens and a vocabulary of {vocabulary} it gives "
+                f"{shape or type(logits).__name__}. Let its forward give them (in Unsloth the environment variable "
+                "UNSLOTH_RETURN_LOGITS=1, and no UNSLOTH_RETURN_HIDDEN_STATES), or name another reference under "
+                "`reference.model`."
+            )
 
 
 def _restore(training: list[tuple[nn.Module, bool]], gradients: list[tuple[nn.Parameter, bool]]) -> None:

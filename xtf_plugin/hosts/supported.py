@@ -5,12 +5,13 @@ Everything asked here is asked before the first optimizer step; nothing is chang
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from ..errors import XTFUserError
 
-_TRL_FOR_LABELS = ("SFTTrainer", "_BaseTrainer", "BaseTrainer")  # the latter two are under every trainer of TRL's
+_UNSLOTHS_COPY = re.compile(r"_?Unsloth(\w+Trainer)")  # of a trainer of TRL's, written anew under TRL's base class
 _NO_CAUSAL_LM = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _NOT_TEXT = ("pixel_values", "pixel_values_videos", "image", "images", "input_features", "inputs_embeds")
 
@@ -30,11 +31,10 @@ def check_host(trainer: Any) -> None:
             f"{kind.__name__}: xtf does not know where labels pass by in it. Use transformers' Trainer, TRL's "
             "SFTTrainer, or a subclass of one."
         )
-    of_trl = (base for base in kind.__mro__ if base.__module__.split(".")[0] == "trl" and issubclass(base, Trainer))
-    nearest = next(of_trl, None)
-    if nearest is not None and nearest.__name__ not in _TRL_FOR_LABELS:
+    nearest = _of_trl(kind)
+    if nearest not in (None, "SFTTrainer"):
         raise XTFUserError(
-            f"xtf: {kind.__name__} is not supported: TRL's {nearest.__name__} does not train on the `labels` of its "
+            f"xtf: {kind.__name__} is not supported: nothing says that TRL's {nearest} trains on the `labels` of its "
             "rows, and these are what xtf masks. It works in SFTTrainer; remove the block here."
         )
     if trainer.model_init is not None:
@@ -43,6 +43,16 @@ def check_host(trainer: Any) -> None:
             "Pass the model itself: model=model_init()."
         )
     _check_model(kind.__name__, trainer.model)
+
+
+def _of_trl(kind: type) -> str | None:
+    """The trainer of TRL's that a class is, or is a copy of, by name; None: it has nothing of TRL's."""
+    for base in kind.__mro__:
+        if copied := _UNSLOTHS_COPY.fullmatch(base.__name__):
+            return copied[1]
+        if base.__module__.split(".")[0] == "trl" and base.__name__.endswith("Trainer"):
+            return base.__name__
+    return None
 
 
 def _check_model(trainer: str, model: Any) -> None:
@@ -73,7 +83,8 @@ def check_collator(collator: Any) -> None:
         raise XTFUserError(
             f"xtf: the data collator {type(collator).__name__} makes labels of its own out of input_ids, so none can "
             "be masked. Give the rows a `labels` column (-100 outside the completion) and use "
-            "DataCollatorForSeq2Seq(tokenizer), which pads it."
+            "DataCollatorForSeq2Seq(tokenizer), which pads it (Unsloth's train_on_responses_only does both: attach xtf "
+            "after it)."
         )
 
 

@@ -1,6 +1,6 @@
 """What we know of transformers' `Trainer`, in one place: where labels pass by, and how to stand beside them.
 
-Everything is done on the instance and can be undone; no class is changed.
+Everything is done on the instance; no class is changed.
 """
 
 from __future__ import annotations
@@ -102,10 +102,9 @@ def rows(dataset: Any, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     if missing:
         raise XTFUserError(
             f"xtf: the training dataset has no column {sorted(missing)} (it has {dataset.column_names}), so "
-            "completion and "
-            "prompt cannot be told apart. Let the trainer prepare the dataset (no skip_prepare_dataset), or add "
-            "`labels` "
-            "with -100 outside the completion."
+            "completion and prompt cannot be told apart. Let the trainer prepare the dataset (no "
+            "skip_prepare_dataset), call train_on_responses_only where Unsloth prepares it, or add `labels` with -100 "
+            "outside the completion."
         )
     for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1_000):
         lists = {name: _slices(name, batch.column(name)) for name in names}
@@ -142,6 +141,7 @@ class TrainerHooks:
         trainer: a finished trainer.
         collator: ours; its `inner` becomes the trainer's own collator.
         on_batch: called with the inputs of each training step, before it.
+        on_trained: called when a training has ended without an error.
         metrics: called for each training log; what it returns is added to it.
         around: gives the dataset that stands in for the trainer's own in the train dataloader; None: none does.
     """
@@ -151,6 +151,7 @@ class TrainerHooks:
         trainer: Any,
         collator: XTFDataCollator,
         on_batch: Callable[[Mapping[str, Any]], None],
+        on_trained: Callable[[], None],
         metrics: Callable[[], dict[str, float]],
         around: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -160,14 +161,14 @@ class TrainerHooks:
         self.collator = collator
         self._get_train_dataloader = trainer.get_train_dataloader
         self._training_step = trainer.training_step
-        self._log = trainer.log
-        self.on_batch = on_batch
+        self._log, self._train = trainer.log, trainer.train
+        self.on_batch, self.on_trained = on_batch, on_trained
         self.metrics = metrics
         self.around = around
         trainer._xtf_hooks = self
         trainer.get_train_dataloader = self.get_train_dataloader
         trainer.training_step = self.training_step
-        trainer.log = self.log
+        trainer.log, trainer.train = self.log, self.train
 
     def get_train_dataloader(self) -> Any:
         """Build the train dataloader with our collator; evaluation shares `trainer.data_collator` and must not see
@@ -194,7 +195,8 @@ class TrainerHooks:
             logs.update(self.metrics())
         self._log(logs, *args, **kwargs)
 
-    def remove(self) -> None:
-        """Put the trainer's own methods back."""
-        for name in ("get_train_dataloader", "training_step", "log", "_xtf_hooks"):
-            self.trainer.__dict__.pop(name, None)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the trainer does, then let `on_trained` look back at it."""
+        result = self._train(*args, **kwargs)
+        self.on_trained()
+        return result
