@@ -3,6 +3,8 @@ its name."""
 
 from __future__ import annotations
 
+import ast
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +19,12 @@ from transformers import (
 )
 
 from tests import tiny
+from tests.pages import ROOT
+from tests.recorder.sitecustomize import documents
 from tests.test_callback import trainer as sft_trainer
 from tests.test_pipeline import rows
 from tests.watch import watched
-from xtf_plugin import XTFError, XTFUserError, attach
+from xtf_plugin import XTFCallback, XTFConfig, XTFDryRun, XTFError, XTFUserError, attach
 
 BLOCK = {"preset": "paper", "reasoning_importance": {"layers": "all", "drop": {"quantile": 0.2}}}
 ROWS = 12
@@ -116,6 +120,40 @@ def test_the_trainer_of_transformers_gets_the_masks_of_trl(tmp_path, expected, s
     options = dict(SHAPES[shape])
     data = options.pop("data", lambda: None)()
     assert seen(made(tmp_path, data, **options), tmp_path) == expected
+
+
+def test_a_loop_of_ones_own_gets_them_from_the_collator(tmp_path, expected):
+    """As docs/other-hosts.md shows it: a Trainer plans, its callback's collator applies the plan."""
+    data = Dataset.from_list(with_mask(rows(ROWS)))
+    planner = made(tmp_path, data)
+    plan = XTFCallback(planner, XTFConfig.parse({"cache_dir": str(tmp_path / "cache"), "dry_run": True, **BLOCK}))
+    planner.add_callback(plan)
+    with pytest.raises(XTFDryRun):
+        planner.train()
+    loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, collate_fn=plan.collator, num_workers=1)
+    given = [document for batch in loader for document in documents(batch)]
+    assert len(given) == ROWS and {tuple(d["ids"]): tuple(d["kept"]) for d in given} == expected
+    stranger = {**data[0], "input_ids": [7, *data[0]["input_ids"][1:]]}
+    with pytest.raises(XTFError, match="was not scored"):
+        plan.collator([stranger])
+
+
+def messages():
+    """Every text of the package with a blank for what is filled in, adjacent pieces joined as Python joins them."""
+    for path in (ROOT / "xtf_plugin").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_the_list_of_what_is_refused_quotes_its_messages():
+    page = (ROOT / "docs/other-hosts.md").read_text(encoding="utf-8").partition("## What is refused")[2]
+    quoted = [text for row in page.splitlines()[4:] for text in re.findall(r"`([^`]+)`", row.split("|")[2])]
+    texts = list(messages())
+    assert len(quoted) > 15
+    assert [text for text in quoted if not any(text.strip("… ") in message for message in texts)] == []
 
 
 class TestRefusals:
