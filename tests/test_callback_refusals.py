@@ -9,7 +9,8 @@ from datasets import IterableDataset
 from tests import streams, tiny
 from tests.streams import LOOSE, attached
 from tests.test_callback import BLOCK, trainer
-from xtf_plugin import XTFDataCollator, XTFError, XTFUserError, attach, verification
+from xtf_plugin import XTFDataCollator, XTFDryRun, XTFError, XTFUserError, attach, verification
+from xtf_plugin.ranks import Ranks
 
 
 class TestRefusals:
@@ -81,6 +82,17 @@ class TestRefusals:
         with pytest.raises(XTFUserError, match="drop every one.*min_kept"):
             attach(trainer(tmp_path), drop_all).train()
         assert (tmp_path / "out/xtf/scores.parquet").is_file(), "what was scored is kept, to look at"
+
+    def test_ranks_that_do_not_all_end_with_a_dry_run(self, tmp_path, monkeypatch):
+        """One that has ended would leave the others waiting."""
+        told, agree = [], Ranks.agree
+        monkeypatch.setattr(Ranks, "agree", lambda self, *facts: told.append(facts) or agree(self, *facts))
+        monkeypatch.setenv("XTF_DRY_RUN", "1")
+        with pytest.raises(XTFDryRun):
+            attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache")}).train()
+        monkeypatch.delenv("XTF_DRY_RUN")
+        attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache")}).train()
+        assert [facts for facts, what in told if what == "XTF_DRY_RUN"] == [b"True", b"False"]
 
     def test_several_processes_that_nothing_connects(self, tmp_path, monkeypatch):
         made = trainer(tmp_path)

@@ -60,6 +60,21 @@ def test_ranks_with_other_data_are_refused_on_every_rank(two):
         assert "do not hold the same training data: rank 1 differs from rank 0" in rank["other_data_on_one_rank"]
 
 
+@pytest.mark.parametrize(
+    ("name", "what"), [("threshold", "block"), ("attribute", "block"), ("tokenizer", "special tokens"), ("files", None)]
+)
+def test_ranks_with_other_blocks_are_refused_on_every_rank(two, name, what):
+    for rank in two:
+        told = rank["other_blocks_on_one_rank"][name]
+        assert f"do not hold the same {what}: rank 1 differs" in told if what else told == "planned"
+
+
+def test_ranks_that_come_to_other_masks_are_refused_on_every_rank(two):
+    for rank in two:
+        told = rank["other_masks_on_one_rank"]
+        assert len(told) == 2 and all("do not hold the same masks: rank 1 differs" in one for one in told)
+
+
 def test_work_of_the_main_rank_keeps_the_others_in_touch(two):
     main, other = (rank["work_of_the_main_rank"] for rank in two)
     assert main["result"] == other["result"] == "done"
@@ -123,7 +138,7 @@ def test_memory_may_run_out_on_one_rank_alone(two, alone):
 def test_a_sharded_model_scores_in_step(two, name):
     """FSDP2 on the CPU: as many forwards on each rank although one has more batches, and scores of the whole model."""
     from tests import tiny
-    from tests.ranks import program
+    from tests.test_pipeline import rows
     from xtf_plugin.documents import collect
     from xtf_plugin.reference import Reference
 
@@ -132,7 +147,7 @@ def test_a_sharded_model_scores_in_step(two, name):
     assert first["forwards"] == second["forwards"] == 2 + max(first["batches"], second["batches"])
     assert first["logprobs"] == second["logprobs"]
     assert first["vectors"] < 1e-6
-    data = program.rows(4)
+    data = rows(4)
     data.append({column: data[0][column] * 5 for column in ("input_ids", "labels")})
     documents = collect(data)
     import torch

@@ -127,7 +127,9 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._watch = Watch(PlannedDocuments(plan.documents, plan.selection.keep))
         self._constant_metrics = report.metrics(plan)
         self.ranks.from_main(lambda: self._report(Path(args.output_dir), epoch))
-        if not epoch and (self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN"))):
+        dry_run = self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN"))
+        self.ranks.agree(str(dry_run).encode(), "XTF_DRY_RUN")  # or one would wait for another that has ended
+        if not epoch and dry_run:
             raise XTFDryRun
         if not (self.plan.selection.keep & (self.plan.scores.positions > 0)).any():
             raise XTFUserError(

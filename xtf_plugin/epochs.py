@@ -116,7 +116,7 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 partial(segment_starts, plan.documents, self.tokenizer),
                 *marked_tokens(self.config, plan.documents, self.tokenizer),
             )
-        self.adopt(replan(plan, self.tokenizer, found, self._stats), self.epoch)
+        self.adopt(replan(plan, self.tokenizer, found, self._stats, self.ranks), self.epoch)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put this epoch's scores beside the checkpoint that was just written."""

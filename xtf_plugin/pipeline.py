@@ -5,9 +5,10 @@ No trainer is known here. The reference comes as a provider, so that it is loade
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Marks = NDArray[np.bool_]
+OF_ONE_RANK = ("cache_dir", "report")  # keys of the block that only the rank's own files follow
 NOTHING_DROPPED = "nothing at all is dropped: this run trains exactly as it would without its `xtf:` block"
 
 
@@ -105,10 +107,13 @@ def make_plan(
         ranks: of the run; each gets the same plan, and scores its share.
 
     Raises:
-        XTFError: ranks with different data or references; the reference gives no finite score at all; see also
-            `scorer.score` and `score_selectors`.
+        XTFError: ranks with different blocks, data or references, or that come to different masks; the reference gives
+            no finite score at all; see also `scorer.score` and `score_selectors`.
         XTFUserError: from the layers, the domain or a reference's tokenizer.
     """
+    block = {name: value for name, value in config.to_dict().items() if name not in OF_ONE_RANK}
+    ranks.agree(json.dumps(block, sort_keys=True).encode(), "block")
+    ranks.agree(special_ids(tokenizer).tobytes(), "special tokens")
     layers = attention_layers(config, provider.text_config())
     fingerprint = provider.fingerprint()
     ranks.agree(documents.keys.tobytes() + documents.counts.tobytes(), "training data")
@@ -132,7 +137,7 @@ def make_plan(
     if table is not None and values is not None:
         given = table.gather(values, documents.input_ids[documents.completion])
     scores = scores_of(documents, source.known, given, selectors)
-    selection, told = _selected(config, documents, tokenizer, scores, marks)
+    selection, told = _selected(config, documents, tokenizer, scores, marks, ranks)
     plan = Plan(config, documents, scores, selection, description, stats, reused, warnings + source.warnings + told)
     if not config.selectors:
         return plan
@@ -141,20 +146,38 @@ def make_plan(
     return replace(plan, selectors=about, source=later)
 
 
-def replan(plan: Plan, tokenizer: Any, selectors: Mapping[str, Floats | None], stats: ScoringStats) -> Plan:
-    """The plan with new scores of some selectors, whose cost was `stats`: thresholds and masks are worked out again."""
+def replan(
+    plan: Plan,
+    tokenizer: Any,
+    selectors: Mapping[str, Floats | None],
+    stats: ScoringStats,
+    ranks: Ranks = ALONE,
+) -> Plan:
+    """The plan with new scores of some selectors, whose cost was `stats`: thresholds and masks are worked out again.
+
+    Raises:
+        XTFError: ranks come to different masks.
+    """
     scores = replace(plan.scores, selectors={**plan.scores.selectors, **selectors})
     marks = marked_tokens(plan.config, plan.documents, tokenizer)
-    selection, warnings = _selected(plan.config, plan.documents, tokenizer, scores, marks)
+    selection, warnings = _selected(plan.config, plan.documents, tokenizer, scores, marks, ranks)
     return replace(plan, scores=scores, selection=selection, stats=stats, reused=0, warnings=warnings)
 
 
 def _selected(
-    config: XTFConfig, documents: DocumentSet, tokenizer: Any, scores: Scores, marks: tuple[Marks, Marks | None]
+    config: XTFConfig,
+    documents: DocumentSet,
+    tokenizer: Any,
+    scores: Scores,
+    marks: tuple[Marks, Marks | None],
+    ranks: Ranks,
 ) -> tuple[Selection, list[str]]:
-    """The decision for every completion token, and what to tell about it; `marks` are those of `marked_tokens`."""
+    """The decision for every completion token, the same on every rank, and what to tell about it; `marks` are those of
+    `marked_tokens`.
+    """
     protected, forced = marks
     selection = select(scores, config, protected, forced, text_segments(config, documents, tokenizer))
+    ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
     warnings = list(selection.warnings)
     if forced is not None and not forced.any():
         warnings.append(f"force_drop: {config.force_drop} matches nothing in the whole dataset")
@@ -275,9 +298,3 @@ def completion_runs(documents: DocumentSet) -> NDArray[np.int64]:
     starts = documents.completion_offsets
     breaks[starts[:-1][np.diff(starts) > 0]] = True  # a document's first completion token opens a run
     return np.concatenate([np.flatnonzero(breaks), [len(flat)]]).astype(np.int64)
-
-
-@contextmanager
-def opened(reference: Reference) -> Iterator[Reference]:
-    """A reference that stays: the model being trained."""
-    yield reference

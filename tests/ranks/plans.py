@@ -1,0 +1,88 @@
+"""Cases of whole plans: the same on every rank, or refused on every rank."""
+
+from __future__ import annotations
+
+import copy
+
+from tests import tiny
+from tests.ranks.common import case
+from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
+from xtf_plugin import pipeline
+from xtf_plugin.batches import ScoringStats
+from xtf_plugin.config import XTFConfig
+from xtf_plugin.documents import collect
+from xtf_plugin.errors import XTFError
+from xtf_plugin.pipeline import make_plan
+
+
+def planned(ranks, folder, block):
+    config = XTFConfig.parse({**block, "cache_dir": str(folder / f"plan-{ranks.rank}")})
+    plan = make_plan(config, collect(rows(14)), Provider(), tiny.tokenizer(), progress=False, ranks=ranks)
+    about = plan.selectors.get("excerpts", {}).get("documents", 0)
+    return {"keep": plan.selection.keep.astype(int).tolist(), "excerpts": about, "documents": plan.stats.documents}
+
+
+@case
+def plans(ranks, folder):
+    looks = {"selectors": {"out_of_place": {"drop": {"below": -0.5}}}}
+    blocks = {"default": looks, "attributes": ATTRIBUTES_ON, "paper": {"preset": "paper"}}
+    return {name: planned(ranks, folder / name, block) for name, block in blocks.items()}
+
+
+@case
+def other_data_on_one_rank(ranks, folder):
+    config = XTFConfig.parse({"cache_dir": str(folder / "other")})
+    try:
+        make_plan(config, collect(rows(6 + ranks.rank)), Provider(), tiny.tokenizer(), progress=False, ranks=ranks)
+    except XTFError as error:
+        return str(error)
+
+
+@case
+def other_blocks_on_one_rank(ranks, folder):
+    """Another threshold, an attribute that only one rank scores, a special token more; and other places for files."""
+    first, second = {"preset": "none", "knowledge_novelty": True}, {"task_relevance": {"drop": {"below": 0.3}}}
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]}, replace_extra_special_tokens=False)
+    other = ranks.rank == 1
+    blocks = {
+        "threshold": ({"selectors": {"odd": {"scorer": "typicality", "drop": {"below": -1.0 - ranks.rank}}}}, False),
+        "attribute": ({**first, **second} if other else first, False),
+        "tokenizer": (first, other),
+        "files": ({**first, "report": not other}, False),
+    }
+    found = {}
+    for name, (block, changed) in blocks.items():
+        config = XTFConfig.parse({**block, "cache_dir": str(folder / f"{name}-{ranks.rank}")})
+        used = tokenizer if changed else tiny.tokenizer()
+        try:
+            make_plan(config, collect(rows(6)), Provider(), used, progress=False, ranks=ranks)
+            found[name] = "planned"
+        except XTFError as error:
+            found[name] = str(error)
+    return found
+
+
+@case
+def other_masks_on_one_rank(ranks, folder):
+    """Whatever makes them differ, for one another version of a scorer's package: in a first plan and in a later one."""
+    config = XTFConfig.parse({"preset": "none", "knowledge_novelty": True, "cache_dir": str(folder / "masks")})
+    documents, tokenizer, select = collect(rows(6)), tiny.tokenizer(), pipeline.select
+    plan = make_plan(config, documents, Provider(), tokenizer, progress=False, ranks=ranks)
+
+    def otherwise(*args):
+        made = select(*args)
+        made.keep[0] ^= ranks.rank == 1
+        return made
+
+    pipeline.select, told = otherwise, []
+    for again in (
+        lambda: make_plan(config, documents, Provider(), tokenizer, progress=False, ranks=ranks),
+        lambda: pipeline.replan(plan, tokenizer, {}, ScoringStats(), ranks),
+    ):
+        try:
+            again()
+        except XTFError as error:
+            told.append(str(error))
+    pipeline.select = select
+    return told

@@ -1,0 +1,186 @@
+"""Cases of messages, scores and failures."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from tests import tiny
+from tests.ranks.common import FINGERPRINT, case, lines, scored
+from tests.ranks.fsdp import fsdp
+from tests.test_pipeline import rows
+from xtf_plugin import ranks as ranks_module
+from xtf_plugin import sharing
+from xtf_plugin.documents import collect
+from xtf_plugin.errors import XTFError
+from xtf_plugin.ranks import Ranks
+from xtf_plugin.reference import Reference
+from xtf_plugin.store import ScoreStore
+
+
+def forbidden():
+    raise AssertionError("this start must not open the reference")
+
+
+@case
+def messages(ranks, folder):
+    """Bytes of unequal length go round whole, also in several chunks."""
+    ranks_module.CHUNK_BYTES = 10
+    mine = bytes(range(7 + 20 * ranks.rank))
+    found = ranks.gather(mine), ranks.gather(b""), ranks.first(None), ranks.first(mine if ranks.rank == 1 else None)
+    ranks_module.CHUNK_BYTES = 4 << 20
+    whole = [bytes(range(7 + 20 * rank)) for rank in range(ranks.size)]
+    column = ranks.same(np.float32([1, 2, ranks.rank]))
+    return {"right": found == (whole, [b""] * ranks.size, None, whole[1]), "column": lines(column)}
+
+
+@case
+def disagreement(ranks, folder):
+    ranks.agree(b"same", "reference")
+    try:
+        ranks.agree(bytes([ranks.rank]), "training data")
+    except XTFError as error:
+        return str(error)
+
+
+@case
+def work_of_the_main_rank(ranks, folder):
+    """Longer than a beat: the others answer meanwhile, and get the result, or learn that there is none."""
+    ranks_module.BEAT_SECONDS, meetings, gather = 0.05, [], Ranks.gather
+    Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
+
+    def slow():
+        time.sleep(0.4)
+        return b"done"
+
+    def broken():
+        raise XTFError("the disk is full")
+
+    result, count = ranks.from_main(slow), len(meetings)
+    try:
+        ranks.from_main(broken)
+        told = ""
+    except XTFError as error:
+        told = str(error)
+    ranks_module.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    return {"result": result.decode(), "meetings": count, "told": told}
+
+
+@case
+def work_of_every_rank(ranks, folder):
+    """A rank that is through early stays in touch with one that is not; a failure is known to all."""
+    ranks_module.BEAT_SECONDS = 0.05
+
+    def work():
+        time.sleep(0.3 * ranks.rank)
+        return ranks.rank
+
+    def broken():
+        if ranks.rank == 1:
+            raise ValueError("no such file")
+
+    result, told = ranks.each(work), ""
+    try:
+        ranks.each(broken)
+    except (XTFError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+    ranks_module.BEAT_SECONDS = 20.0
+    return {"result": result, "told": told}
+
+
+@case
+def scores_without_a_shared_disk(ranks, folder):
+    """Every rank has a cache of its own: it holds what the rank scored, and together they are enough."""
+    documents, reference, root = collect(rows(13)), Reference(tiny.model(), "tiny"), folder / f"own-{ranks.rank}"
+    found = scored(ranks, root, documents, lambda: reference)
+    with ScoreStore(root, FINGERPRINT, "0,1") as store:
+        kept = int(store.load(documents.keys, np.diff(documents.completion_offsets)).found.sum())
+    again = scored(ranks, root, documents, forbidden)
+    more = scored(ranks, root, collect(rows(16)), lambda: reference)
+    return {**found, "stored_here": kept, "again": again, "more": more["stats"][0]}
+
+
+@case
+def scores_on_a_shared_disk(ranks, folder):
+    documents, reference = collect(rows(13)), Reference(tiny.model(), "tiny")
+    found = scored(ranks, folder / "shared", documents, lambda: reference)
+    return {**found, "again": scored(ranks, folder / "shared", documents, forbidden)}
+
+
+@case
+def caches_that_differ(ranks, folder):
+    """Two caches with other scores of the same documents: the ranks must plan with the same ones."""
+    documents, root = collect(rows(5)), folder / f"differ-{ranks.rank}"
+    reference = Reference(tiny.model(seed=ranks.rank), "tiny")
+    scored(Ranks(), root, documents, lambda: reference)
+    return scored(ranks, root, documents, forbidden)
+
+
+@case
+def many_rounds(ranks, folder):
+    """Ranks meet between batches, so scores come in pieces."""
+    sharing.BEAT_SECONDS, meetings, gather = 0.06, [], Ranks.gather
+    Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
+    documents = collect(rows(13))
+
+    class Reluctant(Reference):
+        def forward(self, *args, **kwargs):
+            time.sleep(0.05 * ranks.rank)
+            return super().forward(*args, **kwargs)
+
+    reference = Reluctant(tiny.model(), "tiny")
+    found = scored(ranks, folder / f"rounds-{ranks.rank}", documents, lambda: reference)
+    sharing.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    return {**found, "meetings": len(meetings)}
+
+
+@case
+def a_rank_that_fails(ranks, folder):
+    class Broken(Reference):
+        def forward(self, *args, **kwargs):
+            if ranks.rank == 1 and self.checked:
+                raise ValueError("device-side assert")
+            return super().forward(*args, **kwargs)
+
+    try:
+        scored(ranks, folder / f"broken-{ranks.rank}", collect(rows(9)), lambda: Broken(tiny.model(), "tiny"))
+    except (XTFError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@case
+def weights_that_one_rank_did_not_load(ranks, folder):
+    """What transformers leaves empty on all ranks but one, for FSDP: no check of one rank alone can tell it."""
+    model = tiny.model()
+    if ranks.rank:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+    try:
+        scored(ranks, folder / f"empty-{ranks.rank}", collect(rows(9)), lambda: Reference(model, "tiny"))
+    except XTFError as error:
+        return str(error)
+
+
+@case
+def memory_that_runs_out_on_one_rank(ranks, folder):
+    class Small(Reference):
+        def forward(self, input_ids, *args, **kwargs):
+            if ranks.rank == 0 and len(input_ids) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(input_ids, *args, **kwargs)
+
+    reference = Small(tiny.model(), "tiny")
+    return scored(ranks, folder / f"small-{ranks.rank}", collect(rows(13)), lambda: reference)
+
+
+@case
+def fsdp_full(ranks, folder):
+    return fsdp(ranks, folder, False, scored)
+
+
+@case
+def fsdp_adapters(ranks, folder):
+    return fsdp(ranks, folder, True, scored)
