@@ -139,6 +139,8 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse a training whose batches do not come by: a loop of its own, or a step that somebody put back."""
+        if self._borrowed is not None:
+            self._borrowed.note_step()
         if self._watch is None or not self._watch.batches:
             raise XTFError(
                 f"a step was made with a batch that xtf has not seen: {type(self.trainer).__name__} does not train "

@@ -51,10 +51,15 @@ class BorrowedReference:
         else:
             self._facts = model_facts(self.reference.model)
         self._precision = str(trainer.accelerator.mixed_precision)
+        self._stepped = False
 
     def fingerprint(self) -> str:
         """Hash of the base weights as they were when XTF was attached, and of the run's mixed precision."""
         return digest({**self._facts, "autocast": self._precision, "device": self._device()})
+
+    def note_step(self) -> None:
+        """Remember that an optimizer step has been made; a second training starts to count at 0 again."""
+        self._stepped = True
 
     def _device(self) -> str:
         """Part of what scores depend on: kernels and 4-bit products round differently."""
@@ -85,7 +90,7 @@ class BorrowedReference:
         changed = False
         if not self.sharded:
             changed = weights_hash(self.reference.model) != self._facts["weights"]
-        elif self.trainer.state.global_step:  # nobody holds all weights to look at them
+        elif self._stepped or self.trainer.state.global_step:  # nobody holds all weights to look at them
             changed = any(tensor.requires_grad for _, tensor in base_tensors(self.reference.model))
         if changed:
             raise XTFError(
