@@ -20,7 +20,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
-from trl import DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 from trl.trainer import dpo_trainer
 
 from tests import tiny
@@ -31,13 +31,8 @@ from xtf_plugin import XTFDryRun, XTFError, XTFUserError, attach
 
 ATTENTION = {"preset": "paper", "reasoning_importance": {"layers": "all", "drop": {"quantile": 0.2}}}
 WITHOUT = {"selectors": {"out_of_place": {"drop": {"below": -1}}}, "knowledge_novelty": {"drop": {"quantile": 0.1}}}
-ROWS = 12
-
-
-def texts():
-    render = tiny.tokenizer().apply_chat_template
-    rows = [{"text": render(row["messages"], tokenize=False)} for row in tiny.conversations(ROWS - 1)]
-    return [*rows, {"text": "<|im_start|>user\nNobody answers.<|im_end|>\n"}]
+ROWS = len(pattern.texts())
+sft, texts = pattern.sft, pattern.texts
 
 
 def labelled_rows():
@@ -46,13 +41,6 @@ def labelled_rows():
     data = data.select_columns(["input_ids", "attention_mask"])
     host = SimpleNamespace(train_dataset=data, processing_class=tiny.tokenizer(), data_collator=None)
     return pattern.train_on_responses_only(host).train_dataset
-
-
-def sft(tmp_path, cls=SFTTrainer, data=None, **options):
-    settings = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "save_strategy": "no", **options}
-    args = SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, logging_steps=1, **settings)
-    data = Dataset.from_list(texts()) if data is None else data
-    return cls(tiny.model(), args=args, train_dataset=data, processing_class=tiny.tokenizer())
 
 
 def block(tmp_path, of=ATTENTION):

@@ -13,13 +13,31 @@ import inspect
 from types import MethodType, ModuleType
 
 import torch
+from datasets import Dataset
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerControl
 from transformers.models.llama import modeling_llama
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.trainer import sft_trainer
 
+from tests import tiny
+
 ASK, ANSWER = "<|im_start|>user\n", "<|im_start|>assistant\n"
+
+
+def texts(n=12):
+    """Rows of chat text; in the last one nobody answers."""
+    render = tiny.tokenizer().apply_chat_template
+    rows = [{"text": render(row["messages"], tokenize=False)} for row in tiny.conversations(n - 1)]
+    return [*rows, {"text": "<|im_start|>user\nNobody answers.<|im_end|>\n"}]
+
+
+def sft(tmp_path, cls=SFTTrainer, data=None, model=None, **options):
+    """A small trainer of one epoch on a CPU."""
+    settings = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "save_strategy": "no", **options}
+    args = SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, logging_steps=1, **settings)
+    data = Dataset.from_list(texts()) if data is None else data
+    return cls(model or tiny.model(), args=args, train_dataset=data, processing_class=tiny.tokenizer())
 
 
 def train_on_responses_only(trainer, instruction_part=ASK, response_part=ANSWER):
