@@ -119,9 +119,18 @@ def test_ranks_meet_while_they_score(two):
     assert meetings[0] == meetings[1] > 5
 
 
-def test_a_rank_that_fails_takes_the_others_with_it(two):
-    assert two[0]["a_rank_that_fails"] == "XTFError: rank 1 failed while scoring: device-side assert"
-    assert two[1]["a_rank_that_fails"] == "ValueError: device-side assert"
+@pytest.mark.parametrize(
+    ("where", "here", "elsewhere"),
+    [
+        ("forward", "ValueError: device-side assert", "rank 1 failed while scoring: ValueError: device-side assert"),
+        ("wordless", "MemoryError: ", "rank 1 failed while scoring: MemoryError: "),
+        ("check", "ValueError: device-side assert", "rank 1 failed; its own message says why."),
+        ("sink", "OSError: no space left", "rank 1 failed while scoring: OSError: no space left"),
+    ],
+)
+def test_a_rank_that_fails_takes_the_others_with_it(two, where, here, elsewhere):
+    assert two[0]["a_rank_that_fails"][where] == f"XTFError: {elsewhere}"
+    assert two[1]["a_rank_that_fails"][where] == here
 
 
 def test_a_reference_that_one_rank_did_not_load_is_refused(two):

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,11 @@ def score(
         XTFError: a single document does not fit into memory; the reference is not supported; another rank failed.
     """
     budget = batch_tokens or default_batch_tokens(reference.device)
-    _check_reference(documents, wanted, reference, layers)
+    check = partial(_check_reference, documents, wanted, reference, layers)
+    if reference.lockstep:  # its forwards are collectives
+        check()
+    else:
+        ranks.each(check)
     lengths = documents.lengths[wanted]
     rank_of = share_out(lengths, ranks.size)
     own = wanted[rank_of == ranks.rank]

@@ -108,14 +108,16 @@ def meet(
         while not finished and (len(outbox) < LOCKSTEP_BATCHES if lockstep else time.monotonic() < deadline):
             try:
                 records = next(own, None)
+                if records is not None:
+                    take(records, True)
             except BaseException as error:
                 if isinstance(error, Exception) and not lockstep:  # in step, the others are inside a forward
-                    ranks.gather(Message(True, str(error), counts(), None).to_bytes())
+                    failed = f"{type(error).__name__}: {error}"  # never empty, as a MemoryError's own text is
+                    ranks.gather(Message(True, failed, counts(), None).to_bytes())
                 raise
             if records is None:
                 finished = True
             else:
-                take(records, True)
                 outbox.append(records)
         message = Message(finished, "", counts(), merge(outbox) if outbox else None)
         heard = [Message.from_bytes(sent) for sent in ranks.gather(message.to_bytes())]

@@ -12,7 +12,7 @@ from tests.ranks.common import FINGERPRINT, case, lines, scored
 from tests.ranks.fsdp import fsdp
 from tests.test_pipeline import rows
 from xtf_plugin import ranks as ranks_module
-from xtf_plugin import sharing
+from xtf_plugin import scorer, sharing
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.ranks import Ranks
@@ -138,16 +138,37 @@ def many_rounds(ranks, folder):
 
 @case
 def a_rank_that_fails(ranks, folder):
+    """In a forward, without a word, in the check before the first batch, or where its scores are taken in."""
+
     class Broken(Reference):
+        error, when = ValueError("device-side assert"), True
+
         def forward(self, *args, **kwargs):
-            if ranks.rank == 1 and self.checked:
-                raise ValueError("device-side assert")
+            if ranks.rank == 1 and self.checked is self.when:
+                raise self.error
             return super().forward(*args, **kwargs)
 
-    try:
-        scored(ranks, folder / f"broken-{ranks.rank}", collect(rows(9)), lambda: Broken(tiny.model(), "tiny"))
-    except (XTFError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
+    class Wordless(Broken):
+        error = MemoryError()
+
+    class Unchecked(Broken):
+        when = False
+
+    def full(records):
+        if ranks.rank == 1:
+            raise OSError("no space left")
+
+    def told(kind, sink):
+        documents = collect(rows(9))
+        try:
+            wanted = np.arange(len(documents))
+            scorer.score(documents, wanted, kind(tiny.model(), "tiny"), (), sink, progress=False, ranks=ranks)
+        except (XTFError, ValueError, MemoryError, OSError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    kinds = {"forward": Broken, "wordless": Wordless, "check": Unchecked}
+    found = {name: told(kind, lambda records: None) for name, kind in kinds.items()}
+    return {**found, "sink": told(Reference, full)}
 
 
 @case
