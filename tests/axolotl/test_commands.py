@@ -57,7 +57,7 @@ def test_score_ends_before_training_and_training_scores_nothing_again(base, plai
 def test_show_and_report_read_what_the_run_left(scored):
     path, _ = scored
     show = stock.command(stock.BIN / "xtf", "show", path, "-n", "2", cache=path.parent / "cache")
-    assert show.returncode == 0 and "reasoning_importance" in show.stdout and show.stdout.count("row ") == 2
+    assert show.returncode == 0 and "|RI" in show.stdout and show.stdout.count("row ") == 2
     report = stock.command(stock.BIN / "axolotl", "xtf", "report", path, cache=path.parent / "cache")
     assert report.returncode == 0 and f"{stock.ROWS} documents" in report.stdout
 

@@ -131,8 +131,10 @@ def test_a_resumed_run_trains_on_the_rest_with_the_same_labels(base, plain, tmp_
     path = stock.write(base, out, **shape, resume_from_checkpoint=str(out / "checkpoint-2"))
     stock.train(path, out, tmp_path / "cache")
     second = stock.seen(out)
-    assert first and second and not dict(first).keys() & dict(second).keys()
-    assert dict(first) | dict(second) == trained_on(plain("chat"))
+    expected = trained_on(plain("chat"))
+    assert first and second and all(expected[ids] == kept for ids, kept in first + second)
+    if not packed:  # a resumed Axolotl packs anew, so that documents come twice, with XTF or without
+        assert sorted(first + second) == sorted(expected.items())
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -2,7 +2,8 @@
 
 Independent of the package: it reads what the model is about to be trained or evaluated on. One line of JSON per
 document and step in `$RECORD.<rank>`, for evaluation in `$RECORD.eval.<rank>`: the token ids, and the positions that
-carry a label. `$PRETEND` (`name==version`) makes a distribution look like another version of itself.
+carry a label. `$PRETEND` (`name==version`) makes a distribution look like another version of itself; `$SEED` seeds
+PyTorch when it is imported, for hosts that make an adapter before they seed.
 """
 
 import json
@@ -65,5 +66,7 @@ def pretend(name, version):
 
 if "PRETEND" in os.environ:
     pretend(*os.environ["PRETEND"].split("=="))
+if "SEED" in os.environ:
+    when_imported("torch", lambda torch: torch.manual_seed(int(os.environ["SEED"])))
 if "RECORD" in os.environ:
     when_imported("transformers.trainer_callback", at_the_first_trainer)
