@@ -73,7 +73,7 @@ def test_reading_the_sample_takes_no_random_number_from_training(tmp_path):
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_resumed_run_trains_on_the_same_labels(tmp_path, shuffled):
+def test_a_resumed_run_trains_on_the_same_labels(tmp_path, shuffled, caplog):
     stream = rows().to_iterable_dataset(num_shards=2)
     stream = stream.shuffle(seed=3, buffer_size=8) if shuffled else stream
     options = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 1}
@@ -81,9 +81,45 @@ def test_a_resumed_run_trains_on_the_same_labels(tmp_path, shuffled):
     made = attached(tmp_path / "b", trainer(tmp_path / "b", stream, **options), BLOCK)
     seen = watched(made)
     made.train(resume_from_checkpoint=str(tmp_path / "a/out/checkpoint-5"))
+    assert LOST not in caplog.text, "neither the first run nor one that begins behind the sample"
     assert made.state.global_step == 10 and len(seen) == 5
     second = labels_by_document(seen)
     assert len(second) == ROWS // 2 and second.items() <= whole.items()
+
+
+class Once(torch.utils.data.IterableDataset):
+    """Rows out of one iterator that all iterations share."""
+
+    def __init__(self, made):
+        self.source = iter(list(made))
+
+    def __iter__(self):
+        yield from self.source
+
+
+class Itself(Once):
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.source)
+
+
+LOST = "none of the first"
+
+
+def test_a_stream_that_can_be_read_only_once_is_told(tmp_path, caplog):
+    made = attached(tmp_path, trainer(tmp_path, max_steps=3), BLOCK)
+    made.train_dataset = Once(made.train_dataset)
+    made.train()
+    assert LOST in caplog.text and "8 rows that were read for the calibration sample" in caplog.text
+
+
+def test_a_stream_that_is_its_own_iterator_is_refused(tmp_path):
+    made = attached(tmp_path, trainer(tmp_path), BLOCK)
+    made.train_dataset = Itself(made.train_dataset)
+    with pytest.raises(XTFUserError, match="Itself.* is its own iterator"):
+        made.train()
 
 
 def test_metrics_are_a_running_figure(tmp_path):

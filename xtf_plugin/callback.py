@@ -78,7 +78,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         """Score, decide, write the summary; in a dry run, end here."""
         progress = not args.disable_tqdm and state.is_world_process_zero
         if self._stream is not None:
-            self._begin_streaming(self._stream, progress)
+            self._begin_streaming(self._stream, progress, resumed=state.global_step > 0)
             return
         documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
         separate = partial(self._separate, documents)
@@ -106,7 +106,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             )
         return None
 
-    def _begin_streaming(self, stream: Stream, progress: bool) -> None:
+    def _begin_streaming(self, stream: Stream, progress: bool, *, resumed: bool) -> None:
         """Score the first documents, take thresholds from them; the others are scored as they come."""
         trainer, chosen = self.trainer, self.config.reference
 
@@ -115,7 +115,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
         plan = stream.calibrate(trainer.train_dataset, visible_columns(trainer), provider, progress=progress)
         self._adopt(plan)
-        report.tell(stream.begin(plan, rows_under_way(trainer)))
+        report.tell(stream.begin(plan, rows_under_way(trainer), resumed=resumed))
         assert stream.masks is not None
         self.collator.masks, self._watch = stream.masks, Watch(stream.masks)
 

@@ -58,7 +58,7 @@ class Stream:
         self._frozen: FrozenPlan | None = None
         self._held: HeldReference | None = None
         self._counts: Tally = np.zeros(2 + len(config.voters), dtype=np.int64)
-        self._rows = self._documents = 0
+        self._rows = self._documents = self._sampled = 0
         self._told: set[str] = set()
 
     def calibrate(
@@ -91,12 +91,13 @@ class Stream:
         }
         return replace(plan, streaming=facts, warnings=plan.warnings if whole else _of_the_sample(plan.warnings))
 
-    def begin(self, plan: Plan, retained: int) -> list[str]:
+    def begin(self, plan: Plan, retained: int, *, resumed: bool) -> list[str]:
         """Keep the plan's thresholds from here on; the reference stays open until `close`.
 
         Args:
             plan: from `calibrate`.
             retained: how many rows after its last row a document may still be asked for.
+            resumed: whether training goes on somewhere behind the stream's beginning.
 
         Returns:
             what to tell about it.
@@ -109,6 +110,7 @@ class Stream:
             plan.documents, plan.selection, tallies(plan.documents, plan.selection, self.config), retained
         )
         self._counts[:] = self._rows = self._documents = 0
+        self._sampled = 0 if resumed else len(plan.documents.row_offsets) - 1
         self.seconds = 0.0
         self._told.clear()
         if not self.config.reference.model:
@@ -163,6 +165,12 @@ class Stream:
             dataset.set_epoch(0)  # the same sample in every training run, also in a second one in this process
         found, ended = 0, False
         rows = iter(dataset)
+        if rows is dataset:
+            raise XTFUserError(
+                f"xtf: the streamed train_dataset ({type(dataset).__name__}) is its own iterator: what is read of it "
+                "for the calibration sample would be gone for training. Let its __iter__ give a new iterator each "
+                "time, from the stream's beginning (a method that yields does)."
+            )
 
         def first() -> Iterator[Mapping[str, Any]]:
             nonlocal found, ended
@@ -196,6 +204,7 @@ class Stream:
         self._rows += len(rows)
         documents = [piece for row in rows for piece in split_row(self._visible(row))]
         keyed = [(document_key(ids, completion), ids, completion) for _, ids, completion in documents]
+        self._compare({key for key, _, _ in keyed}, masks)
         new = {}
         for key, ids, completion in keyed:
             if masks.seen(key, self._rows) is None:
@@ -212,6 +221,21 @@ class Stream:
         self._documents += len(keyed)
         self.seconds += time.perf_counter() - start
         return lambda place: masks.forget(before + place)
+
+    def _compare(self, keys: set[bytes], masks: LiveMasks) -> None:
+        """Tell if what a training reads first is nothing of what the sample read first. No reason to stop: a stream may
+        draw its rows in another order each time.
+        """
+        if self._sampled and all(masks.seen(key, self._rows) is None for key in keys):
+            logger.warning(
+                "xtf: none of the first %d rows that training reads from the stream is among the %d rows that were "
+                "read for the calibration sample. If the stream can be read only once (an iterator or a connection "
+                "that its iterations share), the sample's rows are not trained on: let every iteration begin anew. If "
+                "it draws its rows in another order each time, all is well.",
+                self._rows,
+                self._sampled,
+            )
+        self._sampled = 0
 
     def _decide(self, frozen: FrozenPlan, masks: LiveMasks, documents: DocumentSet) -> None:
         assert self._held is not None
