@@ -14,6 +14,8 @@ from transformers import Trainer, TrainingArguments
 
 from tests import tiny
 from tests.streams import LOOSE, ROWS, attached, rows, stream_of, trained, trainer
+from xtf_plugin import XTFConfig, XTFUserError
+from xtf_plugin.streaming import Stream
 
 PAPER = {"preset": "paper", "reasoning_importance": {"drop": {"quantile": 0.2}, "scope": "dataset"}}
 OFFICIAL = {"preset": "official", "reasoning_importance": {"drop": {"fence": 0.0}}}
@@ -132,6 +134,51 @@ class Endless(torch.utils.data.IterableDataset):
         while True:
             ids = [rng.randrange(4, 400) for _ in range(rng.randrange(20, 60))]
             yield {"input_ids": ids, "labels": [-100] * 5 + ids[5:]}
+
+
+class Changing(Endless):
+    """Rows as `Endless` gives them until the fortieth; from there on something is the matter with them."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def __iter__(self):
+        for index, row in enumerate(super().__iter__()):
+            yield row if index < 40 else self.change(row)
+
+
+CHANGES = {
+    "an image": (lambda row: {**row, "pixel_values": [0.0]}, "training rows have pixel_values"),
+    "no tokens": (lambda row: {"labels": row["labels"]}, "no `input_ids` .it has labels"),
+    "no labels": (lambda row: {"input_ids": row["input_ids"]}, "carry no `labels`"),
+    "no mapping": (lambda row: row["input_ids"], "a row of the stream is a list"),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), CHANGES.values(), ids=CHANGES)
+def test_rows_that_cannot_be_scored_stop_the_run_also_late(tmp_path, base_reference, change, told):
+    options = {"disable_tqdm": True, "remove_unused_columns": False}
+    made = attached(tmp_path, plain_trainer(tmp_path, Changing(change), 60, **options), base_reference)
+    with pytest.raises(XTFUserError, match=told):
+        made.train()
+    assert made.state.global_step > 0
+
+
+def test_columns_that_do_not_reach_the_collator_may_be_anything(tmp_path, base_reference):
+    stream = Changing(CHANGES["an image"][0])
+    made = attached(tmp_path, plain_trainer(tmp_path, stream, 20, disable_tqdm=True), base_reference)
+    assert made.train().global_step == 20
+
+
+def test_workers_that_are_switched_on_after_attaching_are_refused(tmp_path, base_reference):
+    made = attached(tmp_path, plain_trainer(tmp_path, Endless(), 5, disable_tqdm=True), base_reference)
+    made.args.dataloader_num_workers = 1
+    with pytest.raises(XTFUserError, match="dataloader_num_workers is 1"):
+        made.train()
+
+
+def test_a_stream_of_which_nothing_was_read_is_not_said_to_be_dropped():
+    assert "; 0.0% of 0 completion tokens" in Stream(XTFConfig(), tiny.tokenizer()).summary()
 
 
 def plain_trainer(folder, dataset, steps, **options):

@@ -21,7 +21,7 @@ from .errors import XTFDryRun, XTFError, XTFUserError
 from .held import check_base
 from .hosts._compat import is_on
 from .hosts.supported import text_tokenizer
-from .hosts.trainer import TrainerHooks, check_trainer, rows, rows_under_way, streamed, visible_columns
+from .hosts.trainer import TrainerHooks, check_trainer, rows, rows_under_way, streamed, visible_columns, visible_part
 from .pipeline import Plan, ReferenceProvider, make_plan
 from .providers import BorrowedReference, SeparateReference
 from .ranks import Ranks
@@ -113,7 +113,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         def provider(documents: DocumentSet) -> ReferenceProvider:
             return self._borrowed or self._separate(documents, chosen)
 
-        plan = stream.calibrate(trainer.train_dataset, visible_columns(trainer), provider, progress=progress)
+        plan = stream.calibrate(trainer.train_dataset, visible_part(trainer), provider, progress=progress)
         self._adopt(plan)
         report.tell(stream.begin(plan, rows_under_way(trainer), resumed=resumed))
         assert stream.masks is not None

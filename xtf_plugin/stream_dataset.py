@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from .errors import XTFUserError
+from .hosts._compat import WORKERS_REFUSED
+
 Passed = Callable[[int], None]
 
 
@@ -41,7 +44,14 @@ class ScoredAhead(torch.utils.data.IterableDataset[Any]):
         return (_Sized if hasattr(inner, "__len__") else cls)(inner, *how)
 
     def __iter__(self) -> Iterator[Any]:
-        """The inner dataset's rows, unchanged and in order."""
+        """The inner dataset's rows, unchanged and in order.
+
+        Raises:
+            XTFUserError: in a dataloader's worker, whoever started it.
+        """
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None:
+            raise XTFUserError(WORKERS_REFUSED.format(workers=worker.num_workers))
         (state, skipped), self._start = self._start, (None, 0)
         self._at = (state, skipped)
         source = islice(iter(self.inner), skipped, None)
@@ -60,7 +70,7 @@ class ScoredAhead(torch.utils.data.IterableDataset[Any]):
             if row is None:
                 break
             rows.append(row)
-            tokens += len(row["input_ids"])
+            tokens += len(row["input_ids"]) if "input_ids" in row else 0  # `prepare` refuses rows without
         return rows
 
     def __getattr__(self, name: str) -> Any:

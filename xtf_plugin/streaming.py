@@ -52,7 +52,7 @@ class Stream:
     def __init__(self, config: XTFConfig, tokenizer: Any) -> None:
         check_streamed(config.selectors)
         self.config, self.tokenizer = config, tokenizer
-        self.columns: tuple[str, ...] = ()
+        self._visible: Callable[[Any], dict[str, Any]] = dict
         self.masks: LiveMasks | None = None
         self.seconds = 0.0
         self._frozen: FrozenPlan | None = None
@@ -64,7 +64,7 @@ class Stream:
     def calibrate(
         self,
         dataset: Any,
-        columns: tuple[str, ...],
+        visible: Callable[[Any], dict[str, Any]],
         provider: Callable[[DocumentSet], ReferenceProvider],
         *,
         progress: bool,
@@ -73,12 +73,12 @@ class Stream:
 
         Args:
             dataset: is iterated over once, from its beginning.
-            columns: what of a row reaches the collator.
+            visible: gives what of a row reaches the collator, or refuses the row.
             provider: of the run's own reference, given the sample.
             progress: show a bar.
         """
         self.close()
-        self.columns = columns
+        self._visible = visible
         with random_state_kept():
             sample, whole = self._sample(dataset)
         self._held = HeldReference(provider(sample), trained=not self.config.reference.model)
@@ -145,9 +145,10 @@ class Stream:
         """What was done, for the end of training."""
         tokens, kept, *_ = self._counts.tolist()
         scored = 0 if self._frozen is None else self._frozen.stats.documents
+        share = (tokens - kept) / max(tokens, 1)
         return (
             f"streamed {self._documents:,} documents in {self._rows:,} rows and scored {scored:,} of them ahead of "
-            f"training, in {self.seconds:.1f} s; {1 - kept / max(tokens, 1):.1%} of {tokens:,} completion tokens were "
+            f"training, in {self.seconds:.1f} s; {share:.1%} of {tokens:,} completion tokens were "
             "dropped"
         )
 
@@ -187,15 +188,6 @@ class Stream:
         if hasattr(rows, "close"):
             rows.close()
         return sample, ended
-
-    def _visible(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        seen = {name: row[name] for name in self.columns if name in row}
-        if "input_ids" not in seen:
-            raise XTFUserError(
-                f"xtf: a row of the stream has no `input_ids` (it has {', '.join(map(str, row))}). Let the trainer "
-                "prepare the dataset (no skip_prepare_dataset), or stream rows with `input_ids` and `labels`."
-            )
-        return seen
 
     def _prepare(self, rows: list[Any]) -> Passed:
         """Decide on every document of the rows that is not known; see `ScoredAhead`."""

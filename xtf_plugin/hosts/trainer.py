@@ -5,7 +5,7 @@ Everything is done on the instance; no class is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -75,13 +75,42 @@ def visible_columns(trainer: Any) -> tuple[str, ...]:
     Raises:
         XTFUserError: some of them hold no text.
     """
-    present = set(getattr(trainer.train_dataset, "column_names", None) or ())  # unknown of streams and torch datasets
+    present = getattr(trainer.train_dataset, "column_names", None) or ()  # unknown of streams and torch datasets
+    check_columns(_reaching(trainer, present))
+    return _reaching(trainer, READ_COLUMNS)
+
+
+def visible_part(trainer: Any) -> Callable[[Any], dict[str, Any]]:
+    """What of a stream's row reaches the collator and is read, as `visible_columns` tells of a whole dataset.
+
+    Raises (when called with a row):
+        XTFUserError: the row is no mapping, has no `input_ids`, or holds more than text.
+    """
+
+    def part(row: Any) -> dict[str, Any]:
+        if not hasattr(row, "keys"):
+            raise XTFUserError(
+                f"xtf: a row of the stream is a {type(row).__name__}; it must be a mapping with `input_ids` and "
+                "`labels`."
+            )
+        names = _reaching(trainer, row.keys())
+        check_columns(names)
+        if "input_ids" not in names:
+            raise XTFUserError(
+                f"xtf: a row of the stream has no `input_ids` (it has {', '.join(map(str, row))}). Let the trainer "
+                "prepare the dataset (no skip_prepare_dataset), or stream rows with `input_ids` and `labels`."
+            )
+        return {name: row[name] for name in READ_COLUMNS if name in names}
+
+    return part
+
+
+def _reaching(trainer: Any, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of some columns that reach the collator."""
     if not trainer.args.remove_unused_columns:
-        check_columns(present)
-        return READ_COLUMNS
+        return tuple(names)
     trainer._set_signature_columns_if_needed()
-    check_columns(present & set(trainer._signature_columns))
-    return tuple(name for name in READ_COLUMNS if name in trainer._signature_columns)
+    return tuple(name for name in names if name in trainer._signature_columns)
 
 
 def rows(dataset: Any, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
