@@ -9,7 +9,8 @@ from datasets import IterableDataset
 from tests import streams, tiny
 from tests.streams import LOOSE, attached
 from tests.test_callback import BLOCK, trainer
-from xtf_plugin import XTFDataCollator, XTFDryRun, XTFError, XTFUserError, attach, verification
+from xtf_plugin import XTFDataCollator, XTFDryRun, XTFError, XTFUserError, attach, callback, verification
+from xtf_plugin.providers import SeparateReference
 from xtf_plugin.ranks import Ranks
 
 
@@ -99,6 +100,29 @@ class TestRefusals:
         monkeypatch.setattr(type(made.accelerator), "num_processes", property(lambda self: 2))
         with pytest.raises(XTFUserError, match="not connected by torch.distributed"):
             attach(made, BLOCK)
+
+
+def test_a_separate_reference_is_made_beside_a_heartbeat(tmp_path, monkeypatch):
+    """It reads files and tokenises: how long that takes differs from rank to rank."""
+    inside, each = [], Ranks.each
+
+    def watched(self, work):
+        inside.append(True)
+        try:
+            return each(self, work)
+        finally:
+            inside.pop()
+
+    class Reference(SeparateReference):
+        def __init__(self, *args):
+            assert inside
+            super().__init__(*args)
+
+    monkeypatch.setattr(Ranks, "each", watched)
+    monkeypatch.setattr(callback, "SeparateReference", Reference)
+    folder = tiny.save_base(tmp_path / "reference")
+    block = {"reference": {"model": str(folder), "quantization": "none"}, "cache_dir": str(tmp_path / "cache")}
+    assert attach(trainer(tmp_path), block).train().global_step == 2
 
 
 def test_masks_that_are_not_applied_are_noticed_when_a_batch_should_lose_labels(tmp_path, monkeypatch):

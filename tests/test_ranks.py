@@ -75,6 +75,10 @@ def test_ranks_that_come_to_other_masks_are_refused_on_every_rank(two):
         assert len(told) == 2 and all("do not hold the same masks: rank 1 differs" in one for one in told)
 
 
+def test_no_meeting_waits_for_files_that_one_rank_reads_slowly(two):
+    assert two[0]["slow_files_on_one_rank"] < 1.5
+
+
 def test_work_of_the_main_rank_keeps_the_others_in_touch(two):
     main, other = (rank["work_of_the_main_rank"] for rank in two)
     assert main["result"] == other["result"] == "done"

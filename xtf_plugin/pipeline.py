@@ -115,7 +115,7 @@ def make_plan(
     ranks.agree(json.dumps(block, sort_keys=True).encode(), "block")
     ranks.agree(special_ids(tokenizer).tobytes(), "special tokens")
     layers = attention_layers(config, provider.text_config())
-    fingerprint = provider.fingerprint()
+    fingerprint = ranks.each(provider.fingerprint)
     ranks.agree(documents.keys.tobytes() + documents.counts.tobytes(), "training data")
     ranks.agree(fingerprint.encode(), "reference")
     table = None

@@ -136,7 +136,7 @@ class StoredPredictions:
     def _fingerprint(self, provider: Any) -> str:
         """Of a provider, once: it may have to read all files of a model for it."""
         if id(provider) not in self._fingerprints:
-            found = self._fingerprints[id(provider)] = provider.fingerprint()
+            found = self._fingerprints[id(provider)] = self.ranks.each(provider.fingerprint)
             self.ranks.agree(found.encode(), "reference")
         return self._fingerprints[id(provider)]
 
@@ -151,7 +151,7 @@ class StoredPredictions:
         if reference not in self._providers:  # it reads its tokenizer and files once
             if self._references is None:
                 raise XTFError(f"the reference {reference.model} cannot be loaded here: only the run's own is known.")
-            self._providers[reference] = self._references(reference)
+            self._providers[reference] = self.ranks.each(partial(self._references, reference))
         return self._providers[reference]
 
     def _check(self, scores: StoredScores, about: dict[str, Any]) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import time
 
 from tests import tiny
 from tests.ranks.common import case
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import pipeline
+from xtf_plugin import ranks as ranks_module
 from xtf_plugin.batches import ScoringStats
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.pipeline import make_plan
+from xtf_plugin.ranks import Ranks
+
+SLOW = 2.0  # seconds
 
 
 def planned(ranks, folder, block):
@@ -36,6 +41,35 @@ def other_data_on_one_rank(ranks, folder):
         make_plan(config, collect(rows(6 + ranks.rank)), Provider(), tiny.tokenizer(), progress=False, ranks=ranks)
     except XTFError as error:
         return str(error)
+
+
+@case
+def slow_files_on_one_rank(ranks, folder):
+    """References whose files one rank reads slowly: no meeting may wait for that, only heartbeats."""
+    ranks_module.BEAT_SECONDS, longest, gather = 0.1, [0.0], Ranks.gather
+
+    def timed(self, mine):
+        start = time.monotonic()
+        found = gather(self, mine)
+        longest[0] = max(longest[0], time.monotonic() - start)
+        return found
+
+    class Slow(Provider):
+        def fingerprint(self):
+            time.sleep(SLOW * ranks.rank)
+            return super().fingerprint()
+
+    def another(reference):
+        time.sleep(SLOW * ranks.rank)
+        return Slow(tiny.model(seed=1))
+
+    own = {"scorer": "typicality", "drop": {"below": -1.0}, "reference": {"model": "another"}}
+    config = XTFConfig.parse({"preset": "none", "selectors": {"odd": own}, "cache_dir": str(folder / "slow")})
+    documents = collect(rows(6))
+    Ranks.gather = timed
+    make_plan(config, documents, Slow(), tiny.tokenizer(), references=another, progress=False, ranks=ranks)
+    ranks_module.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    return longest[0]
 
 
 @case
