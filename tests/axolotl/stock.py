@@ -112,9 +112,15 @@ def seen_path(out: Path) -> Path:
 
 
 def seen(out: Path, suffix: str = "") -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(token ids, positions with a label) of each document that the steps of a run were given, in their order."""
-    lines = Path(f"{seen_path(out)}{suffix}.0").read_text().splitlines()
-    return [(tuple(row["ids"]), tuple(row["kept"])) for row in map(json.loads, lines)]
+    """(token ids, positions with a label) of each document that the steps of a run were given, in their order.
+
+    Padding that no attention mask marks is left out: it looks like documents, but is never trained on.
+    """
+    rows = map(json.loads, Path(f"{seen_path(out)}{suffix}.0").read_text().splitlines())
+    found = [(tuple(row["ids"]), tuple(row["kept"])) for row in rows]
+    padding = tiny.tokenizer().pad_token_id
+    assert not any(kept for ids, kept in found if set(ids) == {padding})
+    return [(ids, kept) for ids, kept in found if set(ids) != {padding}]
 
 
 def losses(out: Path) -> list[float]:

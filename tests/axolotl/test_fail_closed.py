@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.axolotl import stock
 
 BROKEN = """
@@ -30,6 +31,14 @@ REFUSED = {
         2,
         f"plugins: [axolotl.integrations.spectrum.SpectrumPlugin, {stock.PLUGIN}]",
     ),
+    "a plugin of the same name": (
+        {"plugins": ["xtf_plugins.XTFPlugin"]},
+        2,
+        f"Add this line to the recipe: plugins: [xtf_plugins.XTFPlugin, {stock.PLUGIN}]",
+    ),
+    "a setting beside the block": ({"xtf.control": "random"}, 2, "a sweep varies the whole mapping"),
+    "text that is nothing": ({"xtf": "null"}, 2, "the recipe's `xtf:` block is empty"),
+    "diffusion": ({"plugins": ["diffusion.DiffusionPlugin", stock.PLUGIN]}, 1, "also noises its input by the labels"),
     "empty": ({"xtf": None}, 2, "the recipe's `xtf:` block is empty"),
     "mistyped": ({"xtf": ..., "Xtf": True}, 2, "Did you mean `xtf:`?"),
     "preference data": ({"rl": "dpo"}, 1, "`rl: dpo` and `xtf:` do not go together"),
@@ -78,6 +87,31 @@ def test_a_plugin_that_cannot_be_imported_stops_the_run(base, tmp_path):
 @pytest.mark.parametrize("words", [("--launcher", "accelerate"), ("--launcher", "torchrun")])
 def test_launchers_hand_the_refusal_on(base, tmp_path, words):
     refused(base, tmp_path, *words, text=LINE, plugins=...)
+
+
+def test_a_trainer_whose_loss_makes_labels_of_its_own_is_refused(base, tmp_path):
+    """Axolotl trains Mamba by a loss that takes its labels from the input."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    fast = tiny.tokenizer()
+    config = MambaConfig(vocab_size=len(fast), hidden_size=32, num_hidden_layers=2, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    fast.save_pretrained(tmp_path / "mamba")
+    changes = {"load_in_4bit": False, "adapter": ..., "lora_target_modules": ..., "model_config_type": "mamba"}
+    changes |= {"lora_r": ..., "lora_alpha": ..., **dict.fromkeys(stock.NO_KERNELS, ...)}
+    text = "nothing says that the loss of Axolotl's AxolotlMambaTrainer"
+    refused(base, tmp_path, text=text, base_model=str(tmp_path / "mamba"), **changes)
+
+
+def test_a_command_that_trains_nothing_is_let_alone(base, tmp_path):
+    """`axolotl merge-lora` needs neither the plugin's line nor an environment that may apply a block."""
+    out = tmp_path / "out"
+    stock.train(stock.write(base, out, xtf=..., plugins=..., max_steps=1), out, tmp_path / "cache")
+    path = stock.write(base, out, plugins=...)
+    words = stock.BIN / "axolotl", "merge-lora", path
+    result = stock.command(*words, cache=tmp_path / "cache", XTF_DISABLE="1")
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert list((out / "merged").glob("*.safetensors"))
 
 
 def test_preprocess_refuses_too(base, tmp_path):

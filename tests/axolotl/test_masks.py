@@ -11,7 +11,12 @@ import pytest
 
 from tests.axolotl import stock
 
-PACKED = {"sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 1}
+PACKED = {
+    "sample_packing": True,
+    "pad_to_sequence_len": True,
+    "micro_batch_size": 1,
+    "attn_implementation": "sdpa",  # with one, Axolotl leaves the attention mask to position_ids
+}
 KINDS = {
     "chat": ("chat", {}),
     "chat, users too": ("chat", {"train_on_inputs": True}),
@@ -21,6 +26,7 @@ KINDS = {
 }
 SHAPES = {
     "packed": PACKED,
+    "packed, no attention backend": {key: PACKED[key] for key in PACKED if key != "attn_implementation"},
     "packed, one after the other": {**PACKED, "sample_packing_sequentially": True},
     "packed, workers": {**PACKED, "dataloader_num_workers": 2},
     "workers": {"dataloader_num_workers": 2},
@@ -62,6 +68,8 @@ def test_labels_are_the_planned_ones(plain, train, kind):
     out = plain(data, **settings)
     masked, stock_labels = trained_on(out), train(kind, xtf=..., plugins=...)
     assert masked.keys() == stock_labels.keys()
+    if settings:  # the setting does what its name says: more labels than without it
+        assert sum(map(len, stock_labels.values())) > sum(map(len, trained_on(plain(data)).values()))
     assert all(set(masked[ids]) <= set(stock_labels[ids]) for ids in masked)
     table = pq.read_table(out / "xtf/scores.parquet").to_pylist()
     # position 0 of a document is predicted by nothing, and the recorder leaves it out

@@ -19,10 +19,13 @@ from axolotl.cli.config import prepare_plugins
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
+from axolotl.utils.schemas.datasets import SFTDataset, UserDefinedPrompterType
 recipe = yaml.safe_load(open(sys.argv[1]))
 unknown = set(recipe) - set(AxolotlInputConfig.model_fields) - {"xtf"}
 for dataset in recipe["datasets"] + recipe.get("test_datasets", []):
-    assert isinstance(dataset["type"], (str, dict))
+    unknown |= set(dataset) - set(SFTDataset.model_fields)
+    if isinstance(dataset["type"], dict):
+        unknown |= set(dataset["type"]) - set(UserDefinedPrompterType.model_fields)
 cfg = DictDefault(recipe)
 prepare_plugins(cfg)
 checked = validate_config(cfg)

@@ -148,11 +148,13 @@ def _hand_on_exit_code() -> None:
 def _refuse_blocks(error: BaseException, host: str, cure: str) -> None:
     """End a run that brings an `xtf:` block which nothing in this process will apply."""
     words = sys.argv[1:]
+    from .guard import mentions_block
+
     found = any(word.split("=")[0] == "--xtf" for word in words)
     for flag, path in zip(["", *words], words, strict=False):
-        if flag == "--config" or path.endswith((".yaml", ".yml")):  # TRL's recipes follow a flag, Axolotl's do not
-            with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as recipe:
-                found = found or any(line.startswith("xtf:") for line in recipe)
+        if flag == "--config" or path.endswith((".yaml", ".yml", ".json")):  # Axolotl's recipes follow no flag
+            with contextlib.suppress(OSError):
+                found = found or mentions_block(path)
     if found:
         sys.stderr.write(
             f"xtf: error: xtf-plugin does not fit the installed {host} ({type(error).__name__}: {error}), so the "

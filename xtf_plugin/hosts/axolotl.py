@@ -8,12 +8,13 @@ Axolotl, through `XTFArgs`.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
 from . import _compat
-from .axolotl_recipe import check_surroundings, has_block
+from .axolotl_recipe import check_surroundings, has_block, trains
 from .guard import ending_with_2
 
 
@@ -32,7 +33,7 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
     @ending_with_2
     def register(self, cfg: Any) -> None:
         """Refuse an empty block, a mistyped one, and an environment that cannot apply one; `cfg` is not validated."""
-        if has_block(cfg):
+        if trains(sys.argv) and has_block(cfg):
             check_surroundings()
 
     def get_input_args(self) -> str:

@@ -16,8 +16,17 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import XTFUserError
-from .axolotl_recipe import PLUGIN, check_plugin_line, check_surroundings, check_words, has_block, missing_plugin
-from .guard import ending_with_2, handing_on_2, meant_as_block, wrap
+from .axolotl_recipe import (
+    PLUGIN,
+    check_plugin_line,
+    check_surroundings,
+    check_words,
+    has_block,
+    missing_plugin,
+    running_command,
+    trains,
+)
+from .guard import ending_with_2, handing_on_2, mentions_block, wrap
 
 TRAINING_MODULE = "axolotl.cli.train"  # what the launched process runs
 
@@ -32,8 +41,11 @@ def patch_config(module: ModuleType) -> None:
 def patch_launcher() -> None:
     """In the process that launches a training with a block: hand on the exit code 2 of the process that trains."""
     words = sys.argv[sys.argv.index(TRAINING_MODULE) + 1 :]
-    if not (words and _mentions_block(words[0])):
-        return
+    try:
+        if not (words and mentions_block(words[0])):
+            return
+    except OSError:
+        return  # Axolotl says what is wrong with it
     _undo.append(functools.partial(setattr, sys, "excepthook", sys.excepthook))
     sys.excepthook = handing_on_2(sys.excepthook, lambda command: TRAINING_MODULE in command)
 
@@ -47,7 +59,10 @@ def unpatch() -> None:
 def _guarded(original: Any) -> Any:
     @ending_with_2
     def prepare_plugins(cfg: Any) -> Any:
-        check_words(sys.argv)
+        if not trains(sys.argv):
+            return original(cfg)
+        if running_command(sys.argv) is not None:
+            check_words(sys.argv)
         if not has_block(cfg):
             return original(cfg)
         check_surroundings()
@@ -60,15 +75,12 @@ def _guarded(original: Any) -> Any:
 
 
 def _check_loaded(cfg: Any) -> None:
-    """Raise XTFUserError unless Axolotl holds our plugin under a name of this recipe."""
+    """Raise XTFUserError unless Axolotl holds our plugin under the name in this recipe."""
     from axolotl.integrations.base import PluginManager
 
-    loaded = PluginManager.get_instance().plugins
-    kinds = [kind for name in cfg["plugins"] if name in loaded for kind in type(loaded[name]).__mro__]
-    if any(kind.__module__ == f"{__package__}.axolotl" and kind.__name__ == "XTFPlugin" for kind in kinds):
+    held = type(PluginManager.get_instance().plugins.get(PLUGIN))
+    if held.__module__ == f"{__package__}.axolotl" and held.__name__ == "XTFPlugin":
         return
-    if PLUGIN not in cfg["plugins"]:
-        raise missing_plugin(cfg)
     try:
         from . import axolotl  # noqa: F401 for its error
     except ImportError as error:
@@ -78,13 +90,3 @@ def _check_loaded(cfg: Any) -> None:
             f"plugins: [{PLUGIN}]"
         ) from error
     raise missing_plugin(cfg)
-
-
-def _mentions_block(path: str) -> bool:
-    """Whether a recipe has a line that begins a block; it is not parsed, since this process only launches."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as recipe:
-            keys = [line.partition(":")[0].strip("'\"") for line in recipe if ":" in line and line[0] not in " #"]
-    except OSError:
-        return False
-    return any(key == "xtf" or meant_as_block(key, True) for key in keys)

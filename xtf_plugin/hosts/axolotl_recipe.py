@@ -7,7 +7,9 @@ Standard library only: it reads a mapping and knows nothing of Axolotl's classes
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import XTFUserError
@@ -26,7 +28,10 @@ _REFUSED = {
     "kd_trainer": "distillation trains on a mask of its own besides the labels, which xtf does not reach",
     "processor_type": "labels of image and audio data are made while batches are built, where no score is known",
 }
-_DIFFUSION = "axolotl.integrations.diffusion."
+_DIFFUSION = re.compile(r"(axolotl\.integrations\.)?diffusion\b")
+_NOT_TRAINING = frozenset(
+    ("inference", "evaluate", "merge-lora", "merge-sharded-fsdp-weights", "quantize", "vllm-serve", "lm-eval")
+)
 
 
 def has_block(recipe: Mapping[str, Any]) -> bool:
@@ -36,18 +41,37 @@ def has_block(recipe: Mapping[str, Any]) -> bool:
     """
     for key, value in recipe.items():
         if meant_as_block(str(key), value):
-            raise XTFUserError(f"xtf: unrecognized key {key!r} in this recipe. Did you mean `xtf:`?")
+            raise XTFUserError(
+                f"xtf: unrecognized key {key!r} in this recipe. Did you mean `xtf:`? Its settings stand below it, and "
+                "a sweep varies the whole mapping."
+            )
     if "xtf" not in recipe or recipe["xtf"] is False:
         return False
-    if recipe["xtf"] is None:
+    if recipe["xtf"] is None or str(recipe["xtf"]).strip().lower() in ("", "null", "~"):
         raise XTFUserError(f"xtf: {EMPTY_BLOCK}")
     return True
 
 
+def running_command(words: Sequence[str]) -> str | None:
+    """The command of Axolotl's that a process was started with (`sys.argv`), None if it was not: "train"."""
+    first = Path(words[0]) if words else Path()
+    if first.name == "axolotl":
+        return words[1] if len(words) > 1 else ""
+    return first.stem.replace("_", "-") if first.parts[-3:-1] == ("axolotl", "cli") else None
+
+
+def trains(words: Sequence[str]) -> bool:
+    """Whether a process may train, or prepare data for it: a script of the user's own may."""
+    return running_command(words) not in _NOT_TRAINING
+
+
 def check_words(words: Sequence[str]) -> None:
-    """Raise XTFUserError if a command line brings a block: Axolotl ignores options that it does not know."""
-    if any(word.split("=")[0] == "--xtf" for word in words):
-        raise XTFUserError("xtf: Axolotl's command has no `--xtf`: write the `xtf:` block into the recipe.")
+    """Raise XTFUserError if options of Axolotl's command bring a block: it ignores what it does not know."""
+    found = next((word for word in words if re.match(r"--xtf([._=-]|$)", word)), None)
+    if found is not None:
+        raise XTFUserError(
+            f"xtf: Axolotl's command has no `{found.split('=')[0]}`: write the `xtf:` block into the recipe."
+        )
 
 
 def check_surroundings() -> None:
@@ -64,7 +88,7 @@ def check_settings(recipe: Mapping[str, Any]) -> None:
             shown = f"{key}: {getattr(value, 'value', value)}" if isinstance(value, (str, bool)) else f"{key}:"
             raise XTFUserError(f"xtf: `{shown}` and `xtf:` do not go together: {why}. Remove one of them.")
     for name in _plugins(recipe):
-        if name.startswith(_DIFFUSION):
+        if _DIFFUSION.match(name):
             raise XTFUserError(
                 f"xtf: the plugin {name} and `xtf:` do not go together: it also noises its input by the labels. "
                 "Remove one of them."
@@ -72,10 +96,10 @@ def check_settings(recipe: Mapping[str, Any]) -> None:
 
 
 def check_plugin_line(recipe: Mapping[str, Any]) -> None:
-    """Raise XTFUserError, with the line to write, unless `plugins:` is a list that may hold ours."""
+    """Raise XTFUserError, with the line to write, unless `plugins:` is a list that holds ours."""
     if not isinstance(recipe.get("plugins") or [], list):
         raise XTFUserError(f"xtf: `plugins:` must be a list. Write: {_line(recipe)}")
-    if not any(name.rpartition(".")[2] == "XTFPlugin" for name in _plugins(recipe)):
+    if PLUGIN not in _plugins(recipe):
         raise missing_plugin(recipe)
 
 

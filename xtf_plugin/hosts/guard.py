@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,12 +21,28 @@ EMPTY_BLOCK = (
 
 
 def meant_as_block(key: str, value: Any) -> bool:
-    """Whether an unknown recipe key is `xtf` mistyped: other case or spaces, two letters swapped, one too many."""
+    """Whether an unknown recipe key is `xtf` mistyped: other case or spaces, two letters swapped, one too many, or a
+    setting of the block that stands beside it (`xtf.control`, as in a sweep).
+    """
     plain = key.strip().casefold()
     if plain == "xtf":
         return key != "xtf"
+    if re.match(r"xtf[\W_]", plain):
+        return True
     likely = sorted(plain) == sorted("xtf") or (len(plain) == 4 and {"x", "t", "f"} <= set(plain))
     return likely and (value is True or isinstance(value, dict))
+
+
+def mentions_block(path: str) -> bool:
+    """Whether a recipe seems to hold a block, for processes that do not parse it: a key `xtf`, or one meant so.
+
+    A folder of recipes may hold one. Raises OSError for a file that cannot be read.
+    """
+    if os.path.isdir(path):
+        return True
+    with open(path, encoding="utf-8", errors="replace") as recipe:
+        keys = re.findall(r"""(?m)(?:^|[{,])\s*["']?([\w.-]+)["']?\s*:""", recipe.read())
+    return any(key == "xtf" or meant_as_block(key, True) for key in keys)
 
 
 def wrap(owner: Any, name: str, build: Callable[[Any], Any], undo: list[Callable[[], None]]) -> None:

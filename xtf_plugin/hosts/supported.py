@@ -37,6 +37,13 @@ def check_host(trainer: Any) -> None:
             f"xtf: {kind.__name__} is not supported: nothing says that TRL's {nearest} trains on the `labels` of its "
             "rows, and these are what xtf masks. It works in SFTTrainer; remove the block here."
         )
+    derived = next((base.__name__ for base in kind.__mro__ if base.__module__.split(".")[0] == "axolotl"), None)
+    if derived not in (None, "AxolotlTrainer"):
+        raise XTFUserError(
+            f"xtf: {kind.__name__} is not supported: nothing says that the loss of Axolotl's {derived} is over the "
+            "`labels` that xtf masks. It works in AxolotlTrainer, of which supervised fine-tuning is made; remove the "
+            "block here, or what chooses this trainer (the model type, `rl`, a plugin)."
+        )
     if trainer.model_init is not None:
         raise XTFUserError(
             f"xtf: {kind.__name__} was given model_init, so train() makes a new model that xtf has never seen. "

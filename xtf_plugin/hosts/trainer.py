@@ -109,8 +109,14 @@ def _reaching(trainer: Any, names: Iterable[str]) -> tuple[str, ...]:
     """Those of some columns that reach the collator."""
     if not trainer.args.remove_unused_columns:
         return tuple(names)
-    trainer._set_signature_columns_if_needed()
-    return tuple(name for name in names if name in trainer._signature_columns)
+    before = trainer._signature_columns
+    if before is None:
+        trainer._set_signature_columns_if_needed()
+    known = trainer._signature_columns
+    trainer._signature_columns = (
+        before  # Axolotl's packing takes a column out of it whenever it is asked, and only once
+    )
+    return tuple(name for name in names if name in known)
 
 
 def rows(dataset: Any, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
