@@ -10,26 +10,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from xtf_plugin.batches import ScoringStats
+from xtf_plugin.ranks import Ranks
 from xtf_plugin.records import Records
 from xtf_plugin.sharing import share_out
 
 ROOT = Path(__file__).parents[1]
 
 
-def launched(folder: Path, size: int) -> list[dict]:
-    """What every rank of one launch of the cases found."""
+def launch(folder: Path, size: int, *names: str) -> subprocess.CompletedProcess[str]:
+    """One launch of some cases, or of all that do not end it."""
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(size)]
     command = [*(torchrun if size > 1 else [sys.executable]), "-m", "tests.ranks.program", str(folder)]
-    alone = ["scores_on_a_shared_disk", "caches_that_differ", "plans"]
-    result = subprocess.run(
-        command if size > 1 else [*command, ",".join(alone)],
+    return subprocess.run(
+        [*command, ",".join(names)] if names else command,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def launched(folder: Path, size: int, *names: str) -> list[dict]:
+    """What every rank found."""
+    result = launch(folder, size, *names)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads((folder / f"rank-{rank}-of-{size}.json").read_text()) for rank in range(size)]
 
@@ -41,7 +47,14 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("alone"), 1)[0]
+    cases = ("scores_on_a_shared_disk", "caches_that_differ", "plans")
+    return launched(tmp_path_factory.mktemp("alone"), 1, *cases)[0]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    cases = ("messages", "scores_without_a_shared_disk", "scores_handed_on_in_pieces", "plans")
+    return launched(tmp_path_factory.mktemp("three"), 3, *cases)
 
 
 def close(found, expected):
@@ -112,6 +125,48 @@ def test_no_rank_scores_what_another_has(two):
         assert one["more"] == 3
 
 
+def test_stored_scores_go_round_in_pieces(two, alone):
+    for rank in two:
+        found = rank["scores_handed_on_in_pieces"]
+        close(found, alone["scores_on_a_shared_disk"])
+        assert found["reused"] == 13 and found["meetings"] >= 8
+
+
+def test_three_ranks_come_to_the_scores_and_masks_of_one(three, alone):
+    for rank in three:
+        assert rank["messages"]["right"] is True
+        for name in ("scores_without_a_shared_disk", "scores_handed_on_in_pieces"):
+            close(rank[name], alone["scores_on_a_shared_disk"])
+        assert rank["plans"] == alone["plans"]
+    assert sorted(rank["scores_without_a_shared_disk"]["stored_here"] for rank in three) == [4, 4, 5]
+
+
+def test_messages_of_many_ranks_take_no_more_memory_than_those_of_two(monkeypatch):
+    taken = []
+
+    def all_gather(received, sent):
+        taken.append(sum(part.numel() for part in received))
+        for part in received:
+            part.copy_(sent)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    mine = bytes(range(256)) * 12_000
+    assert Ranks(0, 64).gather(mine) == [mine] * 64
+    assert max(taken) <= 4 << 20 and len(taken) == 1 + -(-len(mine) // (4 << 20 >> 6))
+
+
+def test_memory_that_runs_out_on_a_rank_of_a_sharded_model_ends_the_run(tmp_path):
+    result = launch(tmp_path, 2, "memory_that_runs_out_in_step")
+    assert result.returncode != 0
+    assert "out of memory while scoring" in result.stderr and "Set xtf `batch_tokens` below 100." in result.stderr
+    assert not list(tmp_path.glob("rank-*.json")), "no rank goes on"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stream_is_refused_on_every_rank(two, rank):
+    assert "supported in one process, and this run has 2" in two[rank]["a_stream_in_two_processes"]
+
+
 def test_ranks_with_other_scores_plan_with_those_of_the_first(two, alone):
     found = [rank["caches_that_differ"] for rank in two]
     assert found[0] == found[1]
@@ -163,8 +218,6 @@ def test_a_sharded_model_scores_in_step(two, name):
     data = rows(4)
     data.append({column: data[0][column] * 5 for column in ("input_ids", "labels")})
     documents = collect(data)
-    import torch
-
     logprobs = []
     model = tiny.model()
     for index in range(len(documents)):

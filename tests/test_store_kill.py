@@ -135,6 +135,19 @@ def test_another_host_has_a_day(folder):
     assert new.exists() and not old.exists()
 
 
+def test_another_machine_of_the_same_name_is_another_host(tmp_path, monkeypatch):
+    """Outside containers all first pid namespaces have one number, and host names repeat."""
+    boot, tags = tmp_path / "boot_id", []
+    for drawn in ("one", "another", None):
+        boot.write_text(drawn) if drawn else boot.unlink()
+        monkeypatch.setattr(files, "BOOT_ID", boot)
+        files.host_tag.cache_clear()
+        tags.append(files.host_tag())
+    monkeypatch.undo()
+    files.host_tag.cache_clear()
+    assert len(set(tags)) == 3 and all(len(tag) == 16 for tag in tags)
+
+
 def test_files_with_other_names_are_not_tidied(folder):
     strangers = [folder / ".xtf-notes.tmp", folder / "x.tmp"]
     for path in strangers:

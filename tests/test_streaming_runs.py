@@ -14,7 +14,9 @@ from peft import LoraConfig
 
 from tests import tiny
 from tests.streams import LOOSE, LORA, ROWS, attached, labels_by_document, rows, stream_of, trained, trainer, watched
-from xtf_plugin import XTFDryRun, XTFError, XTFUserError, attach, scorer
+from xtf_plugin import XTFConfig, XTFDryRun, XTFError, XTFUserError, attach, scorer
+from xtf_plugin.batches import ScoringStats
+from xtf_plugin.frozen import FrozenPlan
 from xtf_plugin.scorers import Scorer, registry
 
 NOTHING = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -1000}}}, "calibration": 8}
@@ -233,6 +235,14 @@ def test_memory_that_ran_out_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(scorer, "_score_batch", tight)
     made.train()
     assert len(refused) == 1 and made.state.global_step == 10
+
+
+@pytest.mark.parametrize(("halvings", "expected"), [(0, 4096), (3, 512), (4, 256), (40, 256)])
+def test_memory_that_was_short_for_a_moment_does_not_make_ever_smaller_batches(halvings, expected):
+    frozen = FrozenPlan.__new__(FrozenPlan)
+    frozen.config = XTFConfig.parse({"batch_tokens": 4096})
+    frozen.stats, frozen.excerpts = (ScoringStats(halvings=half) for half in (halvings // 2, halvings - halvings // 2))
+    assert frozen.batch_tokens == expected
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

@@ -20,16 +20,21 @@ from pathlib import Path
 import xxhash
 
 STALE_SECONDS = 86_400.0
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # drawn at random when the machine starts
 
 _TEMPORARY = re.compile(r"\.xtf-(?P<host>[0-9a-f]{16})-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}\.tmp")
 
 
 @lru_cache(maxsize=1)
 def host_tag() -> str:
-    """Hex tag of where our process ids mean something: this host and, in a container, its pid namespace."""
+    """Hex tag of where our process ids mean something: this host since it was started and, in a container, its pid
+    namespace. Host names are not unique, and the first pid namespace has one number everywhere.
+    """
     name = socket.gethostname()
     with contextlib.suppress(OSError):
         name += os.readlink("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):
+        name += BOOT_ID.read_text(encoding="ascii")
     return xxhash.xxh3_64_hexdigest(name.encode())
 
 

@@ -25,6 +25,8 @@ from .selection import Selection, select
 from .selectors import StoredPredictions, score_selectors
 from .store import reference_folder
 
+REMEMBERED = 4  # halvings of the batches; if memory is shorter than that, each stretch finds out again
+
 
 class FrozenPlan:
     """Equals `make_plan` for any documents, with the thresholds and the task relevance of `plan`.
@@ -49,10 +51,12 @@ class FrozenPlan:
 
     @property
     def batch_tokens(self) -> int:
-        """Padded tokens per scoring batch; less once memory has run out, so that not every stretch finds out anew."""
+        """Padded tokens per scoring batch; less once memory has run out, so that not every stretch finds out anew, but
+        not ever less: it may have been short for a moment only.
+        """
         chosen = self.config.batch_tokens
         whole = default_batch_tokens(self.reference.device) if chosen == "auto" else int(chosen)
-        return max(1, whole >> (self.stats.halvings + self.excerpts.halvings))
+        return max(1, whole >> min(self.stats.halvings + self.excerpts.halvings, REMEMBERED))
 
     def select(self, documents: DocumentSet) -> Selection:
         """Score the documents and decide for every completion token."""

@@ -23,7 +23,7 @@ from .errors import XTFError, XTFUserError
 T = TypeVar("T")
 
 BEAT_SECONDS = 20.0  # ranks meet at least this often, a batch that takes longer aside
-CHUNK_BYTES = 4 << 20  # of a message at a time: it goes through the accelerator's memory, once per rank
+CHUNK_BYTES = 4 << 20  # of all ranks' messages at a time: they go through the accelerator's memory
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ class Ranks:
         dist.all_gather(sizes, length)
         lengths = [int(size) for size in sizes]
         found = [bytearray() for _ in lengths]
-        for low in range(0, max(lengths), CHUNK_BYTES):
-            width = min(CHUNK_BYTES, max(lengths) - low)
+        share = max(1, CHUNK_BYTES // self.size)
+        for low in range(0, max(lengths), share):
+            width = min(share, max(lengths) - low)
             padded = np.zeros(width, dtype=np.uint8)
             part = np.frombuffer(mine[low : low + width], dtype=np.uint8)
             padded[: len(part)] = part

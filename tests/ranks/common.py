@@ -9,10 +9,16 @@ from xtf_plugin.store import ScoreStore
 
 FINGERPRINT = "ab" * 8
 CASES = {}
+ENDING = {}  # cases that end the launch with an error
 
 
 def case(function):
     CASES[function.__name__] = function
+    return function
+
+
+def ending(function):
+    ENDING[function.__name__] = function
     return function
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import time
 
-from tests import tiny
+from tests import streams, tiny
 from tests.ranks.common import case
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
-from xtf_plugin import pipeline
+from xtf_plugin import XTFUserError, attach, pipeline
 from xtf_plugin import ranks as ranks_module
 from xtf_plugin.batches import ScoringStats
 from xtf_plugin.config import XTFConfig
@@ -95,6 +95,14 @@ def other_blocks_on_one_rank(ranks, folder):
         except XTFError as error:
             found[name] = str(error)
     return found
+
+
+@case
+def a_stream_in_two_processes(ranks, folder):
+    try:
+        attach(streams.trainer(folder / str(ranks.rank)), True)
+    except XTFUserError as error:
+        return str(error)
 
 
 @case

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from tests import tiny
-from tests.ranks.common import FINGERPRINT, case, lines, scored
-from tests.ranks.fsdp import fsdp
+from tests.ranks.common import FINGERPRINT, case, ending, lines, scored
+from tests.ranks.fsdp import fsdp, sharded
 from tests.test_pipeline import rows
 from xtf_plugin import ranks as ranks_module
 from xtf_plugin import scorer, sharing
@@ -110,6 +110,18 @@ def scores_on_a_shared_disk(ranks, folder):
 
 
 @case
+def scores_handed_on_in_pieces(ranks, folder):
+    """Every rank has stored other documents, and what the others lack is more than goes round at once."""
+    data, root, reference = rows(13), folder / f"pieces-{ranks.rank}", Reference(tiny.model(), "tiny")
+    scored(Ranks(), root, collect(data[ranks.rank :: ranks.size]), lambda: reference)
+    whole, sharing.PIECE_TOKENS, meetings, gather = sharing.PIECE_TOKENS, 60, [], Ranks.gather
+    Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
+    found = scored(ranks, root, collect(data), forbidden)
+    sharing.PIECE_TOKENS, Ranks.gather = whole, gather
+    return {**found, "meetings": len(meetings)}
+
+
+@case
 def caches_that_differ(ranks, folder):
     """Two caches with other scores of the same documents: the ranks must plan with the same ones."""
     documents, root = collect(rows(5)), folder / f"differ-{ranks.rank}"
@@ -195,6 +207,21 @@ def memory_that_runs_out_on_one_rank(ranks, folder):
 
     reference = Small(tiny.model(), "tiny")
     return scored(ranks, folder / f"small-{ranks.rank}", collect(rows(13)), lambda: reference)
+
+
+@ending
+def memory_that_runs_out_in_step(ranks, folder):
+    """The other ranks are inside the same forward, and cannot be told."""
+    _, reference = sharded(ranks, False)
+    predictions = reference.predictions
+
+    def short(*args):
+        if ranks.rank == 1 and reference.checked:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predictions(*args)
+
+    reference.predictions = short
+    scored(ranks, folder / f"short-{ranks.rank}", collect(rows(9)), lambda: reference)
 
 
 @case
