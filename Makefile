@@ -49,7 +49,7 @@ $(AXOLOTL_STAMP): pyproject.toml
 VERSIONS_FILES = scorer attributes callback callback_refusals hook_trl hook_refusals store selection config config_errors cli opening excerpts typical selectors second_looks \
 	matrix other_hosts ranks streaming streaming_runs stream_dataset unsloth_pattern verification
 VERSIONS_TESTS = $(VERSIONS_FILES:%=tests/test_%.py) \
-	tests/test_launchers.py::test_two_ranks_train_on_the_masks_of_one \
+	'tests/test_launchers.py::test_two_ranks_train_on_the_masks_of_one[torchrun]' \
 	tests/test_end_to_end.py::test_other_launchers_apply_the_block \
 	tests/test_end_to_end.py::test_score_agrees_with_eager_float32
 
