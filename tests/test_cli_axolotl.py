@@ -39,6 +39,8 @@ def test_check_says_what_will_happen(xtf, write, installed):
         ({"xtf": False}, "turns XTF off"),
         ({"xtf": {"min_kpet": 1}}, "min_kept"),
         ({"rl": "dpo"}, "`rl: dpo` and `xtf:` do not go together"),
+        ({"expert_parallel_size": 2}, "splits a model or a sequence between processes"),
+        ({"plugins": ["diffusion.DiffusionPlugin", PLUGIN]}, "also noises its input"),
         ({"streaming": True}, "set streaming: false"),
         ({"pretraining_dataset": [{"path": "c4"}]}, "`pretraining_dataset:`"),
     ],

@@ -28,6 +28,7 @@ _REFUSED = {
     "kd_trainer": "distillation trains on a mask of its own besides the labels, which xtf does not reach",
     "processor_type": "labels of image and audio data are made while batches are built, where no score is known",
 }
+_SPLIT = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
 _DIFFUSION = re.compile(r"(axolotl\.integrations\.)?diffusion\b")
 _NOT_TRAINING = frozenset(
     ("inference", "evaluate", "merge-lora", "merge-sharded-fsdp-weights", "quantize", "vllm-serve", "lm-eval")
@@ -87,6 +88,12 @@ def check_settings(recipe: Mapping[str, Any]) -> None:
         if value:
             shown = f"{key}: {getattr(value, 'value', value)}" if isinstance(value, (str, bool)) else f"{key}:"
             raise XTFUserError(f"xtf: `{shown}` and `xtf:` do not go together: {why}. Remove one of them.")
+    for key in _SPLIT:
+        if isinstance(recipe.get(key), int) and recipe[key] > 1:
+            raise XTFUserError(
+                f"xtf: `{key}: {recipe[key]}` and `xtf:` do not go together: it splits a model or a sequence between "
+                "processes. Use data parallel ranks (DDP, FSDP) alone."
+            )
     for name in _plugins(recipe):
         if _DIFFUSION.match(name):
             raise XTFUserError(
