@@ -148,3 +148,13 @@ def test_a_stream_that_never_showed_that_masks_are_applied_says_so(tmp_path, cap
     monkeypatch.setattr(verification, "verify_batch", lambda *_: 0)
     attached(tmp_path, streams.trainer(tmp_path, max_steps=2), {**LOOSE, "calibration": 8}).train()
     assert "nothing has shown that the model was given the masks" in caplog.text
+
+
+def test_a_stream_that_is_loaded_past_us_and_shows_no_masks_says_so(tmp_path, caplog):
+    """What is trained on has nothing to lose, but the sample has."""
+    drop = {"scorer": "typicality", "scope": "document", "drop": {"quantile": 0.03}}
+    block = {"preset": "none", "selectors": {"odd": drop}, "calibration": 40}
+    made = attached(tmp_path, streams.trainer(tmp_path, per_device_train_batch_size=1, max_steps=2), block)
+    del made.get_train_dataloader
+    made.train()
+    assert "nothing has shown that the model was given the masks" in caplog.text

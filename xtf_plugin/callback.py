@@ -173,8 +173,8 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             self._stream.close()
 
     def _dropped(self) -> int:
-        """How many tokens that would train are dropped: by the plan, or of what was read of a stream."""
-        if self._stream is not None:
+        """How many tokens that would train are dropped: of what was read of a stream, else by the plan."""
+        if self._stream is not None and self._stream.dropped:  # 0 also if a loader goes past us
             return self._stream.dropped
         if self.plan is None:
             return 0
