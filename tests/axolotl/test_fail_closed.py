@@ -31,11 +31,7 @@ REFUSED = {
         2,
         f"plugins: [axolotl.integrations.spectrum.SpectrumPlugin, {stock.PLUGIN}]",
     ),
-    "a plugin of the same name": (
-        {"plugins": ["xtf_plugins.XTFPlugin"]},
-        2,
-        f"Add this line to the recipe: plugins: [xtf_plugins.XTFPlugin, {stock.PLUGIN}]",
-    ),
+    "the plugin's name misspelt": ({"plugins": ["xtf_plugins.XTFPlugin"]}, 2, LINE),
     "a setting beside the block": ({"xtf.control": "random"}, 2, "a sweep varies the whole mapping"),
     "text that is nothing": ({"xtf": "null"}, 2, "the recipe's `xtf:` block is empty"),
     "diffusion": ({"plugins": ["diffusion.DiffusionPlugin", stock.PLUGIN]}, 1, "also noises its input by the labels"),
