@@ -77,9 +77,7 @@ def evaluate(
     Raises:
         XTFError: the window is a sentence or line, and their first tokens are not given.
     """
-    scores, warnings = _defined(attribute, values, positions, layout, isinstance(config, SelectorConfig))
-    surprisal = isinstance(config, KnowledgeNoveltyConfig)
-    scores = _averaged(-scores if surprisal else scores, layout, config.window, segments)
+    scores, warnings = ready(attribute, values, positions, layout, config, segments)
     found = prepare(scores, layout, config) if rules is None else rules
     off = _off(attribute, config)
     mask, hits, limits = _apply(found, scores, layout, config.max_fraction)
@@ -105,6 +103,25 @@ def evaluate(
         )
     warnings += _greedy(attribute, fired, layout, off)
     return Firing(mask, fired, thresholds, warnings, found)
+
+
+def ready(
+    attribute: str,
+    values: Floats,
+    positions: NDArray[np.int32],
+    layout: Layout,
+    config: AttributeConfig,
+    segments: Segments | None = None,
+) -> tuple[Floats, list[str]]:
+    """Scores as rules take them, after the window and with novelty as surprisal, and what to tell of undefined ones."""
+    scores, warnings = _defined(attribute, values, positions, layout, isinstance(config, SelectorConfig))
+    surprisal = isinstance(config, KnowledgeNoveltyConfig)
+    return _averaged(-scores if surprisal else scores, layout, config.window, segments), warnings
+
+
+def fires(config: AttributeConfig, scores: Floats, layout: Layout) -> Bools:
+    """Where the rules of one attribute fire, (M,), on scores that are `ready`."""
+    return _apply(prepare(scores, layout, config), scores, layout, config.max_fraction)[0]
 
 
 def _greedy(attribute: str, fired: int, layout: Layout, off: str) -> list[str]:

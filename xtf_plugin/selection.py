@@ -157,7 +157,7 @@ def select(
             part,
             scores.keys[documents],
             scores.positions[tokens] > 0,
-            _order(scores, tokens),
+            rescue_order(scores, tokens),
             np.zeros(part.offsets[-1], dtype=bool) if protected is None else protected[tokens],
             np.zeros(part.offsets[-1], dtype=bool) if forced is None else forced[tokens],
         )
@@ -192,7 +192,7 @@ def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: B
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A run of whole documents; `order` sorts tokens by who is brought back first, see `_order`."""
+    """A run of whole documents; `order` sorts tokens by who is brought back first, see `rescue_order`."""
 
     layout: Layout
     keys: NDArray[np.uint8]
@@ -202,7 +202,7 @@ class _Chunk:
     forced: Bools
 
 
-def _order(scores: Scores, tokens: slice) -> Hashes:
+def rescue_order(scores: Scores, tokens: slice) -> Hashes:
     """Sort keys of what is brought back first; NaN comes last.
 
     With attributes alone by novelty: lowest log-probability first; without one, highest task relevance. To a selector
@@ -247,12 +247,13 @@ def _combined(reasons: Reasons, config: XTFConfig, voting: list[int]) -> Bools:
     votes = np.zeros(len(reasons), dtype=np.int8)
     for bit in voting:
         votes += (reasons & bit) > 0
-    active = len(voting)
-    if isinstance(config.combine, str):
-        needed = {"union": 1, "intersection": active, "majority": active // 2 + 1}[config.combine]
-    else:
-        needed = config.combine.at_least
-    return votes >= max(1, needed)
+    return votes >= votes_needed(config, len(voting))
+
+
+def votes_needed(config: XTFConfig, active: int) -> int:
+    """Of how many of the `active` attributes and selectors a rule must fire to drop a token."""
+    named = {"union": 1, "intersection": active, "majority": active // 2 + 1}
+    return max(1, named[config.combine] if isinstance(config.combine, str) else config.combine.at_least)
 
 
 def _rescued(chunk: _Chunk, dropped: Bools, min_kept: int) -> Bools:
