@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-axolotl test-versions test-lowest test-middle lint bench bench-scoring bench-streaming proof proof-gpu docs clean
+.PHONY: chromium demo screenshots test test-axolotl test-versions test-lowest test-middle lint bench bench-scoring bench-streaming proof proof-gpu docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,9 +28,17 @@ demo: $(STAMP)
 	$(BIN)/xtf report .demo/run/xtf/scores.parquet
 	$(BIN)/xtf show .demo/run/xtf/scores.parquet -n 3
 	@echo "score table: .demo/run/xtf/scores.parquet   summary: .demo/run/xtf/summary.json"
+	@echo "report, to be opened in a browser: $(CURDIR)/.demo/run/xtf/report.html"
 
-test: $(STAMP) lint
+test: $(STAMP) lint chromium
 	$(BIN)/python -m pytest
+
+# The report is tested in a real browser; Debian's, where it is missing and may be installed.
+chromium:
+	@command -v chromium > /dev/null || (apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core fonts-noto-color-emoji)
+
+screenshots: $(STAMP) chromium
+	$(BIN)/python -m tests.screenshots .demo/run/xtf/report.html docs/images
 
 # Two tests at a time: each is a stock command, which spends its time on imports that use one core.
 test-axolotl: $(AXOLOTL_STAMP)

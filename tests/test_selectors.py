@@ -15,7 +15,7 @@ from tests import tiny
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from tests.test_selection import config as attributes_config
 from tests.test_selection import from_bits, random_scores
-from xtf_plugin import report, view
+from xtf_plugin import output, report, view
 from xtf_plugin.config import ATTRIBUTES, XTFConfig
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
@@ -257,7 +257,7 @@ class TestPlan:
 class TestShown:
     def test_table_summary_metrics_and_terminal_name_the_selector(self, plan, tmp_path):
         made = plan({"selectors": {"low": LOW, "never": low(drop={"below": -1e6})}})
-        written = report.write(made, tiny.tokenizer(), tmp_path / "report")
+        written = output.write(made, tiny.tokenizer(), tmp_path / "report")
         table, metadata = read_score_table(tmp_path / "report" / "scores.parquet")
         assert table.schema.names == [*SCHEMA.names, "low", "never"]
         assert selector_columns(table.schema.names) == ["low", "never"] and metadata["format"] == 1
@@ -279,15 +279,15 @@ class TestShown:
 
     def test_documents_are_shown_with_the_selectors_name(self, plan, tmp_path):
         made = plan({**OFF, "selectors": {"low": LOW}})
-        report.write_table(made, tiny.tokenizer(), tmp_path / "scores.parquet")
+        output.write_table(made, tiny.tokenizer(), tmp_path / "scores.parquet")
         table, _ = read_score_table(tmp_path / "scores.parquet")
         console = Console(width=400, record=True)
-        view.render_documents(table, 3, None, console)
+        view.render_documents(view.documents(table), "", console)
         assert "|low-]" in console.export_text()
 
     def test_without_selectors_files_are_as_before(self, plan, tmp_path):
         made = plan({})
-        report.write(made, tiny.tokenizer(), tmp_path)
+        output.write(made, tiny.tokenizer(), tmp_path)
         assert pq.read_schema(tmp_path / "scores.parquet").names == SCHEMA.names
         assert read_score_table(tmp_path / "scores.parquet")[1]["format"] == 1
         facts = json.loads((tmp_path / "summary.json").read_text())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from . import report
+from . import output, report
 from .collator import XTFDataCollator
 from .config import ReferenceConfig, XTFConfig
 from .documents import IGNORE_INDEX, DocumentSet, collect
@@ -21,6 +21,7 @@ from .errors import XTFDryRun, XTFError, XTFUserError
 from .held import check_base
 from .hosts._compat import is_on
 from .hosts.supported import text_tokenizer
+from .hosts.trackers import log_report
 from .hosts.trainer import TrainerHooks, check_trainer, rows, rows_under_way, streamed, visible_columns, visible_part
 from .pipeline import Plan, ReferenceProvider, make_plan
 from .providers import BorrowedReference, SeparateReference
@@ -184,14 +185,16 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         """Write and show what the plan amounts to; nothing of it is for other ranks."""
         assert self.plan is not None
         written, tokenizer = [], _tokenizer(self.trainer)
+        extra = os.environ.get("XTF_SCORES_OUTPUT")
         if self.config.report is not False:
             folder = output_dir / "xtf" if self.config.report is True else Path(self.config.report).expanduser()
             folder = folder / f"epoch-{epoch + 1}" if epoch else folder
-            written = report.write(self.plan, tokenizer, folder)
-        extra = os.environ.get("XTF_SCORES_OUTPUT")
-        if extra and not epoch and Path(extra) not in written:
+            written = output.write(self.plan, tokenizer, folder, whole=bool(extra))
+            log_report(self.trainer.args.report_to, folder / output.PAGE)
+        if extra and not epoch and Path(extra).resolve() not in [path.resolve() for path in written]:
             try:
-                written.append(report.write_table(self.plan, tokenizer, Path(extra)))
+                data = output.page_data(self.plan, tokenizer)
+                written.append(output.write_table(self.plan, tokenizer, Path(extra), data))
             except OSError as error:
                 raise XTFUserError(
                     f"xtf: the score table {extra} cannot be written ({error}); name another path."

@@ -1,9 +1,8 @@
-"""What a plan amounts to: summary.json, the score table, metrics for the trackers, and a few lines for the terminal."""
+"""What a plan amounts to, in numbers: the facts of summary.json, metrics for the trackers, lines for the terminal."""
 
 from __future__ import annotations
 
-import json
-import logging
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from . import __version__, selection, spans, view
-from .files import write_whole
+from . import __version__, selection, view
 from .pipeline import Plan, special_ids
-from .table import ScoreTableWriter
 
-logger = logging.getLogger(__name__)
-
-TABLE_LIMIT = 20_000_000  # completion tokens up to which a training run writes the score table by itself
-CHUNK_TOKENS = 500_000
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -95,8 +88,14 @@ def totals(plan: Plan) -> dict[str, Any]:
     }
 
 
-def summary(plan: Plan, tokenizer: Any) -> dict[str, Any]:
-    """Everything in summary.json: config, reference, versions, thresholds, totals, cost, warnings. Keys are stable."""
+def summary(plan: Plan, tokenizer: Any, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything in summary.json, see docs/summary.md. Keys are stable.
+
+    Args:
+        plan: of the run.
+        tokenizer: the training tokenizer.
+        told: the `facts` of `payload.explained`; without them those keys are left out.
+    """
     special = np.isin(plan.scores.token_ids, special_ids(tokenizer))
     return {
         "format": 1,
@@ -105,6 +104,7 @@ def summary(plan: Plan, tokenizer: Any) -> dict[str, Any]:
         "versions": versions(),
         "thresholds": plan.selection.thresholds,
         "totals": totals(plan),
+        **(told or {}),
         "special_tokens": {
             "labelled": _count(plan, special),
             "dropped": _count(plan, special & ~plan.selection.keep),
@@ -125,87 +125,6 @@ def summary(plan: Plan, tokenizer: Any) -> dict[str, Any]:
         "loss_is_comparable_with_plain_sft": False,
         "warnings": plan.warnings,
     }
-
-
-def write(plan: Plan, tokenizer: Any, folder: Path) -> list[Path]:
-    """Write summary.json, and the score table unless the dataset is very large, below `folder`; return what was
-    written.
-
-    A folder that cannot be written is told, not fatal: the masks do not depend on it.
-    """
-    written = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / "summary.json"
-        write_whole(target, (json.dumps(summary(plan, tokenizer), indent=2) + "\n").encode())
-        written.append(target)
-        if len(plan.scores.token_ids) <= TABLE_LIMIT:
-            written.append(write_table(plan, tokenizer, folder / "scores.parquet"))
-        else:
-            logger.warning("xtf: %d tokens: no score table; `xtf score` writes it", len(plan.scores.token_ids))
-    except OSError as error:
-        logger.warning("xtf: %s cannot be written (%s); training goes on without a report", folder, error)
-    return written
-
-
-def write_table(plan: Plan, tokenizer: Any, path: Path) -> Path:
-    """Write the score table (one row per completion token, in dataset order) and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scores, documents = plan.scores, plan.documents
-    distinct = np.unique(scores.token_ids)
-    texts = np.asarray(spans.token_texts(tokenizer, distinct.tolist()), dtype=object)
-    bits, values = selection.rule_bits(plan.config), range(np.iinfo(plan.selection.reasons.dtype).max + 1)
-    names = np.asarray([selection.reason_text(reason, bits) for reason in values], dtype=object)
-    keys = np.asarray([key.tobytes().hex() for key in documents.keys], dtype=object)
-    novelty = None if scores.logprobs is None else -np.expm1(scores.logprobs)
-    metadata = {
-        "config": plan.config.to_dict(),
-        "thresholds": plan.selection.thresholds,
-        "reference": plan.reference,
-        "versions": versions(),
-        **({"selectors": plan.selectors} if plan.selectors else {}),
-        **({"streaming": plan.streaming} if plan.streaming else {}),
-    }
-    columns = {
-        "reasoning_importance": scores.reasoning_importance,
-        "knowledge_novelty": novelty if plan.config.knowledge_novelty else None,
-        "task_relevance": scores.task_relevance,
-    }
-    with ScoreTableWriter(path, metadata, list(scores.selectors)) as writer:
-        for row, index, where in _occurrences(plan):
-            writer.write(
-                row=row,
-                document=keys[index],
-                position=scores.positions[where],
-                token_id=scores.token_ids[where],
-                token=texts[np.searchsorted(distinct, scores.token_ids[where])],
-                kept=plan.selection.keep[where],
-                reason=names[plan.selection.reasons[where]],
-                selectors={name: _or_nan(values, where) for name, values in scores.selectors.items()},
-                **{name: _or_nan(values, where) for name, values in columns.items()},
-            )
-    return path
-
-
-def _or_nan(values: NDArray[np.float32] | None, where: NDArray[np.int64]) -> NDArray[np.float32]:
-    return np.full(len(where), np.nan, dtype=np.float32) if values is None else values[where]
-
-
-def _occurrences(plan: Plan) -> Any:
-    """Yield (row, document, flat index) arrays of every completion token in dataset order, some rows at a time."""
-    documents, offsets = plan.documents, plan.scores.offsets
-    rows = np.repeat(np.arange(len(documents.row_offsets) - 1), np.diff(documents.row_offsets))
-    sizes = np.diff(offsets)[documents.row_documents]
-    ends = np.cumsum(sizes)
-    low = 0
-    while low < len(rows):
-        base = ends[low] - sizes[low]
-        high = max(low + 1, int(np.searchsorted(ends, base + CHUNK_TOKENS, side="right")))
-        part = documents.row_documents[low:high]
-        repeat = sizes[low:high]
-        starts = np.repeat(offsets[:-1][part] - (ends[low:high] - repeat - base), repeat)
-        yield np.repeat(rows[low:high], repeat), np.repeat(part, repeat), starts + np.arange(repeat.sum())
-        low = high
 
 
 def _selector_lines(plan: Plan) -> list[str]:

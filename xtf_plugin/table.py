@@ -5,10 +5,12 @@ A plain Parquet file with a fixed schema, written in pieces and put in place who
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,8 @@ from .errors import XTFUserError
 
 FORMAT = 1
 METADATA = b"xtf"  # key of the JSON in the Parquet metadata: config, thresholds, reference, versions, format
+PAGE = b"xtf_report"  # key of what its report shows: JSON, zlib, base64
+_PAGE_LIMIT = 1 << 26  # bytes of JSON; the page itself is a fraction of it
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -51,16 +55,25 @@ class ScoreTableWriter:
         path: the Parquet file; one that is there stays until the new one is whole.
         metadata: JSON-able facts (config, thresholds, reference, versions); numbers that JSON lacks become null.
         selectors: names of the selectors, whose scores get a column each behind the fixed ones.
+        page: what the table's report shows, kept in the file; None: nothing.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, metadata: Mapping[str, Any], selectors: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, Any],
+        selectors: Sequence[str] = (),
+        page: Mapping[str, Any] | None = None,
+    ) -> None:
         """Open a temporary file beside `path`."""
         self.path, self.selectors = Path(path), tuple(selectors)
-        about = json.dumps(_plain({**metadata, "format": FORMAT}))
-        self.schema = with_selectors(self.selectors).with_metadata({METADATA: about})
+        about = {METADATA: json.dumps(_plain({**metadata, "format": FORMAT})).encode()}
+        if page is not None:
+            about[PAGE] = base64.b64encode(zlib.compress(json.dumps(page).encode()))
+        self.schema = with_selectors(self.selectors).with_metadata(about)
         self._chunks: list[Any] = []
         self._rows = 0
         files.remove_stale(self.path.parent)
@@ -210,6 +223,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (OSError, pa.ArrowException, KeyError, ValueError):
         return {}
     return metadata if isinstance(metadata, dict) else {}
+
+
+def read_page(path: Path) -> dict[str, Any] | None:
+    """What the report of a score table shows; None if the table holds none that this version can read."""
+    try:
+        packed = base64.b64decode((pq.read_schema(path).metadata or {})[PAGE], validate=True)
+        data = json.loads(zlib.decompressobj().decompress(packed, _PAGE_LIMIT))
+    except (OSError, pa.ArrowException, KeyError, ValueError, zlib.error):
+        return None
+    return data if isinstance(data, dict) and data.get("format") == 1 else None
 
 
 def iter_documents(table: Any) -> Iterator[tuple[int, str, Any]]:

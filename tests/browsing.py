@@ -1,0 +1,37 @@
+"""A real Chromium for the tests of the report, and how they read and move it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    assert path, "this test drives Debian's Chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def shown(page) -> dict[str, int]:
+    return {name: number(page.text_content(f"#now-{name}")) for name in ("kept", "dropped")}
+
+
+def put(page, voter, key, place) -> None:
+    """Move a slider as a hand would."""
+    script = "(input, place) => { input.value = place; input.dispatchEvent(new Event('input')); }"
+    page.eval_on_selector(f"input[data-voter={voter}][data-key={key}]", script, place)
+
+
+def weigh(plan, keep):
+    return {"kept": int(plan.weights[keep].sum()), "dropped": int(plan.weights[~keep].sum())}

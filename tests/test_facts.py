@@ -1,0 +1,152 @@
+"""What summary.json and the report tell, against the score table that the same run wrote, counted by other means."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests import tiny
+from tests.test_callback import trainer
+from xtf_plugin import attach, output, page, sample
+from xtf_plugin.facts import AROUND, TOP
+
+ROOT = Path(__file__).parents[1]
+BLOCK = {
+    "reasoning_importance": {"drop": {"quantile": 0.1}},
+    "knowledge_novelty": {"drop": {"known_above": 0.005}},
+    "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -2}}},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    made = trainer(folder, rows=[*tiny.problems(60), tiny.problems(1)[0]], max_steps=1, max_length=40)
+    attach(made, {"cache_dir": str(folder / "cache"), **BLOCK})
+    made.train()
+    xtf = folder / "out/xtf"
+    table = pq.read_table(xtf / "scores.parquet").to_pylist()
+    return made._xtf_hooks.on_batch.__self__.plan, json.loads((xtf / "summary.json").read_text()), table
+
+
+def test_every_key_is_documented(run):
+    _, summary, _ = run
+    documented = set(re.findall(r"`([\w.<>]+)`", (ROOT / "docs/report.md").read_text(encoding="utf-8")))
+    found = (
+        set(summary) | {f"totals.{key}" for key in summary["totals"]} | {f"tokens.{key}" for key in summary["tokens"]}
+    )
+    for key in found - {"totals", "tokens"}:
+        assert {key, f"{key}.<voter>"} & documented, key
+    assert set(next(iter(summary["totals"]["attributes"].values()))) <= documented
+    assert (
+        {"edges", "tokens", "median", "undefined"} == set(next(iter(summary["distributions"].values()))) <= documented
+    )
+
+
+def test_combinations_add_up(run):
+    _, summary, table = run
+    own = Counter(tuple(n for n in row["reason"].split(",") if n and n != "protected") for row in table)
+    told = {tuple(entry["rules"]): entry["tokens"] for entry in summary["combinations"]}
+    assert told == own and len(told) > 3
+    assert summary["combinations"][-1]["rules"] == []
+
+
+def test_distributions_hold_every_token(run):
+    plan, summary, table = run
+    for shown in summary["distributions"].values():
+        assert sum(shown["tokens"]) + shown["undefined"] == len(table)
+        assert len(shown["edges"]) == 41 and shown["edges"] == sorted(shown["edges"])
+    values = np.asarray([np.nan if row["odd"] is None else row["odd"] for row in table])
+    assert summary["distributions"]["odd"]["undefined"] == int(np.isnan(values).sum())
+    assert summary["distributions"]["odd"]["median"] == pytest.approx(np.nanmedian(values), rel=0.05)
+    probabilities = [1 - row["knowledge_novelty"] for row in table if row["knowledge_novelty"] is not None]
+    assert summary["distributions"]["knowledge_novelty"]["median"] == pytest.approx(np.median(probabilities), rel=0.1)
+
+
+def test_tables_of_tokens_count_occurrences(run):
+    _, summary, table = run
+    gone = Counter(row["token_id"] for row in table if not row["kept"])
+    everywhere = Counter(row["token_id"] for row in table)
+    told = summary["tokens"]["most_dropped"]
+    assert len(told) == min(TOP, len(gone)) > 5
+    assert [entry["tokens"] for entry in told] == sorted(gone.values(), reverse=True)[: len(told)]
+    texts = {row["token_id"]: row["token"] for row in table}
+    for entry in told:
+        assert entry["tokens"] == gone[entry["token_id"]] and entry["of"] == everywhere[entry["token_id"]]
+        assert entry["token"] == texts[entry["token_id"]].replace(" ", "·").replace("\n", "↵\n")
+        document = [row for row in table if row["document"] == entry["example"]["document"]]
+        whole = "".join(row["token"] for row in document).replace(" ", "·")
+        assert entry["example"]["before"] + entry["token"] + entry["example"]["after"] in whole
+        assert len(entry["example"]["before"]) <= 20 * AROUND
+
+
+def test_borderline_tokens_are_kept_and_would_go_next(run):
+    plan, summary, table = run
+    border = summary["tokens"]["borderline_kept"]
+    kept = Counter(row["token_id"] for row in table if row["kept"])
+    assert border and all(entry["tokens"] <= kept[entry["token_id"]] for entry in border)
+
+
+def test_endings_tell_of_documents_that_were_cut_off(run):
+    _, summary, table = run
+    last = {}
+    for row in table:
+        last[row["row"]] = row["token"]
+    cut = sum(token != "<|endoftext|>" for token in last.values())
+    assert 0 < cut < len(last) and summary["endings"]["documents_ending_without_one"] == cut
+    (eos,) = summary["endings"]["special_tokens"]
+    assert eos["token"] == "<|endoftext|>" and eos["labelled"] == len(last) - cut and eos["dropped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("piece", "shown"),
+    [
+        (b" a\n\tb", "·a↵\n⇥b"),
+        (b"\xf0\x9f", "⟨f0 9f⟩"),
+        ("\u202e\u200b\x1b".encode(), "\\u202e\\u200b\\x1b"),
+        ("漢🙂".encode(), "漢🙂"),
+        (b"<script>", "<script>"),
+        (b"", ""),
+    ],
+)
+def test_tokens_are_shown_safely(piece, shown):
+    assert sample.text_of(piece) == shown
+
+
+def test_a_token_of_100000_characters_is_shown_by_its_beginning():
+    shown = sample.text_of(b"x" * 100_000)
+    assert shown == "x" * sample.LONGEST_TEXT + "… ⟨100,000 characters⟩"
+
+
+def test_characters_over_several_tokens_are_put_together():
+    pieces = [b"a", b"\xf0\x9f", b"\x98", b"\x80", b"b", b"\xff", "漢".encode()[:2], "漢".encode()[2:]]
+    assert sample._joined(pieces) == [(1, 3, "😀"), (6, 2, "漢")]
+
+
+def test_the_sample_is_bounded_and_the_same_for_the_same_data(run, monkeypatch):
+    plan, _, _ = run
+    first = output.page_data(plan, tiny.tokenizer())
+    assert first["documents"] == output.page_data(plan, tiny.tokenizer())["documents"]
+    assert {document["why"] for document in first["documents"]} == {"loses most", "by chance"}
+    monkeypatch.setattr(sample, "TOKENS", 500)
+    fewer = output.page_data(plan, tiny.tokenizer())["documents"]
+    assert 0 < len(fewer) < len(first["documents"])
+    assert sum(document["length"] for document in fewer) <= 500
+    monkeypatch.setattr(sample, "LONGEST", 20)
+    cut = output.page_data(plan, tiny.tokenizer())["documents"]
+    assert not any(document["whole"] for document in cut)
+
+
+def test_nothing_of_the_data_ends_the_script_element():
+    data = {"whatif": {"complete": True}, "a": "</script><!--\u2028 $title $data", "b": "\ud800"}
+    made = page.render(data, "<title> & $data")
+    assert made.count("</script>") == 2 and "<!--" not in made and "\u2028" not in made
+    text = made.split('id="data">')[1].split("</script>")[0]
+    assert json.loads(text)["a"] == data["a"]
+    assert "<title>&lt;title&gt; &amp; $data</title>" in made

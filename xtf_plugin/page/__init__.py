@@ -1,0 +1,55 @@
+"""The report as one HTML page: its parts are files of this folder, its data is put in by `render`."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+SCRIPTS = ("model.js", "words.js", "view.js", "sliders.js", "documents.js")
+_INCOMPLETE = (
+    "Too many documents could come to the floor (min_kept) to look at each: what it would bring back is not counted."
+)
+
+
+def render(data: Mapping[str, Any], title: str) -> str:
+    """One self-contained page: it loads nothing, and its policy lets nothing run but its own script.
+
+    Args:
+        data: of `payload.build`.
+        title: of the page; plain text.
+    """
+    script = "".join(_part(name) for name in SCRIPTS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {
+        "hash": f"sha256-{digest}",
+        "title": html.escape(title),
+        "style": _part("page.css"),
+        "complete": "" if data["whatif"]["complete"] else _INCOMPLETE,
+        "data": _harmless(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
+        "script": script,
+    }
+    page = _part("page.html")
+    pieces = page.split("$")
+    made = [pieces[0]]
+    for piece in pieces[1:]:  # one pass: nothing that is put in is looked at again
+        name = next(name for name in parts if piece.startswith(name))
+        made += [parts[name], piece[len(name) :]]
+    return "".join(made)
+
+
+def _harmless(text: str) -> str:
+    """JSON that cannot end the script element it stands in, nor hold what editors and pipes stumble over."""
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text.encode("utf-8", errors="replace").decode()
+
+
+@cache
+def _part(name: str) -> str:
+    return files(__name__).joinpath(name).read_text(encoding="utf-8")

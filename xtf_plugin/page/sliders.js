@@ -1,0 +1,135 @@
+// The sliders: other thresholds, counted over the whole dataset and shown in the sampled documents.
+"use strict";
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function drawn(tag, properties) {
+  const element = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(properties)) element.setAttribute(name, value);
+  return element;
+}
+
+// The scores' histogram with the threshold: a line where it is one number, at its median where documents have their own.
+function histogram(voter) {
+  const data = S.distributions[voter];
+  if (!data || !data.edges.length) return make("p", {}, "no scores");
+  const width = 320, height = 70, most = Math.max(...data.tokens, 1), step = width / data.tokens.length;
+  const low = data.edges[0], high = data.edges[data.edges.length - 1];
+  const label = `${named(voter)}: from ${short(low)} to ${short(high)}, median ${short(data.median)}`;
+  const picture = drawn("svg", {viewBox: `0 0 ${width} ${height}`, class: "histogram", role: "img", "aria-label": label});
+  data.tokens.forEach((tokens, i) => {
+    const tall = tokens ? Math.max(1, height * Math.sqrt(tokens / most)) : 0;
+    picture.append(drawn("rect", {x: i * step + 0.5, y: height - tall, width: step - 1, height: tall}));
+  });
+  let caption = "heights: square root";
+  for (const limit of limits(voter)) {
+    if (limit < low || limit > high) caption = "a threshold lies outside";
+    const x = Math.min(width - 1, Math.max(1, (limit - low) / (high - low) * width));
+    picture.append(drawn("line", {x1: x, x2: x, y1: 0, y2: height}));
+  }
+  return make("figure", {}, picture, make("figcaption", {}, make("span", {}, short(low)), make("span", {}, caption),
+    make("span", {}, short(high))));
+}
+
+function limits(voter) {
+  const own = (S.thresholds[voter] || {}).drops || {}, found = [];
+  const place = voters.find((v) => v.name === voter);
+  for (const i of place ? place.sliders : []) {
+    const {key, stops} = sliders[i], stop = stops[state.at[i]];
+    if (stop !== null && ["below", "known_above", "unknown_below"].includes(key)) found.push(stop);
+    else if (state.at[i] === start[i]) {
+      for (const value of Object.values(own)) {
+        const one = value !== null && typeof value === "object" ? value.median : value;
+        if (typeof one === "number") found.push(voter === "knowledge_novelty" ? 1 - one : one);
+      }
+    }
+  }
+  return found;
+}
+
+function showSliders() {
+  const boxes = voters.map((voter) => {
+    const parts = voter.sliders.map((index) => {
+      const slider = sliders[index], id = `slider-${index}`;
+      if (slider.key === "") return make("p", {class: "told"}, slider.told);
+      const output = make("output", {for: id, id: `${id}-text`});
+      const input = make("input", {type: "range", id, min: 0, max: slider.stops.length - 1, step: 1, value: start[index],
+        "data-voter": slider.voter, "data-key": slider.key, oninput: (event) => move(index, Number(event.target.value))});
+      return make("div", {class: "slider"}, make("label", {for: id}, `drop: ${slider.key}`), input, output,
+        slider.told ? make("p", {class: "told"}, slider.told) : null);
+    });
+    return make("section", {class: "voter"}, make("h3", {}, named(voter.name)),
+      make("div", {id: `histogram-${voter.name}`}), ...parts, make("p", {id: `counts-${voter.name}`, class: "counts"}));
+  });
+  put("sliders", ...boxes);
+  const combine = document.getElementById("combine"), own = S.config.combine;
+  const choices = ["union", "majority", "intersection"];
+  if (typeof own !== "string") choices.push(own);
+  combine.replaceChildren(...choices.map((choice) => make("option", {value: JSON.stringify(choice)},
+    typeof choice === "string" ? choice : `at least ${choice.at_least}`)));
+  combine.value = JSON.stringify(own);
+  combine.disabled = Boolean(S.config.control);
+  combine.parentElement.hidden = voters.length < 2;
+  combine.addEventListener("change", () => { state.combine = JSON.parse(combine.value); refresh(); });
+  document.getElementById("reset").addEventListener("click", reset);
+  document.getElementById("copy").addEventListener("click", copy);
+}
+
+function move(index, place) {
+  state.at[index] = place;
+  refresh();
+}
+
+function reset() {
+  state.at = start.slice();
+  state.combine = S.config.combine;
+  document.getElementById("combine").value = JSON.stringify(state.combine);
+  sliders.forEach((_, i) => {
+    const input = document.getElementById(`slider-${i}`);
+    if (input) input.value = start[i];
+  });
+  refresh();
+}
+
+async function copy() {
+  const text = document.getElementById("yaml").textContent, told = document.getElementById("copied");
+  try {
+    await navigator.clipboard.writeText(text);
+    told.textContent = "copied";
+  } catch {
+    getSelection().selectAllChildren(document.getElementById("yaml"));
+    told.textContent = "selected: press Ctrl+C";
+  }
+}
+
+function refresh() {
+  const moved = state.at.some((place, i) => place !== start[i]) || state.combine !== S.config.combine;
+  const before = S.totals, now = count(state.at, state.combine);
+  if (!moved) now.dropped = before.dropped_tokens;  // equal, but for a control, whose tokens are drawn
+  sliders.forEach((slider, i) => {
+    const input = document.getElementById(`slider-${i}`), text = stopText(slider, slider.stops[state.at[i]]);
+    if (!input) return;
+    input.setAttribute("aria-valuetext", text);
+    document.getElementById(`slider-${i}-text`).textContent = text + (state.at[i] === start[i] ? " (this run)" : "");
+  });
+  voters.forEach((voter) => {
+    put(`histogram-${voter.name}`, histogram(voter.name));
+    put(`counts-${voter.name}`, `fires on ${number(now.fired[voter.name])} tokens (${share(now.fired[voter.name], now.tokens)})`);
+  });
+  put("now-dropped", number(now.dropped));
+  put("now-kept", number(now.tokens - now.dropped));
+  put("now-share", share(now.tokens - now.dropped, now.tokens));
+  const change = now.dropped - before.dropped_tokens;
+  put("change", !moved ? "as in the run" : `${change < 0 ? "−" : "+"}${number(Math.abs(change))} dropped against the run`);
+  put("yaml", block());
+  document.getElementById("illegal").hidden = !illegal();
+  document.body.classList.toggle("moved", moved);
+  shade();
+}
+
+// Both schools of novelty at once need a gap between them; a run refuses a block without one.
+function illegal() {
+  const stop = (key) => sliders.map((s, i) => [s.key, s.stops[state.at[i]]]).find(([k]) => k === key)?.[1];
+  const known = stop("known_above"), unknown = stop("unknown_below");
+  return known !== null && known !== undefined && unknown !== null && unknown !== undefined && unknown >= known;
+}

@@ -1,0 +1,102 @@
+"""All that report.html shows, as one JSON-able mapping, and the facts that summary.json has of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from . import facts, sample, selection, spans, whatif
+from .config import XTFConfig
+from .pipeline import Plan, marked_tokens, text_segments
+from .sample import packed, text_of
+from .sliders import Slider
+from .whatif import WhatIf
+
+
+def build(plan: Plan, tokenizer: Any, summary: Mapping[str, Any], counted: Mapping[str, Any]) -> dict[str, Any]:
+    """The page's data.
+
+    Args:
+        plan: of the run.
+        tokenizer: the training tokenizer.
+        summary: of `report.summary`.
+        counted: of `explained`, whose what-if it takes.
+    """
+    bits = selection.rule_bits(plan.config)
+    seen = np.unique(plan.selection.reasons).tolist()
+    table: WhatIf = counted["whatif"]
+    return {
+        "format": 1,
+        "summary": summary,
+        "block": minimal(plan.config),
+        "reasons": {value: [name for name in selection.reason_text(value, bits).split(",") if name] for value in seen},
+        "whatif": _whatif(table),
+        **sample.documents(plan, table, counted["protected"], counted["forced"], tokenizer),
+    }
+
+
+def explained(plan: Plan, tokenizer: Any) -> dict[str, Any]:
+    """What the sliders need (`whatif`, `protected`, `forced`), and `facts` for summary.json: score distributions,
+    combinations of rules, tables of tokens, how documents end.
+    """
+    protected, forced = marked_tokens(plan.config, plan.documents, tokenizer)
+    segments = text_segments(plan.config, plan.documents, tokenizer)
+    table = whatif.build(plan.scores, plan.config, protected, forced, segments)
+    if plan.config.control is not None:
+        table = _still(table)
+    distinct = np.unique(plan.scores.token_ids).tolist()
+    texts = dict(zip(distinct, map(text_of, spans.token_bytes(tokenizer, distinct)), strict=True))
+    told = {
+        "distributions": facts.distributions(plan, segments),
+        "combinations": facts.combinations(plan),
+        "tokens": facts.token_tables(plan, texts, table.sliders),
+        "endings": facts.endings(plan, tokenizer, texts),
+    }
+    return {"whatif": table, "protected": protected, "forced": forced, "facts": told}
+
+
+def minimal(config: XTFConfig) -> dict[str, Any]:
+    """The shortest block that equals a config: its preset, and what differs from it."""
+    usual = XTFConfig.model_validate({"preset": config.preset, "force_drop": ["."]}).to_dict() | {"force_drop": []}
+    return {
+        "preset": config.preset,
+        **{key: value for key, value in config.to_dict().items() if value != usual.get(key)},
+    }
+
+
+def _still(table: WhatIf) -> WhatIf:
+    """Sliders that cannot be moved: with `control: random` tokens are drawn, whatever the thresholds."""
+    told = "control: random draws the tokens, so that a moved threshold would show nothing"
+    still = []
+    for slider in table.sliders:
+        here = slider.patterns[:, [slider.at]]
+        still.append(Slider(slider.voter, "", [None], 0, here, slider.codes, told))
+    return replace(table, sliders=still)
+
+
+def _whatif(table: WhatIf) -> dict[str, Any]:
+    """Sliders and cells for the page; patterns as text of 0 and 1."""
+    return {
+        "sliders": [
+            {
+                "voter": slider.voter,
+                "key": slider.key,
+                "stops": list(slider.stops),
+                "at": slider.at,
+                "patterns": ["".join("01"[bit] for bit in row) for row in slider.patterns.astype(int).tolist()],
+                "told": slider.told,
+            }
+            for slider in table.sliders
+        ],
+        "cells": packed(table.cells, "<u1"),
+        "flags": packed(table.flags, "<u1"),
+        "weights": table.weights.tolist(),
+        "floored": [[f.occurrences, f.kept, f.wanted, len(f.tokens)] for f in table.floored],
+        "lasting": packed(
+            np.concatenate([np.zeros(0, dtype=np.int64), *(f.tokens.reshape(-1) for f in table.floored)]), "<u2"
+        ),
+        "complete": table.complete,
+    }
