@@ -29,9 +29,9 @@ def table(rows=ROWS):
     return pa.table({name: [row[index] for row in rows] for index, name in enumerate(names)})
 
 
-def printed(rows=ROWS, n=5, row=None, **console):
+def printed(rows=ROWS, **console):
     stream = io.StringIO()
-    view.render_documents(table(rows), n, row, Console(file=stream, width=200, **console))
+    view.render_documents(view.documents(table(rows)), "", Console(file=stream, width=200, **console))
     return stream.getvalue()
 
 
@@ -50,11 +50,11 @@ def test_documents_are_cut_at_rows_keys_and_positions():
     assert "kept 2 of 4" in printed()
 
 
-def test_selection_of_documents():
-    assert printed(n=1).count("row ") == 1
-    assert printed(row=2).count("row 2") == 1 and "row 0" not in printed(row=2)
-    with pytest.raises(XTFUserError, match="row 1 "):
-        printed(row=1)
+def test_nothing_found_is_an_error_only_if_something_was_wanted():
+    console = Console(file=io.StringIO())
+    assert view.render_documents([], "", console) == 0
+    with pytest.raises(XTFUserError, match="no document of the score table has row 1;"):
+        view.render_documents([], "row 1", console)
 
 
 def test_colour_on_a_terminal():

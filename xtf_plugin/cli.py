@@ -119,26 +119,40 @@ def show(
     extra: ExtraArgument = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many documents.")] = 5,
     row: Annotated[int | None, typer.Option("--row", min=0, help="All documents of one dataset row.")] = None,
+    document: Annotated[str | None, typer.Option("--document", help="One document: how its key begins.")] = None,
+    grep: Annotated[str | None, typer.Option("--grep", help="Documents whose completion this regex matches.")] = None,
+    reason: Annotated[
+        str | None,
+        typer.Option("--reason", help="Documents where it fired or decided: an attribute, selector, or `protected`."),
+    ] = None,
 ) -> None:
     """Print documents with what is kept, what is dropped and why; scores first if there is no current table."""
-    from . import view
+    from . import browse, view
 
-    path = _table_path(target, extra or [])
-    view.render_documents(_read_documents(path, n, row), n, row, Console())
+    wanted = browse.Wanted.parse(row=row, document=document, grep=grep, reason=reason)
+    file = _open_table(_table_path(target, extra or []))
+    view.render_documents(browse.find(file, wanted, n), wanted.described(), Console())
 
 
 @app.command()
-def report(target: TargetArgument, extra: ExtraArgument = None) -> None:
-    """Print kept and dropped shares, overall and per attribute; scores first if there is no current table."""
+def report(
+    target: TargetArgument,
+    extra: ExtraArgument = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Write the page here.")] = None,
+) -> None:
+    """Print kept and dropped shares and write report.html; scores first if there is no current table."""
     import pyarrow as pa
 
-    from . import view
+    from . import browse, view
     from .table import selector_columns
 
-    file = _open_table(_table_path(target, extra or []))
+    path = _table_path(target, extra or [])
+    file = _open_table(path)
     batches = file.iter_batches(columns=["row", "document", "position", "kept", "reason"])
     pieces = (pa.Table.from_batches([batch]) for batch in batches)
-    Console().print(view.summary_table(view.summarize(pieces, selector_columns(file.schema_arrow.names))))
+    console = Console()
+    console.print(view.summary_table(view.summarize(pieces, selector_columns(file.schema_arrow.names))))
+    console.print(Text(browse.write_report(path, output)), soft_wrap=True)
 
 
 @cache_app.command("list")
@@ -260,27 +274,6 @@ def _open_table(path: Path) -> Any:
     if missing:
         raise XTFUserError(f"{path} is no score table of XTF: it has no column {', '.join(missing)}.")
     return file
-
-
-def _read_documents(path: Path, n: int, row: int | None) -> Any:
-    """Read as much of a score table as its first `n` documents, or the dataset row `row`, need."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from . import view
-
-    file = _open_table(path)
-    pieces: list[Any] = []
-    begun = 0
-    for batch in file.iter_batches(columns=list(view.COLUMNS)):
-        piece = pa.Table.from_batches([batch])
-        if row is not None:
-            piece = piece.filter(pc.equal(piece["row"], row))
-        pieces.append(piece)
-        begun += view.summarize([piece]).documents - 1  # its first document may have begun in the piece before
-        if row is None and begun > n:
-            break
-    return pa.concat_tables(pieces) if pieces else file.schema_arrow.empty_table()
 
 
 if __name__ == "__main__":

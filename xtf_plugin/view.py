@@ -58,6 +58,13 @@ class Document:
     key: str
     tokens: list[Token]
 
+    @classmethod
+    def read(cls, row: int, key: str, part: pa.Table) -> Document:
+        """From the rows of a score table that are its own."""
+        columns = (part[name].to_pylist() for name in ("token", "kept", "reason"))
+        tokens = [Token(text or "", kept, reason or "") for text, kept, reason in zip(*columns, strict=True)]
+        return cls(row, key, tokens)
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -80,30 +87,24 @@ def visible(text: str) -> str:
 def documents(table: pa.Table) -> Iterator[Document]:
     """Cut a score table into documents; see `table.iter_documents`."""
     for row, key, part in iter_documents(table):
-        columns = (part[name].to_pylist() for name in ("token", "kept", "reason"))
-        tokens = [Token(text or "", kept, reason or "") for text, kept, reason in zip(*columns, strict=True)]
-        yield Document(row, key, tokens)
+        yield Document.read(row, key, part)
 
 
-def render_documents(table: pa.Table, n: int, row: int | None, console: Console) -> int:
-    """Print the first `n` documents, or all documents of dataset row `row`; return how many.
+def render_documents(found: Iterable[Document], wanted: str, console: Console) -> int:
+    """Print documents; return how many.
 
-    Raises XTFUserError if `row` has no completion token in the table.
+    Raises XTFUserError if there is none although something was `wanted`: what, in words.
     """
     shown = 0
-    for document in documents(table):
-        if row is not None and document.row != row:
-            continue
-        if row is None and shown == n:
-            break
+    for document in found:
         if shown == 0:
             console.print(Text(LEGEND, style="dim"), soft_wrap=True)
         console.print()
         console.print(_heading(document), soft_wrap=True)
         console.print(render_tokens(document.tokens), soft_wrap=True)
         shown += 1
-    if row is not None and not shown:
-        raise XTFUserError(f"row {row} has no completion token in the score table; rows count from 0.")
+    if wanted and not shown:
+        raise XTFUserError(f"no document of the score table has {wanted}; rows count from 0.")
     return shown
 
 

@@ -1,0 +1,120 @@
+"""Looking into a score table from the command line: which documents to print, and its report made again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from . import page, table, view
+from .errors import XTFUserError
+from .files import write_whole
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which documents are asked for; None: any.
+
+    Args:
+        row: of the dataset.
+        document: how the key begins, in hex.
+        grep: matches somewhere in the completion.
+        reason: a rule that fired in it, or what decided (`protected`, `floor`, `forced`, `control`).
+    """
+
+    row: int | None = None
+    document: str | None = None
+    grep: re.Pattern[str] | None = None
+    reason: str | None = None
+
+    @classmethod
+    def parse(cls, row: int | None, document: str | None, grep: str | None, reason: str | None) -> Wanted:
+        """From the command line. Raises XTFUserError for a key that is no hex, and a pattern that is no regex."""
+        if document is not None and not re.fullmatch(r"[0-9a-fA-F]{1,32}", document):
+            raise XTFUserError(f"--document {document!r} is no document key: give its first hex digits, as shown.")
+        try:
+            pattern = None if grep is None else re.compile(grep)
+        except re.error as error:
+            raise XTFUserError(f"--grep {grep!r} is no regular expression: {error}.") from error
+        return cls(row, None if document is None else document.lower(), pattern, reason)
+
+    def described(self) -> str:
+        """For the message that there is none: "row 3 with task_relevance"; empty if any document would do."""
+        parts = [
+            None if self.row is None else f"row {self.row}",
+            None if self.document is None else f"document {self.document}",
+            None if self.grep is None else f"text that matches {self.grep.pattern!r}",
+            None if self.reason is None else f"reason {self.reason}",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    def takes(self, document: view.Document) -> bool:
+        """Whether a document is one of them."""
+        if self.row is not None and document.row != self.row:
+            return False
+        if self.document is not None and not document.key.startswith(self.document):
+            return False
+        if self.grep is not None and not self.grep.search("".join(token.text for token in document.tokens)):
+            return False
+        return self.reason is None or any(self.reason in token.reason.split(",") for token in document.tokens)
+
+
+def find(file: Any, wanted: Wanted, n: int) -> Iterator[view.Document]:
+    """The first `n` documents of a score table that are wanted, all of them if a row or a document is named.
+
+    Reads no more of the table than it must. Raises XTFUserError for a reason that no rule of the table has.
+    """
+    _check_reason(file, wanted)
+    left = n if wanted.row is None and wanted.document is None else -1
+    for document in _documents(file, wanted):
+        if left == 0:
+            return
+        if wanted.takes(document):
+            left -= 1
+            yield document
+
+
+def _documents(file: Any, wanted: Wanted) -> Iterator[view.Document]:
+    """Documents in order; one may begin in one batch and end in the next, so a batch's last waits for the next."""
+    rest = None
+    for batch in file.iter_batches(columns=list(view.COLUMNS)):
+        piece = pa.Table.from_batches([batch])
+        if wanted.row is not None:
+            piece = piece.filter(pc.equal(piece["row"], wanted.row))
+        if rest is not None:
+            piece = pa.concat_tables([rest, piece])
+        parts = list(table.iter_documents(piece))
+        for row, key, part in parts[:-1]:
+            yield view.Document.read(row, key, part)
+        rest = parts[-1][2] if parts else None
+    if rest is not None:
+        yield from view.documents(rest)
+
+
+def _check_reason(file: Any, wanted: Wanted) -> None:
+    if wanted.reason is None:
+        return
+    legal = [*view.ATTRIBUTES, *table.selector_columns(file.schema_arrow.names), *view.DECISIONS]
+    if wanted.reason not in legal:
+        raise XTFUserError(f"--reason {wanted.reason!r} is no rule of this table. Legal: {', '.join(legal)}.")
+
+
+def write_report(path: Path, output: Path | None) -> str:
+    """Make report.html of a score table again, beside it or at `output`; return what to say of it.
+
+    Raises XTFUserError if it cannot be written.
+    """
+    data = table.read_page(path)
+    if data is None:
+        return "no report: this table holds none (it was written by an older xtf-plugin, or by other hands)"
+    target = output or path.parent / "report.html"
+    try:
+        write_whole(target, page.render(data, f"xtf report: {target.absolute().parent.name}").encode())
+    except OSError as error:
+        raise XTFUserError(f"the report cannot be written to {target}: {error}. Name a file: --output PATH") from error
+    return f"report: {target}"
