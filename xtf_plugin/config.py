@@ -173,8 +173,8 @@ class XTFConfig(Block):
     )
     report: ByText[PathText, StrictBool] = Field(
         default=True,
-        description="true: write summary.json and scores.parquet to `output_dir`/xtf; a path: to that folder; "
-        "false: neither.",
+        description="true: write report.html, summary.json and scores.parquet to `output_dir`/xtf; a path: to that "
+        "folder; false: none of them.",
     )
     dry_run: StrictBool = Field(
         default=False, description="Score, report, then end the run before the first optimizer step."
