@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -150,3 +151,11 @@ def test_nothing_of_the_data_ends_the_script_element():
     text = made.split('id="data">')[1].split("</script>")[0]
     assert json.loads(text)["a"] == data["a"]
     assert "<title>&lt;title&gt; &amp; $data</title>" in made
+
+
+def test_numbers_that_json_lacks_do_not_stop_a_run(run):
+    plan, _, _ = run
+    odd = dataclasses.replace(plan, reference={"name": float("nan"), "source": float("inf")})
+    data = output.page_data(odd, tiny.tokenizer())
+    assert data["summary"]["reference"] == {"name": None, "source": None}
+    assert "NaN" not in page.render(data, "odd").split('id="data">')[1].split("</script>")[0]

@@ -15,7 +15,7 @@ from . import page, payload, selection, spans
 from .files import write_whole
 from .pipeline import Plan
 from .report import summary, versions
-from .table import ScoreTableWriter
+from .table import ScoreTableWriter, plain
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ def write(plan: Plan, tokenizer: Any, folder: Path, *, whole: bool = False) -> l
 def page_data(plan: Plan, tokenizer: Any) -> dict[str, Any]:
     """All that report.html shows; its `summary` is that of summary.json."""
     counted = payload.explained(plan, tokenizer)
-    return payload.build(plan, tokenizer, summary(plan, tokenizer, counted["facts"]), counted)
+    built = payload.build(plan, tokenizer, summary(plan, tokenizer, counted["facts"]), counted)
+    return dict(plain(built))  # a number that JSON lacks becomes null: a report must not stop a training
 
 
 def write_page(data: Mapping[str, Any], path: Path) -> Path:

@@ -70,7 +70,7 @@ class ScoreTableWriter:
     ) -> None:
         """Open a temporary file beside `path`."""
         self.path, self.selectors = Path(path), tuple(selectors)
-        about = {METADATA: json.dumps(_plain({**metadata, "format": FORMAT})).encode()}
+        about = {METADATA: json.dumps(plain({**metadata, "format": FORMAT})).encode()}
         if page is not None:
             about[PAGE] = base64.b64encode(zlib.compress(json.dumps(page).encode()))
         self.schema = with_selectors(self.selectors).with_metadata(about)
@@ -270,16 +270,16 @@ def _strings(values: NDArray[Any]) -> Any:
         return pa.array([str(value).encode("utf-8", "replace").decode() for value in values], pa.string())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` with only what JSON knows in it."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
