@@ -59,6 +59,10 @@ def test_trackio(tracked):
         assert name in stored
 
 
+class OwnError(Exception):
+    """As trackers define them: derived from nothing that could be named here."""
+
+
 class Recorder:
     """A tracker's module, as far as a report is concerned."""
 
@@ -95,7 +99,7 @@ def test_a_report_is_attached_only_where_it_is_wanted(tmp_path, monkeypatch, tra
 def test_a_tracker_that_fails_is_told_and_training_goes_on(tmp_path, monkeypatch, caplog):
     (tmp_path / "report.html").write_text("a page")
     module = Recorder()
-    module.log_artifact = lambda artifact: (_ for _ in ()).throw(OSError("disk full"))
+    module.log_artifact = lambda artifact: (_ for _ in ()).throw(OwnError("disk full"))
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setenv("WANDB_LOG_MODEL", "end")
     assert log_report(["wandb"], tmp_path / "report.html") == []

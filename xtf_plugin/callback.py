@@ -190,7 +190,8 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             folder = output_dir / "xtf" if self.config.report is True else Path(self.config.report).expanduser()
             folder = folder / f"epoch-{epoch + 1}" if epoch else folder
             written = output.write(self.plan, tokenizer, folder, whole=bool(extra))
-            log_report(self.trainer.args.report_to, folder / output.PAGE)
+            if folder / output.PAGE in written:
+                log_report(self.trainer.args.report_to, folder / output.PAGE)
         if extra and not epoch and Path(extra).resolve() not in [path.resolve() for path in written]:
             try:
                 data = output.page_data(self.plan, tokenizer)

@@ -80,11 +80,12 @@ def combinations(plan: Plan) -> list[dict[str, Any]]:
 def token_tables(plan: Plan, texts: Mapping[int, str], sliders: list[Slider]) -> dict[str, list[dict[str, Any]]]:
     """Which tokens are dropped most often, and which kept ones lie nearest to a threshold.
 
-    A kept token is on the border if its rule fires on it within the slider's next two stops.
+    A kept token is on the border if its rule fires on it within the slider's next two stops. Classes (`cluster`) are
+    not stops of one threshold, so that slider counts for nothing here.
     """
     keep = plan.selection.keep
     border = np.zeros(len(keep), dtype=bool)
-    for slider in sliders:
+    for slider in (each for each in sliders if each.key != "cluster"):
         nearest = slice(slider.at + 1, slider.at + 3)
         border |= slider.patterns[slider.codes, nearest].any(axis=1)
     return {

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 TABLE_LIMIT = 20_000_000  # completion tokens up to which a training run writes score table and report by itself
 CHUNK_TOKENS = 500_000
-PAGE = "report.html"
+PAGE, TABLE = "report.html", "scores.parquet"
 
 
 def write(plan: Plan, tokenizer: Any, folder: Path, *, whole: bool = False) -> list[Path]:
@@ -30,31 +30,43 @@ def write(plan: Plan, tokenizer: Any, folder: Path, *, whole: bool = False) -> l
 
     A folder that cannot be written is told, not fatal: the masks do not depend on it.
     """
-    written = []
+    written: list[Path] = []
     large = len(plan.scores.token_ids) > TABLE_LIMIT and not whole
-    data = None if large else page_data(plan, tokenizer)
+    data = None if large else _page_data_or_none(plan, tokenizer)
+    facts = plain(summary(plan, tokenizer)) if data is None else data["summary"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        target = folder / "summary.json"
-        facts = summary(plan, tokenizer) if data is None else data["summary"]
-        write_whole(target, (json.dumps(facts, indent=2) + "\n").encode())
-        written.append(target)
+        write_whole(folder / "summary.json", (json.dumps(facts, indent=2) + "\n").encode())
+        written.append(folder / "summary.json")
         if data is None:
+            (folder / PAGE).unlink(missing_ok=True)  # an earlier run's would pass for this one's
+        else:
+            written.append(write_page(data, folder / PAGE))
+        if large:
+            (folder / TABLE).unlink(missing_ok=True)
             number = len(plan.scores.token_ids)
             logger.warning("xtf: %d tokens: no report and no score table; `xtf score` writes them", number)
-            return written
-        written.append(write_page(data, folder / PAGE))
-        written.append(write_table(plan, tokenizer, folder / "scores.parquet", data))
+        else:
+            written.append(write_table(plan, tokenizer, folder / TABLE, data))
     except OSError as error:
         logger.warning("xtf: %s cannot be written (%s); training goes on without a report", folder, error)
     return written
+
+
+def _page_data_or_none(plan: Plan, tokenizer: Any) -> dict[str, Any] | None:
+    """`page_data`, or None if that fails: a report explains a run, and must not end one whose masks are right."""
+    try:
+        return page_data(plan, tokenizer)
+    except Exception:
+        logger.warning("xtf: report.html could not be made; training goes on without it", exc_info=True)
+        return None
 
 
 def page_data(plan: Plan, tokenizer: Any) -> dict[str, Any]:
     """All that report.html shows; its `summary` is that of summary.json."""
     counted = payload.explained(plan, tokenizer)
     built = payload.build(plan, tokenizer, summary(plan, tokenizer, counted["facts"]), counted)
-    return dict(plain(built))  # a number that JSON lacks becomes null: a report must not stop a training
+    return dict(plain(built))  # a number that JSON lacks becomes null
 
 
 def write_page(data: Mapping[str, Any], path: Path) -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import facts, sample, selection, spans, whatif
 from .config import XTFConfig
+from .config_presets import PRESETS
 from .pipeline import Plan, marked_tokens, text_segments
 from .sample import packed, text_of
 from .sliders import Slider
@@ -32,6 +33,7 @@ def build(plan: Plan, tokenizer: Any, summary: Mapping[str, Any], counted: Mappi
         "format": 1,
         "summary": summary,
         "block": minimal(plan.config),
+        "preset_selectors": sorted(PRESETS[plan.config.preset].get("selectors", {})),
         "reasons": {value: [name for name in selection.reason_text(value, bits).split(",") if name] for value in seen},
         "whatif": _whatif(table),
         **sample.documents(plan, table, counted["protected"], counted["forced"], tokenizer),

@@ -89,7 +89,7 @@ def totals(plan: Plan) -> dict[str, Any]:
 
 
 def summary(plan: Plan, tokenizer: Any, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything in summary.json, see docs/summary.md. Keys are stable.
+    """Everything in summary.json, see docs/report.md. Keys are stable.
 
     Args:
         plan: of the run.

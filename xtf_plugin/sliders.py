@@ -69,7 +69,7 @@ def make_sliders(scores: Scores, config: XTFConfig, segments: Segments | None = 
             continue
         part = config.part(voter)
         ready_scores, _ = ready(voter, values, scores.positions, layout, part, segments)
-        keys = [key for key in part.drop.model_fields_set if getattr(part.drop, key) is not None and key != "of"]
+        keys = [key for key in type(part.drop).model_fields if getattr(part.drop, key) is not None and key != "of"]
         movable = sum(bool(slider.key) for slider in made)
         if len(keys) > 1 and part.max_fraction is not None:
             made.append(_fixed(voter, part, ready_scores, layout, _CAPPED))

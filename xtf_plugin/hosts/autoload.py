@@ -166,7 +166,7 @@ def _refuse_blocks(error: BaseException, host: str, cure: str) -> None:
 def _report_failure(action: Callable[[], None], host: str = _TRL[0], cure: str = _TRL[1]) -> None:
     """Run `action`; log what it raises.
 
-    The one place of the package that catches `Exception`: letting anything through would break `import torch`, or the
+    One of few places that catch `Exception`: letting anything through would break `import torch`, or the
     import of a host, for programs without an `xtf:` block.
     """
     try:

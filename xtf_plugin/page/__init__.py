@@ -28,7 +28,7 @@ def render(data: Mapping[str, Any], title: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         "hash": f"sha256-{digest}",
-        "title": html.escape(title),
+        "title": html.escape(title.encode(errors="replace").decode()),
         "style": _part("page.css"),
         "complete": "" if data["whatif"]["complete"] else _INCOMPLETE,
         "data": _harmless(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))),

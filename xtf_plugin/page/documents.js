@@ -98,7 +98,7 @@ function point(span) {
 
 function walk(event) {
   const text = event.target.closest(".document");
-  if (!text) return;
+  if (!text || event.altKey || event.ctrlKey || event.metaKey) return;
   const tokens = Array.from(text.querySelectorAll(".token"));
   const at = view.current && text.contains(view.current) ? tokens.indexOf(view.current) : -1;
   const steps = {ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tokens.length - 1};

@@ -40,9 +40,13 @@ const start = sliders.map((slider) => slider.at);
 const state = {at: start.slice(), combine: S.config.combine};
 
 // A rule that is off is none: its voter is not counted.
-function needed(combine, at) {
+function activeVoters(at) {
   const on = (i) => sliders[i].key === "" || sliders[i].stops[at[i]] !== null;
-  const active = voters.filter((voter) => voter.sliders.some(on)).length;
+  return voters.filter((voter) => voter.sliders.some(on)).length;
+}
+
+function needed(combine, at) {
+  const active = activeVoters(at);
   const named = {union: 1, intersection: active, majority: Math.floor(active / 2) + 1};
   return Math.max(1, typeof combine === "string" ? named[combine] : combine.at_least);
 }
@@ -55,6 +59,8 @@ function fired(code, at) {
   });
   return bits;
 }
+
+const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 
 function ones(bits) {
   let count = 0;
@@ -108,7 +114,7 @@ const documents = D.documents.map((raw) => ({...raw, ids: shorts(raw.ids)})).map
 
 // What becomes of each completion token of a document: {kept, bits, why}; `why` is what decided against the rules.
 function decide(doc, at, combine) {
-  const least = needed(combine, at), moved = at.some((place, i) => place !== start[i]) || combine !== S.config.combine;
+  const least = needed(combine, at), moved = at.some((place, i) => place !== start[i]) || !same(combine, S.config.combine);
   if (!moved) return own(doc);
   const found = Array.from(doc.flags, (flags, i) => {
     const bits = fired((s) => doc.codes[s][i], at), rules = ones(bits) >= least;
@@ -137,7 +143,7 @@ function own(doc) {  // as the run decided
 // The block with the sliders' values, as YAML: top keys as lines, values in flow style, which JSON is.
 function block() {
   const made = structuredClone(D.block);
-  if (state.combine !== S.config.combine) made.combine = state.combine;
+  if (!same(state.combine, S.config.combine)) made.combine = state.combine;
   for (const voter of voters) {
     const moved = voter.sliders.filter((i) => state.at[i] !== start[i]);
     if (!moved.length) continue;
@@ -149,8 +155,9 @@ function block() {
       else part.drop[sliders[i].key] = stop;
     }
     const value = Object.keys(part.drop).some((key) => key !== "of") ? part : false;
-    if (selector) (made.selectors = made.selectors || {})[voter.name] = value;
-    else made[voter.name] = value;
+    if (selector) made.selectors = {...made.selectors, [voter.name]: value};
+    if (selector && value === false && !D.preset_selectors.includes(voter.name)) delete made.selectors[voter.name];
+    if (!selector) made[voter.name] = value;
   }
   return "xtf:\n" + Object.entries(made).map(([key, value]) => `  ${key}: ${JSON.stringify(value)}\n`).join("");
 }

@@ -103,7 +103,7 @@ async function copy() {
 }
 
 function refresh() {
-  const moved = state.at.some((place, i) => place !== start[i]) || state.combine !== S.config.combine;
+  const moved = state.at.some((place, i) => place !== start[i]) || !same(state.combine, S.config.combine);
   const before = S.totals, now = count(state.at, state.combine);
   if (!moved) now.dropped = before.dropped_tokens;  // equal, but for a control, whose tokens are drawn
   sliders.forEach((slider, i) => {
@@ -122,14 +122,23 @@ function refresh() {
   const change = now.dropped - before.dropped_tokens;
   put("change", !moved ? "as in the run" : `${change < 0 ? "−" : "+"}${number(Math.abs(change))} dropped against the run`);
   put("yaml", block());
+  put("illegal", illegal());
   document.getElementById("illegal").hidden = !illegal();
   document.body.classList.toggle("moved", moved);
-  shade();
+  if (view.reason || view.order !== "given") listDocuments();  // what it shows may have changed
+  else shade();
 }
 
-// Both schools of novelty at once need a gap between them; a run refuses a block without one.
+// Why a run would refuse the block, "" if it would not.
 function illegal() {
-  const stop = (key) => sliders.map((s, i) => [s.key, s.stops[state.at[i]]]).find(([k]) => k === key)?.[1];
-  const known = stop("known_above"), unknown = stop("unknown_below");
-  return known !== null && known !== undefined && unknown !== null && unknown !== undefined && unknown >= known;
+  const stop = (key) => sliders.map((s, i) => [s.key, s.stops[state.at[i]]]).find(([k]) => k === key)?.[1] ?? null;
+  const known = stop("known_above"), unknown = stop("unknown_below"), active = activeVoters(state.at);
+  if (known !== null && unknown !== null && unknown >= known) {
+    return "A run refuses this pair: unknown_below must be smaller than known_above.";
+  }
+  if (!active && !S.config.force_drop.length) return "No rule is left: a run refuses this block. Write xtf: false.";
+  if (typeof state.combine !== "string" && state.combine.at_least > active) {
+    return `A run refuses this block: ${active} rules are left, and combine asks for ${state.combine.at_least}.`;
+  }
+  return "";
 }
