@@ -6,6 +6,10 @@ import shutil
 
 import pytest
 
+from tests import tiny
+from xtf_plugin.pipeline import marked_tokens, text_segments
+from xtf_plugin.selection import select
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -35,3 +39,9 @@ def put(page, voter, key, place) -> None:
 
 def weigh(plan, keep):
     return {"kept": int(plan.weights[keep].sum()), "dropped": int(plan.weights[~keep].sum())}
+
+
+def selected(plan, config):
+    """What a run with this config would select from the plan's scores."""
+    marks = marked_tokens(config, plan.documents, tiny.tokenizer())
+    return select(plan.scores, config, *marks, text_segments(config, plan.documents, tiny.tokenizer()))

@@ -13,12 +13,10 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.browsing import browser, put, shown, weigh  # noqa: F401 (a fixture)
+from tests.browsing import browser, put, selected, shown, weigh  # noqa: F401 (a fixture)
 from tests.test_callback import trainer
 from xtf_plugin import attach
 from xtf_plugin.config import XTFConfig
-from xtf_plugin.pipeline import marked_tokens, text_segments
-from xtf_plugin.selection import select
 
 HOSTILE = (
     ' <script>document.title="owned"</script> <img src=x onerror=alert(1)> "quotes" \'single\' & </script> '
@@ -37,7 +35,7 @@ BLOCK = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with a little of everything: its plan, tokenizer and folder."""
+    """A run with a little of everything: its plan and folder."""
     folder = tmp_path_factory.mktemp("run")
     rows = tiny.problems(120)
     rows[3]["completion"] = HOSTILE + rows[3]["completion"]
@@ -45,7 +43,7 @@ def run(tmp_path_factory):
     made = trainer(folder, rows=rows, max_steps=1, max_length=None)
     attach(made, {"cache_dir": str(folder / "cache"), **BLOCK})
     made.train()
-    return made._xtf_hooks.on_batch.__self__.plan, tiny.tokenizer(), folder / "out/xtf"
+    return made._xtf_hooks.on_batch.__self__.plan, folder / "out/xtf"
 
 
 @pytest.fixture
@@ -57,26 +55,21 @@ def page(browser, run):
     opened.on("console", lambda message: noise.append(message.text))
     opened.on("pageerror", lambda error: noise.append(str(error)))
     opened.on("request", lambda request: noise.append(request.url))
-    opened.goto((run[2] / "report.html").as_uri())
+    opened.goto((run[1] / "report.html").as_uri())
     yield opened
-    assert noise == [(run[2] / "report.html").as_uri(), "data:,"] or noise == [(run[2] / "report.html").as_uri()]
+    assert noise == [(run[1] / "report.html").as_uri(), "data:,"] or noise == [(run[1] / "report.html").as_uri()]
     context.close()
 
 
-def selected(plan, tokenizer, config):
-    marks = marked_tokens(config, plan.documents, tokenizer)
-    return select(plan.scores, config, *marks, text_segments(config, plan.documents, tokenizer))
-
-
 def test_it_is_one_small_file(run):
-    text = (run[2] / "report.html").read_text()
+    text = (run[1] / "report.html").read_text()
     assert len(text) < 3 << 20
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "") and "https://" not in text
     assert "</script> \u202e" not in text and "<img" not in text
 
 
 def test_totals_are_those_of_summary_and_table(run, page):
-    plan, _, folder = run
+    plan, folder = run
     totals = json.loads((folder / "summary.json").read_text())["totals"]
     kept = np.asarray(pq.read_table(folder / "scores.parquet").column("kept").to_pylist())
     assert shown(page) == {"kept": totals["kept_tokens"], "dropped": totals["dropped_tokens"]}
@@ -87,7 +80,7 @@ def test_totals_are_those_of_summary_and_table(run, page):
 
 def test_the_page_counts_its_start_as_the_run_did(run, page):
     """Not only shown: worked out anew by the page's own code, floor and all."""
-    plan, _, _ = run
+    plan, _ = run
     counted = page.evaluate("count(start, S.config.combine)")
     assert {"kept": counted["tokens"] - counted["dropped"], "dropped": counted["dropped"]} == weigh(
         plan, plan.selection.keep
@@ -105,7 +98,7 @@ SLIDERS = (
 
 @pytest.mark.parametrize(("voter", "key"), SLIDERS)
 def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, voter, key):
-    plan, tokenizer, _ = run
+    plan, _ = run
     number_of_stops = int(page.get_attribute(f"input[data-voter={voter}][data-key={key}]", "max")) + 1
     seen = set()
     for place in range(number_of_stops):
@@ -115,7 +108,7 @@ def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, v
             with pytest.raises(ValueError):
                 XTFConfig.parse(block)
             continue
-        choice = selected(plan, tokenizer, XTFConfig.parse(block))
+        choice = selected(plan, XTFConfig.parse(block))
         assert shown(page) == weigh(plan, choice.keep), block
         seen.add(shown(page)["kept"])
     assert len(seen) > 2
@@ -123,20 +116,20 @@ def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, v
 
 @pytest.mark.parametrize("combine", ["majority", "intersection"])
 def test_combine_and_several_sliders_at_once(run, page, combine):
-    plan, tokenizer, _ = run
+    plan, _ = run
     page.select_option("#combine", json.dumps(combine, separators=(",", ":")))
     put(page, "reasoning_importance", "quantile", 9)
     put(page, "task_relevance", "cluster", 1)
     config = XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])
     assert config.combine == combine
-    assert shown(page) == weigh(plan, selected(plan, tokenizer, config).keep)
+    assert shown(page) == weigh(plan, selected(plan, config).keep)
     page.click("#reset")
     assert page.text_content("#change") == "as in the run" and shown(page) == weigh(plan, plan.selection.keep)
 
 
 def test_documents_are_shaded_as_a_run_would_decide(run, page):
     """Token by token: at the start, and again after a slider has moved."""
-    plan, tokenizer, _ = run
+    plan, _ = run
     assert page.evaluate("documents.length") >= 100
     keys = {bytes(key).hex(): index for index, key in enumerate(plan.documents.keys)}
     own = XTFConfig.parse(BLOCK)
@@ -144,7 +137,7 @@ def test_documents_are_shaded_as_a_run_would_decide(run, page):
         if place is not None:
             put(page, "reasoning_importance", "quantile", place)
             own = XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])
-        keep = selected(plan, tokenizer, own).keep
+        keep = selected(plan, own).keep
         script = "documents.map((d) => [d.key, decide(d, state.at, state.combine).map((t) => t.kept)])"
         for key, kept in page.evaluate(script):
             index = keys[key]
@@ -156,7 +149,7 @@ def test_documents_are_shaded_as_a_run_would_decide(run, page):
 
 
 def test_a_token_tells_its_scores_in_words(run, page):
-    plan, _, _ = run
+    plan, _ = run
     page.hover(".document .token >> nth=2")
     tip = page.inner_text("#tip")
     key = page.evaluate("view.list[0].key")
@@ -218,7 +211,7 @@ def test_tokens_from_strangers_are_only_text(run, page):
 def test_it_fits_every_width_and_scheme(browser, run, scheme, width, tmp_path):
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     opened = context.new_page()
-    opened.goto((run[2] / "report.html").as_uri())
+    opened.goto((run[1] / "report.html").as_uri())
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     dark, light = "rgb(15, 20, 25)", "rgb(255, 255, 255)"
     assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == (dark if scheme == "dark" else light)
@@ -229,7 +222,7 @@ def test_it_fits_every_width_and_scheme(browser, run, scheme, width, tmp_path):
 
 def test_nothing_is_left_to_a_page_that_may_not_run(run):
     """Its policy names the one script by its hash, and nothing else."""
-    text = (run[2] / "report.html").read_text()
+    text = (run[1] / "report.html").read_text()
     assert "default-src 'none'" in text and "script-src 'sha256-" in text and "script-src 'unsafe" not in text
 
 
@@ -237,8 +230,8 @@ def test_the_table_keeps_its_report(run, tmp_path):
     from xtf_plugin import browse
 
     assert (
-        browse.write_report(run[2] / "scores.parquet", tmp_path / "again.html") == f"report: {tmp_path / 'again.html'}"
+        browse.write_report(run[1] / "scores.parquet", tmp_path / "again.html") == f"report: {tmp_path / 'again.html'}"
     )
     strip = lambda path: path.read_text().split("<body>")[1]  # noqa: E731
-    assert strip(tmp_path / "again.html") == strip(run[2] / "report.html")
+    assert strip(tmp_path / "again.html") == strip(run[1] / "report.html")
     assert Path(tmp_path / "again.html").stat().st_size > 10_000

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import yaml
 
 from tests import tiny
-from tests.browsing import browser, put, shown, weigh  # noqa: F401 (a fixture)
+from tests.browsing import browser, put, selected, shown, weigh  # noqa: F401 (a fixture)
 from tests.test_callback import trainer
 from xtf_plugin import attach
 from xtf_plugin.config import XTFConfig
-from xtf_plugin.pipeline import marked_tokens, text_segments
-from xtf_plugin.selection import select
 
 OWN = {"scorer": "typicality", "drop": {"below": -1.5}}
 BLOCKS = {
@@ -43,10 +40,7 @@ def test_every_stop_gives_the_block_that_is_counted(browser, tmp_path, name):
                     XTFConfig.parse(block)
                 continue
             config = XTFConfig.parse(block)
-            marks = marked_tokens(config, plan.documents, tiny.tokenizer())
-            segments = text_segments(config, plan.documents, tiny.tokenizer())
-            keep = np.asarray(select(plan.scores, config, *marks, segments).keep)
-            assert shown(opened) == weigh(plan, keep), block
+            assert shown(opened) == weigh(plan, selected(plan, config).keep), block
             legal.add(len(config.voters))
         opened.click("#reset")
     assert len(legal) == (2 if name in ("one's own beside it", "one's own alone") else 1)

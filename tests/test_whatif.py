@@ -11,7 +11,7 @@ from tests.test_selection import random_scores
 from xtf_plugin import whatif
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.selection import FLOOR, select
-from xtf_plugin.sliders import positions, thinned
+from xtf_plugin.sliders import thinned
 
 LENGTHS = [1, 2, 3, 5, 8, 40, 1, 17, 0, 33, 9, 4]
 COUNTS = [1, 3, 1, 2, 1, 1, 5, 1, 2, 1, 1, 4]
@@ -61,6 +61,10 @@ def moved(block: XTFConfig, table, at) -> XTFConfig | None:
         return None
 
 
+def at_the_start(table) -> list[int]:
+    return [slider.at for slider in table.sliders]
+
+
 def flags(scores, seed):
     rng = np.random.default_rng(seed)
     size = len(scores.token_ids)
@@ -86,7 +90,7 @@ def test_every_stop_counts_what_a_run_would_select(name, seed):
     protected, forced = flags(scores, seed)
     table = whatif.build(scores, block, protected, forced)
     assert table.complete
-    start = positions(table.sliders)
+    start = at_the_start(table)
     assert whatif.count(table, start, block) == selected(scores, block, protected, forced)
     rng, checked, different = random.Random(seed), 0, set()
     settings = [
@@ -123,7 +127,7 @@ def test_a_large_table_is_thinned(monkeypatch):
     protected, forced = flags(scores, 3)
     monkeypatch.setattr(whatif, "MAX_CELLS", 20)
     table = whatif.build(scores, block, protected, forced)
-    assert whatif.count(table, positions(table.sliders), block) == selected(scores, block, protected, forced)
+    assert whatif.count(table, at_the_start(table), block) == selected(scores, block, protected, forced)
     assert sum(len(slider.stops) for slider in table.sliders) < 30
 
 
@@ -148,4 +152,4 @@ def test_further_rules_stay_as_they_are():
     nothing = np.zeros(len(scores.token_ids), dtype=bool)
     table = whatif.build(scores, block, nothing, None)
     assert [slider.key for slider in table.sliders] == ["below"] * 4 + [""] * 2
-    assert whatif.count(table, positions(table.sliders), block) == selected(scores, block, nothing, None)
+    assert whatif.count(table, at_the_start(table), block) == selected(scores, block, nothing, None)

@@ -5,7 +5,7 @@ Where a rule fires is asked of the rule's own code, stop by stop, so a slider ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,22 +139,6 @@ def _at_shares(scores: Floats, layout: Layout, scale: Scale = identity) -> tuple
 
 def _probability(surprisal: Doubles) -> Doubles:
     return np.exp(-surprisal)
-
-
-def positions(sliders: Sequence[Slider], moved: Mapping[tuple[str, str], Stop] | None = None) -> list[int]:
-    """Where the sliders stand: at the run's own stops, but for those that are moved, by (voter, key).
-
-    Raises:
-        ValueError: a stop that the slider does not have.
-    """
-    wanted = dict(moved or {})
-    places = []
-    for slider in sliders:
-        name = (slider.voter, slider.key)
-        places.append(slider.stops.index(wanted.pop(name)) if name in wanted else slider.at)
-    if wanted:
-        raise ValueError(f"no slider for {', '.join(map(str, wanted))}")
-    return places
 
 
 def fired(sliders: Sequence[Slider], codes: Sequence[NDArray[np.uint8]], at: Sequence[int]) -> dict[str, Bools]:
