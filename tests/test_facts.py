@@ -105,6 +105,17 @@ def test_endings_tell_of_documents_that_were_cut_off(run):
     assert eos["token"] == "<|endoftext|>" and eos["labelled"] == len(last) - cut and eos["dropped"] == 0
 
 
+def test_a_line_break_behind_the_end_of_a_turn_is_no_cut(tmp_path):
+    """ChatML's turns end in one; here all of the conversation has labels."""
+    made = trainer(tmp_path, rows=tiny.conversations(6), max_steps=1, max_length=None)
+    attach(made, {"cache_dir": str(tmp_path / "cache"), **BLOCK})
+    made.train()
+    plan = made._xtf_hooks.on_batch.__self__.plan
+    assert {plan.documents.document(i)[0][-1] for i in range(6)} != {tiny.tokenizer().eos_token_id}
+    told = json.loads((tmp_path / "out/xtf/summary.json").read_text())["endings"]
+    assert told["documents_ending_without_one"] == 0 and "<|im_end|>" in {e["token"] for e in told["special_tokens"]}
+
+
 @pytest.mark.parametrize(
     ("piece", "shown"),
     [
@@ -135,7 +146,7 @@ def test_the_sample_is_bounded_and_the_same_for_the_same_data(run, monkeypatch):
     first = output.page_data(plan, tiny.tokenizer())
     assert first["documents"] == output.page_data(plan, tiny.tokenizer())["documents"]
     assert {document["why"] for document in first["documents"]} == {"loses most", "by chance"}
-    monkeypatch.setattr(sample, "TOKENS", 500)
+    monkeypatch.setattr(sample, "room_for", lambda voters, sliders: 500)
     fewer = output.page_data(plan, tiny.tokenizer())["documents"]
     assert 0 < len(fewer) < len(first["documents"])
     assert sum(document["length"] for document in fewer) <= 500

@@ -131,7 +131,7 @@ def test_a_large_table_is_thinned(monkeypatch):
     assert sum(len(slider.stops) for slider in table.sliders) < 30
 
 
-@pytest.mark.parametrize("limit", ["MAX_FLOORED", "MAX_LASTING"])
+@pytest.mark.parametrize("limit", ["MAX_FLOORED", "MAX_LASTING", "MAX_PATTERNS"])
 def test_too_many_documents_for_the_floor_are_told(monkeypatch, limit):
     block, scores = config({**BLOCKS["absolute"], "min_kept": 1}), random_scores(LENGTHS, 3, COUNTS)
     monkeypatch.setattr(whatif, limit, 2)

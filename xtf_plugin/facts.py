@@ -21,6 +21,7 @@ from .sliders import Slider
 
 BINS = 40
 TOP = 25
+SHOWN_SPACE = "·↵⇥\n"  # how tokens show white space, see `view.visible`
 AROUND = 6  # tokens of context on each side of an example
 _ENDS = 0.002  # shares of the scores beyond the outermost bins' edges
 
@@ -141,7 +142,8 @@ def _example(plan: Plan, at: int, texts: Mapping[int, str]) -> dict[str, Any]:
 def endings(plan: Plan, tokenizer: Any, texts: Mapping[int, str]) -> dict[str, Any]:
     """Special tokens among the completions, kept and dropped, and documents whose last token is none.
 
-    A document that does not end in one was cut off (`max_length`, `sequence_len`), or its template writes none.
+    A document that does not end in one was cut off (`max_length`, `sequence_len`), or its template writes none. White
+    space behind the last token does not count: many templates end a turn with a line break.
     """
     ids, special = plan.scores.token_ids, special_ids(tokenizer)
     found = []
@@ -149,13 +151,17 @@ def endings(plan: Plan, tokenizer: Any, texts: Mapping[int, str]) -> dict[str, A
         marks = ids == token
         total, gone = int(plan.weights[marks].sum()), int(plan.weights[marks & ~plan.selection.keep].sum())
         found.append({"token_id": token, "token": texts[token], "labelled": total, "dropped": gone})
+    blank = np.asarray([token for token, text in texts.items() if text and not text.strip(SHOWN_SPACE)], dtype=np.int64)
     documents = plan.documents
-    sizes = np.diff(documents.offsets)
-    some = sizes > 0
-    last = documents.input_ids[documents.offsets[1:][some] - 1]
-    labelled = documents.completion[documents.offsets[1:][some] - 1]
-    open_end = labelled & ~np.isin(last, special)
+    starts, ends = documents.offsets[:-1], documents.offsets[1:].copy()
+    while True:
+        trailing = (ends > starts) & np.isin(documents.input_ids[np.maximum(ends - 1, 0)], blank)
+        if not trailing.any():
+            break
+        ends[trailing] -= 1
+    last = np.maximum(ends - 1, 0)
+    open_end = (ends > starts) & documents.completion[last] & ~np.isin(documents.input_ids[last], special)
     return {
         "special_tokens": found,
-        "documents_ending_without_one": int(documents.counts[some][open_end].sum()),
+        "documents_ending_without_one": int(documents.counts[open_end].sum()),
     }

@@ -19,7 +19,7 @@ from .selection import rescue_order
 from .whatif import FORCED, PROTECTED, WhatIf
 
 DOCUMENTS = 300  # at most
-TOKENS = 60_000  # prompt and completion tokens of all of them
+BYTES = 1_000_000  # of the page for all of them
 LONGEST = 4_000  # tokens of one document; of longer ones the beginning is shown
 LONGEST_TEXT = 400  # characters of one token
 TRAINS = 4  # flag of tokens that something predicts
@@ -32,7 +32,7 @@ def documents(plan: Plan, whatif: WhatIf, protected: NDArray[np.bool_], forced: 
     flags = protected.astype(np.uint8) * PROTECTED
     if forced is not None:
         flags |= forced.astype(np.uint8) * FORCED
-    chosen = _chosen(plan, layout)
+    chosen = _chosen(plan, layout, room_for(len(plan.config.voters), len(whatif.sliders)))
     shown = [plan.documents.document(index)[0][:LONGEST] for index, _ in chosen]
     vocabulary = np.unique(np.concatenate([*shown, np.zeros(0, dtype=np.int32)]))
     pieces = spans.token_bytes(tokenizer, vocabulary.tolist())
@@ -42,6 +42,11 @@ def documents(plan: Plan, whatif: WhatIf, protected: NDArray[np.bool_], forced: 
         for (index, why), row in zip(chosen, rows, strict=True)
     ]
     return {"tokens": [text_of(piece) for piece in pieces], "documents": made}
+
+
+def room_for(voters: int, sliders: int) -> int:
+    """How many tokens of documents fit: see `_document` for what each takes, in base64."""
+    return BYTES * 3 // 4 // (10 + 2 * voters + sliders)
 
 
 def text_of(piece: bytes) -> str:
@@ -57,7 +62,7 @@ def text_of(piece: bytes) -> str:
     return view.visible(text)
 
 
-def _chosen(plan: Plan, layout: Layout) -> list[tuple[int, str]]:
+def _chosen(plan: Plan, layout: Layout, tokens: int) -> list[tuple[int, str]]:
     """Indices of documents with a completion, and why: a third of the room for those that lose most, the rest by
     chance (keys are hashes).
     """
@@ -67,9 +72,9 @@ def _chosen(plan: Plan, layout: Layout) -> list[tuple[int, str]]:
     losing = by_chance[dropped[by_chance] > 0]
     worst = losing[np.argsort(-dropped[losing] / sizes[losing], kind="stable")]
     found: dict[int, str] = {}
-    room = TOKENS
+    room = tokens
     for queue, why, most, until in (
-        (worst, "loses most", min(DOCUMENTS, len(by_chance)) // 3, TOKENS // 3 * 2),
+        (worst, "loses most", min(DOCUMENTS, len(by_chance)) // 3, tokens // 3 * 2),
         (by_chance, "by chance", DOCUMENTS, 0),
     ):
         for index in queue[: 4 * DOCUMENTS].tolist():

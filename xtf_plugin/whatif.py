@@ -23,7 +23,8 @@ from .sliders import Slider, fired, make_sliders, thinned
 
 MAX_CELLS = 40_000
 MAX_FLOORED = 10_000  # distinct documents that are looked at one by one
-MAX_LASTING = 150_000  # tokens listed of all of them, about a megabyte of the page
+MAX_LASTING = 60_000  # tokens listed of all of them, at most 0.8 MB of the page
+MAX_PATTERNS = 2_000  # distinct ones of a document, which are compared in pairs
 PROTECTED, FORCED = 1, 2
 
 
@@ -140,30 +141,37 @@ def _floored(
     open_tokens = trainable & (flags == 0) & ~never
     sets = [slider.patterns @ (np.uint64(1) << np.arange(len(slider.stops), dtype=np.uint64)) for slider in sliders]
     groups: dict[tuple[int, int, bytes], int] = {}
+    width, room = len(sliders) + 1, MAX_LASTING
     for index in which.tolist():
         place = slice(int(layout.offsets[index]), int(layout.offsets[index + 1]))
         here = np.flatnonzero(open_tokens[place]) + place.start
         tokens = _lasting(sliders, sets, here, int(wanted[index] - safe[index]))
+        if tokens is None:
+            return None
         key = (int(safe[index]), int(wanted[index]), tokens.tobytes())
+        room -= len(tokens) if key not in groups else 0
+        if room < 0:
+            return None
         groups[key] = groups.get(key, 0) + int(scores.counts[index])
-    width = len(sliders) + 1
-    found = [
+    return [
         Floored(occurrences, kept, most, np.frombuffer(data, dtype=np.int64).reshape(-1, width))
         for (kept, most, data), occurrences in groups.items()
     ]
-    return found if sum(len(documents.tokens) for documents in found) <= MAX_LASTING else None
 
 
-def _lasting(sliders: Sequence[Slider], sets: Sequence[NDArray[np.uint64]], tokens: Ints, needed: int) -> Ints:
+def _lasting(sliders: Sequence[Slider], sets: Sequence[NDArray[np.uint64]], tokens: Ints, needed: int) -> Ints | None:
     """The tokens of a document that are kept longest, (K, sliders + 1): distinct patterns, and how many have them.
 
-    `sets` are the sliders' patterns as bits: a token outlasts another if it fires nowhere where that one does not.
+    None if there are too many patterns to compare. `sets` are the sliders' patterns as bits: a token outlasts another
+    if it fires nowhere where that one does not.
     """
     key = np.zeros(len(tokens), dtype=np.int64)
     for slider in sliders:
         key = key * len(slider.patterns) + slider.codes[tokens]
     _, first, numbers = np.unique(key, return_index=True, return_counts=True)
     distinct = tokens[first]
+    if len(distinct) > MAX_PATTERNS:
+        return None
     outlasts = np.ones((len(distinct), len(distinct)), dtype=bool)  # [a, b]: a is kept wherever b is
     for slider, bits in zip(sliders, sets, strict=True):
         here = bits[slider.codes[distinct]]

@@ -12,8 +12,10 @@ from importlib.resources import files
 from typing import Any
 
 SCRIPTS = ("model.js", "words.js", "view.js", "sliders.js", "documents.js")
+_COMPLETE = "all counts are of the whole dataset, exactly as a run with it would select from these scores."
 _INCOMPLETE = (
-    "Too many documents could come to the floor (min_kept) to look at each: what it would bring back is not counted."
+    "counts are of the whole dataset, without what the floor (min_kept) would bring back: it may touch too many "
+    "documents to look at each. All else is as a run with it would select from these scores."
 )
 
 
@@ -30,7 +32,7 @@ def render(data: Mapping[str, Any], title: str) -> str:
         "hash": f"sha256-{digest}",
         "title": html.escape(title.encode(errors="replace").decode()),
         "style": _part("page.css"),
-        "complete": "" if data["whatif"]["complete"] else _INCOMPLETE,
+        "complete": _COMPLETE if data["whatif"]["complete"] else _INCOMPLETE,
         "data": _harmless(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
         "script": script,
     }

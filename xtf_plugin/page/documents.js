@@ -76,7 +76,7 @@ function tell(span) {
   for (const voter of voters) {
     if (!(voter.name in doc.scores)) continue;
     const hit = token.bits >> voters.indexOf(voter) & 1;
-    lines.push(make("p", {class: hit ? "hit" : ""}, `${hit ? "✗ " : "· "}${named(voter.name)}: ${inWords(voter.name, doc.scores[voter.name][i])}`));
+    lines.push(make("p", {class: hit ? "hit" : ""}, `${hit ? "✗ " : "· "}${named(voter.name)}: ${inWords(voter.name, doc.scores[voter.name][i])}${averaged(voter.name)}`));
   }
   const tip = document.getElementById("tip");
   tip.replaceChildren(...lines);

@@ -104,8 +104,8 @@ async function copy() {
 
 function refresh() {
   const moved = state.at.some((place, i) => place !== start[i]) || !same(state.combine, S.config.combine);
-  const before = S.totals, now = count(state.at, state.combine);
-  if (!moved) now.dropped = before.dropped_tokens;  // equal, but for a control, whose tokens are drawn
+  const before = count(start, S.config.combine), now = count(state.at, state.combine);
+  if (!moved) now.dropped = S.totals.dropped_tokens;  // equal, but for a control and a floor that is not counted
   sliders.forEach((slider, i) => {
     const input = document.getElementById(`slider-${i}`), text = stopText(slider, slider.stops[state.at[i]]);
     if (!input) return;
@@ -119,7 +119,7 @@ function refresh() {
   put("now-dropped", number(now.dropped));
   put("now-kept", number(now.tokens - now.dropped));
   put("now-share", share(now.tokens - now.dropped, now.tokens));
-  const change = now.dropped - before.dropped_tokens;
+  const change = now.dropped - before.dropped;
   put("change", !moved ? "as in the run" : `${change < 0 ? "−" : "+"}${number(Math.abs(change))} dropped against the run`);
   put("yaml", block());
   put("illegal", illegal());

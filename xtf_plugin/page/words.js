@@ -49,6 +49,12 @@ function inWords(voter, value) {
   return `score ${short(value)}`;
 }
 
+// Rules with a window see the mean of several tokens; what is shown is the token's own score.
+function averaged(voter) {
+  const {window} = (S.config.selectors || {})[voter] || S.config[voter];
+  return window === 1 ? "" : ` (its own; the rule takes the mean over ${window === "sentence" || window === "line" ? `its ${window}` : `${window} tokens`})`;
+}
+
 function verdict(token) {
   const rules = voters.filter((_, place) => token.bits >> place & 1).map((voter) => named(voter.name));
   const fired = rules.length ? ` (fired: ${rules.join(", ")})` : "";
