@@ -194,8 +194,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 log_report(self.trainer.args.report_to, folder / output.PAGE)
         if extra and not epoch and Path(extra).resolve() not in [path.resolve() for path in written]:
             try:
-                data = output.page_data(self.plan, tokenizer)
-                written.append(output.write_table(self.plan, tokenizer, Path(extra), data))
+                written.append(output.write_again(self.plan, tokenizer, written, Path(extra)))
             except OSError as error:
                 raise XTFUserError(
                     f"xtf: the score table {extra} cannot be written ({error}); name another path."

@@ -53,6 +53,15 @@ def write(plan: Plan, tokenizer: Any, folder: Path, *, whole: bool = False) -> l
     return written
 
 
+def write_again(plan: Plan, tokenizer: Any, written: list[Path], path: Path) -> Path:
+    """Put the score table at another path too: a copy of the one that was `written`, if one was. Raises OSError."""
+    table = next((made for made in written if made.name == TABLE), None)
+    if table is None:
+        return write_table(plan, tokenizer, path, _page_data_or_none(plan, tokenizer))
+    write_whole(path, table.read_bytes())
+    return path
+
+
 def _page_data_or_none(plan: Plan, tokenizer: Any) -> dict[str, Any] | None:
     """`page_data`, or None if that fails: a report explains a run, and must not end one whose masks are right."""
     try:
