@@ -20,11 +20,12 @@ import pytest
 import yaml
 
 from tests import tiny, unsloth_pattern
+from tests.benchmarks.worked.texts import EXAMPLES
 from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, relative_links
 from tests.test_other_hosts import with_mask
 from tests.test_pipeline import rows as labelled
-from xtf_plugin import config_docs
+from xtf_plugin import config_docs, view
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.hosts import axolotl_recipe
 from xtf_plugin.scorers import registry
@@ -157,7 +158,14 @@ def check_toml(block: Block, trained: Workplace | None = None, monkeypatch=None)
     assert f'[project.entry-points."{registry.GROUP}"]' in block.text, "not the pyproject.toml of a scorer's package"
 
 
-RULES = {"bash": run_bash, "yaml": check_yaml, "python": run_python, "toml": check_toml}
+def check_text(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
+    """The one kind there is: a worked example as `xtf show` prints it. Without its marks it is the example's text."""
+    bare = re.sub(r"\[-|\{\+|\|[\w ]+[-+][\]}]", "", block.text)
+    texts = [view.visible(example.record.completion).rstrip("\n") for each in EXAMPLES.values() for example in each]
+    assert bare.removesuffix("</s>").rstrip("\n") in texts, f"{block}: not the text of a worked example"
+
+
+RULES = {"bash": run_bash, "yaml": check_yaml, "python": run_python, "toml": check_toml, "text": check_text}
 
 
 def check_block(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
@@ -234,6 +242,7 @@ def test_architecture_names_every_module():
     [
         ("", "anything"),
         ("toml", "a = 1"),
+        ("text", "Nobody[-·wrote|TR-]·this."),
         ("bash", "curl example.org"),
         ("bash", "pip install xtf"),
         ("bash", "make nothing-of-the-kind"),
