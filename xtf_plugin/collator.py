@@ -19,6 +19,7 @@ from .documents import IGNORE_INDEX, KEY_BYTES, document_key, split_row
 from .errors import XTFError
 
 MAX_WORKERS = 256
+COPIED = 1 << 20  # keep flags that are put in order at once
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,15 @@ class MaskTable:
         halves = _halves(keys)
         order = np.lexsort((halves[:, 1], halves[:, 0]))
         sizes = np.diff(offsets)[order]
-        sorted_offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        source = np.repeat(offsets[:-1][order] - sorted_offsets[:-1], sizes) + np.arange(sorted_offsets[-1])
-        return cls(halves[order], sorted_offsets, np.packbits(keep[source]), best[order].astype(np.int64))
+        ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        flags = np.empty(ends[-1], dtype=bool)
+        low = 0
+        while low < len(order):  # a part at a time: an index of all tokens at once would take eight times the flags
+            high = max(low + 1, int(np.searchsorted(ends, ends[low] + COPIED, side="right")) - 1)
+            first = offsets[:-1][order[low:high]] - ends[low:high]
+            flags[ends[low] : ends[high]] = keep[np.repeat(first, sizes[low:high]) + np.arange(ends[low], ends[high])]
+            low = high
+        return cls(halves[order], ends, np.packbits(flags), best[order].astype(np.int64))
 
     def find(self, key: bytes) -> int:
         """Index of a document, or -1."""

@@ -147,14 +147,20 @@ def print_peak(size: str, dtype: str, lengths: str, name: str) -> None:
     model, documents = make_model(size, dtype), make_documents(lengths)
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 8, dtype=torch.long))  # thread pools and scratch buffers of the libraries
-    with open("/proc/self/clear_refs", "w") as handle:
-        handle.write("5")  # resets the peak of the resident set to its present size (Linux)
-    before = _status("VmRSS")
+    reset_peak()
+    before = resident("VmRSS")
     PROCEDURES[name](model, documents)
-    print((_status("VmHWM") - before) / 1024)
+    print((resident("VmHWM") - before) / 1024)
 
 
-def _status(field: str) -> float:
+def reset_peak() -> None:
+    """Set the peak of the resident set to its present size (Linux)."""
+    with open("/proc/self/clear_refs", "w") as handle:
+        handle.write("5")
+
+
+def resident(field: str) -> float:
+    """The resident set, in kB: `VmRSS` now, `VmHWM` at its peak."""
     with open("/proc/self/status") as handle:
         return float(next(line.split()[1] for line in handle if line.startswith(field)))
 

@@ -1,0 +1,94 @@
+"""Time and memory from scores to masks, for datasets of up to hundreds of millions of completion tokens.
+
+    python -m tests.benchmarks.bench_selection [--tokens 1 10 100]
+
+Scores are drawn, not computed. Each row of the table is a process of its own: `select` with the rules of a preset, then
+the table that the collator looks keep flags up in. Memory is what the resident set's peak grows by over its state with
+the scores loaded: what selecting costs, and not what there is to select from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from tests.benchmarks.bench_scoring import machine, reset_peak, resident
+from xtf_plugin import XTFConfig
+from xtf_plugin.collator import MaskTable
+from xtf_plugin.selection import Scores, select
+
+MEAN = 170  # completion tokens of a document
+BLOCKS = {
+    "default": {"preset": "default"},
+    "paper": {"preset": "paper"},
+    "three quantiles": {
+        "preset": "paper",
+        "reasoning_importance": {"drop": {"quantile": 0.05}, "scope": "document"},
+        "knowledge_novelty": {"drop": {"quantile": 0.05}},
+        "task_relevance": {"drop": {"quantile": 0.05}},
+    },
+}
+
+
+def make_scores(tokens: int, config: XTFConfig) -> Scores:
+    """Documents of 20 to 320 completion tokens with the scores that the block asks for."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(20, 2 * MEAN - 20, tokens // MEAN)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    size = int(offsets[-1])
+
+    def drawn(low: float, high: float) -> np.ndarray:
+        return rng.random(size, dtype=np.float32) * np.float32(high - low) + np.float32(low)
+
+    return Scores(
+        keys=rng.integers(0, 256, (len(sizes), 16), dtype=np.uint8),
+        offsets=offsets,
+        counts=np.ones(len(sizes), dtype=np.int64),
+        token_ids=rng.integers(0, 32_000, size, dtype=np.int32),
+        positions=(np.arange(size) - np.repeat(offsets[:-1], sizes) + 100).astype(np.int32),
+        logprobs=drawn(-12, 0),
+        reasoning_importance=drawn(0, 2) if config.reasoning_importance else None,
+        task_relevance=drawn(0, 1) if config.task_relevance else None,
+        selectors={name: drawn(-6, 4) for name in config.selectors},
+    )
+
+
+def print_row(block: str, tokens: int) -> None:
+    config = XTFConfig.parse(BLOCKS[block])
+    assert config is not None
+    scores = make_scores(tokens, config)
+    select(make_scores(10_000, config), config)  # imports and first calls
+    reset_peak()
+    before, begin = resident("VmRSS"), time.perf_counter()
+    selection = select(scores, config)
+    middle = time.perf_counter()
+    MaskTable.build(scores.keys, scores.offsets, selection.keep, selection.best)
+    end = time.perf_counter()
+    grown = (resident("VmHWM") - before) / 1024**2
+    cells = [block, f"{len(scores.token_ids) / 1e6:.0f} M", f"{middle - begin:.1f}", f"{end - middle:.1f}"]
+    print("| " + " | ".join([*cells, f"{1e9 * (end - begin) / len(scores.token_ids):.0f}", f"{grown:.2f}"]) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 10, 100], help="in millions")
+    parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        print_row(options.row[0], int(options.row[1]))
+        return
+    print(f"{machine()}\n")
+    print("| block | completion tokens | selection, s | mask table, s | ns a token | memory, GB |", flush=True)
+    print("|---|---:|---:|---:|---:|---:|", flush=True)
+    for block in BLOCKS:
+        for millions in options.tokens:
+            row = [sys.executable, "-m", "tests.benchmarks.bench_selection", "--row", block, str(millions * 10**6)]
+            subprocess.run(row, check=True)
+
+
+if __name__ == "__main__":
+    main()
