@@ -12,7 +12,7 @@ from . import facts, sample, selection, spans, whatif
 from .config import XTFConfig
 from .config_presets import PRESETS
 from .pipeline import Plan, marked_tokens, text_segments
-from .sample import packed, text_of
+from .sample import packed
 from .sliders import Slider
 from .whatif import WhatIf
 
@@ -50,12 +50,12 @@ def explained(plan: Plan, tokenizer: Any) -> dict[str, Any]:
     if plan.config.control is not None:
         table = _still(table)
     distinct = np.unique(plan.scores.token_ids).tolist()
-    texts = dict(zip(distinct, map(text_of, spans.token_bytes(tokenizer, distinct)), strict=True))
+    pieces = dict(zip(distinct, spans.token_bytes(tokenizer, distinct), strict=True))
     told = {
         "distributions": facts.distributions(plan, segments),
         "combinations": facts.combinations(plan),
-        "tokens": facts.token_tables(plan, texts, table.sliders),
-        "endings": facts.endings(plan, tokenizer, texts),
+        "tokens": facts.token_tables(plan, pieces, table.sliders),
+        "endings": facts.endings(plan, tokenizer, pieces),
     }
     return {"whatif": table, "protected": protected, "forced": forced, "facts": told}
 

@@ -69,7 +69,7 @@ function showTotals() {
 }
 
 function example(entry) {
-  const word = make("mark", {}, entry.token || "(nothing)");
+  const word = make("mark", {}, entry.example.token || "(nothing)");
   return make("span", {class: "text"}, entry.example.before, word, entry.example.after);
 }
 
