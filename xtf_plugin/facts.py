@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from .config import KnowledgeNoveltyConfig
 from .firing import Segments, ready
-from .pipeline import Plan, special_ids
+from .marks import special_ids
+from .pipeline import Plan
 from .sample import SPREAD, characters, text_of
 from .segments import Layout, dataset_quantiles
 from .selection import rule_bits

@@ -11,7 +11,7 @@ import numpy as np
 from . import facts, sample, selection, spans, whatif
 from .config import XTFConfig
 from .config_presets import PRESETS
-from .pipeline import Plan, marked_tokens, text_segments
+from .pipeline import Plan
 from .sample import packed
 from .sliders import Slider
 from .whatif import WhatIf
@@ -36,28 +36,27 @@ def build(plan: Plan, tokenizer: Any, summary: Mapping[str, Any], counted: Mappi
         "preset_selectors": sorted(PRESETS[plan.config.preset].get("selectors", {})),
         "reasons": {value: [name for name in selection.reason_text(value, bits).split(",") if name] for value in seen},
         "whatif": _whatif(table),
-        **sample.documents(plan, table, counted["protected"], counted["forced"], tokenizer),
+        **sample.documents(plan, table, counted["marks"], tokenizer),
     }
 
 
 def explained(plan: Plan, tokenizer: Any) -> dict[str, Any]:
-    """What the sliders need (`whatif`, `protected`, `forced`), and `facts` for summary.json: score distributions,
+    """What the sliders need (`whatif`, `marks`), and `facts` for summary.json: score distributions,
     combinations of rules, tables of tokens, how documents end.
     """
-    protected, forced = marked_tokens(plan.config, plan.documents, tokenizer)
-    segments = text_segments(plan.config, plan.documents, tokenizer)
-    table = whatif.build(plan.scores, plan.config, protected, forced, segments)
+    marks = plan.marked(tokenizer)
+    table = whatif.build(plan.scores, plan.config, marks.protected, marks.forced, marks.segments)
     if plan.config.control is not None:
         table = _still(table)
     distinct = np.unique(plan.scores.token_ids).tolist()
     pieces = dict(zip(distinct, spans.token_bytes(tokenizer, distinct), strict=True))
     told = {
-        "distributions": facts.distributions(plan, segments),
+        "distributions": facts.distributions(plan, marks.segments),
         "combinations": facts.combinations(plan),
         "tokens": facts.token_tables(plan, pieces, table.sliders),
         "endings": facts.endings(plan, tokenizer, pieces),
     }
-    return {"whatif": table, "protected": protected, "forced": forced, "facts": told}
+    return {"whatif": table, "marks": marks, "facts": told}
 
 
 def minimal(config: XTFConfig) -> dict[str, Any]:

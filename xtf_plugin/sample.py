@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import spans, view
+from .marks import Marks
 from .pipeline import Plan
 from .segments import Layout
 from .selection import rescue_order
@@ -27,12 +28,12 @@ TRAINS = 4  # flag of tokens that something predicts
 SPREAD = 8  # tokens that one character may be spread over
 
 
-def documents(plan: Plan, whatif: WhatIf, protected: NDArray[np.bool_], forced: Any, tokenizer: Any) -> dict[str, Any]:
+def documents(plan: Plan, whatif: WhatIf, marks: Marks, tokenizer: Any) -> dict[str, Any]:
     """The sample: `tokens` (texts) and `documents`, see `_document`."""
     layout = Layout(plan.scores.offsets, plan.scores.counts)
-    flags = protected.astype(np.uint8) * PROTECTED
-    if forced is not None:
-        flags |= forced.astype(np.uint8) * FORCED
+    flags = marks.protected.astype(np.uint8) * PROTECTED
+    if marks.forced is not None:
+        flags |= marks.forced.astype(np.uint8) * FORCED
     chosen = _chosen(plan, layout, room_for(len(plan.config.voters), len(whatif.sliders)))
     shown = [plan.documents.document(index)[0][:LONGEST] for index, _ in chosen]
     vocabulary = np.unique(np.concatenate([*shown, np.zeros(0, dtype=np.int32)]))
