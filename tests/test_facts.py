@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import re
@@ -169,6 +170,9 @@ def test_the_sample_is_bounded_and_the_same_for_the_same_data(run, monkeypatch):
     monkeypatch.setattr(sample, "LONGEST", 20)
     cut = output.page_data(plan, tiny.tokenizer())["documents"]
     assert not any(document["whole"] for document in cut)
+    for document in cut:  # who comes back first, among those shown
+        order = np.frombuffer(base64.b64decode(document["order"]), dtype="<u2")
+        assert sorted(order) == list(range(len(order)))
 
 
 def test_nothing_of_the_data_ends_the_script_element():

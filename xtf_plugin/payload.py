@@ -80,6 +80,8 @@ def _still(table: WhatIf) -> WhatIf:
 
 def _whatif(table: WhatIf) -> dict[str, Any]:
     """Sliders and cells for the page; patterns as text of 0 and 1."""
+    none = np.zeros((0, len(table.sliders) + 1), dtype=np.int64)
+    lasting = np.concatenate([none, *(documents.tokens for documents in table.floored)])
     return {
         "sliders": [
             {
@@ -96,8 +98,7 @@ def _whatif(table: WhatIf) -> dict[str, Any]:
         "flags": packed(table.flags, "<u1"),
         "weights": table.weights.tolist(),
         "floored": [[f.occurrences, f.kept, f.wanted, len(f.tokens)] for f in table.floored],
-        "lasting": packed(
-            np.concatenate([np.zeros(0, dtype=np.int64), *(f.tokens.reshape(-1) for f in table.floored)]), "<u2"
-        ),
+        "lasting": packed(lasting[:, :-1], "<u1"),
+        "lasting_tokens": packed(lasting[:, -1], "<u4"),
         "complete": table.complete,
     }

@@ -48,7 +48,7 @@ def documents(plan: Plan, whatif: WhatIf, marks: Marks, tokenizer: Any) -> dict[
 
 def room_for(voters: int, sliders: int) -> int:
     """How many tokens of documents fit: see `_document` for what each takes, in base64."""
-    return BYTES * 3 // 4 // (10 + 2 * voters + sliders)
+    return min(BYTES * 3 // 4 // (10 + 2 * voters + sliders), 1 << 16)  # no more distinct ones than `ids` can name
 
 
 def text_of(piece: bytes) -> str:
@@ -125,16 +125,15 @@ def _document(
     at = np.flatnonzero(completion[:LONGEST])
     start = int(plan.scores.offsets[index])
     here = slice(start, start + len(at))
-    whole = slice(start, int(plan.scores.offsets[index + 1]))
-    order = np.empty(whole.stop - whole.start, dtype=np.int64)
-    order[np.argsort(rescue_order(plan.scores, whole), kind="stable")] = np.arange(len(order))
+    order = np.empty(len(at), dtype=np.int64)  # among those shown
+    order[np.argsort(rescue_order(plan.scores, here), kind="stable")] = np.arange(len(at))
     voters = {name: plan.scores.of(name) for name in plan.config.voters}
     return {
         "key": plan.documents.keys[index].tobytes().hex(),
         "occurrences": int(plan.documents.counts[index]),
         "length": len(ids),
         "whole": len(ids) <= LONGEST,
-        "completion_tokens": whole.stop - whole.start,
+        "completion_tokens": int(plan.scores.offsets[index + 1]) - start,
         "ids": packed(places, "<u2"),
         "at": packed(at, "<u2"),
         "scores": {name: packed(_small(values[here]), "<f2") for name, values in voters.items() if values is not None},
@@ -142,7 +141,7 @@ def _document(
         "flags": packed(flags[here] | (plan.scores.positions[here] > 0) * np.uint8(TRAINS), "<u1"),
         "kept": packed(plan.selection.keep[here], "<u1"),
         "reasons": packed(plan.selection.reasons[here], "<u2"),
-        "order": packed(np.minimum(order[: len(at)], 65_535), "<u2"),
+        "order": packed(order, "<u2"),
         "joined": _joined([pieces[place] for place in places.tolist()]),
     }
 

@@ -17,6 +17,11 @@ function shorts(text) {
   return out;
 }
 
+function longs(text) {
+  const raw = bytes(text), view = new DataView(raw.buffer);
+  return Array.from({length: raw.length / 4}, (_, i) => view.getUint32(4 * i, true));
+}
+
 function halves(text) {  // IEEE 754 binary16
   return Array.from(shorts(text), (bits) => {
     const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
@@ -35,7 +40,7 @@ sliders.forEach((slider, index) => {
   else voters.push({name: slider.voter, sliders: [index]});
 });
 const cells = {codes: bytes(D.whatif.cells), flags: bytes(D.whatif.flags), weights: D.whatif.weights};
-const lasting = shorts(D.whatif.lasting);
+const lasting = {codes: bytes(D.whatif.lasting), tokens: longs(D.whatif.lasting_tokens)};
 const start = sliders.map((slider) => slider.at);
 const state = {at: start.slice(), combine: S.config.combine};
 
@@ -84,11 +89,11 @@ function count(at, combine) {
       if (gone) result.by[voter.name] += weight;
     });
   }
-  let from = 0;  // each token: the pattern of each slider, and how many tokens have these
+  let from = 0;
   for (const [occurrences, kept, wanted, tokens] of D.whatif.floored) {
     let left = kept;
-    for (const end = from + tokens * (width + 1); from < end; from += width + 1) {
-      if (ones(fired((i) => lasting[from + i], at)) < least) left += lasting[from + width];
+    for (const end = from + tokens; from < end; from++) {
+      if (ones(fired((i) => lasting.codes[from * width + i], at)) < least) left += lasting.tokens[from];
     }
     result.rescued += occurrences * Math.max(0, wanted - left);
   }
