@@ -114,6 +114,30 @@ def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, v
     assert len(seen) > 2
 
 
+@pytest.mark.parametrize(("voter", "key"), SLIDERS)
+def test_a_moved_threshold_keeps_its_line(run, page, voter, key):
+    """Where a run with it would have it; where every document has its own, at their median, and told so."""
+    plan, folder = run
+    edges = json.loads((folder / "summary.json").read_text())["distributions"][voter]["edges"]
+    for place in range(1, 4):
+        put(page, voter, key, place)
+        drops = selected(plan, XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])).thresholds[voter][
+            "drops"
+        ]
+        numbers = [
+            value["median"] if isinstance(value, dict) else value for value in drops.values() if value is not None
+        ]
+        numbers = [1 - number if voter == "knowledge_novelty" else number for number in numbers]
+        places = [320 * (number - edges[0]) / (edges[-1] - edges[0]) for number in numbers]
+        drawn = page.eval_on_selector_all(
+            f"#histogram-{voter} line", "all => all.map((e) => Number(e.getAttribute('x1')))"
+        )
+        assert sorted(drawn) == pytest.approx(sorted(min(319, max(1, place)) for place in places), abs=0.1)
+        assert ("each document has its own threshold" in page.inner_text(f"#histogram-{voter}")) == (key == "quantile")
+    put(page, voter, key, 0)
+    assert page.locator(f"#histogram-{voter} line").count() == (1 if voter == "knowledge_novelty" else 0)
+
+
 @pytest.mark.parametrize("combine", ["majority", "intersection"])
 def test_combine_and_several_sliders_at_once(run, page, combine):
     plan, _ = run

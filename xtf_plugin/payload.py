@@ -73,8 +73,8 @@ def _still(table: WhatIf) -> WhatIf:
     told = "control: random draws the tokens, so that a moved threshold would show nothing"
     still = []
     for slider in table.sliders:
-        here = slider.patterns[:, [slider.at]]
-        still.append(Slider(slider.voter, "", [None], 0, here, slider.codes, told))
+        here, limits = slider.patterns[:, [slider.at]], [slider.limits[slider.at]]
+        still.append(Slider(slider.voter, "", [None], 0, here, slider.codes, limits, slider.own, told))
     return replace(table, sliders=still)
 
 
@@ -90,6 +90,8 @@ def _whatif(table: WhatIf) -> dict[str, Any]:
                 "stops": list(slider.stops),
                 "at": slider.at,
                 "patterns": ["".join("01"[bit] for bit in row) for row in slider.patterns.astype(int).tolist()],
+                "limits": [list(limits) for limits in slider.limits],
+                "own": slider.own,
                 "told": slider.told,
             }
             for slider in table.sliders

@@ -9,7 +9,7 @@ function drawn(tag, properties) {
   return element;
 }
 
-// The scores' histogram with the threshold: a line where it is one number, at its median where documents have their own.
+// The scores' histogram with the thresholds that the sliders have come to, as lines.
 function histogram(voter) {
   const data = S.distributions[voter];
   if (!data || !data.edges.length) return make("p", {}, "no scores");
@@ -21,30 +21,19 @@ function histogram(voter) {
     const tall = tokens ? Math.max(1, height * Math.sqrt(tokens / most)) : 0;
     picture.append(drawn("rect", {x: i * step + 0.5, y: height - tall, width: step - 1, height: tall}));
   });
-  let caption = "heights: square root";
-  for (const limit of limits(voter)) {
-    if (limit < low || limit > high) caption = "a threshold lies outside";
+  const own = sliders.map((slider, i) => ({...slider, place: state.at[i]})).filter((slider) => slider.voter === voter);
+  const limits = own.flatMap((slider) => slider.limits[slider.place]);
+  for (const limit of limits) {
     const x = Math.min(width - 1, Math.max(1, (limit - low) / (high - low) * width));
     picture.append(drawn("line", {x1: x, x2: x, y1: 0, y2: height}));
   }
-  return make("figure", {}, picture, make("figcaption", {}, make("span", {}, short(low)), make("span", {}, caption),
-    make("span", {}, short(high))));
-}
-
-function limits(voter) {
-  const own = (S.thresholds[voter] || {}).drops || {}, found = [];
-  const place = voters.find((v) => v.name === voter);
-  for (const i of place ? place.sliders : []) {
-    const {key, stops} = sliders[i], stop = stops[state.at[i]];
-    if (stop !== null && ["below", "known_above", "unknown_below"].includes(key)) found.push(stop);
-    else if (state.at[i] === start[i]) {
-      for (const value of Object.values(own)) {
-        const one = value !== null && typeof value === "object" ? value.median : value;
-        if (typeof one === "number") found.push(voter === "knowledge_novelty" ? 1 - one : one);
-      }
-    }
-  }
-  return found;
+  const outside = limits.some((limit) => limit < low || limit > high);
+  const none = own.some((slider) => slider.stops[slider.place] !== null && !slider.limits[slider.place].length);
+  const told = [outside ? "a threshold lies outside" : "", none ? "this stop comes to no threshold" : "",
+    limits.length && own.some((slider) => slider.own) ? "each document has its own threshold; the line is their median" : ""]
+    .filter((text) => text).join("; ");
+  return make("figure", {}, picture, make("figcaption", {}, make("span", {}, short(low)),
+    make("span", {}, "heights: square root"), make("span", {}, short(high))), told ? make("p", {class: "told"}, told) : null);
 }
 
 function showSliders() {
