@@ -202,6 +202,30 @@ def test_keys_go_from_token_to_token(page):
     assert not page.is_visible("#tip")
 
 
+def test_a_mouse_that_rests_leaves_the_keyboard_its_token(page):
+    """What scrolls along beneath it is not pointed at; one that moves points, and gives way again when it leaves."""
+    box = page.locator(".document >> nth=1").bounding_box()
+    page.evaluate("y => scrollTo(0, y)", box["y"] - 300)
+    box = page.locator(".document >> nth=1").bounding_box()
+    page.mouse.move(box["x"] + 60, box["y"] + 20)
+    page.focus(".document >> nth=0")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    held = page.query_selector(".current")
+    for _ in range(4):  # documents pass beneath the mouse
+        page.evaluate("scrollBy(0, 90)")
+        page.wait_for_timeout(150)
+    assert page.evaluate("held => view.current === held && held.dataset.token === '1'", held)
+    page.hover(".document >> nth=2 >> .token >> nth=5")
+    assert page.evaluate("held => view.current !== held", held)
+    page.mouse.move(3, 3)
+    assert page.evaluate("held => view.current === held", held) and page.is_visible("#tip")
+    page.keyboard.press("ArrowRight")
+    assert page.eval_on_selector(".current", "e => e.dataset.token") == "2"
+    page.focus("#search")
+    assert not page.is_visible("#tip")
+
+
 def test_filters_and_search(page):
     everything = page.locator("article").count()
     page.select_option("#reason", "task_relevance")
