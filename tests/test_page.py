@@ -228,7 +228,7 @@ def test_a_mouse_that_rests_leaves_the_keyboard_its_token(page):
 
 def test_filters_and_search(page):
     everything = page.locator("article").count()
-    page.select_option("#reason", "task_relevance")
+    page.select_option("#reason", "rule:task_relevance")
     assert page.evaluate("view.list.length") > 0
     assert page.evaluate("view.list.every((d) => decide(d, state.at, state.combine).some((t) => t.bits >> 2 & 1))")
     page.select_option("#reason", "")

@@ -10,8 +10,9 @@ function matches(doc) {
   const found = decide(doc, state.at, state.combine);
   if (view.reason === "dropped") return found.some((token) => !token.kept);
   if (view.reason === "emptied") return found.every((token) => !token.kept);
-  if (view.reason in DECISIONS) return found.some((token) => token.why === view.reason);
-  const place = voters.findIndex((voter) => voter.name === view.reason);
+  const [kind, name] = view.reason.split(":");
+  if (kind === "decided") return found.some((token) => token.why === name);
+  const place = voters.findIndex((voter) => voter.name === name);
   return found.some((token) => token.bits >> place & 1);
 }
 
@@ -76,7 +77,7 @@ function tell(span) {
   const text = span.closest(".document"), doc = text.doc, i = Number(span.dataset.token), token = text.found[i];
   const lines = [make("p", {class: "verdict"}, make("span", {class: "text"}, span.textContent), " ", verdict(token))];
   for (const voter of voters) {
-    if (!(voter.name in doc.scores)) continue;
+    if (!Object.hasOwn(doc.scores, voter.name)) continue;
     const hit = token.bits >> voters.indexOf(voter) & 1;
     lines.push(make("p", {class: hit ? "hit" : ""}, `${hit ? "✗ " : "· "}${named(voter.name)}: ${inWords(voter.name, doc.scores[voter.name][i])}${averaged(voter.name)}`));
   }
@@ -130,7 +131,8 @@ function walk(event) {
 
 function startDocuments() {
   const reasons = [["", "all"], ["dropped", "that lose tokens"], ["emptied", "dropped in full"],
-    ...voters.map((voter) => [voter.name, `where ${named(voter.name)} fired`]), ...Object.entries(DECISIONS)];
+    ...voters.map((voter) => [`rule:${voter.name}`, `where ${named(voter.name)} fired`]),
+    ...Object.entries(DECISIONS).map(([name, text]) => [`decided:${name}`, text])];
   const select = document.getElementById("reason");
   select.replaceChildren(...reasons.map(([value, text]) => make("option", {value}, text)));
   select.addEventListener("change", () => { view.reason = select.value; listDocuments(); });

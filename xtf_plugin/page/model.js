@@ -152,17 +152,16 @@ function block() {
   for (const voter of voters) {
     const moved = voter.sliders.filter((i) => state.at[i] !== start[i]);
     if (!moved.length) continue;
-    const selector = voter.name in (S.config.selectors || {});
-    const part = structuredClone(selector ? S.config.selectors[voter.name] : S.config[voter.name]);
+    const own = selector(voter.name), part = structuredClone(own || S.config[voter.name]);
     for (const i of moved) {
       const stop = sliders[i].stops[state.at[i]];
       if (stop === null) delete part.drop[sliders[i].key];
       else part.drop[sliders[i].key] = stop;
     }
     const value = Object.keys(part.drop).some((key) => key !== "of") ? part : false;
-    if (selector) made.selectors = {...made.selectors, [voter.name]: value};
-    if (selector && value === false && !D.preset_selectors.includes(voter.name)) delete made.selectors[voter.name];
-    if (!selector) made[voter.name] = value;
+    if (own) made.selectors = {...made.selectors, [voter.name]: value};
+    if (own && value === false && !D.preset_selectors.includes(voter.name)) delete made.selectors[voter.name];
+    if (!own) made[voter.name] = value;
   }
   return "xtf:\n" + Object.entries(made).map(([key, value]) => `  ${key}: ${JSON.stringify(value)}\n`).join("");
 }

@@ -11,7 +11,7 @@ function drawn(tag, properties) {
 
 // The scores' histogram with the thresholds that the sliders have come to, as lines.
 function histogram(voter) {
-  const data = S.distributions[voter];
+  const data = lookup(S.distributions, voter);
   if (!data || !data.edges.length) return make("p", {}, "no scores");
   const width = 320, height = 70, most = Math.max(...data.tokens, 1), step = width / data.tokens.length;
   const low = data.edges[0], high = data.edges[data.edges.length - 1];
