@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import facts, sample, selection, spans, whatif
+from . import facts, page, sample, selection, spans, whatif
 from .config import XTFConfig
 from .config_presets import PRESETS
 from .pipeline import Plan
@@ -30,7 +30,7 @@ def build(plan: Plan, tokenizer: Any, summary: Mapping[str, Any], counted: Mappi
     seen = np.unique(plan.selection.reasons).tolist()
     table: WhatIf = counted["whatif"]
     return {
-        "format": 1,
+        "format": page.FORMAT,
         "summary": summary,
         "block": minimal(plan.config),
         "preset_selectors": sorted(PRESETS[plan.config.preset].get("selectors", {})),
