@@ -261,6 +261,7 @@ def test_it_fits_every_width_and_scheme(browser, run, scheme, width, tmp_path):
     opened = context.new_page()
     opened.goto((run[1] / "report.html").as_uri())
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.eval_on_selector("#totals .scroll", "e => e.scrollWidth - e.clientWidth") == 0
     dark, light = "rgb(15, 20, 25)", "rgb(255, 255, 255)"
     assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == (dark if scheme == "dark" else light)
     opened.screenshot(path=tmp_path / "page.png", full_page=True)

@@ -145,6 +145,8 @@ function own(doc) {  // as the run decided
   });
 }
 
+const spaced = (value) => JSON.stringify(value, null, 1).replace(/([{[])\n */g, "$1").replace(/\n *([}\]])/g, "$1").replace(/\n */g, " ");
+
 // The block with the sliders' values, as YAML: top keys as lines, values in flow style, which JSON is.
 function block() {
   const made = structuredClone(D.block);
@@ -163,5 +165,5 @@ function block() {
     if (own && value === false && !D.preset_selectors.includes(voter.name)) delete made.selectors[voter.name];
     if (!own) made[voter.name] = value;
   }
-  return "xtf:\n" + Object.entries(made).map(([key, value]) => `  ${key}: ${JSON.stringify(value)}\n`).join("");
+  return "xtf:\n" + Object.entries(made).map(([key, value]) => `  ${key}: ${spaced(value)}\n`).join("");
 }

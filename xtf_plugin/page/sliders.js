@@ -27,13 +27,12 @@ function histogram(voter) {
     const x = Math.min(width - 1, Math.max(1, (limit - low) / (high - low) * width));
     picture.append(drawn("line", {x1: x, x2: x, y1: 0, y2: height}));
   }
+  const lacks = (slider) => slider.stops[slider.place] !== null && !slider.limits[slider.place].length;
   const outside = limits.some((limit) => limit < low || limit > high);
-  const none = own.some((slider) => slider.stops[slider.place] !== null && !slider.limits[slider.place].length);
-  const told = [outside ? "a threshold lies outside" : "", none ? "this stop comes to no threshold" : "",
-    limits.length && own.some((slider) => slider.own) ? "each document has its own threshold; the line is their median" : ""]
-    .filter((text) => text).join("; ");
-  return make("figure", {}, picture, make("figcaption", {}, make("span", {}, short(low)),
-    make("span", {}, "heights: square root"), make("span", {}, short(high))), told ? make("p", {class: "told"}, told) : null);
+  const caption = own.some(lacks) ? "this stop comes to no threshold" : outside ? "a threshold lies outside" : "heights: square root";
+  return make("figure", {}, picture, make("figcaption", {}, make("span", {}, short(low)), make("span", {}, caption),
+    make("span", {}, short(high))),
+    own.some((slider) => slider.own) ? make("p", {class: "told"}, "each document has its own threshold; the line is their median") : null);
 }
 
 function showSliders() {
