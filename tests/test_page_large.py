@@ -1,4 +1,4 @@
-"""The report of ten thousand documents: small, quick to open, and still exact."""
+"""The report of ten thousand documents, and of a very long one: small, quick to open, and still exact."""
 
 from __future__ import annotations
 
