@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests import tiny
-from xtf_plugin.pipeline import marked_tokens, text_segments
+from xtf_plugin.marks import marked_tokens, text_segments
 from xtf_plugin.selection import select
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
+import json
+import zlib
 
 import pyarrow.parquet as pq
 import pytest
 
 from tests.test_cli import TABLE, score_table
-from xtf_plugin import browse
+from xtf_plugin import browse, cli
 from xtf_plugin.errors import XTFUserError
 
 KEYS = ["aa00", "bb11", "aa22", "cc33"]
@@ -76,5 +79,42 @@ def test_what_is_refused(file, wanted, message):
 
 def test_the_report_of_a_table(file, tmp_path):
     assert "this table holds none" in browse.write_report(tmp_path / "scores.parquet", None)
-    pq.write_table(TABLE.replace_schema_metadata({b"xtf_report": b"no base64!"}), tmp_path / "odd.parquet")
-    assert "this table holds none" in browse.write_report(tmp_path / "odd.parquet", None)
+
+
+def packed(data):
+    return base64.b64encode(zlib.compress(json.dumps(data).encode()))
+
+
+WHATIF = {"sliders": [], "cells": "", "flags": "", "weights": [], "floored": [], "lasting": "", "lasting_tokens": ""}
+PAGE = {"format": 2, "summary": {}, "block": {}, "preset_selectors": [], "reasons": {}, "tokens": [], "documents": []}
+WHOLE = {**PAGE, "whatif": {**WHATIF, "complete": True}}
+ODD = {
+    "no base64": (b"no base64!", "is damaged"),
+    "no zlib": (base64.b64encode(b"abc"), "is damaged"),
+    "cut": (base64.b64encode(base64.b64decode(packed(WHOLE))[:-30]), "is damaged"),
+    "no number": (packed({**WHOLE, "summary": {"median": float("nan")}}), "NaN is no JSON"),
+    "nested": (base64.b64encode(zlib.compress(b"[" * 200_000)), "is damaged"),
+    "no mapping": (packed([1]), "is no mapping"),
+    "earlier": (packed({**WHOLE, "format": 1}), "has the format 1, and this xtf-plugin shows 2"),
+    "no format": (packed({}), "has the format None"),
+    "parts missing": (packed(PAGE), "lacks whatif, whatif.sliders"),
+    "other parts": (packed({**WHOLE, "tokens": {}}), "lacks tokens."),
+    "parts of parts missing": (packed({**PAGE, "whatif": WHATIF}), "lacks whatif.complete."),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_no_report_is_told_in_one_line(tmp_path, name, capsys):
+    held, message = ODD[name]
+    pq.write_table(TABLE.replace_schema_metadata({b"xtf_report": held}), tmp_path / "odd.parquet")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["report", str(tmp_path / "odd.parquet")])
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"xtf: error: the report that {tmp_path / 'odd.parquet'} holds ")
+    assert message in told and told.endswith("Make table and report again: xtf score RECIPE")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_report_with_all_its_parts_is_written(tmp_path):
+    pq.write_table(TABLE.replace_schema_metadata({b"xtf_report": packed(WHOLE)}), tmp_path / "scores.parquet")
+    assert browse.write_report(tmp_path / "scores.parquet", None) == f"report: {tmp_path / 'report.html'}"

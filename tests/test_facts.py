@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import re
@@ -14,7 +15,7 @@ import pytest
 
 from tests import tiny
 from tests.test_callback import trainer
-from xtf_plugin import attach, output, page, sample
+from xtf_plugin import attach, output, page, sample, view
 from xtf_plugin.facts import AROUND, TOP
 
 ROOT = Path(__file__).parents[1]
@@ -83,8 +84,24 @@ def test_tables_of_tokens_count_occurrences(run):
         assert entry["token"] == texts[entry["token_id"]].replace(" ", "·").replace("\n", "↵\n")
         document = [row for row in table if row["document"] == entry["example"]["document"]]
         whole = "".join(row["token"] for row in document).replace(" ", "·")
+        assert entry["example"]["token"] == entry["token"]
         assert entry["example"]["before"] + entry["token"] + entry["example"]["after"] in whole
         assert len(entry["example"]["before"]) <= 20 * AROUND
+
+
+def test_examples_show_characters_that_are_spread_over_several_tokens(tmp_path):
+    """The character as a whole, before, behind and around the token that is told of."""
+    rows = [{**row, "completion": " 漢字 5 €" + row["completion"] + " 30 €, 漢."} for row in tiny.problems(8)]
+    made = trainer(tmp_path, rows=rows, max_steps=1, max_length=None)
+    attach(made, {"cache_dir": str(tmp_path / "cache"), "force_drop": [" 5", "30", "€,"], "min_kept": 0})
+    made.train()
+    plan = made._xtf_hooks.on_batch.__self__.plan
+    entries = output.page_data(plan, tiny.tokenizer())["summary"]["tokens"]["most_dropped"]
+    wholes = [view.visible(tiny.tokenizer().decode(plan.documents.document(i)[0])) for i in range(8)]
+    found = ["".join(entry["example"][part] for part in ("before", "token", "after")) for entry in entries]
+    assert len(entries) > 5 and all(any(text in whole for whole in wholes) for text in found), found
+    assert {entry["example"]["token"] for entry in entries if "⟨" in entry["token"]} == {"€"}
+    assert any("漢字" in text for text in found) and any("漢." in text for text in found)
 
 
 def test_borderline_tokens_are_kept_and_would_go_next(run):
@@ -153,6 +170,9 @@ def test_the_sample_is_bounded_and_the_same_for_the_same_data(run, monkeypatch):
     monkeypatch.setattr(sample, "LONGEST", 20)
     cut = output.page_data(plan, tiny.tokenizer())["documents"]
     assert not any(document["whole"] for document in cut)
+    for document in cut:  # who comes back first, among those shown
+        order = np.frombuffer(base64.b64decode(document["order"]), dtype="<u2")
+        assert sorted(order) == list(range(len(order)))
 
 
 def test_nothing_of_the_data_ends_the_script_element():

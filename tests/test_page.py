@@ -114,6 +114,30 @@ def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, v
     assert len(seen) > 2
 
 
+@pytest.mark.parametrize(("voter", "key"), SLIDERS)
+def test_a_moved_threshold_keeps_its_line(run, page, voter, key):
+    """Where a run with it would have it; where every document has its own, at their median, and told so."""
+    plan, folder = run
+    edges = json.loads((folder / "summary.json").read_text())["distributions"][voter]["edges"]
+    for place in range(1, 4):
+        put(page, voter, key, place)
+        drops = selected(plan, XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])).thresholds[voter][
+            "drops"
+        ]
+        numbers = [
+            value["median"] if isinstance(value, dict) else value for value in drops.values() if value is not None
+        ]
+        numbers = [1 - number if voter == "knowledge_novelty" else number for number in numbers]
+        places = [320 * (number - edges[0]) / (edges[-1] - edges[0]) for number in numbers]
+        drawn = page.eval_on_selector_all(
+            f"#histogram-{voter} line", "all => all.map((e) => Number(e.getAttribute('x1')))"
+        )
+        assert sorted(drawn) == pytest.approx(sorted(min(319, max(1, place)) for place in places), abs=0.1)
+        assert ("each document has its own threshold" in page.inner_text(f"#histogram-{voter}")) == (key == "quantile")
+    put(page, voter, key, 0)
+    assert page.locator(f"#histogram-{voter} line").count() == (1 if voter == "knowledge_novelty" else 0)
+
+
 @pytest.mark.parametrize("combine", ["majority", "intersection"])
 def test_combine_and_several_sliders_at_once(run, page, combine):
     plan, _ = run
@@ -178,9 +202,33 @@ def test_keys_go_from_token_to_token(page):
     assert not page.is_visible("#tip")
 
 
+def test_a_mouse_that_rests_leaves_the_keyboard_its_token(page):
+    """What scrolls along beneath it is not pointed at; one that moves points, and gives way again when it leaves."""
+    box = page.locator(".document >> nth=1").bounding_box()
+    page.evaluate("y => scrollTo(0, y)", box["y"] - 300)
+    box = page.locator(".document >> nth=1").bounding_box()
+    page.mouse.move(box["x"] + 60, box["y"] + 20)
+    page.focus(".document >> nth=0")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    held = page.query_selector(".current")
+    for _ in range(4):  # documents pass beneath the mouse
+        page.evaluate("scrollBy(0, 90)")
+        page.wait_for_timeout(150)
+    assert page.evaluate("held => view.current === held && held.dataset.token === '1'", held)
+    page.hover(".document >> nth=2 >> .token >> nth=5")
+    assert page.evaluate("held => view.current !== held", held)
+    page.mouse.move(3, 3)
+    assert page.evaluate("held => view.current === held", held) and page.is_visible("#tip")
+    page.keyboard.press("ArrowRight")
+    assert page.eval_on_selector(".current", "e => e.dataset.token") == "2"
+    page.focus("#search")
+    assert not page.is_visible("#tip")
+
+
 def test_filters_and_search(page):
     everything = page.locator("article").count()
-    page.select_option("#reason", "task_relevance")
+    page.select_option("#reason", "rule:task_relevance")
     assert page.evaluate("view.list.length") > 0
     assert page.evaluate("view.list.every((d) => decide(d, state.at, state.combine).some((t) => t.bits >> 2 & 1))")
     page.select_option("#reason", "")
@@ -213,6 +261,7 @@ def test_it_fits_every_width_and_scheme(browser, run, scheme, width, tmp_path):
     opened = context.new_page()
     opened.goto((run[1] / "report.html").as_uri())
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.eval_on_selector("#totals .scroll", "e => e.scrollWidth - e.clientWidth") == 0
     dark, light = "rgb(15, 20, 25)", "rgb(255, 255, 255)"
     assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == (dark if scheme == "dark" else light)
     opened.screenshot(path=tmp_path / "page.png", full_page=True)

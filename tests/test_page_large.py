@@ -1,4 +1,4 @@
-"""The report of ten thousand documents: small, quick to open, and still exact."""
+"""The report of ten thousand documents, and of a very long one: small, quick to open, and still exact."""
 
 from __future__ import annotations
 
@@ -16,32 +16,31 @@ from xtf_plugin.lookup import StoredScores
 from xtf_plugin.pipeline import Plan, scores_of
 from xtf_plugin.selection import select
 
+MANY = {
+    **BLOCK,
+    "knowledge_novelty": {"drop": {"known_above": 0.9}},
+    "min_kept": 2,
+    "force_drop": [],
+    "protect": {"special_tokens": False, "patterns": []},
+}
 
-def large_plan(number: int) -> Plan:
-    """A plan of many documents with made-up scores; nothing was scored."""
+
+def large_plan(lengths, block=MANY, spread=4.0) -> Plan:
+    """A plan of documents of these lengths with made-up scores; nothing was scored."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(60, 240, number)
     vocabulary = np.arange(4, len(tiny.tokenizer()))
     rows = []
-    for length in lengths.tolist():
+    for length in lengths:
         ids = rng.choice(vocabulary, length)
         rows.append({"input_ids": ids, "labels": np.where(np.arange(length) < 20, -100, ids)})
     documents = collect(rows)
     size = int(documents.completion_offsets[-1])
-    config = XTFConfig.parse(
-        {
-            **BLOCK,
-            "knowledge_novelty": {"drop": {"known_above": 0.9}},
-            "min_kept": 2,
-            "force_drop": [],
-            "protect": {"special_tokens": False, "patterns": []},
-        }
-    )
+    config = XTFConfig.parse(block)
     scores = scores_of(
         documents,
         StoredScores(
             found=np.ones(len(documents), dtype=bool),
-            logprobs=-4 * rng.exponential(size=size).astype(np.float32),
+            logprobs=-spread * rng.exponential(size=size).astype(np.float32),
             entropy=rng.exponential(size=size).astype(np.float32),
             deviation=rng.exponential(size=size).astype(np.float32),
             attention=rng.lognormal(size=size).astype(np.float32),
@@ -54,7 +53,7 @@ def large_plan(number: int) -> Plan:
 
 
 def test_a_dataset_of_10000_documents_opens_in_a_second(browser, tmp_path):
-    plan = large_plan(10_000)
+    plan = large_plan(np.random.default_rng(1).integers(60, 240, 10_000).tolist())
     data = output.page_data(plan, tiny.tokenizer())
     assert data["whatif"]["complete"]
     path = output.write_page(data, tmp_path / "xtf/report.html")
@@ -73,4 +72,21 @@ def test_a_dataset_of_10000_documents_opens_in_a_second(browser, tmp_path):
     assert shown(opened) == weigh(
         plan, select(plan.scores, config, np.zeros(len(plan.scores.token_ids), dtype=bool)).keep
     )
+    opened.close()
+
+
+def test_a_document_of_more_tokens_than_16_bits_count(browser, tmp_path):
+    """With a floor beyond them, too: of 70,000 tokens all are alike."""
+    off = {"preset": "none", "reasoning_importance": False, "task_relevance": False}
+    plan = large_plan([70_020, 90], {**MANY, **off, "min_kept": 66_000}, spread=0)
+    opened = browser.new_page()
+    opened.goto(output.write_page(output.page_data(plan, tiny.tokenizer()), tmp_path / "xtf/report.html").as_uri())
+    assert shown(opened) == weigh(plan, plan.selection.keep)
+    nothing, kept = np.zeros(len(plan.scores.token_ids), dtype=bool), set()
+    for place in range(1, int(opened.get_attribute("#slider-0", "max")) + 1):
+        put(opened, "knowledge_novelty", "known_above", place)
+        config = XTFConfig.parse(yaml.safe_load(opened.text_content("#yaml"))["xtf"])
+        assert shown(opened) == weigh(plan, select(plan.scores, config, nothing).keep)
+        kept.add(shown(opened)["kept"])
+    assert {66_070, 70_070} <= kept
     opened.close()

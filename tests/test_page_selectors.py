@@ -47,6 +47,33 @@ def test_every_stop_gives_the_block_that_is_counted(browser, tmp_path, name):
     opened.close()
 
 
+def test_no_name_of_a_selector_is_taken_for_something_else(browser, tmp_path):
+    """Filters are called `dropped` and `emptied` too, and every object of the page has a `constructor`."""
+    names = ("dropped", "emptied", "constructor", "preset")
+    made = trainer(tmp_path, rows=tiny.problems(24), max_steps=1)
+    parts = {name: {**OWN, "drop": {"below": -1.5 + place / 2}} for place, name in enumerate(names)}
+    attach(made, {"cache_dir": str(tmp_path / "cache"), "preset": "none", "combine": "majority", "selectors": parts})
+    made.train()
+    opened, errors = browser.new_page(), []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.goto((tmp_path / "out/xtf/report.html").as_uri())
+    assert [text for text in opened.locator(".voter h3").all_inner_texts()] == list(names)
+    for place, name in enumerate(names):
+        opened.select_option("#reason", f"rule:{name}")
+        fired = opened.evaluate("view.list.map((doc) => doc.key)")
+        script = "place => documents.filter((d) => own(d).some((t) => t.bits >> place & 1)).map((doc) => doc.key)"
+        assert fired and fired == opened.evaluate(script, place)
+    opened.select_option("#reason", "dropped")
+    assert opened.evaluate("view.list.every((doc) => own(doc).some((token) => !token.kept))")
+    opened.select_option("#reason", "")
+    opened.hover(".document .token >> nth=3")
+    assert all(f" {name}: " in opened.inner_text("#tip") for name in names)
+    put(opened, "constructor", "below", 3)
+    part = yaml.safe_load(opened.text_content("#yaml"))["xtf"]["selectors"]["constructor"]
+    assert part["scorer"] == "typicality" and part["drop"] != parts["constructor"]["drop"] and not errors
+    opened.close()
+
+
 def test_a_floor_that_is_not_counted_is_told(browser, tmp_path, monkeypatch):
     """The run's own counts stay; a moved slider is held against the same count, so that it does not jump."""
     monkeypatch.setattr(whatif, "MAX_FLOORED", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from tests import tiny
+from xtf_plugin import output, sentences, spans
 from xtf_plugin.config import ATTRIBUTES, XTFConfig
 from xtf_plugin.documents import collect
 from xtf_plugin.fingerprint import digest, model_facts
-from xtf_plugin.pipeline import completion_runs, make_plan, special_ids
+from xtf_plugin.marks import completion_runs, special_ids
+from xtf_plugin.pipeline import make_plan
 from xtf_plugin.reference import Reference
 
 
@@ -65,6 +68,19 @@ def plan(tmp_path):
         return made
 
     return make
+
+
+def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch):
+    searched, split = [], []
+    find, starts = spans.match_spans, sentences.segment_starts
+    monkeypatch.setattr(spans, "match_spans", lambda *given: searched.append(given[-1]) or find(*given))
+    monkeypatch.setattr(sentences, "segment_starts", lambda *given: split.append(given[0]) or starts(*given))
+    block = {"protect": {"patterns": ["\\d+"]}, "force_drop": ["happy"], "task_relevance": {"window": "line"}}
+    made = plan(block)
+    told = output.page_data(made, tiny.tokenizer())
+    assert searched == [["\\d+"], ["happy"]] and split == ["line"]
+    again = output.page_data(dataclasses.replace(made, marks=None), tiny.tokenizer())
+    assert told == again and len(searched) == 4
 
 
 class TestStore:

@@ -15,7 +15,8 @@ from tests.test_selectors import OFF
 from xtf_plugin import attributes, report
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import collect
-from xtf_plugin.pipeline import make_plan, marked_tokens, segment_starts
+from xtf_plugin.marks import marked_tokens, segment_starts
+from xtf_plugin.pipeline import make_plan
 from xtf_plugin.scorers import again, opening
 from xtf_plugin.scorers.base import ScoringContext
 

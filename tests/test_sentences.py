@@ -13,7 +13,7 @@ from tests.test_rules import layout_of
 from xtf_plugin import firing, segments, sentences
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.errors import XTFError
-from xtf_plugin.pipeline import completion_runs, special_ids
+from xtf_plugin.marks import completion_runs, special_ids
 from xtf_plugin.segments import segment_means
 from xtf_plugin.selection import Scores, select
 

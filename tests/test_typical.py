@@ -12,7 +12,8 @@ from tests.test_selectors import OFF
 from xtf_plugin import attributes
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import collect
-from xtf_plugin.pipeline import make_plan, segment_starts
+from xtf_plugin.marks import segment_starts
+from xtf_plugin.pipeline import make_plan
 from xtf_plugin.scorers import typical
 from xtf_plugin.testing import check_scorer
 

@@ -71,7 +71,11 @@ def test_colour_on_a_terminal():
         ("z\u200bw\ufeff", "z\\u200bw\\ufeff"),
         ("no\xa0break\r", "no\\xa0break\\x0d"),
         ("\U000e0041tag", "\\U000e0041tag"),
+        ("\u3164\u115f\u1160\uffa0", "\\u3164\\u115f\\u1160\\uffa0"),
+        ("\u2800\u180e\u034f\u17b4", "\\u2800\\u180e\\u034f\\u17b4"),
+        ("a\ufe0f\U000e0100", "a\\ufe0f\\U000e0100"),
         ("naïve 漢字 🙂", "naïve·漢字·🙂"),
+        ("한국어 ខ្មែរ ⠿", "한국어·ខ្មែរ·⠿"),
     ],
 )
 def test_invisible_characters_are_visible(text, shown):

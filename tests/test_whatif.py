@@ -108,6 +108,30 @@ def test_every_stop_counts_what_a_run_would_select(name, seed):
     assert (checked > 10 and len(different) >= 3) or name == "capped schools"
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_stop_tells_the_thresholds_of_a_run_with_it(name):
+    """In units of the histograms: novelty as probability; where documents have thresholds of their own, the median."""
+    block, scores = config(BLOCKS[name]), random_scores(LENGTHS, 5, COUNTS)
+    nothing = np.zeros(len(scores.token_ids), dtype=bool)
+    table, checked = whatif.build(scores, block, nothing, None), 0
+    for index, slider in enumerate(table.sliders):
+        for place in range(len(slider.stops)):
+            at = [*at_the_start(table)[:index], place, *at_the_start(table)[index + 1 :]]
+            other = moved(block, table, at)
+            if other is None or slider.voter not in other.voters:
+                continue
+            drops = select(scores, other, nothing).thresholds[slider.voter]["drops"].values()
+            own = any(isinstance(value, dict) for value in drops)
+            came_to = [value["median"] if own else value for value in drops if value is not None]
+            shown = [1 - value if slider.voter == "knowledge_novelty" else value for value in came_to]
+            here = zip(table.sliders, at, strict=True)
+            told = [limit for each, stop in here if each.voter == slider.voter for limit in each.limits[stop]]
+            assert sorted(told) == pytest.approx(sorted(shown), rel=1e-4)
+            assert own == slider.own or not told
+            checked += len(told)
+    assert checked > 5 or name == "capped schools"
+
+
 @pytest.mark.parametrize("name", ["absolute", "a majority"])
 def test_thinned_sliders_count_the_same(name):
     block, scores = config(BLOCKS[name]), random_scores(LENGTHS, 2, COUNTS)
@@ -120,6 +144,7 @@ def test_thinned_sliders_count_the_same(name):
         for place, stop in enumerate(other.stops):
             before = slider.patterns[slider.codes, slider.stops.index(stop)]
             assert (other.patterns[other.codes, place] == before).all()
+            assert other.limits[place] == slider.limits[slider.stops.index(stop)]
 
 
 def test_a_large_table_is_thinned(monkeypatch):

@@ -107,11 +107,13 @@ def _check_reason(file: Any, wanted: Wanted) -> None:
 def write_report(path: Path, output: Path | None) -> str:
     """Make report.html of a score table again, beside it or at `output`; return what to say of it.
 
-    Raises XTFUserError if it cannot be written.
+    Raises XTFUserError if what the table holds is no report of this version, or the page cannot be written.
     """
     data = table.read_page(path)
     if data is None:
         return "no report: this table holds none (it was written by an older xtf-plugin, or by other hands)"
+    if why := page.problem(data):
+        raise XTFUserError(f"the report that {path} holds {why}. Make table and report again: xtf score RECIPE")
     target = output or path.parent / "report.html"
     try:
         write_whole(target, page.render(data, f"xtf report: {target.absolute().parent.name}").encode())

@@ -24,7 +24,8 @@ from .config import XTFConfig
 from .documents import DocumentSet
 from .errors import XTFError, XTFUserError
 from .files import write_whole
-from .pipeline import Plan, marked_tokens, replan, segment_starts
+from .marks import segment_starts
+from .pipeline import Plan, replan
 from .providers import as_it_stands
 from .ranks import ALONE, Ranks
 from .records import Records
@@ -108,13 +109,15 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
             found: Mapping[str, Floats | None] = self._restored(plan, args, state.global_step)
         else:
             assert plan.source is not None
+            marks = plan.marked(self.tokenizer)
             found = score_selectors(
                 self.config,
                 self.tokenizer,
                 plan.source,
                 lambda: self._current(plan.documents, args.disable_tqdm),
                 partial(segment_starts, plan.documents, self.tokenizer),
-                *marked_tokens(self.config, plan.documents, self.tokenizer),
+                marks.protected,
+                marks.forced,
             )
         self.adopt(replan(plan, self.tokenizer, found, self._stats, self.ranks), self.epoch)
 

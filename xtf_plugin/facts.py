@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 
 from .config import KnowledgeNoveltyConfig
 from .firing import Segments, ready
-from .pipeline import Plan, special_ids
+from .marks import special_ids
+from .pipeline import Plan
+from .sample import SPREAD, characters, text_of
 from .segments import Layout, dataset_quantiles
 from .selection import rule_bits
 from .sliders import Slider
 
 BINS = 40
 TOP = 25
-SHOWN_SPACE = "·↵⇥\n"  # how tokens show white space, see `view.visible`
 AROUND = 6  # tokens of context on each side of an example
 _ENDS = 0.002  # shares of the scores beyond the outermost bins' edges
 
@@ -78,11 +79,11 @@ def combinations(plan: Plan) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: (not each["rules"], -each["tokens"]))
 
 
-def token_tables(plan: Plan, texts: Mapping[int, str], sliders: list[Slider]) -> dict[str, list[dict[str, Any]]]:
+def token_tables(plan: Plan, pieces: Mapping[int, bytes], sliders: list[Slider]) -> dict[str, list[dict[str, Any]]]:
     """Which tokens are dropped most often, and which kept ones lie nearest to a threshold.
 
     A kept token is on the border if its rule fires on it within the slider's next two stops. Classes (`cluster`) are
-    not stops of one threshold, so that slider counts for nothing here.
+    not stops of one threshold, so that slider counts for nothing here. `pieces` are the bytes of each token id.
     """
     keep = plan.selection.keep
     border = np.zeros(len(keep), dtype=bool)
@@ -90,12 +91,12 @@ def token_tables(plan: Plan, texts: Mapping[int, str], sliders: list[Slider]) ->
         nearest = slice(slider.at + 1, slider.at + 3)
         border |= slider.patterns[slider.codes, nearest].any(axis=1)
     return {
-        "most_dropped": _most(plan, texts, ~keep),
-        "borderline_kept": _most(plan, texts, keep & border),
+        "most_dropped": _most(plan, pieces, ~keep),
+        "borderline_kept": _most(plan, pieces, keep & border),
     }
 
 
-def _most(plan: Plan, texts: Mapping[int, str], marks: NDArray[np.bool_]) -> list[dict[str, Any]]:
+def _most(plan: Plan, pieces: Mapping[int, bytes], marks: NDArray[np.bool_]) -> list[dict[str, Any]]:
     ids = plan.scores.token_ids
     distinct, places = np.unique(ids, return_inverse=True)
     places = places.reshape(-1)
@@ -110,10 +111,10 @@ def _most(plan: Plan, texts: Mapping[int, str], marks: NDArray[np.bool_]) -> lis
     return [
         {
             "token_id": int(distinct[place]),
-            "token": texts[int(distinct[place])],
+            "token": text_of(pieces[int(distinct[place])]),
             "tokens": int(marked[place]),
             "of": int(everywhere[place]),
-            "example": _example(plan, firsts[int(distinct[place])], texts),
+            "example": _example(plan, firsts[int(distinct[place])], pieces),
         }
         for place in order.tolist()
     ]
@@ -127,19 +128,23 @@ def _rank_of_documents(plan: Plan) -> NDArray[np.int64]:
     return np.repeat(ranks, np.diff(plan.scores.offsets))
 
 
-def _example(plan: Plan, at: int, texts: Mapping[int, str]) -> dict[str, Any]:
-    """A token with the completion tokens around it, all within its document."""
+def _example(plan: Plan, at: int, pieces: Mapping[int, bytes]) -> dict[str, Any]:
+    """A token with the completion tokens around it, all within its document; of a character that is spread over several
+    tokens, the whole.
+    """
     offsets, ids = plan.scores.offsets, plan.scores.token_ids
     document = int(np.searchsorted(offsets, at, side="right")) - 1
-    low, high = max(int(offsets[document]), at - AROUND), min(int(offsets[document + 1]), at + AROUND + 1)
-    return {
-        "document": plan.documents.keys[document].tobytes().hex(),
-        "before": "".join(texts[int(i)] for i in ids[low:at]),
-        "after": "".join(texts[int(i)] for i in ids[at + 1 : high]),
-    }
+    reach = AROUND + SPREAD
+    low, high = max(int(offsets[document]), at - reach), min(int(offsets[document + 1]), at + reach + 1)
+    texts = {"before": "", "token": "", "after": ""}
+    for first, number, text in characters([pieces[int(i)] for i in ids[low:high]]):
+        begin, end = low + first, low + first + number
+        if end > at - AROUND and begin <= at + AROUND:
+            texts["before" if end <= at else "after" if begin > at else "token"] += text_of(text)
+    return {"document": plan.documents.keys[document].tobytes().hex(), **texts}
 
 
-def endings(plan: Plan, tokenizer: Any, texts: Mapping[int, str]) -> dict[str, Any]:
+def endings(plan: Plan, tokenizer: Any, pieces: Mapping[int, bytes]) -> dict[str, Any]:
     """Special tokens among the completions, kept and dropped, and documents whose last token is none.
 
     A document that does not end in one was cut off (`max_length`, `sequence_len`), or its template writes none. White
@@ -150,8 +155,8 @@ def endings(plan: Plan, tokenizer: Any, texts: Mapping[int, str]) -> dict[str, A
     for token in np.intersect1d(ids, special).tolist():
         marks = ids == token
         total, gone = int(plan.weights[marks].sum()), int(plan.weights[marks & ~plan.selection.keep].sum())
-        found.append({"token_id": token, "token": texts[token], "labelled": total, "dropped": gone})
-    blank = np.asarray([token for token, text in texts.items() if text and not text.strip(SHOWN_SPACE)], dtype=np.int64)
+        found.append({"token_id": token, "token": text_of(pieces[token]), "labelled": total, "dropped": gone})
+    blank = np.asarray([token for token, piece in pieces.items() if piece and not piece.strip()], dtype=np.int64)
     documents = plan.documents
     starts, ends = documents.offsets[:-1], documents.offsets[1:].copy()
     while True:

@@ -119,9 +119,11 @@ def ready(
     return _averaged(-scores if surprisal else scores, layout, config.window, segments), warnings
 
 
-def fires(config: AttributeConfig, scores: Floats, layout: Layout) -> Bools:
-    """Where the rules of one attribute fire, (M,), on scores that are `ready`."""
-    return _apply(prepare(scores, layout, config), scores, layout, config.max_fraction)[0]
+def fires(config: AttributeConfig, scores: Floats, layout: Layout) -> tuple[Bools, dict[str, Any]]:
+    """Where the rules of one attribute fire, (M,), on scores that are `ready`, and the thresholds they come to."""
+    found = prepare(scores, layout, config)
+    mask, _, limits = _apply(found, scores, layout, config.max_fraction)
+    return mask, _described(found.rules, limits)
 
 
 def _greedy(attribute: str, fired: int, layout: Layout, off: str) -> list[str]:

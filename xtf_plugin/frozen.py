@@ -17,7 +17,8 @@ from .config import XTFConfig
 from .documents import DocumentSet
 from .fingerprint import digest
 from .lookup import Lookup, StoredScores
-from .pipeline import Plan, attention_layers, marked_tokens, scores_of, segment_starts, text_segments
+from .marks import Marks, segment_starts
+from .pipeline import Plan, attention_layers, scores_of
 from .reference import Reference
 from .relevance import RelevanceTable, cached_table, store_table, table_name
 from .scorer import score
@@ -60,16 +61,15 @@ class FrozenPlan:
 
     def select(self, documents: DocumentSet) -> Selection:
         """Score the documents and decide for every completion token."""
-        marks = marked_tokens(self.config, documents, self.tokenizer)
+        marks = Marks.find(self.config, documents, self.tokenizer)
         source = _Predictions(self.config, documents, self.reference, self._layers, self.batch_tokens)
         if self.config.reasoning_importance or self.config.knowledge_novelty:
             source.under(None)
-        segments = partial(segment_starts, documents, self.tokenizer)
-        selectors = score_selectors(self.config, self.tokenizer, source, None, segments, *marks)
+        starts = partial(segment_starts, documents, self.tokenizer)
+        selectors = score_selectors(self.config, self.tokenizer, source, None, starts, marks.protected, marks.forced)
         relevance = None if self._relevance is None else self._relevance[documents.input_ids[documents.completion]]
         scores = scores_of(documents, source.known, relevance, selectors)
-        units = text_segments(self.config, documents, self.tokenizer)
-        selection = select(scores, self.config, *marks, units, self._rules)
+        selection = select(scores, self.config, marks.protected, marks.forced, marks.segments, self._rules)
         if source.main_pass is not None:
             self.stats.add(source.main_pass[0])
         self.excerpts.add(source.excerpts)

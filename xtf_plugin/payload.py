@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from . import facts, sample, selection, spans, whatif
+from . import facts, page, sample, selection, spans, whatif
 from .config import XTFConfig
 from .config_presets import PRESETS
-from .pipeline import Plan, marked_tokens, text_segments
-from .sample import packed, text_of
+from .pipeline import Plan
+from .sample import packed
 from .sliders import Slider
 from .whatif import WhatIf
 
@@ -30,34 +30,33 @@ def build(plan: Plan, tokenizer: Any, summary: Mapping[str, Any], counted: Mappi
     seen = np.unique(plan.selection.reasons).tolist()
     table: WhatIf = counted["whatif"]
     return {
-        "format": 1,
+        "format": page.FORMAT,
         "summary": summary,
         "block": minimal(plan.config),
         "preset_selectors": sorted(PRESETS[plan.config.preset].get("selectors", {})),
         "reasons": {value: [name for name in selection.reason_text(value, bits).split(",") if name] for value in seen},
         "whatif": _whatif(table),
-        **sample.documents(plan, table, counted["protected"], counted["forced"], tokenizer),
+        **sample.documents(plan, table, counted["marks"], tokenizer),
     }
 
 
 def explained(plan: Plan, tokenizer: Any) -> dict[str, Any]:
-    """What the sliders need (`whatif`, `protected`, `forced`), and `facts` for summary.json: score distributions,
+    """What the sliders need (`whatif`, `marks`), and `facts` for summary.json: score distributions,
     combinations of rules, tables of tokens, how documents end.
     """
-    protected, forced = marked_tokens(plan.config, plan.documents, tokenizer)
-    segments = text_segments(plan.config, plan.documents, tokenizer)
-    table = whatif.build(plan.scores, plan.config, protected, forced, segments)
+    marks = plan.marked(tokenizer)
+    table = whatif.build(plan.scores, plan.config, marks.protected, marks.forced, marks.segments)
     if plan.config.control is not None:
         table = _still(table)
     distinct = np.unique(plan.scores.token_ids).tolist()
-    texts = dict(zip(distinct, map(text_of, spans.token_bytes(tokenizer, distinct)), strict=True))
+    pieces = dict(zip(distinct, spans.token_bytes(tokenizer, distinct), strict=True))
     told = {
-        "distributions": facts.distributions(plan, segments),
+        "distributions": facts.distributions(plan, marks.segments),
         "combinations": facts.combinations(plan),
-        "tokens": facts.token_tables(plan, texts, table.sliders),
-        "endings": facts.endings(plan, tokenizer, texts),
+        "tokens": facts.token_tables(plan, pieces, table.sliders),
+        "endings": facts.endings(plan, tokenizer, pieces),
     }
-    return {"whatif": table, "protected": protected, "forced": forced, "facts": told}
+    return {"whatif": table, "marks": marks, "facts": told}
 
 
 def minimal(config: XTFConfig) -> dict[str, Any]:
@@ -74,13 +73,15 @@ def _still(table: WhatIf) -> WhatIf:
     told = "control: random draws the tokens, so that a moved threshold would show nothing"
     still = []
     for slider in table.sliders:
-        here = slider.patterns[:, [slider.at]]
-        still.append(Slider(slider.voter, "", [None], 0, here, slider.codes, told))
+        here, limits = slider.patterns[:, [slider.at]], [slider.limits[slider.at]]
+        still.append(Slider(slider.voter, "", [None], 0, here, slider.codes, limits, slider.own, told))
     return replace(table, sliders=still)
 
 
 def _whatif(table: WhatIf) -> dict[str, Any]:
     """Sliders and cells for the page; patterns as text of 0 and 1."""
+    none = np.zeros((0, len(table.sliders) + 1), dtype=np.int64)
+    lasting = np.concatenate([none, *(documents.tokens for documents in table.floored)])
     return {
         "sliders": [
             {
@@ -89,6 +90,8 @@ def _whatif(table: WhatIf) -> dict[str, Any]:
                 "stops": list(slider.stops),
                 "at": slider.at,
                 "patterns": ["".join("01"[bit] for bit in row) for row in slider.patterns.astype(int).tolist()],
+                "limits": [list(limits) for limits in slider.limits],
+                "own": slider.own,
                 "told": slider.told,
             }
             for slider in table.sliders
@@ -97,8 +100,7 @@ def _whatif(table: WhatIf) -> dict[str, Any]:
         "flags": packed(table.flags, "<u1"),
         "weights": table.weights.tolist(),
         "floored": [[f.occurrences, f.kept, f.wanted, len(f.tokens)] for f in table.floored],
-        "lasting": packed(
-            np.concatenate([np.zeros(0, dtype=np.int64), *(f.tokens.reshape(-1) for f in table.floored)]), "<u2"
-        ),
+        "lasting": packed(lasting[:, :-1], "<u1"),
+        "lasting_tokens": packed(lasting[:, -1], "<u4"),
         "complete": table.complete,
     }

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from . import relevance, sentences, spans
+from . import relevance
 from .batches import ScoringStats
 from .collator import MaskTable
 from .documents import DocumentSet
+from .marks import Marks, segment_starts, special_ids
 from .passes import stored_scores
 from .ranks import ALONE, Ranks
 from .reference import Reference, resolve_layers
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Marks = NDArray[np.bool_]
 OF_ONE_RANK = ("cache_dir", "report")  # keys of the block that only the rank's own files follow
 NOTHING_DROPPED = "nothing at all is dropped: this run trains exactly as it would without its `xtf:` block"
 
@@ -61,6 +61,7 @@ class Plan:
 
     `selectors` and `source` are there for selectors alone: what to tell about them, and the log-probabilities that one
     which evolves is scored with again. `streaming`: about the calibration sample that this is a plan of, if it is one.
+    `marks`: see `marked`.
     """
 
     config: XTFConfig
@@ -74,6 +75,11 @@ class Plan:
     selectors: dict[str, Any] = field(default_factory=dict)
     source: StoredPredictions | None = None
     streaming: dict[str, Any] = field(default_factory=dict)
+    marks: Marks | None = field(default=None, compare=False, repr=False)
+
+    def marked(self, tokenizer: Any) -> Marks:
+        """What the text says of its tokens: as it was selected with, or found anew if that was not kept."""
+        return self.marks or Marks.find(self.config, self.documents, tokenizer)
 
     def masks(self) -> MaskTable:
         """The collator's view of the plan."""
@@ -130,15 +136,16 @@ def make_plan(
         )
     warnings = [] if stored is None else check_finite(stored.logprobs, documents.completion_positions, description)
     source = StoredPredictions(config, documents, provider, references, stored, progress=progress, ranks=ranks)
-    marks = marked_tokens(config, documents, tokenizer)
-    selectors = score_selectors(config, tokenizer, source, None, partial(segment_starts, documents, tokenizer), *marks)
+    marks, starts = Marks.find(config, documents, tokenizer), partial(segment_starts, documents, tokenizer)
+    selectors = score_selectors(config, tokenizer, source, None, starts, marks.protected, marks.forced)
     stats, reused = source.main_pass or (stats, reused)
     given = None
     if table is not None and values is not None:
         given = table.gather(values, documents.input_ids[documents.completion])
     scores = scores_of(documents, source.known, given, selectors)
-    selection, told = _selected(config, documents, tokenizer, scores, marks, ranks)
-    plan = Plan(config, documents, scores, selection, description, stats, reused, warnings + source.warnings + told)
+    selection, told = _selected(config, scores, marks, ranks)
+    told = warnings + source.warnings + told
+    plan = Plan(config, documents, scores, selection, description, stats, reused, told, marks=marks)
     if not config.selectors:
         return plan
     later = source if any(values is None for values in selectors.values()) else None
@@ -159,24 +166,15 @@ def replan(
         XTFError: ranks come to different masks.
     """
     scores = replace(plan.scores, selectors={**plan.scores.selectors, **selectors})
-    marks = marked_tokens(plan.config, plan.documents, tokenizer)
-    selection, warnings = _selected(plan.config, plan.documents, tokenizer, scores, marks, ranks)
-    return replace(plan, scores=scores, selection=selection, stats=stats, reused=0, warnings=warnings)
+    marks = plan.marked(tokenizer)
+    selection, warnings = _selected(plan.config, scores, marks, ranks)
+    return replace(plan, scores=scores, selection=selection, stats=stats, reused=0, warnings=warnings, marks=marks)
 
 
-def _selected(
-    config: XTFConfig,
-    documents: DocumentSet,
-    tokenizer: Any,
-    scores: Scores,
-    marks: tuple[Marks, Marks | None],
-    ranks: Ranks,
-) -> tuple[Selection, list[str]]:
-    """The decision for every completion token, the same on every rank, and what to tell about it; `marks` are those of
-    `marked_tokens`.
-    """
-    protected, forced = marks
-    selection = select(scores, config, protected, forced, text_segments(config, documents, tokenizer))
+def _selected(config: XTFConfig, scores: Scores, marks: Marks, ranks: Ranks) -> tuple[Selection, list[str]]:
+    """The decision for every completion token, the same on every rank, and what to tell about it."""
+    forced = marks.forced
+    selection = select(scores, config, marks.protected, forced, marks.segments)
     ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
     warnings = list(selection.warnings)
     if forced is not None and not forced.any():
@@ -252,49 +250,3 @@ def scores_of(
         task_relevance=task_relevance,
         selectors=selectors,
     )
-
-
-def marked_tokens(config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> tuple[Marks, Marks | None]:
-    """Protected and force-dropped completion tokens, (M,) each: special tokens and regex matches."""
-    token_ids = documents.input_ids[documents.completion]
-    protected = np.zeros(len(token_ids), dtype=bool)
-    if config.protect.special_tokens:
-        protected |= np.isin(token_ids, special_ids(tokenizer))
-    runs = completion_runs(documents)
-    if config.protect.patterns:
-        protected |= spans.match_spans(tokenizer, token_ids, runs, config.protect.patterns)
-    forced = None
-    if config.force_drop:
-        forced = spans.match_spans(tokenizer, token_ids, runs, config.force_drop)
-    return protected, forced
-
-
-def text_segments(config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> dict[str, NDArray[np.int64]]:
-    """First completion tokens of the sentences or lines that some attribute's window asks for, by unit."""
-    units = {str(window) for name in config.voters if isinstance(window := config.part(name).window, str)}
-    return {unit: segment_starts(documents, tokenizer, unit) for unit in units}
-
-
-def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> NDArray[np.int64]:
-    """First completion tokens of the sentences or lines, among all completion tokens."""
-    token_ids, runs = documents.input_ids[documents.completion], completion_runs(documents)
-    return sentences.segment_starts(unit, tokenizer, token_ids, runs, special_ids(tokenizer))
-
-
-def special_ids(tokenizer: Any) -> NDArray[np.int64]:
-    """EOS, end-of-turn and every other token that the tokenizer marks as special."""
-    ids = set(tokenizer.all_special_ids)
-    ids |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return np.asarray(sorted(ids), dtype=np.int64)
-
-
-def completion_runs(documents: DocumentSet) -> NDArray[np.int64]:
-    """(R + 1,) offsets of maximal runs of adjacent completion tokens (one answer, or one turn each) among all of
-    them.
-    """
-    flat = np.flatnonzero(documents.completion)
-    breaks = np.zeros(len(flat), dtype=bool)
-    breaks[1:] = np.diff(flat) > 1
-    starts = documents.completion_offsets
-    breaks[starts[:-1][np.diff(starts) > 0]] = True  # a document's first completion token opens a run
-    return np.concatenate([np.flatnonzero(breaks), [len(flat)]]).astype(np.int64)

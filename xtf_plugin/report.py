@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from . import __version__, selection, view
-from .pipeline import Plan, special_ids
+from .marks import special_ids
+from .pipeline import Plan
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 

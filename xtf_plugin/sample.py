@@ -7,12 +7,14 @@ harmless here (`view.visible`), and the page only ever shows it as text.
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import spans, view
+from .marks import Marks
 from .pipeline import Plan
 from .segments import Layout
 from .selection import rescue_order
@@ -23,15 +25,15 @@ BYTES = 1_000_000  # of the page for all of them
 LONGEST = 4_000  # tokens of one document; of longer ones the beginning is shown
 LONGEST_TEXT = 400  # characters of one token
 TRAINS = 4  # flag of tokens that something predicts
-_JOINED = 8  # tokens that one character may be spread over
+SPREAD = 8  # tokens that one character may be spread over
 
 
-def documents(plan: Plan, whatif: WhatIf, protected: NDArray[np.bool_], forced: Any, tokenizer: Any) -> dict[str, Any]:
+def documents(plan: Plan, whatif: WhatIf, marks: Marks, tokenizer: Any) -> dict[str, Any]:
     """The sample: `tokens` (texts) and `documents`, see `_document`."""
     layout = Layout(plan.scores.offsets, plan.scores.counts)
-    flags = protected.astype(np.uint8) * PROTECTED
-    if forced is not None:
-        flags |= forced.astype(np.uint8) * FORCED
+    flags = marks.protected.astype(np.uint8) * PROTECTED
+    if marks.forced is not None:
+        flags |= marks.forced.astype(np.uint8) * FORCED
     chosen = _chosen(plan, layout, room_for(len(plan.config.voters), len(whatif.sliders)))
     shown = [plan.documents.document(index)[0][:LONGEST] for index, _ in chosen]
     vocabulary = np.unique(np.concatenate([*shown, np.zeros(0, dtype=np.int32)]))
@@ -46,7 +48,7 @@ def documents(plan: Plan, whatif: WhatIf, protected: NDArray[np.bool_], forced: 
 
 def room_for(voters: int, sliders: int) -> int:
     """How many tokens of documents fit: see `_document` for what each takes, in base64."""
-    return BYTES * 3 // 4 // (10 + 2 * voters + sliders)
+    return min(BYTES * 3 // 4 // (10 + 2 * voters + sliders), 1 << 16)  # no more distinct ones than `ids` can name
 
 
 def text_of(piece: bytes) -> str:
@@ -60,6 +62,24 @@ def text_of(piece: bytes) -> str:
     if len(text) > LONGEST_TEXT:
         return view.visible(text[:LONGEST_TEXT]) + f"… ⟨{len(text):,} characters⟩"
     return view.visible(text)
+
+
+def characters(pieces: Sequence[bytes]) -> Iterator[tuple[int, int, bytes]]:
+    """The tokens in order, those that one character is spread over together: (first token, number of tokens, bytes)."""
+    place = 0
+    while place < len(pieces):
+        reaches = (b"".join(pieces[place : place + number]) for number in range(1, SPREAD + 1))
+        number = next((number for number, reach in enumerate(reaches, start=1) if _is_text(reach)), 1)
+        yield place, number, b"".join(pieces[place : place + number])
+        place += number
+
+
+def _is_text(span: bytes) -> bool:
+    try:
+        span.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _chosen(plan: Plan, layout: Layout, tokens: int) -> list[tuple[int, str]]:
@@ -105,16 +125,15 @@ def _document(
     at = np.flatnonzero(completion[:LONGEST])
     start = int(plan.scores.offsets[index])
     here = slice(start, start + len(at))
-    whole = slice(start, int(plan.scores.offsets[index + 1]))
-    order = np.empty(whole.stop - whole.start, dtype=np.int64)
-    order[np.argsort(rescue_order(plan.scores, whole), kind="stable")] = np.arange(len(order))
+    order = np.empty(len(at), dtype=np.int64)  # among those shown
+    order[np.argsort(rescue_order(plan.scores, here), kind="stable")] = np.arange(len(at))
     voters = {name: plan.scores.of(name) for name in plan.config.voters}
     return {
         "key": plan.documents.keys[index].tobytes().hex(),
         "occurrences": int(plan.documents.counts[index]),
         "length": len(ids),
         "whole": len(ids) <= LONGEST,
-        "completion_tokens": whole.stop - whole.start,
+        "completion_tokens": int(plan.scores.offsets[index + 1]) - start,
         "ids": packed(places, "<u2"),
         "at": packed(at, "<u2"),
         "scores": {name: packed(_small(values[here]), "<f2") for name, values in voters.items() if values is not None},
@@ -122,7 +141,7 @@ def _document(
         "flags": packed(flags[here] | (plan.scores.positions[here] > 0) * np.uint8(TRAINS), "<u1"),
         "kept": packed(plan.selection.keep[here], "<u1"),
         "reasons": packed(plan.selection.reasons[here], "<u2"),
-        "order": packed(np.minimum(order[: len(at)], 65_535), "<u2"),
+        "order": packed(order, "<u2"),
         "joined": _joined([pieces[place] for place in places.tolist()]),
     }
 
@@ -133,21 +152,8 @@ def _small(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _joined(pieces: list[bytes]) -> list[tuple[int, int, str]]:
-    """Characters that are spread over several tokens: (first token, number of tokens, the text)."""
-    found, place = [], 0
-    while place < len(pieces):
-        for number in range(1, _JOINED + 1):
-            try:
-                text = b"".join(pieces[place : place + number]).decode()
-            except UnicodeDecodeError:
-                continue
-            if number > 1:
-                found.append((place, number, view.visible(text)))
-            place += number
-            break
-        else:
-            place += 1
-    return found
+    """What the page shows in place of several tokens: (first token, number of tokens, the text)."""
+    return [(place, number, text_of(text)) for place, number, text in characters(pieces) if number > 1]
 
 
 def packed(values: Any, kind: str) -> str:

@@ -5,14 +5,15 @@ Where a rule fires is asked of the rule's own code, stop by stop, so a slider ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import XTFConfig
+from .config import KnowledgeNoveltyConfig, XTFConfig
 from .firing import Segments, fires, ready
 from .rules import AttributeConfig
 from .segments import Bools, Doubles, Floats, Layout, Scale, dataset_quantiles, identity
@@ -44,6 +45,8 @@ class Slider:
         at: index of the run's own stop.
         patterns: (P, S) each set of stops at which some token fires.
         codes: (M,) the pattern of each completion token.
+        limits: the thresholds that each stop comes to, in units of `facts.distributions`; none where no score is known.
+        own: every document has its own threshold, and `limits` are their medians.
         told: what its counts leave out, or why it cannot be moved.
     """
 
@@ -53,6 +56,8 @@ class Slider:
     at: int
     patterns: Bools
     codes: NDArray[np.uint8]
+    limits: Sequence[Sequence[float]]
+    own: bool
     told: str = ""
 
 
@@ -89,25 +94,42 @@ def thinned(slider: Slider) -> Slider:
     patterns, places = np.unique(masks, axis=0, return_inverse=True)
     codes = places.reshape(-1).astype(np.uint8)[slider.codes]
     stops = [slider.stops[index] for index in keep]
-    return replace(slider, stops=stops, at=keep.index(slider.at), patterns=patterns, codes=codes)
+    limits = [slider.limits[index] for index in keep]
+    return replace(slider, stops=stops, at=keep.index(slider.at), patterns=patterns, codes=codes, limits=limits)
 
 
 def _fixed(voter: str, part: AttributeConfig, scores: Floats, layout: Layout, told: str) -> Slider:
-    mask = fires(part, scores, layout)
-    return Slider(voter, "", [OFF], 0, np.asarray([[False], [True]]), mask.astype(np.uint8), told)
+    mask, drops = fires(part, scores, layout)
+    patterns = np.asarray([[False], [True]])
+    return Slider(voter, "", [OFF], 0, patterns, mask.astype(np.uint8), [_limits(part, drops)], _own([drops]), told)
 
 
 def _slider(voter: str, key: str, part: AttributeConfig, scores: Floats, layout: Layout) -> Slider:
     own = getattr(part.drop, key)
     stops = [OFF, *_stops(key, own, part, scores, layout)]
     bits = np.zeros(len(scores), dtype=np.uint32)
+    drops = list[Mapping[str, Any]]()
     for index, stop in enumerate(stops):
-        if stop is not OFF:
-            bits |= fires(_at(part, key, stop), scores, layout).astype(np.uint32) << np.uint32(index)
+        mask, came_to = fires(_at(part, key, stop), scores, layout) if stop is not OFF else (np.False_, {})
+        bits |= np.asarray(mask, dtype=np.uint32) << np.uint32(index)
+        drops.append(came_to)
     found, codes = np.unique(bits, return_inverse=True)
     patterns = (found[:, None] >> np.arange(len(stops), dtype=np.uint32)) & 1 > 0
-    looks = getattr(part, "context", None) == "kept"
-    return Slider(voter, key, stops, stops.index(own), patterns, codes.astype(np.uint8), _LOOKS if looks else "")
+    told = _LOOKS if getattr(part, "context", None) == "kept" else ""
+    limits = [_limits(part, came_to) for came_to in drops]
+    return Slider(voter, key, stops, stops.index(own), patterns, codes.astype(np.uint8), limits, _own(drops), told)
+
+
+def _limits(part: AttributeConfig, drops: Mapping[str, Any]) -> list[float]:
+    """Thresholds as the histograms show scores: novelty as probability; of the documents' own ones the median."""
+    numbers = (value["median"] if isinstance(value, Mapping) else value for value in drops.values())
+    known = (value for value in numbers if value is not None and math.isfinite(value))
+    novelty = isinstance(part, KnowledgeNoveltyConfig)
+    return [float(f"{1 - value if novelty else value:.5g}") for value in known]
+
+
+def _own(drops: Sequence[Mapping[str, Any]]) -> bool:
+    return any(isinstance(value, Mapping) for came_to in drops for value in came_to.values())
 
 
 def _at(part: AttributeConfig, key: str, stop: Stop) -> AttributeConfig:

@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         ("reason", pa.string()),
     ]
 )
+_ADVICE = "Give a scores.parquet that `xtf score` or a training run with an `xtf:` block wrote."
 _ROW_GROUP = 1 << 18  # rows; a group for each small chunk would make a file of footers
 _DICTIONARY_BYTES = 1 << 23  # beyond it Parquet repeats every string in full: 36 bytes of document key for each token
 
@@ -188,21 +189,20 @@ def read_score_table(path: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         XTFUserError: no such file, no Parquet file, no score table, or one of a later format.
     """
-    advice = "Give a scores.parquet that `xtf score` or a training run with an `xtf:` block wrote."
     try:
         table = pq.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
-        raise XTFUserError(f"cannot read the score table {path}: {error}. {advice}") from error
+        raise XTFUserError(f"cannot read the score table {path}: {error}. {_ADVICE}") from error
     try:
         metadata = json.loads((table.schema.metadata or {})[METADATA])
         version = int(metadata["format"])
     except (KeyError, TypeError, ValueError) as error:
-        raise XTFUserError(f"{path} is a Parquet file, but no score table of xtf. {advice}") from error
+        raise XTFUserError(f"{path} is a Parquet file, but no score table of xtf. {_ADVICE}") from error
     if version > FORMAT:
         raise XTFUserError(f"{path} is a score table of format {version}; this xtf-plugin reads {FORMAT}. Upgrade it.")
     if not table.schema.equals(with_selectors(selector_columns(table.schema.names))):
         wrong = [field.name for field in SCHEMA if field not in list(table.schema)] or table.schema.names
-        raise XTFUserError(f"{path} has other columns than a score table of xtf; look at {', '.join(wrong)}. {advice}")
+        raise XTFUserError(f"{path} has other columns than a score table of xtf; look at {', '.join(wrong)}. {_ADVICE}")
     return table, metadata
 
 
@@ -225,14 +225,29 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def read_page(path: Path) -> dict[str, Any] | None:
-    """What the report of a score table shows; None if the table holds none that this version can read."""
+def read_page(path: Path) -> Any:
+    """What the report of a score table shows, as it was written; None if the table holds nothing of the kind.
+
+    Raises:
+        XTFUserError: no score table, or what it holds cannot be unpacked.
+    """
     try:
-        packed = base64.b64decode((pq.read_schema(path).metadata or {})[PAGE], validate=True)
-        data = json.loads(zlib.decompressobj().decompress(packed, _PAGE_LIMIT))
-    except (OSError, pa.ArrowException, KeyError, ValueError, zlib.error):
+        held = (pq.read_schema(path).metadata or {}).get(PAGE)
+    except (OSError, pa.ArrowException) as error:
+        raise XTFUserError(f"cannot read the score table {path}: {error}. {_ADVICE}") from error
+    if held is None:
         return None
-    return data if isinstance(data, dict) and data.get("format") == 1 else None
+    try:
+        text = zlib.decompressobj().decompress(base64.b64decode(held, validate=True), _PAGE_LIMIT)
+        return json.loads(text, parse_constant=_refused)
+    except (ValueError, zlib.error, RecursionError) as error:
+        raise XTFUserError(
+            f"the report that {path} holds is damaged ({error}). Make table and report again: xtf score RECIPE"
+        ) from error
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def iter_documents(table: Any) -> Iterator[tuple[int, str, Any]]:

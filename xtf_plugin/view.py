@@ -40,6 +40,9 @@ LEGEND = (
 
 _COLOURS = {"RI": "magenta", "KN": "cyan", "TR": "yellow", "forced": "red", "control": "blue"}
 _WHITESPACE = {" ": "·", "\n": "↵\n", "\t": "⇥"}
+# Letters, marks and symbols without ink: joiners, fillers of Hangul and Khmer, empty Braille; variation selectors.
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\U00016fe4\U0001d159")
+_BLANK |= frozenset(map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
 
 
 class Token(NamedTuple):
@@ -208,7 +211,8 @@ def _heading(document: Document) -> Text:
 
 def _printable(char: str) -> bool:
     # Categories C* hold control, bidirectional and zero-width characters; Zl, Zp and odd spaces would move text unseen.
-    return unicodedata.category(char)[0] != "C" and unicodedata.category(char) not in ("Zl", "Zp", "Zs")
+    category = unicodedata.category(char)
+    return category[0] != "C" and category not in ("Zl", "Zp", "Zs") and char not in _BLANK
 
 
 def _escape(char: str) -> str:

@@ -23,7 +23,7 @@ from .sliders import Slider, fired, make_sliders, thinned
 
 MAX_CELLS = 40_000
 MAX_FLOORED = 10_000  # distinct documents that are looked at one by one
-MAX_LASTING = 60_000  # tokens listed of all of them, at most 0.8 MB of the page
+MAX_LASTING = 60_000  # tokens listed of all of them, at most 0.6 MB of the page
 MAX_PATTERNS = 2_000  # distinct ones of a document, which are compared in pairs
 PROTECTED, FORCED = 1, 2
 

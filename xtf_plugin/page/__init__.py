@@ -11,12 +11,30 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+FORMAT = 2  # of the data
 SCRIPTS = ("model.js", "words.js", "view.js", "sliders.js", "documents.js")
+_PARTS = {
+    **{"summary": dict, "block": dict, "preset_selectors": list, "reasons": dict, "tokens": list, "documents": list},
+    **{"whatif": dict, "whatif.sliders": list, "whatif.cells": str, "whatif.flags": str, "whatif.weights": list},
+    **{"whatif.floored": list, "whatif.lasting": str, "whatif.lasting_tokens": str, "whatif.complete": bool},
+}
 _COMPLETE = "all counts are of the whole dataset, exactly as a run with it would select from these scores."
 _INCOMPLETE = (
     "counts are of the whole dataset, without what the floor (min_kept) would bring back: it may touch too many "
     "documents to look at each. All else is as a run with it would select from these scores."
 )
+
+
+def problem(data: Any) -> str:
+    """Why `render` cannot show data that came from a file, as what it does: "has ..."; "" if it can."""
+    if not isinstance(data, Mapping):
+        return "is no mapping"
+    if data.get("format") != FORMAT:
+        return f"has the format {data.get('format')!r}, and this xtf-plugin shows {FORMAT}"
+    whatif = data.get("whatif")
+    inner = {f"whatif.{name}": value for name, value in whatif.items()} if isinstance(whatif, Mapping) else {}
+    wrong = [name for name, kind in _PARTS.items() if not isinstance({**data, **inner}.get(name), kind)]
+    return f"lacks {', '.join(wrong)}" if wrong else ""
 
 
 def render(data: Mapping[str, Any], title: str) -> str:

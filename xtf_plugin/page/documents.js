@@ -1,7 +1,8 @@
 // Documents as text: each completion token shaded by what became of it, with its scores in words.
 "use strict";
 
-const view = {reason: "", text: "", order: "given", shown: PAGE, current: null, list: []};
+// `current` is the token that is told of; `held` the one that the keyboard is at, which the mouse gives way to again.
+const view = {reason: "", text: "", order: "given", shown: PAGE, current: null, held: null, pointer: "", list: []};
 
 function matches(doc) {
   if (view.text && !doc.text.toLowerCase().includes(view.text)) return false;
@@ -9,8 +10,9 @@ function matches(doc) {
   const found = decide(doc, state.at, state.combine);
   if (view.reason === "dropped") return found.some((token) => !token.kept);
   if (view.reason === "emptied") return found.every((token) => !token.kept);
-  if (view.reason in DECISIONS) return found.some((token) => token.why === view.reason);
-  const place = voters.findIndex((voter) => voter.name === view.reason);
+  const [kind, name] = view.reason.split(":");
+  if (kind === "decided") return found.some((token) => token.why === name);
+  const place = voters.findIndex((voter) => voter.name === name);
   return found.some((token) => token.bits >> place & 1);
 }
 
@@ -25,6 +27,7 @@ function listDocuments() {
 }
 
 function showDocuments() {
+  hold(null);
   put("documents", ...view.list.slice(0, view.shown).map(article));
   const left = view.list.length - view.shown;
   document.getElementById("more").hidden = left <= 0;
@@ -74,7 +77,7 @@ function tell(span) {
   const text = span.closest(".document"), doc = text.doc, i = Number(span.dataset.token), token = text.found[i];
   const lines = [make("p", {class: "verdict"}, make("span", {class: "text"}, span.textContent), " ", verdict(token))];
   for (const voter of voters) {
-    if (!(voter.name in doc.scores)) continue;
+    if (!Object.hasOwn(doc.scores, voter.name)) continue;
     const hit = token.bits >> voters.indexOf(voter) & 1;
     lines.push(make("p", {class: hit ? "hit" : ""}, `${hit ? "✗ " : "· "}${named(voter.name)}: ${inWords(voter.name, doc.scores[voter.name][i])}${averaged(voter.name)}`));
   }
@@ -96,23 +99,40 @@ function point(span) {
   tell(span);
 }
 
+function hold(span) {
+  view.held = span;
+  point(span);
+}
+
+// Only a mouse that is moved points: one that rests is not to take over what scrolls along beneath it.
+function follow(event) {
+  const pointer = `${event.screenX} ${event.screenY}`, moved = view.pointer !== pointer;
+  view.pointer = pointer;
+  if (!moved || event.pointerType === "touch") return;
+  const span = event.target.closest(".token");
+  if (span !== view.current && (span || !event.target.closest(".document"))) point(span || view.held);
+}
+
 function walk(event) {
   const text = event.target.closest(".document");
   if (!text || event.altKey || event.ctrlKey || event.metaKey) return;
   const tokens = Array.from(text.querySelectorAll(".token"));
-  const at = view.current && text.contains(view.current) ? tokens.indexOf(view.current) : -1;
+  const at = tokens.indexOf(view.held);
   const steps = {ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tokens.length - 1};
-  if (event.key === "Escape") return point(null);
+  if (event.key === "Escape") return hold(null);
   if (event.key === "d") steps.d = tokens.findIndex((span, i) => i > at && span.classList.contains("dropped"));
   if (!(event.key in steps)) return;
   event.preventDefault();
   const next = tokens[Math.max(0, Math.min(tokens.length - 1, steps[event.key]))];
-  if (next && steps[event.key] >= 0) { point(next); next.scrollIntoView({block: "nearest"}); }
+  if (!next || steps[event.key] < 0) return;
+  next.scrollIntoView({block: "nearest"});
+  hold(next);
 }
 
 function startDocuments() {
   const reasons = [["", "all"], ["dropped", "that lose tokens"], ["emptied", "dropped in full"],
-    ...voters.map((voter) => [voter.name, `where ${named(voter.name)} fired`]), ...Object.entries(DECISIONS)];
+    ...voters.map((voter) => [`rule:${voter.name}`, `where ${named(voter.name)} fired`]),
+    ...Object.entries(DECISIONS).map(([name, text]) => [`decided:${name}`, text])];
   const select = document.getElementById("reason");
   select.replaceChildren(...reasons.map(([value, text]) => make("option", {value}, text)));
   select.addEventListener("change", () => { view.reason = select.value; listDocuments(); });
@@ -125,15 +145,16 @@ function startDocuments() {
   });
   document.getElementById("more").addEventListener("click", () => { view.shown += PAGE; showDocuments(); });
   const box = document.getElementById("documents");
-  box.addEventListener("mouseover", (event) => { const span = event.target.closest(".token"); if (span) point(span); });
-  box.addEventListener("mouseleave", () => point(null));
-  box.addEventListener("click", (event) => { const span = event.target.closest(".token"); if (span) point(span); });
+  box.addEventListener("pointermove", follow);
+  box.addEventListener("pointerleave", () => point(view.held));
+  box.addEventListener("click", (event) => { const span = event.target.closest(".token"); if (span) hold(span); });
+  box.addEventListener("scroll", () => point(view.held), true);
   box.addEventListener("keydown", walk);
   box.addEventListener("focusin", (event) => {
     const text = event.target.closest(".document");
-    if (text && !(view.current && text.contains(view.current))) point(text.querySelector(".token"));
+    if (text) hold(view.current && text.contains(view.current) ? view.current : text.querySelector(".token"));
   });
-  box.addEventListener("focusout", () => point(null));
+  box.addEventListener("focusout", () => hold(null));
 }
 
 showHeader();

@@ -17,6 +17,11 @@ function shorts(text) {
   return out;
 }
 
+function longs(text) {
+  const raw = bytes(text), view = new DataView(raw.buffer);
+  return Array.from({length: raw.length / 4}, (_, i) => view.getUint32(4 * i, true));
+}
+
 function halves(text) {  // IEEE 754 binary16
   return Array.from(shorts(text), (bits) => {
     const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
@@ -35,7 +40,7 @@ sliders.forEach((slider, index) => {
   else voters.push({name: slider.voter, sliders: [index]});
 });
 const cells = {codes: bytes(D.whatif.cells), flags: bytes(D.whatif.flags), weights: D.whatif.weights};
-const lasting = shorts(D.whatif.lasting);
+const lasting = {codes: bytes(D.whatif.lasting), tokens: longs(D.whatif.lasting_tokens)};
 const start = sliders.map((slider) => slider.at);
 const state = {at: start.slice(), combine: S.config.combine};
 
@@ -84,11 +89,11 @@ function count(at, combine) {
       if (gone) result.by[voter.name] += weight;
     });
   }
-  let from = 0;  // each token: the pattern of each slider, and how many tokens have these
+  let from = 0;
   for (const [occurrences, kept, wanted, tokens] of D.whatif.floored) {
     let left = kept;
-    for (const end = from + tokens * (width + 1); from < end; from += width + 1) {
-      if (ones(fired((i) => lasting[from + i], at)) < least) left += lasting[from + width];
+    for (const end = from + tokens; from < end; from++) {
+      if (ones(fired((i) => lasting.codes[from * width + i], at)) < least) left += lasting.tokens[from];
     }
     result.rescued += occurrences * Math.max(0, wanted - left);
   }
@@ -140,6 +145,8 @@ function own(doc) {  // as the run decided
   });
 }
 
+const spaced = (value) => JSON.stringify(value, null, 1).replace(/([{[])\n */g, "$1").replace(/\n *([}\]])/g, "$1").replace(/\n */g, " ");
+
 // The block with the sliders' values, as YAML: top keys as lines, values in flow style, which JSON is.
 function block() {
   const made = structuredClone(D.block);
@@ -147,17 +154,16 @@ function block() {
   for (const voter of voters) {
     const moved = voter.sliders.filter((i) => state.at[i] !== start[i]);
     if (!moved.length) continue;
-    const selector = voter.name in (S.config.selectors || {});
-    const part = structuredClone(selector ? S.config.selectors[voter.name] : S.config[voter.name]);
+    const own = selector(voter.name), part = structuredClone(own || S.config[voter.name]);
     for (const i of moved) {
       const stop = sliders[i].stops[state.at[i]];
       if (stop === null) delete part.drop[sliders[i].key];
       else part.drop[sliders[i].key] = stop;
     }
     const value = Object.keys(part.drop).some((key) => key !== "of") ? part : false;
-    if (selector) made.selectors = {...made.selectors, [voter.name]: value};
-    if (selector && value === false && !D.preset_selectors.includes(voter.name)) delete made.selectors[voter.name];
-    if (!selector) made[voter.name] = value;
+    if (own) made.selectors = {...made.selectors, [voter.name]: value};
+    if (own && value === false && !D.preset_selectors.includes(voter.name)) delete made.selectors[voter.name];
+    if (!own) made[voter.name] = value;
   }
-  return "xtf:\n" + Object.entries(made).map(([key, value]) => `  ${key}: ${JSON.stringify(value)}\n`).join("");
+  return "xtf:\n" + Object.entries(made).map(([key, value]) => `  ${key}: ${spaced(value)}\n`).join("");
 }

@@ -9,9 +9,9 @@ function drawn(tag, properties) {
   return element;
 }
 
-// The scores' histogram with the threshold: a line where it is one number, at its median where documents have their own.
+// The scores' histogram with the thresholds that the sliders have come to, as lines.
 function histogram(voter) {
-  const data = S.distributions[voter];
+  const data = lookup(S.distributions, voter);
   if (!data || !data.edges.length) return make("p", {}, "no scores");
   const width = 320, height = 70, most = Math.max(...data.tokens, 1), step = width / data.tokens.length;
   const low = data.edges[0], high = data.edges[data.edges.length - 1];
@@ -21,30 +21,18 @@ function histogram(voter) {
     const tall = tokens ? Math.max(1, height * Math.sqrt(tokens / most)) : 0;
     picture.append(drawn("rect", {x: i * step + 0.5, y: height - tall, width: step - 1, height: tall}));
   });
-  let caption = "heights: square root";
-  for (const limit of limits(voter)) {
-    if (limit < low || limit > high) caption = "a threshold lies outside";
+  const own = sliders.map((slider, i) => ({...slider, place: state.at[i]})).filter((slider) => slider.voter === voter);
+  const limits = own.flatMap((slider) => slider.limits[slider.place]);
+  for (const limit of limits) {
     const x = Math.min(width - 1, Math.max(1, (limit - low) / (high - low) * width));
     picture.append(drawn("line", {x1: x, x2: x, y1: 0, y2: height}));
   }
+  const lacks = (slider) => slider.stops[slider.place] !== null && !slider.limits[slider.place].length;
+  const outside = limits.some((limit) => limit < low || limit > high);
+  const caption = own.some(lacks) ? "this stop comes to no threshold" : outside ? "a threshold lies outside" : "heights: square root";
   return make("figure", {}, picture, make("figcaption", {}, make("span", {}, short(low)), make("span", {}, caption),
-    make("span", {}, short(high))));
-}
-
-function limits(voter) {
-  const own = (S.thresholds[voter] || {}).drops || {}, found = [];
-  const place = voters.find((v) => v.name === voter);
-  for (const i of place ? place.sliders : []) {
-    const {key, stops} = sliders[i], stop = stops[state.at[i]];
-    if (stop !== null && ["below", "known_above", "unknown_below"].includes(key)) found.push(stop);
-    else if (state.at[i] === start[i]) {
-      for (const value of Object.values(own)) {
-        const one = value !== null && typeof value === "object" ? value.median : value;
-        if (typeof one === "number") found.push(voter === "knowledge_novelty" ? 1 - one : one);
-      }
-    }
-  }
-  return found;
+    make("span", {}, short(high))),
+    own.some((slider) => slider.own) ? make("p", {class: "told"}, "each document has its own threshold; the line is their median") : null);
 }
 
 function showSliders() {

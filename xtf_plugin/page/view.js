@@ -69,7 +69,7 @@ function showTotals() {
 }
 
 function example(entry) {
-  const word = make("mark", {}, entry.token || "(nothing)");
+  const word = make("mark", {}, entry.example.token || "(nothing)");
   return make("span", {class: "text"}, entry.example.before, word, entry.example.after);
 }
 
@@ -91,7 +91,7 @@ function showTokens() {
 
 function showRun() {
   const lines = (facts) => Object.entries(facts).map(([name, value]) =>
-    [name, make("code", {}, typeof value === "string" ? value : JSON.stringify(value))]);
+    [name, make("code", {}, typeof value === "string" ? value : spaced(value))]);
   put("reference", table(["reference", ""], lines(S.reference)));
   put("versions", table(["package", "version"], lines(S.versions)));
   put("settings", table(["setting", ""], lines(S.config)));

@@ -13,8 +13,10 @@ const FRACTIONS = [[0.1, "a tenth of"], [0.2, "a fifth of"], [0.25, "a quarter o
 const number = (value) => value.toLocaleString("en-US");
 const share = (part, whole) => (whole ? 100 * part / whole : 0).toFixed(2) + " %";
 const short = (value) => String(Number(value.toPrecision(3)));
-const named = (voter) => ATTRIBUTES[voter] || voter;
-const scorer = (voter) => ((S.config.selectors || {})[voter] || {}).scorer;
+// Selectors are called what their users like, `constructor` included: only what an object holds itself is looked up.
+const lookup = (mapping, name) => (mapping && Object.hasOwn(mapping, name) ? mapping[name] : undefined);
+const named = (voter) => lookup(ATTRIBUTES, voter) || voter;
+const selector = (voter) => lookup(S.config.selectors, voter);
 
 function percent(probability) {
   const value = 100 * probability;
@@ -41,9 +43,9 @@ function inWords(voter, value) {
   if (voter === "reasoning_importance") return attention(value);
   if (voter === "knowledge_novelty") return `the model gives it ${percent(Math.exp(value))}`;
   if (voter === "task_relevance") return `relevance ${short(value)} (0 to 1)`;
-  if (scorer(voter) === "typicality") return surprise(value);
-  if (scorer(voter) === "opening") {
-    const unit = S.config.selectors[voter].unit;
+  const {scorer, unit} = selector(voter) || {};
+  if (scorer === "typicality") return surprise(value);
+  if (scorer === "opening") {
     return `its ${unit === "both" ? "sentence or line" : unit || "sentence"} begins ${surprise(value)}`;
   }
   return `score ${short(value)}`;
@@ -51,7 +53,7 @@ function inWords(voter, value) {
 
 // Rules with a window see the mean of several tokens; what is shown is the token's own score.
 function averaged(voter) {
-  const {window} = (S.config.selectors || {})[voter] || S.config[voter];
+  const {window} = selector(voter) || S.config[voter];
   return window === 1 ? "" : ` (its own; the rule takes the mean over ${window === "sentence" || window === "line" ? `its ${window}` : `${window} tokens`})`;
 }
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.benchmarks.bench_overheads import Provider
 from xtf_plugin import XTFConfig
 from xtf_plugin.documents import collect
-from xtf_plugin.pipeline import Plan, make_plan, text_segments
+from xtf_plugin.marks import text_segments
+from xtf_plugin.pipeline import Plan, make_plan
 from xtf_plugin.segments import Layout, segment_means, windowed
 
 from .candidates import RULES, SCORES, digest, selector
