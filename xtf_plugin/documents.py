@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -131,13 +132,12 @@ class DocumentSet:
         """Tokens per document, (N,)."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def completion_offsets(self) -> NDArray[np.int64]:
         """(N + 1,) offsets of each document's completion tokens among all completion tokens."""
-        running = np.concatenate([[0], np.cumsum(self.completion, dtype=np.int64)])
-        return running[self.offsets]
+        return np.searchsorted(np.flatnonzero(self.completion), self.offsets).astype(np.int64)
 
-    @property
+    @cached_property
     def completion_positions(self) -> NDArray[np.int32]:
         """Position of every completion token within its document, (M,)."""
         flat = np.flatnonzero(self.completion)

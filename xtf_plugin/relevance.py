@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DENSE = 1 << 22  # token ids below it may index an array; no vocabulary is that large, but a broken dataset may be
 VOCABULARY_CHUNK = 4_096
 
 
@@ -83,7 +84,7 @@ class RelevanceTable:
         self.domain_weights: NDArray[np.int64] | None = None
         words = domain_words(config.domain)
         self.pieces = None if words is None else word_pieces(tokenizer, words)
-        self.scored_ids = np.unique(documents.input_ids[documents.completion])
+        self.scored_ids = distinct(documents.input_ids[documents.completion])
         if self.pieces is None:
             weights = np.repeat(documents.counts, documents.lengths)
             totals = np.bincount(documents.input_ids, weights=weights).astype(np.int64)
@@ -141,7 +142,18 @@ class RelevanceTable:
 
     def gather(self, table: NDArray[np.float32], token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Look up occurrences, (M,)."""
-        return table[np.searchsorted(self.scored_ids, token_ids)]
+        if self.scored_ids[-1] >= DENSE:
+            return table[np.searchsorted(self.scored_ids, token_ids)]
+        by_id = np.empty(int(self.scored_ids[-1]) + 1, dtype=np.float32)
+        by_id[self.scored_ids] = table
+        return by_id[token_ids]
+
+
+def distinct(token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """`np.unique(token_ids)` by counting, which takes a tenth of the time for ids that are a vocabulary's."""
+    if not len(token_ids) or int(token_ids.max()) >= DENSE:
+        return np.unique(token_ids)
+    return np.flatnonzero(np.bincount(token_ids)).astype(np.int32)
 
 
 def cached_table(path: Path, reference: str, size: int) -> NDArray[np.float32] | None:
