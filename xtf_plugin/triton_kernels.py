@@ -15,7 +15,7 @@ Dimensions: B batch, T tokens, H query heads, K key/value heads, G = H / K, D he
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from triton.errors import TritonError
 
 from .attributes import one_row
 from .triton_moments import moments, tanh
+from .triton_tiles import INTERPRETED, reach, timed
 
 __all__ = ["attention_received", "moments"]
 
@@ -33,50 +34,49 @@ FAILURES = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)  # o
 LOG2E = 1.4426950408889634
 LOOKUP = tl.constexpr(128)  # documents looked through at a time for the one that a program works on
 PROGRAMS_PER_PROCESSOR = 4  # fewer would leave processors idle: heads are then split between programs
-TILE_BYTES = 96 << 10  # shared memory that the tiles may take; consumer GPUs have 99 KB
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-# block sizes of queries and keys, warps, pipeline stages; the last one fits everywhere, the first is taken untimed
-TILES = [(64, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3), (128, 128, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
-if INTERPRETED:
-    TILES = [(32, 32, 1, 1)]
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's dot takes the bits of a bfloat16 for an integer
 
 
-def _fitting(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """The configs worth a compilation; the first of them alone where torch was asked for the same bits in every run."""
-    size = arguments["query"].element_size()
-    if size == 4:  # exact float32 products have no tensor cores: larger tiles spill registers
-        return configs[-1:]
+@triton.jit
+def _locate(
+    program,
+    extents,
+    starts,
+    documents,
+    start,
+    PACKED: tl.constexpr,
+    STARTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The document that a program works on, how many blocks earlier documents have, and how many there are.
 
-    def tiles(config: Any) -> int:
-        blocks = config.kwargs["BLOCK_K"] + config.num_stages * config.kwargs["BLOCK_Q"]
-        return int(blocks * constants["D_PADDED"] * size)
+    Programs are numbered through all documents' blocks of wanted columns. How many a document has only the device
+    knows, and nothing waits for it: each program looks up where it belongs.
+    """
+    document = tl.full((), 0, tl.int32)
+    before = 0  # blocks of earlier documents
+    total = 0
+    for low in range(0, documents, LOOKUP):
+        each = low + tl.arange(0, LOOKUP)
+        known = each < documents
+        if PACKED:
+            lengths = tl.load(extents + each + 1, mask=known, other=0) - tl.load(extents + each, mask=known, other=0)
+        else:
+            lengths = tl.load(extents + each, mask=known, other=0)
+        if STARTS:
+            columns = lengths.to(tl.int32) - 1 - tl.load(starts + each, mask=known, other=0).to(tl.int32)
+        else:
+            columns = lengths.to(tl.int32) - 1 - start
+        blocks = (tl.maximum(columns, 0) + BLOCK_K - 1) // BLOCK_K
+        end = total + tl.cumsum(blocks, 0)
+        passed = known & (end <= program)
+        document += tl.sum(passed.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(passed, end, 0), 0))
+        total += tl.sum(blocks, 0)
+    return document, before, total
 
-    fitting = [config for config in configs if tiles(config) <= TILE_BYTES] or configs[-1:]
-    return fitting[:1] if torch.are_deterministic_algorithms_enabled() else fitting
 
-
-def _seconds(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
-    """The median of five runs, for every quantile: Triton's own timer takes 256 MB, which a GPU in use may not have."""
-    call()
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return [sorted(times)[2]] * len(quantiles)
-
-
-@triton.autotune(
-    [triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=warps, num_stages=stages) for q, k, warps, stages in TILES],
-    key=["D_PADDED", "WINDOWED", "reach"],  # and, by Triton, all dtypes
-    prune_configs_by={"early_config_prune": _fitting},
-    do_bench=_seconds,
-    cache_results=True,  # on disk, so that the next run has the same block sizes and the same bits
-)
+@timed
 @triton.jit(
     do_not_specialize=[
         *("documents", "start", "window", "heads", "kv_heads", "kv_share", "group_share", "group_splits", "reach"),
@@ -122,29 +122,8 @@ def _received(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Programs are numbered through all documents' blocks of wanted columns. How many a document has only the device
-    # knows, so that nothing waits for it: each program looks up where it belongs, and those left over end here.
     program = tl.program_id(0)
-    document = tl.full((), 0, tl.int32)
-    before = 0  # blocks of earlier documents
-    total = 0
-    for low in range(0, documents, LOOKUP):
-        each = low + tl.arange(0, LOOKUP)
-        known = each < documents
-        if PACKED:
-            lengths = tl.load(extents + each + 1, mask=known, other=0) - tl.load(extents + each, mask=known, other=0)
-        else:
-            lengths = tl.load(extents + each, mask=known, other=0)
-        if STARTS:
-            columns = lengths.to(tl.int32) - 1 - tl.load(starts + each, mask=known, other=0).to(tl.int32)
-        else:
-            columns = lengths.to(tl.int32) - 1 - start
-        blocks = (tl.maximum(columns, 0) + BLOCK_K - 1) // BLOCK_K
-        end = total + tl.cumsum(blocks, 0)
-        passed = known & (end <= program)
-        document += tl.sum(passed.to(tl.int32), 0)
-        before = tl.maximum(before, tl.max(tl.where(passed, end, 0), 0))
-        total += tl.sum(blocks, 0)
+    document, before, total = _locate(program, extents, starts, documents, start, PACKED, STARTS, BLOCK_K)
     if program >= total:
         return
     extent = tl.load(extents + document).to(tl.int64)
@@ -179,6 +158,8 @@ def _received(
     key += first_kv.to(tl.int64) * key_h
     for kv in range(first_kv, tl.minimum(first_kv + kv_share, kv_heads)):
         k = tl.load(key, mask=key_mask, other=0.0)
+        if WIDEN:
+            k = k.to(tl.float32)
         for step in range(0, members * blocks_q):  # one loop over heads and queries keeps the pipeline full
             head = (kv * G + first_member + step // blocks_q).to(tl.int64)
             q = left + 1 + (step % blocks_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -188,6 +169,8 @@ def _received(
                 mask=real[:, None] & inside_d[None, :],
                 other=0.0,
             )
+            if WIDEN:
+                rows = rows.to(tl.float32)
             lse = tl.load(logsumexp + head * lse_h + q.to(tl.int64) * lse_t, mask=real, other=0.0)
             bias = tl.where(real, tl.log2(q + 1.0) - lse * 1.4426950408889634, float("-inf"))
             scores = tl.dot(k, tl.trans(rows), input_precision="ieee") * factor  # (BLOCK_K, BLOCK_Q)
@@ -249,10 +232,10 @@ def attention_received(
         _received[grid](
             *(query, key, logsumexp, sums, extents, extents if starts is None else starts.to(query.device)),
             *(documents, start, window or 0, H, K, K // kv_splits, H // K // group_splits, group_splits),
-            *(0 if T <= 512 else 1 if T <= 2048 else 2,),
+            *(reach(T // documents if packed else T),),
             *((scaling * LOG2E, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2E)),
             *(stride for x in (query, key, logsumexp) for stride in (0 if packed else x.stride(0), *x.stride()[1:3])),
-            *sums.stride()[:2],
+            *(sums.stride(0), 0 if packed else sums.stride(1)),
             G=H // K,
             D=D,
             D_PADDED=max(16, triton.next_power_of_2(D)),
