@@ -100,7 +100,7 @@ def _packed_flash(
 ) -> tuple[Tensor, Tensor]:
     flash = torch.ops.aten._flash_attention_forward  # tokens first, heads second; groups key/value heads by itself
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-    ends = offsets.to(query.device, torch.int32)
+    ends = offsets.to(query.device, torch.int32).contiguous()
     output, logsumexp = flash(*rows, ends, ends, longest, longest, 0.0, True, False, scale=scaling)[:2]  # (H, T)
     behind = torch.arange(query.shape[2], device=query.device) >= ends[-1]  # left unwritten: anything may stand there
     output = output.masked_fill_(behind[:, None, None], 0).transpose(0, 1)[None]

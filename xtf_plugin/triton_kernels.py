@@ -31,7 +31,7 @@ from .triton_tiles import INTERPRETED, reach, timed
 __all__ = ["attention_received", "moments"]
 
 FAILURES = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)  # of compilers and of what they need
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
 LOOKUP = tl.constexpr(128)  # documents looked through at a time for the one that a program works on
 PROGRAMS_PER_PROCESSOR = 4  # fewer would leave processors idle: heads are then split between programs
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's dot takes the bits of a bfloat16 for an integer
@@ -172,7 +172,7 @@ def _received(
             if WIDEN:
                 rows = rows.to(tl.float32)
             lse = tl.load(logsumexp + head * lse_h + q.to(tl.int64) * lse_t, mask=real, other=0.0)
-            bias = tl.where(real, tl.log2(q + 1.0) - lse * 1.4426950408889634, float("-inf"))
+            bias = tl.where(real, tl.log2(q + 1.0) - lse * LOG2E, float("-inf"))
             scores = tl.dot(k, tl.trans(rows), input_precision="ieee") * factor  # (BLOCK_K, BLOCK_Q)
             if CAPPED:
                 scores = cap * tanh(scores)
@@ -219,7 +219,8 @@ def attention_received(
     columns = max(0, T - (0 if packed else start + 1))
     kv_splits, group_splits = _splits(B * triton.cdiv(columns, 64), K, H // K, query.device)
     sums = torch.full((kv_splits * group_splits, B, T), float("nan"), dtype=torch.float32, device=query.device)
-    extents = (lengths if offsets is None else offsets).to(query.device)
+    extents = (lengths if offsets is None else offsets).to(query.device).contiguous()
+    starts = None if starts is None else starts.to(query.device).contiguous()
     documents = len(extents) - packed
     if columns == 0 or documents == 0:
         return sums[0]
@@ -230,10 +231,10 @@ def attention_received(
 
     with torch.cuda.device_of(query):  # Triton launches on the current device, whatever its arguments lie on
         _received[grid](
-            *(query, key, logsumexp, sums, extents, extents if starts is None else starts.to(query.device)),
+            *(query, key, logsumexp, sums, extents, extents if starts is None else starts),
             *(documents, start, window or 0, H, K, K // kv_splits, H // K // group_splits, group_splits),
             *(reach(T // documents if packed else T),),
-            *((scaling * LOG2E, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2E)),
+            *((scaling * LOG2E.value, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2E.value)),
             *(stride for x in (query, key, logsumexp) for stride in (0 if packed else x.stride(0), *x.stride()[1:3])),
             *(sums.stride(0), 0 if packed else sums.stride(1)),
             G=H // K,

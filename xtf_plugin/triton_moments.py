@@ -101,7 +101,7 @@ def moments(logits: Tensor, targets: Tensor, *, scale: float = 1.0, softcap: flo
     block = min(VOCABULARY_BLOCK, triton.next_power_of_2(V))
     with torch.cuda.device_of(logits):
         _row_moments[(n,)](
-            *(logits, targets, result, V, n, *logits.stride(), *targets.stride(), scale, softcap or 0.0),
+            *(logits, targets, result, V, n, *logits.stride(), *targets.stride(), float(scale), float(softcap or 0)),
             CAPPED=softcap is not None,
             BLOCK=block,
             enable_fp_fusion=True,  # see triton_kernels

@@ -104,6 +104,7 @@ def test_layouts_are_read_as_they_lie():
     tokens_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key)]
     with_gaps = [torch.stack([x, x], -1)[..., 0] for x in (query, key)]
     logsumexp = kernels.attention(query, key, key, scaling=scaling)[1].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    lengths = torch.stack([lengths, lengths * 0], 1)[:, 0]
     for given in (tokens_first, with_gaps):
         found = triton_kernels.attention_received(*given, lengths, scaling=scaling, logsumexp=logsumexp)
         assert torch.equal(expected.nan_to_num(-1), found.nan_to_num(-1))
