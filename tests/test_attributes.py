@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from xtf_plugin import attributes, kernels
+from xtf_plugin import attributes, kernels, packing
 
 # B, H, K, T, D: aligned and ragged
 SHAPES = [(1, 4, 4, 64, 16), (3, 4, 2, 150, 16), (2, 6, 1, 129, 24), (2, 2, 2, 7, 8)]
@@ -27,6 +27,11 @@ def planted(shape, seed=0, dtype=torch.float32):
     key[:, :, PLANTED, 0] = 6.0  # every query leans on this token
     lengths = torch.tensor([T, max(2, T - 40), 3][:B])
     return query.to(dtype), key.to(dtype), lengths, D**-0.5
+
+
+def same_values(expected, found, tolerance):
+    """Undefined in the same places, and otherwise alike."""
+    return torch.equal(expected.isnan(), found.isnan()) and (expected - found).nan_to_num().abs().max() <= tolerance
 
 
 class TestAttentionReceived:
@@ -90,6 +95,72 @@ class TestAttentionReceived:
         key[1, :, int(lengths[1]) :] = 50.0
         after = kernels.attention_received(query, key, lengths, scaling=scaling)
         assert torch.equal(before.nan_to_num(), after.nan_to_num())
+
+
+LENGTHS = [1, 50, 1, 70, 2, 9]
+STARTS = torch.tensor([0, 3, 0, 66, 0, 40])  # of a document, within it; some leave nothing
+
+
+def packed(lengths=LENGTHS, tail=5, H=4, K=2, D=16):
+    """Query, key, offsets, scaling of documents in one row, with what must not count behind them."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    query, key, _, scaling = planted((1, H, K, int(offsets[-1]) + tail, D))
+    query[:, :, offsets[-1] :], key[:, :, offsets[-1] :] = float("nan"), 50.0
+    return query, key, offsets, scaling
+
+
+class TestPacked:
+    OPTIONS = [{}, {"window": 9}, {"softcap": 2.0}, {"window": 60, "softcap": 2.0}]
+
+    @pytest.mark.parametrize("module", [attributes, kernels])
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    @pytest.mark.parametrize("starts", [None, STARTS])
+    def test_each_document_as_if_alone(self, module, options, starts):
+        query, key, offsets, scaling = packed()
+        options = {"scaling": scaling, **options}
+        row = module.attention_received(query, key, None, **options, start=2, offsets=offsets, starts=starts)
+        assert row.shape == (1, query.shape[2]) and row[:, offsets[-1] :].isnan().all()
+        for i, length in enumerate(LENGTHS):
+            part = slice(int(offsets[i]), int(offsets[i + 1]))
+            start = 2 if starts is None else int(starts[i])
+            alone = attributes.attention_received(
+                query[:, :, part], key[:, :, part], torch.tensor([length]), **options, start=start
+            )
+            assert same_values(alone, row[:, part], 1e-5)
+
+    @pytest.mark.parametrize("lengths", [[150], [1], [1] * 5, [3, 0, 100, 3, 60, 33]])
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    def test_attention(self, lengths, options):
+        query, key, offsets, scaling = packed(lengths)
+        value = torch.randn(*key.shape[:3], 24, generator=torch.Generator().manual_seed(3))
+        output, logsumexp = kernels.attention(query, key, value, scaling=scaling, offsets=offsets, **options)
+        assert output.shape == (*query.shape[:3], 24) and logsumexp.dtype is torch.float32
+        assert not output[:, :, offsets[-1] :].any() and not logsumexp[:, :, offsets[-1] :].any()
+        for part in (slice(low, high) for low, high in zip(offsets[:-1], offsets[1:], strict=True) if high > low):
+            alone = kernels.attention(*(x[:, :, part] for x in (query, key, value)), scaling=scaling, **options)
+            assert torch.allclose(alone[0], output[:, :, part], atol=1e-5)
+            assert torch.allclose(alone[1], logsumexp[:, :, part], atol=1e-5)
+
+    def test_flash_is_asked_for_what_it_gives(self, monkeypatch):
+        """Shapes only: torch's own description of the kernel stands in for a GPU."""
+        monkeypatch.setattr(kernels, "_has_flash", lambda query: True)
+        query, key, offsets, _ = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in packed())
+        for longest in (None, 70):
+            output, logsumexp = kernels.attention(query, key, key, scaling=1.0, offsets=offsets, longest=longest)
+            assert output.shape == query.shape and logsumexp.shape == query.shape[:3]
+
+    def test_padding_stays_under_half_of_a_batch(self):
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.cat([torch.randint(0, 30, (200,), generator=generator), torch.tensor([4_000])])
+        found = packing.groups(torch.cat([torch.zeros(1, dtype=torch.long), lengths]).cumsum(0))
+        assert sum(group.inside.numel() for group in found) < 2 * int(lengths.sum())
+        assert sorted(i for group in found for i in group.members.tolist()) == lengths.nonzero()[:, 0].tolist()
+
+    @pytest.mark.parametrize("module", [attributes, kernels])
+    def test_more_than_one_row_is_refused(self, module):
+        query, key, lengths, scaling = planted(SHAPES[1])
+        with pytest.raises(ValueError, match="packed in one row; these tensors have 3"):
+            module.attention_received(query, key, lengths, scaling=scaling, offsets=torch.tensor([0, 9]))
 
 
 def received_from_map(A, lengths):

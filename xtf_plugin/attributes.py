@@ -9,6 +9,7 @@ Dimensions: B batch, T tokens, H query heads, K key/value heads, D head or hidde
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ def attention_received(
     window: int | None = None,
     softcap: float | None = None,
     logsumexp: Tensor | None = None,
+    offsets: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Reasoning importance of one layer: the attention each token receives from later tokens, 1.0 = uniform.
 
@@ -70,10 +73,21 @@ def attention_received(
         lengths: (B,) tokens per document; what lies behind (right padding) is ignored.
         start: columns before it are not wanted.
         logsumexp: (B, H, T) row log-sum-exps if the caller has them; unused here, saves a pass in the fast twin.
+        offsets: (n + 1,) integers, from 0 up to at most T, if the tokens are those of n documents packed one behind the
+            other: document i has the tokens from `offsets[i]` to `offsets[i + 1]`, sees no other, and counts its own
+            positions from 0. B is 1 then, and `lengths` is not looked at.
+        starts: (n,) a `start` for each packed document, counted within it; None: `start` for all.
 
     Returns:
         (B, T) float32, >= 0; NaN where undefined: k < start, the last token of a document, and padding.
+
+    Raises:
+        ValueError: documents are packed, and B is not 1.
     """
+    if offsets is not None:
+        return _packed_received(
+            query, key, offsets, starts, scaling=scaling, start=start, window=window, softcap=softcap
+        )
     B, _, T, _ = query.shape
     A = attention_map(query, key, scaling=scaling, window=window, softcap=softcap).mean(1)  # (B, T, T)
     q = torch.arange(T, device=query.device)
@@ -83,6 +97,29 @@ def attention_received(
         for k in range(start, length - 1):
             received[b, k] = ((q[k + 1 : length] + 1) * A[b, k + 1 : length, k]).mean()
     return received
+
+
+def _packed_received(
+    query: Tensor, key: Tensor, offsets: Tensor, starts: Tensor | None, *, start: int, **options: Any
+) -> Tensor:
+    one_row(query)
+    received = torch.full((1, query.shape[2]), float("nan"), device=query.device)
+    for i in range(len(offsets) - 1):
+        document = slice(int(offsets[i]), int(offsets[i + 1]))
+        received[:, document] = attention_received(
+            query[:, :, document],
+            key[:, :, document],
+            offsets[i + 1 : i + 2] - offsets[i],
+            start=start if starts is None else int(starts[i]),
+            **options,
+        )
+    return received
+
+
+def one_row(query: Tensor) -> None:
+    """Refuse packed documents in more than one row, whose offsets would be anyone's guess."""
+    if len(query) != 1:
+        raise ValueError(f"documents given by `offsets` are packed in one row; these tensors have {len(query)}")
 
 
 def predictions(

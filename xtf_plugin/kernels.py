@@ -1,5 +1,5 @@
 """Fast twins of `attributes.py`: same names, same signatures, no T x T map for all heads, no full-vocabulary logits for
-all tokens.
+all tokens. On CUDA devices Triton's twins of these do what fills the time, where there is Triton (`triton_dispatch`).
 
 Attention runs once through a fused kernel that also hands out the row log-sum-exp; attention received is then the
 weighted column sum of `exp(scores - logsumexp)`, taken block by block over queries. Where no fused kernel gives a
@@ -12,13 +12,19 @@ Dimensions: B batch, T tokens, H query heads, K key/value heads, G = H / K, D he
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import packing, triton_dispatch
+from .attributes import one_row
+
 QUERY_BLOCK = 128
 SCORE_ELEMENTS = 1 << 20  # scores alive at once: cache-sized blocks beat big ones on CPU, and memory stays flat in T
 LOGIT_ELEMENTS = 8 << 20  # logits alive at once, likewise
+TRITON_LOGIT_ELEMENTS = 32 << 20  # without copies in float32; few rows per chunk would leave a GPU reading head weights
 MOMENT_ELEMENTS = 1 << 20  # of these, on a CPU, as many at a time as its cache holds through several passes
 IMPOSSIBLE = -1e4  # nats below the most probable token: exp of it is 0 in float32
 
@@ -31,6 +37,8 @@ def attention(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    offsets: Tensor | None = None,
+    longest: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention output together with the log-sum-exp of every score row.
 
@@ -40,14 +48,32 @@ def attention(
     Args:
         query: (B, H, T, D); key: (B, K, T, D); value: (B, K, T, D').
         scaling, window, softcap: see `attributes.attention_map`.
+        offsets: of packed documents, see `attributes.attention_received`; none sees another.
+        longest: tokens of the longest packed document, if the caller has it as a number: saves waiting for the device.
 
     Returns:
-        output (B, H, T, D') in the dtype of `query`, logsumexp (B, H, T) float32.
+        output (B, H, T, D') in the dtype of `query`, logsumexp (B, H, T) float32. 0 in both behind the last packed
+        document.
+
+    Raises:
+        ValueError: documents are packed, and B is not 1.
     """
-    T = query.shape[2]
-    if softcap is None and (window is None or window >= T) and query.shape[-1] == value.shape[-1]:
+    options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
+    reach = query.shape[2] if longest is None else longest
+    fused = softcap is None and (window is None or window >= reach) and query.shape[-1] == value.shape[-1]
+    if offsets is not None:
+        one_row(query)
+        if fused and _has_flash(query):
+            return _packed_flash(query, key, value, scaling, offsets, reach)
+        return packing.attention(partial(attention, **options), query, key, value, offsets)
+    if fused:
         return _fused_attention(query, key, value, scaling)
-    return _blockwise_attention(query, key, value, scaling=scaling, window=window, softcap=softcap)
+    return _blockwise_attention(query, key, value, **options)
+
+
+def _has_flash(query: Tensor) -> bool:
+    ampere = query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return ampere and query.dtype is not torch.float32 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -59,8 +85,7 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     if query.device.type == "cuda":
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        ampere = torch.cuda.get_device_capability(query.device) >= (8, 0)
-        if ampere and query.dtype is not torch.float32 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
+        if _has_flash(query):
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             output, logsumexp = flash(query, key, value, 0.0, True, False, scale=scaling)[:2]
         else:
@@ -68,6 +93,18 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
             output, logsumexp = efficient(query, key, value, None, True, 0.0, True, scale=scaling)[:2]
         return output, logsumexp[..., :T]  # the memory-efficient kernel pads its rows to a multiple of 32
     return _blockwise_attention(query, key, value, scaling=scaling)
+
+
+def _packed_flash(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, offsets: Tensor, longest: int
+) -> tuple[Tensor, Tensor]:
+    flash = torch.ops.aten._flash_attention_forward  # tokens first, heads second; groups key/value heads by itself
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    ends = offsets.to(query.device, torch.int32).contiguous()
+    output, logsumexp = flash(*rows, ends, ends, longest, longest, 0.0, True, False, scale=scaling)[:2]  # (H, T)
+    behind = torch.arange(query.shape[2], device=query.device) >= ends[-1]  # left unwritten: anything may stand there
+    output = output.masked_fill_(behind[:, None, None], 0).transpose(0, 1)[None]
+    return output, logsumexp.masked_fill_(behind, 0)[None]
 
 
 def _blockwise_attention(
@@ -105,6 +142,8 @@ def attention_received(
     window: int | None = None,
     softcap: float | None = None,
     logsumexp: Tensor | None = None,
+    offsets: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Fast twin of `attributes.attention_received`: weighted column sums, no T x T map.
 
@@ -114,9 +153,18 @@ def attention_received(
 
     Arguments, shapes and result: see `attributes.attention_received`.
     """
-    B, H, T, _ = query.shape
+    options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
     if logsumexp is None:
-        logsumexp = attention(query, key, key, scaling=scaling, window=window, softcap=softcap)[1]
+        logsumexp = attention(query, key, key, **options, offsets=offsets)[1]
+    packed = {"offsets": offsets, "starts": starts, "logsumexp": logsumexp}
+    received = triton_dispatch.attempt("attention_received", query, key, lengths, start=start, **options, **packed)
+    if received is not None:
+        return received
+    if offsets is not None:
+        one_row(query)
+        starts = torch.full_like(offsets[1:], start) if starts is None else starts
+        return packing.received(partial(attention_received, **options), query, key, logsumexp, offsets, starts)
+    B, H, T, _ = query.shape
     position = torch.arange(T, device=query.device)
     inside = position < lengths[:, None]  # (B, T)
     weight = torch.where(inside, (position + 1.0).log(), float("-inf"))  # (B, T): (q + 1), 0 on padding
@@ -189,18 +237,24 @@ def predictions(
     low = 0
     while low < len(targets):
         high = min(low + rows, len(targets))
-        logits = head(hidden[low:high])  # (n, V)
-        rows = max(1, LOGIT_ELEMENTS // logits.shape[-1])
-        if scale != 1.0:
-            logits = logits * scale
-        if softcap is not None:
-            logits = logits.float().div_(softcap).tanh_().mul_(softcap)
-        elements = MOMENT_ELEMENTS if logits.device.type == "cpu" else LOGIT_ELEMENTS
-        for part in range(low, high, max(1, elements // logits.shape[-1])):
-            end = min(part + max(1, elements // logits.shape[-1]), high)
-            result[:, part:end] = _moments(logits[part - low : end - low], targets[part:end])
+        logits, picked = head(hidden[low:high]), targets[low:high]  # (n, V), (n,)
+        moments = triton_dispatch.attempt("moments", logits, picked, scale=scale, softcap=softcap)
+        elements = LOGIT_ELEMENTS if moments is None else TRITON_LOGIT_ELEMENTS
+        rows = max(1, elements // logits.shape[-1])
+        result[:, low:high] = _moments_in_parts(logits, picked, scale, softcap) if moments is None else moments
         low = high
     return result
+
+
+def _moments_in_parts(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> Tensor:
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap is not None:
+        logits = logits.float().div_(softcap).tanh_().mul_(softcap)
+    elements = MOMENT_ELEMENTS if logits.device.type == "cpu" else LOGIT_ELEMENTS
+    rows = max(1, elements // logits.shape[-1])
+    parts = [slice(low, low + rows) for low in range(0, len(targets), rows)]
+    return torch.cat([_moments(logits[part], targets[part]) for part in parts], 1)
 
 
 def _moments(logits: Tensor, targets: Tensor) -> Tensor:

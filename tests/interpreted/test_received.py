@@ -1,0 +1,191 @@
+"""The Triton kernel of attention received against the definition, by the parity rule of `tests/test_attributes.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton import Config
+
+from tests.test_attributes import LENGTHS, SHAPES, STARTS, packed, planted, received_from_map, same_values
+from xtf_plugin import attributes, kernels, triton_kernels, triton_tiles
+
+if not triton_kernels.INTERPRETED:
+    pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
+
+WIDE = (1, 4, 2, 70, 80)  # a head size that is padded
+OPTIONS = [
+    {},
+    {"window": 9},  # within a block
+    {"window": 100, "start": 3},  # over several
+    {"softcap": 2.0, "start": 70},
+    {"window": 9, "softcap": 2.0, "start": 3},
+]
+
+
+def ours(query, key, lengths, *, scaling, start=0, starts=None, **options):
+    logsumexp = kernels.attention(query, key, key, scaling=scaling, **options)[1]
+    options |= {"scaling": scaling, "start": start, "starts": starts, "logsumexp": logsumexp}
+    return triton_kernels.attention_received(query, key, lengths, **options)
+
+
+@pytest.fixture
+def tile(monkeypatch):
+    def choose(q, k):
+        config = Config({"BLOCK_Q": q, "BLOCK_K": k})
+        monkeypatch.setattr(triton_kernels._received, "configs", [config])
+
+    return choose
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, WIDE])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_parity_float32(shape, options):
+    query, key, lengths, scaling = planted(shape)
+    truth = attributes.attention_received(query, key, lengths, scaling=scaling, **options)
+    assert same_values(truth, ours(query, key, lengths, scaling=scaling, **options), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], WIDE])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parity_low_precision(shape, dtype):
+    query, key, lengths, scaling = planted(shape)
+    truth = attributes.attention_received(query, key, lengths, scaling=scaling)
+    low = [x.to(dtype) for x in (query, key)]
+    fast = ours(*low, lengths, scaling=scaling)
+    scores = low[0] @ low[1].repeat_interleave(shape[1] // shape[2], 1).transpose(-1, -2) * scaling
+    naive_map = scores.masked_fill(~attributes.visible(shape[3], None), float("-inf")).softmax(-1)
+    fast_error, naive_error = ((x - truth).nan_to_num().abs() for x in (fast, received_from_map(naive_map, lengths)))
+    assert fast_error.mean() <= naive_error.mean() + 1e-5
+    assert fast_error.max() <= naive_error.max() + 5e-4
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (32, 16), (16, 128)])
+@pytest.mark.parametrize("options", [{}, {"window": 40, "start": 3}], ids=str)
+def test_blocks_change_nothing(tile, sizes, options):
+    given = planted((2, 2, 1, 150, 16))
+    whole = ours(*given[:3], scaling=given[3], **options)
+    tile(*sizes)
+    assert same_values(whole, ours(*given[:3], scaling=given[3], **options), 1e-5)
+
+
+@pytest.mark.parametrize("heads, wanted, splits", [((4, 2), 7, (2, 1)), ((4, 2), 1_000, (2, 2)), ((6, 1), 30, (1, 6))])
+def test_heads_split_between_programs_change_nothing(monkeypatch, heads, wanted, splits):
+    query, key, lengths, scaling = planted((2, *heads, 150, 16))
+    whole = ours(query, key, lengths, scaling=scaling)
+    monkeypatch.setattr(triton_kernels, "_wanted", lambda device: wanted)
+    assert triton_kernels._splits(2 * 3, heads[1], heads[0] // heads[1], query.device) == splits
+    assert same_values(whole, ours(query, key, lengths, scaling=scaling), 1e-5)
+
+
+def test_splits_are_even():
+    splits = triton_kernels._splits
+    device = torch.device("cpu")
+    for K, G in [(1, 1), (8, 4), (3, 5), (7, 1)]:
+        for programs in (0, 1, 6, 10_000):
+            kv, members = splits(programs, K, G, device)
+            assert K % kv == G % members == 0
+
+
+@pytest.mark.parametrize("fill", [50.0, float("nan")])
+def test_padding_has_no_say(fill):
+    query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
+    logsumexp = kernels.attention(query, key, key, scaling=scaling)[1]
+    before = triton_kernels.attention_received(query, key, lengths, scaling=scaling, logsumexp=logsumexp)
+    for row, length in enumerate(lengths.tolist()):
+        for x in (query, key, logsumexp):
+            x[row, :, length:] = fill
+    after = triton_kernels.attention_received(query, key, lengths, scaling=scaling, logsumexp=logsumexp)
+    assert torch.equal(before.nan_to_num(-1), after.nan_to_num(-1))
+
+
+def test_layouts_are_read_as_they_lie():
+    query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
+    expected = ours(query, key, lengths, scaling=scaling)
+    tokens_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key)]
+    with_gaps = [torch.stack([x, x], -1)[..., 0] for x in (query, key)]
+    logsumexp = kernels.attention(query, key, key, scaling=scaling)[1].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    lengths = torch.stack([lengths, lengths * 0], 1)[:, 0]
+    for given in (tokens_first, with_gaps):
+        found = triton_kernels.attention_received(*given, lengths, scaling=scaling, logsumexp=logsumexp)
+        assert torch.equal(expected.nan_to_num(-1), found.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("start", [149, 150, 200])
+def test_nothing_wanted(start):
+    query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
+    assert ours(query, key, lengths, scaling=scaling, start=start).isnan().all()
+
+
+class TestPacked:
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_each_document_as_if_alone(self, options, dtype):
+        """To the bit: blocks are counted from a document's own start, so sums have the same order."""
+        query, key, offsets, scaling = packed()
+        query, key = query.to(dtype), key.to(dtype)
+        starts = STARTS if options.get("start") else None
+        given = {"scaling": scaling, **options}
+        logsumexp = kernels.attention(
+            query, key, key, **{k: v for k, v in given.items() if k != "start"}, offsets=offsets
+        )[1]
+        row = triton_kernels.attention_received(
+            query, key, None, **given, logsumexp=logsumexp, offsets=offsets, starts=starts
+        )
+        for i, length in enumerate(LENGTHS):
+            part = slice(int(offsets[i]), int(offsets[i + 1]))
+            alone = {**given, "start": given.get("start", 0) if starts is None else int(STARTS[i])}
+            one = [x[:, :, part] for x in (query, key)]
+            expected = triton_kernels.attention_received(
+                *one, torch.tensor([length]), **alone, logsumexp=logsumexp[:, :, part]
+            )
+            assert torch.equal(expected.nan_to_num(-1), row[:, part].nan_to_num(-1))
+        truth = attributes.attention_received(query.float(), key.float(), None, **given, offsets=offsets, starts=starts)
+        assert same_values(truth, row, 1e-5 if dtype is torch.float32 else 2e-2)
+
+    @pytest.mark.parametrize("lengths", [[150], [1], [1] * 5, [2, 3] * 70])  # the last: more than are looked up at once
+    def test_documents_of_any_number(self, lengths):
+        query, key, offsets, scaling = packed(lengths, H=2, K=1)
+        truth = attributes.attention_received(query, key, None, scaling=scaling, offsets=offsets)
+        assert same_values(truth, ours(query, key, None, scaling=scaling, offsets=offsets), 1e-5)
+
+    def test_no_document(self):
+        query, key, _, scaling = packed([9])
+        offsets = torch.zeros(1, dtype=torch.int32)
+        found = triton_kernels.attention_received(
+            query, key, None, scaling=scaling, logsumexp=query[..., 0], offsets=offsets
+        )
+        assert found.shape == (1, 14) and found.isnan().all()
+
+    def test_more_than_one_row_is_refused(self):
+        query, key, lengths, scaling = planted(SHAPES[1])
+        with pytest.raises(ValueError, match="packed in one row"):
+            triton_kernels.attention_received(
+                query, key, lengths, scaling=scaling, logsumexp=query[..., 0], offsets=torch.tensor([0, 9])
+            )
+
+
+class TestChoiceOfBlocks:
+    def configs(self, dtype, D):
+        tiles = [(64, 64, 4, 3), (128, 128, 8, 2), (32, 32, 4, 2)]
+        configs = [
+            triton_kernels.triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=w, num_stages=s)
+            for q, k, w, s in tiles
+        ]
+        fitting = triton_tiles.fitting(configs, {"query": torch.empty(1, dtype=dtype)}, D_PADDED=D)
+        return [configs.index(config) for config in fitting]
+
+    def test_only_what_fits_is_tried(self):
+        assert self.configs(torch.bfloat16, 64) == [0, 1, 2]
+        assert self.configs(torch.bfloat16, 256) == [2]
+        assert self.configs(torch.bfloat16, 1024) == self.configs(torch.float32, 16) == [2]
+
+    def test_deterministic_algorithms_leave_nothing_to_the_clock(self):
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert self.configs(torch.bfloat16, 64) == [0]
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    def test_a_new_length_is_not_timed_anew(self):
+        assert triton_kernels._received.keys == ["D_PADDED", "WINDOWED", "reach"]

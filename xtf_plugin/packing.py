@@ -1,0 +1,84 @@
+"""Documents packed one behind the other in a row, as padded batches and back: for code that knows padded batches only.
+
+Documents of like length share a batch. One batch of all would be as wide as the longest document: one of 4,000 tokens
+among two hundred of 20 would take a hundred times the memory of the row.
+
+Dimensions: n documents, L tokens of the longest, H heads, T tokens of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some documents of a row: which they are (n,), their lengths (n,), where their tokens lie (n, L), which are theirs
+    and no padding (n, L).
+    """
+
+    members: Tensor
+    lengths: Tensor
+    index: Tensor
+    inside: Tensor
+
+    def gather(self, row: Tensor) -> Tensor:
+        """This group out of a row (1, H, T, ...), as (n, H, L, ...); 0 on padding."""
+        padded = row[0][:, self.index].transpose(0, 1)
+        return padded.masked_fill(~self.inside.view(len(padded), 1, -1, *[1] * (row.dim() - 3)), 0)
+
+    def scatter(self, padded: Tensor, row: Tensor) -> None:
+        """Write (n, H, L, ...) to where this group lies in a row (1, H, T, ...); padding goes nowhere."""
+        row[0][:, self.index[self.inside]] = padded.transpose(0, 1)[:, self.inside]
+
+
+def groups(offsets: Tensor) -> list[Group]:
+    """The documents from `offsets[i]` to `offsets[i + 1]`, (n + 1,), in groups whose padding is under half of them."""
+    lengths = offsets.diff()
+    by_size: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths.tolist()):
+        if length:
+            by_size.setdefault((length - 1).bit_length(), []).append(i)
+    found = []
+    for ids in by_size.values():
+        members = torch.tensor(ids, device=offsets.device)
+        own = lengths[members]
+        position = torch.arange(int(own.max()), device=offsets.device)
+        inside = position < own[:, None]
+        found.append(Group(members, own, torch.where(inside, offsets[members][:, None] + position, 0), inside))
+    return found
+
+
+def attention(
+    padded: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exps of packed documents by `padded`, which has them for a batch; see `kernels.attention`."""
+    output = query.new_zeros(*query.shape[:3], value.shape[-1])
+    logsumexp = query.new_zeros(query.shape[:3], dtype=torch.float32)
+    for group in groups(offsets):
+        part, rows = padded(*(group.gather(x) for x in (query, key, value)))
+        group.scatter(part, output)
+        group.scatter(rows, logsumexp)
+    return output, logsumexp
+
+
+def received(
+    padded: Callable[..., Tensor], query: Tensor, key: Tensor, logsumexp: Tensor, offsets: Tensor, starts: Tensor
+) -> Tensor:
+    """Attention received in packed documents by `padded`, which has it for a batch with one start.
+
+    Arguments, shapes and result: see `attributes.attention_received`.
+    """
+    found = torch.full((1, 1, query.shape[2]), float("nan"), device=query.device)
+    for group in groups(offsets):
+        own = starts[group.members]
+        start = min(int(own.min()), group.inside.shape[1])
+        rows = [group.gather(x) for x in (query, key, logsumexp)]
+        part = padded(*rows[:2], group.lengths, start=start, logsumexp=rows[2])
+        early = torch.arange(part.shape[1], device=part.device) < own[:, None]
+        group.scatter(part.masked_fill(early, float("nan"))[:, None], found)
+    return found[:, 0]

@@ -1,0 +1,62 @@
+"""Whether Triton's twins run: on a CUDA device, where Triton is installed and compiles; everywhere else torch's do.
+
+Scoring must not fail for want of a compiler. What it costs is time, so one warning tells it; running out of memory is
+the caller's to deal with and is passed on.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_broken: set[str] = set()  # twins that failed in this process, and are not tried again
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether Triton's twins can take this tensor: on older GPUs Triton may end the process where it should refuse."""
+    if tensor.device.type != "cuda" or tensor.dtype not in DTYPES or _triton() is None:
+        return False
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+def attempt(name: str, tensor: Tensor, *arguments: Any, **options: Any) -> Tensor | None:
+    """What Triton's twin `name` gives, or None where torch has to do it.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError: the device is out of memory.
+    """
+    twins = _triton() if name not in _broken and usable(tensor) else None
+    if twins is None:
+        return None
+    try:
+        result: Tensor = getattr(twins, name)(tensor, *arguments, **options)
+    except twins.FAILURES as error:
+        if "out of memory" in str(error).lower():
+            raise
+        _broken.add(name)
+        _warn(error)
+        return None
+    return result
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    try:
+        from . import triton_kernels
+    except (ImportError, AttributeError) as error:  # AttributeError: a Triton older than what torch 2.9 brings
+        _warn(error)
+        return None
+    return triton_kernels
+
+
+def _warn(error: Exception) -> None:
+    what = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    logger.warning("xtf: Triton cannot be used (%s); scoring goes on with torch alone, and takes longer.", what)
