@@ -6,12 +6,10 @@ shapes, with a planted token that every head attends to, so that a shuffled or s
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from xtf_plugin import attributes, kernels, packing
+from xtf_plugin import attributes, blockwise, kernels, packing
 
 # B, H, K, T, D: aligned and ragged
 SHAPES = [(1, 4, 4, 64, 16), (3, 4, 2, 150, 16), (2, 6, 1, 129, 24), (2, 2, 2, 7, 8)]
@@ -84,8 +82,8 @@ class TestAttentionReceived:
     def test_blocks_change_nothing(self, monkeypatch):
         query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
         whole = kernels.attention_received(query, key, lengths, scaling=scaling)
-        monkeypatch.setattr(kernels, "QUERY_BLOCK", 7)
-        monkeypatch.setattr(kernels, "SCORE_ELEMENTS", 1)
+        monkeypatch.setattr(blockwise, "QUERY_BLOCK", 7)
+        monkeypatch.setattr(blockwise, "SCORE_ELEMENTS", 1)
         assert torch.allclose(whole, kernels.attention_received(query, key, lengths, scaling=scaling), equal_nan=True)
 
     def test_padding_has_no_say(self):
@@ -189,87 +187,47 @@ class TestAttention:
         assert torch.allclose((diagonal - logsumexp).exp(), A.diagonal(dim1=-2, dim2=-1), atol=1e-5)
 
 
-def head_of(N, V=301, D=24):
-    """Hidden states, a head and targets; the first rows are planted: very sure, uniform, and 9 tokens impossible."""
-    torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(N, D) * 4, torch.randn(V, D) / 5, torch.randint(V, (N,))
-    hidden[:3], hidden[3:, :2], targets[:3] = 0, 0, 7
-    hidden[0, 0] = 1  # what the head is very sure at
-    hidden[2:3, 1] = 1  # what it rules tokens out at
-    weight[:, :2] = 0
-    weight[7, 0] = 60
+class TestAttentionAndReceived:
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("window", [None, 9])
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    @pytest.mark.parametrize("start", [0, 3])
+    def test_parity_float32(self, shape, window, softcap, start):
+        query, key, lengths, scaling = planted(shape)
+        value = torch.randn(*key.shape[:3], 10, generator=torch.Generator().manual_seed(3))
+        options = {"scaling": scaling, "window": window, "softcap": softcap, "start": start}
+        output, received = attributes.attention_and_received(query, key, value, lengths, **options)
+        ours, ours_received = kernels.attention_and_received(query, key, value, lengths, **options)
+        assert torch.allclose(output, ours, atol=1e-5)
+        assert torch.equal(received.isnan(), ours_received.isnan())
+        assert (received - ours_received).nan_to_num().abs().max() < 1e-5
 
-    def head(x):
-        impossible = (x[:, 1:2] == 1) & (torch.arange(V) >= V - 9)
-        return (x @ weight.T.to(x.dtype)).masked_fill(impossible, float("-inf"))
-
-    return hidden, head, targets
-
-
-class TestPredictions:
-    @pytest.mark.parametrize("N", [1, 63, 64, 65, 300])
-    @pytest.mark.parametrize("scale,softcap", [(1.0, None), (0.25, None), (1.0, 5.0)])
-    def test_parity_float32(self, monkeypatch, N, scale, softcap):
-        monkeypatch.setattr(kernels, "LOGIT_ELEMENTS", 5_000)  # several chunks and a partial last one
-        monkeypatch.setattr(kernels, "MOMENT_ELEMENTS", 1_000)  # and several pieces of each
-        given = head_of(N)
-        truth = attributes.predictions(*given, scale=scale, softcap=softcap)
-        fast = kernels.predictions(*given, scale=scale, softcap=softcap)
-        assert truth.shape == fast.shape == (3, N) and fast.dtype is torch.float32 and fast.isfinite().all()
-        assert torch.allclose(truth, fast, atol=2e-5)
-
+    @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_parity_low_precision(self, dtype):
-        hidden, head, targets = head_of(300)
-        truth = attributes.predictions(hidden, head, targets)
-        low = hidden.to(dtype), head, targets
-        logp = head(low[0]).log_softmax(-1)
-        p, surprisal = logp.exp(), -logp.masked_fill(logp.isinf(), 0)
-        mean = (p * surprisal).sum(-1)
-        deviation = (p * (surprisal - mean[:, None]) ** 2).sum(-1).sqrt()
-        naive = torch.stack([logp.gather(-1, targets[:, None])[:, 0], mean, deviation]).float()
-        error = (kernels.predictions(*low) - truth).abs().amax(-1)
-        assert (error <= (naive - truth).abs().amax(-1) + 1e-5).all()
+    def test_parity_low_precision(self, shape, dtype):
+        query, key, lengths, scaling = planted(shape)
+        value = torch.randn(key.shape, generator=torch.Generator().manual_seed(3))
+        truth = attributes.attention_and_received(query, key, value, lengths, scaling=scaling)
+        low = [x.to(dtype) for x in (query, key, value)]
+        fast = kernels.attention_and_received(*low, lengths, scaling=scaling)
+        assert fast[0].dtype is dtype and fast[1].dtype is torch.float32
+        groups = shape[1] // shape[2]
+        scores = low[0] @ low[1].repeat_interleave(groups, 1).transpose(-1, -2) * scaling
+        A = scores.masked_fill(~attributes.visible(shape[3], None), float("-inf")).softmax(-1)
+        naive = A @ low[2].repeat_interleave(groups, 1), received_from_map(A, lengths)
+        for ours, theirs, exact, slack in zip(fast, naive, truth, (2e-3, 5e-4), strict=True):
+            errors = [(x.float() - exact).nan_to_num().abs() for x in (ours, theirs)]
+            assert errors[0].mean() <= errors[1].mean() + 1e-5
+            assert errors[0].max() <= errors[1].max() + slack
 
-    @pytest.mark.parametrize("module", [attributes, kernels])
-    def test_a_sure_row_a_uniform_row_and_one_with_impossible_tokens(self, module):
-        logprobs, entropy, deviation = module.predictions(*head_of(5))
-        assert logprobs[0] == 0 and entropy[0] < 1e-6 and deviation[0] < 1e-6
-        expected = torch.tensor([301.0, 292.0]).log()  # 9 of 301 tokens cannot come
-        assert torch.allclose(entropy[1:3], expected, atol=1e-6) and torch.allclose(-logprobs[1:3], expected)
-        assert (deviation[1:3] < 1e-3).all()
-        assert (entropy[3:] > 0.01).all() and (deviation[3:] > 0.01).all()
-
-    def test_two_tokens_by_hand(self):
-        """p = 1/4, 3/4: the surprisals are log 4 and log 4/3."""
-        logits = torch.tensor([[0.25, 0.75]]).log()
-        found = kernels.predictions(logits, lambda x: x, torch.tensor([0]))[:, 0].double()
-        mean = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
-        deviation = math.sqrt(0.25 * math.log(4) ** 2 + 0.75 * math.log(4 / 3) ** 2 - mean**2)
-        assert found.tolist() == pytest.approx([-math.log(4), mean, deviation], abs=1e-6)
-
-    @pytest.mark.parametrize("module", [attributes, kernels])
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_undefined_together(self, module, value):
-        logits = torch.randn(4, 9)
-        logits[2, 3] = value
-        found = module.predictions(logits, lambda x: x, torch.zeros(4, dtype=torch.long))
-        assert found.isnan().any(0).tolist() == found.isnan().all(0).tolist() == [False, False, True, False]
-
-    def test_a_target_that_cannot_come(self):
-        logits = torch.tensor([[0.0, 0.0, -math.inf]])
-        found = kernels.predictions(logits, lambda x: x, torch.tensor([2]))[:, 0]
-        assert found[0] == -math.inf and found[1:].tolist() == pytest.approx([math.log(2), 0.0])
-
-    def test_the_head_is_asked_and_its_logits_are_left_as_they_are(self):
-        logits = torch.randn(5, 9)
-        before = logits.clone()
-        kernels.predictions(logits, lambda x: x, torch.zeros(5, dtype=torch.long))
-        assert torch.equal(logits, before)
-
-    def test_no_targets(self):
-        none = torch.zeros(0, dtype=torch.long)
-        assert kernels.predictions(torch.zeros(0, 4), torch.nn.Linear(4, 9), none).shape == (3, 0)
+    def test_packed_documents_do_not_see_each_other(self):
+        query, key, _, scaling = planted((1, 4, 2, 150, 16))
+        offsets = torch.tensor([0, 1, 60, 61, 150])
+        given = query, key, key, offsets.diff()
+        packed = kernels.attention_and_received(*given, scaling=scaling, offsets=offsets)
+        truth = attributes.attention_and_received(*given, scaling=scaling, offsets=offsets)
+        for ours, exact in zip(packed, truth, strict=True):
+            assert torch.allclose(ours, exact, atol=1e-5, equal_nan=True)
 
 
 class TestTaskRelevance:

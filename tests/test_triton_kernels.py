@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import xtf_plugin
-from tests.test_attributes import SHAPES, head_of, packed, planted
+from tests.test_attributes import SHAPES, packed, planted
+from tests.test_predictions import head_of
 from xtf_plugin import attributes, kernels, triton_dispatch
 
 ROOT = Path(__file__).parents[1]

@@ -99,6 +99,32 @@ def attention_received(
     return received
 
 
+def attention_and_received(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *, scaling: float, start: int = 0, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """What a layer whose attention is recorded needs: its output, and what each token receives.
+
+    Equals `(attention_map(...) @ value, attention_received(...))`, of rows; the output of packed documents is each
+    document's own.
+
+    Args:
+        value: (B, K, T, D'). The others: see `attention_received`.
+
+    Returns:
+        output (B, H, T, D') float32, received (B, T).
+    """
+    value = value.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    seen = {name: given for name, given in options.items() if name in ("window", "softcap")}
+    received = attention_received(query, key, lengths, scaling=scaling, start=start, **options)
+    offsets = options.get("offsets")
+    output = torch.zeros(*query.shape[:3], value.shape[-1], device=query.device)
+    ends = [0, query.shape[2]] if offsets is None else offsets.tolist()
+    for low, high in zip(ends, ends[1:], strict=False):
+        one = [x[:, :, low:high] for x in (query, key, value)]
+        output[:, :, low:high] = attention_map(*one[:2], scaling=scaling, **seen) @ one[2]
+    return output, received
+
+
 def _packed_received(
     query: Tensor, key: Tensor, offsets: Tensor, starts: Tensor | None, *, start: int, **options: Any
 ) -> Tensor:

@@ -82,23 +82,18 @@ def received_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
-    output, logsumexp = kernels.attention(query, key, value, scaling=scaling, window=window, softcap=softcap)
+    options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
     index = int(getattr(module, "layer_idx", -1))
     recorder.seen.append(index)
     if window is not None:
         recorder.layer_windows.add(window)
     if index in recorder.layers:
-        received = kernels.attention_received(
-            query,
-            key,
-            recorder.lengths,
-            scaling=scaling,
-            start=recorder.start,
-            window=window,
-            softcap=softcap,
-            logsumexp=logsumexp,
+        output, received = kernels.attention_and_received(
+            query, key, value, recorder.lengths, start=recorder.start, **options
         )
         recorder.received = received if recorder.received is None else recorder.received + received
+    else:
+        output, _ = kernels.attention(query, key, value, **options)
     return output.transpose(1, 2).contiguous(), None
 
 

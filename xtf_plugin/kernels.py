@@ -18,15 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import packing, triton_dispatch
+from . import blockwise, heads, packing, triton_dispatch
 from .attributes import one_row
 
-QUERY_BLOCK = 128
-SCORE_ELEMENTS = 1 << 20  # scores alive at once: cache-sized blocks beat big ones on CPU, and memory stays flat in T
-LOGIT_ELEMENTS = 8 << 20  # logits alive at once, likewise
+SHORT = 512  # tokens up to which PyTorch's fused kernel for CPUs takes longer than plain blocks
+LOGIT_ELEMENTS = 8 << 20  # logits alive at once
+REUSED_ELEMENTS = 16 << 20  # likewise, where they share a buffer: fewer and larger products
 TRITON_LOGIT_ELEMENTS = 32 << 20  # without copies in float32; few rows per chunk would leave a GPU reading head weights
-MOMENT_ELEMENTS = 1 << 20  # of these, on a CPU, as many at a time as its cache holds through several passes
-IMPOSSIBLE = -1e4  # nats below the most probable token: exp of it is 0 in float32
 
 
 def attention(
@@ -66,9 +64,9 @@ def attention(
         if fused and _has_flash(query):
             return _packed_flash(query, key, value, scaling, offsets, reach)
         return packing.attention(partial(attention, **options), query, key, value, offsets)
-    if fused:
+    if fused and not (query.device.type == "cpu" and query.shape[2] <= SHORT):
         return _fused_attention(query, key, value, scaling)
-    return _blockwise_attention(query, key, value, **options)
+    return blockwise.attention(query, key, value, **options)[:2]
 
 
 def _has_flash(query: Tensor) -> bool:
@@ -92,7 +90,7 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
             efficient = torch.ops.aten._scaled_dot_product_efficient_attention
             output, logsumexp = efficient(query, key, value, None, True, 0.0, True, scale=scaling)[:2]
         return output, logsumexp[..., :T]  # the memory-efficient kernel pads its rows to a multiple of 32
-    return _blockwise_attention(query, key, value, scaling=scaling)
+    return blockwise.attention(query, key, value, scaling=scaling)[:2]
 
 
 def _packed_flash(
@@ -105,31 +103,6 @@ def _packed_flash(
     behind = torch.arange(query.shape[2], device=query.device) >= ends[-1]  # left unwritten: anything may stand there
     output = output.masked_fill_(behind[:, None, None], 0).transpose(0, 1)[None]
     return output, logsumexp.masked_fill_(behind, 0)[None]
-
-
-def _blockwise_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    B, H, T, _ = query.shape
-    output = query.new_empty(B, H, T, value.shape[-1])
-    logsumexp = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
-    for low, high, rows in _query_blocks(query, 0):
-        left = 0 if window is None else max(0, low - window + 1)
-        for b in rows:
-            scores = _scores(query[b], key[b], low, high, left, high, scaling, softcap)  # (b, K, G, q, k) fp32
-            scores.masked_fill_(_hidden(low, high, left, high, window, query.device), float("-inf"))
-            lse = scores.logsumexp(-1)  # (b, K, G, q)
-            weights = scores.sub_(lse[..., None]).exp_().to(value.dtype)
-            block = weights.flatten(2, 3) @ value[b][:, :, left:high]  # (b, K, G * q, D')
-            output[b, :, low:high] = block.view(*weights.shape[:-1], -1).flatten(1, 2)
-            logsumexp[b, :, low:high] = lse.flatten(1, 2)
-    return output, logsumexp
 
 
 def attention_received(
@@ -147,8 +120,7 @@ def attention_received(
 ) -> Tensor:
     """Fast twin of `attributes.attention_received`: weighted column sums, no T x T map.
 
-    Only columns from `start` on and queries behind it are computed: a query before the first completion token cannot
-    see any completion token. Sums are accumulated in float32 whatever the dtype of `query` and `key`: bf16 sums are off
+    Sums are accumulated in float32 whatever the dtype of `query` and `key`: bf16 sums are off
     by about 1e-2, which moves tokens across quantiles.
 
     Arguments, shapes and result: see `attributes.attention_received`.
@@ -164,59 +136,35 @@ def attention_received(
         one_row(query)
         starts = torch.full_like(offsets[1:], start) if starts is None else starts
         return packing.received(partial(attention_received, **options), query, key, logsumexp, offsets, starts)
-    B, H, T, _ = query.shape
-    position = torch.arange(T, device=query.device)
-    inside = position < lengths[:, None]  # (B, T)
-    weight = torch.where(inside, (position + 1.0).log(), float("-inf"))  # (B, T): (q + 1), 0 on padding
-    bias = weight[:, None] - logsumexp  # (B, H, T): added to the exponent, so the weighting costs no pass of its own
-    sums = torch.zeros(B, T - start, dtype=torch.float32, device=query.device)
-    for low, high, rows in _query_blocks(query, start):
-        left = start if window is None else max(start, low - window + 1)
-        hidden = _hidden(low, high, left, high, window, query.device, strict=True)
-        for b in rows:
-            scores = _scores(query[b], key[b], low, high, left, high, scaling, softcap)  # (b, K, G, q, k) fp32
-            scores.add_(bias[b, :, low:high].reshape(*scores.shape[:-1], 1)).exp_()
-            received = scores.sum((1, 2))  # (b, q, k)
-            sums[b, left - start : high - start] += received.masked_fill_(hidden, 0.0).sum(1)
-    later = lengths[:, None] - 1 - position[start:]  # (B, T - start): queries behind each column
-    received = (sums / (H * later.clamp(min=1))).masked_fill(later < 1, float("nan"))
-    return torch.nn.functional.pad(received, (start, 0), value=float("nan"))
+    return blockwise.received(query, key, lengths, logsumexp, start=start, **options)
 
 
-def _query_blocks(query: Tensor, start: int) -> list[tuple[int, int, list[slice]]]:
-    """Cut queries from `start` on, and documents, so that a block of scores stays within SCORE_ELEMENTS."""
-    B, H, T, _ = query.shape
-    blocks = []
-    size = max(1, min(QUERY_BLOCK, SCORE_ELEMENTS // (H * max(1, T - start))))
-    for low in range(start, T, size):
-        high = min(low + size, T)
-        step = max(1, SCORE_ELEMENTS // (H * (high - low) * (high - start)))
-        blocks.append((low, high, [slice(b, min(b + step, B)) for b in range(0, B, step)]))
-    return blocks
+def attention_and_received(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
+    start: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+    offsets: Tensor | None = None,
+    starts: Tensor | None = None,
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fast twin of `attributes.attention_and_received`: on a CPU both come from one set of weights.
 
-
-def _scores(
-    query: Tensor, key: Tensor, low: int, high: int, left: int, right: int, scaling: float, softcap: float | None
-) -> Tensor:
-    """Float32 scores of queries [low, high) against keys [left, right), (B, K, G, q, k); safe to change in place."""
-    B, H, _, D = query.shape
-    K = key.shape[1]
-    q = query[:, :, low:high].reshape(B, K, H // K * (high - low), D)
-    scores = (q.float() * scaling) @ key[:, :, left:right].float().transpose(-1, -2)
-    scores = scores.view(B, K, H // K, high - low, right - left)
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    return scores
-
-
-def _hidden(
-    low: int, high: int, left: int, right: int, window: int | None, device: torch.device, *, strict: bool = False
-) -> Tensor:
-    """True where query [low, high) may not see key [left, right), (q, k); `strict` hides the token itself too."""
-    q = torch.arange(low, high, device=device)[:, None]
-    k = torch.arange(left, right, device=device)[None, :]
-    hidden = k >= q if strict else k > q
-    return hidden if window is None else hidden | (k <= q - window)
+    Arguments, shapes and results: see `attention` and `attention_received`.
+    """
+    options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
+    if query.device.type == "cpu" and offsets is None:
+        output, _, received = blockwise.attention(query, key, value, lengths=lengths, start=start, **options)
+        assert received is not None
+        return output, received
+    output, logsumexp = attention(query, key, value, offsets=offsets, longest=longest, **options)
+    options |= {"offsets": offsets, "starts": starts, "logsumexp": logsumexp}
+    return output, attention_received(query, key, lengths, start=start, **options)
 
 
 def predictions(
@@ -233,45 +181,19 @@ def predictions(
     Arguments, shapes and result: see `attributes.predictions`.
     """
     result = torch.empty(3, len(targets), dtype=torch.float32, device=hidden.device)
+    product = heads.reusing(head, hidden)
+    at_once = LOGIT_ELEMENTS if product is head else REUSED_ELEMENTS
     rows = 64  # the first chunk also tells the vocabulary size, which a quantised or wrapped head does not show
     low = 0
     while low < len(targets):
         high = min(low + rows, len(targets))
-        logits, picked = head(hidden[low:high]), targets[low:high]  # (n, V), (n,)
+        logits, picked = product(hidden[low:high]), targets[low:high]  # (n, V), (n,)
         moments = triton_dispatch.attempt("moments", logits, picked, scale=scale, softcap=softcap)
-        elements = LOGIT_ELEMENTS if moments is None else TRITON_LOGIT_ELEMENTS
+        elements = at_once if moments is None else TRITON_LOGIT_ELEMENTS
         rows = max(1, elements // logits.shape[-1])
-        result[:, low:high] = _moments_in_parts(logits, picked, scale, softcap) if moments is None else moments
+        if moments is None:
+            aliases = logits.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr()
+            moments = heads.moments(logits.clone() if aliases else logits, picked, scale=scale, softcap=softcap)
+        result[:, low:high] = moments
         low = high
     return result
-
-
-def _moments_in_parts(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> Tensor:
-    if scale != 1.0:
-        logits = logits * scale
-    if softcap is not None:
-        logits = logits.float().div_(softcap).tanh_().mul_(softcap)
-    elements = MOMENT_ELEMENTS if logits.device.type == "cpu" else LOGIT_ELEMENTS
-    rows = max(1, elements // logits.shape[-1])
-    parts = [slice(low, low + rows) for low in range(0, len(targets), rows)]
-    return torch.cat([_moments(logits[part], targets[part]) for part in parts], 1)
-
-
-def _moments(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of the targets, entropies and deviations of rows of logits, (n, V) -> (3, n) float32.
-
-    With x a logit's distance to the row's maximum and P the largest probability, log p = x + log P; so the entropy is
-    -log P - sum p x, and the variance sum p x^2 - (sum p x)^2. Distances to the maximum, and not log p, because one
-    fused softmax then gives all that needs an exponential; and the mean of -x is at most the entropy, so that little
-    cancels in the variance, and all of it in float32.
-    """
-    exact = logits.float()
-    p = exact.softmax(-1)
-    log_peak = p.amax(-1).log()
-    peak = exact.amax(-1, keepdim=True)
-    picked = exact.gather(-1, targets[:, None]) - peak
-    x = exact.sub(peak) if exact is logits else exact.sub_(peak)
-    x.clamp_(min=IMPOSSIBLE)  # p is 0 all the same, and 0 * x stays 0
-    mean = p.mul_(x).sum(-1)
-    deviation = (p.mul_(x).sum(-1) - mean * mean).clamp_(min=0).sqrt_()
-    return torch.stack([picked[:, 0] + log_peak, -log_peak - mean, deviation])

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from tests.test_attributes import head_of
-from xtf_plugin import attributes, kernels, triton_kernels, triton_moments
+from tests.test_predictions import head_of
+from xtf_plugin import attributes, heads, triton_kernels, triton_moments
 
 if not triton_kernels.INTERPRETED:
     pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
@@ -47,7 +47,7 @@ def test_parity(dtype, options):
     low = logits * options.get("scale", 1.0)
     if "softcap" in options:
         low = options["softcap"] * torch.tanh(low / options["softcap"])
-    naive = kernels._moments(low, targets) if dtype is torch.float32 else naive_moments(low, targets)
+    naive = heads.moments(low.clone(), targets) if dtype is torch.float32 else naive_moments(low, targets)
     error, naive_error = ((x - truth).abs().amax(-1) for x in (moments(logits, targets, **options), naive))
     assert (error <= naive_error + 1e-5).all(), (error, naive_error)
     assert (error < 5e-5).all(), error
