@@ -35,24 +35,29 @@ class ScoringStats:
             setattr(self, name, getattr(self, name) + value)
 
 
-def plan_batches(lengths: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
+def plan_batches(lengths: NDArray[np.int64], budget: int, *, packed: bool = False) -> Iterator[NDArray[np.int64]]:
     """Cut documents, longest first, into batches of at most `budget` padded tokens (a longer document goes alone).
 
     Longest first: memory runs out at once or not at all, and neighbours in length waste little padding.
 
     Args:
         lengths: (N,) tokens per document; empty documents are left out.
+        packed: documents lie one behind the other, so that there is no padding to count.
 
     Yields:
         indices into `lengths`, ties in order of index.
     """
     order = np.lexsort((np.arange(len(lengths)), -lengths))
     order = order[lengths[order] > 0]
+    ends = np.concatenate([[0], np.cumsum(lengths[order])])
     low = 0
     while low < len(order):
-        size = max(1, budget // int(lengths[order[low]]))
-        yield order[low : low + size]
-        low += size
+        if packed:
+            size = int(np.searchsorted(ends, ends[low] + budget, side="right")) - 1 - low
+        else:
+            size = budget // int(lengths[order[low]])
+        yield order[low : low + max(1, size)]
+        low += max(1, size)
 
 
 def default_batch_tokens(device: torch.device) -> int:

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from . import kernels
 from .errors import XTFError
+from .packing import Packed
 
 IMPLEMENTATION = "xtf_received"
 
@@ -32,6 +33,7 @@ class Recorder:
     layers: frozenset[int]
     lengths: Tensor
     start: int = 0
+    packed: Packed | None = None
     received: Tensor | None = None
     seen: list[int] = field(default_factory=list)
     layer_windows: set[int] = field(default_factory=set)
@@ -40,6 +42,20 @@ class Recorder:
     def mean(self) -> Tensor | None:
         """Attention received averaged over the chosen layers, (B, T) float32, or None if no layer was chosen."""
         return None if self.received is None else self.received / len(self.layers)
+
+    def samples(self, T: int) -> set[int]:
+        """Tokens whose rows of a mask are looked at; among them the last of the longest document."""
+        last = T - 1
+        if self.packed is not None:
+            last = int(self.packed.offsets[int(self.packed.offsets.diff().argmax()) + 1]) - 1
+        return {0, T // 2, T - 1, last}
+
+    def begin(self, query: int) -> int:
+        """Where the document of this token begins; 0 in rows of one document, whose masks end there anyway."""
+        if self.packed is None:
+            return 0
+        ends = self.packed.offsets
+        return int(ends[ends <= query][-1])
 
     def refuse(self, what: str) -> XTFError:
         """The error for an attention we would score wrongly."""
@@ -81,16 +97,19 @@ def received_attention(
     if torch.is_autocast_enabled(query.device.type):  # as autocast does for stock SDPA: rotary embeddings leave float32
         dtype = torch.get_autocast_dtype(query.device.type)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
+    packed = recorder.packed
+    longest = query.shape[2] if packed is None else packed.longest
+    window = sliding_window if sliding_window is not None and sliding_window < longest else None
     options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
+    if packed is not None:
+        options |= {"offsets": packed.offsets, "longest": packed.longest}
     index = int(getattr(module, "layer_idx", -1))
     recorder.seen.append(index)
     if window is not None:
         recorder.layer_windows.add(window)
     if index in recorder.layers:
-        output, received = kernels.attention_and_received(
-            query, key, value, recorder.lengths, start=recorder.start, **options
-        )
+        options |= {"start": recorder.start, "starts": None if packed is None else packed.starts}
+        output, received = kernels.attention_and_received(query, key, value, recorder.lengths, **options)
         recorder.received = received if recorder.received is None else recorder.received + received
     else:
         output, _ = kernels.attention(query, key, value, **options)
@@ -110,13 +129,15 @@ def received_mask(
         return
     if attention_mask is not None or q_length != kv_length:
         raise recorder.refuse("it was given a padding mask")
-    zero, keys = torch.tensor(0), torch.arange(kv_length)
-    for query in {0, q_length // 2, q_length - 1}:
-        row = torch.as_tensor(mask_function(zero, zero, torch.tensor(query), keys)).expand(kv_length)
-        width = int(row.sum())
+    device = recorder.lengths.device if recorder.packed is not None else None  # where a packed mask has its documents
+    zero, keys = torch.tensor(0, device=device), torch.arange(kv_length, device=device)
+    for query in recorder.samples(q_length):
+        row = mask_function(zero, zero, torch.tensor(query, device=device), keys)
+        row = torch.as_tensor(row, device=device).expand(kv_length)
+        width, begin = int(row.sum()), recorder.begin(query)
         if not torch.equal(row, (keys <= query) & (keys > query - width)):
             raise recorder.refuse("its attention mask is neither causal nor a causal sliding window")
-        if width <= query:
+        if width < query + 1 - begin:
             recorder.mask_windows.add(width)
 
 

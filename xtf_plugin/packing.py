@@ -16,6 +16,28 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Documents one behind the other in one row.
+
+    Args:
+        offsets: (n + 1,) int64, where each begins, on the row's device.
+        starts: (n,) int64, each one's first column of attention received that is wanted.
+        longest: tokens of the longest.
+    """
+
+    offsets: Tensor
+    starts: Tensor
+    longest: int
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of every token within its document, (1, T)."""
+        lengths = self.offsets.diff()
+        every = torch.arange(int(self.offsets[-1]), device=self.offsets.device)
+        return (every - self.offsets[:-1].repeat_interleave(lengths))[None]
+
+
+@dataclass(frozen=True)
 class Group:
     """Some documents of a row: which they are (n,), their lengths (n,), where their tokens lie (n, L), which are theirs
     and no padding (n, L).

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from . import kernels
 from .capture import Recorder, attention_switched, check_recorded, recording
 from .errors import XTFError, XTFUserError
+from .narrowing import last_feed_forward, only_where
+from .packing import Packed
 
 T = TypeVar("T")
 
@@ -40,7 +42,9 @@ class Reference:
     name: str
     adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    checked: bool = field(default=False, init=False)
+    checked: bool = field(default=False, init=False)  # these three: see `trial`
+    packs: bool = field(default=False, init=False)
+    narrows: bool = field(default=False, init=False)
 
     @property
     def lockstep(self) -> bool:
@@ -101,28 +105,42 @@ class Reference:
             yield
 
     def forward(
-        self, input_ids: Tensor, lengths: Tensor, layers: tuple[int, ...], start: int = 0
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        layers: tuple[int, ...],
+        start: int = 0,
+        *,
+        packed: Packed | None = None,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """One decoder forward; call it inside `scoring(record=bool(layers))`.
+        """One decoder forward; call it inside `scoring(record=bool(layers) or packed is not None)`.
 
         Args:
-            input_ids: (B, T), right-padded; lengths: (B,) on the same device.
+            input_ids: (B, T), right-padded; lengths: (B,) on the same device. Packed: (1, T) and (n,).
             layers: layers whose attention is recorded, possibly none.
             start: first column of attention received that is wanted.
+            packed: where the documents of a packed row are; None: each row is one.
+            wanted: (B, T) bool, states that somebody reads: the others may come out as anything. None: all.
 
         Returns:
             last hidden states (B, T, D); attention received (B, T) float32, or None without layers.
         """
-        if not layers:
-            return self._hidden(input_ids), None
-        recorder = Recorder(self.name, frozenset(layers), lengths, start)
-        with recording(recorder):
-            hidden = self._hidden(input_ids)
+        feed_forward = last_feed_forward(self.decoder) if self.narrows and wanted is not None else None
+        with ExitStack() as stack:
+            if wanted is not None:
+                stack.enter_context(only_where(feed_forward, wanted))
+            if not layers and packed is None:
+                return self._hidden(input_ids), None
+            recorder = Recorder(self.name, frozenset(layers), lengths, start, packed)
+            stack.enter_context(recording(recorder))
+            hidden = self._hidden(input_ids, None if packed is None else packed.positions)
         check_recorded(recorder, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None))
         return hidden, recorder.mean()
 
-    def _hidden(self, input_ids: Tensor) -> Tensor:
-        hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    def _hidden(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        given = {} if positions is None else {"position_ids": positions}
+        hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False, **given).last_hidden_state
         if hidden.shape[:2] != input_ids.shape:
             raise XTFError(
                 f"{self.name} was given {input_ids.shape[1]} tokens and read {hidden.shape[1]}: it cuts its input off "
@@ -140,57 +158,6 @@ class Reference:
         head = self.model.get_output_embeddings()
         return kernels.predictions(hidden, head, targets, scale=scale, softcap=softcap)
 
-    def check_against_own_forward(self, input_ids: Tensor, tolerance: float, layers: tuple[int, ...]) -> None:
-        """Compare our log-probabilities with those of the model's own forward and attention on one short document.
-
-        Catches a model whose head or attention does something that we do not know of.
-
-        Raises:
-            XTFError: they differ by more than `tolerance` nats on average; names the model.
-        """
-        if self.checked or len(input_ids) < 2:
-            return
-        lengths = torch.tensor([len(input_ids)], device=input_ids.device)
-
-        def run() -> tuple[Tensor, Tensor]:
-            hidden, _ = self.forward(input_ids[None], lengths, layers)
-            with _own_attention(self):
-                logits = type(self.model).forward(self.model, input_ids=input_ids[None], use_cache=False).logits
-            self._check_logits(logits, len(input_ids))
-            return self.predictions(hidden[0, :-1], input_ids[1:])[0], logits
-
-        with self.scoring(record=bool(layers)):
-            ours, logits = self.whole(run)
-        theirs = logits[0, :-1].float().log_softmax(-1).gather(-1, input_ids[1:, None])[:, 0]
-        if not bool(theirs.isfinite().any()):
-            raise XTFError(
-                f"the reference {self.name} gives NaN or infinite log-probabilities: its weights or its precision are "
-                "broken. "
-                "Try `reference.dtype: float32`, or another reference."
-            )
-        gap = float((ours - theirs).abs().mean())
-        if not gap <= tolerance:
-            raise XTFError(
-                f"{self.name} ({type(self.model).__name__}): log-probabilities differ from the model's own forward by "
-                f"{gap:.2g} nats on average (allowed: {tolerance:.2g}). This architecture is not supported as a "
-                "reference; "
-                "name another one under `reference.model`."
-            )
-        self.checked = True
-
-    def _check_logits(self, logits: Any, length: int) -> None:
-        """Refuse a forward that leaves its logits out, or puts something else in their place, to save memory."""
-        vocabulary = int(getattr(self.text_config, "vocab_size", 0))
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
-        if len(shape) != 3 or shape[:2] != (1, length) or shape[2] < vocabulary:
-            raise XTFError(
-                f"{self.name} ({type(self.model).__name__}) gives no logits for its log-probabilities to be held "
-                f"against: for {length} tokens and a vocabulary of {vocabulary} it gives "
-                f"{shape or type(logits).__name__}. Let its forward give them (in Unsloth the environment variable "
-                "UNSLOTH_RETURN_LOGITS=1, and no UNSLOTH_RETURN_HIDDEN_STATES), or name another reference under "
-                "`reference.model`."
-            )
-
 
 def _restore(training: list[tuple[nn.Module, bool]], gradients: list[tuple[nn.Parameter, bool]]) -> None:
     for module, flag in training:
@@ -198,18 +165,6 @@ def _restore(training: list[tuple[nn.Module, bool]], gradients: list[tuple[nn.Pa
     for parameter, flag in gradients:  # PEFT turns adapters back on with requires_grad=True, also where it was False
         if parameter.requires_grad is not flag:
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _own_attention(reference: Reference) -> Iterator[None]:
-    """Inside `scoring()`: a plain implementation of the model's attention instead of ours."""
-    config = reference.model.config
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 def resolve_layers(choice: str | list[int] | tuple[int, ...], text_config: Any) -> tuple[int, ...]:

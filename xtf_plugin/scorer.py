@@ -26,7 +26,9 @@ from .errors import XTFError
 from .ranks import ALONE, Ranks
 from .records import Records
 from .reference import Reference
+from .rows import laid_out
 from .sharing import meet, share_out
+from .trial import against_own_forward
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ def score(
     name = f"xtf: {label}" if ranks.size == 1 else f"xtf: {label}, rank {ranks.rank} of {ranks.size}"
     bar = tqdm(total=int(documents.lengths[own].sum()), unit="tok", unit_scale=True, desc=name, disable=not progress)
     work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)))
-    with bar, reference.scoring(record=bool(layers)):
+    with bar, reference.scoring(record=bool(layers) or reference.packs):
         if ranks.size == 1:
             for records in work.batches(own, budget):
                 sink(records)
@@ -109,7 +111,8 @@ class _Work:
     def batches(self, wanted: NDArray[np.int64], budget: int) -> Iterator[Records]:
         """Scores of the `wanted` documents; batches are halved when memory runs out."""
         lengths = self.documents.lengths[wanted]
-        pending = list(plan_batches(lengths, budget))[::-1]
+        packs = self.reference.packs
+        pending = list(plan_batches(lengths, budget, packed=packs))[::-1]
         while pending:
             batch = pending.pop()
             try:
@@ -117,9 +120,10 @@ class _Work:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                budget = _halve(len(batch), int(lengths[batch[0]]), self.reference.device, error)
+                tokens = int(lengths[batch].sum()) if packs else len(batch) * int(lengths[batch[0]])
+                budget = _halve(len(batch), int(lengths[batch[0]]), tokens, self.reference.device, error)
                 rest = np.concatenate([batch, *pending[::-1]])
-                pending = [rest[part] for part in plan_batches(lengths[rest], budget)][::-1]
+                pending = [rest[part] for part in plan_batches(lengths[rest], budget, packed=packs)][::-1]
                 self.stats.halvings += 1
 
     def in_step(self, wanted: NDArray[np.int64], budget: int, forwards: int, filler: int) -> Iterator[Records]:
@@ -158,33 +162,22 @@ def _score_batch(
     documents: DocumentSet, batch: NDArray[np.int64], reference: Reference, layers: tuple[int, ...]
 ) -> tuple[Records, int]:
     """Scores of one batch of documents, in the order given, and the tokens it took with its padding."""
-    lengths = documents.lengths[batch]
-    T = int(lengths.max())
-    input_ids = np.zeros((len(batch), T), dtype=np.int64)
-    completion = np.zeros((len(batch), T), dtype=bool)
-    for row, index in enumerate(batch):
-        tokens, labelled = documents.document(int(index))
-        input_ids[row, : len(tokens)], completion[row, : len(tokens)] = tokens, labelled
-    device = reference.device
-    ids = torch.from_numpy(input_ids).to(device)
-    mask = torch.from_numpy(completion).to(device)
-    picked_columns = np.flatnonzero(completion.any(0))
-    start = int(picked_columns[0]) if len(picked_columns) else T
-    predicted = mask.clone()
-    predicted[:, 0] = False  # nothing predicts a document's first token
-    predictions = torch.full((3, *mask.shape), float("nan"), dtype=torch.float32, device=device)
+    rows = laid_out(documents, batch, reference.device, packed=reference.packs)
+    predictions = torch.full((3, *rows.mask.shape), float("nan"), dtype=torch.float32, device=reference.device)
 
     def run() -> Tensor | None:
-        hidden, received = reference.forward(ids, torch.from_numpy(lengths).to(device), layers, min(start, T - 1))
-        states = hidden[:, :-1][predicted[:, 1:].to(hidden.device)]  # (N, D): the state before each predicted token
-        predictions[:, predicted] = reference.predictions(states, ids[predicted])
+        hidden, received = reference.forward(
+            rows.ids, rows.lengths, layers, rows.start, packed=rows.packed, wanted=rows.read
+        )
+        states = hidden[rows.read.to(hidden.device)]  # (N, D): the state before each predicted token
+        predictions[:, rows.predicted] = reference.predictions(states, rows.ids[rows.predicted])
         return received
 
     received = reference.whole(run)
-    offsets = np.concatenate([[0], np.cumsum(completion.sum(1))]).astype(np.int64)
-    attention = None if received is None else received[mask].float().cpu().numpy()
-    logprobs, entropy, deviation = predictions[:, mask].cpu().numpy()
-    return Records(documents.keys[batch], offsets, logprobs, entropy, deviation, attention), int(input_ids.size)
+    attention = None if received is None else received[rows.mask].float().cpu().numpy()
+    logprobs, entropy, deviation = predictions[:, rows.mask].cpu().numpy()
+    records = Records(documents.keys[batch], rows.offsets, logprobs, entropy, deviation, attention)
+    return records, int(rows.ids.numel())
 
 
 def _check_reference(
@@ -203,7 +196,7 @@ def _check_reference(
     if len(candidates):
         ids, _ = documents.document(int(candidates[0]))
         sample = torch.from_numpy(ids[:CHECK_TOKENS].astype(np.int64)).to(reference.device)
-        reference.check_against_own_forward(sample, 0.1 if _low_precision(reference) else 1e-3, layers)
+        against_own_forward(reference, sample, 0.1 if _low_precision(reference) else 1e-3, layers)
 
 
 def _low_precision(reference: Reference) -> bool:
@@ -222,8 +215,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
 
 
-def _halve(size: int, longest: int, device: torch.device, error: BaseException) -> int:
-    """The token budget to go on with after a batch of `size` documents did not fit."""
+def _halve(size: int, longest: int, tokens: int, device: torch.device, error: BaseException) -> int:
+    """The token budget to go on with after a batch of `size` documents did not fit, `tokens` with their padding."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if size == 1:
@@ -231,7 +224,7 @@ def _halve(size: int, longest: int, device: torch.device, error: BaseException) 
             f"out of memory while scoring a single document of {longest} tokens ({error}). Lower max_length, or name a "
             "smaller or more strongly quantised model under xtf `reference.model`."
         ) from error
-    budget = size // 2 * longest
+    budget = max(longest, tokens // 2)
     logger.warning(
         "xtf: out of memory with %d documents of up to %d tokens; going on with batches of %d tokens. Setting "
         "`batch_tokens: %d` avoids the retry.",

@@ -1,0 +1,171 @@
+"""Shortcuts of the scoring pass: documents packed in one row, and a last layer that works for nobody's sake.
+
+Both have to give what the pass without them gives, and are not taken where a model would not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests import eager, tiny
+from tests.test_scorer import rows, run
+from xtf_plugin import narrowing, scorer, trial
+from xtf_plugin.documents import collect
+from xtf_plugin.reference import Reference
+from xtf_plugin.rows import laid_out
+
+
+@pytest.fixture
+def packing(monkeypatch):
+    """Packed rows on this device too."""
+    monkeypatch.setattr(trial, "PACKED_ON", ("cpu", "cuda"))
+
+
+def agrees(model, documents, found, layers=(0, 1)):
+    for index in range(len(documents)):
+        ids, completion = documents.document(index)
+        logprobs, received = eager.scores(model, ids.astype(np.int64), layers)
+        ours = found[documents.keys[index].tobytes()]
+        np.testing.assert_allclose(ours.logprobs, logprobs[completion].numpy(), atol=2e-5, rtol=0)
+        if ours.attention is not None:
+            np.testing.assert_allclose(ours.attention, received[completion].numpy(), atol=2e-5, rtol=0)
+
+
+class TestPacked:
+    @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+    def test_agrees_with_eager_maps_and_full_logits(self, packing, family):
+        model, documents = tiny.model(family), collect(rows())
+        found, stats = run(documents, model, (0, 1), batch_tokens=150)
+        assert stats.padded_tokens == stats.tokens, "nothing was packed"
+        agrees(model, documents, found)
+
+    def test_without_layers_too(self, packing):
+        model, documents = tiny.model(), collect(rows())
+        found, stats = run(documents, model, (), batch_tokens=150)
+        assert stats.padded_tokens == stats.tokens
+        agrees(model, documents, found)
+        assert model.config._attn_implementation != "xtf_received"
+
+    @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral"])
+    def test_windows_reach_over_no_document(self, packing, family):
+        """Rows longer than the window, of documents shorter and longer than it."""
+        model = tiny.model(family)
+        documents = collect(rows(sizes=(model.config.sliding_window - 2, model.config.sliding_window + 30, 9)))
+        found, stats = run(documents, model, (0, 1), batch_tokens=10_000)
+        assert stats.batches == 1 and stats.padded_tokens == stats.tokens
+        agrees(model, documents, found)
+
+    def test_a_batch_that_does_not_fit_is_halved(self, packing, monkeypatch):
+        model, documents = tiny.model(), collect(rows(sizes=range(10, 60)))
+        forward = Reference.forward
+
+        def greedy(self, input_ids, *args, **kwargs):
+            if input_ids.numel() > 600:
+                raise torch.OutOfMemoryError("planted")
+            return forward(self, input_ids, *args, **kwargs)
+
+        monkeypatch.setattr(Reference, "forward", greedy)
+        found, stats = run(documents, model, (1,), batch_tokens=4_000)
+        assert len(found) == len(documents) and stats.halvings >= 2 and stats.padded_tokens == stats.tokens
+
+    @pytest.mark.parametrize("ignored", [False, True])
+    def test_a_model_that_counts_from_the_row_is_padded(self, packing, monkeypatch, ignored):
+        """GPT-2 has an embedding for each position; rotary ones do not mind where a document begins."""
+        fast = tiny.tokenizer()
+        config = GPT2Config(vocab_size=len(fast), n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+        torch.manual_seed(0)
+        model, documents = GPT2LMHeadModel(config).eval(), collect(rows())
+        model.transformer.wpe.weight.data.normal_()
+        own = type(model.transformer).forward
+
+        def counting(self, *args, position_ids=None, **kwargs):
+            return own(self, *args, position_ids=None if ignored else position_ids, **kwargs)
+
+        monkeypatch.setattr(type(model.transformer), "forward", counting)
+        found, stats = run(documents, model, (0, 1), batch_tokens=150)
+        assert (stats.padded_tokens > stats.tokens) == ignored
+        agrees(model, documents, found)
+
+    def test_a_model_that_takes_no_positions_is_padded(self, packing, monkeypatch):
+        model, documents = tiny.model(), collect(rows())
+        own = type(model.model).forward
+
+        def without(self, *args, position_ids=None, **kwargs):
+            if position_ids is not None:
+                raise TypeError("forward() got an unexpected keyword argument 'position_ids'")
+            return own(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(model.model), "forward", without)
+        found, stats = run(documents, model, (0, 1), batch_tokens=150)
+        assert stats.padded_tokens > stats.tokens
+        agrees(model, documents, found)
+
+    def test_a_cpu_pads(self):
+        _, stats = run(collect(rows()), tiny.model(), (0,), batch_tokens=150)
+        assert stats.padded_tokens > stats.tokens
+
+    def test_batches_hold_what_the_budget_allows(self):
+        lengths = np.asarray([7, 30, 4, 0, 30, 100, 1])
+        plans = list(scorer.plan_batches(lengths, 64, packed=True))
+        assert [plan.tolist() for plan in plans] == [[5], [1, 4], [0, 2, 6]]
+
+
+class TestNarrow:
+    @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+    def test_the_last_layer_works_for_the_tokens_that_are_read(self, family, monkeypatch):
+        model, documents = tiny.model(family), collect(rows())
+        reference = Reference(model, "tiny")
+        trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
+        module, seen = narrowing.last_feed_forward(reference.decoder), []
+        assert module is not None and reference.narrows
+        own = module.forward
+        monkeypatch.setattr(module, "forward", lambda x: seen.append(x.shape[:-1].numel()) or own(x))
+        batch = np.arange(len(documents))
+        read = laid_out(documents, batch, reference.device)
+        with reference.scoring(record=False):
+            narrow = reference.forward(read.ids, read.lengths, (), wanted=read.read)[0]
+            whole = reference.forward(read.ids, read.lengths, ())[0]
+        assert seen == [int(read.read.sum()), read.ids.numel()]
+        assert torch.allclose(narrow[read.read], whole[read.read], atol=1e-5)
+        assert not torch.allclose(narrow[~read.read], whole[~read.read], atol=1e-3)
+
+    def test_what_the_module_held_is_put_back(self):
+        model = tiny.model()
+        module = narrowing.last_feed_forward(model.model)
+        for given in (None, lambda x: x):
+            if given is not None:
+                module.forward = given
+            before = dict(vars(module))
+            with narrowing.only_where(module, torch.ones(1, 4, dtype=torch.bool)):
+                assert module.forward is not before.get("forward")
+            assert vars(module) == before
+
+    def test_a_part_that_looks_at_its_neighbours_is_left_whole(self, monkeypatch):
+        model, documents = tiny.model(), collect(rows())
+        mlp = type(narrowing.last_feed_forward(model.model))
+        own = mlp.forward
+        monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.cumsum(1)))
+        reference = Reference(model, "tiny")
+        trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
+        assert not reference.narrows
+        found, _ = run(documents, model, (0, 1), batch_tokens=150)
+        agrees(model, documents, found)
+
+    def test_a_part_that_gives_more_than_a_tensor_is_called_as_ever(self):
+        class Pair(torch.nn.Module):
+            def forward(self, x):
+                return x * 2, x.sum()
+
+        module, x = Pair(), torch.randn(2, 3, 4)
+        with narrowing.only_where(module, torch.tensor([[True, False, False]] * 2)):
+            result, total = module(x)
+        assert torch.equal(result, x * 2) and total == x.sum()
+
+    def test_nothing_that_is_read(self):
+        module = torch.nn.Linear(4, 4)
+        x = torch.randn(1, 3, 4)
+        with narrowing.only_where(module, torch.zeros(1, 3, dtype=torch.bool)):
+            assert torch.equal(module(x), module(x))
