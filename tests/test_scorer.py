@@ -146,7 +146,7 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
     def broken(self, *args, **kwargs):
         raise RuntimeError("planted shape error")
 
-    monkeypatch.setattr(scorer, "_score_batch", broken)
+    monkeypatch.setattr(scorer, "_launch", broken)
     with pytest.raises(RuntimeError, match="planted shape error"):
         run(collect(rows()), tiny.model(), (1,))
 

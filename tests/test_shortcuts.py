@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests import eager, tiny
 from tests.test_scorer import rows, run
-from xtf_plugin import narrowing, scorer, trial
+from xtf_plugin import memory, narrowing, scorer, trial
 from xtf_plugin.documents import collect
 from xtf_plugin.reference import Reference
 from xtf_plugin.rows import laid_out
@@ -123,14 +123,14 @@ class TestNarrow:
         assert module is not None and reference.narrows
         own = module.forward
         monkeypatch.setattr(module, "forward", lambda x: seen.append(x.shape[:-1].numel()) or own(x))
-        batch = np.arange(len(documents))
-        read = laid_out(documents, batch, reference.device)
+        given = laid_out(documents, np.arange(len(documents)), reference.device)
         with reference.scoring(record=False):
-            narrow = reference.forward(read.ids, read.lengths, (), wanted=read.read)[0]
-            whole = reference.forward(read.ids, read.lengths, ())[0]
-        assert seen == [int(read.read.sum()), read.ids.numel()]
-        assert torch.allclose(narrow[read.read], whole[read.read], atol=1e-5)
-        assert not torch.allclose(narrow[~read.read], whole[~read.read], atol=1e-3)
+            narrow = reference.forward(given.ids, given.lengths, (), wanted=given.read)[0].flatten(0, 1)
+            whole = reference.forward(given.ids, given.lengths, ())[0].flatten(0, 1)
+        assert seen == [len(given.read), given.ids.numel()]
+        assert torch.allclose(narrow[given.read], whole[given.read], atol=1e-5)
+        others = np.setdiff1d(np.arange(len(whole)), given.read.numpy())
+        assert not torch.allclose(narrow[others], whole[others], atol=1e-3)
 
     def test_what_the_module_held_is_put_back(self):
         model = tiny.model()
@@ -139,7 +139,7 @@ class TestNarrow:
             if given is not None:
                 module.forward = given
             before = dict(vars(module))
-            with narrowing.only_where(module, torch.ones(1, 4, dtype=torch.bool)):
+            with narrowing.only_where(module, torch.arange(4), 4):
                 assert module.forward is not before.get("forward")
             assert vars(module) == before
 
@@ -160,12 +160,53 @@ class TestNarrow:
                 return x * 2, x.sum()
 
         module, x = Pair(), torch.randn(2, 3, 4)
-        with narrowing.only_where(module, torch.tensor([[True, False, False]] * 2)):
+        with narrowing.only_where(module, torch.tensor([0, 3]), 6):
             result, total = module(x)
         assert torch.equal(result, x * 2) and total == x.sum()
 
     def test_nothing_that_is_read(self):
         module = torch.nn.Linear(4, 4)
         x = torch.randn(1, 3, 4)
-        with narrowing.only_where(module, torch.zeros(1, 3, dtype=torch.bool)):
+        with narrowing.only_where(module, torch.zeros(0, dtype=torch.long), 3):
             assert torch.equal(module(x), module(x))
+
+
+class TestDevice:
+    """What is for GPUs alone, with stand-ins for one."""
+
+    def test_scores_that_are_waited_for_later_are_the_same(self, monkeypatch):
+        model, documents = tiny.model(), collect(rows(sizes=range(10, 60)))
+        at_once, _ = run(documents, model, (1,), batch_tokens=400)
+        monkeypatch.setattr(scorer, "LAG", {"cpu": 2})
+        later, stats = run(documents, model, (1,), batch_tokens=400)
+        assert stats.batches > 3 and stats.documents == len(later) == len(documents)
+        for key, records in at_once.items():
+            for name, values in records.columns.items():
+                np.testing.assert_array_equal(values, later[key].columns[name])
+
+    @pytest.mark.parametrize("free, batches", [(10**9, 2), (200_000, 5), (0, 5)])
+    def test_batches_are_as_large_as_the_memory_of_the_first_says(self, monkeypatch, free, batches):
+        class Meter:
+            def reset(self):
+                pass
+
+            def grown(self):
+                return 300 * 1_000  # a thousand bytes a token
+
+            def free(self):
+                return free
+
+        monkeypatch.setattr(scorer, "meter", lambda device: Meter())
+        monkeypatch.setattr(scorer, "FIRST", 300)
+        monkeypatch.setattr(memory, "FIRST", 300)
+        documents = collect(rows(sizes=(30,) * 50))
+        _, stats = run(documents, tiny.model(), ())
+        assert stats.batches == batches
+        _, stats = run(documents, tiny.model(), (), batch_tokens=600)
+        assert stats.batches == 3  # what the block says is not measured
+
+    def test_a_batch_takes_what_is_free_and_no_more(self):
+        assert memory.budget_for(1_000, 10**6, 10**6 * 12) == 8_400
+        assert memory.budget_for(1_000, 10**6, 10**12) == memory.MOST
+        assert memory.budget_for(1_000, 10**6, 0) == memory.FIRST
+        assert memory.budget_for(1_000, 0, 10**6) == memory.MOST

@@ -29,11 +29,14 @@ def last_feed_forward(decoder: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def only_where(module: nn.Module | None, wanted: Tensor) -> Iterator[None]:
-    """Within this, the module gives 0 for tokens that are not `wanted`, (B, T) bool, and does not work them out.
+def only_where(module: nn.Module | None, wanted: Tensor, tokens: int) -> Iterator[None]:
+    """Within this, the module gives 0 for tokens that are not `wanted`, and does not work them out.
 
     A call with anything but one tensor of such tokens, and a module that gives anything but one tensor, stay as they
     are.
+
+    Args:
+        wanted: (P,) indices into the flattened tokens (B * T,); tokens: B * T.
     """
     if module is None:
         yield
@@ -43,15 +46,13 @@ def only_where(module: nn.Module | None, wanted: Tensor) -> Iterator[None]:
 
     def narrowed(*given: Any, **options: Any) -> Any:
         hidden = given[0] if len(given) == 1 and not options else None
-        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != wanted.shape:
+        if not isinstance(hidden, Tensor) or hidden.shape[:-1].numel() != tokens or not len(wanted):
             return forward(*given, **options)
-        rows = hidden[wanted]
-        result = forward(rows[None]) if len(rows) else None
+        result = forward(hidden.flatten(0, -2)[wanted][None])
         if not isinstance(result, Tensor):
             return forward(hidden)
-        output = torch.zeros(*wanted.shape, result.shape[-1], dtype=result.dtype, device=result.device)
-        output[wanted] = result[0]
-        return output
+        output = torch.zeros(tokens, result.shape[-1], dtype=result.dtype, device=result.device)
+        return output.index_copy_(0, wanted, result[0]).view(*hidden.shape[:-1], -1)
 
     module.forward = narrowed
     try:

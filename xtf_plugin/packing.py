@@ -29,12 +29,10 @@ class Packed:
     starts: Tensor
     longest: int
 
-    @property
-    def positions(self) -> Tensor:
-        """Position of every token within its document, (1, T)."""
-        lengths = self.offsets.diff()
-        every = torch.arange(int(self.offsets[-1]), device=self.offsets.device)
-        return (every - self.offsets[:-1].repeat_interleave(lengths))[None]
+    def positions(self, T: int) -> Tensor:
+        """Position of every token within its document, (1, T); T tokens in all."""
+        begins = self.offsets[:-1].repeat_interleave(self.offsets.diff(), output_size=T)
+        return (torch.arange(T, device=begins.device) - begins)[None]
 
 
 @dataclass(frozen=True)

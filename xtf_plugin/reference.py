@@ -121,7 +121,8 @@ class Reference:
             layers: layers whose attention is recorded, possibly none.
             start: first column of attention received that is wanted.
             packed: where the documents of a packed row are; None: each row is one.
-            wanted: (B, T) bool, states that somebody reads: the others may come out as anything. None: all.
+            wanted: (P,) indices into the flattened rows of the states that somebody reads: the others may come out as
+                anything. None: all.
 
         Returns:
             last hidden states (B, T, D); attention received (B, T) float32, or None without layers.
@@ -129,12 +130,12 @@ class Reference:
         feed_forward = last_feed_forward(self.decoder) if self.narrows and wanted is not None else None
         with ExitStack() as stack:
             if wanted is not None:
-                stack.enter_context(only_where(feed_forward, wanted))
+                stack.enter_context(only_where(feed_forward, wanted, input_ids.numel()))
             if not layers and packed is None:
                 return self._hidden(input_ids), None
             recorder = Recorder(self.name, frozenset(layers), lengths, start, packed)
             stack.enter_context(recording(recorder))
-            hidden = self._hidden(input_ids, None if packed is None else packed.positions)
+            hidden = self._hidden(input_ids, None if packed is None else packed.positions(input_ids.numel()))
         check_recorded(recorder, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None))
         return hidden, recorder.mean()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from .batches import ScoringStats, default_batch_tokens, plan_batches
 from .documents import DocumentSet
 from .errors import XTFError
+from .memory import FIRST, budget_for, meter
 from .ranks import ALONE, Ranks
 from .records import Records
 from .reference import Reference
@@ -33,6 +35,7 @@ from .trial import against_own_forward
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[Records], None]
+LAG = {"cuda": 1}  # batches that are begun before the scores of one are waited for
 CHECK_TOKENS = 128  # length of the document on which the reference is held against its own forward
 
 
@@ -58,7 +61,7 @@ def score(
         wanted: (n,) indices into `documents`, the same on every rank.
         layers: layers for reasoning importance; empty: no attention received.
         sink: called with the records of each batch of documents.
-        batch_tokens: padded tokens per batch; None: by device.
+        batch_tokens: padded tokens per batch; None: by the device's memory, if it has a meter.
         progress: show a bar, called by `label`.
         ranks: of the run.
         others: called with the records of other ranks; None: `sink`.
@@ -69,7 +72,6 @@ def score(
     Raises:
         XTFError: a single document does not fit into memory; the reference is not supported; another rank failed.
     """
-    budget = batch_tokens or default_batch_tokens(reference.device)
     check = partial(_check_reference, documents, wanted, reference, layers)
     if reference.lockstep:  # its forwards are collectives
         check()
@@ -83,14 +85,15 @@ def score(
     work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)))
     with bar, reference.scoring(record=bool(layers) or reference.packs):
         if ranks.size == 1:
-            for records in work.batches(own, budget):
+            for records in work.batches(own, batch_tokens):
                 sink(records)
             return work.stats
         if reference.lockstep:
+            budget = batch_tokens or default_batch_tokens(reference.device)
             by_rank = [len(list(plan_batches(lengths[rank_of == rank], budget))) for rank in range(ranks.size)]
             batches = work.in_step(own, budget, max(by_rank), wanted[np.argmin(lengths)])
         else:
-            batches = work.batches(own, budget)
+            batches = work.batches(own, batch_tokens)
 
         def take(records: Records, mine: bool) -> None:
             (sink if mine or others is None else others)(records)
@@ -108,23 +111,40 @@ class _Work:
         self.documents, self.reference, self.layers, self.bar, self.stats = documents, reference, layers, bar, stats
         self._start = time.perf_counter()
 
-    def batches(self, wanted: NDArray[np.int64], budget: int) -> Iterator[Records]:
-        """Scores of the `wanted` documents; batches are halved when memory runs out."""
-        lengths = self.documents.lengths[wanted]
-        packs = self.reference.packs
+    def batches(self, wanted: NDArray[np.int64], budget: int | None) -> Iterator[Records]:
+        """Scores of the `wanted` documents; batches are halved when memory runs out.
+
+        With `budget` None the first batch is small, and the others are as large as its memory says.
+        """
+        lengths, packs = self.documents.lengths[wanted], self.reference.packs
+        gauge = meter(self.reference.device) if budget is None else None
+        budget = budget or (default_batch_tokens(self.reference.device) if gauge is None else FIRST)
         pending = list(plan_batches(lengths, budget, packed=packs))[::-1]
+        begun: deque[Callable[[], Records]] = deque()
         while pending:
             batch = pending.pop()
+            tokens = int(lengths[batch].sum()) if packs else len(batch) * int(lengths[batch[0]])
             try:
-                yield self._scored(wanted[batch])
+                if gauge is not None:
+                    gauge.reset()
+                begun.append(self._launch(wanted[batch]))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                tokens = int(lengths[batch].sum()) if packs else len(batch) * int(lengths[batch[0]])
                 budget = _halve(len(batch), int(lengths[batch[0]]), tokens, self.reference.device, error)
-                rest = np.concatenate([batch, *pending[::-1]])
-                pending = [rest[part] for part in plan_batches(lengths[rest], budget, packed=packs)][::-1]
+                pending.append(batch)
                 self.stats.halvings += 1
+            else:
+                if len(begun) > LAG.get(self.reference.device.type, 0):
+                    yield begun.popleft()()
+                if gauge is None:
+                    continue
+                budget = budget_for(tokens, gauge.grown(), gauge.free())
+            gauge = None
+            rest = np.concatenate([np.zeros(0, dtype=np.int64), *pending[::-1]])
+            pending = [rest[part] for part in plan_batches(lengths[rest], budget, packed=packs)][::-1]
+        for collect in begun:
+            yield collect()
 
     def in_step(self, wanted: NDArray[np.int64], budget: int, forwards: int, filler: int) -> Iterator[Records]:
         """The same in exactly `forwards` forwards: the shortest document, `filler`, makes up the number.
@@ -134,7 +154,7 @@ class _Work:
         done = 0
         for batch in plan_batches(self.documents.lengths[wanted], budget):
             try:
-                records = self._scored(wanted[batch])
+                records = self._launch(wanted[batch])()
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -145,39 +165,50 @@ class _Work:
             done += 1
             yield records
         for _ in range(done, forwards):
-            _score_batch(self.documents, np.asarray([filler]), self.reference, self.layers)
+            _launch(self.documents, np.asarray([filler]), self.reference, self.layers)()
 
-    def _scored(self, batch: NDArray[np.int64]) -> Records:
-        records, padded = _score_batch(self.documents, batch, self.reference, self.layers)
-        tokens = int(self.documents.lengths[batch].sum())
+    def _launch(self, batch: NDArray[np.int64]) -> Callable[[], Records]:
+        return partial(self._counted, _launch(self.documents, batch, self.reference, self.layers), batch)
+
+    def _counted(self, collect: Callable[[], Records], batch: NDArray[np.int64]) -> Records:
+        """A batch's scores, when they are there, and what it took."""
+        records, lengths = collect(), self.documents.lengths[batch]
+        tokens = int(lengths.sum())
         self.stats.tokens += tokens
-        self.stats.padded_tokens += padded
+        self.stats.padded_tokens += tokens if self.reference.packs else len(batch) * int(lengths.max())
         self.stats.batches += 1
         self.stats.seconds = time.perf_counter() - self._start  # a bar that is switched off keeps no time
         self.bar.update(tokens)
         return records
 
 
-def _score_batch(
+def _launch(
     documents: DocumentSet, batch: NDArray[np.int64], reference: Reference, layers: tuple[int, ...]
-) -> tuple[Records, int]:
-    """Scores of one batch of documents, in the order given, and the tokens it took with its padding."""
-    rows = laid_out(documents, batch, reference.device, packed=reference.packs)
-    predictions = torch.full((3, *rows.mask.shape), float("nan"), dtype=torch.float32, device=reference.device)
+) -> Callable[[], Records]:
+    """Begin to score one batch of documents; what is returned waits for the scores and gives them, in the order given.
 
-    def run() -> Tensor | None:
+    On a GPU the next batch can be laid out and begun before the last one's scores are waited for.
+    """
+    rows = laid_out(documents, batch, reference.device, packed=reference.packs)
+
+    def run() -> tuple[Tensor, Tensor | None]:
         hidden, received = reference.forward(
             rows.ids, rows.lengths, layers, rows.start, packed=rows.packed, wanted=rows.read
         )
-        states = hidden[rows.read.to(hidden.device)]  # (N, D): the state before each predicted token
-        predictions[:, rows.predicted] = reference.predictions(states, rows.ids[rows.predicted])
-        return received
+        states = hidden.flatten(0, 1)[rows.read.to(hidden.device)]  # (P, D): the state before each predicted token
+        found = reference.predictions(states, rows.ids.flatten()[rows.predicted])
+        return found, None if received is None else received.flatten()[rows.completion].float()
 
-    received = reference.whole(run)
-    attention = None if received is None else received[rows.mask].float().cpu().numpy()
-    logprobs, entropy, deviation = predictions[:, rows.mask].cpu().numpy()
-    records = Records(documents.keys[batch], rows.offsets, logprobs, entropy, deviation, attention)
-    return records, int(rows.ids.numel())
+    predicted, received = reference.whole(run)
+
+    def collect() -> Records:
+        columns = np.full((3, int(rows.offsets[-1])), np.nan, dtype=np.float32)
+        columns[:, rows.places] = predicted.cpu().numpy()
+        attention = None if received is None else received.cpu().numpy()
+        logprobs, entropy, deviation = columns
+        return Records(documents.keys[batch], rows.offsets, logprobs, entropy, deviation, attention)
+
+    return collect
 
 
 def _check_reference(

@@ -70,11 +70,10 @@ def _try_shortcuts(reference: Reference, ids: Tensor, ours: Tensor, tolerance: f
     """Take what gives the log-probabilities `ours` (T - 1,) of the document `ids` (T,)."""
 
     def narrow() -> tuple[Tensor, Tensor]:
-        wanted = torch.zeros(1, len(ids), dtype=torch.bool, device=ids.device)
-        wanted[0, len(ids) // 2 : -1] = True
+        wanted = torch.arange(len(ids) // 2, len(ids) - 1, device=ids.device)
         length = torch.tensor([len(ids)], device=ids.device)
         hidden, _ = reference.forward(ids[None], length, layers, wanted=wanted)
-        return reference.predictions(hidden[wanted], ids[1:][wanted[0, :-1]])[0], ours[wanted[0, :-1]]
+        return reference.predictions(hidden[0, wanted], ids[wanted + 1])[0], ours[wanted]
 
     def pack() -> tuple[Tensor, Tensor]:
         row = torch.cat([ids[: 1 + len(ids) // 3], ids])
