@@ -41,6 +41,7 @@ function article(doc) {
   const text = make("div", {class: "text document", tabindex: 0, role: "group",
     "aria-label": `document of row ${doc.row}: use the arrow keys to go from token to token`});
   doc.shown.forEach((shown, at) => {
+    if (shown.startsWith("·")) text.append(make("wbr", {})); // a shown space is no place to break a line at, else
     if (!place.has(at)) return text.append(make("span", {class: "prompt"}, shown));
     const token = make("span", {class: "token"}, shown);
     token.dataset.token = place.get(at);
