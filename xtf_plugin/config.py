@@ -164,7 +164,8 @@ class XTFConfig(Block):
         default=None, description="Where scores are kept; null: $XTF_CACHE, else the platform's user cache folder."
     )
     batch_tokens: ByText[Literal["auto"], Positive] = Field(
-        default="auto", description="Padded tokens per scoring batch; auto: by device, halved when memory runs out."
+        default="auto",
+        description="Tokens per scoring batch; auto: by device, on a GPU by its memory; halved when memory runs out.",
     )
     calibration: Calibration = Field(
         default=1000,
