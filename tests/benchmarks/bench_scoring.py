@@ -32,6 +32,7 @@ from xtf_plugin.trial import against_own_forward
 
 BUDGET = 4_096
 VOCABULARY = 32_000
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}  # for tests
 SIZES = {
     "30M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 6},
     "150M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 12},
@@ -42,13 +43,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def make_model(size: str, dtype: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    heads = SIZES[size]["num_attention_heads"]
+    shape = SIZES.get(size, TINY)
+    heads = shape["num_attention_heads"]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         num_key_value_heads=heads // 2,
         max_position_embeddings=4_096,
         tie_word_embeddings=True,
-        **SIZES[size],
+        **shape,
     )
     return LlamaForCausalLM(config).to(DTYPES[dtype]).eval()
 
@@ -75,8 +77,8 @@ def make_documents(lengths: str) -> DocumentSet:
     )
 
 
-def batches(documents: DocumentSet):
-    for batch in plan_batches(documents.lengths, BUDGET):
+def batches(documents: DocumentSet, device: torch.device | str = "cpu", budget: int = BUDGET):
+    for batch in plan_batches(documents.lengths, budget):
         T = int(documents.lengths[batch].max())
         ids = torch.zeros(len(batch), T, dtype=torch.long)
         predicted = torch.zeros(len(batch), T, dtype=torch.bool)
@@ -85,7 +87,7 @@ def batches(documents: DocumentSet):
             ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
             predicted[row, : len(tokens)] = torch.from_numpy(mask)
         predicted[:, 0] = False
-        yield ids, predicted
+        yield ids.to(device), predicted.to(device)
 
 
 @torch.no_grad()
@@ -95,8 +97,8 @@ def decoder_only(model, documents) -> None:
 
 
 @torch.no_grad()
-def floor(model, documents) -> None:
-    for ids, predicted in batches(documents):
+def floor(model, documents, budget: int = BUDGET) -> None:
+    for ids, predicted in batches(documents, model.device, budget):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         model.lm_head(hidden[:, :-1][predicted[:, 1:]])
 
@@ -116,10 +118,10 @@ def tried(model, documents) -> Reference:
     return model.__dict__["tried"]
 
 
-def xtf(model, documents, layers) -> None:
+def xtf(model, documents, layers, budget: int = BUDGET) -> None:
     reference = tried(model, documents)
     wanted = np.arange(len(documents))
-    score(documents, wanted, reference, layers, lambda *_: None, batch_tokens=BUDGET, progress=False)
+    score(documents, wanted, reference, layers, lambda *_: None, batch_tokens=budget, progress=False)
     RelevanceTable(SimpleNamespace(domain="dataset", embedding="input"), documents, None).compute(reference)
 
 

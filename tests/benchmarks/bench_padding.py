@@ -1,0 +1,79 @@
+"""How much of what a scoring pass reads is padding, with the batches that the scorer makes.
+
+    python -m tests.benchmarks.bench_padding [--data FOLDER] [--write docs/benchmarks.md]
+
+Lengths are those of a generated log-normal mix and, with a folder that holds the data sets of `real_text.records`, of
+their documents under a byte-level BPE of 4,096 tokens trained on them. Budgets are the defaults of the scorer for a CPU
+and for a GPU; nothing here depends on a device. Beside it: batches that are filled in order, which is what a budget
+alone asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tests.benchmarks.common import against, arguments, publish
+from tests.benchmarks.real_text import encode, records
+from xtf_plugin.batches import default_batch_tokens, plan_batches
+
+VOCABULARY, LONGEST = 4_096, 8_192
+REACH = 0.03
+HEAD = ["documents", "tokens a batch", "padding", "batches", "padding if filled in order", "batches", "reach"]
+
+
+def generated(count: int) -> NDArray[np.int64]:
+    """A mix of lengths with a long tail: half of the documents have at most 200 tokens, the longest 2,048."""
+    return np.random.default_rng(0).lognormal(np.log(200), 0.7, count).clip(8, 2_048).astype(np.int64)
+
+
+def of_texts(folder: Path) -> dict[str, NDArray[np.int64]]:
+    """Lengths of whole documents of the data sets, prompt and completion, with the tokens that begin and end one."""
+    found = {}
+    for name, parts in records.read(folder).items():
+        texts = [record.head + record.tail + record.completion for part in parts.values() for record in part]
+        tokenizer = encode.train_tokenizer(texts, VOCABULARY, LONGEST)
+        found[name] = np.asarray([len(ids) + 2 for ids in tokenizer(texts)["input_ids"]], dtype=np.int64)
+    return found
+
+
+def in_order(lengths: NDArray[np.int64], budget: int) -> Iterable[NDArray[np.int64]]:
+    """The longest documents left, as many as the budget takes."""
+    order, low = np.argsort(-lengths, kind="stable"), 0
+    while low < len(order):
+        size = max(1, budget // int(lengths[order[low]]))
+        yield order[low : low + size]
+        low += size
+
+
+def padding(lengths: NDArray[np.int64], batches: Iterable[NDArray[np.int64]]) -> tuple[float, int]:
+    """Share of padding among all positions that are read, and the number of batches."""
+    sizes = [len(batch) * int(lengths[batch].max()) for batch in batches]
+    return 1 - int(lengths.sum()) / sum(sizes), len(sizes)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--data", type=Path, help="folder with the real documents")
+    options = parser.parse_args(given)
+    mixes = {"log-normal": generated(300 if options.smoke else 10_000)}
+    if options.data is not None:
+        mixes |= of_texts(options.data)
+    rows = []
+    for name, lengths in mixes.items():
+        for device in ("cpu", "cuda"):
+            budget = default_batch_tokens(torch.device(device))
+            share, count = padding(lengths, plan_batches(lengths, budget))
+            plain, fewest = padding(lengths, in_order(lengths, budget))
+            goal = against(share, REACH).replace("0.03", "3 %")
+            what = f"{name}, {len(lengths):,}, mean {lengths.mean():.0f} tokens"
+            rows.append([what, f"{budget:,} ({device})", f"{share:.1%}", str(count), f"{plain:.1%}", str(fewest), goal])
+    publish("bench_padding", "counted, not timed", HEAD, rows, options.write)
+
+
+if __name__ == "__main__":
+    main()

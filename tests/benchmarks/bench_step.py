@@ -1,0 +1,116 @@
+"""What masks do to a training step of a model with a large vocabulary.
+
+    python -m tests.benchmarks.bench_step [--repeats 5] [--write docs/benchmarks.md]
+
+One trainer of TRL's with LoRA, a small decoder under a vocabulary of 128,256, and the same batch of rows for every
+variant: collated by the trainer's own collator, and by ours with masks that keep all, three quarters or half of the
+completion tokens, drawn at random. A step is collating, forward, loss and backward.
+
+TRL's head leaves out positions without a label where it runs on Triton, and works through all positions elsewhere
+(`trl.trainer.utils.add_fused_lm_head`). On a CPU both are measured: as it comes, and with the positions left out.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from tests import tiny
+from tests.benchmarks.bench_overheads import make_rows
+from tests.benchmarks.common import NOT_MEASURED, against, arguments, device, in_turn, publish
+from xtf_plugin.collator import MaskTable, XTFDataCollator
+from xtf_plugin.documents import collect
+
+BATCH, LONGEST, KEPT = 4, 200, (1.0, 0.75, 0.5)
+REACH, COLLATOR_REACH = 1.0, 0.005
+HEAD = ["head", "step", "ms", "x plain", "collator, ms added", "of a step", "reach"]
+
+
+def make_trainer(rows: list[dict[str, list[int]]], vocabulary: int, folder: str) -> SFTTrainer:
+    """TRL's trainer with LoRA on a random decoder; its tokenizer is asked for nothing but the padding."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None}
+    where = {"use_cpu": device().type == "cpu", "bf16": device().type == "cuda"}
+    trainer = SFTTrainer(
+        LlamaForCausalLM(config),
+        args=SFTConfig(folder, per_device_train_batch_size=BATCH, **quiet, **where),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+    )
+    trainer.current_gradient_accumulation_steps = 1  # which `train()` sets
+    return trainer
+
+
+def masks(rows: list[dict[str, list[int]]], kept: float) -> MaskTable:
+    """Masks that keep a share of all completion tokens, drawn at random."""
+    documents = collect(rows)
+    offsets = documents.completion_offsets
+    keep = np.random.default_rng(0).random(int(offsets[-1])) < kept
+    return MaskTable.build(documents.keys, offsets, keep, np.zeros(len(documents), dtype=np.int64))
+
+
+def step(trainer: SFTTrainer, collator: Callable[[Any], Any], rows: list[Any]) -> None:
+    trainer.training_step(trainer.model, collator(rows))
+    trainer.model.zero_grad()
+
+
+def measure(vocabulary: int, repeats: int, skip: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of a step, and of collating its batch, without masks and with.
+
+    Args:
+        skip: the head leaves out positions without a label, whatever the device.
+    """
+    rows = make_rows(BATCH, high=LONGEST, vocabulary=vocabulary)
+    with tempfile.TemporaryDirectory() as folder, mock.patch("trl.trainer.utils._use_triton") as uses:
+        uses.side_effect = lambda where: skip or where.type == "cuda"  # asked for this alone; the kernels ask elsewhere
+        trainer = make_trainer(rows, vocabulary, folder)
+        trainer.model.train()
+        collators = {"plain": trainer.data_collator}
+        for kept in KEPT:
+            collators[f"XTF, {kept:.0%} kept"] = XTFDataCollator(trainer.data_collator, masks(rows, kept))
+        steps = in_turn({name: partial(step, trainer, one, rows) for name, one in collators.items()}, repeats)
+        collating = in_turn({name: partial(one, rows) for name, one in collators.items()}, 20 * repeats)
+    return steps, collating
+
+
+def rows_of(head: str, steps: dict[str, float], collating: dict[str, float]) -> list[list[str]]:
+    rows, plain = [], steps["plain"]
+    for name, took in steps.items():
+        cells = [head, name, f"{took * 1e3:.0f}", f"{took / plain:.3f}"]
+        if name == "plain":
+            rows.append([*cells, "–", "–", "–"])
+            continue
+        added = collating[name] - collating["plain"]
+        share = against(added / plain, COLLATOR_REACH).replace("0.005", "0.5 %")
+        rows.append([*cells, f"{added * 1e3:.2f}", f"{added / plain:.2%}", f"{against(took / plain, REACH)}; {share}"])
+    return rows
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    options = arguments(__doc__).parse_args(given)
+    vocabulary = 512 if options.smoke else 128_256
+    if device().type == "cuda":
+        rows = rows_of("on a GPU", *measure(vocabulary, options.repeats, True))
+    else:
+        rows = rows_of("as it comes on a CPU", *measure(vocabulary, options.repeats, False))
+        rows += rows_of("unlabelled positions left out", *measure(vocabulary, options.repeats, True))
+        rows.append(["on a GPU", "XTF, any", *[NOT_MEASURED] * 4, "≤ 1; ≤ 0.5 %"])
+    caption = f"vocabulary {vocabulary:,}, {BATCH} rows of 50-{LONGEST} tokens a step, medians of {options.repeats}"
+    publish("bench_step", caption, HEAD, rows, options.write)
+
+
+if __name__ == "__main__":
+    main()
