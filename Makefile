@@ -54,7 +54,7 @@ $(AXOLOTL_STAMP): pyproject.toml
 # Other versions of the packages around us, each set in a virtual environment of its own: the lowest that pyproject.toml
 # states, and one between them and the newest. The tests are those in which other packages' behaviour shows. TORCH stays
 # what it is: PyPI's lower builds for Linux bring gigabytes of CUDA.
-VERSIONS_FILES = scorer shortcuts attributes predictions callback callback_refusals hook_trl hook_refusals store selection config config_errors cli opening excerpts typical selectors second_looks \
+VERSIONS_FILES = scorer shortcuts batches attributes predictions callback callback_refusals hook_trl hook_refusals store selection config config_errors cli opening excerpts typical selectors second_looks \
 	matrix other_hosts ranks streaming streaming_runs stream_dataset unsloth_pattern verification
 VERSIONS_TESTS = $(VERSIONS_FILES:%=tests/test_%.py) \
 	'tests/test_launchers.py::test_two_ranks_train_on_the_masks_of_one[torchrun]' \

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 
 from tests import eager, tiny
 from xtf_plugin import scorer
-from xtf_plugin.batches import FORWARD_TOKENS
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.reference import Reference, borrow, resolve_layers
@@ -82,43 +79,6 @@ def test_batching_changes_nothing_beyond_rounding():
     for key, records in one.items():
         for name, values in records.columns.items():
             np.testing.assert_allclose(values, many[key].columns[name], atol=1e-5)
-
-
-def test_batches_respect_the_budget_and_waste_little():
-    lengths = np.random.default_rng(0).integers(50, 300, 5_000)
-    plans = list(scorer.plan_batches(lengths, 4_096))
-    padded = [len(p) * lengths[p].max() for p in plans]
-    assert max(padded) <= 4_096
-    assert sorted(np.concatenate(plans)) == list(range(5_000))
-    assert sum(padded) <= 1.03 * lengths.sum()
-
-
-def padded_tokens(plans, lengths):
-    return sum(len(plan) * int(lengths[plan].max()) for plan in plans)
-
-
-@pytest.mark.parametrize("budget", [1, 700, 5_000])
-def test_batches_are_the_cheapest_cut(budget):
-    """Against every way to cut a few sorted documents."""
-    lengths = np.asarray([900, 3, 640, 0, 610, 600, 90, 700, 3, 80])
-    order = [0, 7, 2, 4, 5, 6, 9, 1, 8]  # longest first, ties by index, empty ones left out
-    plans = list(scorer.plan_batches(lengths, budget))
-    assert np.concatenate(plans).tolist() == order
-    costs = []
-    for cuts in itertools.product((False, True), repeat=len(order) - 1):
-        ends = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(order)]
-        parts = [np.asarray(order[low:high]) for low, high in itertools.pairwise(ends)]
-        if all(len(part) == 1 or padded_tokens([part], lengths) <= budget for part in parts):
-            costs.append(padded_tokens(parts, lengths) + FORWARD_TOKENS * len(parts))
-    assert padded_tokens(plans, lengths) + FORWARD_TOKENS * len(plans) == min(costs)
-
-
-def test_few_documents_and_a_large_budget_waste_little_too():
-    lengths = np.random.default_rng(0).normal(450, 110, 500).clip(140, 880).astype(np.int64)
-    plans = list(scorer.plan_batches(lengths, 16_384))
-    assert padded_tokens(plans, lengths) <= 1.03 * lengths.sum()
-    assert len(plans) <= 1.3 * lengths.sum() / 16_384
-    assert list(scorer.plan_batches(np.zeros(3, dtype=np.int64), 100)) == []
 
 
 def test_without_layers_no_attention():

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 # What one more forward counts as, in tokens. An estimate on the safe side: kernel launches and a wait for the host are
-# a millisecond or two on a GPU, in which a model of a billion weights reads a few hundred tokens and a larger one fewer.
+# a millisecond or two on a GPU, in which a model of a billion weights reads a few hundred tokens, a larger one fewer.
 FORWARD_TOKENS = 512
 
 
@@ -66,7 +66,8 @@ def _filled(lengths: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
     """For each document, how many a packed batch holds that begins with it, (N,)."""
     ends = np.concatenate([[0], np.cumsum(lengths)])
     last = np.searchsorted(ends, ends[:-1] + budget, side="right") - 1
-    return np.maximum(last - np.arange(len(lengths)), 1)
+    sizes: NDArray[np.int64] = np.maximum(last - np.arange(len(lengths)), 1)
+    return sizes
 
 
 def _cheapest(longest: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
