@@ -39,6 +39,20 @@ def test_attention_and_logsumexp(shape, dtype, tolerance):
     assert (output.float().cpu() - expected).abs().max() < 4 * tolerance
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_scores_agree_with_the_cpu(family, dtype):
+    """Rows that hold several documents, by flash attention over offsets where the dtype has it."""
+    documents = collect(rows(sizes=range(20, 300, 7)))
+    cpu, _ = run(documents, tiny.model(family), (0, 1))
+    cuda, stats = run(documents, tiny.model(family).to("cuda", dtype), (0, 1), batch_tokens=1_000)
+    assert stats.padded_tokens == stats.tokens and stats.batches > 3, "nothing was packed"
+    for key, records in cpu.items():
+        for name, values in records.columns.items():
+            error = (torch.as_tensor(cuda[key].columns[name]) - torch.as_tensor(values)).nan_to_num().abs()
+            assert error.mean() < (1e-4 if dtype is torch.float32 else 5e-2), (name, float(error.mean()))
+
+
 def test_scores_agree_with_the_cpu():
     documents = collect(rows())
     cpu, _ = run(documents, tiny.model(), (0, 1))
