@@ -1,6 +1,6 @@
 """Time and memory from scores to masks, for datasets of up to hundreds of millions of completion tokens.
 
-    python -m tests.benchmarks.bench_selection [--tokens 1 10 100]
+    python -m tests.benchmarks.bench_selection [--tokens 1 10 100] [--write docs/benchmarks.md]
 
 Scores are drawn, not computed. Each row of the table is a process of its own: `select` with the rules of a preset, then
 the table that the collator looks keep flags up in. Memory is what the resident set's peak grows by over its state with
@@ -10,17 +10,22 @@ the scores loaded: what selecting costs, and not what there is to select from.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
-from tests.benchmarks.bench_scoring import machine, reset_peak, resident
+from tests.benchmarks.bench_scoring import reset_peak, resident
+from tests.benchmarks.common import against, arguments, publish
 from xtf_plugin import XTFConfig
 from xtf_plugin.collator import MaskTable
 from xtf_plugin.selection import Scores, select
 
+SECONDS, GIGABYTES = 30, 2  # reach, for 100 million tokens
+HEAD = ["block", "completion tokens", "selection, s", "mask table, s", "ns a token", "memory, GB", "reach"]
 MEAN = 170  # completion tokens of a document
 BLOCKS = {
     "default": {"preset": "default"},
@@ -57,7 +62,8 @@ def make_scores(tokens: int, config: XTFConfig) -> Scores:
     )
 
 
-def print_row(block: str, tokens: int) -> None:
+def measure(block: str, tokens: int) -> tuple[int, float, float, float]:
+    """Completion tokens, seconds of the selection and of the mask table, and gigabytes that they take."""
     config = XTFConfig.parse(BLOCKS[block])
     assert config is not None
     scores = make_scores(tokens, config)
@@ -68,26 +74,32 @@ def print_row(block: str, tokens: int) -> None:
     middle = time.perf_counter()
     MaskTable.build(scores.keys, scores.offsets, selection.keep, selection.best)
     end = time.perf_counter()
-    grown = (resident("VmHWM") - before) / 1024**2
-    cells = [block, f"{len(scores.token_ids) / 1e6:.0f} M", f"{middle - begin:.1f}", f"{end - middle:.1f}"]
-    print("| " + " | ".join([*cells, f"{1e9 * (end - begin) / len(scores.token_ids):.0f}", f"{grown:.2f}"]) + " |")
+    return len(scores.token_ids), middle - begin, end - middle, (resident("VmHWM") - before) / 1024**2
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def row(block: str, tokens: int) -> list[str]:
+    """One row of the table, measured in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.bench_selection", "--row", block, str(tokens)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    size, selecting, building, memory = json.loads(output.splitlines()[-1])
+    both = selecting + building
+    reach = size / 1e8 * SECONDS, size / 1e8 * GIGABYTES  # for 100 million tokens; growth is linear
+    told = f"{against(both, reach[0])} s, {against(memory, reach[1])} GB" if size > 5e7 else ""
+    cells = [f"{selecting:.2f}", f"{building:.2f}", f"{1e9 * both / size:.0f}", f"{memory:.2f}", told]
+    return [block, f"{size / 1e6:.0f} M", *cells]
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 10, 100], help="in millions")
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     if options.row:
-        print_row(options.row[0], int(options.row[1]))
+        print(json.dumps(measure(options.row[0], int(options.row[1]))))
         return
-    print(f"{machine()}\n")
-    print("| block | completion tokens | selection, s | mask table, s | ns a token | memory, GB |", flush=True)
-    print("|---|---:|---:|---:|---:|---:|", flush=True)
-    for block in BLOCKS:
-        for millions in options.tokens:
-            row = [sys.executable, "-m", "tests.benchmarks.bench_selection", "--row", block, str(millions * 10**6)]
-            subprocess.run(row, check=True)
+    sizes = [0.1] if options.smoke else options.tokens
+    rows = [row(block, int(millions * 1e6)) for block in BLOCKS for millions in sizes]
+    publish("selection", "", HEAD, rows, options.write)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A start with all scores stored: from the trainer's rows to masks, part by part.
 
-    python -m tests.benchmarks.bench_start [--documents 100000]
+    python -m tests.benchmarks.bench_start [--documents 100000] [--write docs/benchmarks.md]
 
 The scores in the store are drawn; the rows are a `datasets.Dataset` of 50 to 300 tokens each as a trainer has them, the
 model one of 30M weights in memory, whose fingerprint is part of a start. What scoring them would take is measured on
@@ -9,16 +9,17 @@ model one of 30M weights in memory, whose fingerprint is part of a start. What s
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
 from tests.benchmarks.bench_overheads import NO_TEXT, Provider, make_rows
-from tests.benchmarks.bench_scoring import machine, make_model
+from tests.benchmarks.bench_scoring import make_model
+from tests.benchmarks.common import against, arguments, publish
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import DocumentSet, collect
 from xtf_plugin.hosts.trainer import rows as as_a_trainer_has_them
@@ -26,6 +27,7 @@ from xtf_plugin.pipeline import attention_layers, make_plan
 from xtf_plugin.records import Records
 from xtf_plugin.store import ScoreStore
 
+SECONDS, SHARE = 5, 0.02  # reach, for 100,000 documents
 ATTRIBUTES = dict.fromkeys(("reasoning_importance", "knowledge_novelty", "task_relevance"), True)
 
 
@@ -49,7 +51,7 @@ def measure(count: int) -> dict[str, float]:
         block = {"preset": "none", **ATTRIBUTES, "cache_dir": folder, "protect": {"special_tokens": False}}
         config = XTFConfig.parse(block)
         assert config is not None
-        some = collect(rows[:200])
+        some = collect(rows[: min(200, count // 10)])
         begin = time.perf_counter()
         make_plan(config, some, provider, NO_TEXT, progress=False)
         scoring = (time.perf_counter() - begin) / int(some.lengths.sum())
@@ -70,15 +72,18 @@ def measure(count: int) -> dict[str, float]:
     return {**parts, "all": sum(parts.values()), "scoring": scoring * int(documents.lengths.sum())}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(given: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--documents", type=int, default=100_000)
-    options = parser.parse_args()
-    print(f"{machine()}\n\n| a start with {options.documents:,} stored documents | s | of scoring them |")
-    print("|---|---:|---:|")
-    found = measure(options.documents)
-    for name, seconds in found.items():
-        print(f"| {name} | {seconds:.2f} | {seconds / found['scoring']:.2%} |")
+    options = parser.parse_args(given)
+    count = 300 if options.smoke else options.documents
+    found = measure(count)
+    rows = [[name, f"{seconds:.2f}", f"{seconds / found['scoring']:.2%}", ""] for name, seconds in found.items()]
+    share = found["all"] / found["scoring"]
+    rows[-2][-1] = f"{against(found['all'], SECONDS)} s, {against(share, SHARE)} of scoring"
+    publish(
+        "start", f"{count:,} stored documents", ["part of a start", "s", "of scoring", "reach"], rows, options.write
+    )
 
 
 if __name__ == "__main__":
