@@ -7,12 +7,19 @@ import itertools
 import json
 import zlib
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests import tiny
 from tests.test_cli import TABLE, score_table
-from xtf_plugin import browse, cli
+from tests.test_pipeline import Provider
+from xtf_plugin import browse, cli, output
+from xtf_plugin.config import XTFConfig
+from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFUserError
+from xtf_plugin.pipeline import make_plan
 
 KEYS = ["aa00", "bb11", "aa22", "cc33"]
 
@@ -118,3 +125,87 @@ def test_what_is_no_report_is_told_in_one_line(tmp_path, name, capsys):
 def test_a_report_with_all_its_parts_is_written(tmp_path):
     pq.write_table(TABLE.replace_schema_metadata({b"xtf_report": packed(WHOLE)}), tmp_path / "scores.parquet")
     assert browse.write_report(tmp_path / "scores.parquet", None) == f"report: {tmp_path / 'report.html'}"
+
+
+def show(path):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["show", str(path)])
+
+
+class TestText:
+    """Texts that tokens share, and tokens that are long."""
+
+    @pytest.fixture
+    def split(self, tmp_path):
+        """Two documents of "a😀b" in five tokens, of which the emoji takes three; in the second its tokens part."""
+        smile = "😀".encode()
+        pieces = {11: smile[:2], 12: smile[2:3], 13: smile[3:]}
+        wide = score_table(
+            row=[0] * 5 + [1] * 5,
+            document=["aa00"] * 5 + ["bb11"] * 5,
+            position=list(range(5)) * 2,
+            token_id=[10, 11, 12, 13, 14] * 2,
+            token=["a", "\ufffd", "\ufffd", "\ufffd", "b"] * 2,
+            kept=[True] * 5 + [True, False, True, True, True],
+            reason=[""] * 5 + ["", "knowledge_novelty", "", "", ""],
+        )
+        about = json.dumps({"format": 1, "bytes": {str(i): piece.hex() for i, piece in pieces.items()}})
+        path = tmp_path / "scores.parquet"
+        pq.write_table(wide.replace_schema_metadata({b"xtf": about.encode()}), path)
+        return path
+
+    def test_characters_are_whole(self, split, capsys):
+        show(split)
+        printed = capsys.readouterr().out
+        assert "a😀b" in printed and "a[-😀|KN-]◌b" in printed and "\ufffd" not in printed
+
+    def test_and_are_found(self, split):
+        file = pq.ParquetFile(split)
+        assert keys(file, grep="^a😀b$") == ["aa00", "bb11"]
+
+    def test_a_run_writes_the_bytes(self, tmp_path):
+        """Through a plan of the tiny tokenizer, which has no token for an emoji."""
+        tokenizer, config = tiny.tokenizer(), XTFConfig.parse({"preset": "paper", "cache_dir": str(tmp_path)})
+        ids = np.asarray(tokenizer("Then smile: 😀 and שלום.")["input_ids"])
+        plan = make_plan(config, collect([{"input_ids": ids, "labels": ids}]), Provider(), tokenizer, progress=False)
+        output.write_table(plan, tokenizer, tmp_path / "scores.parquet")
+        (found,) = browse.find(pq.ParquetFile(tmp_path / "scores.parquet"), browse.Wanted(), 9)
+        assert "😀 and שלום" in found.text and "😀" in "".join(token.text for token in found.tokens)
+
+    def test_a_long_token_is_cut_and_searched_whole(self, tmp_path, capsys):
+        token = "x" * 100_000 + "y"
+        wide = score_table(row=[0], document=["aa00"], position=[0], token=[token], kept=[True], reason=[""])
+        pq.write_table(wide, tmp_path / "scores.parquet")
+        assert keys(pq.ParquetFile(tmp_path / "scores.parquet"), grep="xy$") == ["aa00"]
+        show(tmp_path / "scores.parquet")
+        printed = capsys.readouterr().out
+        assert "100,001·characters" in printed and len(printed) < 2_000
+
+
+def test_reasons_as_documents_are_marked(file):
+    assert keys(file, reason="TR") == keys(file, reason="task_relevance") == ["aa22"]
+
+
+BROKEN = {
+    "row as text": ({"row": ["0"]}, "row holds string"),
+    "no row": ({"row": pa.array([None], pa.int64())}, "rows without row"),
+    "no document": ({"document": pa.array([None], pa.string())}, "rows without document"),
+    "token in bytes": ({"token": pa.array([b"a"])}, "token holds binary"),
+    "reason as list": ({"reason": pa.array([["a"]])}, "reason holds list"),
+    "kept as number": ({"kept": [1]}, "kept holds int64"),
+}
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_tables_of_other_hands_are_told_in_one_line(tmp_path, name, command, capsys):
+    changed, message = BROKEN[name]
+    columns = {"row": [0], "document": ["aa00"], "position": [0], "token": ["a"], "kept": [True], "reason": [""]}
+    wide = score_table(**columns)
+    for column, values in changed.items():
+        wide = wide.set_column(wide.schema.get_field_index(column), column, pa.array(values))
+    pq.write_table(wide, tmp_path / "scores.parquet")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([command, str(tmp_path / "scores.parquet")])
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told

@@ -23,9 +23,10 @@ from xtf_plugin.hosts import run as host_command
 from xtf_plugin.table import SCHEMA
 
 
-def score_table(row, document, position, token, kept, reason):
+def score_table(row, document, position, token, kept, reason, token_id=None):
     """A score table as a run writes it, all scores undefined."""
     decided = {"row": row, "document": document, "position": position, "token": token, "kept": kept, "reason": reason}
+    decided |= {} if token_id is None else {"token_id": token_id}
     return pa.table([pa.array(decided.get(n, [None] * len(row)), SCHEMA.field(n).type) for n in SCHEMA.names], SCHEMA)
 
 
@@ -164,6 +165,8 @@ def test_output_dir_follows_the_host(write):
     assert loaded.output_dir(["--output-dir=c"]).name == "c"
     assert recipe.load_recipe(write(output_dir=...)).output_dir().name == "trainer_output"
     assert recipe.load_recipe(write(xtf={"report": "there"})).scores_path().parent.name == "there"
+    home = recipe.load_recipe(write(xtf={"report": "~/there"})).scores_path()  # where the run's own report goes
+    assert str(home) == os.path.expanduser("~/there/scores.parquet")
 
 
 def test_score_runs_the_hosts_own_command_as_a_dry_run(xtf, write, host, tmp_path):

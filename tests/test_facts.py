@@ -176,7 +176,7 @@ def test_the_sample_is_bounded_and_the_same_for_the_same_data(run, monkeypatch):
 
 
 def test_nothing_of_the_data_ends_the_script_element():
-    data = {"whatif": {"complete": True}, "a": "</script><!--\u2028 $title $data", "b": "\ud800"}
+    data = {"whatif": {"complete": True, "sliders": []}, "a": "</script><!--\u2028 $title $data", "b": "\ud800"}
     made = page.render(data, "<title> & $data")
     assert made.count("</script>") == 2 and "<!--" not in made and "\u2028" not in made
     text = made.split('id="data">')[1].split("</script>")[0]

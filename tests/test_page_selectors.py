@@ -20,6 +20,16 @@ BLOCKS = {
 }
 
 
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """The report of a run with the three attributes."""
+    folder = tmp_path_factory.mktemp("three")
+    made = trainer(folder, rows=tiny.problems(40), max_steps=1)
+    attach(made, {"cache_dir": str(folder / "cache"), "preset": "paper"})
+    made.train()
+    return folder / "out/xtf/report.html"
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_stop_gives_the_block_that_is_counted(browser, tmp_path, name):
     made = trainer(tmp_path, rows=tiny.problems(40), max_steps=1)
@@ -104,3 +114,61 @@ def test_a_token_under_a_window_tells_that_the_rule_takes_a_mean(browser, tmp_pa
     mine, other = (line for line in opened.inner_text("#tip").splitlines() if "mine: " in line or "other: " in line)
     assert "the rule takes the mean over 3 tokens" in mine and "mean" not in other
     opened.close()
+
+
+def test_the_legend_names_every_rule_with_its_line(browser, three):
+    opened = browser.new_page()
+    opened.goto(three.as_uri())
+    drawn = opened.eval_on_selector_all("#rules .token", "all => all.map((e) => [e.textContent, e.className])")
+    voters = opened.evaluate("voters.map((voter) => named(voter.name))")
+    assert [text for text, _ in drawn][: len(voters)] == voters
+    assert [name for _, name in drawn][: len(voters)] == [f"token rule-{i % 6}" for i in range(len(voters))]
+    assert (drawn[-1] == ["several", "token rules"]) == (len(voters) > 1)
+    opened.close()
+
+
+def test_words_of_several_tokens_read_from_right_to_left(browser, three):
+    """Where a script does: tokens are no islands to the order of letters."""
+    opened = browser.new_page()
+    opened.goto(three.as_uri())
+    script = """(parts) => {
+      const text = document.querySelector(".document");
+      const spans = parts.map((part) => make("span", {class: "token"}, part));
+      text.replaceChildren(...spans);
+      return spans.map((span) => span.getBoundingClientRect().left);
+    }"""
+    places = opened.evaluate(script, ["مر", "حبا", "·", "بال", "عالم"])
+    assert places == sorted(places, reverse=True)
+    places = opened.evaluate(script, ["one", "·", "two"])
+    assert places == sorted(places)
+    opened.close()
+
+
+@pytest.mark.parametrize("width", [360, 320])
+def test_large_numbers_and_long_names_fit_a_phone(browser, three, tmp_path, width):
+    text = three.read_text().replace('"completion_tokens":', '"completion_tokens":98765432,"was":')
+    (tmp_path / "large.html").write_text(
+        text.replace('"knowledge_novelty":{"fired":', '"knowledge_novelty":{"fired":8765432,"w":')
+    )
+    context = browser.new_context(viewport={"width": width, "height": 800})
+    opened = context.new_page()
+    opened.goto((tmp_path / "large.html").as_uri())
+    assert "8,765,432" in opened.inner_text("#totals"), "the numbers did not arrive"
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.eval_on_selector("#totals .scroll", "e => e.scrollWidth - e.clientWidth") <= 0
+    context.close()
+
+
+def test_the_promise_is_no_larger_than_what_is_kept(browser, three, tmp_path):
+    """Of the default's second looks the sliders know nothing; with a random control there are none to move."""
+    found = {}
+    for name, block in (
+        ("looks", {"selectors": {"out_of_place": {"drop": {"below": -2}}}}),
+        ("control", {"preset": "paper", "control": "random"}),
+    ):
+        made = trainer(tmp_path / name, rows=tiny.problems(24), max_steps=1)
+        attach(made, {"cache_dir": str(tmp_path / "cache"), **block})
+        made.train()
+        found[name] = (tmp_path / name / "out/xtf/report.html").read_text()
+    assert "Where a slider says more" in found["looks"] and "Where a slider says more" not in three.read_text()
+    assert "this block has none that could be moved" in found["control"]

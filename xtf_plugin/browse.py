@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pyarrow.compute as pc
 from . import page, table, view
 from .errors import XTFUserError
 from .files import write_whole
+
+REQUIRED = ("row", "document", "position", "kept")  # what every row has
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Wanted:
             pattern = None if grep is None else re.compile(grep)
         except re.error as error:
             raise XTFUserError(f"--grep {grep!r} is no regular expression: {error}.") from error
-        return cls(row, None if document is None else document.lower(), pattern, reason)
+        names = {short: name for name, short in view.ATTRIBUTES.items()}  # as documents are marked
+        return cls(row, None if document is None else document.lower(), pattern, names.get(reason or "", reason))
 
     def described(self) -> str:
         """For the message that there is none: "row 3 with task_relevance"; empty if any document would do."""
@@ -59,9 +63,50 @@ class Wanted:
             return False
         if self.document is not None and not document.key.startswith(self.document):
             return False
-        if self.grep is not None and not self.grep.search("".join(token.text for token in document.tokens)):
+        if self.grep is not None and not self.grep.search(document.text):
             return False
         return self.reason is None or any(self.reason in token.reason.split(",") for token in document.tokens)
+
+
+def problem(schema: Any) -> str:
+    """Why a Parquet file of this schema is no score table: what it lacks; "" if it is one."""
+    missing = [name for name in table.SCHEMA.names if name not in schema.names]
+    if missing:
+        return f"it has no column {', '.join(missing)}"
+    wrong = [field for field in table.SCHEMA if not _alike(schema.field(field.name).type, field.type)]
+    told = (f"{field.name} holds {schema.field(field.name).type} instead of {field.type}" for field in wrong)
+    return ", ".join(told)
+
+
+def _alike(found: Any, wanted: Any) -> bool:
+    """Whether a column can be read as another: other tools write texts and numbers back in other widths."""
+    found = found.value_type if pa.types.is_dictionary(found) else found
+    texts, numbers = (pa.types.is_string, pa.types.is_large_string), (pa.types.is_integer, pa.types.is_floating)
+    if pa.types.is_string(wanted):
+        return any(kind(found) for kind in texts)
+    return bool(found == wanted or any(kind(found) and kind(wanted) for kind in numbers))
+
+
+def batches(file: Any, columns: Sequence[str]) -> Iterator[Any]:
+    """A score table piece by piece, as pyarrow.Table.
+
+    Raises:
+        XTFUserError: it cannot be read to the end, or rows lack what every row has.
+    """
+    pieces = file.iter_batches(columns=list(columns))
+    while True:
+        try:
+            piece = next(pieces, None)
+        except (OSError, pa.ArrowException) as error:
+            raise XTFUserError(
+                f"the score table cannot be read to its end: {error}. Make it again: xtf score"
+            ) from error
+        if piece is None:
+            return
+        empty = [name for name in REQUIRED if name in columns and piece.column(name).null_count]
+        if empty:
+            raise XTFUserError(f"the score table has rows without {', '.join(empty)}. Make it again: xtf score RECIPE")
+        yield pa.Table.from_batches([piece])
 
 
 def find(file: Any, wanted: Wanted, n: int) -> Iterator[view.Document]:
@@ -81,19 +126,27 @@ def find(file: Any, wanted: Wanted, n: int) -> Iterator[view.Document]:
 
 def _documents(file: Any, wanted: Wanted) -> Iterator[view.Document]:
     """Documents in order; one may begin in one batch and end in the next, so a batch's last waits for the next."""
-    rest = None
-    for batch in file.iter_batches(columns=list(view.COLUMNS)):
-        piece = pa.Table.from_batches([batch])
+    rest, pieces = None, _pieces(file)
+    for piece in batches(file, view.COLUMNS):
         if wanted.row is not None:
             piece = piece.filter(pc.equal(piece["row"], wanted.row))
         if rest is not None:
             piece = pa.concat_tables([rest, piece])
         parts = list(table.iter_documents(piece))
         for row, key, part in parts[:-1]:
-            yield view.Document.read(row, key, part)
+            yield view.Document.read(row, key, part, pieces)
         rest = parts[-1][2] if parts else None
     if rest is not None:
-        yield from view.documents(rest)
+        yield from view.documents(rest, pieces)
+
+
+def _pieces(file: Any) -> dict[int, bytes]:
+    """Bytes of the tokens that are no text by themselves; tables of other hands may not tell them."""
+    try:
+        told = json.loads((file.schema_arrow.metadata or {})[table.METADATA])["bytes"]
+        return {int(token): bytes.fromhex(digits) for token, digits in told.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
 
 
 def _check_reason(file: Any, wanted: Wanted) -> None:
@@ -116,7 +169,7 @@ def write_report(path: Path, output: Path | None) -> str:
         raise XTFUserError(f"the report that {path} holds {why}. Make table and report again: xtf score RECIPE")
     target = output or path.parent / "report.html"
     try:
-        write_whole(target, page.render(data, f"xtf report: {target.absolute().parent.name}").encode())
+        write_whole(target, page.render(data, page.title(target)).encode())
     except OSError as error:
         raise XTFUserError(f"the report cannot be written to {target}: {error}. Name a file: --output PATH") from error
     return f"report: {target}"

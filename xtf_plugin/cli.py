@@ -141,15 +141,12 @@ def report(
     output: Annotated[Path | None, typer.Option("--output", help="Write the page here.")] = None,
 ) -> None:
     """Print kept and dropped shares and write report.html; scores first if there is no current table."""
-    import pyarrow as pa
-
     from . import browse, view
     from .table import selector_columns
 
     path = _table_path(target, extra or [])
     file = _open_table(path)
-    batches = file.iter_batches(columns=["row", "document", "position", "kept", "reason"])
-    pieces = (pa.Table.from_batches([batch]) for batch in batches)
+    pieces = browse.batches(file, ("row", "document", "position", "kept", "reason"))
     console = Console()
     console.print(view.summary_table(view.summarize(pieces, selector_columns(file.schema_arrow.names))))
     console.print(Text(browse.write_report(path, output)), soft_wrap=True)
@@ -264,15 +261,14 @@ def _open_table(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from .table import SCHEMA
+    from .browse import problem
 
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise XTFUserError(f"cannot read the score table {path}: {error}") from error
-    missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
-    if missing:
-        raise XTFUserError(f"{path} is no score table of XTF: it has no column {', '.join(missing)}.")
+    if why := problem(file.schema_arrow):
+        raise XTFUserError(f"{path} is no score table of XTF: {why}.")
     return file
 
 

@@ -16,10 +16,11 @@ from .config import KnowledgeNoveltyConfig
 from .firing import Segments, ready
 from .marks import special_ids
 from .pipeline import Plan
-from .sample import SPREAD, characters, text_of
+from .sample import text_of
 from .segments import Layout, dataset_quantiles
 from .selection import rule_bits
 from .sliders import Slider
+from .spans import SPREAD, characters
 
 BINS = 40
 TOP = 25

@@ -80,7 +80,7 @@ def page_data(plan: Plan, tokenizer: Any) -> dict[str, Any]:
 
 def write_page(data: Mapping[str, Any], path: Path) -> Path:
     """Write report.html and return its path."""
-    write_whole(path, page.render(data, f"xtf report: {path.parent.parent.name or path.parent.name}").encode())
+    write_whole(path, page.render(data, page.title(path)).encode())
     return path
 
 
@@ -92,7 +92,8 @@ def write_table(plan: Plan, tokenizer: Any, path: Path, data: Mapping[str, Any] 
     path.parent.mkdir(parents=True, exist_ok=True)
     scores, documents = plan.scores, plan.documents
     distinct = np.unique(scores.token_ids)
-    texts = np.asarray(spans.token_texts(tokenizer, distinct.tolist()), dtype=object)
+    pieces = spans.token_bytes(tokenizer, distinct.tolist())
+    texts = np.asarray([piece.decode(errors="replace") for piece in pieces], dtype=object)
     bits, values = selection.rule_bits(plan.config), range(np.iinfo(plan.selection.reasons.dtype).max + 1)
     names = np.asarray([selection.reason_text(reason, bits) for reason in values], dtype=object)
     keys = np.asarray([key.tobytes().hex() for key in documents.keys], dtype=object)
@@ -102,6 +103,7 @@ def write_table(plan: Plan, tokenizer: Any, path: Path, data: Mapping[str, Any] 
         "thresholds": plan.selection.thresholds,
         "reference": plan.reference,
         "versions": versions(),
+        "bytes": {str(i): p.hex() for i, p in zip(distinct.tolist(), pieces, strict=True) if not spans.is_text(p)},
         **({"selectors": plan.selectors} if plan.selectors else {}),
         **({"streaming": plan.streaming} if plan.streaming else {}),
     }

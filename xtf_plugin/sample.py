@@ -7,7 +7,6 @@ harmless here (`view.visible`), and the page only ever shows it as text.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,13 @@ from .marks import Marks
 from .pipeline import Plan
 from .segments import Layout
 from .selection import rescue_order
+from .view import LONGEST_TEXT
 from .whatif import FORCED, PROTECTED, WhatIf
 
 DOCUMENTS = 300  # at most
 BYTES = 1_000_000  # of the page for all of them
 LONGEST = 4_000  # tokens of one document; of longer ones the beginning is shown
-LONGEST_TEXT = 400  # characters of one token
 TRAINS = 4  # flag of tokens that something predicts
-SPREAD = 8  # tokens that one character may be spread over
 
 
 def documents(plan: Plan, whatif: WhatIf, marks: Marks, tokenizer: Any) -> dict[str, Any]:
@@ -58,28 +56,11 @@ def text_of(piece: bytes) -> str:
     try:
         text = piece.decode()
     except UnicodeDecodeError:
-        return "⟨" + piece[:LONGEST_TEXT].hex(" ") + "⟩"
+        more = f"… {len(piece):,} bytes" if len(piece) > LONGEST_TEXT else ""
+        return "⟨" + piece[:LONGEST_TEXT].hex(" ") + more + "⟩"
     if len(text) > LONGEST_TEXT:
         return view.visible(text[:LONGEST_TEXT]) + f"… ⟨{len(text):,} characters⟩"
     return view.visible(text)
-
-
-def characters(pieces: Sequence[bytes]) -> Iterator[tuple[int, int, bytes]]:
-    """The tokens in order, those that one character is spread over together: (first token, number of tokens, bytes)."""
-    place = 0
-    while place < len(pieces):
-        reaches = (b"".join(pieces[place : place + number]) for number in range(1, SPREAD + 1))
-        number = next((number for number, reach in enumerate(reaches, start=1) if _is_text(reach)), 1)
-        yield place, number, b"".join(pieces[place : place + number])
-        place += number
-
-
-def _is_text(span: bytes) -> bool:
-    try:
-        span.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _chosen(plan: Plan, layout: Layout, tokens: int) -> list[tuple[int, str]]:
@@ -153,7 +134,7 @@ def _small(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _joined(pieces: list[bytes]) -> list[tuple[int, int, str]]:
     """What the page shows in place of several tokens: (first token, number of tokens, the text)."""
-    return [(place, number, text_of(text)) for place, number, text in characters(pieces) if number > 1]
+    return [(place, number, text_of(text)) for place, number, text in spans.characters(pieces) if number > 1]
 
 
 def packed(values: Any, kind: str) -> str:

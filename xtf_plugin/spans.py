@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .errors import XTFUserError
 
+SPREAD = 8  # tokens that one character may be spread over
 Ints = NDArray[np.int64]
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -66,6 +67,25 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Text of each token for display, in the order of `ids`; a byte that is no character by itself shows as U+FFFD."""
     return [piece.decode("utf-8", errors="replace") for piece in token_bytes(tokenizer, ids)]
+
+
+def characters(pieces: Sequence[bytes]) -> Iterator[tuple[int, int, bytes]]:
+    """The tokens in order, those that one character is spread over together: (first token, number of tokens, bytes)."""
+    place = 0
+    while place < len(pieces):
+        reaches = (b"".join(pieces[place : place + number]) for number in range(1, SPREAD + 1))
+        number = next((number for number, reach in enumerate(reaches, start=1) if is_text(reach)), 1)
+        yield place, number, b"".join(pieces[place : place + number])
+        place += number
+
+
+def is_text(span: bytes) -> bool:
+    """Whether bytes are whole characters."""
+    try:
+        span.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def match_spans(

@@ -3,14 +3,15 @@
 Pure functions of the exported table (one row per completion token, in dataset order). What was dropped must be legible
 without colour, in a pipe or a log, so every mark is text first: `[-text|KN-]` was dropped by knowledge novelty,
 `{+text|KN protected+}` was kept although a rule fired. Token text is data from strangers: nothing in it may act on the
-terminal or pass for markup, so control, bidirectional and invisible characters are shown as escapes.
+terminal, so control, bidirectional and invisible characters are shown as escapes. Text that looks like our marks prints
+as it is: whether it is one shows the report, and the table's `kept`.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -23,9 +24,11 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import XTFUserError
+from .spans import characters
 from .table import iter_documents
 
-COLUMNS = ("row", "document", "position", "token", "kept", "reason")
+COLUMNS = ("row", "document", "position", "token_id", "token", "kept", "reason")
+LONGEST_TEXT = 400  # characters of one token
 ATTRIBUTES = {"reasoning_importance": "RI", "knowledge_novelty": "KN", "task_relevance": "TR"}
 DECISIONS = {
     "protected": "kept by protection",
@@ -60,13 +63,28 @@ class Document:
     row: int
     key: str
     tokens: list[Token]
+    text: str = ""
 
     @classmethod
-    def read(cls, row: int, key: str, part: pa.Table) -> Document:
-        """From the rows of a score table that are its own."""
-        columns = (part[name].to_pylist() for name in ("token", "kept", "reason"))
-        tokens = [Token(text or "", kept, reason or "") for text, kept, reason in zip(*columns, strict=True)]
-        return cls(row, key, tokens)
+    def read(cls, row: int, key: str, part: pa.Table, pieces: Mapping[int, bytes] | None = None) -> Document:
+        """From the rows of a score table that are its own.
+
+        A character that is spread over tokens is shown with the first of them, and `◌` for those of another fate.
+
+        Args:
+            pieces: bytes of the tokens that are no text by themselves, by id.
+        """
+        texts, kept, reasons = (part[name].to_pylist() for name in ("token", "kept", "reason"))
+        known = pieces or {}
+        ids = part["token_id"].to_pylist() if known else texts  # without bytes no id is looked up
+        own = [known.get(i, (text or "").encode()) for i, text in zip(ids, texts, strict=True)]
+        fates = [(flag, reason or "") for flag, reason in zip(kept, reasons, strict=True)]
+        tokens = []
+        for first, number, joined in characters(own):
+            shown = [_shortened(joined.decode(errors="replace"))]
+            shown += ["" if fates[at] == fates[at - 1] else "◌" for at in range(first + 1, first + number)]
+            tokens += [Token(text, *fate) for text, fate in zip(shown, fates[first : first + number], strict=True)]
+        return cls(row, key, tokens, b"".join(own).decode(errors="replace"))
 
 
 @dataclass(frozen=True)
@@ -87,10 +105,14 @@ def visible(text: str) -> str:
     return "".join(_WHITESPACE.get(char) or (char if _printable(char) else _escape(char)) for char in text)
 
 
-def documents(table: pa.Table) -> Iterator[Document]:
-    """Cut a score table into documents; see `table.iter_documents`."""
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…⟨{len(text):,} characters⟩"
+
+
+def documents(table: pa.Table, pieces: Mapping[int, bytes] | None = None) -> Iterator[Document]:
+    """Cut a score table into documents; see `table.iter_documents` and `Document.read`."""
     for row, key, part in iter_documents(table):
-        yield Document.read(row, key, part)
+        yield Document.read(row, key, part, pieces)
 
 
 def render_documents(found: Iterable[Document], wanted: str, console: Console) -> int:

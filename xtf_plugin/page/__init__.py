@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 FORMAT = 2  # of the data
@@ -37,6 +38,21 @@ def problem(data: Any) -> str:
     return f"lacks {', '.join(wrong)}" if wrong else ""
 
 
+def title(path: Path) -> str:
+    """What a page is called, by the run's folder that it lies in: `<output_dir>/xtf/report.html`."""
+    folder = path.absolute().parent
+    return f"xtf report: {(folder.parent if folder.name == 'xtf' else folder).name or folder.name}"
+
+
+def _promise(data: Mapping[str, Any]) -> str:
+    """What the counts are that sliders lead to."""
+    if not any(slider["key"] for slider in data["whatif"]["sliders"]):
+        return "this block has none that could be moved."
+    told = _COMPLETE if data["whatif"]["complete"] else _INCOMPLETE
+    bounded = any(slider["told"] for slider in data["whatif"]["sliders"])
+    return told + (" Where a slider says more, that sets bounds to it." if bounded else "")
+
+
 def render(data: Mapping[str, Any], title: str) -> str:
     """One self-contained page: it loads nothing, and its policy lets nothing run but its own script.
 
@@ -50,7 +66,7 @@ def render(data: Mapping[str, Any], title: str) -> str:
         "hash": f"sha256-{digest}",
         "title": html.escape(title.encode(errors="replace").decode()),
         "style": _part("page.css"),
-        "complete": _COMPLETE if data["whatif"]["complete"] else _INCOMPLETE,
+        "complete": _promise(data),
         "data": _harmless(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
         "script": script,
     }

@@ -38,7 +38,7 @@ function showDocuments() {
 
 function article(doc) {
   const place = new Map(Array.from(doc.at, (at, i) => [at, i]));
-  const text = make("div", {class: "text document", tabindex: 0, role: "group",
+  const text = make("div", {class: "text document", tabindex: 0, role: "group", dir: "auto",
     "aria-label": `document of row ${doc.row}: use the arrow keys to go from token to token`});
   doc.shown.forEach((shown, at) => {
     if (shown.startsWith("·")) text.append(make("wbr", {})); // a shown space is no place to break a line at, else
@@ -53,6 +53,13 @@ function article(doc) {
   const often = doc.occurrences > 1 ? ` · occurs ${number(doc.occurrences)} times` : "";
   return make("article", {}, make("h3", {}, `row ${doc.row}`,
     make("small", {}, ` · document ${doc.key.slice(0, 12)} · ${doc.why}${often} · `, make("span", {class: "kept-count"}))), text);
+}
+
+// Which underline is whose.
+function legend() {
+  const names = voters.map((voter, i) => make("span", {class: `token rule-${i % 6}`}, named(voter.name)));
+  if (voters.length > 1) names.push(make("span", {class: "token rules"}, "several"));
+  put("rules", "The line below tells the rule: ", make("span", {class: "text"}, ...names));
 }
 
 function shade() {
@@ -164,5 +171,6 @@ showTokens();
 showRun();
 showSliders();
 startDocuments();
+legend();
 listDocuments();
 refresh();
