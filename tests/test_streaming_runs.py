@@ -224,7 +224,7 @@ def test_what_cannot_be_scored_while_it_streams_is_refused(tmp_path, monkeypatch
 def test_memory_that_ran_out_is_remembered(tmp_path, monkeypatch):
     """Beside training there is less of it than before; only the first stretch finds that out."""
     made = attached(tmp_path, trainer(tmp_path), {**BLOCK, "batch_tokens": 160})
-    run, refused = scorer._score_batch, []
+    run, refused = scorer._launch, []
 
     def tight(documents, batch, *others):
         if made.state.global_step and documents.lengths[batch].max() * len(batch) > 80:
@@ -232,7 +232,7 @@ def test_memory_that_ran_out_is_remembered(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return run(documents, batch, *others)
 
-    monkeypatch.setattr(scorer, "_score_batch", tight)
+    monkeypatch.setattr(scorer, "_launch", tight)
     made.train()
     assert len(refused) == 1 and made.state.global_step == 10
 
