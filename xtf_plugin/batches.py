@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# What one more forward counts as, in tokens. An estimate on the safe side: kernel launches and a wait for the host are
-# a millisecond or two on a GPU, in which a model of a billion weights reads a few hundred tokens and a larger one fewer.
+# What one more forward counts as, in tokens. An estimate on the safe side: on a GPU its launches and one wait for the
+# host are a millisecond or two, in which a model of a billion weights reads a few hundred tokens, a larger one fewer.
 FORWARD_TOKENS = 512
 
 
