@@ -1,6 +1,6 @@
 """What XTF adds to a whole QLoRA run of three epochs, and which of its parts take the time.
 
-    python -m tests.benchmarks.bench_run [--rows 120] [--repeats 3] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_run [--rows 96] [--repeats 3] [--write docs/benchmarks.md]
 
 A random Llama of about 7M parameters, its layers in 4 bits, with LoRA on all of them, under TRL's own trainer; rows of
 50 to 300 tokens. Every run is a process of its own, and its time that of `trainer.train()`: from before the documents
@@ -37,7 +37,7 @@ from xtf_plugin.collator import XTFDataCollator
 from xtf_plugin.relevance import RelevanceTable
 
 VOCABULARY = 8_192  # of which the rows use the tokenizer's few hundred: the head should weigh something
-SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
+SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 EPOCHS, BATCH, REACH = 3, 8, 1.10
 PLAIN, STORED = "without XTF", "XTF `default`, scores stored"
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -143,7 +143,7 @@ def measure(rows: int, repeats: int, smoke: bool) -> dict[str, dict[str, float]]
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rows", type=int, default=120)
+    parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--run", nargs=2, help="a variant and a folder; for the processes that this starts")
     parser.set_defaults(repeats=3)
     options = parser.parse_args(given)
