@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: chromium demo screenshots test test-axolotl test-versions test-lowest test-middle lint bench bench-scoring bench-streaming proof proof-gpu docs clean
+.PHONY: chromium demo screenshots test test-axolotl test-versions test-lowest test-middle lint bench bench-scoring bench-streaming bench-costs bench-gpu proof proof-gpu docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -78,7 +78,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m xtf_plugin.config_docs --check
 
-bench: bench-scoring bench-streaming
+bench: bench-scoring bench-streaming bench-costs
 
 bench-scoring: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_scoring
@@ -86,6 +86,20 @@ bench-scoring: $(STAMP)
 
 bench-streaming: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_streaming
+
+# DATA: a folder with the data sets of tests/benchmarks/real_text/records.py; REAL: what that benchmark left. Without them the rows
+# on real text are left out.
+bench-costs: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.bench_authors
+	$(BIN)/python -m tests.benchmarks.bench_padding $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m tests.benchmarks.bench_step
+	$(BIN)/python -m tests.benchmarks.bench_run
+	$(BIN)/python -m tests.benchmarks.bench_reference $(if $(DATA),--data $(DATA)) $(if $(REAL),--real $(REAL))
+	$(BIN)/python -m tests.benchmarks.cost
+
+# Less than ten minutes on a machine with a GPU; without one it says what was not measured.
+bench-gpu: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.bench_gpu
 
 # From nothing to the tables of docs/evidence.md: about an hour on two cores. Started again, it goes on where it stopped.
 proof: $(STAMP)

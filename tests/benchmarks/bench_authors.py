@@ -119,7 +119,8 @@ def main(given: Sequence[str] | None = None) -> None:
     where, rows = device(), []
     for dtype in DTYPES:
         for lengths in ("short",) if options.smoke else ("short", "long"):
-            model, documents = make_model("tiny" if options.smoke else "30M", dtype), make_documents(lengths)
+            model = make_model("tiny" if options.smoke else "30M", dtype)
+            documents = make_documents((2, 20, 30) if options.smoke else lengths)
             found = measure(model.to(where), documents, options.repeats, options.all_tokens)
             goal = REACHES.get(f"{where.type} {dtype}") if lengths == "short" else None
             rows += rows_of(f"{where.type} {dtype} {lengths}", found, goal)

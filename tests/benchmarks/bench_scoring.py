@@ -55,9 +55,13 @@ def make_model(size: str, dtype: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(DTYPES[dtype]).eval()
 
 
-def make_documents(lengths: str) -> DocumentSet:
-    """Random documents; the completion is the second 40-70 % of each, as in worked word problems."""
-    count, low, high = LENGTHS[lengths]
+def make_documents(lengths: str | tuple[int, int, int], vocabulary: int = VOCABULARY) -> DocumentSet:
+    """Random documents; the completion is the second 40-70 % of each, as in worked word problems.
+
+    Args:
+        lengths: a name out of `LENGTHS`, or how many documents and their fewest and most tokens.
+    """
+    count, low, high = LENGTHS[lengths] if isinstance(lengths, str) else lengths
     rng = np.random.default_rng(0)
     sizes = rng.integers(low, high + 1, count)
     masks = []
@@ -70,7 +74,7 @@ def make_documents(lengths: str) -> DocumentSet:
         keys=rng.integers(0, 256, (count, 16), dtype=np.uint8),
         counts=np.ones(count, dtype=np.int64),
         offsets=offsets,
-        input_ids=rng.integers(0, VOCABULARY, offsets[-1], dtype=np.int32),
+        input_ids=rng.integers(0, vocabulary, offsets[-1], dtype=np.int32),
         completion=np.concatenate(masks),
         row_offsets=np.arange(count + 1),
         row_documents=np.arange(count),

@@ -1,0 +1,166 @@
+"""What XTF adds to a whole QLoRA run of three epochs, and which of its parts take the time.
+
+    python -m tests.benchmarks.bench_run [--rows 96] [--repeats 3] [--write docs/benchmarks.md]
+
+A random Llama of about 7M parameters, its layers in 4 bits, with LoRA on all of them, under TRL's own trainer; rows of
+50 to 300 tokens. Every run is a process of its own, and its time that of `trainer.train()`: from before the documents
+are read to behind the last step. Scoring reads each document once and every epoch reads it again, forwards and
+backwards: how the two compare does not depend much on size, but what small parts weigh does, and here all are small.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from tests import tiny
+from tests.benchmarks.common import NOT_MEASURED, against, arguments, device, publish
+from xtf_plugin import XTFCallback, attach, callback, passes, pipeline, providers
+from xtf_plugin.collator import XTFDataCollator
+from xtf_plugin.relevance import RelevanceTable
+
+VOCABULARY = 8_192  # of which the rows use the tokenizer's few hundred: the head should weigh something
+SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+EPOCHS, BATCH, REACH = 3, 8, 1.10
+PLAIN, STORED = "without XTF", "XTF `default`, scores stored"
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    PLAIN: None,
+    "XTF `default`": {},
+    STORED: {},
+    "XTF `paper`": {"preset": "paper", "min_kept": 1},
+}
+PARTS = {
+    "documents": [(callback, "collect")],
+    "fingerprint": [(providers.BorrowedReference, "fingerprint")],
+    "scoring": [(passes, "score"), (RelevanceTable, "compute")],
+    "selection": [(pipeline, "_selected"), (pipeline.Plan, "masks")],
+    "report": [(XTFCallback, "_report")],
+    "collator": [(XTFDataCollator, "_masked"), (XTFDataCollator, "_verify")],
+    "checks": [(XTFCallback, "_on_batch")],
+}
+HEAD = ["run", "train(), s", "x without", "in parts, s: all before step 1", *PARTS, "reach"]
+
+
+def make_rows(count: int) -> list[dict[str, list[int]]]:
+    """Word problems, two to six in a row, as TRL's prepared columns."""
+    rng, tokenizer, rows = random.Random(0), tiny.tokenizer(), []
+    for _ in range(count):
+        pairs = [tiny.problem(rng) for _ in range(rng.randint(2, 6))]
+        prompt = tokenizer(" ".join(question for question, _ in pairs))["input_ids"]
+        completion = tokenizer("\n".join(answer for _, answer in pairs))["input_ids"] + [tokenizer.eos_token_id]
+        rows.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
+    return rows
+
+
+def save_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **SHAPE)).save_pretrained(folder)
+
+
+def make_trainer(folder: Path, rows: list[dict[str, list[int]]], steps: int) -> SFTTrainer:
+    cpu = device().type == "cpu"
+    dtype = torch.float32 if cpu else torch.bfloat16
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=bits, dtype=dtype)
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None}
+    options = {"num_train_epochs": EPOCHS, "max_steps": steps, "per_device_train_batch_size": BATCH}
+    return SFTTrainer(
+        model,
+        args=SFTConfig(str(folder / "out"), use_cpu=cpu, bf16=not cpu, **options, **quiet),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+    )
+
+
+def timed(parts: Counter, name: str, owner: Any, attribute: str) -> Any:
+    """A patch under which calls of a function are timed."""
+    function = getattr(owner, attribute)
+
+    def call(*given: Any, **options: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return function(*given, **options)
+        finally:
+            parts[name] += time.perf_counter() - begin
+
+    return mock.patch.object(owner, attribute, call)
+
+
+def run(variant: str, folder: Path, rows: int, steps: int = -1) -> dict[str, float]:
+    """One training run in this process, and where XTF spent its time."""
+    block, parts = VARIANTS[variant], Counter[str]()
+    trainer = make_trainer(folder, make_rows(rows), steps)
+    if block is not None:
+        cache = folder / ("cache-default" if block == {} else "cache-paper")
+        attach(trainer, {**block, "cache_dir": str(cache)})
+    with ExitStack() as stack:
+        for name, places in PARTS.items():
+            for owner, attribute in places:
+                stack.enter_context(timed(parts, name, owner, attribute))
+        stack.enter_context(timed(parts, "before", XTFCallback, "on_train_begin"))
+        begin = time.perf_counter()
+        trainer.train()
+        parts["train"] = time.perf_counter() - begin
+    return dict(parts)
+
+
+def in_own_process(variant: str, folder: Path, rows: int) -> dict[str, float]:
+    words = [sys.executable, "-m", "tests.benchmarks.bench_run", "--run", variant, str(folder), "--rows", str(rows)]
+    output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def measure(rows: int, repeats: int, smoke: bool) -> dict[str, dict[str, float]]:
+    """Medians over runs of every variant, in turn; every round begins with no scores stored."""
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as name:
+            save_model(Path(name) / "model")
+            for variant, results in found.items():
+                one = run(variant, Path(name), 8, 1) if smoke else in_own_process(variant, Path(name), rows)
+                results.append(one)
+    keys = ("train", "before", *PARTS)
+    return {v: {k: statistics.median(r.get(k, 0.0) for r in results) for k in keys} for v, results in found.items()}
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--run", nargs=2, help="a variant and a folder; for the processes that this starts")
+    parser.set_defaults(repeats=3)
+    options = parser.parse_args(given)
+    if options.run:
+        print(json.dumps(run(options.run[0], Path(options.run[1]), options.rows)))
+        return
+    found, rows = measure(options.rows, options.repeats, options.smoke), []
+    for variant, parts in found.items():
+        ratio = parts["train"] / found[PLAIN]["train"]
+        times = [f"{parts[name]:.2f}" for name in ("before", *PARTS)] if variant != PLAIN else ["–"] * (1 + len(PARTS))
+        goal = against(ratio, REACH) if variant != PLAIN else "–"
+        rows.append([variant, f"{parts['train']:.1f}", f"{ratio:.3f}", *times, goal])
+    if device().type == "cpu":
+        rows.append(["a large model on a GPU", *[NOT_MEASURED] * 2, *["–"] * (1 + len(PARTS)), f"≤ {REACH}"])
+    caption = f"{options.rows} rows, {EPOCHS} epochs, batches of {BATCH}, medians of {options.repeats}"
+    publish("bench_run", caption, HEAD, rows, options.write)
+
+
+if __name__ == "__main__":
+    main()
