@@ -83,6 +83,8 @@ bench: bench-scoring bench-streaming bench-costs
 bench-scoring: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_scoring
 	$(BIN)/python -m tests.benchmarks.bench_overheads
+	$(BIN)/python -m tests.benchmarks.bench_selection
+	$(BIN)/python -m tests.benchmarks.bench_start
 
 bench-streaming: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_streaming

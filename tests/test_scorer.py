@@ -106,8 +106,9 @@ def test_model_is_left_as_it_was(implementation):
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_out_of_memory_halves_and_goes_on(monkeypatch):
-    model, documents = tiny.model(), collect(rows(sizes=range(10, 60)))
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Room for 600 tokens at a time."""
     forward = Reference.forward
 
     def greedy(self, input_ids, *args, **kwargs):
@@ -116,6 +117,10 @@ def test_out_of_memory_halves_and_goes_on(monkeypatch):
         return forward(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(Reference, "forward", greedy)
+
+
+def test_out_of_memory_halves_and_goes_on(little_memory):
+    model, documents = tiny.model(), collect(rows(sizes=range(10, 60)))
     found, stats = run(documents, model, (1,), batch_tokens=4_000)
     assert len(found) == len(documents) and stats.halvings >= 2
 

@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests import eager, tiny
-from tests.test_scorer import rows, run
+from tests.test_scorer import little_memory, rows, run  # noqa: F401 (a fixture)
 from xtf_plugin import memory, narrowing, scorer, trial
 from xtf_plugin.documents import collect
 from xtf_plugin.reference import Reference
@@ -58,16 +58,8 @@ class TestPacked:
         assert stats.batches == 1 and stats.padded_tokens == stats.tokens
         agrees(model, documents, found)
 
-    def test_a_batch_that_does_not_fit_is_halved(self, packing, monkeypatch):
+    def test_a_batch_that_does_not_fit_is_halved(self, packing, little_memory):  # noqa: F811
         model, documents = tiny.model(), collect(rows(sizes=range(10, 60)))
-        forward = Reference.forward
-
-        def greedy(self, input_ids, *args, **kwargs):
-            if input_ids.numel() > 600:
-                raise torch.OutOfMemoryError("planted")
-            return forward(self, input_ids, *args, **kwargs)
-
-        monkeypatch.setattr(Reference, "forward", greedy)
         found, stats = run(documents, model, (1,), batch_tokens=4_000)
         assert len(found) == len(documents) and stats.halvings >= 2 and stats.padded_tokens == stats.tokens
 
@@ -148,6 +140,21 @@ class TestNarrow:
         assert not reference.narrows
         found, _ = run(documents, model, (0, 1), batch_tokens=150)
         agrees(model, documents, found)
+
+    def test_a_part_that_breaks_is_left_whole(self, monkeypatch):
+        """NaN is no agreement: here it comes of rows without a batch of their own length."""
+        model = tiny.model()
+        mlp = type(narrowing.last_feed_forward(model.model))
+        own = mlp.forward
+        monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x) * (1 if x.shape[1] == 55 else float("nan")))
+        reference = Reference(model, "tiny")
+        trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
+        assert not reference.narrows
+
+    def test_a_document_too_short_to_try_it_on_tries_nothing(self):
+        reference = Reference(tiny.model(), "tiny")
+        trial.against_own_forward(reference, torch.tensor([5, 6]), 1e-3, ())
+        assert reference.checked and not reference.narrows
 
     def test_a_part_that_gives_more_than_a_tensor_is_called_as_ever(self):
         class Pair(torch.nn.Module):

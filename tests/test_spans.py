@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.spans import byte_alphabet, match_spans, token_bytes, token_texts
+from xtf_plugin.spans import byte_alphabet, characters, is_text, match_spans, token_bytes
 
 CORPUS = ["The answer is 42 .", "Let us think step by step; the answer is near.", "naïve café 漢字 🙂 test test"]
 
@@ -115,7 +115,7 @@ def test_special_and_added_tokens_are_their_literal_content():
 
 def test_other_decoders_are_asked_token_by_token():
     tokenizer = wordpiece()
-    assert token_texts(tokenizer, [1, 2, 5]) == ["answer", "the", "[SEP]"]
+    assert token_bytes(tokenizer, [1, 2, 5]) == [b"answer", b"the", b"[SEP]"]
 
 
 @pytest.mark.parametrize("build", [byte_level, sentencepiece])
@@ -131,7 +131,9 @@ def test_a_character_over_several_tokens_is_marked_whole(build):
     broken = ids[cut:-1]  # begins and ends within a character
     mask = match_spans(tokenizer, broken, [0, len(broken)], ["x"])
     assert [p for p, m in zip(pieces[cut:-1], mask, strict=True) if m] == [b"x"]
-    assert "\ufffd" in token_texts(tokenizer, ids)
+    assert not all(map(is_text, pieces))
+    assert b"".join(whole for *_, whole in characters(pieces)) == text.encode()
+    assert all(is_text(whole) for *_, whole in characters(pieces))
 
 
 def test_every_token_that_overlaps_a_match_is_marked_and_no_other():

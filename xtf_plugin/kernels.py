@@ -120,8 +120,8 @@ def attention_received(
 ) -> Tensor:
     """Fast twin of `attributes.attention_received`: weighted column sums, no T x T map.
 
-    Sums are accumulated in float32 whatever the dtype of `query` and `key`: bf16 sums are off
-    by about 1e-2, which moves tokens across quantiles.
+    Sums are accumulated in float32 whatever the dtype of `query` and `key`: bf16 sums are off by about 1e-2, which
+    moves tokens across quantiles.
 
     Arguments, shapes and result: see `attributes.attention_received`.
     """

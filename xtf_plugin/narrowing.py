@@ -48,11 +48,12 @@ def only_where(module: nn.Module | None, wanted: Tensor, tokens: int) -> Iterato
         hidden = given[0] if len(given) == 1 and not options else None
         if not isinstance(hidden, Tensor) or hidden.shape[:-1].numel() != tokens or not len(wanted):
             return forward(*given, **options)
-        result = forward(hidden.flatten(0, -2)[wanted][None])
+        at = wanted.to(hidden.device)  # a model may be spread over devices
+        result = forward(hidden.flatten(0, -2)[at][None])
         if not isinstance(result, Tensor):
             return forward(hidden)
         output = torch.zeros(tokens, result.shape[-1], dtype=result.dtype, device=result.device)
-        return output.index_copy_(0, wanted, result[0]).view(*hidden.shape[:-1], -1)
+        return output.index_copy_(0, at, result[0]).view(*hidden.shape[:-1], -1)
 
     module.forward = narrowed
     try:

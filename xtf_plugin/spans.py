@@ -64,11 +64,6 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
     return result
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text of each token for display, in the order of `ids`; a byte that is no character by itself shows as U+FFFD."""
-    return [piece.decode("utf-8", errors="replace") for piece in token_bytes(tokenizer, ids)]
-
-
 def characters(pieces: Sequence[bytes]) -> Iterator[tuple[int, int, bytes]]:
     """The tokens in order, those that one character is spread over together: (first token, number of tokens, bytes)."""
     place = 0

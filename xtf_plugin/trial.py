@@ -96,7 +96,9 @@ def _same(reference: Reference, run: Callable[[], tuple[Tensor, Tensor]], tolera
     except CANNOT as error:
         logger.debug("xtf: %s is scored without a shortcut: %s", reference.name, error)
         return False
-    return not len(found) or float((found - expected).nan_to_num().abs().mean()) <= tolerance
+    if not len(found) or not torch.equal(found.isnan(), expected.isnan()):  # nothing was compared, or it broke
+        return False
+    return float((found - expected).nan_to_num().abs().mean()) <= tolerance
 
 
 def _check_logits(reference: Reference, logits: Any, length: int) -> None:

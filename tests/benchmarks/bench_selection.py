@@ -83,8 +83,7 @@ def row(block: str, tokens: int) -> list[str]:
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     size, selecting, building, memory = json.loads(output.splitlines()[-1])
     both = selecting + building
-    reach = size / 1e8 * SECONDS, size / 1e8 * GIGABYTES  # for 100 million tokens; growth is linear
-    told = f"{against(both, reach[0])} s, {against(memory, reach[1])} GB" if size > 5e7 else ""
+    told = f"{against(both, SECONDS, unit=' s')}, {against(memory, GIGABYTES, unit=' GB')}" if tokens == 10**8 else ""
     cells = [f"{selecting:.2f}", f"{building:.2f}", f"{1e9 * both / size:.0f}", f"{memory:.2f}", told]
     return [block, f"{size / 1e6:.0f} M", *cells]
 

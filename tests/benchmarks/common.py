@@ -86,7 +86,7 @@ def publish(name: str, caption: str, head: Sequence[str], rows: Sequence[Sequenc
     return text
 
 
-def against(value: float, reach: float, at_most: bool = True) -> str:
+def against(value: float, reach: float, at_most: bool = True, unit: str = "") -> str:
     """The reach, and whether a value keeps to it."""
     kept = value <= reach if at_most else value >= reach
-    return f"{'≤' if at_most else '≥'} {reach:g}: {'kept' if kept else 'missed'}"
+    return f"{'≤' if at_most else '≥'} {reach:g}{unit}: {'kept' if kept else 'missed'}"
