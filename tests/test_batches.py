@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xtf_plugin import scorer
-from xtf_plugin.batches import FORWARD_TOKENS
+from xtf_plugin.batches import FORWARD_TOKENS, begun_at, plan_wanted
 
 
 def test_batches_respect_the_budget_and_waste_little():
@@ -52,3 +52,38 @@ def test_packed_batches_hold_what_the_budget_allows():
     lengths = np.asarray([7, 30, 4, 0, 30, 100, 1])
     plans = list(scorer.plan_batches(lengths, 64, packed=True))
     assert [plan.tolist() for plan in plans] == [[5], [1, 4], [0, 2, 6]]
+
+
+def together(plans):
+    return {frozenset(plan.tolist()) for plan in plans}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_missing_keeps_the_batches_of_the_whole(packed):
+    lengths = np.random.default_rng(0).integers(0, 90, 300)
+    plans = list(scorer.plan_batches(lengths, 700, packed=packed))
+    everything = np.flatnonzero(lengths)
+    assert [p.tolist() for p in plan_wanted(lengths, everything, 700, packed=packed)] == [p.tolist() for p in plans]
+    done = plans[1:4] + plans[7:8]
+    broken = plans[5][:2]  # part of a batch is there
+    wanted = np.setdiff1d(everything, np.concatenate([*done, broken]))
+    found = plan_wanted(lengths, wanted, 700, packed=packed)
+    assert np.sort(np.concatenate(found)).tolist() == wanted.tolist()
+    assert together(plans) - together(done) - {frozenset(plans[5].tolist())} <= together(found)
+    assert frozenset(plans[5][2:].tolist()) in together(found)
+
+
+def test_a_few_documents_of_many_are_batched_anew():
+    lengths = np.full(1_000, 10)
+    wanted = np.arange(0, 1_000, 50)
+    (found,) = plan_wanted(lengths, wanted, 1_000)
+    assert found.tolist() == wanted.tolist()
+    assert plan_wanted(lengths, wanted[:0], 1_000) == []
+
+
+def test_batches_may_begin_elsewhere():
+    lengths = np.asarray([10, 10, 10, 30, 20, 20])
+    batches = [np.asarray([i]) for i in range(6)]
+    begins = [[int(b[0]) for b in begun_at(batches, lengths, part)] for part in (0.0, 0.25, 0.5, 0.99)]
+    assert begins == [[0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 1], [3, 4, 5, 0, 1, 2], [5, 0, 1, 2, 3, 4]]
+    assert begun_at([], lengths, 0.5) == []

@@ -212,7 +212,8 @@ def test_a_sharded_model_scores_in_step(two, name):
 
     first, second = (rank[name] for rank in two)
     assert first["batches"] != second["batches"], "the case must give the ranks unequal work"
-    assert first["forwards"] == second["forwards"] == 2 + max(first["batches"], second["batches"])
+    tries = 3  # by our kernels, by the model itself, by the definition of attention received
+    assert first["forwards"] == second["forwards"] == tries + max(first["batches"], second["batches"])
     assert first["logprobs"] == second["logprobs"]
     assert first["vectors"] < 1e-6
     data = rows(4)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from tests import eager, tiny
-from xtf_plugin import scorer
+from xtf_plugin import scorer, trial
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.reference import Reference, borrow, resolve_layers
@@ -133,7 +134,7 @@ def test_a_single_document_that_does_not_fit_names_the_setting(monkeypatch):
 
     Reference_forward = Reference.forward
     monkeypatch.setattr(Reference, "forward", never)
-    monkeypatch.setattr(scorer, "CHECK_TOKENS", 8)
+    monkeypatch.setattr(trial, "CHECK_TOKENS", 8)
     with pytest.raises(XTFError, match=r"single document of 90 tokens.*max_length"):
         run(collect(rows()), tiny.model(), (1,))
 
@@ -215,9 +216,7 @@ def test_borrow_scores_the_base_model_under_a_trained_adapter():
     assert not any(p.requires_grad for name, p in model.named_parameters() if name in frozen)
 
 
-def test_attention_sinks_are_refused_by_name():
-    from transformers import GptOssConfig, GptOssForCausalLM
-
+def gpt_oss():
     config = GptOssConfig(
         hidden_size=64,
         intermediate_size=64,
@@ -230,9 +229,14 @@ def test_attention_sinks_are_refused_by_name():
         vocab_size=500,
         pad_token_id=0,
     )
+    torch.manual_seed(0)
+    return GptOssForCausalLM(config).eval()
+
+
+def test_attention_sinks_are_refused_by_name():
     with pytest.raises(XTFError, match="s_aux.*reasoning_importance: false"):
-        run(collect(rows()), GptOssForCausalLM(config).eval(), (1,))
-    found, _ = run(collect(rows()), GptOssForCausalLM(config).eval(), ())
+        run(collect(rows()), gpt_oss(), (1,))
+    found, _ = run(collect(rows()), gpt_oss(), ())
     assert len(found) == 6, "without reasoning importance the model's own attention is used"
 
 

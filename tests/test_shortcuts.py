@@ -8,10 +8,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from tests import eager, tiny
-from tests.test_scorer import little_memory, rows, run  # noqa: F401 (a fixture)
+from tests.test_scorer import gpt_oss, little_memory, rows, run  # noqa: F401 (a fixture)
 from xtf_plugin import memory, narrowing, scorer, trial
 from xtf_plugin.documents import collect
 from xtf_plugin.reference import Reference
@@ -20,8 +25,10 @@ from xtf_plugin.rows import laid_out
 
 @pytest.fixture
 def packing(monkeypatch):
-    """Packed rows on this device too."""
+    """Packed rows on this device too, whatever they cost."""
     monkeypatch.setattr(trial, "PACKED_ON", ("cpu", "cuda"))
+    monkeypatch.setattr(trial, "TAKEN_APART", True)
+    monkeypatch.setattr(scorer, "PACKED_WINDOWS", True)
 
 
 def agrees(model, documents, found, layers=(0, 1)):
@@ -95,6 +102,44 @@ class TestPacked:
         assert stats.padded_tokens > stats.tokens
         agrees(model, documents, found)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_model_with_a_state_beside_attention_is_padded(self, packing, dtype):
+        """Falcon-H1 has a state space in every layer, which goes on from one document into the next."""
+        sizes = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+        fast = tiny.tokenizer()
+        config = FalconH1Config(**{**tiny.BASE, **sizes, "vocab_size": len(fast), "pad_token_id": 0, "bos_token_id": 0})
+        torch.manual_seed(0)
+        model = FalconH1ForCausalLM(config).eval().to(dtype)
+        _, stats = run(collect(rows()), model, (0, 1), batch_tokens=150)
+        assert stats.padded_tokens > stats.tokens
+
+    def test_rows_are_not_packed_to_be_taken_apart_again(self, monkeypatch, caplog):
+        """Without an attention that takes them as they are, padding costs less."""
+        monkeypatch.setattr(trial, "PACKED_ON", ("cpu", "cuda"))
+        with caplog.at_level("INFO"):
+            _, stats = run(collect(rows()), tiny.model(), (0, 1), batch_tokens=150)
+        assert stats.padded_tokens > stats.tokens
+        assert "without packed rows" in caplog.text and "taken apart" in caplog.text
+
+    def test_documents_that_a_window_cuts_are_padded(self, packing, monkeypatch):
+        monkeypatch.setattr(scorer, "PACKED_WINDOWS", False)
+        model = tiny.model("mistral")
+        short, long = (collect(rows(sizes=(size, 9, 12))) for size in (20, 21))
+        padded = [stats.padded_tokens > stats.tokens for _, stats in (run(d, model, ()) for d in (short, long))]
+        assert padded == [False, True]
+
+    def test_a_document_between_others_is_tried(self, packing, monkeypatch):
+        """A stranger stands before and behind it: here each token also sees the one before it in the row."""
+        model = tiny.model()
+        own = type(model.model.layers[0].self_attn).forward
+
+        def leaking(self, hidden_states, *args, **kwargs):
+            return own(self, hidden_states + 0.3 * hidden_states.roll(1, 1), *args, **kwargs)
+
+        monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", leaking)
+        _, stats = run(collect(rows()), model, (), batch_tokens=150)
+        assert stats.padded_tokens > stats.tokens
+
     def test_a_cpu_pads(self):
         _, stats = run(collect(rows()), tiny.model(), (0,), batch_tokens=150)
         assert stats.padded_tokens > stats.tokens
@@ -141,6 +186,26 @@ class TestNarrow:
         found, _ = run(documents, model, (0, 1), batch_tokens=150)
         agrees(model, documents, found)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_part_that_looks_at_one_token_before_is_left_whole(self, monkeypatch, dtype):
+        """Of a row of tokens that are read, only the first would come out wrong."""
+        model, documents = tiny.model().to(dtype), collect(rows())
+        mlp = type(narrowing.last_feed_forward(model.model))
+        own = mlp.forward
+        monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.roll(1, 1)))
+        reference = Reference(model, "tiny")
+        trial.against_own_forward(reference, torch.arange(5, 60), 0.1, ())
+        assert not reference.narrows
+        if dtype is torch.float32:
+            agrees(model, documents, run(documents, model, (0, 1), batch_tokens=1)[0])
+
+    def test_bfloat16_narrows_too(self):
+        """What rounding moves is no reason."""
+        for family in sorted(tiny.FAMILIES):
+            reference = Reference(tiny.model(family).to(torch.bfloat16), "tiny")
+            trial.against_own_forward(reference, torch.arange(5, 60), 0.1, (0, 1))
+            assert reference.narrows, family
+
     def test_a_part_that_breaks_is_left_whole(self, monkeypatch):
         """NaN is no agreement: here it comes of rows without a batch of their own length."""
         model = tiny.model()
@@ -153,8 +218,17 @@ class TestNarrow:
 
     def test_a_document_too_short_to_try_it_on_tries_nothing(self):
         reference = Reference(tiny.model(), "tiny")
-        trial.against_own_forward(reference, torch.tensor([5, 6]), 1e-3, ())
-        assert reference.checked and not reference.narrows
+        trial.against_own_forward(reference, torch.tensor([5]), 1e-3, ())
+        assert not reference.checked and not reference.narrows
+
+    def test_a_part_that_gives_more_than_a_tensor_is_not_narrowed(self, monkeypatch):
+        """Each batch would work it out twice. gpt-oss gives its router's scores too."""
+        model, seen = gpt_oss(), []
+        mlp = type(narrowing.last_feed_forward(model.model))
+        own = mlp.forward
+        monkeypatch.setattr(mlp, "forward", lambda self, x: seen.append(x.shape[:-1].numel()) or own(self, x))
+        _, stats = run(collect(rows()), model, (), batch_tokens=150)
+        assert sum(seen[-2 * stats.batches :]) == 2 * stats.padded_tokens  # of two layers
 
     def test_a_part_that_gives_more_than_a_tensor_is_called_as_ever(self):
         class Pair(torch.nn.Module):
@@ -169,8 +243,9 @@ class TestNarrow:
     def test_nothing_that_is_read(self):
         module = torch.nn.Linear(4, 4)
         x = torch.randn(1, 3, 4)
-        with narrowing.only_where(module, torch.zeros(0, dtype=torch.long), 3):
-            assert torch.equal(module(x), module(x))
+        whole = module(x)
+        with narrowing.only_where(module, torch.zeros(0, dtype=torch.long), 3) as told:
+            assert torch.equal(module(x), whole) and not told.happened
 
 
 class TestDevice:

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from xtf_plugin import shards
+from xtf_plugin.layout import layers_tag
 from xtf_plugin.records import COLUMNS, Records
-from xtf_plugin.store import ScoreStore, layers_tag
+from xtf_plugin.store import ScoreStore
 
 REFERENCE = "0123456789abcdef" * 2
 OTHER = "f" * 32
@@ -147,6 +148,20 @@ def test_a_full_shard_leaves_no_crumb_behind(tmp_path):
     for seed in range(11):
         store.add(records((10, 1), seed=seed))
     assert len(shard_files(tmp_path)) == 1
+
+
+def test_shards_are_cut_between_additions(tmp_path):
+    """A scoring batch is stored whole or not at all, whenever the process is killed."""
+    store = ScoreStore(tmp_path, REFERENCE, "0", shard_tokens=10)
+    store.persistent = False  # nothing is written until the next flush
+    batches = [records((4, 3), seed=seed) for seed in range(9)]
+    for batch in batches:
+        store.add(batch)
+    store.flush()
+    shards_of = [set(map(bytes, store.read(path).keys)) for path in shard_files(tmp_path)]
+    assert len(shards_of) > 3
+    for batch in batches:
+        assert sum(set(map(bytes, batch.keys)) <= keys for keys in shards_of) == 1
 
 
 def test_an_error_in_the_block_still_writes(tmp_path):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,7 +40,56 @@ class ScoringStats:
             setattr(self, name, getattr(self, name) + value)
 
 
-def plan_batches(lengths: NDArray[np.int64], budget: int, *, packed: bool = False) -> Iterator[NDArray[np.int64]]:
+class Beside(Protocol):
+    """Other processes that score the same documents into the same place."""
+
+    begin: float  # where to begin, as a part of all tokens in [0, 1): elsewhere than they do
+
+    def stored(self, documents: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the documents, by index, have come to be stored by now."""
+
+
+def plan_wanted(
+    lengths: NDArray[np.int64],
+    wanted: NDArray[np.int64],
+    budget: int,
+    *,
+    packed: bool = False,
+    apart: int | None = None,
+) -> list[NDArray[np.int64]]:
+    """`plan_batches` for the `wanted` documents, with the batches that all documents would have wherever that can be.
+
+    A score depends by a rounding on what else is in its batch. When a killed run goes on, whole batches are missing;
+    they are made again as they would have been, and give the same scores to the last bit.
+
+    Args:
+        lengths: (N,) tokens of each document.
+        wanted: (n,) indices into `lengths`.
+        packed, apart: see `plan_batches`.
+
+    Returns:
+        indices into `lengths`; batches of documents that were together in no missing batch come last.
+    """
+    chosen = np.zeros(len(lengths), dtype=bool)
+    chosen[wanted] = True
+    planned = plan_batches(lengths, budget, packed=packed, apart=apart)
+    whole = [batch for batch in planned if chosen[batch].all()]
+    for batch in whole:
+        chosen[batch] = False
+    rest = np.flatnonzero(chosen)
+    return [*whole, *(rest[part] for part in plan_batches(lengths[rest], budget, packed=packed, apart=apart))]
+
+
+def begun_at(batches: Sequence[NDArray[np.int64]], lengths: NDArray[np.int64], part: float) -> list[NDArray[np.int64]]:
+    """The batches in the same circle, begun where about `part` of the tokens lie before."""
+    before = np.cumsum([int(lengths[batch].sum()) for batch in batches])
+    first = int(np.searchsorted(before, part * before[-1], side="right")) if len(before) else 0
+    return [*batches[first:], *batches[:first]]
+
+
+def plan_batches(
+    lengths: NDArray[np.int64], budget: int, *, packed: bool = False, apart: int | None = None
+) -> Iterator[NDArray[np.int64]]:
     """Cut documents, longest first, into batches of at most `budget` padded tokens (a longer document goes alone).
 
     Equals, over all ways to cut the sorted documents that respect the budget: the one with the fewest padded tokens, a
@@ -49,17 +99,20 @@ def plan_batches(lengths: NDArray[np.int64], budget: int, *, packed: bool = Fals
     Args:
         lengths: (N,) tokens per document; empty documents are left out.
         packed: documents lie one behind the other, so that there is no padding to count.
+        apart: documents longer than this share no batch with others.
 
     Yields:
         indices into `lengths`, ties in order of index.
     """
     order = np.lexsort((np.arange(len(lengths)), -lengths))
     order = order[lengths[order] > 0]
-    sizes = _filled(lengths[order], budget) if packed else _cheapest(lengths[order].astype(np.int64), budget)
-    low = 0
-    while low < len(order):
-        yield order[low : low + int(sizes[low])]
-        low += int(sizes[low])
+    longer = 0 if apart is None else int((lengths[order] > apart).sum())
+    for part in (order[:longer], order[longer:]):
+        sizes = _filled(lengths[part], budget) if packed else _cheapest(lengths[part].astype(np.int64), budget)
+        low = 0
+        while low < len(part):
+            yield part[low : low + int(sizes[low])]
+            low += int(sizes[low])
 
 
 def _filled(lengths: NDArray[np.int64], budget: int) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from . import files, shards
 from .errors import XTFUserError
-from .store import DESCRIPTION, EARLIER_FOLDERS, REFERENCE, VERSION_FOLDER, entries, layer_folders
+from .layout import DESCRIPTION, EARLIER_FOLDERS, REFERENCE, VERSION_FOLDER, entries, layer_folders
 
 logger = logging.getLogger(__name__)
 

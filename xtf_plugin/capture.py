@@ -14,11 +14,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from . import kernels
+from . import attributes, kernels
 from .errors import XTFError
 from .packing import Packed
 
@@ -27,13 +28,17 @@ IMPLEMENTATION = "xtf_received"
 
 @dataclass
 class Recorder:
-    """What one forward leaves behind: the sum of attention received over the chosen layers."""
+    """What one forward leaves behind: the sum of attention received over the chosen layers.
+
+    `plainly`: by the definition in `attributes`, on short documents only.
+    """
 
     model: str
     layers: frozenset[int]
     lengths: Tensor
     start: int = 0
     packed: Packed | None = None
+    plainly: bool = False
     received: Tensor | None = None
     seen: list[int] = field(default_factory=list)
     layer_windows: set[int] = field(default_factory=set)
@@ -43,19 +48,30 @@ class Recorder:
         """Attention received averaged over the chosen layers, (B, T) float32, or None if no layer was chosen."""
         return None if self.received is None else self.received / len(self.layers)
 
-    def samples(self, T: int) -> set[int]:
+    def record(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        """Attention output of a chosen layer; what its tokens receive is added to the sum."""
+        starts = {} if self.packed is None else {"starts": self.packed.starts.to(query.device)}
+        lengths, twins = self.lengths.to(query.device), attributes if self.plainly else kernels
+        given = {name: value for name, value in options.items() if name != "longest"} if self.plainly else options
+        output: Tensor
+        output, received = twins.attention_and_received(query, key, value, lengths, start=self.start, **starts, **given)
+        # layers may lie on several devices
+        self.received = received if self.received is None else self.received + received.to(self.received.device)
+        return output.to(query.dtype)
+
+    def samples(self, T: int) -> list[int]:
         """Tokens whose rows of a mask are looked at; among them the last of the longest document."""
         last = T - 1
         if self.packed is not None:
-            last = int(self.packed.offsets[int(self.packed.offsets.diff().argmax()) + 1]) - 1
-        return {0, T // 2, T - 1, last}
+            last = int(self.packed.bounds[int(np.diff(self.packed.bounds).argmax()) + 1]) - 1
+        return sorted({0, T // 2, T - 1, last})
 
     def begin(self, query: int) -> int:
         """Where the document of this token begins; 0 in rows of one document, whose masks end there anyway."""
         if self.packed is None:
             return 0
-        ends = self.packed.offsets
-        return int(ends[ends <= query][-1])
+        bounds = self.packed.bounds
+        return int(bounds[np.searchsorted(bounds, query, side="right") - 1])
 
     def refuse(self, what: str) -> XTFError:
         """The error for an attention we would score wrongly."""
@@ -102,15 +118,15 @@ def received_attention(
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
     if packed is not None:
-        options |= {"offsets": packed.offsets, "longest": packed.longest}
+        if packed.whole and not kernels.takes_packed(query, value, softcap=softcap):
+            raise recorder.refuse("its packed rows would have to be taken apart for attention")
+        options |= {"offsets": packed.offsets.to(query.device), "longest": packed.longest}
     index = int(getattr(module, "layer_idx", -1))
     recorder.seen.append(index)
     if window is not None:
         recorder.layer_windows.add(window)
     if index in recorder.layers:
-        options |= {"start": recorder.start, "starts": None if packed is None else packed.starts}
-        output, received = kernels.attention_and_received(query, key, value, recorder.lengths, **options)
-        recorder.received = received if recorder.received is None else recorder.received + received
+        output = recorder.record(query, key, value, options)
     else:
         output, _ = kernels.attention(query, key, value, **options)
     return output.transpose(1, 2).contiguous(), None
@@ -131,13 +147,16 @@ def received_mask(
         raise recorder.refuse("it was given a padding mask")
     device = recorder.lengths.device if recorder.packed is not None else None  # where a packed mask has its documents
     zero, keys = torch.tensor(0, device=device), torch.arange(kv_length, device=device)
-    for query in recorder.samples(q_length):
-        row = mask_function(zero, zero, torch.tensor(query, device=device), keys)
-        row = torch.as_tensor(row, device=device).expand(kv_length)
-        width, begin = int(row.sum()), recorder.begin(query)
-        if not torch.equal(row, (keys <= query) & (keys > query - width)):
+    queries = recorder.samples(q_length)
+    rows = [mask_function(zero, zero, torch.tensor(query, device=device), keys) for query in queries]
+    found = torch.stack([torch.as_tensor(row, device=device).expand(kv_length) for row in rows])
+    widths, last = found.sum(1), torch.tensor(queries, device=device)[:, None]
+    alike = (found == ((keys <= last) & (keys > last - widths[:, None]))).all(1)
+    told = torch.stack([widths, alike.long()]).tolist()  # one wait for the device
+    for query, width, causal in zip(queries, *told, strict=True):
+        if not causal:
             raise recorder.refuse("its attention mask is neither causal nor a causal sliding window")
-        if width < query + 1 - begin:
+        if width < query + 1 - recorder.begin(query):
             recorder.mask_windows.add(width)
 
 

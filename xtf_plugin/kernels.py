@@ -24,7 +24,8 @@ from .attributes import one_row
 SHORT = 512  # tokens up to which PyTorch's fused kernel for CPUs takes longer than plain blocks
 LOGIT_ELEMENTS = 8 << 20  # logits alive at once
 REUSED_ELEMENTS = 16 << 20  # likewise, where they share a buffer: fewer and larger products
-TRITON_LOGIT_ELEMENTS = 32 << 20  # without copies in float32; few rows per chunk would leave a GPU reading head weights
+ROWS = 256  # chunks of whole multiples of it fill a GPU's tiles
+TRITON_LOGIT_ELEMENTS = 64 << 20  # without copies in float32; few rows per chunk would leave a GPU reading head weights
 
 
 def attention(
@@ -61,7 +62,7 @@ def attention(
     fused = softcap is None and (window is None or window >= reach) and query.shape[-1] == value.shape[-1]
     if offsets is not None:
         one_row(query)
-        if fused and _has_flash(query):
+        if fused and takes_packed(query, value):
             return _packed_flash(query, key, value, scaling, offsets, reach)
         return packing.attention(partial(attention, **options), query, key, value, offsets)
     if fused and not (query.device.type == "cpu" and query.shape[2] <= SHORT):
@@ -69,7 +70,16 @@ def attention(
     return blockwise.attention(query, key, value, **options)[:2]
 
 
+def takes_packed(query: Tensor, value: Tensor, *, softcap: float | None = None) -> bool:
+    """Whether packed rows go through attention as they are, given documents that no window cuts; else they are taken
+    apart into padded batches, which costs more than padding them from the start.
+    """
+    return softcap is None and query.shape[-1] == value.shape[-1] and _has_flash(query)
+
+
 def _has_flash(query: Tensor) -> bool:
+    if not torch.backends.cuda.is_flash_attention_available():  # left out of some builds
+        return False
     ampere = query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) >= (8, 0)
     return ampere and query.dtype is not torch.float32 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
@@ -129,9 +139,10 @@ def attention_received(
     if logsumexp is None:
         logsumexp = attention(query, key, key, **options, offsets=offsets)[1]
     packed = {"offsets": offsets, "starts": starts, "logsumexp": logsumexp}
-    received = triton_dispatch.attempt("attention_received", query, key, lengths, start=start, **options, **packed)
-    if received is not None:
-        return received
+    if triton_dispatch.head_fits(query):
+        received = triton_dispatch.attempt("attention_received", query, key, lengths, start=start, **options, **packed)
+        if received is not None:
+            return received
     if offsets is not None:
         one_row(query)
         starts = torch.full_like(offsets[1:], start) if starts is None else starts
@@ -187,10 +198,12 @@ def predictions(
     low = 0
     while low < len(targets):
         high = min(low + rows, len(targets))
-        logits, picked = product(hidden[low:high]), targets[low:high]  # (n, V), (n,)
+        logits = product(hidden[low:high])  # (n, V)
+        picked = targets[low:high].to(logits.device)  # a head may lie on another device than embeddings
         moments = triton_dispatch.attempt("moments", logits, picked, scale=scale, softcap=softcap)
         elements = at_once if moments is None else TRITON_LOGIT_ELEMENTS
         rows = max(1, elements // logits.shape[-1])
+        rows = rows // ROWS * ROWS or rows
         if moments is None:
             aliases = logits.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr()
             moments = heads.moments(logits.clone() if aliases else logits, picked, scale=scale, softcap=softcap)

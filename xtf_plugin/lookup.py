@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,16 +33,21 @@ class StoredScores:
 class Lookup:
     """The join of the documents asked for with one shard after another."""
 
-    def __init__(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], *, attention: bool) -> None:
-        """Ask for documents by key (N, 16) and number of completion tokens (N,); ValueError if these do not fit."""
+    def __init__(
+        self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], columns: Sequence[str] = COLUMNS
+    ) -> None:
+        """Ask for `columns` of documents by key (N, 16) and number of completion tokens (N,).
+
+        Raises:
+            ValueError: keys and lengths that do not fit together.
+        """
         self.lengths = np.ascontiguousarray(lengths, dtype=np.int64)
         if keys.dtype != np.uint8 or keys.shape != (len(self.lengths), KEY_BYTES) or (self.lengths < 0).any():
             raise ValueError(f"keys must be uint8 ({len(self.lengths)}, {KEY_BYTES}), not {keys.dtype} {keys.shape}")
         self.starts = np.cumsum(self.lengths) - self.lengths
         total = int(self.lengths.sum())
         self.found = np.zeros(len(self.lengths), dtype=bool)
-        names = COLUMNS if attention else [name for name in COLUMNS if name != "attention"]
-        self.columns = {name: np.full(total, np.nan, dtype=np.float32) for name in names}
+        self.columns = {name: np.full(total, np.nan, dtype=np.float32) for name in columns}
         self.wanted, self.first, self.inverse = np.unique(
             _identity(keys, self.lengths), return_index=True, return_inverse=True
         )

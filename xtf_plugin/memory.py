@@ -1,4 +1,5 @@
-"""How many tokens a device has memory for, measured: model, kernels and quantisation have their say in it."""
+"""How many tokens a device has memory for, measured: model, kernels and quantisation have their say in it. And what to
+do when it had not."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import logging
 from dataclasses import dataclass
 
 import torch
+
+from .errors import XTFError
 
 logger = logging.getLogger(__name__)
 
@@ -45,3 +48,34 @@ def budget_for(tokens: int, grown: int, free: int) -> int:
     found = max(FIRST, min(MOST, fits))
     logger.info("xtf: batches of %d tokens: %d took %.2f GB, %.2f GB are free", found, tokens, grown / 1e9, free / 1e9)
     return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a forward failed for want of memory; a CPU's allocator says so in a plain RuntimeError."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
+
+
+def halved(size: int, longest: int, tokens: int, device: torch.device, problem: str) -> int:
+    """The token budget to go on with after a batch of `size` documents did not fit, `tokens` with their padding.
+
+    Raises:
+        XTFError: it was a single document; `problem` is the text of the error that told.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if size == 1:
+        raise XTFError(
+            f"out of memory while scoring a single document of {longest} tokens ({problem}). Lower max_length, or name "
+            "a smaller or more strongly quantised model under xtf `reference.model`."
+        )
+    budget = max(longest, tokens // 2)
+    logger.warning(
+        "xtf: out of memory with %d documents of up to %d tokens; going on with batches of %d tokens. Setting "
+        "`batch_tokens: %d` avoids the retry.",
+        size,
+        longest,
+        budget,
+        budget,
+    )
+    return budget

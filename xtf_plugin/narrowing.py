@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +29,15 @@ def last_feed_forward(decoder: nn.Module) -> nn.Module | None:
     return None
 
 
+@dataclass
+class Narrowed:
+    """Whether something was left out."""
+
+    happened: bool = False
+
+
 @contextmanager
-def only_where(module: nn.Module | None, wanted: Tensor, tokens: int) -> Iterator[None]:
+def only_where(module: nn.Module | None, wanted: Tensor, tokens: int) -> Iterator[Narrowed]:
     """Within this, the module gives 0 for tokens that are not `wanted`, and does not work them out.
 
     A call with anything but one tensor of such tokens, and a module that gives anything but one tensor, stay as they
@@ -38,8 +46,9 @@ def only_where(module: nn.Module | None, wanted: Tensor, tokens: int) -> Iterato
     Args:
         wanted: (P,) indices into the flattened tokens (B * T,); tokens: B * T.
     """
+    told = Narrowed()
     if module is None:
-        yield
+        yield told
         return
     before = vars(module).get("forward")  # accelerate and PEFT put theirs on the instance
     forward = module.forward
@@ -52,12 +61,13 @@ def only_where(module: nn.Module | None, wanted: Tensor, tokens: int) -> Iterato
         result = forward(hidden.flatten(0, -2)[at][None])
         if not isinstance(result, Tensor):
             return forward(hidden)
+        told.happened = True
         output = torch.zeros(tokens, result.shape[-1], dtype=result.dtype, device=result.device)
         return output.index_copy_(0, at, result[0]).view(*hidden.shape[:-1], -1)
 
     module.forward = narrowed
     try:
-        yield
+        yield told
     finally:
         if before is None:
             del module.forward

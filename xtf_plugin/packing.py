@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -22,12 +24,19 @@ class Packed:
     Args:
         offsets: (n + 1,) int64, where each begins, on the row's device.
         starts: (n,) int64, each one's first column of attention received that is wanted.
-        longest: tokens of the longest.
+        bounds: `offsets` on the CPU, where looking at one waits for no device.
+        whole: refuse attention that could not take the row as it is, but would take it apart again.
     """
 
     offsets: Tensor
     starts: Tensor
-    longest: int
+    bounds: NDArray[np.int64]
+    whole: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(np.diff(self.bounds).max())
 
     def positions(self, T: int) -> Tensor:
         """Position of every token within its document, (1, T); T tokens in all."""

@@ -7,6 +7,7 @@ several processes holds for each of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from .cache import tell_relatives
 from .documents import DocumentSet
 from .errors import XTFError
 from .lookup import StoredScores
+from .neighbours import Neighbours
 from .ranks import ALONE, Ranks
 from .reference import Reference
 from .scorer import score
@@ -52,21 +54,24 @@ def stored_scores(
         of_dataset = label == "scoring"  # second looks come in rounds, and need not be told each time
         if of_dataset and ranks.main and store.description is not None and not stored.found.any():
             tell_relatives(store.root, store.reference, store.description)
-        stats = score(
-            documents,
-            missing,
-            open_on_all(ranks, reference),
-            layers,
-            store.add,
-            batch_tokens=batch_tokens,
-            progress=progress,
-            label=label,
-            ranks=ranks,
-            others=store.hold,
-        )
-        store.flush()
+        opened, neighbours = open_on_all(ranks, reference), Neighbours(store, documents.keys, sizes)
+        with neighbours if ranks.size == 1 else nullcontext() as beside:
+            stats = score(
+                documents,
+                missing,
+                opened,
+                layers,
+                store.add,
+                batch_tokens=batch_tokens,
+                progress=progress,
+                label=label,
+                ranks=ranks,
+                others=store.hold,
+                beside=beside,
+            )
+            store.flush()
         stored = store.load(documents.keys, sizes)
         lost = int((~stored.found & (sizes > 0)).sum())
         if lost:
             raise XTFError(f"{lost} documents were scored but could not be read back from {store.directory}.")
-    return alike(ranks, stored), stats, int((sizes > 0).sum()) - len(missing)
+    return alike(ranks, stored), stats, int((sizes > 0).sum()) - stats.documents

@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 COLUMNS = ("logprobs", "entropy", "deviation", "attention")
 
 
+def column_names(*, attention: bool) -> tuple[str, ...]:
+    """The scores that every pass gives, with attention received or without."""
+    return COLUMNS if attention else COLUMNS[:-1]
+
+
 @dataclass(frozen=True)
 class Records:
     """Scores of n documents with m completion tokens in all; NaN: undefined.

@@ -42,9 +42,10 @@ class Reference:
     name: str
     adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    checked: bool = field(default=False, init=False)  # these three: see `trial`
+    checked: frozenset[str] = field(default=frozenset(), init=False)  # these three: see `trial`
     packs: bool = field(default=False, init=False)
     narrows: bool = field(default=False, init=False)
+    narrowed: bool = field(default=False, init=False)  # whether the last forward was
 
     @property
     def lockstep(self) -> bool:
@@ -113,6 +114,7 @@ class Reference:
         *,
         packed: Packed | None = None,
         wanted: Tensor | None = None,
+        plainly: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """One decoder forward; call it inside `scoring(record=bool(layers) or packed is not None)`.
 
@@ -123,6 +125,7 @@ class Reference:
             packed: where the documents of a packed row are; None: each row is one.
             wanted: (P,) indices into the flattened rows of the states that somebody reads: the others may come out as
                 anything. None: all.
+            plainly: record attention by its definition, on short documents only.
 
         Returns:
             last hidden states (B, T, D); attention received (B, T) float32, or None without layers.
@@ -130,10 +133,11 @@ class Reference:
         feed_forward = last_feed_forward(self.decoder) if self.narrows and wanted is not None else None
         with ExitStack() as stack:
             if wanted is not None:
-                stack.enter_context(only_where(feed_forward, wanted, input_ids.numel()))
+                told = stack.enter_context(only_where(feed_forward, wanted, input_ids.numel()))
+                stack.callback(lambda: setattr(self, "narrowed", told.happened))
             if not layers and packed is None:
                 return self._hidden(input_ids), None
-            recorder = Recorder(self.name, frozenset(layers), lengths, start, packed)
+            recorder = Recorder(self.name, frozenset(layers), lengths, start, packed, plainly)
             stack.enter_context(recording(recorder))
             hidden = self._hidden(input_ids, None if packed is None else packed.positions(input_ids.numel()))
         check_recorded(recorder, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None))
@@ -184,6 +188,24 @@ def resolve_layers(choice: str | list[int] | tuple[int, ...], text_config: Any) 
             f"Legal: first, middle, last, all, or indices from {-count} to {count - 1}."
         )
     return tuple(sorted({i % count for i in indices}))
+
+
+def rotary_switch(text_config: Any) -> tuple[str, int] | None:
+    """Length beyond which rotary embeddings change for a whole batch, and how they do; None: they never do.
+
+    `longrope`: two sets of frequencies, chosen by the longest document in the batch. `dynamic`: frequencies that follow
+    the longest document so far.
+    """
+    given = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    for rope in [given, *(part for part in given.values() if isinstance(part, dict))]:
+        kind = str(rope.get("rope_type") or rope.get("type") or "")
+        if "dynamic" in kind:
+            return kind, int(text_config.max_position_embeddings)
+        if kind == "longrope":
+            original = rope.get("original_max_position_embeddings")
+            original = original or getattr(text_config, "original_max_position_embeddings", None)
+            return kind, int(original or text_config.max_position_embeddings)
+    return None
 
 
 def logit_transform(text_config: Any) -> tuple[float, float | None]:

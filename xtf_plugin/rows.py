@@ -60,6 +60,7 @@ def laid_out(documents: DocumentSet, batch: NDArray[np.int64], device: torch.dev
         here = slice(int(begins[row]), int(begins[row]) + len(tokens))
         ids[here], mask[here] = tokens, completion
         starts[row], sizes[row] = np.argmax(completion) if completion.any() else len(tokens), completion.sum()
+    bounds = np.append(begins, shape[1])
     at = np.flatnonzero(mask)
     places = np.flatnonzero(~np.isin(at, begins))  # nothing predicts a document's first token
 
@@ -75,5 +76,5 @@ def laid_out(documents: DocumentSet, batch: NDArray[np.int64], device: torch.dev
         start=0 if packed else min(int(starts.min()), shape[1] - 1),
         offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
         places=places,
-        packed=Packed(there(np.append(begins, shape[1])), there(starts), int(lengths.max())) if packed else None,
+        packed=Packed(there(bounds), there(starts), bounds) if packed else None,
     )

@@ -21,22 +21,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batches import ScoringStats, default_batch_tokens, plan_batches
+from .batches import Beside, ScoringStats, begun_at, default_batch_tokens, plan_batches, plan_wanted
 from .documents import DocumentSet
 from .errors import XTFError
-from .memory import FIRST, budget_for, meter
+from .memory import FIRST, budget_for, halved, is_out_of_memory, meter
 from .ranks import ALONE, Ranks
 from .records import Records
-from .reference import Reference
+from .reference import Reference, rotary_switch
 from .rows import laid_out
 from .sharing import meet, share_out
-from .trial import against_own_forward
+from .trial import check
 
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[Records], None]
+PACKED_WINDOWS = False  # whether to pack documents that a sliding window cuts; tests do
 LAG = {"cuda": 1}  # batches that are begun before the scores of one are waited for
-CHECK_TOKENS = 128  # length of the document on which the reference is held against its own forward
 
 
 def score(
@@ -51,6 +51,7 @@ def score(
     label: str = "scoring",
     ranks: Ranks = ALONE,
     others: Sink | None = None,
+    beside: Beside | None = None,
 ) -> ScoringStats:
     """Score the `wanted` documents and hand each batch's scores to `sink`.
 
@@ -65,6 +66,7 @@ def score(
         progress: show a bar, called by `label`.
         ranks: of the run.
         others: called with the records of other ranks; None: `sink`.
+        beside: processes other than ranks that score the same documents; what they have stored is left out.
 
     Returns:
         what all ranks did together; the seconds are the slowest one's.
@@ -72,25 +74,26 @@ def score(
     Raises:
         XTFError: a single document does not fit into memory; the reference is not supported; another rank failed.
     """
-    check = partial(_check_reference, documents, wanted, reference, layers)
+    checked = partial(check, documents, wanted, reference, layers)
     if reference.lockstep:  # its forwards are collectives
-        check()
+        checked()
     else:
-        ranks.each(check)
+        ranks.each(checked)
     lengths = documents.lengths[wanted]
     rank_of = share_out(lengths, ranks.size)
     own = wanted[rank_of == ranks.rank]
     name = f"xtf: {label}" if ranks.size == 1 else f"xtf: {label}, rank {ranks.rank} of {ranks.size}"
     bar = tqdm(total=int(documents.lengths[own].sum()), unit="tok", unit_scale=True, desc=name, disable=not progress)
-    work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)))
-    with bar, reference.scoring(record=bool(layers) or reference.packs):
+    work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)), beside)
+    with bar, reference.scoring(record=bool(layers) or work.packs):
         if ranks.size == 1:
             for records in work.batches(own, batch_tokens):
                 sink(records)
             return work.stats
         if reference.lockstep:
             budget = batch_tokens or default_batch_tokens(reference.device)
-            by_rank = [len(list(plan_batches(lengths[rank_of == rank], budget))) for rank in range(ranks.size)]
+            shares = [lengths[rank_of == rank] for rank in range(ranks.size)]
+            by_rank = [len(list(plan_batches(share, budget, apart=work.apart))) for share in shares]
             batches = work.in_step(own, budget, max(by_rank), wanted[np.argmin(lengths)])
         else:
             batches = work.batches(own, batch_tokens)
@@ -106,9 +109,20 @@ class _Work:
     """One rank's scoring pass: its batches one after the other, and what they took."""
 
     def __init__(
-        self, documents: DocumentSet, reference: Reference, layers: tuple[int, ...], bar: Any, stats: ScoringStats
+        self,
+        documents: DocumentSet,
+        reference: Reference,
+        layers: tuple[int, ...],
+        bar: Any,
+        stats: ScoringStats,
+        beside: Beside | None,
     ) -> None:
         self.documents, self.reference, self.layers, self.bar, self.stats = documents, reference, layers, bar, stats
+        self._beside = beside
+        switch, window = rotary_switch(reference.text_config), getattr(reference.text_config, "sliding_window", None)
+        self.apart = None if switch is None else switch[1]
+        # attention takes packed rows as they are only where no window cuts a document
+        self.packs = reference.packs and (not window or int(documents.lengths.max()) <= window or PACKED_WINDOWS)
         self._start = time.perf_counter()
 
     def batches(self, wanted: NDArray[np.int64], budget: int | None) -> Iterator[Records]:
@@ -116,22 +130,28 @@ class _Work:
 
         With `budget` None the first batch is small, and the others are as large as its memory says.
         """
-        lengths, packs = self.documents.lengths[wanted], self.reference.packs
+        lengths, packs = self.documents.lengths, self.packs
         gauge = meter(self.reference.device) if budget is None else None
         budget = budget or (default_batch_tokens(self.reference.device) if gauge is None else FIRST)
-        pending = list(plan_batches(lengths, budget, packed=packs))[::-1]
+        cut: dict[str, Any] = {"packed": packs, "apart": self.apart}
+        pending = self._in_order(plan_wanted(lengths, wanted, budget, **cut))
         begun: deque[Callable[[], Records]] = deque()
         while pending:
-            batch = pending.pop()
+            batch = self._left(pending.pop())
+            if not len(batch):
+                continue
             tokens = int(lengths[batch].sum()) if packs else len(batch) * int(lengths[batch[0]])
+            problem = None
             try:
                 if gauge is not None:
                     gauge.reset()
-                begun.append(self._launch(wanted[batch]))
+                begun.append(self._launch(batch))
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                budget = _halve(len(batch), int(lengths[batch[0]]), tokens, self.reference.device, error)
+                problem = str(error)  # not the error itself, whose traceback holds all tensors of the forward
+            if problem is not None:
+                budget = halved(len(batch), int(lengths[batch[0]]), tokens, self.reference.device, problem)
                 pending.append(batch)
                 self.stats.halvings += 1
             else:
@@ -142,9 +162,22 @@ class _Work:
                 budget = budget_for(tokens, gauge.grown(), gauge.free())
             gauge = None
             rest = np.concatenate([np.zeros(0, dtype=np.int64), *pending[::-1]])
-            pending = [rest[part] for part in plan_batches(lengths[rest], budget, packed=packs)][::-1]
+            pending = self._in_order([rest[part] for part in plan_batches(lengths[rest], budget, **cut)])
         for collect in begun:
             yield collect()
+
+    def _in_order(self, batches: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        """The batches, the first to be scored last in the list."""
+        return begun_at(batches, self.documents.lengths, self._beside.begin if self._beside else 0.0)[::-1]
+
+    def _left(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What of a batch nobody has stored since it was planned."""
+        if self._beside is None:
+            return batch
+        stored = self._beside.stored(batch)
+        self.stats.documents -= int(stored.sum())
+        self.bar.update(int(self.documents.lengths[batch[stored]].sum()))
+        return batch[~stored]
 
     def in_step(self, wanted: NDArray[np.int64], budget: int, forwards: int, filler: int) -> Iterator[Records]:
         """The same in exactly `forwards` forwards: the shortest document, `filler`, makes up the number.
@@ -152,11 +185,11 @@ class _Work:
         Memory that runs out ends the run: the other ranks are in the same forward, and wait for this one.
         """
         done = 0
-        for batch in plan_batches(self.documents.lengths[wanted], budget):
+        for batch in plan_batches(self.documents.lengths[wanted], budget, apart=self.apart):
             try:
                 records = self._launch(wanted[batch])()
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 raise XTFError(
                     f"out of memory while scoring {len(batch)} documents with a model that is sharded between ranks "
@@ -168,14 +201,15 @@ class _Work:
             _launch(self.documents, np.asarray([filler]), self.reference, self.layers)()
 
     def _launch(self, batch: NDArray[np.int64]) -> Callable[[], Records]:
-        return partial(self._counted, _launch(self.documents, batch, self.reference, self.layers), batch)
+        begun = _launch(self.documents, batch, self.reference, self.layers, packed=self.packs)
+        return partial(self._counted, begun, batch)
 
     def _counted(self, collect: Callable[[], Records], batch: NDArray[np.int64]) -> Records:
         """A batch's scores, when they are there, and what it took."""
         records, lengths = collect(), self.documents.lengths[batch]
         tokens = int(lengths.sum())
         self.stats.tokens += tokens
-        self.stats.padded_tokens += tokens if self.reference.packs else len(batch) * int(lengths.max())
+        self.stats.padded_tokens += tokens if self.packs else len(batch) * int(lengths.max())
         self.stats.batches += 1
         self.stats.seconds = time.perf_counter() - self._start  # a bar that is switched off keeps no time
         self.bar.update(tokens)
@@ -183,13 +217,18 @@ class _Work:
 
 
 def _launch(
-    documents: DocumentSet, batch: NDArray[np.int64], reference: Reference, layers: tuple[int, ...]
+    documents: DocumentSet,
+    batch: NDArray[np.int64],
+    reference: Reference,
+    layers: tuple[int, ...],
+    *,
+    packed: bool = False,
 ) -> Callable[[], Records]:
     """Begin to score one batch of documents; what is returned waits for the scores and gives them, in the order given.
 
     On a GPU the next batch can be laid out and begun before the last one's scores are waited for.
     """
-    rows = laid_out(documents, batch, reference.device, packed=reference.packs)
+    rows = laid_out(documents, batch, reference.device, packed=packed)
 
     def run() -> tuple[Tensor, Tensor | None]:
         hidden, received = reference.forward(
@@ -209,62 +248,6 @@ def _launch(
         return Records(documents.keys[batch], rows.offsets, logprobs, entropy, deviation, attention)
 
     return collect
-
-
-def _check_reference(
-    documents: DocumentSet, wanted: NDArray[np.int64], reference: Reference, layers: tuple[int, ...]
-) -> None:
-    """Hold the reference's scoring path against its own forward, once, on the start of one document."""
-    vocabulary = reference.model.get_input_embeddings().weight.shape[0]
-    highest = int(documents.input_ids.max())
-    if highest >= vocabulary:
-        raise XTFError(
-            f"the data holds token id {highest}, but {reference.name} has only {vocabulary} embeddings. Tokenizer and "
-            "model "
-            "do not belong together."
-        )
-    candidates = wanted[documents.lengths[wanted] > 1]
-    if len(candidates):
-        ids, _ = documents.document(int(candidates[0]))
-        sample = torch.from_numpy(ids[:CHECK_TOKENS].astype(np.int64)).to(reference.device)
-        against_own_forward(reference, sample, 0.1 if _low_precision(reference) else 1e-3, layers)
-
-
-def _low_precision(reference: Reference) -> bool:
-    """Whether any part of the forward runs in 16 bits; QLoRA keeps norms in float32 around a bfloat16 product."""
-    low = (torch.float16, torch.bfloat16)
-    with reference.autocast():
-        if torch.is_autocast_enabled(reference.device.type):
-            return True
-    if any(parameter.dtype in low for parameter in reference.model.parameters()):
-        return True
-    return any(getattr(module, "compute_dtype", None) in low for module in reference.model.modules())
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
-
-
-def _halve(size: int, longest: int, tokens: int, device: torch.device, error: BaseException) -> int:
-    """The token budget to go on with after a batch of `size` documents did not fit, `tokens` with their padding."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if size == 1:
-        raise XTFError(
-            f"out of memory while scoring a single document of {longest} tokens ({error}). Lower max_length, or name a "
-            "smaller or more strongly quantised model under xtf `reference.model`."
-        ) from error
-    budget = max(longest, tokens // 2)
-    logger.warning(
-        "xtf: out of memory with %d documents of up to %d tokens; going on with batches of %d tokens. Setting "
-        "`batch_tokens: %d` avoids the retry.",
-        size,
-        longest,
-        budget,
-        budget,
-    )
-    return budget
 
 
 def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chunk: int = 4_096) -> Tensor:

@@ -167,7 +167,7 @@ def _records(documents: DocumentSet, stored: StoredScores, wanted: NDArray[np.in
     """What is stored about the `wanted` documents."""
     offsets = documents.completion_offsets
     known = {name: getattr(stored, name) for name in COLUMNS if getattr(stored, name) is not None}
-    lookup = Lookup(documents.keys[wanted], np.diff(offsets)[wanted], attention="attention" in known)
+    lookup = Lookup(documents.keys[wanted], np.diff(offsets)[wanted], tuple(known))
     lookup.take(Records(documents.keys, offsets, **known))
     found = lookup.result()
     columns = {name: getattr(found, name) for name in known}

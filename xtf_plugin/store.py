@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,64 +20,18 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from . import files, shards
 from .documents import KEY_BYTES
+from .layout import DESCRIPTION, EARLIER_FOLDERS, entries, layer_folders, layers_tag, reference_folder
 from .lookup import Lookup, StoredScores
-from .records import Records, merge
+from .records import Records, column_names, merge
 from .shards import BadShard, NewerShard
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["ScoreStore", "StoredScores"]
-
-VERSION_FOLDER = "v2"
-EARLIER_FOLDERS = ("v1",)  # v1: without entropy and deviation
-DESCRIPTION = "reference.json"
-REFERENCE = re.compile(r"[0-9a-f]{8,128}")
-LAYER_FOLDER = re.compile(r"none|layers-[0-9a-f,_]+")
-_NAME_LIMIT = 100  # file systems allow 255 bytes; an odd choice among a hundred layers would pass that
-
-
-def reference_folder(root: Path, reference: str) -> Path:
-    """Folder of a reference; ValueError if `reference` is no lower-case hex string (it becomes a path)."""
-    if not REFERENCE.fullmatch(reference):
-        raise ValueError(f"a reference fingerprint is 8 to 128 lower-case hex digits, not {reference!r}")
-    return Path(root) / VERSION_FOLDER / reference
-
-
-def layers_tag(layers: str | None) -> str:
-    """Folder name for the layers that attention is averaged over: `layers-0_3,7` for "0,1,2,3,7", `none` for None."""
-    if layers is None:
-        return "none"
-    if not shards.LAYERS.fullmatch(layers):
-        raise ValueError(f"layers are numbers joined by commas, not {layers!r}")
-    runs: list[list[int]] = []
-    for layer in map(int, layers.split(",")):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    text = ",".join(str(first) if first == last else f"{first}_{last}" for first, last in runs)
-    return "layers-" + (text if len(text) <= _NAME_LIMIT else xxhash.xxh3_128_hexdigest(layers.encode()))
-
-
-def entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted by name; nothing if there is none, or (told) if it cannot be listed."""
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        logger.warning("xtf: %s cannot be listed (%s); what it holds counts as not there", folder, error.strerror)
-        return []
-
-
-def layer_folders(folder: Path) -> list[Path]:
-    """The score folders of a reference, sorted by name."""
-    return [path for path in entries(folder) if LAYER_FOLDER.fullmatch(path.name) and os.path.isdir(path)]
 
 
 class ScoreStore:
@@ -96,6 +49,7 @@ class ScoreStore:
     Attributes:
         directory: where the shards go.
         persistent: False while scores are held in memory because the folder cannot be written.
+        written: names of the shards that this store wrote.
 
     Raises:
         ValueError: `reference` or `layers` is not of the form above.
@@ -116,6 +70,7 @@ class ScoreStore:
         self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
         self.directory = reference_folder(root, reference) / layers_tag(layers)
         self.persistent = True
+        self.written: set[str] = set()
         self._held: list[Records] = []
         self._buffer: list[Records] = []
         self._buffered = 0  # tokens
@@ -144,11 +99,11 @@ class ScoreStore:
         Args:
             keys: (N, 16) uint8 document keys. lengths: (N,) completion tokens of each.
         """
-        lookup = Lookup(keys, lengths, attention=self.layers is not None)
+        lookup = Lookup(keys, lengths, column_names(attention=self.layers is not None))
         for path in self._candidates():
             if lookup.found.all():
                 break
-            records = self._read(path)
+            records = self.read(path)
             if records is not None:
                 lookup.take(records)
         for records in (*self._held, *self._buffer):
@@ -184,12 +139,13 @@ class ScoreStore:
         """Write what has come in; what cannot be written stays in memory, and the next flush tries again."""
         if not self._buffer:
             return
-        pending = list(_cut(merge(self._buffer), self.shard_tokens))
+        pending = list(_cut(self._buffer, self.shard_tokens))
         try:
             if self.description is not None:
                 _describe(self.directory.parent, self.description)
             while pending:
                 name, data = shards.encode(pending[0], self.reference, self.layers)
+                self.written.add(name)
                 files.write_whole(self.directory / name, data)
                 del pending[0]
             self.persistent = True
@@ -217,7 +173,7 @@ class ScoreStore:
         for folder in folders:
             yield from (path for path in entries(folder) if path.suffix == shards.SUFFIX)
 
-    def _read(self, path: Path) -> Records | None:
+    def read(self, path: Path) -> Records | None:
         """The records of a shard, or None: then it was told why, and set aside if the file itself is at fault."""
         try:
             layers, records = shards.read(path, self.reference)
@@ -256,10 +212,30 @@ def _checked(added: Records, layers: str | None) -> Records:
     return records
 
 
-def _cut(records: Records, shard_tokens: int) -> Iterator[Records]:
-    """Pieces of about `shard_tokens` tokens and about the same size (a longer document goes alone)."""
-    total = len(records.logprobs)
+def _cut(added: list[Records], shard_tokens: int) -> Iterator[Records]:
+    """Shards of about `shard_tokens` tokens and about the same size, cut between additions wherever that can be.
+
+    An addition is a scoring batch. Stored whole or not at all, it is scored again in the same company after a kill, and
+    its scores are the same to the last bit.
+    """
+    total = sum(len(records.logprobs) for records in added)
     size = -(-total // max(1, round(total / shard_tokens)))
+    begun: list[Records] = []
+    room = size
+    for records in added:
+        begun.append(records)
+        room -= len(records.logprobs)
+        if room <= 0:
+            yield from _pieces(merge(begun), shard_tokens)
+            begun, room = [], size
+    if begun:
+        yield from _pieces(merge(begun), shard_tokens)
+
+
+def _pieces(records: Records, shard_tokens: int) -> Iterator[Records]:
+    """The records, in pieces of about `shard_tokens` if there are more than twice as many (a longer document alone)."""
+    total = len(records.logprobs)
+    size = total if total <= 2 * shard_tokens else -(-total // (total // shard_tokens))
     low = 0
     while low < len(records.keys):
         limit = records.offsets[low] + size

@@ -9,96 +9,219 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
+from .documents import DocumentSet
 from .errors import XTFError
 from .narrowing import last_feed_forward
 from .packing import Packed
-from .reference import Reference
+from .reference import Reference, rotary_switch
 
 logger = logging.getLogger(__name__)
 
 PACKED_ON = ("cuda",)  # devices whose attention takes packed rows as they are; elsewhere padding costs less
+TAKEN_APART = False  # whether to pack rows for attention that would take them apart again; tests do
+CHECK_TOKENS = 128  # length of the document on which the reference is held against its own forward
+ROUNDING = 1e-4  # what scores may move by in any case, and ...
+TIMES = 3.0  # ... by how many times as much as between two forwards that are equal but for rounding
 CANNOT = (XTFError, TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 
 
-def against_own_forward(reference: Reference, input_ids: Tensor, tolerance: float, layers: tuple[int, ...]) -> None:
-    """Compare our log-probabilities with those of the model's own forward and attention on one short document.
+def check(
+    documents: DocumentSet, wanted: NDArray[np.int64], reference: Reference, layers: tuple[int, ...]
+) -> None:
+    """Refuse a reference that cannot score these documents, and hold it against its own forward on the start of one.
 
-    Catches a model whose head or attention does something that we do not know of. Sets the reference's `packs` and
-    `narrows`.
+    Args:
+        documents, wanted, layers: see `scorer.score`.
 
     Raises:
-        XTFError: they differ by more than `tolerance` nats on average; names the model.
+        XTFError: ids beyond its vocabulary, rotary embeddings that follow the data, or see `against_own_forward`.
     """
-    if reference.checked or len(input_ids) < 2:
+    vocabulary = reference.model.get_input_embeddings().weight.shape[0]
+    highest = int(documents.input_ids.max())
+    if highest >= vocabulary:
+        raise XTFError(
+            f"the data holds token id {highest}, but {reference.name} has only {vocabulary} embeddings. Tokenizer and "
+            "model "
+            "do not belong together."
+        )
+    switch, longest = rotary_switch(reference.text_config), int(documents.lengths.max())
+    if switch is not None and switch[0] != "longrope" and longest > switch[1]:
+        raise XTFError(
+            f"{reference.name} has rotary embeddings of type `{switch[0]}`, which change with the longest document so "
+            f"far beyond {switch[1]} tokens; the longest here has {longest}. A document's scores would depend on the "
+            f"others. Set max_length to at most {switch[1]}, or name another reference under `reference.model`."
+        )
+    if len(wanted):
+        ids, _ = documents.document(int(wanted[np.minimum(documents.lengths[wanted], CHECK_TOKENS).argmax()]))
+        sample = torch.from_numpy(ids[:CHECK_TOKENS].astype(np.int64)).to(reference.device)
+        against_own_forward(reference, sample, 0.1 if _low_precision(reference) else 1e-3, layers)
+
+
+def _low_precision(reference: Reference) -> bool:
+    """Whether any part of the forward runs in 16 bits; QLoRA keeps norms in float32 around a bfloat16 product."""
+    low = (torch.float16, torch.bfloat16)
+    with reference.autocast():
+        if torch.is_autocast_enabled(reference.device.type):
+            return True
+    if any(parameter.dtype in low for parameter in reference.model.parameters()):
+        return True
+    return any(getattr(module, "compute_dtype", None) in low for module in reference.model.modules())
+
+
+def against_own_forward(reference: Reference, input_ids: Tensor, tolerance: float, layers: tuple[int, ...]) -> None:
+    """Hold our log-probabilities against those of the model's own forward and attention, on one short document, and
+    attention received against its definition.
+
+    Catches a model whose head or attention does something that we do not know of, and kernels that do not give what
+    they should here. Sets the reference's `packs` and `narrows`. Once for a reference, and once more when attention is
+    recorded for the first time.
+
+    Raises:
+        XTFError: they differ by more than `tolerance` on average, in nats and in parts of uniform attention; names the
+            model.
+    """
+    part = "attention" if layers else "log-probabilities"
+    if part in reference.checked or len(input_ids) < 2:
         return
-    model, name = reference.model, reference.name
+    model = reference.model
     lengths = torch.tensor([len(input_ids)], device=input_ids.device)
 
-    def run() -> tuple[Tensor, Tensor]:
-        hidden, _ = reference.forward(input_ids[None], lengths, layers)
+    def run(plainly: bool) -> _Given:
+        hidden, received = reference.forward(input_ids[None], lengths, layers, plainly=plainly)
+        return _Given.of(reference, hidden[0], input_ids, received)
+
+    def own() -> Tensor:
         with _own_attention(reference):
             logits = type(model).forward(model, input_ids=input_ids[None], use_cache=False).logits
         _check_logits(reference, logits, len(input_ids))
-        return reference.predictions(hidden[0, :-1], input_ids[1:])[0], logits
+        picked = logits[0, :-1].float().log_softmax(-1)
+        found: Tensor = picked.gather(-1, input_ids[1:, None].to(picked.device))[:, 0]
+        return found
 
     with reference.scoring(record=bool(layers)):
-        ours, logits = reference.whole(run)
-    theirs = logits[0, :-1].float().log_softmax(-1).gather(-1, input_ids[1:, None])[:, 0]
+        ours, theirs = reference.whole(lambda: (run(False), own()))
+        plain = reference.whole(lambda: run(True)) if layers else ours
+    theirs = theirs.to(ours.logprobs.device)
+    _check_log_probabilities(reference, ours.logprobs, theirs, tolerance)
+    _check_attention(reference, ours.received, plain.received, tolerance)
+    if not reference.lockstep:  # what one rank tries all would have to
+        equal = _Given(theirs, plain.received)  # equal but for rounding: how much it does, it does to shortcuts too
+        _try_shortcuts(reference, input_ids, ours, ours.gap(equal), layers)
+    reference.checked |= {part, "log-probabilities"}
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a forward says of a document: log-probabilities of all tokens but the first, and what the tokens receive."""
+
+    logprobs: Tensor
+    received: Tensor | None
+
+    @classmethod
+    def of(cls, reference: Reference, hidden: Tensor, ids: Tensor, received: Tensor | None) -> _Given:
+        """From the states (T, D) of a document (T,), and attention received (1, T)."""
+        found = reference.predictions(hidden[:-1], ids[1:])[0]
+        return cls(found, None if received is None else received[0].float())
+
+    def gap(self, other: _Given) -> float:
+        """The largest difference; infinite where one is undefined and the other is not."""
+        pairs = [(self.logprobs, other.logprobs)]
+        if self.received is not None and other.received is not None:
+            pairs.append((self.received, other.received))
+        gaps = [0.0]
+        for one, two in pairs:
+            if not torch.equal(one.isnan(), two.isnan()):
+                return float("inf")
+            gaps.append(float((one - two).nan_to_num().abs().max()) if len(one) else 0.0)
+        return max(gaps)
+
+
+def _check_log_probabilities(reference: Reference, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     if not bool(theirs.isfinite().any()):
         raise XTFError(
-            f"the reference {name} gives NaN or infinite log-probabilities: its weights or its precision are broken. "
-            "Try `reference.dtype: float32`, or another reference."
+            f"the reference {reference.name} gives NaN or infinite log-probabilities: its weights or its precision are "
+            "broken. Try `reference.dtype: float32`, or another reference."
         )
     gap = float((ours - theirs).abs().mean())
     if not gap <= tolerance:
         raise XTFError(
-            f"{name} ({type(model).__name__}): log-probabilities differ from the model's own forward by {gap:.2g} nats "
-            f"on average (allowed: {tolerance:.2g}). This architecture is not supported as a reference; name another "
-            "one under `reference.model`."
+            f"{reference.name} ({type(reference.model).__name__}): log-probabilities differ from the model's own "
+            f"forward by {gap:.2g} nats on average (allowed: {tolerance:.2g}). This architecture is not supported as a "
+            "reference; name another one under `reference.model`."
         )
-    if not reference.lockstep:  # what one rank tries all would have to
-        _try_shortcuts(reference, input_ids, ours, tolerance, layers)
-    reference.checked = True
 
 
-def _try_shortcuts(reference: Reference, ids: Tensor, ours: Tensor, tolerance: float, layers: tuple[int, ...]) -> None:
-    """Take what gives the log-probabilities `ours` (T - 1,) of the document `ids` (T,)."""
+def _check_attention(reference: Reference, ours: Tensor | None, plain: Tensor | None, tolerance: float) -> None:
+    if ours is None or plain is None:
+        return
+    gap = float((ours - plain)[:-1].abs().mean())  # nothing follows the last token, which receives nothing
+    if not gap <= tolerance:
+        raise XTFError(
+            f"{reference.name}: attention received differs from its definition by {gap:.2g} on average (1 is uniform "
+            f"attention, allowed: {tolerance:.2g}): a kernel of this PyTorch or device does not give what it should. "
+            "Please report this; `reasoning_importance: false` scores without."
+        )
 
-    def narrow() -> tuple[Tensor, Tensor]:
-        wanted = torch.arange(len(ids) // 2, len(ids) - 1, device=ids.device)
-        length = torch.tensor([len(ids)], device=ids.device)
-        hidden, _ = reference.forward(ids[None], length, layers, wanted=wanted)
-        return reference.predictions(hidden[0, wanted], ids[wanted + 1])[0], ours[wanted]
 
-    def pack() -> tuple[Tensor, Tensor]:
-        row = torch.cat([ids[: 1 + len(ids) // 3], ids])
-        offsets = torch.tensor([0, len(row) - len(ids), len(row)], device=ids.device)
-        packed = Packed(offsets, torch.zeros_like(offsets[1:]), len(ids))
-        hidden, _ = reference.forward(row[None], offsets.diff(), layers, packed=packed)
-        return reference.predictions(hidden[0, int(offsets[1]) : -1], ids[1:])[0], ours
+def _try_shortcuts(reference: Reference, ids: Tensor, ours: _Given, rounding: float, layers: tuple[int, ...]) -> None:
+    """Take the shortcuts that give `ours` of the document `ids` (T,), but for a few times the `rounding`."""
+    stranger = ids.flip(0)  # a document that tells another one nothing, as far as that can be had from it
+    length = torch.tensor([len(ids)] * 2, device=ids.device)
+
+    def narrow() -> tuple[_Given, _Given]:
+        rows = torch.stack([ids, stranger])
+        wanted = torch.arange(1, rows.numel() - 1, 3, device=ids.device)  # neighbours of what is read are not read
+        targets, found = rows.flatten()[wanted + 1], []
+        for read in (wanted, None):
+            hidden, received = reference.forward(rows, length, layers, wanted=read)
+            states = hidden.flatten(0, 1)[wanted.to(hidden.device)]
+            found.append(_Given(reference.predictions(states, targets)[0], None if received is None else received[0]))
+            if read is not None and not reference.narrowed:
+                raise LookupError("its last feed-forward part takes or gives something else than one tensor")
+        return found[0], found[1]
+
+    def pack() -> tuple[_Given, _Given]:
+        if any(isinstance(module, _ConvNd) for module in reference.decoder.modules()):
+            raise LookupError("it has convolutions, and maybe a state, that know no documents")
+        row = torch.cat([stranger[: 1 + len(ids) // 3], ids, stranger])
+        bounds = np.asarray([0, 1 + len(ids) // 3, len(row) - len(ids), len(row)])
+        offsets = torch.from_numpy(bounds).to(ids.device)
+        packed = Packed(offsets, torch.zeros_like(offsets[1:]), bounds, whole=not TAKEN_APART)
+        hidden, received = reference.forward(row[None], offsets.diff(), layers, packed=packed)
+        here = slice(int(bounds[1]), int(bounds[2]))
+        return _Given.of(reference, hidden[0, here], ids, None if received is None else received[:, here]), ours
 
     if last_feed_forward(reference.decoder) is not None:
         reference.narrows = True
-        reference.narrows = _same(reference, narrow, tolerance, bool(layers))
+        reference.narrows = _same(reference, narrow, rounding, bool(layers), "narrowing its last layer")
     if ids.device.type in PACKED_ON:
-        reference.packs = _same(reference, pack, tolerance, True)
+        reference.packs = _same(reference, pack, rounding, True, "packed rows")
 
 
-def _same(reference: Reference, run: Callable[[], tuple[Tensor, Tensor]], tolerance: float, record: bool) -> bool:
+def _same(
+    reference: Reference, run: Callable[[], tuple[_Given, _Given]], rounding: float, record: bool, what: str
+) -> bool:
+    """Whether a shortcut gives the same, by the largest difference: a leak may show at one token alone."""
     try:
         with reference.scoring(record=record):
             found, expected = reference.whole(run)
     except CANNOT as error:
-        logger.debug("xtf: %s is scored without a shortcut: %s", reference.name, error)
+        logger.info("xtf: %s is scored without %s: %s", reference.name, what, error)
         return False
-    if not len(found) or not torch.equal(found.isnan(), expected.isnan()):  # nothing was compared, or it broke
-        return False
-    return float((found - expected).nan_to_num().abs().mean()) <= tolerance
+    gap, allowed = found.gap(expected), max(ROUNDING, TIMES * rounding)
+    if len(found.logprobs) and gap <= allowed:
+        return True
+    logger.info("xtf: %s is scored without %s: scores move by %.2g", reference.name, what, gap)
+    return False
 
 
 def _check_logits(reference: Reference, logits: Any, length: int) -> None:

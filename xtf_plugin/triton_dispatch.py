@@ -17,6 +17,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD = 1024  # bytes of a head's row: a block of 32 columns and two of 32 queries take 96 KB then
 _broken: set[str] = set()  # twins that failed in this process, and are not tried again
 
 
@@ -25,6 +26,12 @@ def usable(tensor: Tensor) -> bool:
     if tensor.device.type != "cuda" or tensor.dtype not in DTYPES or _triton() is None:
         return False
     return torch.version.cuda is not None and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+def head_fits(query: Tensor) -> bool:
+    """Whether tiles of this head size fit a GPU's shared memory in the smallest of the block sizes."""
+    padded = 1 << (query.shape[-1] - 1).bit_length()
+    return padded * query.element_size() <= LARGEST_HEAD
 
 
 def attempt(name: str, tensor: Tensor, *arguments: Any, **options: Any) -> Tensor | None:
@@ -39,7 +46,7 @@ def attempt(name: str, tensor: Tensor, *arguments: Any, **options: Any) -> Tenso
     try:
         result: Tensor = getattr(twins, name)(tensor, *arguments, **options)
     except twins.FAILURES as error:
-        if "out of memory" in str(error).lower():
+        if "out of memory" in str(error).lower() or "CUDA error" in str(error):  # the latter of an earlier kernel
             raise
         _broken.add(name)
         _warn(error)

@@ -156,7 +156,7 @@ def a_rank_that_fails(ranks, folder):
         error, when = ValueError("device-side assert"), True
 
         def forward(self, *args, **kwargs):
-            if ranks.rank == 1 and self.checked is self.when:
+            if ranks.rank == 1 and bool(self.checked) is self.when:
                 raise self.error
             return super().forward(*args, **kwargs)
 
