@@ -165,8 +165,8 @@ class XTFConfig(Block):
     )
     batch_tokens: ByText[Literal["auto"], Positive] = Field(
         default="auto",
-        description="Tokens per scoring batch; auto: 4,096 on a CPU, on a GPU by its memory, up to 32,768 (16,384 for a "
-        "stream and under FSDP); halved when memory runs out.",
+        description="Tokens per scoring batch; auto: 4,096 on a CPU, on a GPU by its memory, up to 32,768 (16,384 for "
+        "a stream and under FSDP); halved when memory runs out.",
     )
     calibration: Calibration = Field(
         default=1000,
