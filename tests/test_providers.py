@@ -116,6 +116,7 @@ class TestSeparate:
         with provider.open() as reference:
             ours = logprobs(reference, documents)
         assert not hasattr(reference, "model")
+        assert np.array_equal(np.isnan(ours), np.isnan(truth))
         assert np.nanmean(np.abs(ours - truth)) <= tolerance
         if quantization != "none":
             assert np.nanmean(np.abs(ours - truth)) > 1e-4, "quantisation must have happened"

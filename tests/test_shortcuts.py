@@ -17,7 +17,7 @@ from transformers import (
 
 from tests import eager, tiny
 from tests.test_scorer import gpt_oss, little_memory, rows, run  # noqa: F401 (a fixture)
-from xtf_plugin import memory, narrowing, scorer, trial
+from xtf_plugin import narrowing, scorer, trial
 from xtf_plugin.documents import collect
 from xtf_plugin.reference import Reference
 from xtf_plugin.rows import laid_out
@@ -246,44 +246,3 @@ class TestNarrow:
         whole = module(x)
         with narrowing.only_where(module, torch.zeros(0, dtype=torch.long), 3) as told:
             assert torch.equal(module(x), whole) and not told.happened
-
-
-class TestDevice:
-    """What is for GPUs alone, with stand-ins for one."""
-
-    def test_scores_that_are_waited_for_later_are_the_same(self, monkeypatch):
-        model, documents = tiny.model(), collect(rows(sizes=range(10, 60)))
-        at_once, _ = run(documents, model, (1,), batch_tokens=400)
-        monkeypatch.setattr(scorer, "LAG", {"cpu": 2})
-        later, stats = run(documents, model, (1,), batch_tokens=400)
-        assert stats.batches > 3 and stats.documents == len(later) == len(documents)
-        for key, records in at_once.items():
-            for name, values in records.columns.items():
-                np.testing.assert_array_equal(values, later[key].columns[name])
-
-    @pytest.mark.parametrize("free, batches", [(10**9, 2), (200_000, 5), (0, 5)])
-    def test_batches_are_as_large_as_the_memory_of_the_first_says(self, monkeypatch, free, batches):
-        class Meter:
-            def reset(self):
-                pass
-
-            def grown(self):
-                return 300 * 1_000  # a thousand bytes a token
-
-            def free(self):
-                return free
-
-        monkeypatch.setattr(scorer, "meter", lambda device: Meter())
-        monkeypatch.setattr(scorer, "FIRST", 300)
-        monkeypatch.setattr(memory, "FIRST", 300)
-        documents = collect(rows(sizes=(30,) * 50))
-        _, stats = run(documents, tiny.model(), ())
-        assert stats.batches == batches
-        _, stats = run(documents, tiny.model(), (), batch_tokens=600)
-        assert stats.batches == 3  # what the block says is not measured
-
-    def test_a_batch_takes_what_is_free_and_no_more(self):
-        assert memory.budget_for(1_000, 10**6, 10**6 * 12) == 8_400
-        assert memory.budget_for(1_000, 10**6, 10**12) == memory.MOST
-        assert memory.budget_for(1_000, 10**6, 0) == memory.FIRST
-        assert memory.budget_for(1_000, 0, 10**6) == memory.MOST

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .errors import XTFUserError
 
 IGNORE_INDEX = -100
+INT32_MAX = 2**31 - 1
 KEY_BYTES = 16
 
 Ids = NDArray[np.int64]
@@ -195,8 +196,8 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
 
 
 def _to_int32(tokens: Ids) -> NDArray[np.int32]:
-    if len(tokens) and (tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max):
-        bad = tokens[(tokens < 0) | (tokens > np.iinfo(np.int32).max)][0]
+    if len(tokens) and tokens.view(np.uint64).max() > INT32_MAX:  # as unsigned numbers, negative ones are large too
+        bad = tokens[(tokens < 0) | (tokens > INT32_MAX)][0]
         raise XTFUserError(f"a training row holds the token id {int(bad)}, which no tokenizer gives; tokenise again.")
     return tokens.astype(np.int32)
 

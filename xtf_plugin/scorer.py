@@ -128,14 +128,25 @@ class _Work:
     def batches(self, wanted: NDArray[np.int64], budget: int | None) -> Iterator[Records]:
         """Scores of the `wanted` documents; batches are halved when memory runs out.
 
-        With `budget` None the first batch is small, and the others are as large as its memory says.
+        With `budget` None the first batch is small, and the others are as large as its memory says. An error takes no
+        batch with it that was begun before.
         """
+        begun: deque[Callable[[], Records]] = deque()
+        try:
+            yield from self._batches(wanted, budget, begun)
+        except (RuntimeError, ValueError):
+            while begun:
+                yield begun.popleft()()
+            raise
+
+    def _batches(
+        self, wanted: NDArray[np.int64], budget: int | None, begun: deque[Callable[[], Records]]
+    ) -> Iterator[Records]:
         lengths, packs = self.documents.lengths, self.packs
         gauge = meter(self.reference.device) if budget is None else None
         budget = budget or (default_batch_tokens(self.reference.device) if gauge is None else FIRST)
         cut: dict[str, Any] = {"packed": packs, "apart": self.apart}
         pending = self._in_order(plan_wanted(lengths, wanted, budget, **cut))
-        begun: deque[Callable[[], Records]] = deque()
         while pending:
             batch = self._left(pending.pop())
             if not len(batch):
@@ -163,8 +174,8 @@ class _Work:
             gauge = None
             rest = np.concatenate([np.zeros(0, dtype=np.int64), *pending[::-1]])
             pending = self._in_order([rest[part] for part in plan_batches(lengths[rest], budget, **cut)])
-        for collect in begun:
-            yield collect()
+        while begun:
+            yield begun.popleft()()
 
     def _in_order(self, batches: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
         """The batches, the first to be scored last in the list."""
