@@ -1,4 +1,4 @@
-"""What scoring does on GPUs alone, with stand-ins for one: batches that overlap, and as many tokens as memory is free."""
+"""What scoring does on GPUs alone, with stand-ins: batches that overlap, and as many tokens as there is memory for."""
 
 from __future__ import annotations
 
