@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: chromium demo screenshots test test-axolotl test-versions test-lowest test-middle lint bench bench-scoring bench-streaming bench-costs bench-gpu proof proof-gpu docs clean
+.PHONY: chromium demo screenshots test test-axolotl test-versions test-lowest test-middle lint bench bench-long bench-gpu proof proof-gpu docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -78,30 +78,44 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m xtf_plugin.config_docs --check
 
-bench: bench-scoring bench-streaming bench-costs
-
-bench-scoring: $(STAMP)
-	$(BIN)/python -m tests.benchmarks.bench_scoring
-	$(BIN)/python -m tests.benchmarks.bench_overheads
-	$(BIN)/python -m tests.benchmarks.bench_selection
-	$(BIN)/python -m tests.benchmarks.bench_start
-
-bench-streaming: $(STAMP)
-	$(BIN)/python -m tests.benchmarks.bench_streaming
+# The tables of docs/benchmarks.md, which every program prints and puts into the page, between its own marks.
+BENCH = $(BIN)/python -m tests.benchmarks
+PAGE = --write docs/benchmarks.md
 
 # DATA: a folder with the data sets of tests/benchmarks/real_text/records.py; REAL: what that benchmark left. Without them the rows
-# on real text are left out.
-bench-costs: $(STAMP)
-	$(BIN)/python -m tests.benchmarks.bench_authors
-	$(BIN)/python -m tests.benchmarks.bench_padding $(if $(DATA),--data $(DATA))
-	$(BIN)/python -m tests.benchmarks.bench_step
-	$(BIN)/python -m tests.benchmarks.bench_run
-	$(BIN)/python -m tests.benchmarks.bench_reference $(if $(DATA),--data $(DATA)) $(if $(REAL),--real $(REAL))
-	$(BIN)/python -m tests.benchmarks.cost
+# on real text are left out. Both targets are about CPUs, whatever else the machine has.
+bench bench-long: export CUDA_VISIBLE_DEVICES =
+
+# About 25 minutes on two cores, what is held against a figure first.
+bench: $(STAMP)
+	$(BENCH).reach $(PAGE)
+	$(BENCH).bench_scoring $(PAGE)
+	$(BENCH).bench_authors --lengths short $(PAGE)
+	$(BENCH).bench_step $(PAGE)
+	$(BENCH).bench_run --rows 32 --quick $(PAGE)
+	$(BENCH).bench_start $(PAGE)
+	$(BENCH).bench_selection $(PAGE)
+	$(BENCH).bench_padding $(if $(DATA),--data $(DATA)) $(PAGE)
+	$(BENCH).bench_overheads $(PAGE)
+	$(BENCH).bench_profile $(PAGE)
+	$(BENCH).agreement $(if $(DATA),$(DATA)/gsm8k_train.jsonl --prompt question --completion answer -n 40) $(PAGE)
+	$(BENCH).cost --write docs/cost.md
+
+# More than an hour: the larger model, long documents, longer runs, and what is held against no figure.
+bench-long: $(STAMP)
+	$(BENCH).bench_scoring --sizes 150M $(PAGE)
+	$(BENCH).bench_authors $(PAGE)
+	$(BENCH).bench_run $(PAGE)
+	$(BENCH).bench_selection --millions 1 10 100 $(PAGE)
+	$(BENCH).bench_streaming $(PAGE)
+	$(BENCH).bench_reference $(if $(DATA),--data $(DATA)) $(if $(REAL),--real $(REAL)) $(PAGE)
+	$(BENCH).bench_compile $(PAGE)
+	$(BENCH).agreement $(if $(DATA),$(DATA)/gsm8k_train.jsonl --prompt question --completion answer) $(PAGE)
 
 # Less than ten minutes on a machine with a GPU; without one it says what was not measured.
 bench-gpu: $(STAMP)
-	$(BIN)/python -m tests.benchmarks.bench_gpu
+	$(BENCH).bench_gpu $(PAGE)
+	$(BENCH).bench_profile --device cuda $(PAGE)
 
 # From nothing to the tables of docs/evidence.md: about an hour on two cores. Started again, it goes on where it stopped.
 proof: $(STAMP)

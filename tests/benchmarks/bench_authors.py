@@ -1,6 +1,6 @@
 """The scoring pass against the procedure that was published with the method, restated here from its description.
 
-    python -m tests.benchmarks.bench_authors [--repeats 5] [--all-tokens] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_authors [--lengths short] [--all-tokens] [--write docs/benchmarks.md]
 
 That procedure takes one document at a time, three times over: a forward with attention maps of all layers in memory, of
 which the first layer's is averaged; a forward with logits of all positions and a softmax over the vocabulary; and for
@@ -18,11 +18,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from tests.benchmarks.bench_scoring import DTYPES, floor, make_documents, make_model, xtf
-from tests.benchmarks.common import NOT_MEASURED, against, arguments, device, in_turn, publish
+from tests.benchmarks import reach
+from tests.benchmarks.bench_scoring import DTYPES, LENGTHS, floor, make_documents, make_model, xtf
+from tests.benchmarks.common import NOT_MEASURED, arguments, device, in_turn, publish
 
 SAMPLE = 300  # of the distinct tokens
-REACHES = {"cpu fp32": 20, "cpu bf16": 60, "cuda bf16": 200}
 HEAD = ["device, dtype, lengths", "procedure", "ms", "x ours", "x floor", "reach, x ours"]
 
 
@@ -103,29 +103,30 @@ def measure(model, documents, repeats: int, all_tokens: bool = False) -> dict[st
     }
 
 
-def rows_of(case: str, found: dict[str, float], reach: float | None) -> list[list[str]]:
+def rows_of(case: str, found: dict[str, float], goal: reach.Reach | None) -> list[list[str]]:
     base, ours = list(found.values())[:2]
     rows = []
     for name, took in found.items():
-        goal = against(took / ours, reach, at_most=False) if reach and "all three (" in name else "–"
-        rows.append([case, name, f"{took * 1e3:.0f}", f"{took / ours:.1f}", f"{took / base:.1f}", goal])
+        told = goal.judge(took / ours) if goal and "all three (" in name else "–"
+        rows.append([case, name, f"{took * 1e3:.0f}", f"{took / ours:.1f}", f"{took / base:.1f}", told])
     return rows
 
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--all-tokens", action="store_true", help="run a forward for every distinct token")
     options = parser.parse_args(given)
     where, rows = device(), []
     for dtype in DTYPES:
-        for lengths in ("short",) if options.smoke else ("short", "long"):
+        for lengths in ("short",) if options.smoke else options.lengths:
             model = make_model("tiny" if options.smoke else "30M", dtype)
             documents = make_documents((2, 20, 30) if options.smoke else lengths)
             found = measure(model.to(where), documents, options.repeats, options.all_tokens)
-            goal = REACHES.get(f"{where.type} {dtype}") if lengths == "short" else None
+            goal = reach.AUTHORS.get(f"{where.type} {dtype}") if lengths == "short" else None
             rows += rows_of(f"{where.type} {dtype} {lengths}", found, goal)
     if where.type == "cpu":
-        rows.append(["cuda bf16 short", "the authors', all three", *[NOT_MEASURED] * 3, "≥ 200"])
+        rows.append(["cuda bf16 short", "the authors', all three", *[NOT_MEASURED] * 3, str(reach.AUTHORS[reach.CUDA])])
     name = "tiny" if options.smoke else "30M"
     publish("bench_authors", f"{name} model, medians of {options.repeats}", HEAD, rows, options.write)
 

@@ -1,26 +1,28 @@
 """What XTF costs outside the scoring pass: cached second start, boot hook, collator.
 
-    python -m tests.benchmarks.bench_overheads
+    python -m tests.benchmarks.bench_overheads [--documents 200] [--write docs/benchmarks.md]
 
-Prints a table with the reach of each figure. Ratios are taken within one run; times are medians.
+Ratios are taken within one run; times are medians.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from tests.benchmarks.bench_scoring import machine, make_model
+from tests.benchmarks import reach
+from tests.benchmarks.bench_scoring import VOCABULARY, make_model
+from tests.benchmarks.common import arguments, publish
 from xtf_plugin.collator import XTFDataCollator
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import DocumentSet, collect
@@ -49,11 +51,12 @@ class Provider:
         yield self.reference
 
 
+HEAD = ["what", "measured", "reach"]
 # what a plan asks of a tokenizer where no rule looks at text
 NO_TEXT = SimpleNamespace(all_special_ids=[], added_tokens_decoder={})
 
 
-def make_rows(count: int, low: int = 50, high: int = 300, vocabulary: int = 32_000):
+def make_rows(count: int, low: int = 50, high: int = 300, vocabulary: int = VOCABULARY):
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(count):
@@ -85,19 +88,23 @@ def cached_start(documents: DocumentSet, model) -> tuple[float, float, object]:
     return first, second, masks
 
 
-def import_torch(bytecode: bool) -> tuple[float, float]:
-    """Milliseconds of the boot hook (its own import and `install`), and of `import torch`: medians of fresh processes.
+def boot_hook(bytecode: bool, repeats: int, after: str = "torch") -> float:
+    """Milliseconds of the boot hook (its own import and `install`): the median of fresh processes.
 
-    It is timed where PyTorch calls it: at the end of the import. `bytecode`: compiled beforehand, as pip does when it
-    installs a package; without, every process compiles the hook's source again.
+    It is timed where PyTorch calls it: at the end of the import.
+
+    Args:
+        bytecode: compiled beforehand, as pip does when it installs a package; without, every process compiles the
+            hook's source again.
+        after: the module that is imported before.
     """
     code = (
-        "import time; a = time.perf_counter(); import torch; b = time.perf_counter();"
-        "from xtf_plugin.hosts import autoload; autoload.install(); print(time.perf_counter() - b, b - a)"
+        f"import {after}, time; begin = time.perf_counter();"
+        "from xtf_plugin.hosts import autoload; autoload.install(); print(time.perf_counter() - begin)"
     )
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # else the hook has run within the import
     command = [sys.executable, "-c", code]
-    pairs = []
+    found = []
     with tempfile.TemporaryDirectory() as cache:
         environment["PYTHONPYCACHEPREFIX"] = cache  # not what other runs may have left beside the sources
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -105,42 +112,51 @@ def import_torch(bytecode: bool) -> tuple[float, float]:
             subprocess.run(command, check=True, capture_output=True, env=environment)
         else:
             environment["PYTHONDONTWRITEBYTECODE"] = "1"
-        for _ in range(5):
+        for _ in range(repeats):
             result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-            pairs.append([float(seconds) * 1e3 for seconds in result.stdout.split()])
-    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+            found.append(float(result.stdout))
+    return statistics.median(found) * 1e3
 
 
-def collator_share(rows, masks, model) -> tuple[float, float, float]:
-    """Milliseconds per batch of 8: what our collator adds to TRL's, and a training step of the model."""
+def collator_share(rows, masks, model, repeats: int) -> tuple[float, float]:
+    """Seconds per batch of 8: what our collator adds to TRL's, and a training step of the model."""
     inner = DataCollatorForLanguageModeling(pad_token_id=0)
     ours = XTFDataCollator(inner, masks)
-    batches = [rows[i : i + 8] for i in range(0, 160, 8)]
-    plain, masked = [], []
-    for batch in batches:
-        plain.append(clock(inner, batch)[0])
-        masked.append(clock(ours, batch)[0])
+    batches = [rows[i : i + 8] for i in range(0, len(rows), 8)]
+    collating = {"plain": [], "masked": []}
+    for _ in range(repeats):
+        for batch in batches:
+            collating["plain"].append(clock(inner, batch)[0])
+            collating["masked"].append(clock(ours, batch)[0])
     model.train()
     steps = []
-    for batch in batches[:4]:
-        inputs = ours(batch)
+    for number in range(repeats):
+        inputs = ours(batches[number % len(batches)])
         steps.append(clock(lambda inputs=inputs: model(**inputs).loss.backward())[0])
         model.zero_grad()
-    return (statistics.median(masked) - statistics.median(plain)) * 1e3, statistics.median(steps) * 1e3, plain[0]
+    return statistics.median(collating["masked"]) - statistics.median(collating["plain"]), statistics.median(steps)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=400)
-    options = parser.parse_args()
-    print(f"{machine()}\n\n| what | measured | reach |\n|---|---:|---:|")
-    model, rows = make_model("30M", "fp32"), make_rows(options.documents)
-    first, second, masks = cached_start(collect(rows), model)
-    print(f"| second start, {len(rows)} stored documents | {second:.2f} s, {second / first:.1%} of the first | < 2 % |")
-    (hook, _), (slow, _) = import_torch(bytecode=True), import_torch(bytecode=False)
-    print(f"| boot hook, bytecode compiled as pip does (without bytecode) | {hook:.2f} ms ({slow:.2f} ms) | < 1 ms |")
-    added, step, _ = collator_share(rows, masks, model)
-    print(f"| collator, added per batch of 8 | {added:.2f} ms, {added / step:.2%} of a step | < 1 % |")
+def main(given: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--documents", type=int, default=200)
+    options = parser.parse_args(given)
+    size, count, after = ("tiny", 16, "json") if options.smoke else ("30M", options.documents, "torch")
+    vocabulary = 512 if options.smoke else VOCABULARY
+    model, rows = make_model(size, "fp32", vocabulary), make_rows(count, vocabulary=vocabulary)
+    starts = [cached_start(collect(rows), model) for _ in range(options.repeats)]
+    first, second = (statistics.median(times) for times in list(zip(*starts, strict=True))[:2])
+    compiled, source = (boot_hook(bytecode, options.repeats, after) for bytecode in (True, False))
+    added, step = collator_share(rows, starts[0][2], model, options.repeats)
+    share, hook = second / first, f"{compiled:.2f} ms ({source:.2f} ms)"
+    table = [
+        [f"second start, {count} stored documents", f"{second:.2f} s, {share:.1%} of the first"],
+        ["boot hook, bytecode compiled as pip does (without bytecode)", hook],
+        ["collator, added per batch of 8", f"{added * 1e3:.2f} ms, {added / step:.2%} of a step"],
+    ]
+    goals = [reach.START_SHARE.judge(share), reach.BOOT_HOOK.judge(compiled), reach.COLLATOR.judge(added / step)]
+    rows = [[*cells, goal] for cells, goal in zip(table, goals, strict=True)]
+    publish("overheads", f"{size} model, medians of {options.repeats}", HEAD, rows, options.write)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ BLOCKS = {
     "task relevance": attribute(TR),
 }
 FULL = "fp32"
+FOLDER = Path(".bench-reference")
 HEAD = ["data, reference", "weights", "rule", "dropped by it", "by the full one", "Jaccard", "Jaccard, lowest 10 %"]
 
 
@@ -93,7 +94,9 @@ def compare(
     """Rows of the table, and what each reference takes to score."""
     table, tokenizer = [], AutoTokenizer.from_pretrained(base)
     with tempfile.TemporaryDirectory() as cache:
-        benches = {n: Referenced(rows, tokenizer, make(), cache) for n, make in references(base, small).items()}
+        benches = {
+            n: Referenced(rows, tokenizer, make(), f"{cache}/{n}") for n, make in references(base, small).items()
+        }
         found = {name: drops(bench) for name, bench in benches.items()}
     for name, by_rule in found.items():
         count = sum(p.numel() for p in benches[FULL if name in ("bf16", "nf4") else name].model.parameters())
@@ -107,6 +110,19 @@ def compare(
     return table, [f"{what}, {name}: {took / times[FULL]:.2f} x" for name, took in times.items() if name != FULL]
 
 
+def bases(folder: Path, smoke: bool) -> tuple[Any, Path, Path]:
+    """The tokenizer of the made-up worlds and two base models, the second the smaller; trained if they are missing."""
+    settings = BaseSettings(hidden=64, intermediate=128, layers=2, documents=40, steps=2) if smoke else BaseSettings()
+    tokenizer = train_tokenizer()
+    base, small = (make_base(name, folder, tokenizer, settings) for name in (WORLD, SMALL))
+    return tokenizer, base, small
+
+
+def made_up(tokenizer: Any, count: int) -> list[Any]:
+    """Rows with planted noise of the world that the base model was trained on."""
+    return make_rows(WORLD, count, RATE, 77, Encoder(tokenizer))
+
+
 def gsm8k(folder: Path, base: Path, count: int) -> list[Any]:
     """Rows of problems that the base has not read."""
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -116,15 +132,12 @@ def gsm8k(folder: Path, base: Path, count: int) -> list[Any]:
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".bench-reference"), help="where base models are kept")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where base models are kept")
     parser.add_argument("--real", type=Path, help="folder of the benchmark on real text, with its base model")
     parser.add_argument("--data", type=Path, help="folder with the real data sets")
     options = parser.parse_args(given)
-    settings = BaseSettings(hidden=64, intermediate=128, layers=2, documents=40, steps=2)
-    settings = settings if options.smoke else BaseSettings()
-    tokenizer = train_tokenizer()
-    base, small = (make_base(name, options.folder, tokenizer, settings) for name in (WORLD, SMALL))
-    rows = make_rows(WORLD, 8 if options.smoke else 300, RATE, 77, Encoder(tokenizer))
+    tokenizer, base, small = bases(options.folder, options.smoke)
+    rows = made_up(tokenizer, 8 if options.smoke else 300)
     table, times = compare("sums", rows, base, small, options.repeats)
     if options.real is not None and options.data is not None:
         real = options.real / "base"

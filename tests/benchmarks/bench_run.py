@@ -1,6 +1,6 @@
 """What XTF adds to a whole QLoRA run of three epochs, and which of its parts take the time.
 
-    python -m tests.benchmarks.bench_run [--rows 96] [--repeats 3] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_run [--rows 96] [--quick] [--write docs/benchmarks.md]
 
 A random Llama of about 7M parameters, its layers in 4 bits, with LoRA on all of them, under TRL's own trainer; rows of
 50 to 300 tokens. Every run is a process of its own, and its time that of `trainer.train()`: from before the documents
@@ -10,6 +10,7 @@ backwards: how the two compare does not depend much on size, but what small part
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
@@ -18,8 +19,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,18 +33,33 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
-from tests.benchmarks.common import NOT_MEASURED, against, arguments, device, publish
+from tests.benchmarks import reach
+from tests.benchmarks.common import NOT_MEASURED, arguments, device, publish
 from xtf_plugin import XTFCallback, attach, callback, passes, pipeline, providers
 from xtf_plugin.collator import XTFDataCollator
 from xtf_plugin.relevance import RelevanceTable
 
-VOCABULARY = 8_192  # of which the rows use the tokenizer's few hundred: the head should weigh something
-SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
-EPOCHS, BATCH, REACH = 3, 8, 1.10
-PLAIN, STORED = "without XTF", "XTF `default`, scores stored"
+CONFIG = LlamaConfig(
+    vocab_size=8_192,  # of which the rows use the tokenizer's few hundred: the head should weigh something
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+SMOKE = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
+EPOCHS, BATCH = 3, 8
+PLAIN, DEFAULT, STORED = "without XTF", "XTF `default`", "XTF `default`, scores stored"
 VARIANTS: dict[str, dict[str, Any] | None] = {
     PLAIN: None,
-    "XTF `default`": {},
+    DEFAULT: {},
     STORED: {},
     "XTF `paper`": {"preset": "paper", "min_kept": 1},
 }
@@ -69,9 +86,9 @@ def make_rows(count: int) -> list[dict[str, list[int]]]:
     return rows
 
 
-def save_model(folder: Path) -> None:
+def save_model(folder: Path, config: LlamaConfig = CONFIG) -> None:
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **SHAPE)).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
 
 
 def make_trainer(folder: Path, rows: list[dict[str, list[int]]], steps: int) -> SFTTrainer:
@@ -128,36 +145,60 @@ def in_own_process(variant: str, folder: Path, rows: int) -> dict[str, float]:
     return json.loads(output.splitlines()[-1])
 
 
-def measure(rows: int, repeats: int, smoke: bool) -> dict[str, dict[str, float]]:
-    """Medians over runs of every variant, in turn; every round begins with no scores stored."""
-    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-    for _ in range(repeats):
+def measure(
+    one: Callable[[str, Path], dict[str, float]],
+    save: Callable[[Path], None],
+    variants: Sequence[str],
+    repeats: int,
+    until: float = float("inf"),
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Medians over runs of every variant, in turn, and how many runs there were of each.
+
+    Args:
+        one: runs a variant in a folder; save: puts the model there. Every round has a folder, and no scores stored.
+        until: no new round begins after this time of `time.perf_counter`, once there has been one.
+    """
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+    for done in range(repeats):
+        if done and time.perf_counter() > until:
+            break
         with tempfile.TemporaryDirectory() as name:
-            save_model(Path(name) / "model")
+            save(Path(name))
             for variant, results in found.items():
-                one = run(variant, Path(name), 8, 1) if smoke else in_own_process(variant, Path(name), rows)
-                results.append(one)
-    keys = ("train", "before", *PARTS)
-    return {v: {k: statistics.median(r.get(k, 0.0) for r in results) for k in keys} for v, results in found.items()}
+                results.append(one(variant, Path(name)))
+    keys, rounds = ("train", "before", *PARTS), len(found[PLAIN])
+    medians = {v: {k: statistics.median(r.get(k, 0.0) for r in runs) for k in keys} for v, runs in found.items()}
+    return medians, rounds
+
+
+def rows_of(found: dict[str, dict[str, float]]) -> list[list[str]]:
+    rows = []
+    for variant, parts in found.items():
+        ratio, plain = parts["train"] / found[PLAIN]["train"], variant == PLAIN
+        times = ["–"] * (1 + len(PARTS)) if plain else [f"{parts[name]:.2f}" for name in ("before", *PARTS)]
+        goal = "–" if plain else reach.RUN.judge(ratio)
+        rows.append([variant, f"{parts['train']:.1f}", f"{ratio:.3f}", *times, goal])
+    return rows
 
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--run", nargs=2, help="a variant and a folder; for the processes that this starts")
-    parser.set_defaults(repeats=3)
+    parser.add_argument("--quick", action="store_true", help="without XTF and with `default` only")
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     if options.run:
         print(json.dumps(run(options.run[0], Path(options.run[1]), options.rows)))
         return
-    found, rows = measure(options.rows, options.repeats, options.smoke), []
-    for variant, parts in found.items():
-        ratio = parts["train"] / found[PLAIN]["train"]
-        times = [f"{parts[name]:.2f}" for name in ("before", *PARTS)] if variant != PLAIN else ["–"] * (1 + len(PARTS))
-        goal = against(ratio, REACH) if variant != PLAIN else "–"
-        rows.append([variant, f"{parts['train']:.1f}", f"{ratio:.3f}", *times, goal])
+
+    def one(variant: str, folder: Path) -> dict[str, float]:
+        return run(variant, folder, 8, 1) if options.smoke else in_own_process(variant, folder, options.rows)
+
+    variants = (PLAIN, DEFAULT) if options.quick else tuple(VARIANTS)
+    save = partial(save_model, config=SMOKE) if options.smoke else save_model
+    rows = rows_of(measure(one, save, variants, options.repeats)[0])
     if device().type == "cpu":
-        rows.append(["a large model on a GPU", *[NOT_MEASURED] * 2, *["–"] * (1 + len(PARTS)), f"≤ {REACH}"])
+        rows.append(["a large model on a GPU", *[NOT_MEASURED] * 2, *["–"] * (1 + len(PARTS)), str(reach.RUN)])
     caption = f"{options.rows} rows, {EPOCHS} epochs, batches of {BATCH}, medians of {options.repeats}"
     publish("bench_run", caption, HEAD, rows, options.write)
 

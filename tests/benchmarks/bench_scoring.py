@@ -1,33 +1,36 @@
 """Time and memory of the scoring pass against the floor: one no-grad decoder forward plus the LM head on completion
 positions.
 
-    python -m tests.benchmarks.bench_scoring [--quick] [--repeats 5] [--markdown docs/benchmarks.md]
+    python -m tests.benchmarks.bench_scoring [--sizes 30M 150M] [--no-memory] [--write docs/benchmarks.md]
 
 Random Llamas of about 30M and 150M parameters, padded batches of at most 4,096 tokens (the same ones for every
 procedure). Times are medians over repeats that run the procedures in turn, so that a slow minute hits all of them; only
-the ratios travel. Peak memory is what a fresh process's resident set grows by over its state after loading the model.
+the ratios travel, and beside each stand the lowest and the highest of the single rounds. Peak memory is what the
+resident set of a process of its own grows by over its state after loading the model, code of libraries left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
+import json
 import statistics
 import subprocess
 import sys
-import time
-from importlib.metadata import version
+from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.benchmarks import reach
+from tests.benchmarks.common import arguments, peaks, publish, rounds
+from xtf_plugin.batches import plan_batches
 from xtf_plugin.documents import DocumentSet
 from xtf_plugin.reference import Reference
 from xtf_plugin.relevance import RelevanceTable
-from xtf_plugin.scorer import plan_batches, score
+from xtf_plugin.scorer import score
 from xtf_plugin.trial import against_own_forward
 
 BUDGET = 4_096
@@ -41,12 +44,12 @@ LENGTHS = {"short": (24, 50, 300), "long": (3, 1_000, 1_900)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def make_model(size: str, dtype: str) -> LlamaForCausalLM:
+def make_model(size: str, dtype: str, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = SIZES.get(size, TINY)
     heads = shape["num_attention_heads"]
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         num_key_value_heads=heads // 2,
         max_position_embeddings=4_096,
         tie_word_embeddings=True,
@@ -129,91 +132,87 @@ def xtf(model, documents, layers, budget: int = BUDGET) -> None:
     RelevanceTable(SimpleNamespace(domain="dataset", embedding="input"), documents, None).compute(reference)
 
 
+FLOOR, ONE, ALL = "**floor** (decoder + LM head on completion)", "xtf, RI on the last layer", "xtf, RI on all layers"
 PROCEDURES = {
     "decoder forward": decoder_only,
-    "**floor** (decoder + LM head on completion)": floor,
+    FLOOR: floor,
     "forward with full logits": full_logits,
-    "xtf, RI on the last layer": lambda m, d: xtf(m, d, (m.config.num_hidden_layers - 1,)),
-    "xtf, RI on all layers": lambda m, d: xtf(m, d, tuple(range(m.config.num_hidden_layers))),
+    ONE: lambda m, d: xtf(m, d, (m.config.num_hidden_layers - 1,)),
+    ALL: lambda m, d: xtf(m, d, tuple(range(m.config.num_hidden_layers))),
 }
-FLOOR = "**floor** (decoder + LM head on completion)"
+NO_PEAK = ("decoder forward",)  # the floor's is never below it
+HEAD = ["model, dtype, lengths", "procedure", "ms", "x floor", "single rounds", "peak MB", "x floor", "reach"]
 
 
-def times(size: str, dtype: str, lengths: str, repeats: int) -> dict[str, float]:
+def times(size: str, dtype: str, lengths: str | tuple[int, int, int], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each procedure, by round."""
     model, documents = make_model(size, dtype), make_documents(lengths)
-    results: dict[str, list[float]] = {name: [] for name in PROCEDURES}
-    for repeat in range(repeats + 1):
-        for name, procedure in PROCEDURES.items():
-            begin = time.perf_counter()
-            procedure(model, documents)
-            if repeat:  # the first round warms up
-                results[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in results.items()}
+    return rounds({name: partial(procedure, model, documents) for name, procedure in PROCEDURES.items()}, repeats)
 
 
-def peak_megabytes(size: str, dtype: str, lengths: str, name: str) -> float:
-    """Growth of the resident set's maximum over one run of a procedure, in a process of its own."""
-    arguments = [sys.executable, "-m", "tests.benchmarks.bench_scoring", "--peak", size, dtype, lengths, name]
-    output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-    return float(output.strip().splitlines()[-1])
-
-
-def print_peak(size: str, dtype: str, lengths: str, name: str) -> None:
+def peak(size: str, dtype: str, lengths: str | tuple[int, int, int], name: str, repeats: int) -> float:
+    """MB that a procedure takes at its peak, the median of some runs; in a process that has run nothing else."""
     model, documents = make_model(size, dtype), make_documents(lengths)
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 8, dtype=torch.long))  # thread pools and scratch buffers of the libraries
-    reset_peak()
-    before = resident("VmRSS")
-    PROCEDURES[name](model, documents)
-    print((resident("VmHWM") - before) / 1024)
+    return statistics.median(peaks(partial(PROCEDURES[name], model, documents), repeats))
 
 
-def reset_peak() -> None:
-    """Set the peak of the resident set to its present size (Linux)."""
-    with open("/proc/self/clear_refs", "w") as handle:
-        handle.write("5")
+def peak_apart(*case: str | int) -> float:
+    """`peak` in a process of its own."""
+    words = [sys.executable, "-m", "tests.benchmarks.bench_scoring", "--peak", *map(str, case)]
+    output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    return float(json.loads(output.splitlines()[-1]))
 
 
-def resident(field: str) -> float:
-    """The resident set, in kB: `VmRSS` now, `VmHWM` at its peak."""
-    with open("/proc/self/status") as handle:
-        return float(next(line.split()[1] for line in handle if line.startswith(field)))
+def rows_of(case: str, reached: str, found: dict[str, list[float]], memory: dict[str, float]) -> list[list[str]]:
+    """Rows of the table for one model, dtype and kind of documents; `reached`: whose figures it is held against."""
+    base, rows = statistics.median(found[FLOOR]), []
+    for name, took in found.items():
+        median = statistics.median(took)
+        single = [one / other for one, other in zip(took, found[FLOOR], strict=True)]
+        spread = "" if name == FLOOR else f"{min(single):.2f}-{max(single):.2f}"
+        cells = [f"{median * 1e3:.0f}", f"{median / base:.3f}", spread]
+        against = [reach.scoring(name == ALL, reached).judge(median / base)] if name in (ONE, ALL) else []
+        if name in memory:
+            ratio = memory[name] / memory[FLOOR]
+            cells += [f"{memory[name]:.0f}", f"{ratio:.2f}"]
+            against += [f"memory {reach.MEMORY.judge(ratio)}"] if against else []
+        else:
+            cells += ["", ""]
+        rows.append([case, name, *cells, "; ".join(against)])
+    return rows
 
 
-def machine() -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    flags = "unknown"
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as handle:
-            flags = next((line.split(":", 1)[1].strip() for line in handle if line.startswith("model name")), flags)
-    return (
-        f"{torch.get_num_threads()} threads of {flags}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {version('transformers')}; commit {commit or 'unknown'}"
-    )
+def measure(size: str, repeats: int, memory: bool) -> list[list[str]]:
+    """All rows of one model."""
+    rows = []
+    for dtype in DTYPES:
+        for lengths in LENGTHS:
+            runs = {name: repeats if name in (FLOOR, ONE, ALL) else 1 for name in PROCEDURES if name not in NO_PEAK}
+            taken = {name: peak_apart(size, dtype, lengths, name, n) for name, n in runs.items()} if memory else {}
+            rows += rows_of(f"{size} {dtype} {lengths}", f"cpu {dtype}", times(size, dtype, lengths, repeats), taken)
+    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="30M only")
-    parser.add_argument("--repeats", type=int, default=5)
+def main(given: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["30M"])
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args(given)
     if options.peak:
-        print_peak(*options.peak)
+        *case, repeats = options.peak
+        print(json.dumps(peak(*case, int(repeats))))
         return
-    print(f"{machine()}\n")
-    print("| model, dtype, lengths | procedure | ms | x floor | peak MB | x floor |\n|---|---|---:|---:|---:|---:|")
-    for size in ("30M",) if options.quick else SIZES:
-        for dtype in DTYPES:
-            for lengths in LENGTHS:
-                measured = times(size, dtype, lengths, options.repeats)
-                peaks = {n: None if options.no_memory else peak_megabytes(size, dtype, lengths, n) for n in measured}
-                for name, seconds in measured.items():
-                    ratio = seconds / measured[FLOOR]
-                    memory = "| |" if peaks[name] is None else f"{peaks[name]:.0f} | {peaks[name] / peaks[FLOOR]:.2f} |"
-                    case = f"{size} {dtype} {lengths}"
-                    print(f"| {case} | {name} | {seconds * 1e3:.0f} | {ratio:.2f} | {memory}", flush=True)
+    for size in options.sizes:
+        if options.smoke:
+            few = (3, 20, 40)
+            memory = {name: peak("tiny", "fp32", few, name, options.repeats) for name in (FLOOR, ONE, ALL)}
+            rows = rows_of("tiny", reach.FP32, times("tiny", "fp32", few, options.repeats), memory)
+        else:
+            rows = measure(size, options.repeats, not options.no_memory)
+        publish(f"scoring {size}", f"medians of {options.repeats}", HEAD, rows, options.write)
 
 
 if __name__ == "__main__":

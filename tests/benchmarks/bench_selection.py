@@ -1,16 +1,18 @@
 """Time and memory from scores to masks, for datasets of up to hundreds of millions of completion tokens.
 
-    python -m tests.benchmarks.bench_selection [--tokens 1 10 100] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_selection [--millions 1 100] [--write docs/benchmarks.md]
 
 Scores are drawn, not computed. Each row of the table is a process of its own: `select` with the rules of a preset, then
-the table that the collator looks keep flags up in. Memory is what the resident set's peak grows by over its state with
-the scores loaded: what selecting costs, and not what there is to select from.
+the table that the collator looks keep flags up in, several times over, of which the medians are taken. Memory is what
+the resident set's peak grows by over its state with the scores loaded: what selecting costs, and not what there is to
+select from.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -18,13 +20,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.benchmarks.bench_scoring import reset_peak, resident
-from tests.benchmarks.common import against, arguments, publish
+from tests.benchmarks import reach
+from tests.benchmarks.common import arguments, peaks, publish
 from xtf_plugin import XTFConfig
 from xtf_plugin.collator import MaskTable
 from xtf_plugin.selection import Scores, select
 
-SECONDS, GIGABYTES = 30, 2  # reach, for 100 million tokens
+MANY = 10**8  # tokens that the reach is stated for
 HEAD = ["block", "completion tokens", "selection, s", "mask table, s", "ns a token", "memory, GB", "reach"]
 MEAN = 170  # completion tokens of a document
 BLOCKS = {
@@ -62,43 +64,53 @@ def make_scores(tokens: int, config: XTFConfig) -> Scores:
     )
 
 
-def measure(block: str, tokens: int) -> tuple[int, float, float, float]:
-    """Completion tokens, seconds of the selection and of the mask table, and gigabytes that they take."""
+def measure(block: str, tokens: int, repeats: int) -> tuple[int, float, float, float]:
+    """Completion tokens; median seconds of the selection and of the mask table, and gigabytes that they take."""
     config = XTFConfig.parse(BLOCKS[block])
     assert config is not None
-    scores = make_scores(tokens, config)
+    scores, selecting, building = make_scores(tokens, config), [], []
     select(make_scores(10_000, config), config)  # imports and first calls
-    reset_peak()
-    before, begin = resident("VmRSS"), time.perf_counter()
-    selection = select(scores, config)
-    middle = time.perf_counter()
-    MaskTable.build(scores.keys, scores.offsets, selection.keep, selection.best)
-    end = time.perf_counter()
-    return len(scores.token_ids), middle - begin, end - middle, (resident("VmHWM") - before) / 1024**2
+
+    def run() -> None:
+        begin = time.perf_counter()
+        selection = select(scores, config)
+        selecting.append(time.perf_counter() - begin)
+        MaskTable.build(scores.keys, scores.offsets, selection.keep, selection.best)
+        building.append(time.perf_counter() - begin - selecting[-1])
+
+    memory = peaks(run, repeats)
+    return len(scores.token_ids), *map(statistics.median, (selecting, building)), statistics.median(memory) / 1e3
 
 
-def row(block: str, tokens: int) -> list[str]:
-    """One row of the table, measured in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.bench_selection", "--row", block, str(tokens)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    size, selecting, building, memory = json.loads(output.splitlines()[-1])
+def row(block: str, tokens: int, found: Sequence[float]) -> list[str]:
+    """One row of the table."""
+    size, selecting, building, memory = found
     both = selecting + building
-    told = f"{against(both, SECONDS, unit=' s')}, {against(memory, GIGABYTES, unit=' GB')}" if tokens == 10**8 else ""
+    told = f"{reach.SELECTION.judge(both)}, {reach.SELECTION_MEMORY.judge(memory)}" if tokens == MANY else ""
     cells = [f"{selecting:.2f}", f"{building:.2f}", f"{1e9 * both / size:.0f}", f"{memory:.2f}", told]
-    return [block, f"{size / 1e6:.0f} M", *cells]
+    return [block, f"{size / 1e6:g} M" if size < 1e6 else f"{size / 1e6:.0f} M", *cells]
+
+
+def apart(block: str, tokens: int, repeats: int) -> list[float]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.bench_selection", "--row", block, str(tokens)]
+    output = subprocess.run([*command, "--repeats", str(repeats)], check=True, capture_output=True, text=True).stdout
+    found: list[float] = json.loads(output.splitlines()[-1])
+    return found
 
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 10, 100], help="in millions")
+    parser.add_argument("--millions", type=int, nargs="+", default=[1, 100], help="completion tokens")
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     if options.row:
-        print(json.dumps(measure(options.row[0], int(options.row[1]))))
+        print(json.dumps(measure(options.row[0], int(options.row[1]), options.repeats)))
         return
-    sizes = [0.1] if options.smoke else options.tokens
-    rows = [row(block, int(millions * 1e6)) for block in BLOCKS for millions in sizes]
-    publish("selection", "", HEAD, rows, options.write)
+    sizes = [30_000] if options.smoke else [millions * 10**6 for millions in options.millions]
+    run = measure if options.smoke else apart
+    rows = [row(block, tokens, run(block, tokens, options.repeats)) for block in BLOCKS for tokens in sizes]
+    publish("selection", f"medians of {options.repeats}", HEAD, rows, options.write)
 
 
 if __name__ == "__main__":

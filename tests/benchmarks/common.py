@@ -1,4 +1,4 @@
-"""What the benchmarks share: procedures timed in turn, tables with the reach in a column, and pages they are put into.
+"""What the benchmarks share: procedures timed in turn, peaks of memory, and tables that are put into a page.
 
 A ratio is trusted only within one run: procedures take turns, so that a slow minute hits all of them, and the medians
 of their times are compared.
@@ -7,25 +7,29 @@ of their times are compared.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.benchmarks.bench_scoring import machine as host
 from tests.benchmarks.proof.tables import table, write_into
 
 NOT_MEASURED = "not measured yet"
 
 
-def arguments(doc: str | None) -> argparse.ArgumentParser:
+def arguments(doc: str | None, repeats: int = 5) -> argparse.ArgumentParser:
     """The options that every benchmark takes."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="also put the table into this page, between this program's marks")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, and nothing else")
     return parser
 
@@ -37,9 +41,16 @@ def device() -> torch.device:
 
 def machine() -> str:
     """Hardware, versions and commit."""
-    if not torch.cuda.is_available():
-        return host()
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {host()}"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    cpu = "unknown"
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as handle:
+            cpu = next((line.split(":", 1)[1].strip() for line in handle if line.startswith("model name")), cpu)
+    gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; " if torch.cuda.is_available() else ""
+    return (
+        f"{gpu}{torch.get_num_threads()} threads of {cpu}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {version('transformers')}; commit {commit or 'unknown'}"
+    )
 
 
 def settled() -> float:
@@ -56,10 +67,10 @@ def seconds(procedure: Callable[[], Any]) -> float:
     return settled() - begin
 
 
-def in_turn(
+def rounds(
     procedures: Mapping[str, Callable[[], Any]], repeats: int, until: float = float("inf"), warm_up: int = 1
-) -> dict[str, float]:
-    """Median seconds of procedures that run one after the other, `repeats` times over.
+) -> dict[str, list[float]]:
+    """Seconds of procedures that run one after the other, `repeats` times over.
 
     Args:
         until: no new round begins after this time of `time.perf_counter`, once there has been one.
@@ -74,7 +85,38 @@ def in_turn(
             break
         for name, procedure in procedures.items():
             found[name].append(seconds(procedure))
-    return {name: statistics.median(times) for name, times in found.items()}
+    return found
+
+
+def in_turn(
+    procedures: Mapping[str, Callable[[], Any]], repeats: int, until: float = float("inf"), warm_up: int = 1
+) -> dict[str, float]:
+    """Medians of `rounds`."""
+    return {name: statistics.median(times) for name, times in rounds(procedures, repeats, until, warm_up).items()}
+
+
+def peaks(procedure: Callable[[], Any], repeats: int) -> list[float]:
+    """MB that a procedure takes at its peak over what the process had before the first of several runs (Linux).
+
+    Memory that a run freed goes back to the system before the next one; what it keeps counts. Code of libraries that is
+    read in meanwhile does not.
+    """
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)  # glibc's
+    give_back(0)
+    before, mapped, found = resident("VmRSS"), resident("RssFile"), []
+    for _ in range(repeats):
+        give_back(0)
+        with open("/proc/self/clear_refs", "w") as handle:
+            handle.write("5")  # the peak is what is resident now
+        procedure()
+        found.append(resident("VmHWM") - before - (resident("RssFile") - mapped))
+    return found
+
+
+def resident(field: str) -> float:
+    """MB of this process that are resident (Linux): `VmRSS` now, `VmHWM` at the peak, `RssFile` of files."""
+    with open("/proc/self/status") as handle:
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in handle if line.startswith(field))
 
 
 def publish(name: str, caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], page: Path | None) -> str:
@@ -84,9 +126,3 @@ def publish(name: str, caption: str, head: Sequence[str], rows: Sequence[Sequenc
     if page is not None:
         write_into(page, text, f"<!-- {name} -->", f"<!-- /{name} -->")
     return text
-
-
-def against(value: float, reach: float, at_most: bool = True, unit: str = "") -> str:
-    """The reach, and whether a value keeps to it."""
-    kept = value <= reach if at_most else value >= reach
-    return f"{'≤' if at_most else '≥'} {reach:g}{unit}: {'kept' if kept else 'missed'}"
