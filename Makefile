@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: chromium demo screenshots test test-axolotl test-versions test-lowest test-middle lint bench bench-long bench-gpu proof proof-gpu docs clean
+.PHONY: chromium demo screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long bench-gpu proof proof-gpu docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,12 @@ $(AXOLOTL_STAMP): pyproject.toml
 	$(AXOLOTL_VENV)/bin/python -m pip install -q "$(TORCH)"
 	$(AXOLOTL_VENV)/bin/python -m pip install -q "$(TORCH)" "$(AXOLOTL)" -e . pytest pytest-xdist
 	touch $@
+
+# The full forms of tests/reliability, under an hour on two cores; what they found goes into docs/reliability.md.
+test-long: $(STAMP) chromium
+	rm -f .reliability.jsonl
+	XTF_TEST_LONG=1 XTF_TEST_FIGURES=$(CURDIR)/.reliability.jsonl $(BIN)/python -m pytest tests/reliability
+	$(BIN)/python -m tests.reliability.figures .reliability.jsonl --write docs/reliability.md
 
 # Other versions of the packages around us, each set in a virtual environment of its own: the lowest that pyproject.toml
 # states, and one between them and the newest. The tests are those in which other packages' behaviour shows. TORCH stays
@@ -129,4 +135,4 @@ docs: $(STAMP)
 	$(BIN)/python -m xtf_plugin.config_docs
 
 clean:
-	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .demo .reliability.jsonl .pytest_cache .mypy_cache .ruff_cache

@@ -3,8 +3,7 @@
     python -m tests.benchmarks.bench_compile [--dtype bf16] [--write docs/benchmarks.md]
 
 The decoder of the 30M model of bench_scoring on its short documents, in batches of different shapes, as scoring has
-them. The pass itself does not compile anything: a user would need a C++ compiler, and most runs score less than the
-break-even.
+them. The pass itself does not compile anything: a user would need a C++ compiler.
 """
 
 from __future__ import annotations
