@@ -56,19 +56,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
 
 
+def too_little(longest: int, problem: str) -> XTFError:
+    """The error for a device that has no room for a single document; `problem`: the text of the error that told."""
+    return XTFError(
+        f"out of memory while scoring a single document of {longest} tokens ({problem}). Lower max_length, or name "
+        "a smaller or more strongly quantised model under xtf `reference.model`."
+    )
+
+
 def halved(size: int, longest: int, tokens: int, device: torch.device, problem: str) -> int:
     """The token budget to go on with after a batch of `size` documents did not fit, `tokens` with their padding.
 
     Raises:
-        XTFError: it was a single document; `problem` is the text of the error that told.
+        XTFError: it was a single document, see `too_little`.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if size == 1:
-        raise XTFError(
-            f"out of memory while scoring a single document of {longest} tokens ({problem}). Lower max_length, or name "
-            "a smaller or more strongly quantised model under xtf `reference.model`."
-        )
+        raise too_little(longest, problem)
     budget = max(longest, tokens // 2)
     logger.warning(
         "xtf: out of memory with %d documents of up to %d tokens; going on with batches of %d tokens. Setting "

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .batches import Beside, ScoringStats, begun_at, default_batch_tokens, plan_batches, plan_wanted
 from .documents import DocumentSet
 from .errors import XTFError
-from .memory import FIRST, budget_for, halved, is_out_of_memory, meter
+from .memory import FIRST, budget_for, halved, is_out_of_memory, meter, too_little
 from .ranks import ALONE, Ranks
 from .records import Records
 from .reference import Reference, rotary_switch
@@ -266,10 +266,15 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
 
     Args:
         kind: `input`: the row of the input embedding; `output`: the last hidden state of the token run alone.
+        chunk: tokens at a time; halved when memory runs out.
+
+    Raises:
+        XTFError: a single one does not fit.
     """
-    parts = []
+    parts: list[Tensor] = []
+    low = 0
     with reference.scoring(record=False):
-        for low in range(0, len(token_ids), chunk):
+        while low < len(token_ids):
             ids = torch.from_numpy(np.asarray(token_ids[low : low + chunk], dtype=np.int64)).to(reference.device)
 
             def run(ids: Tensor = ids) -> Tensor:
@@ -277,6 +282,15 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
                     return reference.embeddings(ids)  # type: ignore[no-any-return]
                 return reference.forward(ids[:, None], torch.ones_like(ids), ())[0][:, 0]
 
-            # hooks for gradient checkpointing mark embeddings as needing grad
-            parts.append(reference.whole(run).detach().float().cpu())
+            try:
+                # hooks for gradient checkpointing mark embeddings as needing grad
+                parts.append(reference.whole(run).detach().float().cpu())
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or reference.lockstep:  # in step, the others are in the same forward
+                    raise
+                if len(ids) == 1:
+                    raise too_little(1, str(error)) from None
+                chunk = len(ids) // 2
+            else:
+                low += len(ids)
     return torch.cat(parts)

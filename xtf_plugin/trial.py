@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .documents import DocumentSet
 from .errors import XTFError
+from .memory import is_out_of_memory, too_little
 from .narrowing import last_feed_forward
 from .packing import Packed
 from .reference import Reference, rotary_switch
@@ -43,7 +44,8 @@ def check(
         documents, wanted, layers: see `scorer.score`.
 
     Raises:
-        XTFError: ids beyond its vocabulary, rotary embeddings that follow the data, or see `against_own_forward`.
+        XTFError: ids beyond its vocabulary, rotary embeddings that follow the data, no room for this one document; or
+            see `against_own_forward`.
     """
     vocabulary = reference.model.get_input_embeddings().weight.shape[0]
     highest = int(documents.input_ids.max())
@@ -63,7 +65,12 @@ def check(
     if len(wanted):
         ids, _ = documents.document(int(wanted[np.minimum(documents.lengths[wanted], CHECK_TOKENS).argmax()]))
         sample = torch.from_numpy(ids[:CHECK_TOKENS].astype(np.int64)).to(reference.device)
-        against_own_forward(reference, sample, 0.1 if _low_precision(reference) else 1e-3, layers)
+        try:
+            against_own_forward(reference, sample, 0.1 if _low_precision(reference) else 1e-3, layers)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or isinstance(error, XTFError):
+                raise
+            raise too_little(len(sample), str(error)) from None
 
 
 def _low_precision(reference: Reference) -> bool:
