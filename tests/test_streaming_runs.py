@@ -226,11 +226,11 @@ def test_memory_that_ran_out_is_remembered(tmp_path, monkeypatch):
     made = attached(tmp_path, trainer(tmp_path), {**BLOCK, "batch_tokens": 160})
     run, refused = scorer._launch, []
 
-    def tight(documents, batch, *others):
+    def tight(documents, batch, *others, **options):
         if made.state.global_step and documents.lengths[batch].max() * len(batch) > 80:
             refused.append(len(batch))
             raise torch.OutOfMemoryError("out of memory")
-        return run(documents, batch, *others)
+        return run(documents, batch, *others, **options)
 
     monkeypatch.setattr(scorer, "_launch", tight)
     made.train()
