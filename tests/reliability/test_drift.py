@@ -1,0 +1,261 @@
+"""Masks are a matter of document and reference alone, up to rounding; and how far they follow its precision.
+
+docs promise: equal for any batch size, packing, number of workers or ranks, fresh or resumed, up to tokens whose score
+lies within 1e-4 (float32) of a threshold.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from tests import tiny
+from tests.reliability import LONG, amount, record
+from tests.reliability.trainers import BAND, callback, made, moved, ranks
+from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
+from xtf_plugin import XTFConfig
+from xtf_plugin.documents import collect
+from xtf_plugin.pipeline import Plan, make_plan
+from xtf_plugin.selection import rule_bits
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes/demo"))  # the demo is a folder of scripts, not a package
+
+import prepare  # noqa: E402
+from settings import BaseSettings, DemoSettings  # noqa: E402
+
+# rules of every kind of threshold: a share of a document, a bound, classes of the dataset, second looks
+BLOCK = {
+    **ATTRIBUTES_ON,
+    "reasoning_importance": {"drop": {"quantile": 0.2}},
+    "knowledge_novelty": {"drop": {"unknown_below": 0.001}},
+    "selectors": {"out_of_place": {"scorer": "opening", "drop": {"below": -2.0}, "context": "kept"}},
+}
+
+
+def hold(one: Plan, two: Plan) -> None:
+    """Two plans that must be the same up to the band; keeps how far they are apart."""
+    largest, changed, unexplained = moved(one, two)
+    record("drift of scores", comparisons=1, tokens=len(one.selection.keep), changed=changed, **largest)
+    assert two.stats.documents == len(one.documents), "scores were found, and not made anew"
+    assert max(largest.values()) <= BAND and not unexplained
+
+
+def plan(folder, documents, model=None, block=None, tokenizer=None, **more):
+    config = XTFConfig.parse({**(block or BLOCK), "cache_dir": str(folder), **more})
+    return make_plan(config, documents, Provider(model), tokenizer or tiny.tokenizer(), progress=False)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """Ragged ones: of 30 to 400 tokens."""
+    few = enumerate(rows(amount(14, 40)))
+    return collect([{name: part * (1 + i * i % 11) for name, part in row.items()} for i, row in few])
+
+
+@pytest.mark.parametrize("family", amount(("llama",), sorted(tiny.FAMILIES)))
+def test_batch_size_changes_nothing(tmp_path, documents, family):
+    one = plan(tmp_path / "one", documents, tiny.model(family), batch_tokens=1)
+    assert one.stats.batches == len(documents)
+    assert all(0 < fired < len(one.selection.keep) for fired in one.selection.fired.values())
+    for budget in amount((600, "auto"), (100, 257, 600, 1000, 5000, 100_000, "auto")):
+        hold(one, plan(tmp_path / str(budget), documents, tiny.model(family), batch_tokens=budget))
+
+
+def trained(folder, block=BLOCK, resume=None, **options):
+    """The plan of a training of two steps, and its labels, by the token ids of their rows."""
+    settings = {"max_steps": 2, "save_strategy": "no", **options}
+    watched = made("lora", folder, block, **settings)
+    seen, step = {}, watched.training_step
+
+    def spy(model, inputs, *args, **kwargs):
+        for ids, labels in zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), strict=True):
+            seen[tuple(ids)] = labels
+        return step(model, inputs, *args, **kwargs)
+
+    watched.training_step = spy
+    watched.train(resume_from_checkpoint=resume)
+    return callback(watched).plan, seen
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("plain"))
+
+
+PACKED = {"packing": True, "max_length": 200}
+BATCHES = [
+    {"dataloader_num_workers": 2},
+    {**PACKED, "packing_strategy": "bfd"},
+    *amount((), ({"padding_free": True, "max_length": None}, {**PACKED, "packing_strategy": "bfd_split"})),
+    *amount((), ({"dataloader_num_workers": 4, "dataloader_prefetch_factor": 4}, {"gradient_accumulation_steps": 3})),
+]
+
+
+@pytest.mark.parametrize("options", BATCHES)
+def test_packing_and_workers_change_nothing(tmp_path, plain, options):
+    """Scored anew each time: a cache of its own."""
+    one, labels = plain
+    two, seen = trained(tmp_path, {**BLOCK, "batch_tokens": 300}, **options)
+    hold(one, two)
+    if "dataloader_num_workers" in options:
+        assert seen == labels
+
+
+def test_resuming_changes_nothing(tmp_path, plain):
+    """From the scores of the first run to the last bit; without them, with other batches, up to the band."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    first, _ = trained(tmp_path, **saving, max_steps=1)
+    again, _ = trained(tmp_path, **saving, resume=True)
+    assert again.stats.documents == 0 and moved(first, again)[:2] == (dict.fromkeys(first.config.voters, 0.0), 0)
+    (tmp_path / "cache").rename(tmp_path / "lost")
+    anew, _ = trained(tmp_path, {**BLOCK, "batch_tokens": 300}, **saving, resume=True, max_steps=3)
+    hold(first, anew)
+    hold(plain[0], anew)
+
+
+def of_a_rank(folder):
+    """The plan of one rank, in arrays."""
+    made_, _ = trained(folder)
+    known = {name: made_.scores.of(name) for name in made_.config.voters}
+    about = {"keys": made_.scores.keys, "offsets": made_.scores.offsets}
+    np.savez(folder / "plan.npz", keep=made_.selection.keep, reasons=made_.selection.reasons, **about, **known)
+    return made_.stats.documents
+
+
+@pytest.mark.parametrize("size", [2, *amount((), (3,))])
+def test_the_number_of_ranks_changes_nothing(tmp_path, plain, size):
+    one, _ = plain
+    documents = ranks(of_a_rank, tmp_path, size)
+    assert documents == [24] * size, "all ranks together score each document once"
+    for rank in range(size):
+        arrays = np.load(tmp_path / f"rank-{rank}/plan.npz")
+        assert np.array_equal(arrays["keys"], one.scores.keys)
+        hold(one, judged(one, **arrays))
+
+
+def judged(plan, keep, reasons, reasoning_importance, knowledge_novelty, task_relevance, out_of_place, **_):
+    """A plan with other scores and decisions."""
+    scores = replace(
+        plan.scores,
+        reasoning_importance=reasoning_importance,
+        logprobs=knowledge_novelty,
+        task_relevance=task_relevance,
+        selectors={"out_of_place": out_of_place},
+    )
+    return replace(plan, scores=scores, selection=replace(plan.selection, keep=keep, reasons=reasons))
+
+
+class TestTheJudge:
+    """Otherwise the tests above would hold whatever masks do."""
+
+    def changed(self, plan, shift):
+        """The same plan after one rule judges one token otherwise, whose score has moved by `shift` over the bound."""
+        keep, reasons = plan.selection.keep.copy(), plan.selection.reasons.copy()
+        bound, bit = plan.selection.thresholds["out_of_place"]["drops"]["below"], rule_bits(plan.config)["out_of_place"]
+        scores = plan.scores.selectors["out_of_place"].copy()
+        token = int(np.nanargmin(np.where(reasons == 0, np.abs(scores - bound), np.nan)))
+        scores[token] = bound + shift
+        mine = replace(plan, scores=replace(plan.scores, selectors={"out_of_place": scores}))
+        keep[token], reasons[token] = False, bit
+        given = {name: plan.scores.of(name) for name in plan.config.voters} | {"out_of_place": scores}
+        return mine, judged(plan, keep=keep, reasons=reasons, **given)
+
+    def test_tells_what_the_band_explains(self, plain):
+        one, two = self.changed(plain[0], BAND / 2)
+        assert moved(one, two)[1:] == (1, [])
+        one, two = self.changed(plain[0], 10 * BAND)
+        assert len(moved(one, two)[2]) == 1
+
+    def test_sees_scores_that_move(self, plain):
+        one = plain[0]
+        given = {name: one.scores.of(name) for name in one.config.voters}
+        given["reasoning_importance"] = given["reasoning_importance"] + np.float32(2 * BAND)
+        two = judged(one, keep=one.selection.keep, reasons=one.selection.reasons, **given)
+        with pytest.raises(AssertionError):
+            hold(one, two)
+
+
+SMALL = BaseSettings(vocabulary=600, hidden=64, intermediate=128, layers=2, length=128, batch=8, steps=60, warmup=10)
+PRECISIONS = {
+    "fp32": {"dtype": torch.float32},
+    "bf16": {"dtype": torch.bfloat16},
+    "int8": {"dtype": torch.float32, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+    "nf4": {
+        "dtype": torch.float32,
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo's base model and data; a smaller one that is trained in seconds, except in the long form."""
+    settings = DemoSettings() if LONG else DemoSettings(train_rows=40, test_rows=5, corpus_documents=300, base=SMALL)
+    folder = ROOT / ".demo"
+    if not LONG or not prepare.is_current(folder, settings):
+        folder = tmp_path_factory.mktemp("demo")
+        prepare.prepare(folder, settings)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plans(demo, tmp_path_factory):
+    """Plans of the demo's data by one reference in several precisions."""
+    fast = AutoTokenizer.from_pretrained(demo / "base")
+    made_, lines = [], (demo / "data/train.jsonl").read_text().splitlines()[: amount(40, 800)]
+    for row in map(json.loads, lines):
+        prompt = fast(row["prompt"])["input_ids"]
+        ids = prompt + fast(row["completion"], add_special_tokens=False)["input_ids"] + [fast.eos_token_id]
+        made_.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
+    documents, cache = collect(made_), tmp_path_factory.mktemp("cache")
+    block = {"preset": "default", "reasoning_importance": True, "knowledge_novelty": True, "task_relevance": True}
+    return {
+        name: plan(cache, documents, AutoModelForCausalLM.from_pretrained(demo / "base", **options), block, fast)
+        for name, options in PRECISIONS.items()
+    }
+
+
+@pytest.mark.skipif(not LONG, reason="the smaller model of the short form says no more than the tiny ones above")
+def test_batch_size_changes_nothing_for_a_model_that_has_learnt(demo, plans, tmp_path):
+    model, fast = AutoModelForCausalLM.from_pretrained(demo / "base"), AutoTokenizer.from_pretrained(demo / "base")
+    block = {**plans["fp32"].config.to_dict(), "batch_tokens": 700}
+    hold(plans["fp32"], plan(tmp_path, plans["fp32"].documents, model, block, fast))
+
+
+def shares(one, two):
+    """By rule and for the mask itself: how much it fires, and the share of tokens that it judges otherwise."""
+    found = {"dropped": [~plan.selection.keep for plan in (one, two)]}
+    for name, bit in rule_bits(one.config).items():
+        found[name] = [(plan.selection.reasons & bit) > 0 for plan in (one, two)]
+    return {name: {"fires": a.mean(), "then": b.mean(), "changes": (a != b).mean()} for name, (a, b) in found.items()}
+
+
+@pytest.mark.parametrize(("before", "after"), itertools.combinations(PRECISIONS, 2))
+def test_masks_follow_the_references_precision_but_not_far(plans, before, after):
+    """Decisions of two precisions have far more in common than by chance, or they would not be about the tokens: at
+    most half as many tokens change as if one of them had drawn its tokens at random.
+    """
+    found = shares(plans[before], plans[after])
+    facts = {f"{name}: {what}": share[what] for name, share in found.items() for what in ("fires", "changes")}
+    record(f"drift from {before} to {after}", tokens=len(plans[before].selection.keep), **facts)
+    assert plans[before].reference["fingerprint"] != plans[after].reference["fingerprint"]
+    for name, share in found.items():
+        p, q = share["fires"], share["then"]
+        assert share["changes"] <= 0.5 * (p * (1 - q) + q * (1 - p)), name
+    if "bf16" not in (before, after):
+        assert found["task_relevance"]["changes"] == 0, "embeddings are not quantised"
+
+
+def test_fewer_bits_move_masks_further(plans):
+    """4 bits of weight round more than 8, whatever the model: log-probabilities move further."""
+    exact, rough = (np.abs(plans[name].scores.logprobs - plans["fp32"].scores.logprobs) for name in ("int8", "nf4"))
+    assert 0 < np.nanmedian(exact) < np.nanmedian(rough)

@@ -1,0 +1,296 @@
+"""Tokens, blocks and score tables full of markup, control characters, bytes that are no text: in report and terminal.
+
+The page's elements are always the same, its data reads back as it was put in, and what `xtf show` and `xtf report`
+print holds nothing that a terminal would act on; also when the table, or the report in it, comes from a stranger.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import copy
+import io
+import json
+import os
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from tests.browsing import browser  # noqa: F401 (a fixture)
+from tests.reliability import record
+from tests.reliability.strategies import Elements, inputs
+from tests.reliability.test_fuzz_blocks import spots
+from tests.test_cli import score_table
+from xtf_plugin import browse, cli, output, page, view
+from xtf_plugin.batches import ScoringStats
+from xtf_plugin.config import XTFConfig
+from xtf_plugin.documents import collect
+from xtf_plugin.lookup import StoredScores
+from xtf_plugin.marks import Marks
+from xtf_plugin.pipeline import Plan, scores_of
+from xtf_plugin.selection import select
+from xtf_plugin.spans import byte_alphabet
+from xtf_plugin.table import PAGE, SCHEMA
+
+NASTY = """</script> <script>owned=1</script> <!-- --> <img/src=x/onerror=owned=1> &lt; &#x1b; ]]> </SCRIPT $data
+$script $ ${owned} " ' \\ \\x1b \\u202e · ◌ [bold] [/bold] [link=x]a javascript:owned=1 __proto__ constructor ⟨ff⟩
+{+a|b+} é 漢字 😀 𝔘""".split()
+NASTY += ["\x1b[2J", "\x1b]0;owned\x07", "\x9b31m", "<b onclick=owned>", "a" * 401, *"\0\b\t\n\r \x1b\x7f\x85\xa0\xad"]
+NASTY += [*"\u0301\u034f\u200b\u200d\u2028\u2029\u202e\u2066\u2800\u3164\ufe0f\ufeff\U000e0041\uffff\ue000\u0378"]
+LONG = ["x" * 100_000, "</script>" * 11_112, "\x1b[" * 50_000]
+BYTES = [b"\xff", b"\xc3", b"\xf0\x9f", b"\x98\x80", b"\xed\xa0\x80", b"\xc0\xbc", b"</script>\xff", b"\xff" * 999]
+texts = st.sampled_from(NASTY) | st.text(max_size=6) | st.lists(st.sampled_from(NASTY), max_size=4).map("".join)
+surrogates = st.text(st.characters(categories=["Cs"]), min_size=1, max_size=2) | st.just("a\ud83dz")
+pieces = st.sampled_from(BYTES) | st.binary(max_size=5) | texts.map(str.encode)
+MARKS = {"·": " ", "↵\n": "\n", "⇥": "\t"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For speed alone: hundreds of small files are written here, and no machine stops."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+class Spelled:
+    """A tokenizer that says whatever text it is given, half surrogate pairs included."""
+
+    all_special_ids: list[int] = []
+    added_tokens_decoder: dict[int, Any] = {}
+
+    def __init__(self, vocabulary: list[str]) -> None:
+        self.decode = lambda ids, **_: vocabulary[ids[0]]
+
+
+def byte_level(vocabulary: list[bytes]) -> PreTrainedTokenizerFast:
+    """A fast tokenizer whose tokens are any bytes."""
+    spell = {byte: char for char, byte in byte_alphabet().items()}
+    names = {"".join(spell[byte] for byte in piece): index for index, piece in enumerate(vocabulary)}
+    core = Tokenizer(models.WordLevel(names, unk_token=next(iter(names))))
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def plan_of(number: int, tokenizer: Any, block: dict[str, Any], name: str) -> Plan:
+    """A plan of documents that hold every token of a vocabulary, with made-up scores."""
+    rng = np.random.default_rng(number)
+    held = [list(range(number)), rng.integers(0, number, 12).tolist()]
+    documents = collect([{"input_ids": [0, *tokens], "labels": [-100, *tokens]} for tokens in held])
+    config = XTFConfig.parse(block)
+    assert config is not None
+    size = int(documents.completion_offsets[-1])
+    noise = rng.exponential(size=(5, size)).astype(np.float32)
+    stored = StoredScores(np.ones(len(documents), dtype=bool), -noise[0], noise[1], noise[2], noise[3])
+    scores = scores_of(documents, stored, noise[4] / 10, {selector: -noise[1] for selector in config.selectors})
+    marks = Marks.find(config, documents, tokenizer)
+    selection = select(scores, config, marks.protected, marks.forced, marks.segments)
+    about = {"scorers": {}, "references": []} if config.selectors else {}
+    parts = (documents, scores, selection, {"name": name, "source": name}, ScoringStats(), 0, [name], about)
+    return Plan(config, *parts, marks=marks)
+
+
+RULES = {"preset": "none", "knowledge_novelty": {"drop": {"known_above": 0.5}}, "reasoning_importance": True}
+
+
+@st.composite
+def plans(draw: Any) -> tuple[Plan, Any, list[bytes]]:
+    """A plan, its tokenizer, and the bytes of each token; patterns of the block and names are as hostile as tokens."""
+    if draw(st.booleans()):
+        spelled = draw(st.lists(texts | surrogates | st.sampled_from(LONG), min_size=1, max_size=8))
+        tokenizer, known = Spelled(spelled), [text.encode("utf-8", "surrogatepass") for text in spelled]
+    else:
+        known = list(dict.fromkeys(draw(st.lists(pieces, min_size=1, max_size=8))))
+        tokenizer = byte_level(known)
+    told = draw(texts | surrogates)
+    patterns = [re.escape(text) for text in draw(st.lists(texts, max_size=2)) if text]
+    block = {**RULES, "force_drop": patterns, "protect": {"patterns": patterns[1:]}}
+    if draw(st.integers(0, 3)) == 3:
+        block["selectors"] = {"constructor": {"scorer": "log_probability", "drop": {"quantile": 0.2}, "window": "line"}}
+    return plan_of(len(known), tokenizer, block, told), tokenizer, known
+
+
+def replaced(value: Any) -> Any:
+    """JSON data with what no file can hold: half surrogate pairs become question marks."""
+    return json.loads(re.sub(r"[\ud800-\udfff]", "?", json.dumps(value, ensure_ascii=False)))
+
+
+@cache
+def report_of_a_run() -> dict[str, Any]:
+    tokenizer = Spelled(["a", "b", " c", "."])
+    return output.page_data(plan_of(4, tokenizer, RULES, "tiny"), tokenizer)
+
+
+def check_page(text: str, data: Any, title: str) -> None:
+    """Same elements as any report, the same data, and nothing in it that could end the element it stands in."""
+    text.encode()
+    found = Elements(text)
+    assert found.tags == Elements(page.render(report_of_a_run(), "x")).tags
+    assert json.loads(found.inside["data"]) == replaced(data)
+    assert not set(found.inside["data"]) & set("<>&\u2028\u2029")
+    assert found.inside.get("title", "") == re.sub(r"[\ud800-\udfff]", "?", title)
+    assert text.count("<script") == text.count("</script") == 2 and "<!--" not in text
+
+
+def acts(text: str) -> list[str]:
+    """What a terminal would act on, or not show: control, bidirectional and invisible characters, but line breaks."""
+    return [ascii(char) for char in text if char != "\n" and re.match("C|Zl|Zp", unicodedata.category(char))]
+
+
+def run(*words: str) -> tuple[int, str]:
+    """What a command prints to both streams, and its exit code."""
+    stream = io.StringIO()
+    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream), pytest.raises(SystemExit) as ended:
+        cli.main(list(words))
+    return int(ended.value.code or 0), stream.getvalue()
+
+
+def check_token(shown: str, piece: bytes) -> None:
+    """A token of the page reads back as what it was; too long ones begin so."""
+    assert not acts(shown), shown
+    try:
+        text = piece.decode()
+    except UnicodeDecodeError:
+        assert shown.startswith("⟨" + piece[: view.LONGEST_TEXT].hex(" "))
+        return
+    beginning = text[: view.LONGEST_TEXT]
+    assert (len(text) > view.LONGEST_TEXT) == shown.endswith(f"… ⟨{len(text):,} characters⟩")
+    if not set(text) & set("\\·↵⇥"):
+        for mark, meant in MARKS.items():
+            shown = shown.replace(mark, meant)
+        code = re.compile(r"\\x([0-9a-f]{2})|\\u([0-9a-f]{4})|\\U([0-9a-f]{8})")
+        assert code.sub(lambda found: chr(int(found[found.lastindex or 0], 16)), shown).startswith(beginning)
+
+
+def test_what_tokens_hold_is_text_in_the_page_and_in_the_terminal(tmp_path: Path) -> None:
+    seen: Counter[str] = Counter()
+
+    @inputs(24, 300)
+    @given(plans(), texts | surrogates)
+    def holds(made: tuple[Plan, Any, list[bytes]], title: str) -> None:
+        plan, tokenizer, known = made
+        data = output.page_data(plan, tokenizer)
+        check_page(page.render(data, title), data, title)
+        for shown, piece in zip(data["tokens"], known, strict=True):
+            check_token(shown, piece)
+        path = output.write_table(plan, tokenizer, tmp_path / "xtf/scores.parquet", data)
+        code, printed = run("show", str(path))
+        assert code == 0 and not acts(printed), acts(printed)
+        found, offsets = browse.find(pq.ParquetFile(path), browse.Wanted(), 9), plan.scores.offsets
+        for document, at in zip(found, plan.documents.row_documents, strict=True):
+            whole = b"".join(known[token] for token in plan.scores.token_ids[offsets[at] : offsets[at + 1]])
+            assert document.text == whole.decode(errors="replace")
+        code, printed = run("report", str(path))
+        assert code == 0 and not acts(printed.replace(str(path.parent), "")), acts(printed)
+        again = (path.parent / "report.html").read_text(encoding="utf-8")
+        check_page(again, json.loads(json.dumps(data)), page.title(path))
+        seen.update(inputs=1, tokens=len(known))
+
+    holds()
+    record("fuzzed reports", **seen)
+
+
+@st.composite
+def tables(draw: Any) -> Any:
+    """A score table by other hands: right columns, anything in them."""
+    size = draw(st.integers(1, 4))
+
+    def column(values: Any) -> Any:
+        return draw(st.lists(values, min_size=size, max_size=size))
+
+    reasons = texts | st.sampled_from(["", "knowledge_novelty", "floor", "a,b"])
+    table = score_table(
+        row=column(st.sampled_from([0, 0, 1, -1, 2**63 - 1])),
+        document=column(texts | st.just("aa")),
+        position=column(st.sampled_from([0, 1, 2, -1, 2**31 - 1])),
+        token=column(texts | st.none()),
+        token_id=column(st.sampled_from([0, 1, 7, -1])),
+        kept=column(st.booleans()),
+        reason=column(reasons | st.none()),
+    )
+    for name in draw(st.lists(texts.filter(lambda name: name not in SCHEMA.names), max_size=2, unique=True)):
+        table = table.append_column(name, pa.array([1.0] * size, pa.float32()))
+    about = st.sampled_from([b"", b"\xff", b"[]", b"[" * 9_999, b'{"bytes": {"7": "zz"}}', b'{"bytes": {"7": "ff"}}'])
+    return table.replace_schema_metadata({b"xtf": draw(about)})
+
+
+def test_a_table_by_other_hands_acts_on_no_terminal(tmp_path: Path) -> None:
+    seen: Counter[str] = Counter()
+
+    @inputs(30, 400)
+    @given(tables(), texts)
+    def holds(table: Any, word: str) -> None:
+        path = tmp_path / "scores.parquet"
+        pq.write_table(table, path)
+        for words in (["show"], ["show", "--reason", f"x{word}"], ["show", "--grep", f"(?{word}"], ["report"]):
+            code, printed = run(words[0], str(path), *words[1:])
+            assert code in (0, 2) and not acts(printed), (words, acts(printed))
+            assert code == 0 or printed.startswith(("xtf: error: ", "Usage")), printed
+            seen.update(inputs=1, refused=code == 2)
+
+    holds()
+    assert seen["refused"] < 0.8 * seen["inputs"]
+    record("fuzzed tables", **seen)
+
+
+@st.composite
+def strange_reports(draw: Any) -> str:
+    """The JSON of a report in which some things are not what a run writes."""
+    data = copy.deepcopy(report_of_a_run())
+    for path in draw(st.lists(st.sampled_from(spots(data)), min_size=1, max_size=3)):
+        home: Any = data
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # what an earlier change took away
+            for key in path[:-1]:
+                home = home[key]
+            junk = [None, True, -1, 0.5, 10**30, float("inf"), [], {}, [{}], [[]], {"key": 1}, [1, "a"], [{"key": "a"}]]
+            home[path[-1]] = draw(st.sampled_from(junk) | texts | surrogates)
+    return json.dumps(data).replace("Infinity", "1e999")
+
+
+def test_a_report_by_other_hands_is_shown_or_refused_and_runs_nothing(tmp_path: Path) -> None:
+    path, seen = tmp_path / "scores.parquet", Counter[str]()
+    table = score_table(row=[0], document=["aa"], position=[1], token=["a"], kept=[True], reason=[""])
+
+    @inputs(40, 600)
+    @given(strange_reports())
+    def holds(text: str) -> None:
+        held = base64.b64encode(zlib.compress(text.encode()))
+        pq.write_table(table.replace_schema_metadata({PAGE: held}), path)
+        code, printed = run("report", str(path))
+        assert code in (0, 2) and not acts(printed.replace(str(tmp_path), "")), printed
+        assert code == 0 or "the report that" in printed, printed
+        if code == 0:
+            written = path.with_name("report.html").read_text(encoding="utf-8")
+            check_page(written, json.loads(text), page.title(path))
+        seen.update(inputs=1, refused=code == 2)
+
+    holds()
+    assert 0 < seen["refused"] < seen["inputs"]
+    record("fuzzed page data", **seen)
+
+
+def test_a_browser_shows_the_same_texts_and_runs_nothing(browser, tmp_path: Path) -> None:  # noqa: F811
+    known = [text.encode() for text in NASTY] + BYTES
+    tokenizer = byte_level(known)
+    plan = plan_of(len(known), tokenizer, {**RULES, "force_drop": ["</script>"]}, NASTY[1])
+    data = output.page_data(plan, tokenizer)
+    opened, noise = browser.new_page(), []
+    opened.on("console", lambda message: noise.append(message.text))
+    opened.on("pageerror", lambda error: noise.append(str(error)))
+    opened.goto(output.write_page(data, tmp_path / "xtf/report.html").as_uri())
+    assert opened.evaluate("D.tokens") == data["tokens"] and opened.evaluate("D.summary.reference") == plan.reference
+    drawn = opened.eval_on_selector_all(".document .token", "all => all.map((e) => e.textContent)")
+    assert not noise and not acts("".join(drawn)) and opened.evaluate("typeof owned") == "undefined"
+    assert {"</script>", "<!--", "\\x1b[2J", "\\u202e", "⟨ed a0 80⟩"} <= set(drawn)
+    opened.close()

@@ -1,0 +1,130 @@
+"""What runs for days must not grow: many epochs, many plans and many trainings in one process hold what few do."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import threading
+import weakref
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests import tiny
+from tests.reliability import amount, record
+from tests.reliability.trainers import EVERYTHING, alone, made
+from tests.test_pipeline import Provider, rows
+from xtf_plugin import XTFConfig, output
+from xtf_plugin.documents import collect
+from xtf_plugin.pipeline import make_plan
+
+EVOLVING = {"scorer": "token_cleaning", "mode": "self_evolving", "drop": {"quantile": 0.3}}
+# bytes for each round after the warm-up, and for all of them together: a heap is cut into pieces, and not all that is
+# freed goes back to the system at once
+EACH, ALL = 16 << 10, 12 << 20
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted as Linux lists them")
+
+
+class Held:
+    """What this process holds, round after round."""
+
+    def __init__(self) -> None:
+        self.rounds: dict[str, list[int]] = {}
+
+    def look(self) -> None:
+        gc.collect()
+        found = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+        now = {
+            "memory": psutil.Process().memory_info().rss,
+            "files": len(os.listdir("/proc/self/fd")),
+            "threads": threading.active_count(),
+            "processes": len(psutil.Process().children(recursive=True)),
+            "tensors": len(found),
+            "bytes of tensors": sum(one.nbytes for one in found),
+        }
+        for name, value in now.items():
+            self.rounds.setdefault(name, []).append(value)
+
+
+class EachEpoch(TrainerCallback):
+    """Looks when an epoch begins: its masks are made, its workers are not there yet, those of the last are gone."""
+
+    def __init__(self) -> None:
+        self.held = Held()
+
+    def on_epoch_begin(self, *args, **kwargs):
+        self.held.look()
+
+
+def epochs(folder, number, workers):
+    """Training whose selector scores anew, and whose workers are started anew, in every epoch."""
+    block = {"preset": "default", "knowledge_novelty": True, "selectors": {"tc": EVOLVING}}
+    options = {"max_steps": -1, "num_train_epochs": number, "save_strategy": "no", "logging_strategy": "epoch"}
+    watched = made("lora", folder, block, rows=tiny.problems(12), dataloader_num_workers=workers, **options)
+    each = EachEpoch()
+    watched.add_callback(each)
+    watched.train()
+    assert len(list((folder / "out/xtf").glob("epoch-*/scores.parquet"))) == number - 1
+    return each.held.rounds
+
+
+def plans(folder, number):
+    """Plans in one process: every other one scores all documents anew, the others find their scores."""
+    held, data, provider = Held(), rows(8), Provider()
+    for index in range(number):
+        block = {**EVERYTHING, "knowledge_novelty": {"drop": {"quantile": 0.1 + index % 7 / 100}}}
+        config = XTFConfig.parse({**block, "cache_dir": str(folder / f"cache-{index // 2}")})
+        plan = make_plan(config, collect(data), provider, tiny.tokenizer(), progress=False)
+        assert plan.stats.documents == (0 if index % 2 else 8)
+        (folder / "xtf").mkdir(exist_ok=True)
+        output.write(plan, tiny.tokenizer(), folder / "xtf")
+        plan.masks()
+        del plan
+        held.look()
+    return held.rounds
+
+
+def trainings(folder, number):
+    """Trainers that come and go, as in a sweep; none of them is held by what xtf has hung on it."""
+    held = Held()
+    for index in range(number):
+        watched = made("full", folder / str(index % 2), EVERYTHING, rows=tiny.problems(8), max_steps=1)
+        watched.train()
+        gone = [weakref.ref(watched), weakref.ref(watched.model), weakref.ref(watched._xtf_hooks.collator)]
+        del watched
+        held.look()
+        assert [one() for one in gone] == [None] * 3, "a trainer is held after it has gone"
+    return held.rounds
+
+
+SOAKS = {
+    "epochs": (epochs, {"number": amount(5, 200), "workers": 2}),
+    "plans": (plans, {"number": amount(5, 250)}),
+    "trainings": (trainings, {"number": amount(3, 60)}),
+}
+
+
+@pytest.mark.parametrize("name", SOAKS)
+def test_nothing_grows(tmp_path, name):
+    """The first third warms up: allocators, caches of compiled expressions, lazy imports."""
+    function, options = SOAKS[name]
+    rounds = alone(function, tmp_path, **options)
+    after = options["number"] // 3
+    grown = {what: _later(values[after:]) for what, values in rounds.items()}
+    left, first = options["number"] - after, {what: values[after] for what, values in rounds.items()}
+    figures = {what: f"{first[what]} and {value:+.0f}" for what, value in grown.items() if what != "memory"}
+    memory = f"{first['memory'] >> 20} MB and {grown['memory'] / 2**20:+.1f} MB"
+    record(f"soak of {name}", rounds=options["number"], memory=memory, **figures)
+    assert grown.pop("memory") <= ALL + EACH * left
+    assert grown == dict.fromkeys(grown, 0)
+
+
+def _later(values: list[int]) -> float:
+    """By how much the second half lies above the first."""
+    half = len(values) // 2
+    return statistics.median(values[-half:]) - statistics.median(values[:half])

@@ -1,0 +1,294 @@
+"""Whole planning runs in the test's own process, small enough that thousands of them can be made and compared.
+
+A run scores into a cache and selects; what is compared are its masks, every byte of its score table's columns, which
+documents it scored and what it said. Only tests that are about syncing sync.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyarrow.parquet as pq
+import xxhash
+
+from tests import tiny
+from tests.reliability import scoring
+from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
+from xtf_plugin import files, output, pipeline, report
+from xtf_plugin.config import XTFConfig
+from xtf_plugin.documents import DocumentSet, collect
+from xtf_plugin.records import Records
+from xtf_plugin.store import ScoreStore
+
+DOCUMENTS = 36
+SHARD_TOKENS = 250  # three shards
+NOBODY = 65534  # the user with no rights
+
+versions = functools.cache(report.versions)  # reads the metadata of seven packages each time
+
+
+@functools.cache
+def documents(seed: int = 0) -> DocumentSet:
+    return collect(rows(DOCUMENTS, seed))
+
+
+@functools.cache
+def provider(seed: int = 0) -> Provider:
+    return Provider(tiny.model(seed=seed))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. `scored`: keys of the documents that it scored, in order; `told`: its warnings."""
+
+    masks: str
+    table: str
+    scored: tuple[bytes, ...]
+    told: tuple[str, ...]
+
+    @property
+    def bytes(self) -> tuple[str, str]:
+        """What no damage and no bad disk may change."""
+        return self.masks, self.table
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Without root's right to read and write everything, which nobody else has anyway."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Ends what waits for ever, as reading a pipe that nobody writes does."""
+
+    def end(*_: object) -> None:
+        raise AssertionError(f"not done after {seconds} s")  # no OSError, which what waits may survive
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class _Noted(ScoreStore):
+    """A store that notes which documents were scored."""
+
+    scored: list[bytes]
+
+    def add(self, records: Records) -> None:
+        self.scored += [key.tobytes() for key in records.keys]
+        super().add(records)
+
+
+@contextmanager
+def warnings_told() -> Iterator[list[str]]:
+    """The plugin's warnings, in order."""
+    told: list[str] = []
+    logger, handler = logging.getLogger("xtf_plugin"), logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def unsynced() -> Iterator[None]:
+    """No power is cut here, and on a busy disk syncing takes longer than all the rest."""
+    with mock.patch.object(os, "fsync", lambda descriptor: None):
+        yield
+
+
+def plan(cache: Path, scored: list[bytes], seed: int = 0, model: int = 0, **block: object) -> pipeline.Plan:
+    """Score what is missing of the dataset `seed` with the reference `model`, noting it in `scored`; and select."""
+    keys = {**ATTRIBUTES_ON, "cache_dir": str(cache), "batch_tokens": scoring.BATCH_TOKENS, **block}
+    store = type("Noted", (_Noted,), {"scored": scored})
+    with mock.patch.object(pipeline, "ScoreStore", partial(store, shard_tokens=SHARD_TOKENS)):
+        return pipeline.make_plan(
+            XTFConfig.parse(keys), documents(seed), provider(model), tiny.tokenizer(), progress=False
+        )
+
+
+def run(cache: Path, table: Path, **options: object) -> Outcome:
+    """`plan`, and its score table, written to `table` and deleted again."""
+    scored: list[bytes] = []
+    with warnings_told() as told:
+        made = plan(cache, scored, **options)
+    with ExitStack() as stack:
+        stack.enter_context(unsynced())
+        stack.enter_context(mock.patch.object(output, "versions", versions))
+        output.write_table(made, tiny.tokenizer(), table)
+    found = scoring.table_hash(table)
+    table.unlink()
+    return Outcome(masks_hash(made), found, tuple(scored), tuple(told))
+
+
+def masks_hash(made: pipeline.Plan) -> str:
+    masks = made.masks()
+    return hashlib.sha256(masks.bits.tobytes() + masks.keys.tobytes() + masks.best.tobytes()).hexdigest()
+
+
+def write(made: pipeline.Plan, folder: Path) -> list[Path]:
+    """All that a run leaves in its output folder."""
+    with mock.patch.object(output, "versions", versions), mock.patch.object(report, "versions", versions):
+        return output.write(made, tiny.tokenizer(), folder)
+
+
+def run_in(place: Path) -> dict[str, Any]:
+    """A run with its cache and its output in one place."""
+    scored: list[bytes] = []
+    with warnings_told() as told:
+        made = plan(place / "cache", scored)
+        written = write(made, place / "out")
+    return {"masks": masks_hash(made), "scored": len(scored), "told": told, "written": len(written)}
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What tells one run's output from another's, of files that are whole."""
+    found: dict[str, Any] = {}
+    for path in folder.iterdir():
+        if path.name == "scores.parquet":
+            found[path.name] = scoring.table_hash(path)
+        elif path.name == "summary.json":
+            found[path.name] = json.loads(path.read_text())["reference"]["fingerprint"]
+        else:
+            found[path.name] = path.read_text() if path.name == "report.html" else "not to be left"
+    return found
+
+
+def ended(folder: Path) -> None:
+    """What a process left has the number of one that is no more, as if it had ended here."""
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    child.wait()
+    for path in folder.rglob(f".xtf-{files.host_tag()}-{os.getpid()}-*"):
+        path.rename(path.with_name(path.name.replace(f"-{os.getpid()}-", f"-{child.pid}-")))
+
+
+def shards(cache: Path) -> dict[Path, set[bytes]]:
+    """The whole shards of a cache, whose names are the hashes of their bytes, and the keys in each."""
+    found = {}
+    for path in sorted(cache.rglob("*.parquet")):
+        if path.is_file() and xxhash.xxh3_128_hexdigest(path.read_bytes()) == path.stem:
+            found[path] = set(pq.read_table(path, columns=["key"])["key"].to_pylist())
+    return found
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+Damage = Callable[[bytes, int, random.Random], bytes]
+
+
+def flip(data: bytes, at: int, rng: random.Random) -> bytes:
+    return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
+
+
+# What becomes of a file's bytes, given a place in them.
+DAMAGES: dict[str, Damage] = {
+    "truncated": lambda data, at, rng: data[:at],
+    "a bit flipped": flip,
+    "three bits flipped": lambda data, at, rng: flip(flip(flip(data, at, rng), at // 2, rng), at // 3, rng),
+    "zeros from there": lambda data, at, rng: data[:at] + bytes(len(data) - at),
+    "a block of zeros": lambda data, at, rng: data[:at] + bytes(len(data[at : at + 512])) + data[at + 512 :],
+    "random from there": lambda data, at, rng: data[:at] + rng.randbytes(len(data) - at),
+    "a random block": lambda data, at, rng: data[:at] + rng.randbytes(len(data[at : at + 512])) + data[at + 512 :],
+    "bytes missing": lambda data, at, rng: data[:at] + data[at + rng.randint(1, 64) :],
+    "bytes added": lambda data, at, rng: data[:at] + rng.randbytes(rng.randint(1, 64)) + data[at:],
+    "appended": lambda data, at, rng: data + rng.randbytes(at + 1),
+    "turned round": lambda data, at, rng: data[at:] + data[:at],
+    "emptied": lambda data, at, rng: b"",
+    "other text": lambda data, at, rng: b"hello\n" * (at + 1),
+}
+OFTEN = ("truncated", "a bit flipped")
+
+
+def damaged(kind: str, paths: list[Path], few: int, many: int) -> Iterator[tuple[Path, bytes]]:
+    """Files in turn and what they become, at places spread over all of them: `many` of the kinds tried often."""
+    rng, tries = random.Random(kind), 1 if kind == "emptied" else many if kind in OFTEN else few
+    for index, path in itertools.product(range(tries), paths):
+        data = path.read_bytes()
+        at = (index * len(data) + rng.randrange(len(data))) // tries
+        changed = DAMAGES[kind](data, at, rng)
+        if changed != data:
+            yield path, changed
+
+
+class Cache:
+    """A cache with all scores of a dataset, and a copy of it to damage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source, self.copy, self.table = folder / "source", folder / "copy", folder / "table.parquet"
+        first, self.expected = (run(self.source, self.table) for _ in range(2))
+        assert first.bytes == self.expected.bytes and not (first.told or self.expected.told or self.expected.scored)
+        self.shards = {self.in_copy(path): keys for path, keys in shards(self.source).items()}
+        (self.relevance,) = map(self.in_copy, self.source.rglob("relevance-*.parquet"))
+        self.description = self.relevance.with_name("reference.json")
+        self.layers = next(iter(self.shards)).parent
+        self.tried, self.wrong = Counter(), 0
+
+    def in_copy(self, path: Path) -> Path:
+        return self.copy / path.relative_to(self.source)
+
+    def in_source(self, path: Path) -> Path:
+        return self.source / path.relative_to(self.copy)
+
+    def renew(self) -> None:
+        remove(self.copy)
+        shutil.copytree(self.source, self.copy)
+
+    def run(self, kind: str) -> Outcome:
+        with within(60):
+            outcome = run(self.copy, self.table)
+        self.tried[kind] += 1
+        self.wrong += outcome.bytes != self.expected.bytes
+        assert outcome.bytes == self.expected.bytes, f"{kind}: other masks or scores"
+        assert len(outcome.scored) == len(set(outcome.scored))
+        assert len(outcome.told) == len(set(outcome.told)), f"{kind}: told twice"
+        return outcome
+
+    def check(self, kind: str, lost: Iterable[Path], named: Iterable[Path]) -> Outcome:
+        """A run on the damaged copy scores what the `lost` shards held and names each of the files `named` once."""
+        outcome, named = self.run(kind), list(named)
+        assert set(outcome.scored) == set().union(*(self.shards[path] for path in lost)), kind
+        assert [sum(path.name in told for told in outcome.told) for path in named] == [1] * len(named), outcome.told
+        assert len(outcome.told) == len(named), outcome.told
+        return outcome
+
+    def check_settled(self) -> None:
+        """The next run has all scores and nothing to tell."""
+        again = self.run("afterwards")
+        assert not again.scored and not again.told
