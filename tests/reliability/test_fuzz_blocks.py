@@ -35,7 +35,7 @@ from xtf_plugin.scorers import registry
 ROOT = XTFConfig.json_schema()
 PATTERNS = ["a", r"\d+", ".", "(?i)x|y", "^$", "漢字", r"\x1b", "[[a]b"]
 TEXTS = {"path": ["out", "~/kept", "mit Leerzeichen", "漢字"], "regex": PATTERNS, None: ["some/model", "main", "é"]}
-FAR = [0, 1, -1, 2, 3, 5, 7, 8, 1000, 10**13 + 1, 2**63 - 1, 2**63, -(2**63), 10**30 + 1, 10**400, -(10**5000)]
+FAR = [0, 1, -1, 2, 3, 5, 7, 8, 1000, 10**13 + 1, 2**63 - 1, 2**63, -(2**63), 10**30 + 1, 10**400]
 NUMBERS = [0.0, -0.0, 0.05, 0.5, 0.95, 1.0, 1e-320, 1e-38, 1e308, -1e308, 95.0, math.nan, math.inf, -math.inf]
 WORDS = [
     "",
@@ -56,6 +56,7 @@ WORDS = [
 ]
 JUNK = [None, True, False, [], {}, [None], [[0]], {"a": {"b": {}}}, {1: 2}, b"\xff", 1j, np.float32(0.5), np.int64(3)]
 JUNK += [Path("a"), np.asarray([1, 2]), ("a",), {"at_least": 2}, {"quantile": 0.1}, {"below": math.nan}, {"scorer": 3}]
+KEYS = {name for part in (ROOT, *ROOT["$defs"].values()) for name in part.get("properties", ())}
 wrong = st.sampled_from([*FAR, *NUMBERS, *WORDS, *JUNK]) | st.floats() | st.text(max_size=4) | st.integers()
 
 
@@ -151,7 +152,7 @@ def refused(block: Any) -> str:
         config = XTFConfig.parse(block)
     except XTFUserError as error:
         told = str(error)
-        assert told and not JARGON.search(told.replace(repr(block), "")), told
+        assert told and not JARGON.search(told), told
         assert all(char.isprintable() or char == "\n" for char in told), ascii(told)
         assert all(len(line) < 1_500 for line in told.splitlines()), told
         return told
@@ -253,7 +254,10 @@ def test_a_block_becomes_a_config_that_selects_or_one_refusal_that_names_what_is
         if why and not told:
             home = next((list(h) for h in homes(worse) if key in h), [])
             assert names(why, key, value, home), (key, value, why)
-        elif not why and worse is not None:
+        mappings = [home for home in homes(worse) if home is not worse.get("selectors")]
+        unknown = key not in KEYS and any(key in home for home in mappings)
+        assert why or not unknown, f"a key that there is not was taken: {key!r}"
+        if not why:
             selects(XTFConfig.parse(worse))
 
     holds()
@@ -266,3 +270,22 @@ def homes(value: Any) -> list[dict[Any, Any]]:
     inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     own = [value] if isinstance(value, dict) else []
     return own + [found for item in inner for found in homes(item)]
+
+
+BIG = 10**5_000
+UNWRITTEN = {
+    "min_kept": {"min_kept": -BIG},
+    "seed": {"seed": BIG},
+    "below": {"preset": "paper", "reasoning_importance": {"drop": {"below": BIG}}},
+    "layers": {"preset": "paper", "reasoning_importance": {"layers": [0, BIG]}},
+    "window": {"preset": "paper", "task_relevance": {"window": BIG + 1}},
+    "key": {BIG: 1},
+    "key of a part": {"protect": {BIG: 1}},
+    "batch_tokens": f"batch_tokens: -0x{BIG:x}",
+}
+
+
+@pytest.mark.parametrize("name", list(UNWRITTEN))
+def test_a_number_that_python_does_not_write_out_is_refused_as_any_other(name: str) -> None:
+    """Python refuses to turn more than 4,300 digits into text, and YAML reads such numbers in hexadecimal."""
+    assert name.split()[0] in refused(UNWRITTEN[name])

@@ -65,7 +65,6 @@ def test_a_kill_at_any_instant_loses_only_the_shard_in_flight(tmp_path, undistur
     record("kills", kills=kills, runs=finished, in_scoring=in_scoring, rescored=rescored, most=most)
 
 
-
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     """A recipe of which scoring takes a while, and what the stock command makes of it undisturbed."""

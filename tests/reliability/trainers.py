@@ -6,7 +6,9 @@ started by torchrun instead. As a program, this module is one such rank.
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
 import random
 import socket
@@ -220,6 +222,8 @@ def alone(function: Callable[..., Any], folder: Path, **options: Any) -> Any:
 
 def _answer(function: Callable[..., Any], folder: Path, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of a dataloader's workers; else they would need a server too
+    gc.freeze()  # what came with the server is not looked at over and over
     folder.mkdir(parents=True, exist_ok=True)
     answer = json.dumps(function(folder, **options))
     (folder / "answer.json").write_text(answer)
