@@ -87,7 +87,7 @@ def _alike(found: Any, wanted: Any) -> bool:
     return bool(found == wanted or any(kind(found) and kind(wanted) for kind in numbers))
 
 
-def batches(file: Any, columns: Sequence[str]) -> Iterator[Any]:
+def batches(file: Any, columns: Sequence[str], name: str = "the score table") -> Iterator[Any]:
     """A score table piece by piece, as pyarrow.Table.
 
     Raises:
@@ -99,24 +99,24 @@ def batches(file: Any, columns: Sequence[str]) -> Iterator[Any]:
             piece = next(pieces, None)
         except (OSError, pa.ArrowException) as error:
             raise XTFUserError(
-                f"the score table cannot be read to its end: {error}. Make it again: xtf score"
+                f"{name} cannot be read to its end: {error}. Make it again: xtf score"
             ) from error
         if piece is None:
             return
         empty = [name for name in REQUIRED if name in columns and piece.column(name).null_count]
         if empty:
-            raise XTFUserError(f"the score table has rows without {', '.join(empty)}. Make it again: xtf score RECIPE")
+            raise XTFUserError(f"{name} has rows without {', '.join(empty)}. Make it again: xtf score RECIPE")
         yield pa.Table.from_batches([piece])
 
 
-def find(file: Any, wanted: Wanted, n: int) -> Iterator[view.Document]:
+def find(file: Any, wanted: Wanted, n: int, name: str = "the score table") -> Iterator[view.Document]:
     """The first `n` documents of a score table that are wanted, all of them if a row or a document is named.
 
     Reads no more of the table than it must. Raises XTFUserError for a reason that no rule of the table has.
     """
     _check_reason(file, wanted)
     left = n if wanted.row is None and wanted.document is None else -1
-    for document in _documents(file, wanted):
+    for document in _documents(file, wanted, name):
         if left == 0:
             return
         if wanted.takes(document):
@@ -124,10 +124,10 @@ def find(file: Any, wanted: Wanted, n: int) -> Iterator[view.Document]:
             yield document
 
 
-def _documents(file: Any, wanted: Wanted) -> Iterator[view.Document]:
+def _documents(file: Any, wanted: Wanted, name: str) -> Iterator[view.Document]:
     """Documents in order; one may begin in one batch and end in the next, so a batch's last waits for the next."""
     rest, pieces = None, _pieces(file)
-    for piece in batches(file, view.COLUMNS):
+    for piece in batches(file, view.COLUMNS, name):
         if wanted.row is not None:
             piece = piece.filter(pc.equal(piece["row"], wanted.row))
         if rest is not None:

@@ -213,14 +213,15 @@ def _header(path: Path) -> tuple[int, int, str | None]:
         metadata = pq.read_metadata(path)
         header = json.loads((metadata.metadata or {}).get(shards.HEADER, b"{}"))
         return int(metadata.num_rows), int(header["tokens"]), header["layers"]
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0, 0, None
 
 
 def _description(folder: Path) -> Mapping[str, Any]:
+    path = folder / DESCRIPTION
     try:
-        value = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # a pipe would block for ever
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -130,8 +130,9 @@ def show(
     from . import browse, view
 
     wanted = browse.Wanted.parse(row=row, document=document, grep=grep, reason=reason)
-    file = _open_table(_table_path(target, extra or []))
-    view.render_documents(browse.find(file, wanted, n), wanted.described(), Console())
+    path = _table_path(target, extra or [])
+    file = _open_table(path)
+    view.render_documents(browse.find(file, wanted, n, str(path)), wanted.described(), Console())
 
 
 @app.command()
@@ -146,7 +147,7 @@ def report(
 
     path = _table_path(target, extra or [])
     file = _open_table(path)
-    pieces = browse.batches(file, ("row", "document", "position", "kept", "reason"))
+    pieces = browse.batches(file, ("row", "document", "position", "kept", "reason"), str(path))
     console = Console()
     console.print(view.summary_table(view.summarize(pieces, selector_columns(file.schema_arrow.names))))
     console.print(Text(browse.write_report(path, output)), soft_wrap=True)
@@ -264,7 +265,7 @@ def _open_table(path: Path) -> Any:
     from .browse import problem
 
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
         raise XTFUserError(f"cannot read the score table {path}: {error}") from error
     if why := problem(file.schema_arrow):

@@ -94,6 +94,15 @@ def discard(temporary: Path) -> None:
         temporary.unlink()
 
 
+def set_aside(path: Path) -> str:
+    """Take a file that must not be believed out of the way; return what became of it."""
+    try:
+        os.replace(path, path.with_name(path.name + ".damaged"))
+    except OSError as error:
+        return f"ignored (it cannot be renamed: {error.strerror})"
+    return f"set aside as {path.name}.damaged"
+
+
 def remove_stale(folder: Path) -> None:
     """Delete the temporary files in `folder` that nobody writes any more, see `is_stale`. Never raises OSError."""
     with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import xxhash
@@ -51,8 +52,14 @@ def entries(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        logger.warning("xtf: %s cannot be listed (%s); what it holds counts as not there", folder, error.strerror)
+        _tell_unlisted(folder, error.strerror)
         return []
+
+
+@lru_cache(maxsize=1024)
+def _tell_unlisted(folder: Path, why: str) -> None:
+    """Once: a run looks before every batch."""
+    logger.warning("xtf: %s cannot be listed (%s); what it holds counts as not there", folder, why)
 
 
 def layer_folders(folder: Path) -> list[Path]:

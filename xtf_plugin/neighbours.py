@@ -49,7 +49,9 @@ class Neighbours:
             before = self._signs()
             self._sign.touch(exist_ok=False)
             after = self._signs()
-            own = after.pop(self._sign.name)
+            own = after.pop(self._sign.name, None)
+            if own is None:  # a folder that cannot be listed, or not yet: some network file systems are late
+                return self
             # of two that come at once, both must agree on who was first: by the clock of the file system
             between = {name for name, when in after.items() if (when, name) < (own, self._sign.name)}
             self.begin = _halves(len(before.keys() & after.keys() | between))

@@ -73,5 +73,9 @@ def stored_scores(
         stored = store.load(documents.keys, sizes)
         lost = int((~stored.found & (sizes > 0)).sum())
         if lost:
-            raise XTFError(f"{lost} documents were scored but could not be read back from {store.directory}.")
+            raise XTFError(
+                f"{lost} documents were scored but could not be read back from {store.directory}: it was deleted, "
+                "changed or out of reach while this run scored. Run it again: what is stored is not scored again. If "
+                "that does not help, name another folder under xtf `cache_dir`, or in XTF_CACHE."
+            )
     return alike(ranks, stored), stats, int((sizes > 0).sum()) - stats.documents

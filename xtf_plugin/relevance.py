@@ -7,6 +7,7 @@ beside the scores, so that a second run needs no model for it; it is keyed by ev
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from . import attributes
 from .config_rules import read_words
 from .documents import DocumentSet
 from .errors import XTFUserError
-from .files import write_whole
+from .files import set_aside, write_whole
 from .fingerprint import digest
 from .reference import Reference
 from .scorer import gather_vectors
@@ -160,6 +161,8 @@ def cached_table(path: Path, reference: str, size: int) -> NDArray[np.float32] |
     """A table stored by `store_table` for this reference and name, or None: missing, damaged or foreign (told)."""
     try:
         if not path.is_file():
+            if os.path.lexists(path):
+                logger.warning("xtf: %s: no regular file; %s; task relevance is computed again", path, set_aside(path))
             return None
         table = pq.read_table(path, memory_map=False)
         values: NDArray[np.float32] = table.column("relevance").to_numpy().astype(np.float32)

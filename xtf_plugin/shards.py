@@ -25,7 +25,7 @@ from .records import COLUMNS, Records
 FORMAT = 2
 HEADER = b"xtf_store"  # key of the JSON header in the Parquet metadata
 SUFFIX = ".parquet"
-LAYERS = re.compile(r"\d+(,\d+)*")
+LAYERS = re.compile(r"[0-9]{1,6}(,[0-9]{1,6})*")
 
 _SCORES = pa.list_(pa.field("element", pa.float32()))
 _SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), *((name, _SCORES) for name in COLUMNS)])
@@ -118,7 +118,7 @@ def _header(file: Any) -> dict[str, Any]:
         if version > FORMAT:
             raise NewerShard(f"format {version}, written by a later xtf-plugin; this one reads format {FORMAT}")
         known = {name: header[name] for name in ("reference", "layers", "checksum")}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise BadShard("no header of ours: not a score shard") from error
     if version != FORMAT or not (known["layers"] is None or LAYERS.fullmatch(str(known["layers"]))):
         raise BadShard(f"format {version} and layers {known['layers']}, which this xtf-plugin does not write")

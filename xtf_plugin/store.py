@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -181,9 +180,11 @@ class ScoreStore:
                 raise BadShard(f"scores for other layers, {layers}")
             return records
         except FileNotFoundError:  # set aside or pruned by another process since it was listed
+            if path.is_symlink():
+                self._tell(path, "a link to a file that is not there; ignored")
             return None
         except BadShard as error:
-            self._tell(path, f"{error}; {_set_aside(path)}")
+            self._tell(path, f"{error}; {files.set_aside(path)}")
         except (NewerShard, OSError) as error:
             # a permission or a network file system's hiccup says nothing against the file: it stays where it is
             self._tell(path, f"{error}; ignored")
@@ -254,14 +255,6 @@ def _tell_earlier(root: Path, reference: str) -> None:
                 "count as not there. `xtf cache prune --all` removes them with all others.",
                 folder,
             )
-
-
-def _set_aside(path: Path) -> str:
-    try:
-        os.replace(path, path.with_name(path.name + ".damaged"))
-    except OSError as error:
-        return f"ignored (it cannot be renamed: {error.strerror})"
-    return f"set aside as {path.name}.damaged"
 
 
 def _describe(folder: Path, description: Mapping[str, Any]) -> None:

@@ -78,8 +78,7 @@ class ScoreTableWriter:
         self._chunks: list[Any] = []
         self._rows = 0
         files.remove_stale(self.path.parent)
-        self._temporary = files.temporary_path(self.path)
-        self._closed = False
+        self._temporary, self._closed = files.temporary_path(self.path), False
         self._sink = pa.OSFile(str(self._temporary), "wb")
         try:
             self._writer = pq.ParquetWriter(
@@ -88,6 +87,7 @@ class ScoreTableWriter:
                 compression="zstd",
                 use_dictionary=["document", "token", "reason"],
                 dictionary_pagesize_limit=_DICTIONARY_BYTES,
+                write_page_checksum=True,  # else some flipped bits would be shown as scores
             )
         except BaseException:
             files.discard(self._temporary)
@@ -190,7 +190,7 @@ def read_score_table(path: Path) -> tuple[Any, dict[str, Any]]:
         XTFUserError: no such file, no Parquet file, no score table, or one of a later format.
     """
     try:
-        table = pq.ParquetFile(path).read()
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
     except (OSError, pa.ArrowException) as error:
         raise XTFUserError(f"cannot read the score table {path}: {error}. {_ADVICE}") from error
     try:

@@ -43,14 +43,15 @@ def inputs(short: int, long: int) -> Callable[[Any], Any]:
 @st.composite
 def score_arrays(draw: Any, size: int) -> np.ndarray[Any, Any]:
     """Scores of one attribute or selector: all equal, few values, odd ones, or as a model gives them."""
-    kind = draw(st.sampled_from(["equal", "few", "odd", "spread", "usual"]))
+    kind = draw(st.sampled_from(["equal", "few", "zeros", "odd", "spread", "usual", "usual"]))
     if kind == "equal":
         return np.full(size, draw(st.sampled_from(ODD_NUMBERS)), dtype=np.float32)
     if kind == "usual":
         return np.random.default_rng(draw(st.integers(0, 9))).normal(0, 3, size).astype(np.float32)
     if kind == "spread":
         return np.asarray(draw(st.lists(st.floats(width=32), min_size=size, max_size=size)), np.float32)
-    some = draw(st.lists(st.sampled_from(ODD_NUMBERS), min_size=1, max_size=2)) if kind == "few" else ODD_NUMBERS
+    few = draw(st.lists(st.sampled_from(ODD_NUMBERS), min_size=1, max_size=2))
+    some = {"few": few, "zeros": [0.0, -0.0, 0.0, 1.0]}.get(kind, ODD_NUMBERS)
     chosen = draw(st.lists(st.integers(0, 99), min_size=size, max_size=size))
     return np.asarray([some[i % len(some)] for i in chosen], np.float32)
 
@@ -62,7 +63,7 @@ def keys_of(number: int, seed: int = 0) -> np.ndarray[Any, Any]:
 @st.composite
 def layouts(draw: Any) -> dict[str, Any]:
     """Documents without scores: among them empty ones, ones of one token, ones that begin with a completion token."""
-    lengths = draw(st.lists(st.sampled_from([0, 1, 1, 2, 3, 5, 12]), min_size=1, max_size=5))
+    lengths = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 12, 40]), min_size=1, max_size=5))
     size = sum(lengths)
     firsts = draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)))
     counts = draw(st.lists(st.sampled_from([1, 1, 2, 1000]), min_size=len(lengths), max_size=len(lengths)))

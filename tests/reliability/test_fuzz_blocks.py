@@ -81,7 +81,7 @@ def legal(draw: Any, schema: Any) -> Any:
         rules = [rule["required"] for rule in chosen.get("anyOf", [])]
         must = draw(st.sampled_from(rules)) if rules else chosen.get("required", [])
         free = [] if rules else [name for name in chosen["properties"] if name not in must]
-        names = [*must, *draw(st.lists(st.sampled_from(free), max_size=3, unique=True))] if free else must
+        names = [*must, *draw(st.lists(st.sampled_from(free), max_size=5, unique=True))] if free else must
         return {name: draw(legal(chosen["properties"][name])) for name in names}
     if kind == "object":
         names = draw(st.lists(st.sampled_from(["a", "b2", "out_of_place", "own_1"]), max_size=3, unique=True))
@@ -239,7 +239,7 @@ def test_a_block_becomes_a_config_that_selects_or_one_refusal_that_names_what_is
     """Each input is two blocks: one that the schema allows, and the same with one thing wrong about it."""
     seen: Counter[str] = Counter()
 
-    @inputs(200, 5_500)
+    @inputs(400, 5_500)
     @given(st.data(), legal(ROOT | {"type": "object"}))
     def holds(data: Any, block: dict[str, Any]) -> None:
         before = copy.deepcopy(block)

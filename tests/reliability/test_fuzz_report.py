@@ -113,7 +113,7 @@ def plans(draw: Any) -> tuple[Plan, Any, list[bytes]]:
     else:
         known = list(dict.fromkeys(draw(st.lists(pieces, min_size=1, max_size=8))))
         tokenizer = byte_level(known)
-    told = draw(texts | surrogates)
+    told = "".join(draw(st.lists(st.sampled_from(NASTY) | surrogates, max_size=9)))
     patterns = [re.escape(text) for text in draw(st.lists(texts, max_size=2)) if text]
     block = {**RULES, "force_drop": patterns, "protect": {"patterns": patterns[1:]}}
     if draw(st.integers(0, 3)) == 3:
@@ -176,7 +176,7 @@ def check_token(shown: str, piece: bytes) -> None:
 def test_what_tokens_hold_is_text_in_the_page_and_in_the_terminal(tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
 
-    @inputs(24, 300)
+    @inputs(50, 500)
     @given(plans(), texts | surrogates)
     def holds(made: tuple[Plan, Any, list[bytes]], title: str) -> None:
         plan, tokenizer, known = made
@@ -228,7 +228,7 @@ def tables(draw: Any) -> Any:
 def test_a_table_by_other_hands_acts_on_no_terminal(tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
 
-    @inputs(30, 400)
+    @inputs(60, 500)
     @given(tables(), texts)
     def holds(table: Any, word: str) -> None:
         path = tmp_path / "scores.parquet"
@@ -262,7 +262,7 @@ def test_a_report_by_other_hands_is_shown_or_refused_and_runs_nothing(tmp_path: 
     path, seen = tmp_path / "scores.parquet", Counter[str]()
     table = score_table(row=[0], document=["aa"], position=[1], token=["a"], kept=[True], reason=[""])
 
-    @inputs(40, 600)
+    @inputs(80, 1_000)
     @given(strange_reports())
     def holds(text: str) -> None:
         held = base64.b64encode(zlib.compress(text.encode()))

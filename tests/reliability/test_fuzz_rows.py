@@ -47,7 +47,7 @@ SMALL = {"uint8": np.uint8, "int16": np.int16, "torch uint8": torch.uint8, "torc
 def formed(draw: Any, column: list[int]) -> Any:
     """A column as some kind of sequence; small numbers may lie in a type that holds no -100."""
     fits = bool(column) and 0 <= min(column) and max(column) <= 255
-    kind = draw(st.sampled_from([*FORMS, *(SMALL if fits else ())]))
+    kind = draw(st.sampled_from([*FORMS, *(3 * [*SMALL] if fits else [])]))
     if kind in FORMS:
         return FORMS[kind](column)
     return (torch.tensor if kind.startswith("torch") else np.asarray)(column, dtype=SMALL[kind])
@@ -130,7 +130,7 @@ def lying(draw: Any) -> list[dict[str, Any]]:
 def test_rows_become_the_documents_of_a_plain_loop_or_one_refusal(kind: str) -> None:
     seen: Counter[str] = Counter()
 
-    @inputs(200, 4_000)
+    @inputs(400, 5_000)
     @given(rows() if kind == "sound" else lying())
     def holds(data: list[dict[str, Any]]) -> None:
         expected, may_refuse = naive(data)
@@ -221,7 +221,7 @@ def places(piece: Piece) -> list[int]:
 def test_a_document_keeps_the_same_tokens_in_every_order_packing_and_batch() -> None:
     seen: Counter[str] = Counter()
 
-    @inputs(80, 2_000)
+    @inputs(160, 3_000)
     @given(rows(), st.sampled_from(BLOCKS), st.integers(0, 2**32), st.integers(1, 4), st.booleans())
     def holds(data: list[dict[str, Any]], block: dict[str, Any], seed: int, size: int, nested: bool) -> None:
         if naive(data)[0] is None:

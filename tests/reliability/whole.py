@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
@@ -198,8 +199,10 @@ def shards(cache: Path) -> dict[Path, set[bytes]]:
     """The whole shards of a cache, whose names are the hashes of their bytes, and the keys in each."""
     found = {}
     for path in sorted(cache.rglob("*.parquet")):
-        if path.is_file() and xxhash.xxh3_128_hexdigest(path.read_bytes()) == path.stem:
-            found[path] = set(pq.read_table(path, columns=["key"])["key"].to_pylist())
+        data = path.read_bytes() if path.is_file() else b""
+        if data and xxhash.xxh3_128_hexdigest(data) == path.stem:
+            table = pq.read_table(pa.BufferReader(data), columns=["key"])  # pyarrow closes a file when it pleases
+            found[path] = set(table["key"].to_pylist())
     return found
 
 
