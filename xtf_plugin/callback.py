@@ -187,7 +187,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         written, tokenizer = [], _tokenizer(self.trainer)
         extra = os.environ.get("XTF_SCORES_OUTPUT")
         if self.config.report is not False:
-            folder = output_dir / "xtf" if self.config.report is True else Path(self.config.report).expanduser()
+            folder = output_dir / "xtf" if self.config.report is True else Path(os.path.expanduser(self.config.report))
             folder = folder / f"epoch-{epoch + 1}" if epoch else folder
             written = output.write(self.plan, tokenizer, folder, whole=bool(extra))
             if folder / output.PAGE in written:

@@ -157,6 +157,7 @@ def report(
 def cache_list(cache_dir: CacheOption = None) -> None:
     """Show what the score cache holds, one line per reference and choice of layers."""
     from .cache import list_cache
+    from .view import visible
 
     root = _cache_root(cache_dir)
     entries = list_cache(root)
@@ -172,9 +173,9 @@ def cache_list(cache_dir: CacheOption = None) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
         size, when = entry.bytes / 2**20, datetime.fromtimestamp(entry.modified).strftime("%Y-%m-%d")
-        model = Text(str(entry.description.get("name", "unknown")))
+        model = Text(visible(str(entry.description.get("name", "unknown"))))
         counts = (f"{entry.documents:,}", f"{entry.tokens:,}", f"{size:,.1f}")
-        table.add_row(entry.reference[:12], model, Text(entry.layers or "-"), *counts, when)
+        table.add_row(entry.reference[:12], model, Text(visible(str(entry.layers or "-"))), *counts, when)
     console.print(table)
 
 

@@ -184,7 +184,7 @@ class EpochSelection(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 found = {name: stored[f"scores_{name}"] for name in self.names}
         except FileNotFoundError:
             raise XTFUserError(f"xtf: {path} is not there, but {why}") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise XTFUserError(f"xtf: {path} cannot be read ({error}), but {why}") from error
         same = np.array_equal(keys, plan.documents.keys) and np.array_equal(offsets, plan.scores.offsets)
         if not same or about != self._about(self.epoch, step):

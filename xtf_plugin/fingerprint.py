@@ -124,6 +124,7 @@ def files_facts(model: str, revision: str | None, commit: str | None) -> dict[st
             "folder "
             "that `save_pretrained` wrote, or a hub id."
         )
+    _check_index(folder / "model.safetensors.index.json")
     hashes = {}
     for path in files:
         state = xxhash.xxh3_128()
@@ -132,3 +133,16 @@ def files_facts(model: str, revision: str | None, commit: str | None) -> dict[st
                 state.update(block)
         hashes[path.name] = state.hexdigest()
     return {"files": hashes, "scorer": SCORER_VERSION}
+
+
+def _check_index(path: Path) -> None:
+    """Refuse an index of weights that lie elsewhere, or in the other format, a pickle: neither is hashed here."""
+    if not path.is_file():
+        return
+    try:
+        named = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise XTFUserError(f"xtf.reference.model: {path} is no index of weights: {error}. Fetch it again.") from error
+    for name in sorted(named):
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise XTFUserError(f"xtf.reference.model: {path} names {name!r}; only safetensors beside it are read.")

@@ -33,6 +33,7 @@ def load(config: ReferenceConfig, device: torch.device) -> Reference:
     Raises:
         XTFUserError: it cannot be loaded; the message carries the loader's own.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -56,7 +57,7 @@ def load(config: ReferenceConfig, device: torch.device) -> Reference:
                 device_map={"": device},
                 use_safetensors=True,  # the other format is a pickle
             )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise XTFUserError(
             f"xtf.reference.model: {config.model!r} could not be loaded: {error}\n"
             "Give a folder written by save_pretrained or the hub id of a causal language model."

@@ -138,7 +138,7 @@ def render_tokens(tokens: Iterable[Token]) -> Text:
     text = Text()
     for (kept, reason), run in groupby(tokens, key=lambda token: (token.kept, token.reason)):
         body = visible("".join(token.text for token in run))
-        why = [ATTRIBUTES.get(name, name) for name in reason.split(",") if name]
+        why = [ATTRIBUTES.get(name, visible(name)) for name in reason.split(",") if name]
         if kept and not why:
             text.append(body)
             continue
@@ -183,7 +183,7 @@ def summary_table(source: pa.Table | Summary) -> Table:
     table.add_row("dropped", f"{dropped:,}", share(dropped), "", "", end_section=True)
     for name in [*(n for n in ATTRIBUTES if n in summary.fired), *(n for n in summary.fired if n not in ATTRIBUTES)]:
         fired, gone, alone = (counts.get(name, 0) for counts in (summary.fired, summary.dropped, summary.alone))
-        table.add_row(name, f"{fired:,}", share(fired), f"{gone:,}", f"{alone:,}")
+        table.add_row(Text(visible(name)), f"{fired:,}", share(fired), f"{gone:,}", f"{alone:,}")
     for name, count in summary.decided.items():
         if count:
             table.add_row(DECISIONS[name], f"{count:,}", share(count), "", "")
@@ -228,7 +228,7 @@ def _count_starts(places: pa.Table) -> int:
 
 def _heading(document: Document) -> Text:
     kept, total = sum(token.kept for token in document.tokens), len(document.tokens)
-    return Text(f"row {document.row} · document {document.key[:12]} · kept {kept} of {total}", style="bold")
+    return Text(f"row {document.row} · document {visible(document.key[:12])} · kept {kept} of {total}", style="bold")
 
 
 def _printable(char: str) -> bool:

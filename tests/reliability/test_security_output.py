@@ -164,7 +164,7 @@ def test_the_report_of_a_hostile_run_runs_nothing(browser, tmp_path):  # noqa: F
     """Names of folder, model and patterns; test_page.py has the tokens."""
     provider = Provider()
     provider.description = lambda: {"name": HOSTILE, "source": HOSTILE, HOSTILE: HOSTILE}
-    folder = tmp_path / HOSTILE.replace("/", "\\")[:200]
+    folder = tmp_path / f"&amp;{HOSTILE}".replace("/", "\\")[:200]
     patterns = [f"({text.translate({ord(c): None for c in '[](){}*+?|^$.'})})" for text in PAYLOADS]
     block = {"force_drop": patterns, "protect": {"patterns": patterns}, "cache_dir": str(tmp_path / "c" / HOSTILE)}
     data = [{**row, "input_ids": row["input_ids"][:9] + tiny.tokenizer()(HOSTILE)["input_ids"]} for row in rows(3)]

@@ -50,7 +50,7 @@ def installed_version(distribution: str) -> str | None:
 
 def hook_installed() -> bool:
     """Return whether this environment's metadata makes PyTorch call our boot hook."""
-    return any(entry.value.startswith("xtf_plugin.") for entry in metadata.entry_points(group="torch.backends"))
+    return any(entry.value.startswith("xtf_plugin_boot:") for entry in metadata.entry_points(group="torch.backends"))
 
 
 def check_trl(version: str | None) -> None:

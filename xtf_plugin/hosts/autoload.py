@@ -148,8 +148,12 @@ def _hand_on_exit_code() -> None:
 def _refuse_blocks(error: BaseException, host: str, cure: str) -> None:
     """End a run that brings an `xtf:` block which nothing in this process will apply."""
     words = sys.argv[1:]
-    from .guard import mentions_block
-
+    try:
+        from .guard import mentions_block
+    except (ImportError, SyntaxError):  # an installation that has lost more than one file
+        mentions_block = _names_block
+    if isinstance(error, (ImportError, SyntaxError)):
+        cure = "pip install --force-reinstall xtf-plugin"
     found = any(word.split("=")[0] == "--xtf" for word in words)
     for flag, path in zip(["", *words], words, strict=False):
         if flag == "--config" or path.endswith((".yaml", ".yml", ".json")):  # Axolotl's recipes follow no flag
@@ -158,9 +162,15 @@ def _refuse_blocks(error: BaseException, host: str, cure: str) -> None:
     if found:
         sys.stderr.write(
             f"xtf: error: xtf-plugin does not fit the installed {host} ({type(error).__name__}: {error}), so the "
-            f"`xtf:` block cannot be applied. Install a supported version: {cure}\n"
+            f"`xtf:` block cannot be applied. Install what fits: {cure}\n"
         )
         raise SystemExit(2)
+
+
+def _names_block(path: str) -> bool:
+    """`guard.mentions_block` where that is lost: a line that begins with the key."""
+    with open(path, encoding="utf-8", errors="replace") as recipe:
+        return any(line.lstrip(" {\"'").casefold().startswith("xtf") for line in recipe)
 
 
 def _report_failure(action: Callable[[], None], host: str = _TRL[0], cure: str = _TRL[1]) -> None:

@@ -10,7 +10,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import XTFUserError
@@ -58,6 +59,22 @@ def wrap(owner: Any, name: str, build: Callable[[Any], Any], undo: list[Callable
     own = name in vars(owner)
     undo.append(functools.partial(setattr, owner, name, original) if own else functools.partial(delattr, owner, name))
     setattr(owner, name, replacement)
+
+
+@contextmanager
+def whole_installation() -> Iterator[None]:
+    """Around imports that only a block needs: what is missing becomes a message with the next step.
+
+    Raises:
+        XTFUserError: a module of ours, or what it needs of another package, is missing, damaged or too old.
+    """
+    try:
+        yield
+    except (ImportError, SyntaxError, AttributeError) as error:
+        raise XTFUserError(
+            f"xtf: xtf-plugin, or a package that it needs, is damaged or too old ({type(error).__name__}: {error}), so "
+            "the `xtf:` block cannot be applied. Repair it: pip install --force-reinstall xtf-plugin"
+        ) from error
 
 
 def ending_with_2(function: Callable[..., Any]) -> Callable[..., Any]:

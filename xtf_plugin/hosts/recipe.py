@@ -55,7 +55,7 @@ class Recipe:
     def scores_path(self, extra: Sequence[str] = ()) -> Path:
         """Where a run of this recipe leaves its score table: `<output_dir>/xtf`, or the folder that `report:` names."""
         report = self.block.get("report") if isinstance(self.block, dict) else None
-        folder = Path(report).expanduser() if isinstance(report, str) else self.output_dir(extra) / "xtf"
+        folder = Path(os.path.expanduser(report)) if isinstance(report, str) else self.output_dir(extra) / "xtf"
         return folder / "scores.parquet"
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import XTFError, XTFUserError
 from . import _compat
 from .autoload import when_imported
-from .guard import EMPTY_BLOCK, ending_with_2, handing_on_2, meant_as_block, wrap
+from .guard import EMPTY_BLOCK, ending_with_2, handing_on_2, meant_as_block, whole_installation, wrap
 
 if TYPE_CHECKING:
     from ..config import XTFConfig
@@ -138,7 +138,8 @@ def _validated(value: Any) -> XTFConfig | None:
     """Return the block's config, None when it is absent or off; check first that it can be applied at all."""
     if value is None or value is False:
         return None
-    from ..config import XTFConfig
+    with whole_installation():
+        from ..config import XTFConfig
 
     config = XTFConfig.parse(value)
     if config is not None:
@@ -177,16 +178,22 @@ def _init_with_attach(original: Any) -> Any:
                 f"(args.xtf is missing on {type(given).__name__}). Pass on the parsed SFTConfig, copy its `xtf` "
                 "attribute to yours, or set `args.xtf = False` to train this one without XTF."
             )
-        from ..callback import attach
-        from ..config import XTFConfig
-
-        config = XTFConfig.parse(block)
+        attach, config = _attaching(block)
         original(self, *args, **kwargs)
         if config is not None:
             ending_with_2(attach)(self, config)
             self.train = ending_with_2(self.train)
 
     return init
+
+
+@ending_with_2
+def _attaching(block: Any) -> tuple[Callable[..., Any], XTFConfig | None]:
+    """What attaches a block, and the block, before the trainer is built for nothing."""
+    with whole_installation():
+        from ..callback import attach
+        from ..config import XTFConfig
+    return attach, XTFConfig.parse(block)
 
 
 def _train_only_attached(original: Any) -> Any:
