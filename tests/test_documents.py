@@ -68,7 +68,9 @@ def test_row_without_boundaries_is_one_document():
     "bad, message",
     [
         ({"input_ids": [1, 2]}, "no `labels`"),
-        ({"input_ids": [1, 2], "labels": [1]}, "equal length"),
+        ({"input_ids": [1, 2], "labels": [1]}, "2 input_ids but 1 labels"),
+        ({"input_ids": [1, 2.5], "labels": [1, 2]}, "no flat list of whole numbers"),
+        ({"input_ids": [1, 2], "labels": [1, 2], "position_ids": [0]}, "2 tokens but 1 position_ids"),
         ({**packed(A, B), "seq_lengths": [4, 4]}, "add up to 8"),
         ({**packed(A, B), "seq_lengths": [7, 0]}, "add up to 7"),
         ({"input_ids": [1, -2], "labels": [1, 2]}, "token id -2"),

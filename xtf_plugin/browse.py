@@ -98,9 +98,7 @@ def batches(file: Any, columns: Sequence[str], name: str = "the score table") ->
         try:
             piece = next(pieces, None)
         except (OSError, pa.ArrowException) as error:
-            raise XTFUserError(
-                f"{name} cannot be read to its end: {error}. Make it again: xtf score"
-            ) from error
+            raise XTFUserError(f"{name} cannot be read to its end: {error}. Make it again: xtf score") from error
         if piece is None:
             return
         empty = [name for name in REQUIRED if name in columns and piece.column(name).null_count]
@@ -145,7 +143,7 @@ def _pieces(file: Any) -> dict[int, bytes]:
     try:
         told = json.loads((file.schema_arrow.metadata or {})[table.METADATA])["bytes"]
         return {int(token): bytes.fromhex(digits) for token, digits in told.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
 
 

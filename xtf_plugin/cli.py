@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         app(args=None if argv is None else list(argv), prog_name="xtf")
     except XTFError as error:
-        Console(stderr=True).print(Text(f"xtf: error: {str(error).removeprefix('xtf: ')}"), soft_wrap=True)
+        from .view import harmless
+
+        told = harmless(f"xtf: error: {str(error).removeprefix('xtf: ')}")
+        Console(stderr=True).print(Text(told), soft_wrap=True)
         raise SystemExit(2 if isinstance(error, XTFUserError) else 1) from None
 
 
@@ -157,7 +160,7 @@ def report(
 def cache_list(cache_dir: CacheOption = None) -> None:
     """Show what the score cache holds, one line per reference and choice of layers."""
     from .cache import list_cache
-    from .view import visible
+    from .view import harmless
 
     root = _cache_root(cache_dir)
     entries = list_cache(root)
@@ -173,9 +176,9 @@ def cache_list(cache_dir: CacheOption = None) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
         size, when = entry.bytes / 2**20, datetime.fromtimestamp(entry.modified).strftime("%Y-%m-%d")
-        model = Text(visible(str(entry.description.get("name", "unknown"))))
+        model = Text(harmless(str(entry.description.get("name", "unknown"))))
         counts = (f"{entry.documents:,}", f"{entry.tokens:,}", f"{size:,.1f}")
-        table.add_row(entry.reference[:12], model, Text(visible(str(entry.layers or "-"))), *counts, when)
+        table.add_row(entry.reference[:12], model, Text(harmless(str(entry.layers or "-"))), *counts, when)
     console.print(table)
 
 

@@ -173,8 +173,10 @@ class XTFDataCollator:
 def _as_before(given: Any, labels: NDArray[np.int64]) -> Any:
     """Labels as the kind of sequence that the row had: a collator of the host's own may ask for tensors."""
     if isinstance(given, torch.Tensor):
-        return torch.from_numpy(labels).to(given.dtype)
-    return labels.astype(given.dtype) if isinstance(given, np.ndarray) else labels.tolist()
+        return torch.from_numpy(labels).to(given.dtype if given.dtype.is_signed else torch.int64)
+    if isinstance(given, np.ndarray):
+        return labels.astype(np.int64 if given.dtype.kind == "u" else given.dtype)  # unsigned ones hold no -100
+    return labels.tolist()
 
 
 @dataclass

@@ -215,7 +215,7 @@ class XTFConfig(Block):
                 f"xtf: {shown(value)} is not a block.{hint} Legal: a mapping of settings, true (the defaults) or false "
                 "(off). See docs/config.md."
             )
-        return cls() if value is True else cls(**{str(key): item for key, item in value.items()})
+        return cls() if value is True else cls(**plain(value, 1))
 
     @property
     def attributes(self) -> tuple[str, ...]:

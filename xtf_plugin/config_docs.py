@@ -105,15 +105,27 @@ def _legal_mapping(schema: Schema, root: Schema) -> str:
     return " | ".join(f"{{{text}}}" for text in written)
 
 
+class _Short(reprlib.Repr):
+    """`reprlib` with longer texts, and with whole numbers of more digits than Python writes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 4096 else f"{x:#x}"[:20] + "..."
+
+
+_SHORT = _Short()
+
+
 def shown(value: Any, quote: bool = True) -> str:
     """A value as a user wrote it in YAML, cut to a line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str) and not quote:
         return value
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 80
-    return " ".join(short.repr(value).split())
+    return " ".join(_SHORT.repr(value).split())
 
 
 @functools.cache

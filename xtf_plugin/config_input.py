@@ -15,7 +15,15 @@ def plain(value: Any, depth: int = 5) -> Any:
     """Mappings of any kind as dicts with text keys, as deep as a block goes (YAML aliases can make one endless)."""
     if not isinstance(value, Mapping) or depth == 0:
         return value
-    return {str(key): plain(item, depth - 1) for key, item in value.items()}
+    return {key_text(key): plain(item, depth - 1) for key, item in value.items()}
+
+
+def key_text(key: Any) -> str:
+    """`str(key)`, also of whole numbers with more digits than Python writes out."""
+    try:
+        return str(key)
+    except ValueError:
+        return f"{key:#x}"[:20] + "..."
 
 
 def read(text: str) -> Any:

@@ -60,13 +60,15 @@ def _number(value: Any) -> float:
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError("is not a whole number")
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError("is not a whole number of 64 bits")
     return int(value)
 
 
-def _odd(value: int) -> int:
-    if value % 2 == 0:
+def _odd(value: Any) -> int:
+    if _whole(value) % 2 == 0:
         raise ValueError("is even, so the window has no middle")
-    return value
+    return int(value)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -152,9 +154,7 @@ Calibration = Annotated[int, Field(ge=8), BeforeValidator(_whole)]  # quartiles 
 Classes = Annotated[int, Field(ge=2, le=8), BeforeValidator(_whole)]
 Window = ByText[
     Literal["sentence", "line"],
-    Annotated[
-        int, Field(ge=1, json_schema_extra={"not": {"multipleOf": 2}}), AfterValidator(_odd), BeforeValidator(_whole)
-    ],
+    Annotated[int, Field(ge=1, le=4095, json_schema_extra={"not": {"multipleOf": 2}}), BeforeValidator(_odd)],
 ]
 Name = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_path)]
 PathText = Annotated[StrictStr, Field(min_length=1, json_schema_extra={"format": "path"}), BeforeValidator(_path)]

@@ -20,6 +20,7 @@ from .errors import XTFUserError
 
 IGNORE_INDEX = -100
 INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
 KEY_BYTES = 16
 
 Ids = NDArray[np.int64]
@@ -56,11 +57,10 @@ def split_row(row: Mapping[str, Any]) -> list[tuple[slice, Ids, Mask]]:
             "the "
             "dataset (no skip_prepare_dataset), or add a `labels` column with -100 outside the completion."
         )
-    ids, labels = np.asarray(row["input_ids"], dtype=np.int64), np.asarray(row["labels"], dtype=np.int64)
-    if ids.shape != labels.shape or ids.ndim != 1:
+    ids, labels = numbers(row, "input_ids"), numbers(row, "labels")
+    if len(ids) != len(labels):
         raise XTFUserError(
-            f"a training row has {ids.shape} input_ids but {labels.shape} labels; both must be flat lists of equal "
-            "length."
+            f"a training row has {len(ids)} input_ids but {len(labels)} labels; give one for each token."
         )
     completion = labels != IGNORE_INDEX
     start, end = _without_padding(row, completion)
@@ -68,11 +68,34 @@ def split_row(row: Mapping[str, Any]) -> list[tuple[slice, Ids, Mask]]:
     return [(slice(a, b), ids[a:b], completion[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
+def numbers(row: Mapping[str, Any], name: str, kinds: str = "iu") -> NDArray[Any]:
+    """A column of a row as a flat array: int64, unless `kinds` allows other kinds of numbers (NumPy's letters).
+
+    Raises:
+        XTFUserError: anything else; a fraction or a number beyond 64 bits would come out as another token.
+    """
+    given = row.get(name)
+    try:
+        found = np.asarray(given)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # ragged lists; tensors that NumPy does not take
+        found = np.asarray(None)
+    if found.ndim == 1 and not len(found):
+        return np.zeros(0, dtype=np.int64)
+    whole = found.dtype.kind == "i" or (found.dtype.kind == "u" and bool((found <= INT64_MAX).all()))
+    if found.ndim != 1 or found.dtype.kind not in kinds or (kinds == "iu" and not whole):
+        held = f"{found.dtype} of shape {found.shape}" if found.dtype != object else "no numbers, or too large ones"
+        raise XTFUserError(
+            f"a training row's {name} are no flat list of whole numbers but {type(given).__name__}: {held}. Tokenise "
+            "the dataset again, or leave the column out if it is not needed."
+        )
+    return found.astype(np.int64, copy=False) if whole else found
+
+
 def _without_padding(row: Mapping[str, Any], completion: Mask) -> tuple[int, int]:
     """Where a row's tokens begin and end, by its `attention_mask`: many datasets are padded before they get here."""
     if row.get("attention_mask") is None:
         return 0, len(completion)
-    real = np.asarray(row["attention_mask"]) != 0
+    real = numbers(row, "attention_mask", "biuf") != 0
     where = np.flatnonzero(real)
     start, end = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
     if real.shape != completion.shape or not real[start:end].all():
@@ -92,15 +115,21 @@ def _bounds(row: Mapping[str, Any], start: int, end: int) -> list[int]:
     """Where the documents between `start` and `end` of a row begin, counted from `start`; and the end of the last."""
     length = end - start
     if row.get("seq_lengths") is not None:
-        lengths = np.asarray(row["seq_lengths"], dtype=np.int64)
-        if (lengths < 1).any() or int(lengths.sum()) != length:
+        lengths = numbers(row, "seq_lengths")
+        if ((lengths < 1) | (lengths > length)).any() or int(lengths.sum()) != length:
             raise XTFUserError(
                 f"a packed row has {length} tokens but seq_lengths {lengths.tolist()[:8]} that add up to "
                 f"{int(lengths.sum())}. Let the trainer pack the dataset again."
             )
         return [0, *np.cumsum(lengths).tolist()]
     if row.get("position_ids") is not None:
-        starts = np.flatnonzero(np.asarray(row["position_ids"])[start:end] == 0).tolist()
+        places = numbers(row, "position_ids", "iuf")
+        if len(places) != len(row["labels"]):
+            raise XTFUserError(
+                f"a training row has {len(row['labels'])} tokens but {len(places)} position_ids; give one for each "
+                "token, or leave the column out."
+            )
+        starts = np.flatnonzero(places[start:end] == 0).tolist()
         return [*(starts if starts[:1] == [0] else [0, *starts]), length]
     return [0, length]
 

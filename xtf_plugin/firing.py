@@ -218,12 +218,12 @@ def _described(rules: Sequence[Rule], limits: Sequence[Limits]) -> dict[str, Any
     result: dict[str, Any] = {}
     for rule, own in zip(rules, limits, strict=True):
         numbers = np.concatenate(own) if own else np.zeros(0)
-        numbers = numbers[~np.isnan(numbers)]
+        numbers = numbers[np.isfinite(numbers)]  # the report is JSON, which has no others
         for bound, value in rule.drops.items():
             if own:
                 result[bound] = _spread(numbers) if len(numbers) else None
             else:
-                result[bound] = None if value is None or math.isnan(value) else float(value)
+                result[bound] = None if value is None or not math.isfinite(value) else float(value)
     return result
 
 

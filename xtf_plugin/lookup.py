@@ -33,9 +33,7 @@ class StoredScores:
 class Lookup:
     """The join of the documents asked for with one shard after another."""
 
-    def __init__(
-        self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], columns: Sequence[str] = COLUMNS
-    ) -> None:
+    def __init__(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], columns: Sequence[str] = COLUMNS) -> None:
         """Ask for `columns` of documents by key (N, 16) and number of completion tokens (N,).
 
         Raises:

@@ -79,6 +79,15 @@ class Reference:
         embeddings: nn.Module = self.model.get_input_embeddings()
         return embeddings
 
+    def check_ids(self, highest: int) -> None:
+        """Raise XTFError if a token id lies beyond the input embeddings."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if highest >= rows:
+            raise XTFError(
+                f"the data holds token id {highest}, but {self.name} has only {rows} embeddings. Tokenizer and model "
+                "do not belong together."
+            )
+
     def layers(self, choice: str | list[int]) -> tuple[int, ...]:
         """Layer indices that `reasoning_importance.layers` names in this model; see `resolve_layers`."""
         return resolve_layers(choice, self.text_config)
@@ -96,6 +105,7 @@ class Reference:
         gradients = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         with ExitStack() as stack:
             stack.callback(_restore, training, gradients)
+            stack.callback(_restore_rotary, _rotary_state(self.model))
             stack.enter_context(self.adapters_off())
             for module, _ in training:
                 module.training = type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4")
@@ -170,6 +180,21 @@ def _restore(training: list[tuple[nn.Module, bool]], gradients: list[tuple[nn.Pa
     for parameter, flag in gradients:  # PEFT turns adapters back on with requires_grad=True, also where it was False
         if parameter.requires_grad is not flag:
             parameter.requires_grad_(flag)
+
+
+def _rotary_state(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
+    """What rotary embeddings hold: some types set it anew in every forward, by its longest document."""
+    found = [module for module in model.modules() if hasattr(module, "rope_type")]
+    return [
+        (module, dict(module._buffers), {k: v for k, v in vars(module).items() if isinstance(v, (int, float, Tensor))})
+        for module in found
+    ]
+
+
+def _restore_rotary(states: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]) -> None:
+    for module, buffers, values in states:
+        module._buffers.update(buffers)
+        vars(module).update(values)
 
 
 def resolve_layers(choice: str | list[int] | tuple[int, ...], text_config: Any) -> tuple[int, ...]:

@@ -88,9 +88,11 @@ class RelevanceTable:
         self.scored_ids = distinct(documents.input_ids[documents.completion])
         if self.pieces is None:
             weights = np.repeat(documents.counts, documents.lengths)
-            totals = np.bincount(documents.input_ids, weights=weights).astype(np.int64)
-            self.domain_ids = np.flatnonzero(totals)
-            self.domain_weights = totals[self.domain_ids]
+            self.domain_ids = distinct(documents.input_ids)
+            dense = self.domain_ids[-1] < DENSE
+            places = documents.input_ids if dense else np.searchsorted(self.domain_ids, documents.input_ids)
+            totals = np.bincount(places, weights=weights).astype(np.int64)
+            self.domain_weights = totals[totals > 0]
         else:
             self.domain_ids = np.unique(np.concatenate([np.asarray(p, dtype=np.int64) for p in self.pieces]))
 

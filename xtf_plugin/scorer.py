@@ -269,8 +269,9 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
         chunk: tokens at a time; halved when memory runs out.
 
     Raises:
-        XTFError: a single one does not fit.
+        XTFError: a single one does not fit; or see `Reference.check_ids`.
     """
+    reference.check_ids(int(np.max(token_ids)))
     parts: list[Tensor] = []
     low = 0
     with reference.scoring(record=False):

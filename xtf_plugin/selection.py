@@ -259,7 +259,7 @@ def votes_needed(config: XTFConfig, active: int) -> int:
 def _rescued(chunk: _Chunk, dropped: Bools, min_kept: int) -> Bools:
     """Dropped tokens that the floor brings back: trainable ones in order, until a document keeps `min_kept`."""
     rescued = np.zeros(len(dropped), dtype=bool)
-    lacking = min_kept - chunk.layout.count(chunk.trainable & ~dropped)
+    lacking = min(min_kept, 1 << 62) - chunk.layout.count(chunk.trainable & ~dropped)
     if not (lacking > 0).any():
         return rescued
     document = chunk.layout.spread(np.arange(len(lacking)))

@@ -196,7 +196,7 @@ def read_score_table(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         metadata = json.loads((table.schema.metadata or {})[METADATA])
         version = int(metadata["format"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise XTFUserError(f"{path} is a Parquet file, but no score table of xtf. {_ADVICE}") from error
     if version > FORMAT:
         raise XTFUserError(f"{path} is a score table of format {version}; this xtf-plugin reads {FORMAT}. Upgrade it.")
@@ -220,7 +220,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a score table without its rows; empty if the file is none."""
     try:
         metadata = json.loads((pq.read_schema(path).metadata or {})[METADATA])
-    except (OSError, pa.ArrowException, KeyError, ValueError):
+    except (OSError, pa.ArrowException, KeyError, ValueError, RecursionError):
         return {}
     return metadata if isinstance(metadata, dict) else {}
 
@@ -239,15 +239,17 @@ def read_page(path: Path) -> Any:
         return None
     try:
         text = zlib.decompressobj().decompress(base64.b64decode(held, validate=True), _PAGE_LIMIT)
-        return json.loads(text, parse_constant=_refused)
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, zlib.error, RecursionError) as error:
         raise XTFUserError(
             f"the report that {path} holds is damaged ({error}). Make table and report again: xtf score RECIPE"
         ) from error
 
 
-def _refused(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):  # such as 1e999
+        raise ValueError(f"{digits} is no JSON")
+    return number
 
 
 def iter_documents(table: Any) -> Iterator[tuple[int, str, Any]]:
@@ -291,10 +293,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if isinstance(value, np.ndarray):
+    if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return plain(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -35,9 +35,7 @@ TIMES = 3.0  # ... by how many times as much as between two forwards that are eq
 CANNOT = (XTFError, TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 
 
-def check(
-    documents: DocumentSet, wanted: NDArray[np.int64], reference: Reference, layers: tuple[int, ...]
-) -> None:
+def check(documents: DocumentSet, wanted: NDArray[np.int64], reference: Reference, layers: tuple[int, ...]) -> None:
     """Refuse a reference that cannot score these documents, and hold it against its own forward on the start of one.
 
     Args:
@@ -47,14 +45,7 @@ def check(
         XTFError: ids beyond its vocabulary, rotary embeddings that follow the data, no room for this one document; or
             see `against_own_forward`.
     """
-    vocabulary = reference.model.get_input_embeddings().weight.shape[0]
-    highest = int(documents.input_ids.max())
-    if highest >= vocabulary:
-        raise XTFError(
-            f"the data holds token id {highest}, but {reference.name} has only {vocabulary} embeddings. Tokenizer and "
-            "model "
-            "do not belong together."
-        )
+    reference.check_ids(int(documents.input_ids.max()))
     switch, longest = rotary_switch(reference.text_config), int(documents.lengths.max())
     if switch is not None and switch[0] != "longrope" and longest > switch[1]:
         raise XTFError(

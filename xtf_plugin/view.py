@@ -105,6 +105,11 @@ def visible(text: str) -> str:
     return "".join(_WHITESPACE.get(char) or (char if _printable(char) else _escape(char)) for char in text)
 
 
+def harmless(text: str) -> str:
+    """A message with everything escaped that could act on a terminal; spaces and line ends stay."""
+    return "".join(char if char in " \n" or _printable(char) else _escape(char) for char in text)
+
+
 def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…⟨{len(text):,} characters⟩"
 

@@ -134,7 +134,7 @@ def _floored(
         never &= ~np.asarray(slider.patterns.any(axis=1))[slider.codes]
     stays = never | ((flags & PROTECTED) > 0)
     safe = layout.count(trainable & stays)
-    wanted = np.minimum(layout.count(trainable), min_kept)
+    wanted = np.minimum(layout.count(trainable), min(min_kept, 1 << 62))
     which = np.flatnonzero(safe < wanted)
     if len(which) > MAX_FLOORED:
         return None

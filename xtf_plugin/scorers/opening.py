@@ -68,7 +68,7 @@ class OpeningConfig(TypicalityConfig):
                 "does not go with `context: kept`, which the default preset has: what is kept must follow from the "
                 "document alone; use {below: x}, or add `context: document`"
             )
-            raise Problems(("drop", self.drop, why))
+            raise Problems(("drop", self.drop.model_dump(), why))
         for key, usual in (("window", 1), ("max_fraction", None)):
             if getattr(self, key) != usual:
                 why = (
