@@ -182,19 +182,26 @@ def _restore(training: list[tuple[nn.Module, bool]], gradients: list[tuple[nn.Pa
             parameter.requires_grad_(flag)
 
 
-def _rotary_state(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
-    """What rotary embeddings hold: some types set it anew in every forward, by its longest document."""
-    found = [module for module in model.modules() if hasattr(module, "rope_type")]
+def _rotary_state(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """What rotary embeddings hold: some types set it anew in every forward, in place, by its longest document.
+
+    For each: one of its dictionaries, what that holds, and copies of the tensors.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "rope_type")]
+    held = [part for module in modules for part in (module._buffers, vars(module))]
     return [
-        (module, dict(module._buffers), {k: v for k, v in vars(module).items() if isinstance(v, (int, float, Tensor))})
-        for module in found
+        (part, dict(part), {name: value.clone() for name, value in part.items() if isinstance(value, Tensor)})
+        for part in held
     ]
 
 
-def _restore_rotary(states: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]) -> None:
-    for module, buffers, values in states:
-        module._buffers.update(buffers)
-        vars(module).update(values)
+def _restore_rotary(states: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> None:
+    for part, values, copies in states:
+        for name in part.keys() - values.keys():
+            del part[name]
+        part.update(values)
+        for name, value in copies.items():
+            values[name].copy_(value)
 
 
 def resolve_layers(choice: str | list[int] | tuple[int, ...], text_config: Any) -> tuple[int, ...]:
