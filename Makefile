@@ -32,7 +32,6 @@ demo: $(STAMP)
 
 test: $(STAMP) lint chromium
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest tests/reliability/test_kills.py tests/reliability/test_neighbours.py tests/reliability/test_figures.py
 
 # The report is tested in a real browser; Debian's, where it is missing and may be installed.
 chromium:
