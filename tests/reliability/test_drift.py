@@ -61,13 +61,18 @@ def documents():
     return collect([{name: part * (1 + i * i % 11) for name, part in row.items()} for i, row in few])
 
 
+SCALED_DOWN = {"cohere": -0.4, "granite": -0.8}  # logits so small that no opening is as odd as elsewhere
+
+
 @pytest.mark.parametrize("family", amount(("llama",), sorted(tiny.FAMILIES)))
 def test_batch_size_changes_nothing(tmp_path, documents, family):
-    one = plan(tmp_path / "one", documents, tiny.model(family), batch_tokens=1)
+    opening = {"scorer": "opening", "drop": {"below": SCALED_DOWN.get(family, -2.0)}, "context": "kept"}
+    block = {**BLOCK, "selectors": {"out_of_place": opening}}
+    one = plan(tmp_path / "one", documents, tiny.model(family), block, batch_tokens=1)
     assert one.stats.batches == len(documents)
     assert all(0 < fired < len(one.selection.keep) for fired in one.selection.fired.values())
     for budget in amount((600, "auto"), (100, 257, 600, 1000, 5000, 100_000, "auto")):
-        hold(one, plan(tmp_path / str(budget), documents, tiny.model(family), batch_tokens=budget))
+        hold(one, plan(tmp_path / str(budget), documents, tiny.model(family), block, batch_tokens=budget))
 
 
 def trained(folder, block=BLOCK, resume=None, **options):
