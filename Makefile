@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: chromium demo screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long bench-gpu proof proof-gpu docs clean
+.PHONY: audit chromium demo screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long bench-gpu proof proof-gpu docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,11 @@ $(AXOLOTL_STAMP): pyproject.toml
 	$(AXOLOTL_VENV)/bin/python -m pip install -q "$(TORCH)"
 	$(AXOLOTL_VENV)/bin/python -m pip install -q "$(TORCH)" "$(AXOLOTL)" -e . pytest pytest-xdist
 	touch $@
+
+# Known vulnerabilities of what `pip install xtf-plugin` brings, by PyPI's advisories; needs a network. What it finds is answered in SECURITY.md.
+audit: $(STAMP)
+	$(BIN)/python -m pip install -q pip-audit
+	$(BIN)/pip-audit --skip-editable --progress-spinner off
 
 # The full forms of tests/reliability, under an hour on two cores; what they found goes into docs/reliability.md.
 test-long: $(STAMP) chromium

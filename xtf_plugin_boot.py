@@ -7,9 +7,12 @@ have been deleted while its metadata stayed; so it is imported inside `install` 
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 
 _REPAIR = "Repair it: pip install --force-reinstall xtf-plugin, or remove it: pip uninstall xtf-plugin"
+
+_KEY = r"""(?im)(?:^|[{,])\s*["']?xtf[\w.-]*["']?\s*:"""
 
 
 def install() -> None:
@@ -17,21 +20,25 @@ def install() -> None:
     try:
         from xtf_plugin.hosts.autoload import install as hook
     except Exception as error:
-        sys.stderr.write(
-            f"xtf-plugin is damaged ({type(error).__name__}: {error}): `xtf:` blocks are NOT applied. {_REPAIR}\n"
-        )
+        _say(f"xtf-plugin is damaged ({type(error).__name__}: {error}): `xtf:` blocks are NOT applied. {_REPAIR}")
         if _brings_block(sys.argv[1:]):
-            sys.stderr.write(f"xtf: error: this run has an `xtf:` block, which cannot be applied. {_REPAIR}\n")
+            _say(f"xtf: error: this run has an `xtf:` block, which cannot be applied. {_REPAIR}")
             raise SystemExit(2) from error
         return
     hook()
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # closed, or none (pythonw)
+        sys.stderr.write(f"{text}\n")
+
+
 def _brings_block(words: list[str]) -> bool:
-    """Whether a command line, or a recipe that it names, seems to hold a block."""
+    """Whether a command line, or a recipe that it names, seems to hold a block; see `hosts.guard.mentions_block`."""
     found = any(word.split("=")[0] == "--xtf" for word in words)
-    for flag, path in zip(["", *words], words, strict=False):
+    for flag, word in zip(["", *words], words, strict=False):
+        path = word.partition("=")[2] if word.startswith("--config=") else word
         if flag == "--config" or path.endswith((".yaml", ".yml", ".json")):
-            with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as recipe:
-                found = found or any(line.lstrip(" {\"'").casefold().startswith("xtf") for line in recipe)
+            with contextlib.suppress(OSError), open(path, encoding="utf-8-sig", errors="replace") as recipe:
+                found = found or re.search(_KEY, recipe.read()) is not None
     return found

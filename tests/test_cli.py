@@ -139,7 +139,16 @@ def test_check_refuses_with_one_message(xtf, write, data, message):
     assert message in err and err.startswith("xtf: error: ") and "Traceback" not in err
 
 
-@pytest.mark.parametrize("content, message", [(b"- a", "mapping"), (b"a: [", "not valid YAML"), (b"\xff\xfe", "UTF-8")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"- a", "mapping"),
+        (b"a: [", "not valid YAML"),
+        (b"a: 2024-13-45", "not valid YAML"),
+        (b"[" * 9000, "not valid YAML"),
+        (b"\xff\xfe", "UTF-8"),
+    ],
+)
 def test_check_refuses_what_is_no_recipe(xtf, tmp_path, content, message):
     path = tmp_path / "r.yaml"
     path.write_bytes(content)

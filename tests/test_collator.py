@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -46,6 +47,26 @@ def test_packed_rows_are_masked_per_document():
     packed = {"input_ids": B["input_ids"] + A["input_ids"], "labels": B["labels"] + A["labels"], "seq_lengths": [3, 4]}
     batch = collate([packed], table, padding_free=True)
     assert batch["labels"].tolist() == [[-100, 10, -100, -100, -100, -100, 8]]
+
+
+@pytest.mark.parametrize("made", [lambda v: pa.chunked_array([v]), lambda v: np.array(v, dtype=object)])
+def test_labels_that_numpy_does_not_share_are_masked(made):
+    given = {**A, "labels": made(A["labels"])}
+    collator = XTFDataCollator(
+        lambda rows: {"labels": torch.tensor([int(v) for v in rows[0]["labels"]])}, masks([A], [[False, True]])
+    )
+    assert collator([given])["labels"].tolist() == [-100, -100, -100, 8]
+    assert np.asarray(given["labels"]).tolist() == A["labels"], "the dataset's own row must stay as it is"
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint64])
+def test_labels_of_a_type_without_room_for_the_mark(kind):
+    row = {"input_ids": np.array([5, 6, 7], kind), "labels": np.array([5, 6, 7], kind)}
+    batch = XTFDataCollator(
+        lambda rows: {"labels": torch.tensor(np.asarray(rows[0]["labels"], np.int64))},
+        masks([row], [[True, False, True]]),
+    )([row])
+    assert batch["labels"].tolist() == [5, -100, 7]
 
 
 def test_multipack_nesting_is_handed_on():

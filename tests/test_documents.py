@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
 from xtf_plugin.documents import collect, document_key, split_row
 from xtf_plugin.errors import XTFUserError
@@ -69,6 +71,9 @@ def test_row_without_boundaries_is_one_document():
     [
         ({"input_ids": [1, 2]}, "no `labels`"),
         ({"input_ids": [1, 2], "labels": [1]}, "2 input_ids but 1 labels"),
+        ({"labels": [1]}, "has no input_ids, only labels"),
+        ({"input_ids": np.array([1, 2**64 - 1], np.uint64), "labels": [1, 2]}, "beyond 64 bits"),
+        ({**packed(A, B), "seq_lengths": [2**62] * 3 + [2**62 + 7]}, f"add up to {2**64 + 7}"),
         ({"input_ids": [1, 2.5], "labels": [1, 2]}, "no flat list of whole numbers"),
         ({"input_ids": [1, 2], "labels": [1, 2], "position_ids": [0]}, "2 tokens but 1 position_ids"),
         ({**packed(A, B), "seq_lengths": [4, 4]}, "add up to 8"),
@@ -90,3 +95,10 @@ def test_nothing_to_train_on_is_refused():
 def test_empty_rows_beside_good_ones_are_harmless():
     documents = collect([{"input_ids": [], "labels": []}, A])
     assert documents.lengths.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("made", [list, tuple, np.array, torch.tensor, pa.array, lambda v: np.array(v, dtype=object)])
+def test_columns_of_every_kind_are_read(made):
+    row = {"input_ids": made([5, 6, 7]), "labels": made([-100, 6, 7]), "attention_mask": made([True, True, True])}
+    ((where, ids, completion),) = split_row(row)
+    assert (where, ids.tolist(), completion.tolist()) == (slice(0, 3), [5, 6, 7], [False, True, True])

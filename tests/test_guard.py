@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from xtf_plugin.hosts import axolotl_recipe, guard
+import xtf_plugin_boot
+from xtf_plugin.hosts import autoload, axolotl_recipe, guard
 
 
 @pytest.mark.parametrize(
@@ -28,12 +29,14 @@ def test_keys_that_were_not(key):
         "  'xtf': true",
         "{a: 1, xtf: true}",
         "XTF: true",
+        "\ufeffxtf: true",
     ],
 )
 def test_recipes_that_mention_one(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     assert guard.mentions_block(str(path))
+    assert autoload._names_block(str(path)) and xtf_plugin_boot._brings_block(["--config=" + str(path)])
 
 
 @pytest.mark.parametrize("text", ["", "a: 1", "# xtf is not here\nb: xtf", "name: 'x t f: 1'\n", "maxtf: 1"])
@@ -41,6 +44,7 @@ def test_recipes_that_do_not(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     assert not guard.mentions_block(str(path))
+    assert not autoload._names_block(str(path)) and not xtf_plugin_boot._brings_block(["--config", str(path)])
 
 
 def test_a_folder_of_recipes_may(tmp_path):

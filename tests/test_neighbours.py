@@ -12,9 +12,10 @@ import pytest
 from tests import tiny
 from tests.test_scorer import rows
 from tests.test_store import REFERENCE, shard_files
-from xtf_plugin import files, scorer
+from xtf_plugin import files, neighbours, scorer
 from xtf_plugin.documents import collect
 from xtf_plugin.neighbours import Neighbours
+from xtf_plugin.passes import stored_scores
 from xtf_plugin.reference import Reference
 from xtf_plugin.store import ScoreStore
 
@@ -117,3 +118,65 @@ def test_a_folder_that_cannot_be_written_is_nobodys(tmp_path, documents):
     store = ScoreStore(tmp_path / "file" / "cache", REFERENCE, "1")
     with beside(store, documents) as one:
         assert one.begin == 0.0 and not one.stored(np.arange(3)).any()
+
+
+def test_the_sign_stays_young(tmp_path, documents, monkeypatch):
+    """On another host nothing but its age tells whether its process is still at work."""
+    (store,) = stores(tmp_path, 1)
+    with beside(store, documents) as one:
+        (sign,) = tmp_path.rglob("*.here")
+        os.utime(sign, (1, 1))
+        one.stored(np.arange(3))
+        assert sign.stat().st_mtime == 1, "touched before every batch"
+        monkeypatch.setattr(neighbours, "RENEW_SECONDS", 0.0)
+        one.stored(np.arange(3))
+        assert sign.stat().st_mtime > 1
+
+
+def plan_of(store, documents, reference):
+    return stored_scores(store, documents, reference, (1,), batch_tokens=150, progress=False)
+
+
+def test_what_is_stored_while_the_reference_is_opened_is_not_scored_again(tmp_path, documents):
+    first, second = stores(tmp_path)
+
+    def opened():
+        half = np.arange(len(documents) // 2)
+        reference = Reference(tiny.model(), "tiny")
+        scorer.score(documents, half, reference, (1,), second.add, batch_tokens=150, progress=False)
+        second.flush()
+        return reference
+
+    found, stats, _ = plan_of(first, documents, opened)
+    assert found.found.all() and stats.documents == len(documents) - len(documents) // 2
+
+
+def test_scores_of_another_that_vanish_are_made_again(tmp_path, documents, caplog):
+    """They were left out because they were there; the model is still open when they are missed."""
+    first, second = stores(tmp_path)
+    whole, _, _ = plan_of(
+        ScoreStore(tmp_path / "other", REFERENCE, "1"), documents, lambda: Reference(tiny.model(), "t")
+    )
+
+    def opened():
+        score(documents, second, None)
+        return Reference(tiny.model(), "tiny")
+
+    add, gone = first.flush, []
+
+    def flush():
+        add()
+        gone.extend(shard_files(tmp_path)[:2])
+        for path in gone:
+            path.unlink(missing_ok=True)
+
+    first.flush = flush
+    found, stats, reused = plan_of(first, documents, opened)
+    assert (
+        gone
+        and found.found.all()
+        and 0 < stats.documents < len(documents)
+        and reused + stats.documents == len(documents)
+    )
+    np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=1e-4)
+    assert ["kept in memory" in message for message in caplog.messages] == [True]

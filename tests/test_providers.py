@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import nullcontext
 
@@ -156,6 +157,31 @@ class TestSeparate:
     def test_missing_model_is_one_clear_message(self, tmp_path):
         with pytest.raises(XTFUserError, match="reference.model.*could not be loaded"):
             separate(tmp_path / "nowhere", collect(rows()))
+
+    @pytest.mark.parametrize(
+        ("name", "content", "match"),
+        [
+            ("config.json", {"transformers_weights": "sub/model.safetensors"}, "sub/model.safetensors"),
+            ("config.json", {"transformers_weights": "pytorch_model.bin"}, "pytorch_model.bin"),
+            ("evil.safetensors.index.json", {"weight_map": {"a": "w.bin"}}, "w.bin"),
+            ("model.safetensors.index.json", {"weight_map": {"a": "../model.safetensors"}}, r"\.\./model"),
+            ("model.safetensors.index.json", {"weight_map": 1}, "no index of weights"),
+            ("model.safetensors.index.json", "[" * 100_000, "cannot be read"),
+        ],
+    )
+    def test_weights_that_the_fingerprint_would_not_see_are_refused(self, tmp_path, name, content, match):
+        folder = tiny.save_base(tmp_path / "reference")
+        held = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(held | content))
+        with pytest.raises(XTFUserError, match=match):
+            separate(folder, collect(rows())).fingerprint()
+
+    def test_an_index_of_what_lies_beside_it_is_taken(self, tmp_path):
+        folder = tiny.save_base(tmp_path / "reference")
+        index = {"weight_map": {"lm_head.weight": "./model.safetensors"}}
+        (folder / "other.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "a.json").mkdir()
+        assert separate(folder, collect(rows())).fingerprint()
 
 
 class TestTokenizerMustAgree:

@@ -76,6 +76,7 @@ FORGERIES = {
     "other layers": header(layers="0"),
     "no layers": header(layers=None),
     "layers of no form": header(layers=["0"]),
+    "layers as a number": header(layers=3),
     "an unknown old format": header(format=0),
     "the format before this": header(format=1),
     "a format of no form": header(format="x"),

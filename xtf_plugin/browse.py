@@ -167,7 +167,14 @@ def write_report(path: Path, output: Path | None) -> str:
         raise XTFUserError(f"the report that {path} holds {why}. Make table and report again: xtf score RECIPE")
     target = output or path.parent / "report.html"
     try:
-        write_whole(target, page.render(data, page.title(target)).encode())
+        shown = page.render(data, page.title(target)).encode()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise XTFUserError(
+            f"the report that {path} holds is not what this xtf-plugin writes ({type(error).__name__}: {error}). Make "
+            "table and report again: xtf score RECIPE"
+        ) from error
+    try:
+        write_whole(target, shown)
     except OSError as error:
         raise XTFUserError(f"the report cannot be written to {target}: {error}. Name a file: --output PATH") from error
     return f"report: {target}"

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from . import files, shards
-from .errors import XTFUserError
+from .errors import XTFUserError, harmless
 from .layout import DESCRIPTION, EARLIER_FOLDERS, REFERENCE, VERSION_FOLDER, entries, layer_folders
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def tell_relatives(root: Path, reference: str, description: Mapping[str, Any]) -
             "xtf: the cache holds scores of %s that do not count for this run: they were made with %s; this run has "
             "%s. To score elsewhere for this run, score with its settings.",
             description.get("name"),
-            ", ".join(unlike) or "other files or another version",
+            harmless(", ".join(unlike)) or "other files or another version",
             here,
         )
 
@@ -210,7 +210,7 @@ def _entry(
 def _header(path: Path) -> tuple[int, int, str | None]:
     """Documents, tokens and layers that a shard says it holds; nothing if it cannot be read (loading tells why)."""
     try:
-        metadata = pq.read_metadata(path)
+        metadata = pq.read_metadata(files.for_arrow(path))
         header = json.loads((metadata.metadata or {}).get(shards.HEADER, b"{}"))
         return int(metadata.num_rows), int(header["tokens"]), header["layers"]
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, OverflowError, RecursionError):

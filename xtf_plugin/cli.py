@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
-from .errors import XTFError, XTFUserError
+from .errors import XTFError, XTFUserError, harmless
 from .hosts import _compat, run
 from .hosts.check import check_environment, parse_block
 from .hosts.recipe import Recipe, load_recipe
@@ -55,8 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         app(args=None if argv is None else list(argv), prog_name="xtf")
     except XTFError as error:
-        from .view import harmless
-
         told = harmless(f"xtf: error: {str(error).removeprefix('xtf: ')}")
         Console(stderr=True).print(Text(told), soft_wrap=True)
         raise SystemExit(2 if isinstance(error, XTFUserError) else 1) from None
@@ -160,7 +158,6 @@ def report(
 def cache_list(cache_dir: CacheOption = None) -> None:
     """Show what the score cache holds, one line per reference and choice of layers."""
     from .cache import list_cache
-    from .view import harmless
 
     root = _cache_root(cache_dir)
     entries = list_cache(root)
@@ -267,9 +264,10 @@ def _open_table(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     from .browse import problem
+    from .files import for_arrow
 
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        file = pq.ParquetFile(for_arrow(path), page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
         raise XTFUserError(f"cannot read the score table {path}: {error}") from error
     if why := problem(file.schema_arrow):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .documents import IGNORE_INDEX, KEY_BYTES, document_key, split_row
+from .documents import IGNORE_INDEX, KEY_BYTES, document_key, numbers, split_row
 from .errors import XTFError
 
 MAX_WORKERS = 256
@@ -133,7 +133,7 @@ class XTFDataCollator:
         assert self.masks is not None
         result = _Row({}, original=row)
         pieces = split_row(row)
-        labels = np.array(row["labels"], dtype=np.int64)
+        labels = numbers(row, "labels").copy()
         for where, ids, completion in pieces:
             keep, best = self.masks.lookup(document_key(ids, completion)) or (None, -1)
             if keep is None or len(keep) != int(completion.sum()):

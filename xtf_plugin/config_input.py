@@ -23,7 +23,7 @@ def key_text(key: Any) -> str:
     try:
         return str(key)
     except ValueError:
-        return f"{key:#x}"[:20] + "..."
+        return f"{key:#x}"[:20] + "..." if isinstance(key, int) else f"<{type(key).__name__}>"
 
 
 def read(text: str) -> Any:

@@ -75,18 +75,24 @@ def numbers(row: Mapping[str, Any], name: str, kinds: str = "iu") -> NDArray[Any
         XTFUserError: anything else; a fraction or a number beyond 64 bits would come out as another token.
     """
     given = row.get(name)
+    if given is None:
+        raise XTFUserError(f"a training row has no {name}, only {', '.join(map(str, row)) or 'nothing'}. Tokenise it.")
     try:
         found = np.asarray(given)
+        if found.dtype == object and found.ndim == 1:
+            found = np.asarray(found.tolist())  # whole numbers that came as objects
     except (TypeError, ValueError, OverflowError, RuntimeError):  # ragged lists; tensors that NumPy does not take
         found = np.asarray(None)
     if found.ndim == 1 and not len(found):
         return np.zeros(0, dtype=np.int64)
     whole = found.dtype.kind == "i" or (found.dtype.kind == "u" and bool((found <= INT64_MAX).all()))
     if found.ndim != 1 or found.dtype.kind not in kinds or (kinds == "iu" and not whole):
-        held = f"{found.dtype} of shape {found.shape}" if found.dtype != object else "no numbers, or too large ones"
+        held = f"{found.dtype} of shape {found.shape}"
+        if found.dtype == object or found.dtype.kind == "u":
+            held = "lists of unequal length, things that are no numbers, or numbers beyond 64 bits"
         raise XTFUserError(
-            f"a training row's {name} are no flat list of whole numbers but {type(given).__name__}: {held}. Tokenise "
-            "the dataset again, or leave the column out if it is not needed."
+            f"a training row's {name} are no flat list of {'whole ' if kinds == 'iu' else ''}numbers but "
+            f"{type(given).__name__}: {held}. Tokenise the dataset again, or leave the column out if it is not needed."
         )
     return found.astype(np.int64, copy=False) if whole else found
 
@@ -119,7 +125,7 @@ def _bounds(row: Mapping[str, Any], start: int, end: int) -> list[int]:
         if ((lengths < 1) | (lengths > length)).any() or int(lengths.sum()) != length:
             raise XTFUserError(
                 f"a packed row has {length} tokens but seq_lengths {lengths.tolist()[:8]} that add up to "
-                f"{int(lengths.sum())}. Let the trainer pack the dataset again."
+                f"{sum(lengths.tolist())}. Let the trainer pack the dataset again."
             )
         return [0, *np.cumsum(lengths).tolist()]
     if row.get("position_ids") is not None:

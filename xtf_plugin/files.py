@@ -17,6 +17,7 @@ import stat
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -92,6 +93,17 @@ def discard(temporary: Path) -> None:
     """Delete a temporary file if it is still there; what cannot be deleted now is stale later."""
     with contextlib.suppress(OSError):
         temporary.unlink()
+
+
+def for_arrow(path: Path) -> Any:
+    """A file to be read as pyarrow takes it: of names that are not UTF-8 it knows nothing."""
+    import pyarrow
+
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return pyarrow.OSFile(os.fsencode(path), "rb")
+    return path
 
 
 def set_aside(path: Path) -> str:

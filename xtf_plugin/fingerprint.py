@@ -7,6 +7,7 @@ code's version agree. Names and paths are not part of it: a renamed folder still
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from .errors import XTFUserError
 
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 SAMPLED = 1_024  # numbers of a weight
 SCORER_VERSION = 1  # raise it when scores of the same model and document change
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"}
@@ -117,14 +119,14 @@ def files_facts(model: str, revision: str | None, commit: str | None) -> dict[st
                 "of another revision. Name a `revision`, or give the folder of a download."
             )
         return {"hub": model, "revision": revision, "commit": commit, "scorer": SCORER_VERSION}
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".py"))
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".py") and p.is_file())
     if not (folder / "config.json").is_file() or not any(p.suffix == ".safetensors" for p in files):
         raise XTFUserError(
             f"xtf.reference.model: {model} is a folder without config.json and weights (*.safetensors). Give the "
             "folder "
             "that `save_pretrained` wrote, or a hub id."
         )
-    _check_index(folder / "model.safetensors.index.json")
+    _check_named(folder)
     hashes = {}
     for path in files:
         state = xxhash.xxh3_128()
@@ -135,14 +137,26 @@ def files_facts(model: str, revision: str | None, commit: str | None) -> dict[st
     return {"files": hashes, "scorer": SCORER_VERSION}
 
 
-def _check_index(path: Path) -> None:
-    """Refuse an index of weights that lie elsewhere, or in the other format, a pickle: neither is hashed here."""
-    if not path.is_file():
-        return
+def _check_named(folder: Path) -> None:
+    """Refuse weights that lie elsewhere, or are in the other format, a pickle: neither is hashed here."""
+    named = [(folder / "config.json", _read(folder / "config.json").get("transformers_weights"))]
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        weights = _read(path).get("weight_map")
+        if not isinstance(weights, dict):
+            raise XTFUserError(f"xtf.reference.model: {path} is no index of weights. Fetch it again.")
+        named += [(path, name) for name in weights.values()]
+    for path, name in named:
+        plain = os.path.normpath(str(name))
+        if name is not None and (Path(plain).name != plain or not plain.endswith(_WEIGHTS)):
+            raise XTFUserError(
+                f"xtf.reference.model: {path} names {name!r}; only safetensors beside it are read. Save the model anew "
+                "with `save_pretrained`."
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        named = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise XTFUserError(f"xtf.reference.model: {path} is no index of weights: {error}. Fetch it again.") from error
-    for name in sorted(named):
-        if Path(name).name != name or Path(name).suffix != ".safetensors":
-            raise XTFUserError(f"xtf.reference.model: {path} names {name!r}; only safetensors beside it are read.")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise XTFUserError(f"xtf.reference.model: {path} cannot be read: {error}. Fetch it again.") from error
+    return value if isinstance(value, dict) else {}

@@ -8,6 +8,7 @@ has come to be stored. So a document is scored twice only while it is in flight 
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +19,8 @@ from . import files, shards
 from .layout import entries
 from .lookup import Lookup
 from .store import ScoreStore
+
+RENEW_SECONDS = 3_600.0  # a day makes a sign stale, see `files.is_stale`
 
 
 class Neighbours:
@@ -39,7 +42,7 @@ class Neighbours:
         self._store, self._keys, self._lengths = store, keys, lengths
         self._sign = files.presence_path(store.directory)
         self._known = {path.name for path in entries(store.directory)}
-        self._changed = 0
+        self._changed, self._touched = 0, time.monotonic()
         self._theirs: Lookup | None = None
 
     def __enter__(self) -> Neighbours:
@@ -65,6 +68,7 @@ class Neighbours:
 
     def stored(self, documents: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of the documents, by index, others have stored since this process looked first."""
+        self._renew()
         for path in self._new():
             records = self._store.read(path)
             if records is not None:
@@ -73,6 +77,13 @@ class Neighbours:
         if self._theirs is None:
             return np.zeros(len(documents), dtype=bool)
         return self._theirs.found[documents]
+
+    def _renew(self) -> None:
+        """Keep the sign young: on another host its age is all that tells whether this process is still at work."""
+        if time.monotonic() - self._touched > RENEW_SECONDS:
+            self._touched = time.monotonic()
+            with contextlib.suppress(OSError):
+                self._sign.touch()
 
     def _signs(self) -> dict[str, int]:
         """Names and times of the signs in the folder."""

@@ -6,8 +6,10 @@ several processes holds for each of them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,8 @@ from .reference import Reference
 from .scorer import score
 from .sharing import alike, open_on_all, pool
 from .store import ScoreStore
+
+logger = logging.getLogger(__name__)
 
 
 def stored_scores(
@@ -44,9 +48,10 @@ def stored_scores(
         layers, batch_tokens, progress, label: see `scorer.score`.
 
     Raises:
-        XTFError: from `scorer.score`; or what was scored cannot be found again.
+        XTFError: from `scorer.score`; or one of several ranks cannot find again what was scored.
     """
     sizes = np.diff(documents.completion_offsets)
+    neighbours = Neighbours(store, documents.keys, sizes)  # before anything is read: what comes later is theirs
     stored = pool(ranks, store, documents, store.load(documents.keys, sizes))
     missing = np.flatnonzero(~stored.found & (sizes > 0))
     stats = ScoringStats()
@@ -54,28 +59,25 @@ def stored_scores(
         of_dataset = label == "scoring"  # second looks come in rounds, and need not be told each time
         if of_dataset and ranks.main and store.description is not None and not stored.found.any():
             tell_relatives(store.root, store.reference, store.description)
-        opened, neighbours = open_on_all(ranks, reference), Neighbours(store, documents.keys, sizes)
+        opened = open_on_all(ranks, reference)
+        told: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress, "label": label, "ranks": ranks}
         with neighbours if ranks.size == 1 else nullcontext() as beside:
-            stats = score(
-                documents,
-                missing,
-                opened,
-                layers,
-                store.add,
-                batch_tokens=batch_tokens,
-                progress=progress,
-                label=label,
-                ranks=ranks,
-                others=store.hold,
-                beside=beside,
-            )
+            stats = score(documents, missing, opened, layers, store.add, others=store.hold, beside=beside, **told)
             store.flush()
         stored = store.load(documents.keys, sizes)
-        lost = int((~stored.found & (sizes > 0)).sum())
-        if lost:
-            raise XTFError(
-                f"{lost} documents were scored but could not be read back from {store.directory}: it was deleted, "
-                "changed or out of reach while this run scored. Run it again: what is stored is not scored again. If "
-                "that does not help, name another folder under xtf `cache_dir`, or in XTF_CACHE."
+        lost = np.flatnonzero(~stored.found & (sizes > 0))
+        if len(lost):
+            about = (
+                f"{len(lost)} documents were scored but could not be read back from {store.directory}: it was deleted, "
+                "changed or out of reach while this run scored"
             )
+            if ranks.size > 1:  # what is lost to one rank may not be to another
+                raise XTFError(
+                    f"{about}. Run it again: what is stored is not scored again. If that does not help, name another "
+                    "folder under xtf `cache_dir`, or in XTF_CACHE."
+                )
+            logger.warning("xtf: %s. They are scored again, and kept in memory for this run alone.", about)
+            stats.add(score(documents, lost, opened, layers, store.hold, **told))
+            stats.documents = min(stats.documents, len(missing))
+            stored = store.load(documents.keys, sizes)
     return alike(ranks, stored), stats, int((sizes > 0).sum()) - stats.documents

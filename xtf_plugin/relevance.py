@@ -25,7 +25,7 @@ from . import attributes
 from .config_rules import read_words
 from .documents import DocumentSet
 from .errors import XTFUserError
-from .files import set_aside, write_whole
+from .files import for_arrow, set_aside, write_whole
 from .fingerprint import digest
 from .reference import Reference
 from .scorer import gather_vectors
@@ -166,7 +166,7 @@ def cached_table(path: Path, reference: str, size: int) -> NDArray[np.float32] |
             if os.path.lexists(path):
                 logger.warning("xtf: %s: no regular file; %s; task relevance is computed again", path, set_aside(path))
             return None
-        table = pq.read_table(path, memory_map=False)
+        table = pq.read_table(for_arrow(path), memory_map=False)
         values: NDArray[np.float32] = table.column("relevance").to_numpy().astype(np.float32)
         checksum = (table.schema.metadata or {}).get(b"checksum", b"").decode()
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:

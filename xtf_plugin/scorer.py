@@ -186,6 +186,8 @@ class _Work:
         if self._beside is None:
             return batch
         stored = self._beside.stored(batch)
+        if not stored.any():
+            return batch
         self.stats.documents -= int(stored.sum())
         self.bar.update(int(self.documents.lengths[batch[stored]].sum()))
         return batch[~stored]

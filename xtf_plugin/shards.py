@@ -118,6 +118,8 @@ def _header(file: Any) -> dict[str, Any]:
         if version > FORMAT:
             raise NewerShard(f"format {version}, written by a later xtf-plugin; this one reads format {FORMAT}")
         known = {name: header[name] for name in ("reference", "layers", "checksum")}
+        if not all(isinstance(value, str) for value in known.values() if value is not None):
+            raise TypeError(f"{known} holds other things than text")
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise BadShard("no header of ours: not a score shard") from error
     if version != FORMAT or not (known["layers"] is None or LAYERS.fullmatch(str(known["layers"]))):

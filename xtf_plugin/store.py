@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from . import files, shards
 from .documents import KEY_BYTES
+from .errors import harmless
 from .layout import DESCRIPTION, EARLIER_FOLDERS, entries, layer_folders, layers_tag, reference_folder
 from .lookup import Lookup, StoredScores
 from .records import Records, column_names, merge
@@ -193,7 +194,7 @@ class ScoreStore:
     def _tell(self, path: Path, what: str) -> None:
         if path not in self._told:
             self._told.add(path)
-            logger.warning("xtf: score file %s: %s. Its documents count as not scored.", path, what)
+            logger.warning("xtf: score file %s. Its documents count as not scored.", harmless(f"{path}: {what}"))
 
 
 def _checked(added: Records, layers: str | None) -> Records:

@@ -79,7 +79,7 @@ class ScoreTableWriter:
         self._rows = 0
         files.remove_stale(self.path.parent)
         self._temporary, self._closed = files.temporary_path(self.path), False
-        self._sink = pa.OSFile(str(self._temporary), "wb")
+        self._sink = pa.OSFile(os.fsencode(self._temporary), "wb")
         try:
             self._writer = pq.ParquetWriter(
                 self._sink,
@@ -190,7 +190,7 @@ def read_score_table(path: Path) -> tuple[Any, dict[str, Any]]:
         XTFUserError: no such file, no Parquet file, no score table, or one of a later format.
     """
     try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        table = pq.ParquetFile(files.for_arrow(path), page_checksum_verification=True).read()
     except (OSError, pa.ArrowException) as error:
         raise XTFUserError(f"cannot read the score table {path}: {error}. {_ADVICE}") from error
     try:
@@ -219,7 +219,7 @@ def selector_columns(names: Sequence[str]) -> list[str]:
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a score table without its rows; empty if the file is none."""
     try:
-        metadata = json.loads((pq.read_schema(path).metadata or {})[METADATA])
+        metadata = json.loads((pq.read_schema(files.for_arrow(path)).metadata or {})[METADATA])
     except (OSError, pa.ArrowException, KeyError, ValueError, RecursionError):
         return {}
     return metadata if isinstance(metadata, dict) else {}
@@ -232,7 +232,7 @@ def read_page(path: Path) -> Any:
         XTFUserError: no score table, or what it holds cannot be unpacked.
     """
     try:
-        held = (pq.read_schema(path).metadata or {}).get(PAGE)
+        held = (pq.read_schema(files.for_arrow(path)).metadata or {}).get(PAGE)
     except (OSError, pa.ArrowException) as error:
         raise XTFUserError(f"cannot read the score table {path}: {error}. {_ADVICE}") from error
     if held is None:
@@ -293,8 +293,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -9,7 +9,6 @@ as it is: whether it is one shows the report, and the table's `kept`.
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .errors import XTFUserError
+from .errors import XTFUserError, escaped
 from .spans import characters
 from .table import iter_documents
 
@@ -43,9 +42,6 @@ LEGEND = (
 
 _COLOURS = {"RI": "magenta", "KN": "cyan", "TR": "yellow", "forced": "red", "control": "blue"}
 _WHITESPACE = {" ": "·", "\n": "↵\n", "\t": "⇥"}
-# Letters, marks and symbols without ink: joiners, fillers of Hangul and Khmer, empty Braille; variation selectors.
-_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\U00016fe4\U0001d159")
-_BLANK |= frozenset(map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
 
 
 class Token(NamedTuple):
@@ -102,12 +98,7 @@ class Summary:
 
 def visible(text: str) -> str:
     """Return `text` with whitespace shown and everything that is not a printable character escaped."""
-    return "".join(_WHITESPACE.get(char) or (char if _printable(char) else _escape(char)) for char in text)
-
-
-def harmless(text: str) -> str:
-    """A message with everything escaped that could act on a terminal; spaces and line ends stay."""
-    return "".join(char if char in " \n" or _printable(char) else _escape(char) for char in text)
+    return "".join(_WHITESPACE.get(char) or escaped(char) for char in text)
 
 
 def _shortened(text: str) -> str:
@@ -234,14 +225,3 @@ def _count_starts(places: pa.Table) -> int:
 def _heading(document: Document) -> Text:
     kept, total = sum(token.kept for token in document.tokens), len(document.tokens)
     return Text(f"row {document.row} · document {visible(document.key[:12])} · kept {kept} of {total}", style="bold")
-
-
-def _printable(char: str) -> bool:
-    # Categories C* hold control, bidirectional and zero-width characters; Zl, Zp and odd spaces would move text unseen.
-    category = unicodedata.category(char)
-    return category[0] != "C" and category not in ("Zl", "Zp", "Zs") and char not in _BLANK
-
-
-def _escape(char: str) -> str:
-    code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

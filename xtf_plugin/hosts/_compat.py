@@ -50,7 +50,8 @@ def installed_version(distribution: str) -> str | None:
 
 def hook_installed() -> bool:
     """Return whether this environment's metadata makes PyTorch call our boot hook."""
-    return any(entry.value.startswith("xtf_plugin_boot:") for entry in metadata.entry_points(group="torch.backends"))
+    ours = ("xtf_plugin_boot:", "xtf_plugin.")  # the second: of an editable install that was made before the first
+    return any(entry.value.startswith(ours) for entry in metadata.entry_points(group="torch.backends"))
 
 
 def check_trl(version: str | None) -> None:

@@ -16,6 +16,7 @@ unnoticed would train plain SFT by accident. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` k
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -155,22 +156,24 @@ def _refuse_blocks(error: BaseException, host: str, cure: str) -> None:
     if isinstance(error, (ImportError, SyntaxError)):
         cure = "pip install --force-reinstall xtf-plugin"
     found = any(word.split("=")[0] == "--xtf" for word in words)
-    for flag, path in zip(["", *words], words, strict=False):
+    for flag, word in zip(["", *words], words, strict=False):
+        path = word.partition("=")[2] if word.startswith("--config=") else word
         if flag == "--config" or path.endswith((".yaml", ".yml", ".json")):  # Axolotl's recipes follow no flag
             with contextlib.suppress(OSError):
                 found = found or mentions_block(path)
     if found:
-        sys.stderr.write(
-            f"xtf: error: xtf-plugin does not fit the installed {host} ({type(error).__name__}: {error}), so the "
-            f"`xtf:` block cannot be applied. Install what fits: {cure}\n"
-        )
+        with contextlib.suppress(OSError, AttributeError, ValueError):  # stderr is closed, or there is none
+            sys.stderr.write(
+                f"xtf: error: xtf-plugin does not fit the installed {host} ({type(error).__name__}: {error}), so the "
+                f"`xtf:` block cannot be applied. Install what fits: {cure}\n"
+            )
         raise SystemExit(2)
 
 
 def _names_block(path: str) -> bool:
-    """`guard.mentions_block` where that is lost: a line that begins with the key."""
-    with open(path, encoding="utf-8", errors="replace") as recipe:
-        return any(line.lstrip(" {\"'").casefold().startswith("xtf") for line in recipe)
+    """`guard.mentions_block` where that is lost."""
+    with open(path, encoding="utf-8-sig", errors="replace") as recipe:
+        return re.search(r"""(?im)(?:^|[{,])\s*["']?xtf[\w.-]*["']?\s*:""", recipe.read()) is not None
 
 
 def _report_failure(action: Callable[[], None], host: str = _TRL[0], cure: str = _TRL[1]) -> None:

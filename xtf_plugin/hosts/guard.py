@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import XTFUserError
+from ..errors import XTFUserError, harmless
 
 EMPTY_BLOCK = (
     "the recipe's `xtf:` block is empty. Write `xtf: true` for the defaults, `xtf: false` for off, or a mapping."
@@ -41,7 +41,7 @@ def mentions_block(path: str) -> bool:
     """
     if os.path.isdir(path):
         return True
-    with open(path, encoding="utf-8", errors="replace") as recipe:
+    with open(path, encoding="utf-8-sig", errors="replace") as recipe:
         keys = re.findall(r"""(?m)(?:^|[{,])\s*["']?([\w.-]+)["']?\s*:""", recipe.read())
     return any(key == "xtf" or meant_as_block(key, True) for key in keys)
 
@@ -85,7 +85,7 @@ def ending_with_2(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except XTFUserError as error:
-            sys.stderr.write(f"xtf: error: {str(error).removeprefix('xtf: ')}\n")
+            sys.stderr.write(harmless(f"xtf: error: {str(error).removeprefix('xtf: ')}\n"))
             raise SystemExit(2) from error
 
     return wrapper

@@ -90,7 +90,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise XTFUserError(f"cannot read the recipe {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise XTFUserError(f"{path} is not a text file (not UTF-8 at byte {error.start}).") from error
-    except yaml.YAMLError as error:
+    # besides YAMLError, PyYAML's constructors raise these on scalars that do not fit their tag
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise XTFUserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise XTFUserError(f"{path} must hold a YAML mapping (`key: value` lines), not {type(data).__name__}.")

@@ -178,7 +178,8 @@ def _init_with_attach(original: Any) -> Any:
                 f"(args.xtf is missing on {type(given).__name__}). Pass on the parsed SFTConfig, copy its `xtf` "
                 "attribute to yours, or set `args.xtf = False` to train this one without XTF."
             )
-        attach, config = _attaching(block)
+        attach, parse = _attaching()
+        config = parse(block)
         original(self, *args, **kwargs)
         if config is not None:
             ending_with_2(attach)(self, config)
@@ -188,12 +189,12 @@ def _init_with_attach(original: Any) -> Any:
 
 
 @ending_with_2
-def _attaching(block: Any) -> tuple[Callable[..., Any], XTFConfig | None]:
-    """What attaches a block, and the block, before the trainer is built for nothing."""
+def _attaching() -> tuple[Callable[..., Any], Callable[[Any], XTFConfig | None]]:
+    """What reads a block and what attaches it, before the trainer is built for nothing."""
     with whole_installation():
         from ..callback import attach
         from ..config import XTFConfig
-    return attach, XTFConfig.parse(block)
+    return attach, XTFConfig.parse
 
 
 def _train_only_attached(original: Any) -> Any:
