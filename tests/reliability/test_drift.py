@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests import tiny
 from tests.reliability import LONG, amount, record
-from tests.reliability.trainers import BAND, callback, made, moved, ranks
+from tests.reliability.trainers import BAND, callback, in_band, made, moved, ranks
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFConfig
 from xtf_plugin.documents import collect
@@ -44,7 +44,8 @@ BLOCK = {
 def hold(one: Plan, two: Plan) -> None:
     """Two plans that must be the same up to the band; keeps how far they are apart."""
     largest, changed, unexplained = moved(one, two)
-    record("drift of scores", comparisons=1, tokens=len(one.selection.keep), changed=changed, **largest)
+    close = in_band(one)
+    record("drift of scores", comparisons=1, tokens=len(one.selection.keep), in_band=close, changed=changed, **largest)
     assert two.stats.documents == len(one.documents), "scores were found, and not made anew"
     assert max(largest.values()) <= BAND and not unexplained
 
@@ -179,6 +180,11 @@ class TestTheJudge:
         assert moved(one, two)[1:] == (1, [])
         one, two = self.changed(plain[0], 10 * BAND)
         assert len(moved(one, two)[2]) == 1
+
+    def test_counts_what_lies_in_the_band(self, plain):
+        """A score that is moved onto the bound adds its token, one that is moved away takes it out again."""
+        near, far = (in_band(self.changed(plain[0], shift)[1]) for shift in (BAND / 2, 10 * BAND))
+        assert near == far + 1 and far < len(plain[0].selection.keep) / 10
 
     def test_sees_scores_that_move(self, plain):
         one = plain[0]

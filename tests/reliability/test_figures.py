@@ -30,6 +30,8 @@ def test_the_table_goes_into_the_page(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- figures -->\nold\n<!-- /figures -->\nafter\n")
     words = [sys.executable, "-m", "tests.reliability.figures", str(tmp_path / "figures"), "--write", str(page)]
+    words += ["--minutes", "43.4"]
     assert "| kills | kills 1,200; lost 0 |" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "1,200" in text and "old" not in text
+    assert "`make test-long`, 43 minutes." in text and "commit " in text and "torch " in text and "threads of " in text

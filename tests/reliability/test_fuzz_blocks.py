@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.reliability import record
+from tests.reliability import amount, record
 from tests.reliability.strategies import check_selection, collated, inputs, segments_of
 from tests.test_config_errors import JARGON
 from xtf_plugin.collator import MaskTable
@@ -261,6 +261,7 @@ def test_a_block_becomes_a_config_that_selects_or_one_refusal_that_names_what_is
             selects(XTFConfig.parse(worse))
 
     holds()
+    assert seen["inputs"] >= amount(700, 10_000), seen
     assert min(seen["accepted"], seen["refused"]) > seen["inputs"] // 10, seen
     record("fuzzed blocks", **seen)
 

@@ -59,9 +59,12 @@ def plan(folder, documents, reference=None, **block):
     return make_plan(config, documents, Provider(reference), tiny.tokenizer(), progress=False)
 
 
+DATA = [{name: part * (1 + i % 5) for name, part in row.items()} for i, row in enumerate(rows(60))]
+
+
 @pytest.fixture(scope="module")
 def documents():
-    return collect([{name: part * (1 + i % 5) for name, part in row.items()} for i, row in enumerate(rows(60))])
+    return collect(DATA)
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +102,20 @@ def test_memory_may_run_out_on_embeddings_alone(tmp_path, documents, room):
 
 @pytest.mark.parametrize("fail", [cuda, allocator])
 @pytest.mark.parametrize("limit", [170, 20], ids=["a document", "the trial"])
-def test_what_does_not_fit_at_all_ends_with_the_setting_to_change(tmp_path, documents, room, fail, limit):
-    """What was scored before is kept: here the documents of the first run, which the second does not ask for again."""
+def test_what_does_not_fit_at_all_ends_with_the_setting_to_change(
+    tmp_path, documents, undisturbed, room, monkeypatch, fail, limit
+):
+    """What was scored before is kept: once there is room, the short documents of the first run are not scored again."""
+    short = collect([row for row in DATA if len(row["input_ids"]) < 100])
+    assert plan(tmp_path, short).stats.documents == len(short) > 20
     room(limit, fail)
     with pytest.raises(XTFError, match=r"out of memory.*reference\.model"):
         plan(tmp_path, documents)
+    monkeypatch.undo()
+    found = plan(tmp_path, documents)
+    assert 0 < found.stats.documents <= len(documents) - len(short)
+    assert found.stats.documents + found.reused == len(documents) and not moved(undisturbed, found)[2]
+    record("out of memory for good", runs=1, scored=found.stats.documents, kept=found.reused)
 
 
 def cramped(folder):

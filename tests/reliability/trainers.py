@@ -142,8 +142,10 @@ class State:
 
     def _process(self) -> None:
         hooks = {name: dict(value) for name, value in vars(torch.nn.modules.module).items() if name.endswith("_hooks")}
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         facts = {
             "RNG of torch": hash(torch.get_rng_state().numpy().tobytes()),
+            "RNG of CUDA": [hash(state.numpy().tobytes()) for state in cuda],
             "RNG of numpy": repr(np.random.get_state()),
             "RNG of python": hash(random.getstate()),
             "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -209,6 +211,23 @@ def near(a: Part, b: Part, name: str, drops: dict[str, Any]) -> bool:
         if np.nanmin(np.abs(np.asarray(cuts) - scores[token]), initial=np.inf) <= 2 * BAND:
             return True
     return False
+
+
+def in_band(plan: Plan) -> int:
+    """How many tokens could be decided otherwise by scores as far from these as docs allow, floor and caps apart."""
+    found = 0
+    for index in range(len(plan.scores.keys)):
+        part = Part.of(plan, index)
+        close = np.zeros(len(part.keep), dtype=bool)
+        for name, scores in part.scores.items():
+            drops, fired = plan.selection.thresholds[name]["drops"], part.fired[name]
+            limits = [limit for limit in drops.values() if isinstance(limit, float)]
+            cuts = [(limits, slice(None))] if limits else [(scores[~fired], fired), (scores[fired], ~fired)]
+            for across, side in cuts:  # those of a share of the document are the tokens on the other side
+                gaps = np.abs(scores[side, None] - np.asarray(across)[None])
+                close[side] |= np.nanmin(gaps, axis=1, initial=np.inf) <= BAND
+        found += int(close.sum())
+    return found
 
 
 def alone(function: Callable[..., Any], folder: Path, **options: Any) -> Any:

@@ -32,15 +32,15 @@ import xxhash
 
 from tests import tiny
 from tests.reliability import scoring
-from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
+from tests.test_pipeline import ATTRIBUTES_ON
 from xtf_plugin import files, output, pipeline, report
 from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import DocumentSet, collect
+from xtf_plugin.documents import DocumentSet
 from xtf_plugin.records import Records
 from xtf_plugin.store import ScoreStore
 
-DOCUMENTS = 36
-SHARD_TOKENS = 250  # three shards
+DOCUMENTS = 24
+SHARD_TOKENS = 320  # three shards
 NOBODY = 65534  # the user with no rights
 
 versions = functools.cache(report.versions)  # reads the metadata of seven packages each time
@@ -48,12 +48,12 @@ versions = functools.cache(report.versions)  # reads the metadata of seven packa
 
 @functools.cache
 def documents(seed: int = 0) -> DocumentSet:
-    return collect(rows(DOCUMENTS, seed))
+    return scoring.ragged(DOCUMENTS, seed)
 
 
 @functools.cache
-def provider(seed: int = 0) -> Provider:
-    return Provider(tiny.model(seed=seed))
+def provider(seed: int = 0) -> scoring.Rounding:
+    return scoring.Rounding(tiny.model(seed=seed))
 
 
 @dataclass(frozen=True)
