@@ -59,8 +59,10 @@ audit: $(STAMP)
 # The full forms of tests/reliability, under an hour on two cores; what they found goes into docs/reliability.md.
 test-long: $(STAMP) chromium
 	rm -f .reliability.jsonl
-	XTF_TEST_LONG=1 XTF_TEST_FIGURES=$(CURDIR)/.reliability.jsonl $(BIN)/python -m pytest tests/reliability
-	$(BIN)/python -m tests.reliability.figures .reliability.jsonl --write docs/reliability.md
+	begun=$$(date +%s) && \
+	XTF_TEST_LONG=1 XTF_TEST_FIGURES=$(CURDIR)/.reliability.jsonl $(BIN)/python -m pytest tests/reliability && \
+	$(BIN)/python -m tests.reliability.figures .reliability.jsonl --write docs/reliability.md \
+	  --minutes $$(( ($$(date +%s) - begun + 59) / 60 ))
 
 # Other versions of the packages around us, each set in a virtual environment of its own: the lowest that pyproject.toml
 # states, and one between them and the newest. The tests are those in which other packages' behaviour shows. TORCH stays

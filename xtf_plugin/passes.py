@@ -64,9 +64,9 @@ def stored_scores(
         with neighbours if ranks.size == 1 else nullcontext() as beside:
             stats = score(documents, missing, opened, layers, store.add, others=store.hold, beside=beside, **told)
             store.flush()
-        stored = store.load(documents.keys, sizes)
-        lost = np.flatnonzero(~stored.found & (sizes > 0))
-        if len(lost):
+        stored, warned = store.load(documents.keys, sizes), False
+        # reading again may lose what was read before, so until nothing is missing: what is held cannot be lost
+        while len(lost := np.flatnonzero(~stored.found & (sizes > 0))):
             about = (
                 f"{len(lost)} documents were scored but could not be read back from {store.directory}: it was deleted, "
                 "changed or out of reach while this run scored"
@@ -76,7 +76,9 @@ def stored_scores(
                     f"{about}. Run it again: what is stored is not scored again. If that does not help, name another "
                     "folder under xtf `cache_dir`, or in XTF_CACHE."
                 )
-            logger.warning("xtf: %s. They are scored again, and kept in memory for this run alone.", about)
+            if not warned:
+                logger.warning("xtf: %s. They are scored again, and kept in memory for this run alone.", about)
+            warned = True
             stats.add(score(documents, lost, opened, layers, store.hold, **told))
             stats.documents = min(stats.documents, len(missing))
             stored = store.load(documents.keys, sizes)

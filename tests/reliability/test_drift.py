@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from tests import tiny
+from tests import reliability, tiny
 from tests.reliability import LONG, amount, record
 from tests.reliability.trainers import BAND, callback, in_band, made, moved, ranks
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
@@ -186,7 +186,8 @@ class TestTheJudge:
         near, far = (in_band(self.changed(plain[0], shift)[1]) for shift in (BAND / 2, 10 * BAND))
         assert near == far + 1 and far < len(plain[0].selection.keep) / 10
 
-    def test_sees_scores_that_move(self, plain):
+    def test_sees_scores_that_move(self, plain, monkeypatch):
+        monkeypatch.setattr(reliability, "FIGURES", None)  # what is planted is no finding
         one = plain[0]
         given = {name: one.scores.of(name) for name in one.config.voters}
         given["reasoning_importance"] = given["reasoning_importance"] + np.float32(2 * BAND)

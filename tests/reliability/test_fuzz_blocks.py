@@ -251,7 +251,7 @@ def test_a_block_becomes_a_config_that_selects_or_one_refusal_that_names_what_is
         worse, key, value = data.draw(damaged(block), label="damaged")
         why = refused(worse)
         seen.update(inputs=1, accepted=not why, refused=bool(why))
-        if why and not told:
+        if why and not told and key != "preset":  # another preset may leave any other key without effect
             home = next((list(h) for h in homes(worse) if key in h), [])
             assert names(why, key, value, home), (key, value, why)
         mappings = [home for home in homes(worse) if home is not worse.get("selectors")]
