@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -86,9 +86,10 @@ class _Told(ScoreStore):
         super().add(records)
 
 
-def ragged(count: int, seed: int = 0) -> DocumentSet:
-    """Documents of 40 to 110 tokens, hardly two alike: which ones share a batch depends on which ones there are."""
-    cut = ((40 + 13 * i * i % 71, row) for i, row in enumerate(rows(count, seed)))
+def ragged(count: int, seed: int = 0, only: Container[int] | None = None) -> DocumentSet:
+    """Documents of 40 to 110 tokens, hardly two alike; or `only` these of them."""
+    made = enumerate(rows(count, seed))
+    cut = [(40 + 13 * i * i % 71, row) for i, row in made if only is None or i in only]
     return collect([{name: (part * 3)[:size] for name, part in row.items()} for size, row in cut])
 
 
@@ -120,7 +121,7 @@ def run(folder: str, cache: str, options: dict[str, Any]) -> None:
     _Told.log = place / "scored.log"
     pipeline.ScoreStore = partial(_Told, shard_tokens=SHARD_TOKENS)
     block = {**ATTRIBUTES_ON, "cache_dir": cache, "batch_tokens": BATCH_TOKENS, **options.get("block", {})}
-    data = documents()
+    data = ragged(DOCUMENTS, only=options["only"]) if "only" in options else documents()
     if options.get("alone"):
         pipeline.stored_scores.__globals__["Neighbours"] = _Nobody
     provider = Rounding(pause=options.get("pause", 0.0))
@@ -134,6 +135,7 @@ def run(folder: str, cache: str, options: dict[str, Any]) -> None:
         "reused": plan.reused,
         "masks": hashlib.sha256(masks.bits.tobytes() + masks.keys.tobytes() + masks.best.tobytes()).hexdigest(),
         "table": table_hash(place / "xtf" / "scores.parquet"),
+        "documents": document_hashes(plan),
     }
     (place / "done.json").write_text(json.dumps(facts))
 
@@ -142,6 +144,13 @@ def _connected(rank: int, size: int, meeting: str) -> Ranks:
     """This process as one of several ranks, which find each other by the file `meeting`."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     return Ranks(rank, size)
+
+
+def document_hashes(plan: pipeline.Plan) -> list[str]:
+    """Of every bit of each document's scores."""
+    bounds = zip(plan.scores.offsets[:-1], plan.scores.offsets[1:], strict=True)
+    columns = [plan.scores.of(name) for name in plan.config.voters]
+    return [hashlib.sha256(b"".join(c[low:high].tobytes() for c in columns)).hexdigest() for low, high in bounds]
 
 
 def table_hash(path: Path) -> str:
