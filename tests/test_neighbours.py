@@ -180,3 +180,29 @@ def test_scores_of_another_that_vanish_are_made_again(tmp_path, documents, caplo
     )
     np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=1e-4)
     assert ["kept in memory" in message for message in caplog.messages] == [True]
+
+
+def test_who_catches_up_goes_on_elsewhere(tmp_path, documents):
+    """The first comes to the middle, where the second has begun: it leaves that one's next batches alone."""
+    first, second = stores(tmp_path)
+    with beside(first, documents) as one, beside(second, documents) as other:
+        order = [batch for batch in scorer.plan_batches(documents.lengths, 150)]
+        assert (one.begin, one.inside, other.begin, other.inside) == (0.0, 0.5, 0.5, 0.25)
+        half = scorer.begun_at(order, documents.lengths, 0.5)
+        front = half[:2]  # what the second has stored of its half
+        reference = Reference(tiny.model(), "tiny")
+        scorer.score(documents, np.concatenate(front), reference, (1,), second.add, batch_tokens=150, progress=False)
+        second.flush()
+        seen = []
+
+        def sink(records):
+            first.add(records)
+            seen.extend(key.tobytes() for key in records.keys)
+
+        wanted = np.arange(len(documents))
+        scorer.score(documents, wanted, reference, (1,), sink, batch_tokens=150, progress=False, beside=one)
+        keys = [documents.keys[index].tobytes() for index in np.concatenate(half[2:4])]
+        assert set(seen) | {documents.keys[i].tobytes() for i in np.concatenate(front)} == {
+            key.tobytes() for key in documents.keys
+        }
+        assert min(seen.index(key) for key in keys) > len(seen) * 0.7, "it went on behind the other"

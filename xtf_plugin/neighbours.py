@@ -34,11 +34,12 @@ class Neighbours:
     Attributes:
         begin: where to begin to score, as a part of the tokens: 0 for the first process, 1/2 for the second, then 1/4,
             3/4, 1/8 and so on.
+        inside: where to go on within what nobody has done, having come to what others did; the next of these parts.
     """
 
     def __init__(self, store: ScoreStore, keys: NDArray[np.uint8], lengths: NDArray[np.int64]) -> None:
         """Take what is in the folder as known."""
-        self.begin = 0.0
+        self.begin, self.inside = 0.0, 0.5
         self._store, self._keys, self._lengths = store, keys, lengths
         self._sign = files.presence_path(store.directory)
         self._known = {path.name for path in entries(store.directory)}
@@ -57,7 +58,8 @@ class Neighbours:
                 return self
             # of two that come at once, both must agree on who was first: by the clock of the file system
             between = {name for name, when in after.items() if (when, name) < (own, self._sign.name)}
-            self.begin = _halves(len(before.keys() & after.keys() | between))
+            index = len(before.keys() & after.keys() | between)
+            self.begin, self.inside = _halves(index), _halves(index + 1)
         return self
 
     def __exit__(

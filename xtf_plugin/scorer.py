@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batches import Beside, ScoringStats, begun_at, default_batch_tokens, plan_batches, plan_wanted
+from .batches import Beside, ScoringStats, begun_at, begun_in_gap, default_batch_tokens, plan_batches, plan_wanted
 from .documents import DocumentSet
 from .errors import XTFError
 from .memory import FIRST, budget_for, halved, is_out_of_memory, meter, too_little
@@ -35,6 +35,7 @@ from .trial import check
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[Records], None]
+_Begun = deque[Callable[[], Records]]
 PACKED_WINDOWS = False  # whether to pack documents that a sliding window cuts; tests do
 LAG = {"cuda": 1}  # batches that are begun before the scores of one are waited for
 
@@ -131,7 +132,7 @@ class _Work:
         With `budget` None the first batch is small, and the others are as large as its memory says. An error takes no
         batch with it that was begun before.
         """
-        begun: deque[Callable[[], Records]] = deque()
+        begun: _Begun = deque()
         try:
             yield from self._batches(wanted, budget, begun)
         except (RuntimeError, ValueError):
@@ -139,9 +140,7 @@ class _Work:
                 yield begun.popleft()()
             raise
 
-    def _batches(
-        self, wanted: NDArray[np.int64], budget: int | None, begun: deque[Callable[[], Records]]
-    ) -> Iterator[Records]:
+    def _batches(self, wanted: NDArray[np.int64], budget: int | None, begun: _Begun) -> Iterator[Records]:
         lengths, packs = self.documents.lengths, self.packs
         gauge = meter(self.reference.device) if budget is None else None
         budget = budget or (default_batch_tokens(self.reference.device) if gauge is None else FIRST)
@@ -150,6 +149,7 @@ class _Work:
         while pending:
             batch = self._left(pending.pop())
             if not len(batch):
+                pending = self._in_order(pending[::-1], caught_up=True)
                 continue
             tokens = int(lengths[batch].sum()) if packs else len(batch) * int(lengths[batch[0]])
             problem = None
@@ -177,9 +177,12 @@ class _Work:
         while begun:
             yield begun.popleft()()
 
-    def _in_order(self, batches: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-        """The batches, the first to be scored last in the list."""
-        return begun_at(batches, self.documents.lengths, self._beside.begin if self._beside else 0.0)[::-1]
+    def _in_order(self, batches: list[NDArray[np.int64]], caught_up: bool = False) -> list[NDArray[np.int64]]:
+        """The batches, the first to be scored last in the list, begun where no other process is."""
+        lengths, beside = self.documents.lengths, self._beside
+        if beside and caught_up:
+            return begun_in_gap([self._left(batch) for batch in batches], lengths, beside.inside)[::-1]
+        return begun_at(batches, lengths, beside.begin if beside else 0.0)[::-1]
 
     def _left(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
         """What of a batch nobody has stored since it was planned."""
@@ -220,8 +223,7 @@ class _Work:
     def _counted(self, collect: Callable[[], Records], batch: NDArray[np.int64]) -> Records:
         """A batch's scores, when they are there, and what it took."""
         records, lengths = collect(), self.documents.lengths[batch]
-        tokens = int(lengths.sum())
-        self.stats.tokens += tokens
+        self.stats.tokens += (tokens := int(lengths.sum()))
         self.stats.padded_tokens += tokens if self.packs else len(batch) * int(lengths.max())
         self.stats.batches += 1
         self.stats.seconds = time.perf_counter() - self._start  # a bar that is switched off keeps no time
@@ -234,7 +236,6 @@ def _launch(
     batch: NDArray[np.int64],
     reference: Reference,
     layers: tuple[int, ...],
-    *,
     packed: bool = False,
 ) -> Callable[[], Records]:
     """Begin to score one batch of documents; what is returned waits for the scores and gives them, in the order given.

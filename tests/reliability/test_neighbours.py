@@ -1,4 +1,4 @@
-"""Two and more processes on one cache: nothing is corrupted, and nothing is done twice but what was in flight."""
+"""Several processes on one cache: nothing is corrupted, and two do nothing twice but what was in flight."""
 
 from __future__ import annotations
 
@@ -20,13 +20,8 @@ def in_flight() -> int:
 
 
 def most_twice(processes: int) -> int:
-    """Completion tokens that may be scored more than once.
-
-    Two meet where each has come to what the other began with, and each may do what the other holds back. Of more, some
-    come to the same place at the same time and go on side by side: all that is sure is that not each does everything.
-    """
-    total = int(scoring.documents().completion_offsets[-1])
-    return 2 * in_flight() if processes == 2 else (processes - 1) * total - 1
+    """Completion tokens that may be scored more than once: whenever two meet, each may do what the other holds back."""
+    return 2 * (processes - 1) * in_flight()
 
 
 @pytest.mark.parametrize("processes", [2, *amount((), (3, 5))])
