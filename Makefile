@@ -56,7 +56,9 @@ audit: $(STAMP)
 	$(BIN)/python -m pip install -q pip-audit
 	$(BIN)/pip-audit --skip-editable --progress-spinner off
 
-# The full forms of tests/reliability, under an hour on two cores; what they found goes into docs/reliability.md.
+# The full forms of tests/reliability, under an hour on two cores; what they found goes into docs/reliability.md. One thread: the
+# models are tiny, and threads that wait for each other beside anything else on the machine take many times as long.
+test-long: export OMP_NUM_THREADS = 1
 test-long: $(STAMP) chromium
 	rm -f .reliability.jsonl
 	begun=$$(date +%s) && \
