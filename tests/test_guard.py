@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-import xtf_plugin_boot
-from xtf_plugin.hosts import autoload, axolotl_recipe, guard
+import xtf_plugin_boot as boot
+from xtf_plugin.hosts import axolotl_recipe, guard
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_recipes_that_mention_one(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     assert guard.mentions_block(str(path))
-    assert autoload._names_block(str(path)) and xtf_plugin_boot._brings_block(["--config=" + str(path)])
+    assert boot.names_block(str(path)) and boot.brings_block(["--config=" + str(path)], guard.mentions_block)
 
 
 @pytest.mark.parametrize("text", ["", "a: 1", "# xtf is not here\nb: xtf", "name: 'x t f: 1'\n", "maxtf: 1"])
@@ -44,7 +44,7 @@ def test_recipes_that_do_not(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     assert not guard.mentions_block(str(path))
-    assert not autoload._names_block(str(path)) and not xtf_plugin_boot._brings_block(["--config", str(path)])
+    assert not boot.names_block(str(path)) and not boot.brings_block(["--config", str(path)], guard.mentions_block)
 
 
 def test_a_folder_of_recipes_may(tmp_path):

@@ -16,7 +16,6 @@ unnoticed would train plain SFT by accident. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` k
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -148,32 +147,21 @@ def _hand_on_exit_code() -> None:
 
 def _refuse_blocks(error: BaseException, host: str, cure: str) -> None:
     """End a run that brings an `xtf:` block which nothing in this process will apply."""
-    words = sys.argv[1:]
+    from xtf_plugin_boot import brings_block, names_block
+
     try:
         from .guard import mentions_block
     except (ImportError, SyntaxError):  # an installation that has lost more than one file
-        mentions_block = _names_block
+        mentions_block = names_block
     if isinstance(error, (ImportError, SyntaxError)):
         cure = "pip install --force-reinstall xtf-plugin"
-    found = any(word.split("=")[0] == "--xtf" for word in words)
-    for flag, word in zip(["", *words], words, strict=False):
-        path = word.partition("=")[2] if word.startswith("--config=") else word
-        if flag == "--config" or path.endswith((".yaml", ".yml", ".json")):  # Axolotl's recipes follow no flag
-            with contextlib.suppress(OSError):
-                found = found or mentions_block(path)
-    if found:
+    if brings_block(sys.argv[1:], mentions_block):
         with contextlib.suppress(OSError, AttributeError, ValueError):  # stderr is closed, or there is none
             sys.stderr.write(
                 f"xtf: error: xtf-plugin does not fit the installed {host} ({type(error).__name__}: {error}), so the "
                 f"`xtf:` block cannot be applied. Install what fits: {cure}\n"
             )
         raise SystemExit(2)
-
-
-def _names_block(path: str) -> bool:
-    """`guard.mentions_block` where that is lost."""
-    with open(path, encoding="utf-8-sig", errors="replace") as recipe:
-        return re.search(r"""(?im)(?:^|[{,])\s*["']?xtf[\w.-]*["']?\s*:""", recipe.read()) is not None
 
 
 def _report_failure(action: Callable[[], None], host: str = _TRL[0], cure: str = _TRL[1]) -> None:
