@@ -14,7 +14,10 @@ from torch import Tensor
 from .heads import LOG2E
 
 QUERY_BLOCK = 64
-SCORE_ELEMENTS = 1 << 21  # scores alive at once; memory stays flat in T
+FEW_ROWS = 1 << 10  # rows of scores in a block below which up to twice as many queries are faster
+SCORE_ELEMENTS = 1 << 21  # scores alive at once, of several documents; memory stays flat in T
+ALONE_ELEMENTS = 1 << 22  # likewise of one document
+SHARED_OUT = 0.2  # of the threads' time, from which on more and smaller products are faster
 
 
 def attention(
@@ -36,6 +39,7 @@ def attention(
         output (B, H, T, D'), logsumexp (B, H, T) float32, received (B, T) float32 or None.
     """
     B, H, T, _ = query.shape
+    key, value = _shared_out(query, key), _shared_out(query, value)
     output = query.new_empty(B, T, H, value.shape[-1]).transpose(1, 2)  # tokens first, as layers go on with it
     logsumexp = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
     sums = torch.zeros(B, T, dtype=torch.float32, device=query.device)
@@ -57,8 +61,8 @@ def attention(
             logsumexp[b, :, low:high] = (peak + total.log2()).div_(LOG2E).view(-1, H, high - low)
             if weight is not None and high > start:
                 by_head[..., low - left :].diagonal(dim1=-2, dim2=-1).zero_()  # attention to itself is left out
-                shares = weight[b, None, None, low:high].expand(-1, *_groups(query, key), -1).flatten(2)[:, :, None]
-                sums[b, left:high] += ((shares / total.transpose(-1, -2)) @ scores).sum((1, 2))
+                shares = weight[b, None, None, low:high] / total.view(-1, H, 1, high - low)
+                sums[b, left:high] += (shares @ by_head).sum((1, 2))
     return output, logsumexp, None if lengths is None else _received(sums, lengths, H, start)
 
 
@@ -79,6 +83,7 @@ def received(
     see any completion token.
     """
     B, H, T, _ = query.shape
+    key = _shared_out(query, key)
     bias = _weight(lengths, T).log2()[:, None] - logsumexp * LOG2E  # (B, H, T): so the weighting costs no pass
     sums = torch.zeros(B, T, dtype=torch.float32, device=query.device)
     keys, buffer = key.float(), _buffer(query, start)
@@ -109,6 +114,23 @@ def _weight(lengths: Tensor, T: int) -> Tensor:
     return torch.where(position < lengths[:, None], position + 1.0, 0.0)
 
 
+def _shared_out(query: Tensor, key: Tensor) -> Tensor:
+    """Keys, or values, such that every thread of a CPU has as much to do.
+
+    Batched products go to threads matrix by matrix, one for each key/value head: three of them take two threads as long
+    as four would. Where they would be idle for much longer, every query head gets its own instead.
+    """
+    B, K, G = len(query), *_groups(query, key)
+    threads = torch.get_num_threads()
+    if query.device.type != "cpu" or G == 1 or B * K == 1:
+        return key
+
+    def idle(matrices: int) -> float:
+        return -matrices % threads / matrices
+
+    return key.repeat_interleave(G, 1) if idle(B * K) - idle(B * K * G) > SHARED_OUT else key
+
+
 def _groups(query: Tensor, key: Tensor) -> tuple[int, int]:
     return key.shape[1], query.shape[1] // key.shape[1]
 
@@ -121,10 +143,12 @@ def _buffer(query: Tensor, start: int) -> Tensor:
 
 
 def _query_blocks(query: Tensor, start: int) -> list[tuple[int, int, list[slice]]]:
-    """Cut queries from `start` on, and documents, so that a block of scores stays within SCORE_ELEMENTS."""
+    """Cut queries from `start` on, and documents, so that a block of scores stays within the limits above."""
     B, H, T, _ = query.shape
-    blocks = []
-    size = max(1, min(QUERY_BLOCK, SCORE_ELEMENTS // (H * max(1, T - start))))
+    blocks, columns, size = [], max(1, T - start), QUERY_BLOCK
+    if B * H * size < FEW_ROWS:
+        size = min(max(size, SCORE_ELEMENTS // (B * H * columns)), 2 * size)
+    size = max(1, min(size, ALONE_ELEMENTS // (H * columns)))
     for low in range(start, T, size):
         high = min(low + size, T)
         step = max(1, SCORE_ELEMENTS // (H * (high - low) * (high - start)))

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import blockwise, heads, packing, triton_dispatch
 from .attributes import one_row
 
-SHORT = 512  # tokens up to which PyTorch's fused kernel for CPUs takes longer than plain blocks
+SHORT = 1024  # tokens up to which PyTorch's fused kernel for CPUs takes longer than plain blocks
 LOGIT_ELEMENTS = 8 << 20  # logits alive at once
 REUSED_ELEMENTS = 16 << 20  # likewise, where they share a buffer: fewer and larger products
 ROWS = 256  # chunks of whole multiples of it fill a GPU's tiles

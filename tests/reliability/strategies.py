@@ -210,10 +210,10 @@ class Reading:
         self.doubtful |= name != "attention_mask" or not isinstance(item, bool)
         if isinstance(item, str) and item.isdigit() and name != "attention_mask":
             return int(item)
-        if isinstance(item, bool) or (isinstance(item, float) and (item.is_integer() or name == "attention_mask")):
-            return int(item) if item == item and abs(item) < 2**63 else 1
-        if isinstance(item, float) and name == "position_ids":
-            return item
+        if name in ("position_ids", "attention_mask") and isinstance(item, float):
+            return item  # what is not 0, however little, is no restart and no padding
+        if isinstance(item, bool) or (isinstance(item, float) and item.is_integer()):
+            return int(item) if abs(item) < 2**63 else 1
         raise Refused(name)
 
     def documents(self) -> list[Piece]:
