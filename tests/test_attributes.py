@@ -227,27 +227,6 @@ class TestAttentionAndReceived:
         for ours, theirs, exact, slack in zip(fast, naive, truth, (2e-3, 5e-4), strict=True):
             parity(exact, ours.float(), theirs.float(), slack)
 
-    @pytest.mark.parametrize("shape", [(1, 6, 3, 129, 8), (1, 10, 5, 70, 16)])
-    def test_three_heads_shared_out_to_two_threads_change_nothing(self, shape, monkeypatch):
-        query, key, lengths, scaling = planted(shape)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-        assert blockwise._shared_out(query, key).shape[1] == (6 if shape[2] == 3 else 5)  # of five it would not pay
-        truth = attributes.attention_and_received(query, key, key, lengths, scaling=scaling)
-        ours = kernels.attention_and_received(query, key, key, lengths, scaling=scaling)
-        logsumexp = kernels.attention(query, key, key, scaling=scaling)[1]
-        alone = kernels.attention_received(query, key, lengths, scaling=scaling, logsumexp=logsumexp)
-        assert torch.allclose(truth[0], ours[0], atol=1e-5)
-        assert same_values(truth[1], ours[1], 1e-5) and same_values(truth[1], alone, 1e-5)
-
-    @pytest.mark.parametrize("sizes", [{}, {"FEW_ROWS": 0}, {"ALONE_ELEMENTS": 1}, {"SCORE_ELEMENTS": 1}], ids=str)
-    def test_sizes_of_blocks_change_nothing(self, sizes, monkeypatch):
-        query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
-        truth = attributes.attention_and_received(query, key, key, lengths, scaling=scaling)
-        for name, value in sizes.items():
-            monkeypatch.setattr(blockwise, name, value)
-        ours = kernels.attention_and_received(query, key, key, lengths, scaling=scaling)
-        assert torch.allclose(truth[0], ours[0], atol=1e-5) and same_values(truth[1], ours[1], 1e-5)
-
     def test_packed_documents_do_not_see_each_other(self):
         query, key, _, scaling = planted((1, 4, 2, 150, 16))
         offsets = torch.tensor([0, 1, 60, 61, 150])

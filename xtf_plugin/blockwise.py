@@ -16,8 +16,10 @@ from .heads import LOG2E
 QUERY_BLOCK = 64
 FEW_ROWS = 1 << 10  # rows of scores in a block below which up to twice as many queries are faster
 SCORE_ELEMENTS = 1 << 21  # scores alive at once, of several documents; memory stays flat in T
-ALONE_ELEMENTS = 1 << 22  # likewise of one document
-SHARED_OUT = 0.2  # of the threads' time, from which on more and smaller products are faster
+ALONE_ELEMENTS = 1 << 22  # likewise of one document, and at least of one query
+IDLE = 0.25  # turns of threads that wait, as a share of those that work, beyond which smaller products are faster
+
+Block = tuple[int, int, list[slice]]  # queries from, to, documents
 
 
 def attention(
@@ -39,13 +41,14 @@ def attention(
         output (B, H, T, D'), logsumexp (B, H, T) float32, received (B, T) float32 or None.
     """
     B, H, T, _ = query.shape
-    key, value = _shared_out(query, key), _shared_out(query, value)
+    blocks = _query_blocks(query, 0, window)
+    keys, value = _shared_out(key.float(), blocks, H), _shared_out(value, blocks, H)
     output = query.new_empty(B, T, H, value.shape[-1]).transpose(1, 2)  # tokens first, as layers go on with it
     logsumexp = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
     sums = torch.zeros(B, T, dtype=torch.float32, device=query.device)
     weight = None if lengths is None else _weight(lengths, T)  # (B, T)
-    keys, buffer = key.float(), _buffer(query, 0)
-    for low, high, rows in _query_blocks(query, 0):
+    buffer = _buffer(query, blocks, 0, window)
+    for low, high, rows in blocks:
         left = 0 if window is None else max(0, low - window + 1)
         seen = low if window is None else left  # keys before it are seen by every query of the block
         mask = _mask(low, high, seen, high, window, query.device)
@@ -56,7 +59,9 @@ def attention(
             peak = scores.amax(-1, keepdim=True)
             scores.sub_(peak).exp2_()
             total = scores.sum(-1, keepdim=True)
-            block = (scores.to(value.dtype) @ value[b, :, left:high]).float().div_(total)
+            half = value.dtype is torch.float16  # sums of up to T of its values, before they are divided, overflow
+            weights, rest = (scores / total, 1.0) if half else (scores, total)
+            block = (weights.to(value.dtype) @ value[b, :, left:high]).float().div_(rest)
             output[b, :, low:high] = block.view(-1, H, high - low, value.shape[-1])
             logsumexp[b, :, low:high] = (peak + total.log2()).div_(LOG2E).view(-1, H, high - low)
             if weight is not None and high > start:
@@ -83,11 +88,11 @@ def received(
     see any completion token.
     """
     B, H, T, _ = query.shape
-    key = _shared_out(query, key)
     bias = _weight(lengths, T).log2()[:, None] - logsumexp * LOG2E  # (B, H, T): so the weighting costs no pass
     sums = torch.zeros(B, T, dtype=torch.float32, device=query.device)
-    keys, buffer = key.float(), _buffer(query, start)
-    for low, high, rows in _query_blocks(query, start):
+    blocks = _query_blocks(query, start, window)
+    keys, buffer = _shared_out(key.float(), blocks, H), _buffer(query, blocks, start, window)
+    for low, high, rows in blocks:
         left = start if window is None else max(start, low - window + 1)
         seen = low if window is None else left
         mask = _mask(low, high, seen, high, window, query.device, strict=True)
@@ -114,44 +119,52 @@ def _weight(lengths: Tensor, T: int) -> Tensor:
     return torch.where(position < lengths[:, None], position + 1.0, 0.0)
 
 
-def _shared_out(query: Tensor, key: Tensor) -> Tensor:
-    """Keys, or values, such that every thread of a CPU has as much to do.
+def _shared_out(key: Tensor, blocks: list[Block], H: int) -> Tensor:
+    """Keys, or values, for each query head on a CPU, if threads would wait for each other otherwise; else as they are.
 
-    Batched products go to threads matrix by matrix, one for each key/value head: three of them take two threads as long
-    as four would. Where they would be idle for much longer, every query head gets its own instead.
+    Batched products go to threads matrix by matrix, one for each key/value head of each document in a block: three take
+    two threads as long as four would (measured with two; one alone they share). The price is memory for keys and values
+    of all heads.
     """
-    B, K, G = len(query), *_groups(query, key)
+    largest = blocks[-1][2][:1] if blocks else []
+    matrices, groups = sum(len(key[b]) for b in largest) * key.shape[1], H // key.shape[1]
     threads = torch.get_num_threads()
-    if query.device.type != "cpu" or G == 1 or B * K == 1:
+    if key.device.type != "cpu" or groups == 1 or matrices <= threads:
         return key
 
-    def idle(matrices: int) -> float:
-        return -matrices % threads / matrices
+    def idle(count: int) -> float:
+        return -count % threads / count
 
-    return key.repeat_interleave(G, 1) if idle(B * K) - idle(B * K * G) > SHARED_OUT else key
+    return key.repeat_interleave(groups, 1) if idle(matrices) - idle(matrices * groups) > IDLE else key
 
 
 def _groups(query: Tensor, key: Tensor) -> tuple[int, int]:
     return key.shape[1], query.shape[1] // key.shape[1]
 
 
-def _buffer(query: Tensor, start: int) -> Tensor:
+def _buffer(query: Tensor, blocks: list[Block], start: int, window: int | None) -> Tensor:
     """Memory for the scores of any block: fresh memory for each would take as long to come by as its sums."""
-    blocks = _query_blocks(query, start)
-    largest = max(((b.stop - b.start) * (hi - lo) * (hi - start) for lo, hi, rows in blocks for b in rows), default=0)
-    return torch.empty(query.shape[1] * largest, dtype=torch.float32, device=query.device)
+    sizes = (
+        (b.stop - b.start) * (hi - lo) * _reach(hi - lo, hi - start, window) for lo, hi, rows in blocks for b in rows
+    )
+    return torch.empty(query.shape[1] * max(sizes, default=0), dtype=torch.float32, device=query.device)
 
 
-def _query_blocks(query: Tensor, start: int) -> list[tuple[int, int, list[slice]]]:
+def _reach(queries: int, keys: int, window: int | None) -> int:
+    """How many of the keys up to theirs a block of queries sees."""
+    return keys if window is None else min(keys, queries - 1 + window)
+
+
+def _query_blocks(query: Tensor, start: int, window: int | None) -> list[Block]:
     """Cut queries from `start` on, and documents, so that a block of scores stays within the limits above."""
     B, H, T, _ = query.shape
-    blocks, columns, size = [], max(1, T - start), QUERY_BLOCK
+    blocks, size, keys = [], QUERY_BLOCK, max(1, _reach(2 * QUERY_BLOCK, T - start, window))
     if B * H * size < FEW_ROWS:
-        size = min(max(size, SCORE_ELEMENTS // (B * H * columns)), 2 * size)
-    size = max(1, min(size, ALONE_ELEMENTS // (H * columns)))
+        size = min(max(size, SCORE_ELEMENTS // max(1, B * H * keys)), 2 * size)
+    size = max(1, min(size, ALONE_ELEMENTS // (H * keys)))
     for low in range(start, T, size):
         high = min(low + size, T)
-        step = max(1, SCORE_ELEMENTS // (H * (high - low) * (high - start)))
+        step = max(1, SCORE_ELEMENTS // (H * (high - low) * _reach(high - low, high - start, window)))
         blocks.append((low, high, [slice(b, min(b + step, B)) for b in range(0, B, step)]))
     return blocks
 

@@ -3,7 +3,8 @@ all tokens. On CUDA devices Triton's twins of these do what fills the time, wher
 
 Attention runs once through a fused kernel that also hands out the row log-sum-exp; attention received is then the
 weighted column sum of `exp(scores - logsumexp)`, taken block by block over queries. Where no fused kernel gives a
-log-sum-exp (soft cap, a sliding window shorter than the document, unequal head sizes) a blockwise softmax does both.
+log-sum-exp (soft cap, a sliding window shorter than the document, unequal head sizes), and on a CPU wherever that is
+faster, a blockwise softmax does both.
 
 Dimensions: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head or hidden size, V vocabulary, N
     picked tokens.
