@@ -228,7 +228,8 @@ def _described(rules: Sequence[Rule], limits: Sequence[Limits]) -> dict[str, Any
 
 
 def _spread(numbers: Doubles) -> dict[str, float]:
-    return {"median": float(np.median(numbers)), "min": float(numbers.min()), "max": float(numbers.max())}
+    median = 2 * float(np.median(numbers / 2))  # the sum of two in the middle could exceed every number
+    return {"median": median, "min": float(numbers.min()), "max": float(numbers.max())}
 
 
 def _inert(

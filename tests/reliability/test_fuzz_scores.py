@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -287,3 +288,13 @@ def test_a_fence_beyond_all_numbers_drops_nothing_and_has_no_infinite_threshold(
     nothing = np.zeros(60, dtype=bool)
     made = check_selection(sixty_tokens(), config, nothing, nothing)
     assert made.keep.all() and "fires on nothing" in " ".join(made.warnings)
+
+
+@pytest.mark.parametrize("fence", [0.8e308, 1.7e308])
+def test_the_median_of_two_thresholds_is_a_number_although_their_sum_is_none(fence: float) -> None:
+    rule = {"drop": {"fence": fence}, "scope": "document"}
+    config = XTFConfig.parse({"preset": "none", "reasoning_importance": rule})
+    ends = {"keys": np.zeros((2, 16), dtype=np.uint8), "offsets": np.asarray([0, 30, 60]), "counts": np.ones(2, int)}
+    quartiles = {"reasoning_importance": np.repeat(np.float32([0, 1, 0, 1]), 15)}  # 0 and 1: the threshold is -fence
+    made = check_selection(replace(sixty_tokens(), **ends, **quartiles), config, *np.zeros((2, 60), dtype=bool))
+    assert made.thresholds["reasoning_importance"]["drops"]["below"]["median"] == -fence
