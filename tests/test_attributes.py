@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xtf_plugin import attributes, blockwise, kernels, packing
+from xtf_plugin import attributes, kernels, packing
 
 # B, H, K, T, D: aligned and ragged
 SHAPES = [(1, 4, 4, 64, 16), (3, 4, 2, 150, 16), (2, 6, 1, 129, 24), (2, 2, 2, 7, 8), (3, 6, 3, 100, 8)]
@@ -88,13 +88,6 @@ class TestAttentionReceived:
         scores = low[0] @ low[1].repeat_interleave(shape[1] // shape[2], 1).transpose(-1, -2) * scaling
         naive_map = scores.masked_fill(~attributes.visible(shape[3], None), float("-inf")).softmax(-1)
         parity(truth, fast, received_from_map(naive_map, lengths), slack=5e-4)
-
-    def test_blocks_change_nothing(self, monkeypatch):
-        query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
-        whole = kernels.attention_received(query, key, lengths, scaling=scaling)
-        monkeypatch.setattr(blockwise, "QUERY_BLOCK", 7)
-        monkeypatch.setattr(blockwise, "SCORE_ELEMENTS", 1)
-        assert torch.allclose(whole, kernels.attention_received(query, key, lengths, scaling=scaling), equal_nan=True)
 
     def test_padding_has_no_say(self):
         query, key, lengths, scaling = planted((3, 4, 2, 150, 16))

@@ -33,7 +33,10 @@ def test_heads_shared_out_to_threads_change_nothing(shape, threads, heads, optio
         assert torch.allclose(alone, shared, atol=1e-5 if dtype is torch.float32 else 2e-2, equal_nan=True)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"FEW_ROWS": 0}, {"ALONE_ELEMENTS": 1}, {"SCORE_ELEMENTS": 1}], ids=str)
+SIZES = [{}, {"FEW_ROWS": 0}, {"ALONE_ELEMENTS": 1}, {"SCORE_ELEMENTS": 1}, {"QUERY_BLOCK": 7, "SCORE_ELEMENTS": 1}]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("window", [None, 9, 100])
 def test_sizes_of_blocks_change_nothing(sizes, window, monkeypatch):
     query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
