@@ -14,15 +14,16 @@ def scores(model, input_ids, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each token (NaN for the first) and attention received (NaN for the last), (T,) each."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    output = model(input_ids=torch.as_tensor(input_ids)[None], output_attentions=True, use_cache=False)
+    given = torch.as_tensor(input_ids, device=model.device)
+    output = model(input_ids=given[None], output_attentions=True, use_cache=False)
     model.config._attn_implementation = before
     T = len(input_ids)
     logprobs = torch.full((T,), float("nan"))
     picked = output.logits[0, :-1].float().log_softmax(-1)
-    logprobs[1:] = picked.gather(-1, torch.as_tensor(input_ids)[1:, None])[:, 0]
+    logprobs[1:] = picked.gather(-1, given[1:, None])[:, 0].cpu()
     received = torch.zeros(T)
     for layer in layers:
-        A = output.attentions[layer][0].float().mean(0)  # (T, T)
+        A = output.attentions[layer][0].float().mean(0).cpu()  # (T, T)
         for k in range(T - 1):
             q = torch.arange(k + 1, T)
             received[k] += ((q + 1) * A[q, k]).mean() / len(layers)

@@ -31,6 +31,7 @@ from tests.benchmarks import (
     reach,
 )
 from tests.benchmarks.bench_scoring import make_documents, make_model
+from tests.gpu.parts import PARTS, Settings
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/benchmarks.md"
@@ -49,7 +50,16 @@ MARKS = {  # of the programs that have a `--smoke`
     bench_step: "bench_step",
     bench_streaming: "streaming",
 }
-OTHER_MARKS = {"agreement", "profile_gpu", "reach", "scoring 150M"}
+REAL = {"real models", "real models, agreement"}
+OTHER_MARKS = {
+    "agreement",
+    "profile_gpu",
+    "reach",
+    "scoring 150M",
+    "gpu sft",
+    *REAL,
+    *(mark.replace("models", "models, gpu", 1) for mark in REAL),
+}
 
 
 def words(program, tmp_path) -> list[str]:
@@ -86,11 +96,13 @@ def test_every_mark_of_the_page_has_a_program_and_every_program_a_make_target():
     assert sorted(marks) == sorted([*MARKS.values(), *OTHER_MARKS])
     named = "".join(
         subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for target in ("bench", "bench-long", "bench-gpu")
+        for target in ("bench", "bench-long")
     )
+    on_a_gpu = Settings(Path("out"), Path("docs/benchmarks.md"), smoke=False)
+    named += "\n".join(" ".join(part.command(on_a_gpu)) for part in PARTS)  # what `make gpu` runs
     commands = [line for line in named.splitlines() if "-m tests.benchmarks." in line]
     run = {re.search(r"tests\.benchmarks\.(\w+)", line)[1] for line in commands}
-    assert run == {program.__name__.split(".")[-1] for program in MARKS} | {"agreement", "cost", "reach"}
+    assert run == {program.__name__.split(".")[-1] for program in MARKS} | {"agreement", "bench_real", "cost", "reach"}
     assert all("--write docs/" in line for line in commands)
 
 

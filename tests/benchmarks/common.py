@@ -39,9 +39,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def commit() -> str:
+    """The short name of the commit; where there is no repository, in an unpacked kit (tests/gpu), $XTF_COMMIT."""
+    if "XTF_COMMIT" in os.environ:
+        return os.environ["XTF_COMMIT"]
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
 def machine() -> str:
     """Hardware, versions and commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     cpu = "unknown"
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as handle:
@@ -49,8 +56,20 @@ def machine() -> str:
     gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; " if torch.cuda.is_available() else ""
     return (
         f"{gpu}{torch.get_num_threads()} threads of {cpu}; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {version('transformers')}; commit {commit or 'unknown'}"
+        f"torch {torch.__version__}, transformers {version('transformers')}; commit {commit()}"
     )
+
+
+def peak_allocated(procedure: Callable[[], Any]) -> float:
+    """MB that a procedure allocates on the GPU at its peak over what was there before; NaN without a GPU."""
+    if not torch.cuda.is_available():
+        return float("nan")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    procedure()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def settled() -> float:

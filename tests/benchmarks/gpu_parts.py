@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.benchmarks import bench_authors, bench_reference, bench_run, bench_step, reach
 from tests.benchmarks.bench_scoring import floor, make_documents, make_model, xtf
-from tests.benchmarks.common import device, in_turn, rounds
+from tests.benchmarks.common import device, in_turn, peak_allocated, rounds
 from xtf_plugin import kernels, triton_dispatch
 
 BF16 = torch.bfloat16
@@ -80,18 +80,6 @@ def large_model(sizes: Sizes) -> LlamaForCausalLM:
         return LlamaForCausalLM(sizes.config).to(BF16).eval()
 
 
-def peak(procedure: Callable[[], Any]) -> float:
-    """MB that a procedure allocates at its peak over what was there before; NaN without a GPU."""
-    if not torch.cuda.is_available():
-        return float("nan")
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    procedure()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
 def of(count: int, wanted: int) -> str:
     """What to say where time was short."""
     return "" if count == wanted else f", median of {count}"
@@ -108,7 +96,8 @@ def scoring(which: str, sizes: Sizes, repeats: int, until: float) -> Rows:
     }
     times = rounds(procedures, repeats, until)
     memory = {
-        name: statistics.median(peak(procedure) for _ in range(repeats)) for name, procedure in procedures.items()
+        name: statistics.median(peak_allocated(procedure) for _ in range(repeats))
+        for name, procedure in procedures.items()
     }
     base = statistics.median(times["floor"])
     for name, took in times.items():
