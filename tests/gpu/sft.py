@@ -1,0 +1,131 @@
+"""The stock `trl sft` on a real model: 4-bit QLoRA with an `xtf:` block, as a user types it, and without one.
+
+    python -m tests.gpu.sft --output FOLDER [--smoke] [--write docs/benchmarks.md]
+
+The demo's recipe and data, in bfloat16 on a GPU. Three runs, each the stock command in a process of its own: the
+default block; all three attributes with rules that drop something, so that attention is recorded and masks are not
+empty; no block. A run fails this program if the command does, if its loss is no number, if not every document was
+scored, or if the rules that drop something drop nothing. XTF itself holds every batch against its plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tests import real, tiny
+from tests.benchmarks.common import publish
+
+STOCK = [sys.executable, "-c", "from trl.cli import main; main()", "sft", "--config"]  # what the command `trl` does
+DROPPING = {
+    "reasoning_importance": {"layers": "all", "drop": {"quantile": 0.1}},
+    "knowledge_novelty": {"drop": {"quantile": 0.1}},
+    "task_relevance": {"drop": {"quantile": 0.1}},
+}
+RUNS: dict[str, dict[str, Any] | None] = {
+    "xtf, default": {"preset": "default"},
+    "xtf, all three attributes": DROPPING,
+    "without xtf": None,
+}
+HEAD = ["run", "training, s", "peak MB on the GPU", "loss, first and last", "kept", "scored documents"]
+ROWS, STEPS = 96, 12
+
+
+def prepare(output: Path, smoke: bool) -> dict[str, Any]:
+    """Write model and data where they are missing; the recipe without its block."""
+    data = output / "demo"
+    words = [sys.executable, str(real.ROOT / "recipes/demo/prepare.py"), "--output", str(data)]
+    subprocess.run(words, check=True)
+    recipe = yaml.safe_load((real.ROOT / "recipes/demo.yaml").read_text(encoding="utf-8"))
+    gpu = torch.cuda.is_available()
+    recipe |= {
+        "model_name_or_path": str(real.MODELS / real.SMOLLM2),
+        "dataset_name": str(data / "data"),
+        "dtype": "bfloat16" if gpu else "float32",
+        "bf16": gpu,
+        "use_cpu": not gpu,
+        "max_steps": STEPS,
+        "eval_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "skip_memory_metrics": False,
+    }
+    if smoke:
+        tiny.save_base(output / "base")
+        train = data / "data/train.jsonl"
+        few = train.read_text(encoding="utf-8").splitlines(keepends=True)[:8]
+        train.write_text("".join(few), encoding="utf-8")
+        recipe |= {"model_name_or_path": str(output / "base"), "max_steps": 1}
+    return recipe
+
+
+def run(name: str, recipe: dict[str, Any], output: Path) -> tuple[list[str], list[str]]:
+    """One run of the stock command; its row of the table, and what is wrong with it."""
+    block, folder = RUNS[name], output / re.sub(r"\W+", "-", name)
+    recipe = {**recipe, "output_dir": str(folder)}
+    if block is not None:
+        recipe["xtf"] = {**block, "cache_dir": str(folder / "cache")}
+    path = output / f"{folder.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    result = subprocess.run([*STOCK, str(path)], capture_output=True, text=True, check=False, env={**os.environ})
+    print(f"== {name}: exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}", flush=True)
+    printed = result.stdout + result.stderr
+    losses = numbers(printed, "loss")
+    wrong = [] if result.returncode == 0 else [f"exit code {result.returncode}"]
+    wrong += [] if losses and all(map(math.isfinite, losses)) else ["no finite loss"]
+    kept, scored = "–", "–"
+    if block is not None and not wrong:
+        facts = json.loads((folder / "xtf/summary.json").read_text(encoding="utf-8"))
+        kept, scored = f"{facts['totals']['kept_fraction']:.1%}", str(facts["scoring"]["scored_documents"])
+        wrong += [] if facts["scoring"]["scored_documents"] == facts["totals"]["documents"] else ["not all was scored"]
+        wrong += [] if facts["reference"]["quantization"] == "nf4/fp4" else ["the reference is not in 4 bits"]
+        dropped = facts["totals"]["dropped_tokens"]
+        wrong += ["nothing was dropped"] if block is DROPPING and not dropped else []
+    took, memory = numbers(printed, "train_runtime"), numbers(printed, "train_mem_gpu_peaked_delta")
+    held = numbers(printed, "train_mem_gpu_alloc_delta")
+    peak = f"{(memory[-1] + max(0.0, held[-1] if held else 0.0)) / 1e6:,.0f}" if memory else "–"
+    loss = f"{losses[0]:.3f}, {losses[-1]:.3f}" if losses else "–"
+    return [name, f"{took[-1]:.1f}" if took else "–", peak, loss, kept, scored], wrong
+
+
+def numbers(printed: str, key: str) -> list[float]:
+    """The values of a key in the dictionaries that the trainer prints."""
+    return [float(value) for value in re.findall(rf"'{key}': '?(-?[\d.e+-]+|nan|inf)'?", printed)]
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--write", type=Path, help="put the table into this page too")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, one step")
+    options = parser.parse_args(given)
+    options.output.mkdir(parents=True, exist_ok=True)
+    recipe, rows, faults = prepare(options.output.resolve(), options.smoke), [], []
+    for name in list(RUNS)[: 2 if options.smoke else None]:
+        row, wrong = run(name, recipe, options.output.resolve())
+        rows.append(row)
+        faults += [f"{name}: {what}" for what in wrong]
+    publish(
+        "gpu sft",
+        f"{recipe['max_steps']} steps of the demo's recipe on SmolLM2-135M-Instruct",
+        HEAD,
+        rows,
+        options.write,
+    )
+    print(*faults, sep="\n")
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
