@@ -76,3 +76,46 @@ class TestTrial:
         reference.forward = lambda ids, *args, **options: tried.append(ids.shape[-1]) or own(ids, *args, **options)
         trial.check(documents, np.arange(4), reference, ())
         assert reference.narrows and max(tried) == 90
+
+
+class TestRounding:
+    """A model that rounds coarsely is not taken for one that does something unknown; one that does is still refused."""
+
+    def test_what_rounding_accounts_for_is_allowed(self, monkeypatch):
+        reference = Reference(tiny.model(), "tiny")
+        own, asked = trial._own_attention, []
+
+        def noisy(reference, attention):
+            asked.append(attention)
+            return own(reference, attention)
+
+        monkeypatch.setattr(trial, "_own_attention", noisy)
+        monkeypatch.setattr(trial, "_rounding", lambda run, theirs: run() is not None and 1.0)
+        gap = trial._mean_gap
+        monkeypatch.setattr(trial, "_mean_gap", lambda one, two: gap(one, two) + 0.5)
+        trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
+        assert asked == ["eager", "sdpa"]
+
+    def test_how_far_the_models_own_forward_moves(self):
+        truth = torch.zeros(4)
+        assert trial._rounding(lambda: truth + 0.25, truth) == 0.25
+        assert trial._rounding(lambda: truth + float("nan"), truth) == 0.0
+
+        def refuses():
+            raise ValueError("does not support an attention implementation through sdpa")
+
+        assert trial._rounding(refuses, truth) == 0.0
+
+    def test_a_model_that_does_something_else_is_refused_however_it_attends(self):
+        model = tiny.model()
+        forward = type(model).forward
+
+        class Odd(type(model)):
+            def forward(self, *args, **kwargs):
+                output = forward(self, *args, **kwargs)
+                output.logits = output.logits * 1.5
+                return output
+
+        model.__class__ = Odd
+        with pytest.raises(XTFError, match="log-probabilities differ from the model's own forward"):
+            trial.against_own_forward(Reference(model, "odd"), torch.arange(5, 60), 1e-3, ())

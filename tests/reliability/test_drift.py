@@ -7,30 +7,21 @@ lies within 1e-4 (float32) of a threshold.
 from __future__ import annotations
 
 import itertools
-import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests import reliability, tiny
-from tests.reliability import LONG, amount, record
+from tests import real, reliability, tiny
+from tests.reliability import amount, record
 from tests.reliability.trainers import BAND, callback, in_band, made, moved, ranks
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFConfig
 from xtf_plugin.documents import collect
 from xtf_plugin.pipeline import Plan, make_plan
 from xtf_plugin.selection import rule_bits
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes/demo"))  # the demo is a folder of scripts, not a package
-
-import prepare  # noqa: E402
-from settings import BaseSettings, DemoSettings  # noqa: E402
 
 # rules of every kind of threshold: a share of a document, a bound, classes of the dataset, second looks
 BLOCK = {
@@ -196,7 +187,6 @@ class TestTheJudge:
             hold(one, two)
 
 
-SMALL = BaseSettings(vocabulary=600, hidden=64, intermediate=128, layers=2, length=128, batch=8, steps=60, warmup=10)
 PRECISIONS = {
     "fp32": {"dtype": torch.float32},
     "bf16": {"dtype": torch.bfloat16},
@@ -206,41 +196,25 @@ PRECISIONS = {
         "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     },
 }
+TRIED = amount(("fp32", "nf4"), tuple(PRECISIONS))
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The demo's base model and data; a smaller one that is trained in seconds, except in the long form."""
-    settings = DemoSettings() if LONG else DemoSettings(train_rows=40, test_rows=5, corpus_documents=300, base=SMALL)
-    folder = ROOT / ".demo"
-    if not LONG or not prepare.is_current(folder, settings):
-        folder = tmp_path_factory.mktemp("demo")
-        prepare.prepare(folder, settings)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def plans(demo, tmp_path_factory):
-    """Plans of the demo's data by one reference in several precisions."""
-    fast = AutoTokenizer.from_pretrained(demo / "base")
-    made_, lines = [], (demo / "data/train.jsonl").read_text().splitlines()[: amount(40, 800)]
-    for row in map(json.loads, lines):
-        prompt = fast(row["prompt"])["input_ids"]
-        ids = prompt + fast(row["completion"], add_special_tokens=False)["input_ids"] + [fast.eos_token_id]
-        made_.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
-    documents, cache = collect(made_), tmp_path_factory.mktemp("cache")
-    block = {"preset": "default", "reasoning_importance": True, "knowledge_novelty": True, "task_relevance": True}
+def plans(tmp_path_factory):
+    """Plans of the demo's answers by SmolLM2 in several precisions."""
+    folder, fast = real.MODELS / real.SMOLLM2, real.tokenizer(real.SMOLLM2)
+    documents, cache = real.documents(real.SMOLLM2, amount(6, 100)), tmp_path_factory.mktemp("cache")
     return {
-        name: plan(cache, documents, AutoModelForCausalLM.from_pretrained(demo / "base", **options), block, fast)
-        for name, options in PRECISIONS.items()
+        name: plan(cache, documents, AutoModelForCausalLM.from_pretrained(folder, **PRECISIONS[name]), BLOCK, fast)
+        for name in TRIED
     }
 
 
-@pytest.mark.skipif(not LONG, reason="the smaller model of the short form says no more than the tiny ones above")
-def test_batch_size_changes_nothing_for_a_model_that_has_learnt(demo, plans, tmp_path):
-    model, fast = AutoModelForCausalLM.from_pretrained(demo / "base"), AutoTokenizer.from_pretrained(demo / "base")
-    block = {**plans["fp32"].config.to_dict(), "batch_tokens": 700}
-    hold(plans["fp32"], plan(tmp_path, plans["fp32"].documents, model, block, fast))
+@real.needs(real.SMOLLM2)
+def test_batch_size_changes_nothing_for_a_real_model(plans, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(real.MODELS / real.SMOLLM2, **PRECISIONS["fp32"])
+    one = plans["fp32"]
+    hold(one, plan(tmp_path, one.documents, model, BLOCK, real.tokenizer(real.SMOLLM2), batch_tokens=700))
 
 
 def shares(one, two):
@@ -251,7 +225,8 @@ def shares(one, two):
     return {name: {"fires": a.mean(), "then": b.mean(), "changes": (a != b).mean()} for name, (a, b) in found.items()}
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.combinations(PRECISIONS, 2))
+@real.needs(real.SMOLLM2)
+@pytest.mark.parametrize(("before", "after"), list(itertools.combinations(TRIED, 2)))
 def test_masks_follow_the_references_precision_but_not_far(plans, before, after):
     """Decisions of two precisions have far more in common than by chance, or they would not be about the tokens: at
     most half as many tokens change as if one of them had drawn its tokens at random.
@@ -267,7 +242,18 @@ def test_masks_follow_the_references_precision_but_not_far(plans, before, after)
         assert found["task_relevance"]["changes"] == 0, "embeddings are not quantised"
 
 
-def test_fewer_bits_move_masks_further(plans):
-    """4 bits of weight round more than 8, whatever the model: log-probabilities move further."""
-    exact, rough = (np.abs(plans[name].scores.logprobs - plans["fp32"].scores.logprobs) for name in ("int8", "nf4"))
-    assert 0 < np.nanmedian(exact) < np.nanmedian(rough)
+@real.needs(real.SMOLLM2)
+def test_eight_bits_are_no_reason_to_refuse_a_model(tmp_path, caplog):
+    """LLM.int8() rounds by what else is in the batch: a real model's own forward moves by 0.1 nats and more when its
+    attention adds up in another order. A user is warned of it, and not told that the architecture is unknown.
+    """
+    model = AutoModelForCausalLM.from_pretrained(real.MODELS / real.SMOLLM2, **PRECISIONS["int8"])
+    documents = real.documents(real.SMOLLM2, amount(2, 12))
+    one, two = (
+        plan(tmp_path / str(tokens), documents, model, BLOCK, real.tokenizer(real.SMOLLM2), batch_tokens=tokens)
+        for tokens in (1, 4_096)
+    )
+    assert "other batches give somewhat other scores" in caplog.text
+    moved = float(np.nanmean(np.abs(one.scores.logprobs - two.scores.logprobs)))
+    record("int8: scores of other batches", tokens=len(one.selection.keep), log_probability=moved)
+    assert BAND < moved < 1.0, "no longer so: the warning can go"
