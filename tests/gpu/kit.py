@@ -45,8 +45,16 @@ DISTRIBUTION = "xtf-plugin"
 BESIDES = ("gguf", "psutil", "pytest")  # what the runner needs besides the package
 OWN = ("torch", "triton", "nvidia-", "cuda-")  # the machine's: made for its driver
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
-# Axolotl needs many packages; these are what its LoRA kernels import.
-AXOLOTL: tuple[str, ...] = ("axolotl==0.19.0",)
+# Axolotl asks for many packages; these are what importing its LoRA kernels takes besides those of the package.
+AXOLOTL = {
+    "axolotl": "0.19.0",
+    "addict": "2.4.0",
+    "evaluate": "0.4.1",
+    "opentelemetry-api": "1.45.2",
+    "pillow": "11.3.0",
+    "protobuf": "6.33.6",
+    "wandb": "0.31.0",
+}
 
 
 def read_freeze(text: str) -> dict[str, str]:
@@ -186,7 +194,9 @@ def main(given: Sequence[str] | None = None) -> int:
     if changed.stdout.strip():
         print(f"The kit holds the last commit, not what is changed since:\n{changed.stdout}", file=sys.stderr)
     have = read_freeze(options.have.read_text(encoding="utf-8")) if options.have else {}
-    wanted = [*needed(have, options.python), *(AXOLOTL if options.axolotl else ())]
+    wanted = needed(have, options.python)
+    if options.axolotl:
+        wanted += [f"{name}=={version}" for name, version in AXOLOTL.items() if name not in have]
     print("packages:", *wanted, flush=True)
     with tempfile.TemporaryDirectory() as name:
         wheels, groups = Path(name) / "wheels", [("base", Path(name) / "base.tar")]
