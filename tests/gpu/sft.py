@@ -39,7 +39,7 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "without xtf": None,
 }
 HEAD = ["run", "training, s", "peak MB on the GPU", "loss, first and last", "kept", "scored documents"]
-ROWS, STEPS = 96, 12
+STEPS = 12
 
 
 def prepare(output: Path, smoke: bool) -> dict[str, Any]:
@@ -55,6 +55,7 @@ def prepare(output: Path, smoke: bool) -> dict[str, Any]:
         "dtype": "bfloat16" if gpu else "float32",
         "bf16": gpu,
         "use_cpu": not gpu,
+        "lora_target_modules": "all-linear",
         "max_steps": STEPS,
         "eval_strategy": "no",
         "logging_steps": 1,
