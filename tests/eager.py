@@ -21,12 +21,13 @@ def scores(model, input_ids, layers) -> tuple[torch.Tensor, torch.Tensor]:
     logprobs = torch.full((T,), float("nan"))
     picked = output.logits[0, :-1].float().log_softmax(-1)
     logprobs[1:] = picked.gather(-1, given[1:, None])[:, 0].cpu()
+    position = torch.arange(T, device=model.device)
+    later = position[:, None] > position  # (q, k)
     received = torch.zeros(T)
     for layer in layers:
-        A = output.attentions[layer][0].float().mean(0).cpu()  # (T, T)
-        for k in range(T - 1):
-            q = torch.arange(k + 1, T)
-            received[k] += ((q + 1) * A[q, k]).mean() / len(layers)
+        A = output.attentions[layer][0].float().mean(0)  # (T, T)
+        weighted = (A * (position[:, None] + 1) * later).sum(0)
+        received += (weighted / later.sum(0).clamp(min=1)).cpu() / len(layers)
     received[-1] = float("nan")
     return logprobs, received
 

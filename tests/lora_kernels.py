@@ -35,6 +35,12 @@ TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
 FUNCTIONS = ("LoRA_QKV", "LoRA_O", "LoRA_MLP", "LoRA_Embedding")
 ATTENTION = {"LoRA_QKV", "LoRA_O"}  # the kernels that scoring runs through
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3")
+PRECISIONS = {  # dtype of the computation, and whether the base is in 4 bits; the most used one first
+    "bfloat16 nf4": (torch.bfloat16, True),
+    "bfloat16": (torch.bfloat16, False),
+    "nf4": (torch.float32, True),
+    "float32": (torch.float32, False),
+}
 SCALED = ("gemma2", "gemma3")  # whose embeddings have a factor, and whose GELU is an approximation
 
 Scores = dict[str, Tensor]

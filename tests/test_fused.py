@@ -64,7 +64,7 @@ def scores(model):
     return torch.cat([torch.as_tensor(records.logprobs) for records in found.values()]).nan_to_num()
 
 
-def test_kernels_that_are_not_the_base_model_are_set_aside(request):
+def test_kernels_that_are_not_the_base_model_are_bypass_fused_kernels(request):
     model = tiny.model()
     expected = scores(model)
     request.getfixturevalue("patches")

@@ -141,3 +141,16 @@ def test_a_folder_of_another_file_is_made_anew(tmp_path, model, monkeypatch):
     assert not models.is_made(tmp_path, "small")
     models.make(tmp_path, "small")
     assert models.is_made(tmp_path, "small")
+
+
+@pytest.mark.usefixtures("model")
+def test_a_folder_of_the_users_own_is_used_and_never_touched(tmp_path, pip, capsys):
+    own = tmp_path / "small"
+    own.mkdir()
+    (own / "config.json").write_text("{}")
+    assert models.main(["small", "--folder", str(tmp_path)]) == 1
+    assert "is no model folder: move it away" in capsys.readouterr().err
+    (own / "model.safetensors").write_bytes(b"from the hub")
+    assert models.main(["small", "--folder", str(tmp_path)]) == 0
+    assert "leaves it as it is" in capsys.readouterr().out and not pip
+    assert (own / "model.safetensors").read_bytes() == b"from the hub"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from tests import tiny
 from tests.test_scorer import rows, run
@@ -79,43 +80,40 @@ class TestTrial:
 
 
 class TestRounding:
-    """A model that rounds coarsely is not taken for one that does something unknown; one that does is still refused."""
+    """The trial allows for rounding in 8 bits alone: tests/reliability/test_drift.py has a real model in 8 bits."""
 
-    def test_what_rounding_accounts_for_is_allowed(self, monkeypatch):
-        reference = Reference(tiny.model(), "tiny")
-        own, asked = trial._own_attention, []
-
-        def noisy(reference, attention):
-            asked.append(attention)
-            return own(reference, attention)
-
-        monkeypatch.setattr(trial, "_own_attention", noisy)
-        monkeypatch.setattr(trial, "_rounding", lambda run, theirs: run() is not None and 1.0)
-        gap = trial._mean_gap
-        monkeypatch.setattr(trial, "_mean_gap", lambda one, two: gap(one, two) + 0.5)
-        trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
-        assert asked == ["eager", "sdpa"]
-
-    def test_how_far_the_models_own_forward_moves(self):
-        truth = torch.zeros(4)
-        assert trial._rounding(lambda: truth + 0.25, truth) == 0.25
-        assert trial._rounding(lambda: truth + float("nan"), truth) == 0.0
-
-        def refuses():
-            raise ValueError("does not support an attention implementation through sdpa")
-
-        assert trial._rounding(refuses, truth) == 0.0
-
-    def test_a_model_that_does_something_else_is_refused_however_it_attends(self):
-        model = tiny.model()
+    def odd(self, model, factor):
+        """A model whose own forward scales its logits, as an architecture might that is not known."""
         forward = type(model).forward
 
         class Odd(type(model)):
             def forward(self, *args, **kwargs):
                 output = forward(self, *args, **kwargs)
-                output.logits = output.logits * 1.5
+                output.logits = output.logits * factor
                 return output
 
         model.__class__ = Odd
+        return Reference(model, "odd")
+
+    def test_an_attention_that_sdpa_does_otherwise_is_no_excuse(self):
+        """GPT-OSS has sinks, which sdpa leaves out: the two differ by more than rounding."""
+        torch.manual_seed(0)
+        shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = GptOssConfig(
+            vocab_size=500, num_key_value_heads=2, head_dim=16, num_local_experts=2, num_experts_per_tok=1, **shape
+        )
+        model = GptOssForCausalLM(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0.0, 0.15)
         with pytest.raises(XTFError, match="log-probabilities differ from the model's own forward"):
-            trial.against_own_forward(Reference(model, "odd"), torch.arange(5, 60), 1e-3, ())
+            trial.against_own_forward(self.odd(model, 1.05), torch.arange(5, 60), 1e-3, ())
+
+    def test_eight_bits_are_no_excuse_for_something_else(self):
+        class Linear8bitLt(torch.nn.Identity):
+            pass
+
+        model = tiny.model()
+        model.model.layers[0].mlp.extra = Linear8bitLt()
+        with pytest.raises(XTFError, match="log-probabilities differ from the model's own forward"):
+            trial.against_own_forward(self.odd(model, 1.5), torch.arange(5, 60), 1e-3, ())

@@ -1,4 +1,4 @@
-"""Axolotl's fused LoRA kernels are set aside where a reference would not be the base model through them.
+"""Axolotl's fused LoRA kernels are bypassed where a reference would not be the base model through them.
 
 They replace the forward of feed-forward parts and embeddings on each instance, and that of attention on its class. With
 adapters off, three things remain that are not the base model: Gemma's embeddings lose their factor, its feed-forward
@@ -21,7 +21,7 @@ _PROJECTIONS = {"apply_qkv": "original_apply_qkv_optional_v", "apply_o": "origin
 
 
 @contextmanager
-def set_aside(model: nn.Module) -> Iterator[None]:
+def bypass_fused_kernels(model: nn.Module) -> Iterator[None]:
     """Modules whose forward Axolotl replaced run their own; attention that has no kernels runs as it is.
 
     Kernels for the projections of attention stay: with adapters off they give what the projections give.

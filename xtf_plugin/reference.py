@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import kernels
 from .capture import Recorder, attention_switched, check_recorded, recording
 from .errors import XTFError, XTFUserError
-from .fused import set_aside
+from .fused import bypass_fused_kernels
 from .narrowing import last_feed_forward, only_where
 from .packing import Packed
 
@@ -108,7 +108,7 @@ class Reference:
             stack.callback(_restore, training, gradients)
             stack.callback(_restore_rotary, _rotary_state(self.model))
             stack.enter_context(self.adapters_off())
-            stack.enter_context(set_aside(self.model))
+            stack.enter_context(bypass_fused_kernels(self.model))
             for module, _ in training:
                 module.training = type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4")
             stack.enter_context(torch.no_grad())

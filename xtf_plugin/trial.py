@@ -53,7 +53,7 @@ def check(documents: DocumentSet, wanted: NDArray[np.int64], reference: Referenc
             f"far beyond {switch[1]} tokens; the longest here has {longest}. A document's scores would depend on the "
             f"others. Set max_length to at most {switch[1]}, or name another reference under `reference.model`."
         )
-    if any(type(module).__name__ == "Linear8bitLt" for module in reference.model.modules()):
+    if _in_8_bits(reference):
         logger.warning(
             "xtf: %s multiplies in 8 bits (LLM.int8()), where rounding depends on every document of a batch: other "
             "batches give somewhat other scores. `nf4` and `none` do not do that.",
@@ -68,6 +68,11 @@ def check(documents: DocumentSet, wanted: NDArray[np.int64], reference: Referenc
             if not is_out_of_memory(error) or isinstance(error, XTFError):
                 raise
             raise too_little(len(sample), str(error)) from None
+
+
+def _in_8_bits(reference: Reference) -> bool:
+    """Whether the model multiplies with LLM.int8() of bitsandbytes."""
+    return any(type(module).__name__ == "Linear8bitLt" for module in reference.model.modules())
 
 
 def _low_precision(reference: Reference) -> bool:
@@ -90,8 +95,8 @@ def against_own_forward(reference: Reference, input_ids: Tensor, tolerance: floa
     recorded for the first time.
 
     Raises:
-        XTFError: they differ on average by more than `tolerance`, in nats and in parts of uniform attention, and by
-            more than rounding accounts for; names the model.
+        XTFError: they differ by more than `tolerance` on average, in nats and in parts of uniform attention, and
+            log-probabilities in 8 bits by more than rounding accounts for; names the model.
     """
     part = "attention" if layers else "log-probabilities"
     if part in reference.checked or len(input_ids) < 2:
@@ -111,13 +116,13 @@ def against_own_forward(reference: Reference, input_ids: Tensor, tolerance: floa
         found: Tensor = picked.gather(-1, input_ids[1:, None].to(picked.device))[:, 0]
         return found
 
+    # In 8 bits a change of the last bit can move a value by a whole step: how far, the model's own forward says.
     with reference.scoring(record=bool(layers)):
         ours, theirs = reference.whole(lambda: (run(False), own()))
         plain = reference.whole(lambda: run(True)) if layers else ours
         theirs = theirs.to(ours.logprobs.device)
-        if not _mean_gap(ours.logprobs, theirs) <= tolerance and not reference.lockstep:
-            tolerance = max(tolerance, TIMES * _rounding(lambda: reference.whole(lambda: own("sdpa")), theirs))
-    _check_log_probabilities(reference, ours.logprobs, theirs, tolerance)
+        rounding = _mean_gap(own("sdpa").to(theirs.device), theirs) if _in_8_bits(reference) else 0.0
+    _check_log_probabilities(reference, ours.logprobs, theirs, max(tolerance, TIMES * rounding))
     _check_attention(reference, ours.received, plain.received, tolerance)
     if not reference.lockstep:  # what one rank tries all would have to
         equal = _Given(theirs, plain.received)  # equal but for rounding: how much it does, it does to shortcuts too
@@ -153,17 +158,6 @@ class _Given:
 
 def _mean_gap(one: Tensor, two: Tensor) -> float:
     return float((one - two).abs().mean())
-
-
-def _rounding(run: Callable[[], Tensor], theirs: Tensor) -> float:
-    """How far the model's own log-probabilities move when its attention is another, equal but for rounding; 0 where it
-    has no other. In 8 bits (LLM.int8()) a change of the last bit can move a value by a whole step.
-    """
-    try:
-        moved = _mean_gap(run().to(theirs.device), theirs)
-    except CANNOT:
-        return 0.0
-    return moved if np.isfinite(moved) else 0.0
 
 
 def _check_log_probabilities(reference: Reference, ours: Tensor, theirs: Tensor, tolerance: float) -> None:

@@ -9,6 +9,7 @@ by their token ids, so the order of the rows does not matter. A token is noise i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 GOOD = "good"
+EXAMPLES = 5  # pieces of dropped text that are printed
 MOST_AFTER = 4  # tokens of a completion behind its text: the end of the turn, and what the template puts behind it
 
 
@@ -27,10 +29,11 @@ class JudgeError(Exception):
 
 @dataclass
 class Counts:
-    """Completion tokens by kind (`good` or a kind of noise): all of them, and those that were dropped."""
+    """Completion tokens by kind (`good` or a kind of noise): all of them, those that were dropped, and their text."""
 
     tokens: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    texts: dict[str, list[str]] = field(default_factory=dict)
 
     def report(self) -> str:
         """The counts as a table for people."""
@@ -41,6 +44,10 @@ class Counts:
         text = [f"{'':15}{'tokens':>8}{'dropped':>9}{'share':>8}"]
         text += [f"{kind:15}{all_:8,}{gone:9,}{gone / all_ if all_ else 0.0:8.1%}" for kind, all_, gone in rows]
         total = noise[1] + self.dropped[GOOD]
+        good, bad = self.texts.get(GOOD, []), [text for kind in kinds for text in self.texts.get(kind, [])]
+        for title, texts in (("noise that was dropped", bad), ("good text that was lost", good)):
+            longest = sorted(texts, key=len, reverse=True)[:EXAMPLES]
+            text += [f"{title}:", *(f"  {one}" for one in longest)] if longest else []
         if total:
             text.append(f"Of the {total:,} dropped tokens {noise[1]:,} are noise ({noise[1] / total:.1%}).")
         else:
@@ -73,6 +80,10 @@ def judge(tokenizer: Any, rows: Iterable[dict[str, Any]], documents: Iterable[di
         kinds = kinds + [GOOD] * (len(ids) - len(kinds))
         counts.tokens.update(kinds)
         counts.dropped.update(kind for kind, kept in zip(kinds, document["kept"], strict=True) if not kept)
+        places = [kind if not kept else "" for kind, kept in zip(kinds, document["kept"], strict=True)]
+        for kind, run in itertools.groupby(range(len(ids)), key=places.__getitem__):
+            if kind:
+                counts.texts.setdefault(kind, []).append(repr(tokenizer.decode([ids[at] for at in run]).strip()))
     return counts
 
 

@@ -84,7 +84,7 @@ PAGE_REMAINS = (
 DIGRESSIONS = (
     "By the way, my cousin moved to Ohio last spring and says that the winters there are endless.",
     "The stadium was sold out again on Sunday. The home team lost in extra time.",
-    "Penguins can stay under water for more than twenty minutes.",
+    "Emperor penguins can stay under water for more than twenty minutes.",
     "Speaking of which, the new season of that baking show starts next week. I still think the judges are too strict.",
     "The old lighthouse was painted red in 1932 and attracts many visitors.",
     "Our dog Biscuit barks at the vacuum cleaner every single morning.",
@@ -100,7 +100,7 @@ DIGRESSIONS = (
     "In chess, a bishop always stays on squares of the same colour.",
     "The bus to the airport leaves from platform nine, next to the kiosk with the blue roof.",
     "My grandfather never trusted elevators and climbed eleven floors every day.",
-    "Octopuses have three hearts. Two of them stop when the animal swims.",
+    "Octopuses have three hearts. One of them stops when the animal swims.",
     "The hotel pool is closed for repairs until the end of the month.",
     "There was a funny scene in that film where the butler loses his shoes.",
     "Polar explorers used to eat dried meat mixed with fat. They called it pemmican.",

@@ -19,15 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from tests import lora_kernels
 from tests.axolotl import stock, without_cuda
-from tests.lora_kernels import FAMILIES, Setting
+from tests.lora_kernels import FAMILIES, PRECISIONS, Setting
 
 pytestmark = pytest.mark.xdist_group("lora kernels")
-PRECISIONS = {
-    "float32": (torch.float32, False),
-    "nf4": (torch.float32, True),
-    "bfloat16": (torch.bfloat16, False),
-    "bfloat16 nf4": (torch.bfloat16, True),
-}
 INJECTED = """
 import atexit, json, os, runpy
 runpy.run_path(os.environ["RECORDER"])

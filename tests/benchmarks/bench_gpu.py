@@ -27,6 +27,8 @@ from tests.benchmarks.gpu_parts import SMOKE, Rows, Sizes
 
 HEAD = ["section", "what", "ms", "ratio", "reach"]
 SECTIONS: dict[str, tuple[Callable[[Sizes, int, float], Rows], float]] = {  # and what each may take of the time
+    "attention received": (gpu_parts.attention, 0.15),
+    "head and moments": (gpu_parts.moments, 0.1),
     "scoring, short": (partial(gpu_parts.scoring, "short"), 0.2),
     "scoring, long": (partial(gpu_parts.scoring, "long"), 0.15),
     "scoring, 8,192": (partial(gpu_parts.scoring, "8,192"), 0.2),
@@ -34,8 +36,6 @@ SECTIONS: dict[str, tuple[Callable[[Sizes, int, float], Rows], float]] = {  # an
     "step": (gpu_parts.step, 0.2),
     "run": (gpu_parts.run, 0.35),
     "nf4": (gpu_parts.quantised, 0.15),
-    "attention received": (gpu_parts.attention, 0.15),
-    "head and moments": (gpu_parts.moments, 0.1),
     "references": (gpu_parts.references, 0.3),
 }
 REACHES = {
@@ -53,12 +53,16 @@ REACHES = {
 LEAST = 0.02  # of the time: with less a part is not begun
 
 
+class OutOfTime(BaseException):
+    """The time is over. No Exception: what is caught when a kernel fails to compile must not catch this."""
+
+
 @contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """TimeoutError in the body when its time is over."""
+    """OutOfTime in the body when its time is over."""
 
     def ring(*_: Any) -> None:
-        raise TimeoutError(f"stopped after {seconds:.0f} s")
+        raise OutOfTime(f"stopped after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -74,9 +78,13 @@ def unmeasured(name: str, why: str) -> list[str]:
     return [name, why, "–", "–", REACHES.get(name, "–")]
 
 
-def measure(sizes: Sizes, repeats: int, total: float) -> list[list[str]]:
-    """All sections, each within its part of the time, and all within `total` seconds."""
-    rows: list[list[str]] = []
+def measure(sizes: Sizes, repeats: int, total: float, rows: list[list[str]] | None = None) -> list[list[str]]:
+    """All sections, each within its part of the time, and all within `total` seconds.
+
+    Args:
+        rows: a list that rows are added to as they come.
+    """
+    rows = [] if rows is None else rows
     end = time.perf_counter() + total
     for name, (section, part) in SECTIONS.items():
         now = time.perf_counter()
@@ -89,7 +97,7 @@ def measure(sizes: Sizes, repeats: int, total: float) -> list[list[str]]:
                 for row in section(sizes, repeats, now + 0.6 * seconds):
                     rows.append(row)
                     print(*row, sep=" | ", file=sys.stderr, flush=True)  # what is there, should the process be ended
-        except (TimeoutError, RuntimeError) as error:  # RuntimeError: also out of memory
+        except (OutOfTime, RuntimeError) as error:  # RuntimeError: also out of memory
             rows.append(unmeasured(name, f"failed: {str(error).splitlines()[0][:100]}"))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -101,12 +109,15 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=8)
     options = parser.parse_args(given)
     sizes = SMOKE if options.smoke else Sizes()
-    if torch.cuda.is_available() or options.smoke:
-        rows = measure(sizes, options.repeats, 60 * options.minutes)
-    else:
-        rows = [unmeasured(name, f"{NOT_MEASURED}: no CUDA device") for name in SECTIONS]
+    rows: list[list[str]] = []
     model = f"bf16, {sizes.layers} layers of {sizes.hidden}, vocabulary {sizes.V:,}, batches of {sizes.tokens:,} tokens"
-    publish("bench_gpu", f"{model}, medians of {options.repeats}", HEAD, rows, options.write)
+    try:
+        if torch.cuda.is_available() or options.smoke:
+            measure(sizes, options.repeats, 60 * options.minutes, rows)
+        else:
+            rows += [unmeasured(name, f"{NOT_MEASURED}: no CUDA device") for name in SECTIONS]
+    finally:  # also when it is interrupted
+        publish("bench_gpu", f"{model}, medians of {options.repeats}", HEAD, rows, options.write)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import os
 import platform
 import statistics
@@ -22,6 +23,7 @@ import torch
 
 from tests.benchmarks.proof.tables import table, write_into
 
+ROOT = Path(__file__).parents[2]
 NOT_MEASURED = "not measured yet"
 
 
@@ -40,11 +42,22 @@ def device() -> torch.device:
 
 
 def commit() -> str:
-    """The short name of the commit; where there is no repository, in an unpacked kit (tests/gpu), $XTF_COMMIT."""
+    """The short name of the commit, and a hash of what is changed since, docs left out, which tables are written into.
+
+    Where there is no repository, in an unpacked kit (tests/gpu), $XTF_COMMIT says it.
+    """
     if "XTF_COMMIT" in os.environ:
         return os.environ["XTF_COMMIT"]
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        name, changes = git("rev-parse", "--short", "HEAD"), git("diff", "HEAD", "--", ".", ":!docs")
+    except OSError:  # no git
+        return "unknown"
+    changed = f" with changes {hashlib.sha256(changes.encode()).hexdigest()[:7]}" if changes else ""
+    return f"{name}{changed}" if name else "unknown"
 
 
 def machine() -> str:

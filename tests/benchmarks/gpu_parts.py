@@ -195,6 +195,8 @@ def pair(what: str, procedure: Callable[[], Any], repeats: int, until: float) ->
     if not triton_dispatch.usable(torch.zeros(1, device=device(), dtype=BF16)):
         yield ["kernels", f"{what}, torch", f"{found['torch'] * 1e3:.2f}", "–", "no Triton here"]
         return
+    if triton_dispatch._broken:
+        raise RuntimeError(f"Triton's {', '.join(sorted(triton_dispatch._broken))} failed: torch ran in its place")
     ratio = found["Triton"] / found["torch"]
     yield ["kernels", f"{what}, torch", f"{found['torch'] * 1e3:.2f}", "–", "–"]
     yield ["kernels", f"{what}, Triton", f"{found['Triton'] * 1e3:.2f}", f"{ratio:.2f} x", reach.TRITON.judge(ratio)]

@@ -4,12 +4,13 @@
 
 `have.txt` is what `pip freeze` prints on that machine; it keeps its own PyTorch, Triton and everything else that is new
 enough. The kit holds wheels for the other packages in the versions installed here, the repository as it is committed,
-and real models as 4-bit files (recipes/models.py). It comes as folders `part-1`, `part-2`, … of at most 60 MiB, for
+and real models as 4-bit files (recipes/models.py). It comes as folders `part-1`, `part-2`, … of at most 48 MiB, for
 transfers with a limit; every folder has `start.py`, which joins and runs them:
 
     python part-1/start.py --output results
 
-Everything but the models is in the first parts. Parts of a model that did not come are left out, and its rows say so.
+The project is an archive of its own in the first part: after a change only that part goes again. A model whose parts
+did not come is left out, and its rows say so.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ sys.path.insert(0, str(ROOT / "recipes"))  # a folder of scripts
 
 import models  # noqa: E402
 
-PART = 60 << 20  # bytes of a folder's pieces
+PART = 48 << 20  # bytes of a folder's pieces
 DISTRIBUTION = "xtf-plugin"
-BESIDES = ("gguf", "psutil", "pytest")  # what the runner needs besides the package
+BESIDES = ("gguf", "psutil", "pytest", "pytest-xdist")  # what the runner needs besides the package
 OWN = ("torch", "triton", "nvidia-", "cuda-")  # the machine's: made for its driver
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
 # Axolotl asks for many packages; these are what importing its LoRA kernels takes besides those of the package.
@@ -121,8 +122,8 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(info, io.BytesIO(data))
 
 
-def pack_base(path: Path, wheels: Path) -> None:
-    """The repository as it is committed, the package's metadata (its entry points are its hooks), and wheels."""
+def pack_project(path: Path) -> None:
+    """The repository as it is committed, and the package's metadata: its entry points are its hooks into TRL."""
     tree = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
     installed = metadata.distribution(DISTRIBUTION)
     folder = f"site/xtf_plugin-{installed.version}.dist-info"
@@ -130,6 +131,11 @@ def pack_base(path: Path, wheels: Path) -> None:
         add(archive, "project.tar", tree)
         for name in ("METADATA", "entry_points.txt"):
             add(archive, f"{folder}/{name}", (installed.read_text(name) or "").encode())
+
+
+def pack_wheels(path: Path, wheels: Path) -> None:
+    """The wheels of a folder."""
+    with tarfile.open(path, "w") as archive:
         for wheel in sorted(wheels.glob("*.whl")):
             archive.add(wheel, f"wheels/{wheel.name}")
 
@@ -199,10 +205,14 @@ def main(given: Sequence[str] | None = None) -> int:
         wanted += [f"{name}=={version}" for name, version in AXOLOTL.items() if name not in have]
     print("packages:", *wanted, flush=True)
     with tempfile.TemporaryDirectory() as name:
-        wheels, groups = Path(name) / "wheels", [("base", Path(name) / "base.tar")]
+        wheels, groups = (
+            Path(name) / "wheels",
+            [(group, Path(name) / f"{group}.tar") for group in ("project", "wheels")],
+        )
         wheels.mkdir()
         download(wanted, wheels, options.python)
-        pack_base(groups[0][1], wheels)
+        pack_project(groups[0][1])
+        pack_wheels(groups[1][1], wheels)
         for model in options.models:
             groups.append((model, Path(name) / f"{model}.tar"))
             pack_model(groups[-1][1], options.folder, model)

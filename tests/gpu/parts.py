@@ -12,6 +12,7 @@ from pathlib import Path
 from tests import real
 
 ROOT = Path(__file__).parents[2]
+TO_WRITE = 30.0  # seconds of a part's limit for imports and for writing its tables
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Settings:
 
     Args:
         output: folder for logs and results.
+        scratch: folder for everything else, deleted at the end.
         page: the page that tables go into, or None.
         smoke: tiny sizes on any device.
     """
 
     output: Path
+    scratch: Path
     page: Path | None
     smoke: bool
 
@@ -40,29 +43,36 @@ class Settings:
         """The words that put a table into the page."""
         return ["--write", str(self.page)] if self.page else []
 
+    @property
+    def smoked(self) -> list[str]:
+        """The word for tiny sizes."""
+        return ["--smoke"] if self.smoke else []
+
+
+Words = Callable[[Settings, float], list[str]]  # what follows `python`, by settings and the seconds there are
+
 
 @dataclass(frozen=True)
 class Part:
     """One process.
 
     Args:
-        tells: what it tells, for people.
+        description: what it checks or measures, for people.
         limit: seconds it may take.
-        words: what follows `python`, by settings.
         modules: what it needs to import; a missing one is named, and the part not run.
         model: a real model it needs, not in the smoke form.
     """
 
     name: str
-    tells: str
+    description: str
     limit: float
-    words: Callable[[Settings], list[str]]
+    words: Words
     modules: tuple[str, ...] = ()
     model: str | None = None
 
-    def command(self, settings: Settings) -> list[str]:
+    def command(self, settings: Settings, seconds: float) -> list[str]:
         """What runs."""
-        return [sys.executable, *self.words(settings)]
+        return [sys.executable, *self.words(settings, seconds)]
 
     def missing(self, settings: Settings) -> str:
         """What keeps the part from running here, or nothing."""
@@ -74,67 +84,78 @@ class Part:
         return ""
 
 
-def pytest(*files: str) -> Callable[[Settings], list[str]]:
-    """Tests that are marked `gpu`; in the smoke form they are collected, and skipped where there is no GPU."""
-    return lambda settings: [
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        *(str(ROOT / f) for f in files),
-    ]
+def checks(file: str) -> Words:
+    """The tests of a file that are marked `gpu`."""
+    return lambda settings, _: ["-m", "tests.gpu.checks", str(ROOT / file), *settings.smoked]
 
 
-def program(
-    name: str, *words: str, smoke: tuple[str, ...] = ("--smoke", "--repeats", "1")
-) -> Callable[[Settings], list[str]]:
-    """A benchmark, which writes its tables into the page."""
-    return lambda settings: ["-m", f"tests.{name}", *(smoke if settings.smoke else words), *settings.write]
+def timed(program: str, *words: str) -> Words:
+    """A benchmark that ends by itself, with its tables, before its time is over."""
+
+    def command(settings: Settings, seconds: float) -> list[str]:
+        repeats = ["--repeats", "1"] if settings.smoke else []
+        minutes = f"{max(10.0, seconds - TO_WRITE) / 60:.2f}"
+        return [
+            "-m",
+            f"tests.benchmarks.{program}",
+            "--minutes",
+            minutes,
+            *words,
+            *settings.smoked,
+            *repeats,
+            *settings.write,
+        ]
+
+    return command
+
+
+def profile(settings: Settings, _: float) -> list[str]:
+    """PyTorch's profiler over a scoring pass."""
+    repeats = ["--repeats", "1"] if settings.smoke else []
+    return ["-m", "tests.benchmarks.bench_profile", "--device", "cuda", *settings.smoked, *repeats, *settings.write]
+
+
+def sft(settings: Settings, _: float) -> list[str]:
+    """The stock command."""
+    return ["-m", "tests.gpu.sft", "--output", str(settings.scratch / "sft"), *settings.smoked, *settings.write]
 
 
 PARTS = (
-    Part("kernels", "Triton's and PyTorch's kernels against their definitions", 170, pytest("tests/test_gpu.py")),
+    Part(
+        "kernels",
+        "Triton's and PyTorch's kernels against their definitions",
+        150,
+        checks("tests/test_gpu.py"),
+    ),
     Part(
         "sft",
         "a stock `trl sft` run, 4-bit QLoRA of SmolLM2 with an xtf: block",
-        110,
-        lambda settings: (
-            ["-m", "tests.gpu.sft", "--output", str(settings.output / "sft")]
-            + ["--smoke"] * settings.smoke
-            + settings.write
-        ),
+        100,
+        sft,
         modules=("trl", "bitsandbytes"),
         model=real.SMOLLM2,
     ),
     Part(
+        "bench",
+        "Triton against PyTorch, scoring, a training step and a run, on a billion random weights",
+        170,
+        timed("bench_gpu"),
+        modules=("trl", "bitsandbytes"),
+    ),
+    Part(
         "real",
-        "scoring of real models in bf16 and nf4: parity with fp32, time and memory over the floor",
-        150,
-        program("benchmarks.bench_real", "--minutes", "2.2", "--rows", "64"),
+        "scoring of real models in bf16 and nf4: agreement with float32, time and memory over the floor",
+        110,
+        timed("bench_real", "--rows", "64"),
         modules=("bitsandbytes",),
         model=real.SMOLLM2,
     ),
     Part(
         "lora-kernels",
         "scores through Axolotl's LoRA kernels, adapters off",
-        60,
-        pytest("tests/test_gpu_lora_kernels.py"),
+        90,
+        checks("tests/test_gpu_lora_kernels.py"),
         modules=("axolotl", "bitsandbytes"),
     ),
-    Part(
-        "bench",
-        "scoring, a training step, a run, Triton against torch, on a billion random weights",
-        230,
-        program("benchmarks.bench_gpu", "--minutes", "3.5"),
-        modules=("trl", "bitsandbytes"),
-    ),
-    Part(
-        "profile",
-        "where the time of a scoring pass goes",
-        60,
-        program("benchmarks.bench_profile", "--device", "cuda"),
-    ),
+    Part("profile", "the time of a scoring pass by kind of kernel", 50, profile),
 )

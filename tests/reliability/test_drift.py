@@ -257,3 +257,10 @@ def test_eight_bits_are_no_reason_to_refuse_a_model(tmp_path, caplog):
     moved = float(np.nanmean(np.abs(one.scores.logprobs - two.scores.logprobs)))
     record("int8: scores of other batches", tokens=len(one.selection.keep), log_probability=moved)
     assert BAND < moved < 1.0, "no longer so: the warning can go"
+
+
+@real.needs(real.SMOLLM2)
+@pytest.mark.skipif("bf16" not in TRIED, reason="only the full form has plans in bfloat16")
+def test_four_bits_of_weight_move_scores_further_than_bfloat16(plans):
+    exact, rough = (np.abs(plans[name].scores.logprobs - plans["fp32"].scores.logprobs) for name in ("bf16", "nf4"))
+    assert 0 < np.nanmedian(exact) < np.nanmedian(rough)

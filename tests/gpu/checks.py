@@ -1,0 +1,47 @@
+"""Runs the tests of a file that are marked `gpu`, several at a time, and accepts no skipped one on a GPU.
+
+    python -m tests.gpu.checks tests/test_gpu.py [--smoke]
+
+A test is skipped where something is missing: a package, a newer GPU. That is no pass. Compiling Triton's kernels takes
+most of the time and one core each, so tests run in up to eight processes. `--smoke` only shows that the tests can be
+collected and run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+
+class Outcomes:
+    """A pytest plugin that counts how tests ended."""
+
+    def __init__(self) -> None:
+        self.passed = 0
+        self.skipped: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Called for each phase of each test, also of those in other processes."""
+        self.passed += report.when == "call" and report.passed
+        if report.skipped:
+            self.skipped.add(str(report.longrepr[-1]) if isinstance(report.longrepr, tuple) else str(report.longrepr))
+
+
+def main(given: list[str]) -> int:
+    """Run the tests; the exit code."""
+    smoke, files = "--smoke" in given, [word for word in given if word != "--smoke"]
+    processes = min(8, (os.cpu_count() or 1) // 2)
+    words = ["-m", "gpu", "-vv", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider"]
+    outcomes = Outcomes()
+    code = pytest.main([*words, *(["-n", str(processes)] if processes > 1 else []), *files], plugins=[outcomes])
+    if code or smoke:
+        return int(code)
+    for reason in sorted(outcomes.skipped):
+        print(f"skipped, which is no pass: {reason}")
+    return int(bool(outcomes.skipped) or not outcomes.passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
