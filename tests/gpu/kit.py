@@ -128,7 +128,7 @@ def pack_project(path: Path) -> None:
     installed = metadata.distribution(DISTRIBUTION)
     folder = f"site/xtf_plugin-{installed.version}.dist-info"
     with tarfile.open(path, "w") as archive:
-        add(archive, "project.tar", tree)
+        add(archive, "tree.tar", tree)
         for name in ("METADATA", "entry_points.txt"):
             add(archive, f"{folder}/{name}", (installed.read_text(name) or "").encode())
 

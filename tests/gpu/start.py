@@ -42,7 +42,7 @@ def join(folder: Path, group: dict, output: Path) -> str:
         folder: holds the part folders.
         group: the manifest's entry, with paths and hashes of the pieces.
     """
-    archive = output / f"{group['group']}.tar"
+    archive = output / ".joined.tar"
     with archive.open("wb") as joined:
         for piece in group["pieces"]:
             path = folder / piece["path"]
@@ -80,7 +80,7 @@ def unpack_project(folder: Path, group: dict, output: Path) -> str:
         return ""
     fault = join(folder, group, emptied(output))
     if not fault:
-        extract(output / "project.tar", output / "project")
+        extract(output / "tree.tar", output / "project")
         (output / DONE).write_text(identity(group), encoding="utf-8")
     return fault
 
