@@ -77,6 +77,8 @@ def _in_8_bits(reference: Reference) -> bool:
 
 def _low_precision(reference: Reference) -> bool:
     """Whether any part of the forward runs in 16 bits; QLoRA keeps norms in float32 around a bfloat16 product."""
+    if _in_8_bits(reference):  # its inputs are float16, whatever the model's dtype
+        return True
     low = (torch.float16, torch.bfloat16)
     with reference.autocast():
         if torch.is_autocast_enabled(reference.device.type):

@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.bench_gpu [--minutes 8] [--write docs/benchmarks.md]
 
-The scoring pass against the floor, the published procedure, a training step, a whole run, weights in 4 bits, Triton's
-kernels against their twins in torch, and other references (`gpu_parts`), the most important first. Each part has a
-time limit; one that hits it, or fails, says so in its row, and the next one begins. Parts that are left when all of the
-time is used up are not measured, and say so. Without a GPU every row says that nothing was measured; `--smoke` runs
-tiny sizes on whatever device there is.
+Triton's kernels against their twins in torch, the scoring pass against the floor, the published procedure, a training
+step, a whole run, weights in 4 bits, and other references (`gpu_parts`), the most important first. Each part has a
+time limit; one that hits it, or fails, says so in its row, and the next one begins; the exit code is 1 then. Parts
+that are left when all of the time is used up are not measured, and say so. Without a GPU every row says that nothing
+was measured; `--smoke` runs tiny sizes on whatever device there is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -34,7 +35,7 @@ SECTIONS: dict[str, tuple[Callable[[Sizes, int, float], Rows], float]] = {  # an
     "scoring, 8,192": (partial(gpu_parts.scoring, "8,192"), 0.2),
     "authors": (gpu_parts.authors, 0.2),
     "step": (gpu_parts.step, 0.2),
-    "run": (gpu_parts.run, 0.35),
+    "run": (gpu_parts.run, 0.5),
     "nf4": (gpu_parts.quantised, 0.15),
     "references": (gpu_parts.references, 0.3),
 }
@@ -97,14 +98,16 @@ def measure(sizes: Sizes, repeats: int, total: float, rows: list[list[str]] | No
                 for row in section(sizes, repeats, now + 0.6 * seconds):
                     rows.append(row)
                     print(*row, sep=" | ", file=sys.stderr, flush=True)  # what is there, should the process be ended
-        except (OutOfTime, RuntimeError) as error:  # RuntimeError: also out of memory
-            rows.append(unmeasured(name, f"failed: {str(error).splitlines()[0][:100]}"))
+        except (OutOfTime, Exception) as error:
+            traceback.print_exc()
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            rows.append(unmeasured(name, f"failed: {what[:100]}"))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return rows
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(given: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--minutes", type=float, default=8)
     options = parser.parse_args(given)
@@ -118,7 +121,8 @@ def main(given: Sequence[str] | None = None) -> None:
             rows += [unmeasured(name, f"{NOT_MEASURED}: no CUDA device") for name in SECTIONS]
     finally:  # also when it is interrupted
         publish("bench_gpu", f"{model}, medians of {options.repeats}", HEAD, rows, options.write)
+    return int(any(row[1].startswith("failed") for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -122,6 +122,8 @@ def parts(procedure: Callable[[], Any], repeats: int, gpu: bool) -> tuple[float,
             found[kind_of_operation(event)] += event.self_cpu_time_total
         elif gpu and event.device_type != DeviceType.CPU and not getattr(event, "is_user_annotation", False):
             found[kind_of_kernel(event.name)] += event.time_range.elapsed_us()
+    if not found:
+        raise RuntimeError("the profiler saw nothing on this device")
     taken = {kind: found[kind] / 1e3 / repeats for kind in KINDS}
     taken[REST] = whole - sum(taken[kind] for kind in KINDS if kind != REST)
     return whole, taken
@@ -144,11 +146,11 @@ def on_cpu(repeats: int, smoke: bool) -> list[list[str]]:
     return rows
 
 
-def on_gpu(repeats: int) -> list[list[str]]:
-    """The model of bench_gpu, on its documents."""
+def on_gpu(repeats: int, rows: list[list[str]]) -> None:
+    """The model of bench_gpu, on its documents; rows are added as they come."""
     from tests.benchmarks import gpu_parts
 
-    sizes, rows = gpu_parts.Sizes(), []
+    sizes = gpu_parts.Sizes()
     model, layers = gpu_parts.large_model(sizes), tuple(range(sizes.layers))
     for name, lengths in sizes.documents.items():
         documents = make_documents(lengths, sizes.V)
@@ -159,21 +161,23 @@ def on_gpu(repeats: int) -> list[list[str]]:
         }
         for which, procedure in procedures.items():
             rows.append(row(f"bf16 {name}", which, *parts(procedure, repeats, True)))
-    return rows
 
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, repeats=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(given)
-    if options.device == "cpu":
-        rows = on_cpu(options.repeats, options.smoke)
-    elif torch.cuda.is_available():
-        rows = on_gpu(options.repeats)
-    else:
-        rows = [[f"{NOT_MEASURED}: no CUDA device", *["–"] * (len(HEAD) - 1)]]
     mark = "profile" if options.device == "cpu" else "profile_gpu"
-    publish(mark, f"means of {options.repeats} runs under the profiler", HEAD, rows, options.write)
+    rows: list[list[str]] = []
+    try:
+        if options.device == "cpu":
+            rows += on_cpu(options.repeats, options.smoke)
+        elif torch.cuda.is_available():
+            on_gpu(options.repeats, rows)
+        else:
+            rows.append([f"{NOT_MEASURED}: no CUDA device", *["–"] * (len(HEAD) - 1)])
+    finally:  # also when it is interrupted
+        publish(mark, f"means of {options.repeats} runs under the profiler", HEAD, rows, options.write)
 
 
 if __name__ == "__main__":

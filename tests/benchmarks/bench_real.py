@@ -113,12 +113,15 @@ def measure(
 
     What cannot begin before `end`, a time of `time.perf_counter`, is not measured, and says so.
     """
-    for number, (name, precision) in enumerate(pairs := [(n, p) for n in names for p in precisions]):
+    here = [name for name in names if name == SMOKE or real.is_made(name)]
+
+    def unmeasured(name: str, precision: str, why: str) -> None:
+        costs.append([f"{name}, {precision}", f"{NOT_MEASURED}: {why}", *["–"] * (len(COST) - 2)])
+
+    for number, (name, precision) in enumerate(pairs := [(n, p) for n in here for p in precisions]):
         left = (end - time.perf_counter()) / (len(pairs) - number)
-        why = "" if name == SMOKE or real.is_made(name) else "no such model here: make models"
-        why = why or ("out of time" if left <= 0 else "")
-        if why:
-            costs.append([f"{name}, {precision}", f"{NOT_MEASURED}: {why}", *["–"] * (len(COST) - 2)])
+        if left <= 0:
+            unmeasured(name, precision, "out of time")
             continue
         load, documents = given(name, precision, count)
         model = load()
@@ -128,6 +131,9 @@ def measure(
         print(*agreements[-2:], sep="\n", flush=True)
         del model, load
         gc.collect()
+    for name in [name for name in names if name not in here]:
+        for precision in precisions:
+            unmeasured(name, precision, "no such model here: make models")
 
 
 def collect_first(documents: DocumentSet, count: int) -> DocumentSet:

@@ -95,10 +95,7 @@ def scoring(which: str, sizes: Sizes, repeats: int, until: float) -> Rows:
         "xtf, RI on all layers": partial(xtf, model, documents, layers, budget),
     }
     times = rounds(procedures, repeats, until)
-    memory = {
-        name: statistics.median(peak_allocated(procedure) for _ in range(repeats))
-        for name, procedure in procedures.items()
-    }
+    memory = {name: peak_allocated(procedure) for name, procedure in procedures.items()}
     base = statistics.median(times["floor"])
     for name, took in times.items():
         ratio, taken = statistics.median(took) / base, memory[name] / memory["floor"]

@@ -32,7 +32,7 @@ from tests.gpu.parts import PARTS, Part, Settings
 
 RESULTS = "results.jsonl"
 LEAST = 10.0  # seconds: with less left a part is not begun
-GRACE = 8.0  # seconds between asking a part to end, so that it can write what it has, and ending it
+GRACE = 13.0  # seconds between asking a part to end, so that it can write what it has, and ending it
 LAST_LINES = 15
 
 
@@ -163,6 +163,9 @@ def main(given: Sequence[str] | None = None) -> int:
         )
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the part that runs is ended too
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell may have it ignored, and parts would inherit that
     options.output.mkdir(parents=True, exist_ok=True)
     parts = [part for part in PARTS if not options.only or part.name in options.only]
     print(f"{machine()}\n", flush=True)

@@ -34,8 +34,6 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.benchmarks.common import commit
-
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))  # a folder of scripts
 
@@ -176,7 +174,11 @@ def make_kit(output: Path, groups: Iterable[tuple[str, Path]], limit: int = PART
     """Write the part folders of some archives, replacing an earlier kit; the folders."""
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.resolve().parent))
     used: list[int] = []
-    manifest = {"commit": commit(), "groups": [split(name, path, staging, limit, used) for name, path in groups]}
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
+    manifest = {
+        "commit": head.stdout.strip(),
+        "groups": [split(name, path, staging, limit, used) for name, path in groups],
+    }
     parts = sorted(staging.glob("part-*"), key=lambda part: int(part.name.removeprefix("part-")))
     for part in parts:
         shutil.copy(Path(__file__).with_name("start.py"), part)

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ HEAD = [
     "scored documents",
 ]
 STEPS = 12
+LIMIT = 45 if torch.cuda.is_available() else 600  # seconds of a run
 
 
 def prepare(output: Path, smoke: bool) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def prepare(output: Path, smoke: bool) -> dict[str, Any]:
         "logging_steps": 1,
         "disable_tqdm": True,
         "skip_memory_metrics": False,
+        "logging_nan_inf_filter": False,  # else a loss that is no number is logged as the one before
     }
     if smoke:
         tiny.save_base(output / "base")
@@ -88,11 +91,10 @@ def run(name: str, recipe: dict[str, Any], output: Path) -> tuple[list[str], lis
         recipe["xtf"] = {**block, "cache_dir": str(folder / "cache")}
     path = output / f"{folder.name}.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    result = subprocess.run([*STOCK, str(path)], capture_output=True, text=True, check=False, env={**os.environ})
-    print(f"== {name}: exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}", flush=True)
-    printed = result.stdout + result.stderr
+    code, printed = stock(path, folder.with_suffix(".log"))
+    print(f"== {name}: exit code {code}\n{printed[-9_000:]}", flush=True)
     losses = numbers(printed, "loss")
-    wrong = [] if result.returncode == 0 else [f"exit code {result.returncode}"]
+    wrong = [] if code == 0 else [f"exit code {code}"]
     wrong += [] if losses and all(map(math.isfinite, losses)) else ["no finite loss"]
     kept, scored = "–", "–"
     if block is not None and not wrong:
@@ -107,6 +109,26 @@ def run(name: str, recipe: dict[str, Any], output: Path) -> tuple[list[str], lis
     peak = f"{(memory[-1] + held[-1]) / 1e6:,.0f}" if memory and held else "–"  # what stays, and what the peak adds
     loss = f"{losses[0]:.3f}, {losses[-1]:.3f}" if losses else "–"
     return [name, f"{took[-1]:.1f}" if took else "–", peak, loss, kept, scored], wrong
+
+
+def stock(recipe: Path, log: Path) -> tuple[int, str]:
+    """Run the stock command for at most `LIMIT` seconds; its exit code, and what it printed."""
+    with log.open("w", encoding="utf-8") as handle:
+        process = subprocess.Popen([*STOCK, str(recipe)], stdout=handle, stderr=handle, start_new_session=True)
+        try:
+            process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            print(f"stopped after {LIMIT} s", flush=True)
+        finally:  # also when this program is interrupted: the training is a process of its own
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            code = process.wait()
+            printed = log.read_text(encoding="utf-8", errors="replace")
+            if code:
+                print(printed[-9_000:], flush=True)
+    return code, printed
 
 
 def numbers(printed: str, key: str) -> list[float]:

@@ -203,7 +203,7 @@ TRIED = amount(("fp32", "nf4"), tuple(PRECISIONS))
 def plans(tmp_path_factory):
     """Plans of the demo's answers by SmolLM2 in several precisions."""
     folder, fast = real.MODELS / real.SMOLLM2, real.tokenizer(real.SMOLLM2)
-    documents, cache = real.documents(real.SMOLLM2, amount(6, 100)), tmp_path_factory.mktemp("cache")
+    documents, cache = real.documents(real.SMOLLM2, amount(6, 30)), tmp_path_factory.mktemp("cache")
     return {
         name: plan(cache, documents, AutoModelForCausalLM.from_pretrained(folder, **PRECISIONS[name]), BLOCK, fast)
         for name in TRIED
