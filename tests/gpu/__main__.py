@@ -162,10 +162,6 @@ def main(given: Sequence[str] | None = None) -> int:
             f"There is a GPU, but PyTorch {torch.__version__} is built without CUDA: install one with.", file=sys.stderr
         )
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the part that runs is ended too
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell may have it ignored, and parts would inherit that
     options.output.mkdir(parents=True, exist_ok=True)
     parts = [part for part in PARTS if not options.only or part.name in options.only]
     print(f"{machine()}\n", flush=True)
@@ -179,4 +175,6 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the part that runs is ended too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it, and parts would inherit that
     sys.exit(main())
