@@ -118,7 +118,7 @@ PAGE = --write docs/benchmarks.md
 # on real text are left out. Both targets are about CPUs, whatever else the machine has.
 bench bench-long: export CUDA_VISIBLE_DEVICES =
 
-# About 25 minutes on two cores, what is held against a figure first.
+# About 40 minutes on two cores, what is held against a figure first.
 bench: $(STAMP) models  ## the tables of docs/benchmarks.md for a CPU
 	$(BENCH).reach $(PAGE)
 	$(BENCH).bench_scoring $(PAGE)

@@ -123,7 +123,8 @@ def against_own_forward(reference: Reference, input_ids: Tensor, tolerance: floa
         ours, theirs = reference.whole(lambda: (run(False), own()))
         plain = reference.whole(lambda: run(True)) if layers else ours
         theirs = theirs.to(ours.logprobs.device)
-        rounding = _mean_gap(own("sdpa").to(theirs.device), theirs) if _in_8_bits(reference) else 0.0
+        other = reference.whole(lambda: own("sdpa")) if _in_8_bits(reference) else theirs
+        rounding = _mean_gap(other.to(theirs.device), theirs)
     _check_log_probabilities(reference, ours.logprobs, theirs, max(tolerance, TIMES * rounding))
     _check_attention(reference, ours.received, plain.received, tolerance)
     if not reference.lockstep:  # what one rank tries all would have to
