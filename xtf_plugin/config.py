@@ -223,6 +223,11 @@ class XTFConfig(Block):
         return tuple(name for name in ATTRIBUTES if getattr(self, name) is not False)
 
     @property
+    def scores(self) -> dict[str, Any]:
+        """The parts of the block that give a score: attributes that are on, then selectors, by name."""
+        return {name: self.part(name) for name in self.voters}
+
+    @property
     def voters(self) -> tuple[str, ...]:
         """Whose rules `combine` counts: the attributes that are on, then the selectors as the block names them."""
         return (*self.attributes, *self.selectors)

@@ -25,7 +25,6 @@ from .segments import (
     Floats,
     Ints,
     Layout,
-    Scale,
     dataset_quantiles,
     lowest,
     ordered,
@@ -41,8 +40,8 @@ _SHARES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95
 
 @dataclass(frozen=True)
 class Firing:
-    """Where an attribute's rules fire: the tokens (M,), their number in the dataset, thresholds, what to tell, and the
-    rules themselves, to fire on other documents with the same thresholds.
+    """Where an attribute's rules fire: the tokens (M,), their number in the dataset, thresholds, what to tell, the
+    rules themselves, to fire on other documents with the same thresholds, and the scores that they saw (M,).
     """
 
     mask: Bools
@@ -50,6 +49,7 @@ class Firing:
     thresholds: dict[str, Any]
     warnings: list[str]
     rules: Rules
+    seen: Floats
 
 
 def evaluate(
@@ -91,18 +91,18 @@ def evaluate(
         "drops": drops,
     }
     if rules is not None:
-        return Firing(mask, fired, thresholds, warnings, found)
+        return Firing(mask, fired, thresholds, warnings, found, scores)
     warnings += [f"{attribute}: {warning}" for warning in found.warnings]
     for rule, hit in zip(found.rules, hits, strict=True):
         if hit == 0:
-            warnings.append(_inert(attribute, rule, drops, scores, layout, found.display, off))
+            warnings.append(_inert(attribute, rule, drops, scores, layout, off))
     if any(hits) and fired == 0:
         warnings.append(
             f"{attribute}: max_fraction {config.max_fraction} lets no token of any document through (the longest "
             f"completion has {layout.lengths.max()} tokens); raise it, or {off}"
         )
     warnings += _greedy(attribute, fired, layout, off)
-    return Firing(mask, fired, thresholds, warnings, found)
+    return Firing(mask, fired, thresholds, warnings, found, scores)
 
 
 def ready(
@@ -113,10 +113,10 @@ def ready(
     config: AttributeConfig,
     segments: Segments | None = None,
 ) -> tuple[Floats, list[str]]:
-    """Scores as rules take them, after the window and with novelty as surprisal, and what to tell of undefined ones."""
+    """Scores as rules see them, after the window, log-probabilities as novelty; and what to tell of undefined ones."""
     scores, warnings = _defined(attribute, values, positions, layout, isinstance(config, SelectorConfig))
-    surprisal = isinstance(config, KnowledgeNoveltyConfig)
-    return _averaged(-scores if surprisal else scores, layout, config.window, segments), warnings
+    averaged = _averaged(scores, layout, config.window, segments)
+    return -np.expm1(averaged) if isinstance(config, KnowledgeNoveltyConfig) else averaged, warnings
 
 
 def fires(config: AttributeConfig, scores: Floats, layout: Layout) -> tuple[Bools, dict[str, Any]]:
@@ -233,10 +233,10 @@ def _spread(numbers: Doubles) -> dict[str, float]:
 
 
 def _inert(
-    attribute: str, rule: Rule, drops: Mapping[str, Any], scores: Floats, layout: Layout, display: Scale, off: str
+    attribute: str, rule: Rule, drops: Mapping[str, Any], scores: Floats, layout: Layout, off: str
 ) -> str:
     """The warning about a rule that fires on nothing, with the scores it was given."""
-    values = dataset_quantiles(scores, layout, list(_SHARES.values()), display)
+    values = dataset_quantiles(scores, layout, list(_SHARES.values()))
     if np.isnan(values).all():
         return f"{attribute}: the rule {{{rule.name}}} drops nothing, because no score is defined"
     spread = ", ".join(f"{name} {value:.4g}" for name, value in zip(_SHARES, values, strict=True))

@@ -1,13 +1,10 @@
 """The rules of the three attributes, Eq. (5) to (7) and their variants, and of selectors, made ready for a dataset.
 
-Every attribute is brought into the form "low scores are the ones to drop". So novelty enters as surprisal, the negative
-log-probability in nats: `1 - P` in float32 cannot tell apart what the model doubts little from what it does not doubt
-at all. An undefined score (NaN) never fires a rule.
+Low scores are dropped, except by `unknown_below`, which drops high novelty. An undefined score (NaN) fires no rule.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +54,6 @@ class Rules:
 
     rules: Sequence[Rule]
     rank: Callable[[Floats], Floats] = lambda scores: scores
-    display: Scale = identity
     facts: Mapping[str, Any] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
@@ -69,8 +65,8 @@ def prepare(scores: Floats, layout: Layout, config: AttributeConfig) -> Rules:
     """The rules of one attribute or selector with their dataset-level thresholds worked out.
 
     Args:
-        scores: (M,) after the window: attention received, surprisal in nats, task relevance, or what a selector's
-            scorer gave; NaN: undefined.
+        scores: (M,) as the rule sees them, after the window: attention received, knowledge novelty, task relevance, or
+            what a selector's scorer gave; NaN: undefined.
         layout: of the documents' completion tokens.
         config: the attribute's or selector's part of the block.
     """
@@ -89,16 +85,17 @@ def _under(limit: float, scale: Scale = identity) -> Test:
     return lambda scores, layout: (scale(scores.astype(np.float64)) < limit, None)
 
 
+def _single(threshold: float) -> float:
+    """The threshold as a float32 score would hold it: a probability on it is neither above nor below."""
+    return float(np.float32(threshold))
+
+
 def _over(limit: float) -> Test:
     return lambda scores, layout: (scores.astype(np.float64) > limit, None)
 
 
 def _log(values: Doubles) -> Doubles:
     return np.log(np.maximum(values, _TINY))  # 0 is far below every other score, not infinitely so
-
-
-def _novelty(surprisal: Doubles) -> Doubles:
-    return -np.expm1(-surprisal)
 
 
 def _low_rules(
@@ -147,17 +144,17 @@ def _lowest_share(share: float) -> Test:
     return test
 
 
-def _novelty_rules(surprisal: Floats, layout: Layout, config: KnowledgeNoveltyConfig) -> Rules:
+def _novelty_rules(novelty: Floats, layout: Layout, config: KnowledgeNoveltyConfig) -> Rules:
     """Eq. (6), `P > known_above`; its opposite, `P < unknown_below`; or the dataset's lowest share of novelty."""
     drop, rules = config.drop, []
     if drop.quantile is not None:
-        limit = float(dataset_quantiles(surprisal, layout, [drop.quantile], _novelty)[0])
-        rules.append(Rule(f"quantile: {drop.quantile}", _under(limit, _novelty), {"below": limit}))
+        limit = float(dataset_quantiles(novelty, layout, [drop.quantile])[0])
+        rules.append(Rule(f"quantile: {drop.quantile}", _under(limit), {"below": limit}))
     known, unknown = drop.known_above, drop.unknown_below
     if known is not None:
-        rules.append(Rule(f"known_above: {known}", _under(_surprisal(known)), {"below": 1 - known}))
+        rules.append(Rule(f"known_above: {known}", _under(_single(1 - known)), {"below": 1 - known}))
     if unknown is not None:
-        rules.append(Rule(f"unknown_below: {unknown}", _over(_surprisal(unknown)), {"above": 1 - unknown}))
+        rules.append(Rule(f"unknown_below: {unknown}", _over(_single(1 - unknown)), {"above": 1 - unknown}))
 
     def rank(scores: Floats) -> Floats:
         if unknown is None:
@@ -165,15 +162,10 @@ def _novelty_rules(surprisal: Floats, layout: Layout, config: KnowledgeNoveltyCo
         if known is None:
             return -scores
         # what is left of the way from each threshold to certainty: 1 - (P - a) / (1 - a) and 1 - (b - P) / b
-        exact = scores.astype(np.float64)
-        left_known = _novelty(exact) / max(1 - known, _TINY)
-        return np.minimum(left_known, np.exp(-exact) / max(unknown, _TINY)).astype(np.float32)
+        left_known = scores.astype(np.float64) / max(1 - known, _TINY)
+        return np.minimum(left_known, (1 - scores.astype(np.float64)) / max(unknown, _TINY)).astype(np.float32)
 
-    return Rules(rules, rank, _novelty)
-
-
-def _surprisal(probability: float) -> float:
-    return -math.log(probability) if probability > 0 else math.inf
+    return Rules(rules, rank)
 
 
 def _relevance_rules(scores: Floats, layout: Layout, config: TaskRelevanceConfig) -> Rules:

@@ -101,6 +101,7 @@ class Selection:
         best: (N,) index among its completion tokens of the token that a document would keep last; -1 if it has none
             that trains.
         rules: per attribute and selector, its rules with the thresholds that were used.
+        seen: per attribute and selector, (M,) the scores that its rule saw: after the window, novelty in [0, 1].
     """
 
     keep: NDArray[np.bool_]
@@ -110,6 +111,7 @@ class Selection:
     warnings: list[str]
     best: NDArray[np.int64]
     rules: Mapping[str, Rules] = field(default_factory=dict)
+    seen: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def select(
@@ -141,7 +143,7 @@ def select(
     bits, voting = rule_bits(config), [name for name in config.voters if scores.of(name) is not None]
     best = np.full(len(scores.counts), -1, dtype=np.int64)
     thresholds: dict[str, Any] = {}
-    fired, warnings, rules = dict[str, int](), list[str](), dict[str, Rules]()
+    fired, warnings, rules, seen = dict[str, int](), list[str](), dict[str, Rules](), dict[str, NDArray[np.float32]]()
     for name in config.voters:
         values = scores.of(name)
         if values is None:
@@ -152,6 +154,7 @@ def select(
         reasons |= firing.mask * reasons.dtype.type(bits[name])
         thresholds[name], fired[name] = firing.thresholds, firing.fired
         warnings, rules[name] = warnings + firing.warnings, firing.rules
+        seen[name] = firing.seen
     for tokens, documents, part in layout.chunks():
         chunk = _Chunk(
             part,
@@ -169,7 +172,7 @@ def select(
             f"every one of the {int(trainable.sum())} trainable completion tokens is dropped; loosen the rules, or set "
             "min_kept above 0"
         )
-    return Selection(keep, reasons, thresholds, fired, warnings, best, rules)
+    return Selection(keep, reasons, thresholds, fired, warnings, best, rules, seen)
 
 
 def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: Bools | None) -> None:
