@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .callback import XTFCallback, attach
     from .collator import XTFDataCollator
-    from .config import XTFConfig
+    from .config.block import XTFConfig
     from .errors import XTFDryRun, XTFError, XTFUserError
     from .hosts.axolotl import XTFPlugin
 
@@ -30,7 +30,7 @@ __all__ = [
 
 _HOME = {
     "XTFCallback": "callback",
-    "XTFConfig": "config",
+    "XTFConfig": "config.block",
     "XTFDataCollator": "collator",
     "XTFDryRun": "errors",
     "XTFError": "errors",

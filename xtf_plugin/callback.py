@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from . import output, report
 from .collator import XTFDataCollator
-from .config import ReferenceConfig, XTFConfig
-from .documents import IGNORE_INDEX, DocumentSet, collect
+from .config.block import ReferenceConfig, XTFConfig
+from .data.documents import IGNORE_INDEX, DocumentSet, collect
 from .epochs import EpochSelection, evolving
 from .errors import XTFDryRun, XTFError, XTFUserError
 from .held import check_base
@@ -23,7 +23,7 @@ from .hosts._compat import is_on
 from .hosts.supported import text_tokenizer
 from .hosts.trackers import log_report
 from .hosts.trainer import TrainerHooks, check_trainer, rows, rows_under_way, streamed, visible_columns, visible_part
-from .pipeline import Plan, ReferenceProvider, make_plan
+from .plan import Plan, ReferenceProvider, make_plan
 from .providers import BorrowedReference, SeparateReference
 from .ranks import Ranks
 from .streaming import Stream

@@ -26,7 +26,7 @@ from .hosts.check import check_environment, parse_block
 from .hosts.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from .config import XTFConfig
+    from .config.block import XTFConfig
 
 app = typer.Typer(
     name="xtf",
@@ -83,7 +83,7 @@ def check(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the `xtf:` block.")] = False,
 ) -> None:
     """Validate block, host, hook and versions, without loading a model."""
-    from .config import XTFConfig
+    from .config.block import XTFConfig
 
     if schema:
         typer.echo(json.dumps(XTFConfig.json_schema(), indent=2))
@@ -207,7 +207,7 @@ def cache_prune(
 
 
 def _cache_root(chosen: Path | None) -> Path:
-    from .config import XTFConfig
+    from .config.block import XTFConfig
 
     return chosen or XTFConfig.model_validate({}).resolved_cache_dir()
 
@@ -249,7 +249,7 @@ def _table_path(target: Path, extra: Sequence[str]) -> Path:
 
 def _is_current(path: Path, target: Path, recipe: Recipe) -> bool:
     """Whether a score table is younger than its recipe and was made with the recipe's block."""
-    from .config import XTFConfig
+    from .config.block import XTFConfig
     from .table import read_metadata
 
     if not path.exists() or path.stat().st_mtime_ns < target.stat().st_mtime_ns:

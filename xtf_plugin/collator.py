@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .documents import IGNORE_INDEX, KEY_BYTES, document_key, numbers, split_row
+from .data.documents import IGNORE_INDEX, KEY_BYTES, document_key, numbers, split_row
 from .errors import XTFError
 
 MAX_WORKERS = 256

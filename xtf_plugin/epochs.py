@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback
 
 from .batches import ScoringStats
-from .config import XTFConfig
-from .documents import DocumentSet
+from .config.block import XTFConfig
+from .data.documents import DocumentSet
 from .errors import XTFError, XTFUserError
 from .files import write_whole
-from .marks import segment_starts
-from .pipeline import Plan, replan
+from .selection.text_rules import segment_starts
+from .plan import Plan, replan
 from .providers import as_it_stands
 from .ranks import ALONE, Ranks
 from .records import Records

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import KnowledgeNoveltyConfig
-from .firing import Segments, ready
-from .marks import special_ids
-from .pipeline import Plan
+from .config.block import KnowledgeNoveltyConfig
+from .selection.rules import Segments, ready
+from .selection.text_rules import special_ids
+from .plan import Plan
 from .sample import text_of
-from .segments import Layout, dataset_quantiles
-from .selection import rule_bits
+from .data.ragged import Layout, dataset_quantiles
+from .selection.select import rule_bits
 from .sliders import Slider
-from .spans import SPREAD, characters
+from .data.token_text import SPREAD, characters
 
 BINS = 40
 TOP = 25

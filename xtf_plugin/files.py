@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
 import socket
 import stat
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,11 @@ _OURS = re.compile(r"\.xtf-(?P<host>[0-9a-f]{16})-(?P<pid>[0-9]{1,10})-[0-9a-f]{
 
 
 @lru_cache(maxsize=1)
+def digest(facts: Mapping[str, Any]) -> str:
+    """Hex digest of JSON-able facts; the order of keys does not matter."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
+
+
 def host_tag() -> str:
     """Hex tag of where our process ids mean something: this host since it was started and, in a container, its pid
     namespace. Host names are not unique, and the first pid namespace has one number everywhere.

@@ -13,18 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .batches import ScoringStats, default_batch_tokens
-from .config import XTFConfig
-from .documents import DocumentSet
+from .config.block import XTFConfig
+from .data.documents import DocumentSet
 from .fingerprint import digest
 from .layout import reference_folder
 from .lookup import Lookup, StoredScores
-from .marks import Marks, segment_starts
-from .pipeline import Plan, attention_layers, scores_of
+from .selection.text_rules import Marks, segment_starts
+from .plan import Plan, attention_layers, scores_of
 from .records import column_names
 from .reference import Reference
 from .relevance import RelevanceTable, cached_table, store_table, table_name
 from .scorer import score
-from .selection import Selection, select
+from .selection.select import Selection
+from .selection import select
 from .selectors import StoredPredictions, score_selectors
 
 REMEMBERED = 4  # halvings of the batches; if memory is shorter than that, each stretch finds out again

@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import XTFUserError
 from .fingerprint import base_tensors
-from .pipeline import ReferenceProvider
+from .plan import ReferenceProvider
 from .reference import Reference
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .collator import MaskTable
-from .documents import DocumentSet
+from .data.documents import DocumentSet
 from .errors import XTFError
-from .selection import Selection
+from .selection.select import Selection
 from .verification import Candidate, PlannedDocuments
 
 Tally = NDArray[np.int64]

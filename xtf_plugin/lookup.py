@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .documents import KEY_BYTES
+from .data.documents import KEY_BYTES
 from .records import COLUMNS, Records
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import page, payload, selection, spans
+from . import page, payload
+from .selection import select as selection
+from .data import token_text as spans
 from .files import write_whole
-from .pipeline import Plan
+from .plan import Plan
 from .report import summary, versions
 from .table import ScoreTableWriter, plain
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from .batches import ScoringStats
 from .cache import tell_relatives
-from .documents import DocumentSet
+from .data.documents import DocumentSet
 from .errors import XTFError
 from .lookup import StoredScores
 from .neighbours import Neighbours

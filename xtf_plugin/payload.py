@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from . import facts, page, sample, selection, spans, whatif
-from .config import XTFConfig
-from .config_presets import PRESETS
-from .pipeline import Plan
+from . import facts, page, sample, whatif
+from .selection import select as selection
+from .data import token_text as spans
+from .config.block import XTFConfig
+from .config.block import PRESETS
+from .plan import Plan
 from .sample import packed
 from .sliders import Slider
 from .whatif import WhatIf

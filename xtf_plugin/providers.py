@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
-from .documents import DocumentSet
+from .data.documents import DocumentSet
 from .errors import XTFError, XTFUserError
 from .fingerprint import base_tensors, digest, files_facts, model_facts, weights_hash
 from .loading import compute_dtype, free, load
@@ -23,7 +23,7 @@ from .reference import Reference, borrow
 from .sharded import ShardedReference
 
 if TYPE_CHECKING:
-    from .config import ReferenceConfig
+    from .config.block import ReferenceConfig
 
 logger = logging.getLogger(__name__)
 SAMPLE_DOCUMENTS = 32  # tokenised by both tokenizers before a separate reference is trusted

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from . import __version__, selection, view
-from .marks import special_ids
-from .pipeline import Plan
+from . import __version__, view
+from .selection import select as selection
+from .selection.text_rules import special_ids
+from .plan import Plan
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 

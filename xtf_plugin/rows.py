@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .documents import DocumentSet
+from .data.documents import DocumentSet
 from .packing import Packed
 
 

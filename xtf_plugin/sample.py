@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import spans, view
-from .marks import Marks
-from .pipeline import Plan
-from .segments import Layout
-from .selection import rescue_order
+from .data import token_text as spans
+from . import view
+from .selection.text_rules import Marks
+from .plan import Plan
+from .data.ragged import Layout
+from .selection.select import rescue_order
 from .view import LONGEST_TEXT
 from .whatif import FORCED, PROTECTED, WhatIf
 

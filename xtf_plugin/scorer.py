@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .batches import Beside, ScoringStats, begun_at, begun_in_gap, default_batch_tokens, plan_batches, plan_wanted
-from .documents import DocumentSet
+from .data.documents import DocumentSet
 from .errors import XTFError
 from .memory import FIRST, budget_for, halved, is_out_of_memory, meter, too_little
 from .ranks import ALONE, Ranks

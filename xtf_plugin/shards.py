@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from .documents import KEY_BYTES
+from .data.documents import KEY_BYTES
 from .errors import XTFError
 from .records import COLUMNS, Records
 

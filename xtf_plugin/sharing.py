@@ -23,7 +23,7 @@ from .ranks import BEAT_SECONDS, Ranks
 from .records import COLUMNS, Records, merge
 
 if TYPE_CHECKING:
-    from .documents import DocumentSet
+    from .data.documents import DocumentSet
     from .reference import Reference
     from .store import ScoreStore
 

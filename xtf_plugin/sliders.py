@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import KnowledgeNoveltyConfig, XTFConfig
-from .firing import Segments, fires, ready
-from .rules import AttributeConfig
-from .segments import Bools, Doubles, Floats, Layout, Scale, dataset_quantiles, identity
-from .selection import Scores
+from .config.block import KnowledgeNoveltyConfig, XTFConfig
+from .selection.rules import Segments, fires, ready
+from .selection.rules import AttributeConfig
+from .data.ragged import Bools, Doubles, Floats, Layout, Scale, dataset_quantiles, identity
+from .selection.select import Scores
 
 MAX_SLIDERS = 4  # combinations multiply; the rules of further sliders stay as they are
 OFF = None

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import files, shards
-from .documents import KEY_BYTES
+from .data.documents import KEY_BYTES
 from .errors import harmless
 from .layout import DESCRIPTION, EARLIER_FOLDERS, entries, layer_folders, layers_tag, reference_folder
 from .lookup import Lookup, StoredScores

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from .config import XTFConfig
-from .config_selectors import check_streamed
-from .documents import IGNORE_INDEX, DocumentSet, collect, document_key, split_row
+from .config.block import XTFConfig
+from .config.scores import check_streamed
+from .data.documents import IGNORE_INDEX, DocumentSet, collect, document_key, split_row
 from .errors import XTFError, XTFUserError
 from .fingerprint import base_tensors
 from .frozen import FrozenPlan
 from .held import HeldReference, random_state_kept
 from .live_masks import LiveMasks, Tally
-from .pipeline import NOTHING_DROPPED, Plan, ReferenceProvider, make_plan
-from .segments import Layout
-from .selection import Selection, rule_bits
+from .plan import NOTHING_DROPPED, Plan, ReferenceProvider, make_plan
+from .data.ragged import Layout
+from .selection.select import Selection, rule_bits
 from .stream_dataset import Passed, ScoredAhead
 
 logger = logging.getLogger(__name__)

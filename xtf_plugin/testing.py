@@ -16,12 +16,12 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from .documents import IGNORE_INDEX, DocumentSet, collect
-from .excerpts import Excerpted, predictions_without
-from .firing import evaluate
+from .data.documents import IGNORE_INDEX, DocumentSet, collect
+from .data.excerpts import Excerpted, predictions_without
+from .selection.rules import evaluate
 from .scorers import ReferenceConfig, Scorer, ScoringContext, SelectorConfig
 from .scorers.registry import complaints
-from .segments import Layout
+from .data.ragged import Layout
 
 Floats = NDArray[np.float32]
 _LENGTHS = (2, 3, 5, 8, 13, 21, 34, 55)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from .documents import DocumentSet
+from .data.documents import DocumentSet
 from .errors import XTFError
 from .memory import is_out_of_memory, too_little
 from .narrowing import last_feed_forward

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .documents import IGNORE_INDEX, DocumentSet
+from .data.documents import IGNORE_INDEX, DocumentSet
 from .errors import XTFError
 
 Bools = NDArray[np.bool_]

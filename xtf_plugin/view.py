@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import XTFUserError, escaped
-from .spans import characters
+from .data.token_text import characters
 from .table import iter_documents
 
 COLUMNS = ("row", "document", "position", "token_id", "token", "kept", "reason")

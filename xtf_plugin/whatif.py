@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import XTFConfig
-from .firing import Segments
-from .segments import Bools, Ints, Layout
-from .selection import Scores, votes_needed
+from .config.block import XTFConfig
+from .selection.rules import Segments
+from .data.ragged import Bools, Ints, Layout
+from .selection.select import Scores, votes_needed
 from .sliders import Slider, fired, make_sliders, thinned
 
 MAX_CELLS = 40_000

@@ -51,7 +51,7 @@ def uninstall() -> None:
     _waiting.clear()
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
-    from . import axolotl_hook, trl
+    from ..hosts import axolotl_hook, trl
 
     trl.unpatch()
     axolotl_hook.unpatch()
@@ -128,19 +128,19 @@ def _import_ended(name: str) -> None:
 
 
 def _teach(module: ModuleType) -> None:
-    from . import trl
+    from ..hosts import trl
 
     trl.patch_parser(module)
 
 
 def _guard(module: ModuleType) -> None:
-    from . import axolotl_hook
+    from ..hosts import axolotl_hook
 
     axolotl_hook.patch_config(module)
 
 
 def _hand_on_exit_code() -> None:
-    from . import axolotl_hook
+    from ..hosts import axolotl_hook
 
     axolotl_hook.patch_launcher()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from . import _compat
+from ..hosts import _compat
 from .axolotl_recipe import check_surroundings, has_block, trains
 from .guard import ending_with_2
 
@@ -44,7 +44,7 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Attach XTF to the trainer. A dry run begins and ends here, before Axolotl writes into its output folder."""
         from ..callback import attach
-        from ..config import XTFConfig
+        from ..config.block import XTFConfig
 
         config = XTFConfig.parse(cfg.get("xtf"))
         if config is None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from ..config import XTFConfig
-from ..config_input import plain
+from ..config.block import XTFConfig
+from ..config.block import plain
 from .axolotl_recipe import check_settings, has_block
 
 

@@ -82,7 +82,7 @@ def _check_loaded(cfg: Any) -> None:
     if held.__module__ == f"{__package__}.axolotl" and held.__name__ == "XTFPlugin":
         return
     try:
-        from . import axolotl  # noqa: F401 for its error
+        from ..hosts import axolotl  # noqa: F401 for its error
     except ImportError as error:
         raise XTFUserError(
             f"xtf: the plugin {PLUGIN} cannot be imported here ({type(error).__name__}: {error}), so Axolotl would "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import XTFUserError
-from . import _compat
+from ..hosts import _compat
 from .guard import EMPTY_BLOCK, meant_as_block
 
 PLUGIN = "xtf_plugin.XTFPlugin"

@@ -10,10 +10,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..errors import XTFUserError
-from . import _compat, axolotl_recipe
+from ..hosts import _compat, axolotl_recipe
 
 if TYPE_CHECKING:
-    from ..config import XTFConfig
+    from ..config.block import XTFConfig
     from .recipe import Recipe
 
 _NO_ENTRY = "the boot hook of xtf-plugin is not registered in {prefix} (entry point group torch.backends)"
@@ -24,8 +24,8 @@ def parse_block(recipe: Recipe) -> XTFConfig | None:
 
     Raises XTFUserError for a wrong block, and for one that its host would not apply, whatever the environment.
     """
-    from ..config import XTFConfig
-    from ..config_selectors import check_streamed
+    from ..config.block import XTFConfig
+    from ..config.scores import check_streamed
 
     if recipe.host == "axolotl":
         axolotl_recipe.has_block(recipe.data)  # an empty one, and a mistyped key

@@ -20,12 +20,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import XTFError, XTFUserError
-from . import _compat
+from ..hosts import _compat
 from .autoload import when_imported
 from .guard import EMPTY_BLOCK, ending_with_2, handing_on_2, meant_as_block, whole_installation, wrap
 
 if TYPE_CHECKING:
-    from ..config import XTFConfig
+    from ..config.block import XTFConfig
 
 TRAINER_MODULE = "trl.trainer.sft_trainer"
 BASE_TRAINER_MODULE = "transformers.trainer"
@@ -139,7 +139,7 @@ def _validated(value: Any) -> XTFConfig | None:
     if value is None or value is False:
         return None
     with whole_installation():
-        from ..config import XTFConfig
+        from ..config.block import XTFConfig
 
     config = XTFConfig.parse(value)
     if config is not None:
@@ -193,7 +193,7 @@ def _attaching() -> tuple[Callable[..., Any], Callable[[Any], XTFConfig | None]]
     """What reads a block and what attaches it, before the trainer is built for nothing."""
     with whole_installation():
         from ..callback import attach
-        from ..config import XTFConfig
+        from ..config.block import XTFConfig
     return attach, XTFConfig.parse
 
 

@@ -1,8 +1,11 @@
-"""What a package needs to bring a token-selection method of its own; imports no torch. See docs/selectors.md."""
+"""Scorers: one file each; read `base.py` first, then `log_probability.py`.
+
+What a package needs to bring a scorer of its own is named here; imports no torch. See docs/selectors.md.
+"""
 
 from __future__ import annotations
 
-from ..config_rules import ReferenceConfig
-from .base import Scorer, ScoringContext, SelectorConfig, SelectorDrop
+from ..fields import Drop, ReferenceConfig
+from .base import ScoreConfig, Scorer, ScoringContext, scorer
 
-__all__ = ["ReferenceConfig", "Scorer", "ScoringContext", "SelectorConfig", "SelectorDrop"]
+__all__ = ["Drop", "ReferenceConfig", "ScoreConfig", "Scorer", "ScoringContext", "scorer"]

@@ -1,67 +1,69 @@
-"""The interface of a scorer: the keys of its part of the block, what it is given, and the scores it gives back.
+"""The interface of a scorer: a config, a function from documents to one score per completion token, and its context.
 
-Kept small because other packages depend on it: a scorer turns documents into one number per completion token, low
-means drop, and everything after that (window, rule, cap, protection, floor, report) is the same for all of them.
-Imports no torch, so that a block is validated without it.
+Other packages depend on this module, so it is small. A scorer returns numbers; unit, window, rule, cap, protection,
+`min_kept` and report are the same for all scores. Imports no torch, so that a block is validated without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, model_validator
 
-from ..config_rules import Block, Drop, Finite, Name, NonNegative, Problems, Quantile, ReferenceConfig, Share, Window
-from ..errors import XTFError
+from ..fields import Block, Drop, Layers, Name, Problems, ReferenceConfig, Share, Window
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..documents import DocumentSet
+    from ..data.documents import DocumentSet
 
     Floats = NDArray[np.float32]
+    Bools = NDArray[np.bool_]
+    Ints = NDArray[np.int64]
 
 T = TypeVar("T", bound="np.generic")
 
 
-class SelectorDrop(Drop):
-    """Rule over a scorer's scores, low ones go: exactly one of quantile, below and fence."""
+class ScoreConfig(Block):
+    """A score: a scorer with its own keys, the unit that is judged as a whole, and the rule that drops.
 
-    rules = (("quantile",), ("below",), ("fence",))
-    quantile: Quantile | None = Field(default=None, description="Drop the lowest share of the scores.")
-    below: Finite | None = Field(default=None, description="Drop scores below this, in units of the scorer's score.")
-    fence: NonNegative | None = Field(default=None, description="Drop scores below Q1 - fence * (Q3 - Q1).")
-
-
-class SelectorConfig(Block):
-    """One selector: a scorer, its own keys, and what happens to its scores.
-
-    A scorer that has keys of its own derives from this class and adds them as fields; unknown keys stay refused.
+    A scorer with keys of its own derives from this class and adds them as fields.
     """
 
     scorer: Name = Field(description="Name of a registered scorer.")
-    drop: SelectorDrop = Field(description="Which tokens go: exactly one rule, over the scorer's scores. Low ones go.")
+    drop: Drop = Field(description="Which tokens are dropped: exactly one rule over the scores. Low scores are dropped.")
+    unit: Literal["token", "sentence", "line"] = Field(
+        default="token", description="What is judged as a whole: scores are averaged over it before the rule."
+    )
+    window: Window = Field(
+        default=1, description="Before the rule, scores are averaged over this many (odd) neighbouring tokens."
+    )
     scope: Literal["document", "dataset"] = Field(
         default="dataset",
         description="Whose quantiles a fence or a quantile uses: each document's own, or the dataset's.",
     )
-    window: Window = Field(
-        default=1,
-        description="Before the rule, scores averaged over this many (odd) neighbours, or over the token's sentence or "
-        "line.",
-    )
+    scale: Literal["linear", "log"] = Field(default="linear", description="What a fence's quartiles are taken over.")
     max_fraction: Share | None = Field(
         default=None,
-        description="Never drop more than this share of a document's completion through this selector; null: no cap.",
+        description="Never drop more than this share of a document's completion through this score; null: no cap.",
     )
 
     @model_validator(mode="after")
-    def _scope_acts(self) -> SelectorConfig:
-        if self.scope == "document" and self.drop.below is not None:
+    def _every_key_acts(self) -> ScoreConfig:
+        idle: list[tuple[str, Any, str]] = []
+        if self.scale == "log" and self.drop.fence is None:
+            idle.append(("scale", self.scale, f"has no effect on drop: {self.drop}; remove it, or use {{fence: k}}"))
+        if self.scope != type(self).model_fields["scope"].default and self.drop.fence is self.drop.quantile:
             why = f"has no effect on drop: {self.drop}; remove it, or use {{fence: k}} or {{quantile: q}}"
-            raise Problems(("scope", self.scope, why))
+            idle.append(("scope", self.scope, why))
+        if self.window > 1 and self.unit != "token":
+            why = f"has no effect beside `unit: {self.unit}`, which is averaged as a whole; remove one of them"
+            idle.append(("window", self.window, why))
+        if idle:
+            raise Problems(*idle)
         return self
 
 
@@ -82,19 +84,31 @@ class Predictions(Protocol):
     def deviation(self) -> Floats: ...  # noqa: D102
 
 
-class ScoringContext:
-    """What a scorer is given: the dataset's distinct documents, and what any reference predicts in them.
+class ScoreSource(Protocol):
+    """Where a context gets what depends on a model or a text; `scoring.cached_scores` implements it."""
 
-    M completion tokens of N documents lie in flat arrays, document after document; all arrays are read-only.
+    def predictions(self, reference: ReferenceConfig | None) -> Predictions: ...  # noqa: D102
+    def predictions_without(  # noqa: D102
+        self, hidden: Bools, starts: Ints, wanted: Ints, reference: ReferenceConfig | None
+    ) -> Predictions: ...
+    def attention_received(self, layers: Any) -> Floats: ...  # noqa: D102
+    def segments(self, unit: str) -> Ints: ...  # noqa: D102
+    def embeddings(self, token_ids: Ints, kind: str) -> Floats: ...  # noqa: D102
+    def vocabulary_size(self) -> int: ...  # noqa: D102
+    def vocabulary_table(self, key: str, compute: Callable[[], Floats]) -> Floats: ...  # noqa: D102
+
+
+class ScoringContext:
+    """What a scorer reads: the dataset's distinct documents, and what a reference says about them.
+
+    M completion tokens of N documents lie in flat arrays, document after document. All arrays are read-only.
 
     Args:
         documents: the distinct documents, prompts included.
         tokenizer: the training tokenizer.
-        predictions: a reference (None: the run's own) -> what it predicts.
-        current: gives the log-probabilities under the model being trained as it stands; None before the second epoch.
-        segments: `sentence` or `line` -> index of the first completion token of each.
-        without: what `predictions_without` does, the reference last.
-        protected: (M,) completion tokens that no rule may drop; forced: (M,) those that go in any case. None: none.
+        source: answers what depends on a model or a text.
+        protected: (M,) completion tokens that no rule may drop; forced: (M,) those that are always dropped unless
+            protected. None: none.
 
     Attributes:
         warnings: what `warn` was given.
@@ -104,26 +118,14 @@ class ScoringContext:
         self,
         documents: DocumentSet,
         tokenizer: Any,
-        predictions: Callable[[ReferenceConfig | None], Predictions],
-        current: Callable[[], Floats] | None = None,
-        segments: Callable[[str], NDArray[np.int64]] | None = None,
-        without: Callable[..., Predictions] | None = None,
-        protected: NDArray[np.bool_] | None = None,
-        forced: NDArray[np.bool_] | None = None,
+        source: ScoreSource,
+        protected: Bools | None = None,
+        forced: Bools | None = None,
     ) -> None:
-        self.documents, self.tokenizer = documents, tokenizer
+        self.documents, self.tokenizer, self.source = documents, tokenizer, source
         self.warnings: list[str] = []
-        self._protected, self._forced, self._without = protected, forced, without
-        self._predictions, self._current, self._segments = predictions, current, segments
-        self._cut: dict[str, NDArray[np.int64]] = {}
-        self._positions = documents.completion_positions
-        self._offsets = documents.completion_offsets
+        self._protected, self._forced = protected, forced
         self._token_ids = documents.input_ids[documents.completion]
-
-    @property
-    def evolving(self) -> bool:
-        """Whether training has begun, so that `current_log_probabilities` can be asked."""
-        return self._current is not None
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
@@ -133,15 +135,15 @@ class ScoringContext:
     @property
     def positions(self) -> NDArray[np.int32]:
         """Place of each completion token within its document, prompt included, (M,); nothing predicts place 0."""
-        return _read_only(self._positions)
+        return _read_only(self.documents.completion_positions)
 
     @property
-    def offsets(self) -> NDArray[np.int64]:
+    def offsets(self) -> Ints:
         """Document `i` holds the completion tokens `offsets[i]` up to `offsets[i + 1]`, (N + 1,)."""
-        return _read_only(self._offsets)
+        return _read_only(self.documents.completion_offsets)
 
     @property
-    def counts(self) -> NDArray[np.int64]:
+    def counts(self) -> Ints:
         """How often each document occurs in the dataset, (N,); its tokens are scored once."""
         return _read_only(self.documents.counts)
 
@@ -153,8 +155,8 @@ class ScoringContext:
     def log_probabilities(self, reference: ReferenceConfig | None = None) -> Floats:
         """Natural-log probability of every completion token under a reference, (M,) float32; NaN: undefined.
 
-        Stored by content: a second run neither loads nor runs the reference. A separate model is loaded for the scoring
-        pass and freed before training.
+        Stored by content: a second run does not load the reference. A separate model is loaded for the scoring pass and
+        freed before training.
 
         Args:
             reference: as in the block; None, or one without a `model`: the run's own reference.
@@ -167,19 +169,15 @@ class ScoringContext:
 
     def predictions(self, reference: ReferenceConfig | None = None) -> Predictions:
         """Log-probability, entropy and deviation at every completion token; otherwise as `log_probabilities`."""
-        return self._predictions(_named(reference))
+        return self.source.predictions(_named(reference))
 
     def predictions_without(
-        self,
-        hidden: NDArray[np.bool_],
-        starts: NDArray[np.int64],
-        wanted: NDArray[np.int64],
-        reference: ReferenceConfig | None = None,
+        self, hidden: Bools, starts: Ints, wanted: Ints, reference: ReferenceConfig | None = None
     ) -> Predictions:
         """What a reference predicts in some segments when it has not read certain tokens before them.
 
         Equals, per wanted segment: `predictions` for a document of all tokens before the segment that are not hidden,
-        and the segment. Prompts and other turns stay, and so does the line break of a line of which something does.
+        and the segment. Prompts and other turns stay, and so does the line break of a line of which something stays.
         Each segment takes a forward over that document; results are stored by content.
 
         Args:
@@ -192,88 +190,112 @@ class ScoringContext:
         Returns:
             (M,) float32 each; NaN outside the wanted segments.
         """
-        if self._without is None:
-            raise XTFError("this context gives no predictions for other documents than the dataset's.")
-        return self._without(hidden, starts, wanted, _named(reference))
+        return self.source.predictions_without(hidden, starts, wanted, _named(reference))
+
+    def attention_received(self, layers: Layers) -> Floats:
+        """Attention that each completion token receives from later ones under the run's own reference, (M,) float32.
+
+        1.0 is uniform attention; NaN for a document's last token. See `scoring.kernels.eager.attention_received`.
+
+        Args:
+            layers: whose attention is averaged: first, middle, last, all, or a list of indices.
+
+        Raises:
+            XTFUserError: the model has no such layer, or no attention that could be recorded.
+        """
+        return _read_only(self.source.attention_received(layers))
 
     @property
-    def protected(self) -> NDArray[np.bool_]:
+    def vocabulary_size(self) -> int:
+        """Rows of the reference's embedding layer."""
+        return self.source.vocabulary_size()
+
+    def embeddings(self, token_ids: Ints, kind: Literal["input", "output"]) -> Floats:
+        """Context-free vectors of token ids from the run's own reference, (n, D) float32.
+
+        Args:
+            token_ids: (n,) token ids.
+            kind: `input`: rows of the embedding layer; `output`: the last hidden state of the token alone.
+        """
+        return self.source.embeddings(token_ids, kind)
+
+    def vocabulary_table(self, key: str, compute: Callable[[], Floats]) -> Floats:
+        """A table that `compute` makes from `embeddings`, (n,) float32; stored under `key` with the reference's scores.
+
+        Args:
+            key: hex digest of everything besides the reference that the table depends on.
+            compute: makes the table; called only if no rank has it stored.
+        """
+        return _read_only(self.source.vocabulary_table(key, compute))
+
+    @property
+    def protected(self) -> Bools:
         """Completion tokens that no rule may drop, special tokens among them, (M,); see `protect` in the block."""
-        return self._marks(self._protected)
+        return self._flags(self._protected)
 
     @property
-    def forced(self) -> NDArray[np.bool_]:
-        """Completion tokens that go whatever the scores say, unless protected, (M,); see `force_drop` in the block."""
-        return self._marks(self._forced)
+    def forced(self) -> Bools:
+        """Completion tokens that are dropped whatever the scores say, unless protected, (M,); see `force_drop`."""
+        return self._flags(self._forced)
 
-    def _marks(self, marks: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    def _flags(self, flags: Bools | None) -> Bools:
         import numpy as np
 
-        return _read_only(np.zeros(len(self._token_ids), dtype=bool) if marks is None else marks)
+        return _read_only(np.zeros(len(self._token_ids), dtype=bool) if flags is None else flags)
 
     def warn(self, text: str) -> None:
-        """Tell the user something: it reaches the terminal and summary.json under the selector's name."""
+        """Warn the user: in the terminal and in summary.json, under the score's name."""
         self.warnings.append(text)
 
-    def segments(self, unit: Literal["sentence", "line"]) -> NDArray[np.int64]:
-        """Index of the first completion token of every sentence or line, (S,) ascending from 0; see docs/method.md.
-
-        Raises:
-            XTFError: the context was made without a text to cut.
-        """
-        if self._segments is None:
-            raise XTFError(f"this context does not tell where a {unit} begins.")
-        if unit not in self._cut:
-            self._cut[unit] = self._segments(unit)
-        return _read_only(self._cut[unit])
-
-    def current_log_probabilities(self) -> Floats:
-        """The same under the model being trained, adapters on, as it stands at the start of an epoch, (M,) float32.
-
-        Raises:
-            XTFError: called by a scorer whose `evolves` is False; only others are called while training goes on.
-        """
-        if self._current is None:
-            raise XTFError("only a scorer whose `evolves` is True may ask for the model being trained as it stands.")
-        return _read_only(self._current())
+    def segments(self, unit: Literal["sentence", "line"]) -> Ints:
+        """Index of the first completion token of every sentence or line, (S,) ascending from 0; see docs/method.md."""
+        return _read_only(self.source.segments(unit))
 
 
+Score = Callable[[ScoringContext, Any], "Floats"]
+
+
+@dataclass(frozen=True)
 class Scorer:
-    """Base class of scorers: one score per completion token, low means drop.
-
-    Attributes:
-        name: under which the entry point registers it.
-        version: whole number, raised when the same inputs get other scores; told in summary.json.
-        Config: its part of the block, `SelectorConfig` or a class derived from it.
-        per_document: a document's scores depend on nothing but the document and the options; `check_scorer` checks it.
+    """A registered scorer; made by the decorator `scorer`.
 
     Args:
-        config: the selector's part of the block, an instance of `Config`.
+        name: what the block names, and under which the entry point registers it.
+        score: `score(context, config)` -> (M,) float32, one per completion token: low means drop; NaN is undefined and
+            never dropped. Deterministic: the same masks have to come out in every process and after a restart.
+        Config: its part of the block, `ScoreConfig` or a class derived from it.
+        version: whole number, raised when the same inputs get other scores; reported in summary.json.
+        per_document: a document's scores depend on nothing but the document and the options, so that streams can be
+            scored; `testing.check_scorer` checks it.
+        first: reads attention received, so it runs before the others and one pass serves all.
+        seen: averaged scores -> what the rule sees; None: as they are.
+        frozen: `frozen(context, config)` -> a `score` for later documents of a stream, with what the dataset of
+            `context` decides; None: none is needed, or streams are refused.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int] = 1
-    Config: ClassVar[type[SelectorConfig]] = SelectorConfig
-    per_document: ClassVar[bool] = False
+    name: str
+    score: Score
+    Config: type[ScoreConfig] = ScoreConfig
+    version: int = 1
+    per_document: bool = False
+    first: bool = False
+    seen: Callable[[Floats], Floats] | None = None
+    frozen: Callable[[ScoringContext, Any], Score] | None = None
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
 
-    @property
-    def evolves(self) -> bool:
-        """Whether the scores depend on the model being trained as it stands.
+def scorer(name: str, config: type[ScoreConfig] = ScoreConfig, **options: Any) -> Callable[[Score], Scorer]:
+    """Decorator that makes a `Scorer` of a function `score(context, config)`.
 
-        Then nothing is dropped in the first epoch, and `score` is called at the start of each later one, with
-        `context.current_log_probabilities()` at hand.
-        """
-        return False
+    Args:
+        name: see `Scorer`.
+        config: the scorer's part of the block.
+        options: `version`, `per_document`, `first`, `seen`, `frozen`; see `Scorer`.
+    """
 
-    def score(self, context: ScoringContext) -> Floats:
-        """One float32 per completion token, (M,): low means drop; NaN is undefined and never dropped.
+    def made(score: Score) -> Scorer:
+        return Scorer(name, score, config, **options)
 
-        Must be deterministic: the same masks have to come out in every process and after a restart.
-        """
-        raise NotImplementedError
+    return made
 
 
 def _named(reference: ReferenceConfig | None) -> ReferenceConfig | None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from ..config_rules import NonNegative, Problems
-from .base import Scorer, ScoringContext
-from .typical import TypicalityConfig
+from ..fields import NonNegative, Problems
+from .base import ScoringContext, scorer
+from .typicality import TypicalityConfig, typical
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +35,7 @@ UNITS: dict[str, tuple[Literal["sentence", "line"], ...]] = {
 class OpeningConfig(TypicalityConfig):
     """Scorer `opening`: how typical a sentence or line begins, for all of its tokens, in nats."""
 
-    unit: Literal["sentence", "line", "both"] = Field(
+    unit: Literal["sentence", "line", "both"] = Field(  # type: ignore[assignment]  # a unit of its own
         default="sentence",
         description="What is judged as a whole by how it begins; both: the worse of the sentence and of its line up to "
         "the sentence's end.",
@@ -78,51 +78,42 @@ class OpeningConfig(TypicalityConfig):
         return self
 
 
-class Opening(Scorer):
-    """`score = sum_i w_i max(t_i, -clip) / sum_i w_i` over a sentence or line, `w_i = 1 / (i + 1)`; low goes.
+@scorer("opening", OpeningConfig, version=2, per_document=True)
+def opening(context: ScoringContext, config: OpeningConfig) -> Floats:
+    """`sum_i w_i max(t_i, -clip) / sum_i w_i` over a sentence or line, `w_i = 1 / (i + 1)`, in nats; low is dropped.
 
     t_i is the typicality of the unit's token i = 0, 1, ..., and all tokens of the unit get the same score. With `unit:
     both` a sentence's score is the lower of its own and of its line's up to the sentence's end: what follows an odd
-    beginning in a line goes with it, and nothing is judged by what comes later. A special token is a unit of its own;
-    units are those of `window: sentence` and `window: line`. An undefined token counts nowhere.
+    beginning in a line is dropped with it, and nothing is judged by what comes later. A special token is a unit of its
+    own. An undefined token counts nowhere; the score is NaN where no token of the unit is defined.
 
-    With `context: kept`, in order of the document: a unit goes if its score is below the threshold, and still is when
-    nothing stands before it but what was kept (prompts and protected tokens always are; the line break of a line of
-    which something was kept too), for the reference and in the unit's line. Its score is the higher of the two. A unit
-    before which nothing was dropped is not looked at again: nothing would change.
+    With `context: kept`, in order of the document: a unit is dropped if its score is below the threshold, and still is
+    when only what was kept stands before it, for the reference and in the unit's line. (Prompts and protected tokens
+    are always kept; so is the line break of a line of which something is kept.) Its score is the higher of the two. A
+    unit before which nothing is dropped is not scored again: nothing would change.
 
-    Ours: boilerplate and digressions are fluent, so that a good reference finds most of their tokens likely once they
-    have begun; what it does not find likely is that they begin. Broken text is unlikely throughout. Weights that fall
-    with the distance from the beginning find both; docs/evidence.md compares them with plain averages over sentences,
-    lines and windows, and shows what the second look spares.
+    Ours: boilerplate and digressions are fluent, so a good reference finds most of their tokens likely once they have
+    begun; what it does not find likely is that they begin. Broken text is unlikely throughout. Weights that fall with
+    the distance from the beginning find both; docs/evidence.md compares them with plain averages over sentences, lines
+    and windows, and shows which good sentences rescoring spares.
     """
+    import numpy as np  # reading a block needs no NumPy
 
-    name = "opening"
-    version = 2
-    Config = OpeningConfig
-    config: OpeningConfig
-    per_document = True
+    from .iterative_rescoring import IterativeRescoring
 
-    def score(self, context: ScoringContext) -> Floats:
-        """Weighted mean of the unit's clipped typicality, (M,) float32 in nats; NaN where no token has one."""
-        import numpy as np  # reading a block needs no NumPy
+    values = typical(context.predictions(config.reference))
+    if not len(values):
+        return values
+    levels = [context.segments(unit) for unit in UNITS[config.unit]]
+    pieces = levels[0] if len(levels) == 1 else np.union1d(*levels)
 
-        from .again import SecondLooks
-        from .typical import typicality
+    def judge(values: Floats, gone: Bools) -> Floats:
+        return _judged(values, gone, levels, pieces, context.offsets, config.clip)
 
-        typical = typicality(context.predictions(self.config.reference))
-        if not len(typical):
-            return typical
-        levels = [context.segments(unit) for unit in UNITS[self.config.unit]]
-        pieces = levels[0] if len(levels) == 1 else np.union1d(*levels)
-
-        def judge(values: Floats, gone: Bools) -> Floats:
-            return _judged(values, gone, levels, pieces, context.offsets, self.config.clip)
-
-        limit = self.config.drop.below
-        if self.config.context == "document" or limit is None:
-            return judge(typical, np.zeros(len(typical), dtype=bool))
-        return SecondLooks(context, pieces, limit, self.config.reference).scores(typical, judge)
+    limit = config.drop.below
+    if config.context == "document" or limit is None:
+        return judge(values, np.zeros(len(values), dtype=bool))
+    return IterativeRescoring(context, pieces, limit, config.reference).scores(values, judge)
 
 
 def _judged(typical: Floats, gone: Bools, levels: list[Ints], pieces: Ints, offsets: Ints, clip: float) -> Floats:

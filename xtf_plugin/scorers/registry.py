@@ -10,18 +10,29 @@ import inspect
 from importlib import metadata
 
 from ..errors import XTFUserError
-from . import builtin, opening, typical
-from .base import Scorer, SelectorConfig
+from ..scorers import (
+    attention_received,
+    embedding_similarity,
+    excess_loss,
+    log_probability,
+    novelty,
+    opening,
+    typicality,
+)
+from .base import ScoreConfig, Scorer
 
 GROUP = "xtf_plugin.scorers"
 _BUILTIN = (
-    typical.Typicality,
-    opening.Opening,
-    builtin.LogProbability,
-    builtin.ExcessLoss,
-    builtin.TokenCleaning,
+    attention_received.attention_received,
+    novelty.log_probability,
+    embedding_similarity.embedding_similarity,
+    typicality.typicality,
+    opening.opening,
+    log_probability.log_probability,
+    excess_loss.excess_loss,
+    excess_loss.token_cleaning,
 )
-BUILTIN: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in _BUILTIN}
+BUILTIN: dict[str, Scorer] = {each.name: each for each in _BUILTIN}
 _HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/selectors.md"
 # What importing a stranger's module may raise short of ending the process.
 _IMPORT_ERRORS = (
@@ -42,11 +53,11 @@ def names() -> list[str]:
     return [*BUILTIN, *sorted({entry.name for entry in metadata.entry_points(group=GROUP)} - BUILTIN.keys())]
 
 
-def find(name: str) -> type[Scorer]:
-    """The class registered under a name.
+def find(name: str) -> Scorer:
+    """The scorer registered under a name.
 
     Raises:
-        XTFUserError: no such name, two packages claim it, its package cannot be imported, or the class does not
+        XTFUserError: no such name, two packages claim it, its package cannot be imported, or it does not
             conform. The message goes on from the name: "is no registered scorer ...".
     """
     entries = list(metadata.entry_points(group=GROUP, name=name))
@@ -74,36 +85,34 @@ def _package(entry: metadata.EntryPoint) -> str:
     return "an unnamed package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
 
 
-def _loaded(entry: metadata.EntryPoint) -> type[Scorer]:
+def _loaded(entry: metadata.EntryPoint) -> Scorer:
     owner = f"of the package {_package(entry)} ({entry.value})"
     try:
-        scorer = entry.load()
+        found = entry.load()
     except _IMPORT_ERRORS as error:
         raise XTFUserError(
             f"{owner} cannot be imported: {type(error).__name__}: {error}. Repair or update that package"
         ) from error
-    problems = complaints(scorer)
-    if not problems and scorer.name != entry.name:
-        problems = [f"its `name` is {scorer.name!r}"]
+    problems = complaints(found)
+    if not problems and found.name != entry.name:
+        problems = [f"its `name` is {found.name!r}"]
     if problems:
         raise XTFUserError(f"{owner} is not a usable scorer: {'; '.join(problems)}. Ask that package's authors")
-    conforming: type[Scorer] = scorer
+    conforming: Scorer = found
     return conforming
 
 
-def complaints(scorer: object) -> list[str]:
+def complaints(found: object) -> list[str]:
     """What keeps an object from being a scorer, none if it is one."""
-    if not inspect.isclass(scorer) or not issubclass(scorer, Scorer):
-        return [f"{scorer!r} is no class derived from xtf_plugin.scorers.Scorer"]
-    found = []
-    if not isinstance(getattr(scorer, "name", None), str):
-        found.append("it has no `name`")
-    if type(scorer.version) is not int:
-        found.append(f"its `version` is {scorer.version!r}, no whole number")
-    if scorer.score is Scorer.score:
-        found.append("it does not define `score`")
-    if not inspect.isclass(scorer.Config) or not issubclass(scorer.Config, SelectorConfig):
-        found.append("its `Config` is no class derived from xtf_plugin.scorers.SelectorConfig")
-    elif scorer.Config.model_config.get("extra") != "forbid" or not scorer.Config.model_config.get("frozen"):
-        found.append("its `Config` does not forbid unknown keys, or is not frozen")
-    return found
+    if not isinstance(found, Scorer):
+        return [f"{found!r} is not made by the decorator xtf_plugin.scorers.scorer"]
+    problems = []
+    if type(found.version) is not int:
+        problems.append(f"its `version` is {found.version!r}, no whole number")
+    if not callable(found.score):
+        problems.append("its `score` cannot be called")
+    if not inspect.isclass(found.Config) or not issubclass(found.Config, ScoreConfig):
+        problems.append("its config is no class derived from xtf_plugin.scorers.ScoreConfig")
+    elif found.Config.model_config.get("extra") != "forbid" or not found.Config.model_config.get("frozen"):
+        problems.append("its config does not forbid unknown keys, or is not frozen")
+    return problems

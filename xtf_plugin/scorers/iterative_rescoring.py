@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .typical import typicality
+from .typicality import typical
 
 if TYPE_CHECKING:
-    from ..config_rules import ReferenceConfig
+    from ..fields import ReferenceConfig
     from .base import ScoringContext
 
 Bools = NDArray[np.bool_]
@@ -29,7 +29,7 @@ ROUNDS = 6
 BUDGET = 16
 
 
-class SecondLooks:
+class IterativeRescoring:
     """Pieces of all documents, and which of them have to be looked at again.
 
     Args:
@@ -97,7 +97,7 @@ class SecondLooks:
         seen = self.context.predictions_without(gone, self.starts, wanted, self.reference)
         looked = np.zeros(len(self.starts), dtype=bool)
         looked[wanted] = True
-        found = np.where(np.repeat(looked, self.lengths), typicality(seen), again)
+        found = np.where(np.repeat(looked, self.lengths), typical(seen), again)
         # all before it was kept after all
         return np.where(np.repeat(changed & (hidden == 0), self.lengths), typical, found)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .spans import token_bytes
+from .token_text import token_bytes
 
 Bools = NDArray[np.bool_]
 Flags = NDArray[np.uint8]

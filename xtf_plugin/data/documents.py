@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from .errors import XTFUserError
+from ..errors import XTFUserError
 
 IGNORE_INDEX = -100
 INT32_MAX = 2**31 - 1

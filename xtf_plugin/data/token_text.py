@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerFast
 
-from .errors import XTFUserError
+from ..errors import XTFUserError
 
 SPREAD = 8  # tokens that one character may be spread over
 Ints = NDArray[np.int64]

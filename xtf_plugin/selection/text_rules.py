@@ -1,6 +1,4 @@
-"""What the text itself says of the completion tokens, whatever their scores: which ones are protected or forced out,
-where sentences and lines begin.
-"""
+"""What the text decides whatever the scores: protected and force-dropped tokens, and where sentences and lines begin."""
 
 from __future__ import annotations
 
@@ -11,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import sentences, spans
-from .documents import DocumentSet
-from .segments import Bools, Ints
+from ..data import sentences, token_text
+from ..data.documents import DocumentSet
+from ..data.ragged import Bools, Ints
 
 if TYPE_CHECKING:
-    from .config import XTFConfig
+    from ..config.block import XTFConfig
 
 
 @dataclass(frozen=True)
-class Marks:
+class TextRules:
     """All that a block asks of the text of a set of documents.
 
     Args:
         protected: (M,) completion tokens that are never dropped; forced: (M,) those that go unless protected.
-        segments: first tokens of the sentences and lines that some window asks for, by unit.
+        segments: first tokens of the sentences and lines that some score asks for, by unit.
     """
 
     protected: Bools
@@ -33,7 +31,7 @@ class Marks:
     segments: Mapping[str, Ints]
 
     @classmethod
-    def find(cls, config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> Marks:
+    def find(cls, config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> TextRules:
         """Those of the documents."""
         protected, forced = marked_tokens(config, documents, tokenizer)
         return cls(protected, forced, text_segments(config, documents, tokenizer))
@@ -47,17 +45,17 @@ def marked_tokens(config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> 
         protected |= np.isin(token_ids, special_ids(tokenizer))
     runs = completion_runs(documents)
     if config.protect.patterns:
-        protected |= spans.match_spans(tokenizer, token_ids, runs, config.protect.patterns)
+        protected |= token_text.match_spans(tokenizer, token_ids, runs, config.protect.patterns)
     forced = None
     if config.force_drop:
-        forced = spans.match_spans(tokenizer, token_ids, runs, config.force_drop)
+        forced = token_text.match_spans(tokenizer, token_ids, runs, config.force_drop)
     return protected, forced
 
 
 def text_segments(config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> dict[str, Ints]:
-    """First completion tokens of the sentences or lines that some attribute's window asks for, by unit."""
-    units = {str(window) for name in config.voters if isinstance(window := config.part(name).window, str)}
-    return {unit: segment_starts(documents, tokenizer, unit) for unit in units}
+    """First completion tokens of the sentences or lines that some score asks for, by unit."""
+    units = {part.unit for part in config.scores.values()} & {"sentence", "line"}
+    return {unit: segment_starts(documents, tokenizer, unit) for unit in sorted(units)}
 
 
 def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
-"""What the `xtf:` block is made of: numbers, paths, regexes, drop rules, and the parts that are not an attribute.
+"""Field types of the `xtf:` block: numbers, paths, regexes, the drop rule and the reference.
 
-Apart from `config.py` so that both stay readable. Every check says in its `ValueError` what is wrong with the value, as
-the rest of a sentence that begins with it; the legal values are added from the JSON schema, see `config_docs.py`.
+Scorers and the block are both made of these. Every check raises a `ValueError` that continues a sentence beginning with
+the value; `config/messages.py` adds the legal values from the JSON schema.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def _whole(value: Any) -> int:
 
 
 def _odd(value: Any) -> int:
+    if value in ("sentence", "line"):
+        raise ValueError(f"is a unit; write `unit: {value}` and leave `window` out")
     if _whole(value) % 2 == 0:
         raise ValueError("is even, so the window has no middle")
     return int(value)
@@ -152,10 +154,7 @@ Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Calibration = Annotated[int, Field(ge=8), BeforeValidator(_whole)]  # quartiles of fewer documents are accidents
 Classes = Annotated[int, Field(ge=2, le=8), BeforeValidator(_whole)]
-Window = ByText[
-    Literal["sentence", "line"],
-    Annotated[int, Field(ge=1, le=4095, json_schema_extra={"not": {"multipleOf": 2}}), BeforeValidator(_odd)],
-]
+Window = Annotated[int, Field(ge=1, le=4095, json_schema_extra={"not": {"multipleOf": 2}}), BeforeValidator(_odd)]
 Name = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_path)]
 PathText = Annotated[StrictStr, Field(min_length=1, json_schema_extra={"format": "path"}), BeforeValidator(_path)]
 Pattern = Annotated[StrictStr, Field(min_length=1, json_schema_extra={"format": "regex"}), AfterValidator(_regex)]
@@ -194,19 +193,28 @@ def _only_rules(schema: dict[str, Any], model: type[Drop]) -> None:
 
 
 class Drop(Block):
-    """Which tokens of an attribute go: a mapping that holds exactly one rule.
+    """Which tokens of a score are dropped: a mapping that holds exactly one rule.
 
-    `rules` are the sets of keys that make a rule; a key whose value is null counts as absent.
+    `rules` lists the sets of keys that make a rule; a key whose value is null counts as absent.
     """
 
     model_config = ConfigDict(json_schema_extra=_only_rules)
-    rules: ClassVar[Sequence[tuple[str, ...]]] = ()
+    rules: ClassVar[Sequence[tuple[str, ...]]] = (("quantile",), ("below",), ("fence",), ("cluster",), ("cluster", "of"))
+    quantile: Quantile | None = Field(default=None, description="Drop the lowest share of the scores.")
+    below: Finite | None = Field(default=None, description="Drop scores below this, in the score's own unit.")
+    fence: NonNegative | None = Field(default=None, description="Drop scores below Q1 - fence * (Q3 - Q1), Eq. (5).")
+    cluster: Positive | None = Field(
+        default=None, description="Drop this Multi-Otsu class of the scores, Eq. (7); 1 is the lowest."
+    )
+    of: Classes = Field(default=5, description="Number of classes of the split; only beside `cluster`.")
 
     @model_validator(mode="after")
     def _one_rule(self) -> Drop:
         given = [key for key in sorted(self.model_fields_set) if getattr(self, key) is not None]
         if not any(given == sorted(rule) for rule in self.rules):
             raise ValueError(f"holds {' and '.join(given) or 'no rule'}; write exactly one rule")
+        if self.cluster is not None and self.cluster > self.of:
+            raise Problems(("cluster", self.cluster, f"is more than the {self.of} classes that `of` asks for"))
         return self
 
     @model_serializer(mode="plain")
@@ -218,46 +226,9 @@ class Drop(Block):
         """The rule as in YAML flow style, "{fence: 1.0}"."""
         return "{" + ", ".join(f"{key}: {value}" for key, value in self._the_rule().items()) + "}"
 
-
-class ReasoningDrop(Drop):
-    """Rule over attention received: Eq. (5) is {fence: 1.0}."""
-
-    rules = (("fence",), ("quantile",), ("below",))
-    fence: NonNegative | None = Field(default=None, description="Drop scores below Q1 - fence * (Q3 - Q1).")
-    quantile: Quantile | None = Field(default=None, description="Drop the lowest share of the scores.")
-    below: Finite | None = Field(default=None, description="Drop scores below this; 1.0 is uniform attention.")
-
-
-class NoveltyDrop(Drop):
-    """Rule over probability: Eq. (6) is {known_above: 0.95}; {unknown_below: p} is the opposite school."""
-
-    rules = (("known_above",), ("unknown_below",), ("quantile",), ("known_above", "unknown_below"))
-    known_above: Probability | None = Field(default=None, description="Drop tokens more probable than this.")
-    unknown_below: Probability | None = Field(default=None, description="Drop tokens less probable than this.")
-    quantile: Quantile | None = Field(default=None, description="Drop the dataset's least novel tokens, this share.")
-
-    @model_validator(mode="after")
-    def _something_is_left(self) -> NoveltyDrop:
-        if self.known_above is not None and self.unknown_below is not None and self.unknown_below >= self.known_above:
-            why = f"is not below known_above ({self.known_above}), so that every token would go; write a smaller one"
-            raise Problems(("unknown_below", self.unknown_below, why))
-        return self
-
-
-class RelevanceDrop(Drop):
-    """Rule over task relevance: Eq. (7) is {cluster: 2, of: k}."""
-
-    rules = (("cluster",), ("cluster", "of"), ("quantile",), ("below",))
-    cluster: Positive | None = Field(default=None, description="Drop this Multi-Otsu class; 1 is the least relevant.")
-    of: Classes = Field(default=5, description="Number of classes of the split; only beside `cluster`.")
-    quantile: Quantile | None = Field(default=None, description="Drop the dataset's least relevant tokens, this share.")
-    below: Finite | None = Field(default=None, description="Drop tokens whose relevance, 0 to 1, is below this.")
-
-    @model_validator(mode="after")
-    def _class_exists(self) -> RelevanceDrop:
-        if self.cluster is not None and self.cluster > self.of:
-            raise Problems(("cluster", self.cluster, f"is more than the {self.of} classes that `of` asks for"))
-        return self
+    def bounds(self) -> list[tuple[str, str, float]]:
+        """Fixed thresholds of the rule: (key, "below" or "above", threshold in the score's unit) each."""
+        return [] if self.below is None else [("below", "below", self.below)]
 
 
 class ReferenceConfig(Block):
@@ -283,18 +254,3 @@ class ReferenceConfig(Block):
             why = "has no effect while reference.model is null (the model being trained, as it is loaded): "
             raise Problems(*[(name, getattr(self, name), why + "remove it, or name a model") for name in changed])
         return self
-
-
-class ProtectConfig(Block):
-    """Tokens that no rule may drop."""
-
-    special_tokens: StrictBool = Field(default=True, description="Keep EOS, end-of-turn and all other special tokens.")
-    patterns: Patterns = Field(
-        default=[], description="Regexes over the decoded completion; keep what overlaps a match."
-    )
-
-
-class AtLeast(Block):
-    """Drop a token when at least this many attributes and selectors say so."""
-
-    at_least: Positive = Field(description="Number of attributes and selectors whose rules must fire.")

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .documents import IGNORE_INDEX, DocumentSet, collect
-from .lookup import stretches
+from ..lookup import stretches
 
 if TYPE_CHECKING:
-    from .scorers.base import Predictions
+    from ..scorers.base import Predictions
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]

@@ -1,7 +1,6 @@
-"""The `xtf:` block in words: its legal values, its error messages and docs/config.md.
+"""Error messages of the `xtf:` block: dotted key, value, what is wrong, the legal values.
 
-All of it is read off the JSON schema of the models, so a key, a bound or a default is written once. Run it
-as `python -m xtf_plugin.config_docs` to write the page, with `--check` to be told whether it is current.
+Legal values are read off the JSON schema of the models, so a key, a bound or a default is written once.
 """
 
 from __future__ import annotations
@@ -9,50 +8,29 @@ from __future__ import annotations
 import difflib
 import functools
 import reprlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from .config import ATTRIBUTES, PRESETS, XTFConfig
-from .config_rules import TAGS, Problems
-from .config_selectors import MOST, PartProblems, completed, schemas
+from ..fields import TAGS, Problems
+from .block import XTFConfig
+from .scores import MOST, PartProblems, completed
 
 Schema = Mapping[str, Any]
-PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 _NEXT = "See docs/config.md, or run `xtf check --schema`."
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _TEXTS = {"path": "path", "file-path": "path of a text file", "regex": "regular expression"}
-_HEADER = """<!-- Generated from xtf_plugin/config.py by `python -m xtf_plugin.config_docs`. Edit that. -->
-
-# The `xtf:` block
-
-The same block stands in a recipe, in `XTFConfig(...)`, and as JSON or YAML text after `--xtf`. `xtf: true` or `xtf: {}`
-takes the `default` preset; `xtf: false`, or no block, is stock training. Unknown keys are refused.
-
-Each of the three attributes takes a mapping, `true` (on, as the preset has it, else as the tables say) or `false` (off:
-neither scored nor used); the `default` preset has them off and works by one selector. Selectors are added to the
-preset's; `false` in place of a selector takes one of the preset's out, `selectors: false` all of them. A `drop` mapping
-holds exactly one rule and replaces the preset's rule as a whole.
-"""
 
 
 def complete(schema: dict[str, Any]) -> dict[str, Any]:
-    """Add what is read before the models see a block: `true` for it and for its attributes, `false` and null for it."""
-    schema = completed(schema)
-    properties = dict(schema["properties"])
-    for name in ATTRIBUTES:
-        mapping = next(option for option in properties[name]["oneOf"] if "$ref" in option)
-        properties[name] = {**properties[name], "oneOf": [mapping, {"type": "boolean"}]}
+    """Add what is read before the models see a block: `true`, `false` and null in its place, and parts by scorer."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **schema,
+        **completed(schema),
         "title": "The xtf: block",
         "description": "A mapping of settings; true: the defaults; false or null: off.",
         "type": ["object", "boolean", "null"],
-        "properties": properties,
     }
 
 
@@ -66,7 +44,7 @@ def _options(schema: Schema, root: Schema) -> list[Schema]:
     return [leaf for choice in choices for leaf in _options(choice, root)]
 
 
-def _mapping(schema: Schema, root: Schema) -> Schema | None:
+def mapping(schema: Schema, root: Schema) -> Schema | None:
     """The alternative that is a mapping with keys, None if there is none."""
     return next((option for option in _options(schema, root) if "properties" in option), None)
 
@@ -172,7 +150,7 @@ def _follow(location: Sequence[str | int], root: Schema, start: str) -> tuple[st
             items = [option["items"] for option in _options(schema, root) if "items" in option]
             path, schema = f"{path}[{key}]", items[0] if items else {}
         else:
-            parent = _mapping(schema, root) or {}
+            parent = mapping(schema, root) or {}
             path = f"{path}.{key if len(key) <= 80 and key.isprintable() else shown(key)}"
             schema = parent.get("properties", {}).get(key) or _values(schema, root)
     return path, parent, schema
@@ -196,7 +174,7 @@ def _nearest(word: str, words: Sequence[str]) -> str | None:
 
 def _nearest_key(key: str, parent: Schema, root: Schema) -> str:
     keys = list(parent["properties"])
-    homes = [path for path, section in _sections(root) if key in section["properties"] and section is not parent]
+    homes = [path for path, section in sections(root) if key in section["properties"] and section is not parent]
     near = _nearest(key, keys)
     if homes:
         hint = f"It belongs under {' or '.join(homes)}. "
@@ -205,93 +183,11 @@ def _nearest_key(key: str, parent: Schema, root: Schema) -> str:
     return f"{hint}Legal keys: {', '.join(keys)}."
 
 
-def _sections(root: Schema, path: str = "xtf", section: Schema | None = None) -> Iterator[tuple[str, Schema]]:
+def sections(root: Schema, path: str = "xtf", section: Schema | None = None) -> Iterator[tuple[str, Schema]]:
     """Every mapping of the block with its dotted path, each before those inside it."""
     section = section or root
     yield path, section
     for key, schema in section["properties"].items():
-        inner = _mapping(schema, root)
+        inner = mapping(schema, root)
         if inner is not None:
-            yield from _sections(root, f"{path}.{key}", inner)
-
-
-def render_markdown() -> str:
-    """docs/config.md: a table per part of the block, and what the presets set."""
-    root = _root()
-    parts = [_HEADER, *(_section(path.removeprefix("xtf."), section, root) for path, section in _sections(root))]
-    parts += [_section(f"selectors.<name> with scorer: {name}", part, part) for name, part in schemas().items()]
-    rows = _preset_rows()
-    about = "Settings in which the presets differ; all others are the defaults above.\n\n"
-    parts.append(f"## Presets\n\n{about}{_table(['key', *(f'`{name}`' for name in PRESETS)], rows)}")
-    return "\n".join(parts)
-
-
-def _section(title: str, section: Schema, root: Schema) -> str:
-    about = "" if title == "xtf" else f"{section.get('description', '').splitlines()[0]}\n\n"
-    rows = [
-        [f"`{key}`", _default(schema, root), legal(schema, root), schema.get("description", "")]
-        for key, schema in section["properties"].items()
-    ]
-    heading = "Top level" if title == "xtf" else f"`{title}`"
-    return f"## {heading}\n\n{about}{_table(['key', 'default', 'legal values', 'meaning'], rows)}"
-
-
-def _default(schema: Schema, root: Schema) -> str:
-    if "default" not in schema:
-        return ""
-    inner = _mapping(schema, root)
-    whole = inner is not None and "anyOf" not in inner and isinstance(schema["default"], dict)
-    return "see its table" if whole else _code(schema["default"])
-
-
-def _preset_rows() -> list[list[str]]:
-    """A row for each setting in which the presets differ; empty where a preset has no such setting."""
-    something = {"none": {"force_drop": ["-"]}}  # a block has to drop something
-    settings = {}
-    for name, preset in PRESETS.items():
-        whole = XTFConfig(preset=name, **something.get(name, {})).to_dict()
-        selectors = {f"selectors.{key}": value for key, value in preset.get("selectors", {}).items()}
-        settings[name] = dict(_flat({**whole, "selectors": {}, "force_drop": []})) | selectors
-    keys = dict.fromkeys(key for values in settings.values() for key in values if key != "preset")
-    rows = [[f"`{key}`", *(_code(v[key]) if key in v else "" for v in settings.values())] for key in keys]
-    return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _code(value: Any) -> str:
-    return f"`{_yaml(value)}`"
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
-    return shown(value, quote=False)
-
-
-def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict) and key != "drop":
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield path + key, value
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def main(arguments: Sequence[str]) -> str | None:
-    """Write docs/config.md; with `--check`, return a message if it is not what would be written."""
-    if list(arguments) not in ([], ["--check"]):
-        return "usage: python -m xtf_plugin.config_docs [--check]"
-    if not PAGE.parent.is_dir():
-        return f"{PAGE.parent} is not a folder: run this from a source checkout."
-    if not arguments:
-        PAGE.write_text(render_markdown(), encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != render_markdown():
-        return f"{PAGE} is stale. Run: python -m xtf_plugin.config_docs"
-    return None
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+            yield from sections(root, f"{path}.{key}", inner)

@@ -7,30 +7,30 @@ among the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import XTFConfig
-from .errors import XTFError
-from .firing import Segments, evaluate
-from .rules import Rules
-from .segments import UNDEFINED_KEY, Bools, Hashes, Ints, Layout, lowest, ordered, random_keys
+from ..config.block import XTFConfig
+from ..config.scores import SLOTS
+from ..data.ragged import UNDEFINED_KEY, Bools, Floats, Hashes, Ints, Layout, lowest, ordered, random_keys
+from ..errors import XTFError
+from .rules import Rules, Segments, evaluate
 
-REASONING, NOVELTY, RELEVANCE, PROTECTED, FLOOR, FORCED, CONTROL = (1 << bit for bit in range(7))
-BITS = {"reasoning_importance": REASONING, "knowledge_novelty": NOVELTY, "task_relevance": RELEVANCE}
+PROTECTED, FLOOR, FORCED, CONTROL = (1 << bit for bit in range(3, 7))
+BITS = {name: 1 << place for place, name in enumerate(SLOTS)}
 DECISIONS = {"protected": PROTECTED, "floor": FLOOR, "forced": FORCED, "control": CONTROL}
 
 Reasons = NDArray[np.uint8] | NDArray[np.uint16]
 
 
 def rule_bits(config: XTFConfig) -> dict[str, int]:
-    """The reason bit of every attribute that is on and of every selector, as the block orders them."""
+    """The reason bit of every score that is on, as the block orders them."""
     own = {name: 2 * CONTROL << place for place, name in enumerate(config.selectors)}
-    return {name: own[name] if name in own else BITS[name] for name in config.voters}
+    return {name: own[name] if name in own else BITS[name] for name in config.scores}
 
 
 def reason_text(bits: int, rules: Mapping[str, int] = BITS) -> str:
@@ -38,7 +38,7 @@ def reason_text(bits: int, rules: Mapping[str, int] = BITS) -> str:
 
     Args:
         bits: of one token.
-        rules: bits of attributes and selectors, see `rule_bits`.
+        rules: bits of scores, see `rule_bits`.
     """
     return ",".join(name for name, bit in {**rules, **DECISIONS}.items() if bits & bit)
 
@@ -54,12 +54,8 @@ class Scores:
         token_ids: (M,) int32.
         positions: (M,) int32, place within the document; 0 is the document's first token: never predicted nor
             trained.
-        reasoning_importance: (M,) float32 attention received, 1.0 = uniform; NaN: undefined. None: not scored.
-        logprobs: (M,) float32 natural-log probabilities; knowledge novelty is `1 - exp(logprob)`.
-        task_relevance: (M,) float32 in [0, 1].
-        entropy: (M,) float32 nats, the surprisal that the reference itself expected in each place; deviation: (M,)
-            float32 nats, its standard deviation. NaN where the log-probability is. None: not scored.
-        selectors: (M,) float32 scores by name of the selector; None for one that has none before the second epoch.
+        values: by name of the score, (M,) float32 as its scorer gave them; NaN: undefined.
+        logprobs: (M,) float32 natural-log probabilities under the run's own reference; None: not scored.
     """
 
     keys: NDArray[np.uint8]
@@ -67,22 +63,8 @@ class Scores:
     counts: NDArray[np.int64]
     token_ids: NDArray[np.int32]
     positions: NDArray[np.int32]
-    reasoning_importance: NDArray[np.float32] | None = None
-    logprobs: NDArray[np.float32] | None = None
-    task_relevance: NDArray[np.float32] | None = None
-    entropy: NDArray[np.float32] | None = None
-    deviation: NDArray[np.float32] | None = None
-    selectors: Mapping[str, NDArray[np.float32] | None] = field(default_factory=dict)
-
-    def of(self, voter: str) -> NDArray[np.float32] | None:
-        """The scores behind an attribute or a selector: log-probabilities for knowledge novelty."""
-        known = {
-            **self.selectors,
-            "reasoning_importance": self.reasoning_importance,
-            "knowledge_novelty": self.logprobs,
-            "task_relevance": self.task_relevance,
-        }
-        return known.get(voter)
+    values: Mapping[str, Floats] = field(default_factory=dict)
+    logprobs: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -91,17 +73,16 @@ class Selection:
 
     Args:
         keep: (M,) False where the label becomes -100.
-        reasons: (M,) bits: every attribute and selector whose rule fired (see `rule_bits`), and PROTECTED, FLOOR,
-            FORCED or CONTROL where that decided. 8 bits wide, 16 with selectors.
-        thresholds: per attribute and selector, its rule and the numbers it came to; plain JSON values, in units of its
-            score.
-        fired: per attribute and selector, on how many completion tokens of the dataset its rule fired (a document
-            counts as often as it occurs).
-        warnings: what the user has to be told.
+        reasons: (M,) bits: every score whose rule fired (see `rule_bits`), and PROTECTED, FLOOR, FORCED or CONTROL
+            where that decided. 8 bits wide, 16 with selectors.
+        thresholds: by score, its rule and the numbers it came to; plain JSON values, in units of `seen`.
+        fired: by score, on how many completion tokens of the dataset its rule fired (a document counts as often as it
+            occurs).
+        warnings: for the user.
         best: (N,) index among its completion tokens of the token that a document would keep last; -1 if it has none
             that trains.
-        rules: per attribute and selector, its rules with the thresholds that were used.
-        seen: per attribute and selector, (M,) the scores that its rule saw: after the window, novelty in [0, 1].
+        rules: by score, its rules with the thresholds that were used.
+        seen: by score, (M,) float32 as its rule saw them.
     """
 
     keep: NDArray[np.bool_]
@@ -111,7 +92,7 @@ class Selection:
     warnings: list[str]
     best: NDArray[np.int64]
     rules: Mapping[str, Rules] = field(default_factory=dict)
-    seen: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    seen: Mapping[str, Floats] = field(default_factory=dict)
 
 
 def select(
@@ -128,43 +109,36 @@ def select(
         scores: of the whole dataset.
         config: the block.
         protected: (M,) tokens that are never dropped; forced: (M,) tokens that are dropped unless protected.
-        segments: the first tokens of the sentences and lines, by unit; needed if some window is one.
+        segments: the first tokens of the sentences and lines, by unit; needed if some score has one.
         frozen: the rules of another selection, for a part of a stream: thresholds are its, not those of `scores`.
 
     Raises:
-        XTFError: arrays that do not fit together, an attribute that is on, or a selector, that was not scored, or
-            segments that are needed and not given.
+        XTFError: arrays that do not fit together, a score that is on and was not scored, or segments that are needed and
+            not given.
     """
     layout = Layout(scores.offsets, scores.counts)
     _check(scores, config, protected, forced)
     size = len(scores.token_ids)
     keep = np.zeros(size, dtype=bool)
     reasons: Reasons = np.zeros(size, dtype=np.uint16 if config.selectors else np.uint8)
-    bits, voting = rule_bits(config), [name for name in config.voters if scores.of(name) is not None]
-    best = np.full(len(scores.counts), -1, dtype=np.int64)
-    thresholds: dict[str, Any] = {}
-    fired, warnings, rules, seen = dict[str, int](), list[str](), dict[str, Rules](), dict[str, NDArray[np.float32]]()
-    for name in config.voters:
-        values = scores.of(name)
-        if values is None:
-            thresholds[name], fired[name] = {"rule": None, "drops": {}, "from_epoch": 2}, 0
-            continue
+    bits, best = rule_bits(config), np.full(len(scores.counts), -1, dtype=np.int64)
+    results = {}
+    for name, part in config.scores.items():
         given = None if frozen is None else frozen[name]
-        firing = evaluate(name, values, scores.positions, layout, config.part(name), segments, given)
-        reasons |= firing.mask * reasons.dtype.type(bits[name])
-        thresholds[name], fired[name] = firing.thresholds, firing.fired
-        warnings, rules[name] = warnings + firing.warnings, firing.rules
-        seen[name] = firing.seen
+        results[name] = evaluate(name, scores.values[name], layout, part, segments, given)
+        reasons |= results[name].mask * reasons.dtype.type(bits[name])
+    warnings = [warning for result in results.values() for warning in result.warnings]
+    order = rescue_order(scores, config)
     for tokens, documents, part in layout.chunks():
         chunk = _Chunk(
             part,
             scores.keys[documents],
             scores.positions[tokens] > 0,
-            rescue_order(scores, tokens),
+            order(tokens),
             np.zeros(part.offsets[-1], dtype=bool) if protected is None else protected[tokens],
             np.zeros(part.offsets[-1], dtype=bool) if forced is None else forced[tokens],
         )
-        keep[tokens], reasons[tokens] = _decide(chunk, reasons[tokens], config, [bits[name] for name in voting])
+        keep[tokens], reasons[tokens] = _decide(chunk, reasons[tokens], config, list(bits.values()))
         best[documents] = _best(chunk)
     trainable = scores.positions > 0
     if trainable.any() and not (keep & trainable).any():
@@ -172,14 +146,22 @@ def select(
             f"every one of the {int(trainable.sum())} trainable completion tokens is dropped; loosen the rules, or set "
             "min_kept above 0"
         )
-    return Selection(keep, reasons, thresholds, fired, warnings, best, rules, seen)
+    return Selection(
+        keep=keep,
+        reasons=reasons,
+        thresholds={name: result.thresholds for name, result in results.items()},
+        fired={name: result.fired for name, result in results.items()},
+        warnings=warnings,
+        best=best,
+        rules={name: result.rules for name, result in results.items()},
+        seen={name: result.seen for name, result in results.items()},
+    )
 
 
 def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: Bools | None) -> None:
     size, number = len(scores.token_ids), len(scores.counts)
-    voters = {name: scores.of(name) for name in (*BITS, *config.selectors)}
-    arrays = {"positions": scores.positions, **voters, "protected": protected, "forced": forced}
-    arrays |= {"entropy": scores.entropy, "deviation": scores.deviation}
+    arrays = {"positions": scores.positions, **scores.values, "protected": protected, "forced": forced}
+    arrays["logprobs"] = scores.logprobs
     for name, array in arrays.items():
         if array is not None and array.shape != (size,):
             raise XTFError(f"selection: {name} has the shape {array.shape}, but there are {size} completion tokens")
@@ -188,8 +170,8 @@ def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: B
             f"selection: {len(scores.keys)} keys, {number} counts and {len(scores.offsets)} offsets up to "
             f"{scores.offsets[-1:]} do not describe documents with {size} completion tokens"
         )
-    for name in config.voters:
-        if voters[name] is None and name not in scores.selectors:
+    for name in config.scores:
+        if name not in scores.values:
             raise XTFError(f"selection: {name} is on, but the documents were not scored for it")
 
 
@@ -205,30 +187,34 @@ class _Chunk:
     forced: Bools
 
 
-def rescue_order(scores: Scores, tokens: slice) -> Hashes:
-    """Sort keys of what is brought back first; NaN comes last.
+def rescue_order(scores: Scores, config: XTFConfig) -> Callable[[slice], Hashes]:
+    """Sort keys of what `min_kept` brings back first, for any run of tokens; NaN comes last.
 
-    With attributes alone by novelty: lowest log-probability first; without one, highest task relevance. To a selector
-    the most novel token may be the worst noise: its highest score comes first, and of equal ones the most probable.
+    With selectors: what the first of them scores highest, of equal ones the most probable, because to a rule that finds
+    noise the most novel token may be the worst noise. Without: lowest log-probability; then highest task relevance.
     """
-    voiced = [values for values in scores.selectors.values() if values is not None]
-    by = ((scores.logprobs, 1), (scores.task_relevance, -1))
-    if voiced:
-        by = ((voiced[0], -1), (scores.logprobs, -1))
-    halves = []
-    for values, sign in by:
-        if values is None:
-            halves.append(np.full(tokens.stop - tokens.start, UNDEFINED_KEY))
-        else:
-            here = values[tokens] * np.float32(sign)
-            halves.append(ordered(np.where(np.isinf(here), np.float32(np.nan), here)))
-    order: Hashes = (halves[0].astype(np.uint64) << np.uint64(32)) | halves[1]
+    first = next(iter(config.selectors), None)
+    by = [(scores.logprobs, 1), (scores.values.get("task_relevance"), -1)]
+    if first is not None:
+        by = [(scores.values[first], -1), (scores.logprobs, -1)]
+
+    def order(tokens: slice) -> Hashes:
+        halves = []
+        for values, sign in by:
+            if values is None:
+                halves.append(np.full(tokens.stop - tokens.start, UNDEFINED_KEY))
+            else:
+                here = values[tokens] * np.float32(sign)
+                halves.append(ordered(np.where(np.isinf(here), np.float32(np.nan), here)))
+        keys: Hashes = (halves[0].astype(np.uint64) << np.uint64(32)) | halves[1]
+        return keys
+
     return order
 
 
-def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, voting: list[int]) -> tuple[Bools, Reasons]:
-    """Keep flags and complete reasons of a chunk, from the bits of the rules that fired; `voting`: bits that count."""
-    by_rules = _combined(reasons, config, voting)
+def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, bits_of_rules: list[int]) -> tuple[Bools, Reasons]:
+    """Keep flags and complete reasons of a chunk, from the bits of the rules that fired."""
+    by_rules = _combined(reasons, config, bits_of_rules)
     wanted = by_rules | chunk.forced
     dropped = wanted & ~chunk.protected
     decided = wanted & chunk.protected
@@ -245,17 +231,17 @@ def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, voting: list[int
     return ~dropped | rescued, reasons | bits
 
 
-def _combined(reasons: Reasons, config: XTFConfig, voting: list[int]) -> Bools:
-    """Where enough of the attributes and selectors that have scores have fired."""
+def _combined(reasons: Reasons, config: XTFConfig, bits: list[int]) -> Bools:
+    """Where the rules of enough scores have fired."""
     votes = np.zeros(len(reasons), dtype=np.int8)
-    for bit in voting:
+    for bit in bits:
         votes += (reasons & bit) > 0
-    return votes >= votes_needed(config, len(voting))
+    return votes >= votes_needed(config, len(bits))
 
 
-def votes_needed(config: XTFConfig, active: int) -> int:
-    """Of how many of the `active` attributes and selectors a rule must fire to drop a token."""
-    named = {"union": 1, "intersection": active, "majority": active // 2 + 1}
+def votes_needed(config: XTFConfig, number: int) -> int:
+    """Of how many of `number` scores the rule must fire to drop a token."""
+    named = {"union": 1, "intersection": number, "majority": number // 2 + 1}
     return max(1, named[config.combine] if isinstance(config.combine, str) else config.combine.at_least)
 
 

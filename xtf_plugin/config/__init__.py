@@ -1,0 +1,1 @@
+"""The `xtf:` block: read `block.py` first, then `scores.py`."""

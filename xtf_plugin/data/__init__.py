@@ -1,0 +1,1 @@
+"""Documents, their tokens and text: read `documents.py` first."""

@@ -1,0 +1,143 @@
+"""From documents to a plan: scores from the store or the reference, thresholds, keep flags.
+
+No trainer is known here. The reference comes as a provider, so that it is loaded only if some score is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .batches import ScoringStats
+from .cached_scores import ReferenceProvider, ScoreSource, about_scorers, run_scorers
+from .collator import MaskTable
+from .data.documents import DocumentSet
+from .ranks import ALONE, Ranks
+from .selection.select import Scores, Selection, select
+from .selection.text_rules import TextRules, special_ids
+
+if TYPE_CHECKING:
+    from .config.block import XTFConfig
+    from .fields import ReferenceConfig
+    from .store import StoredScores
+
+OF_ONE_RANK = ("cache_dir", "report")  # keys of the block that only the rank's own files follow
+NOTHING_DROPPED = "nothing at all is dropped: this run trains exactly as it would without its `xtf:` block"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained on, and why.
+
+    Args:
+        config, documents, scores, selection: what was decided on what.
+        reference: what to report of the run's own reference.
+        stats, reused: what scoring took, and how many documents came from the store.
+        warnings: for the user.
+        scorers: what to report of each score's scorer, of other references and of rescoring.
+        streaming: about the calibration sample that this is a plan of, if it is one.
+        text: see `text_rules`.
+    """
+
+    config: XTFConfig
+    documents: DocumentSet
+    scores: Scores
+    selection: Selection
+    reference: dict[str, Any]
+    stats: ScoringStats
+    reused: int
+    warnings: list[str] = field(default_factory=list)
+    scorers: dict[str, Any] = field(default_factory=dict)
+    streaming: dict[str, Any] = field(default_factory=dict)
+    text: TextRules | None = field(default=None, compare=False, repr=False)
+
+    def text_rules(self, tokenizer: Any) -> TextRules:
+        """What the text decides: as it was selected with, or found anew if that was not kept."""
+        return self.text or TextRules.find(self.config, self.documents, tokenizer)
+
+    def masks(self) -> MaskTable:
+        """The collator's view of the plan."""
+        return MaskTable.build(self.scores.keys, self.scores.offsets, self.selection.keep, self.selection.best)
+
+    @property
+    def weights(self) -> NDArray[np.int64]:
+        """How often each completion token occurs in the dataset, (M,)."""
+        return np.repeat(self.scores.counts, np.diff(self.scores.offsets))
+
+
+def make_plan(
+    config: XTFConfig,
+    documents: DocumentSet,
+    provider: ReferenceProvider,
+    tokenizer: Any,
+    *,
+    references: Callable[[ReferenceConfig], ReferenceProvider] | None = None,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+) -> Plan:
+    """Score what is missing and decide for every completion token.
+
+    Args:
+        config: the block.
+        documents: of the dataset.
+        provider: of the run's own reference.
+        tokenizer: the training tokenizer.
+        references: makes the provider of a score's own reference.
+        progress: show a bar.
+        ranks: of the run; each gets the same plan, and scores its share.
+
+    Raises:
+        XTFError: ranks with different blocks, data or references, or that come to different masks; the reference gives
+            no finite score at all; see also `scorer.score` and `run_scorers`.
+        XTFUserError: from the layers, the domain or a reference's tokenizer.
+    """
+    block = {name: value for name, value in config.to_dict().items() if name not in OF_ONE_RANK}
+    ranks.agree(json.dumps(block, sort_keys=True).encode(), "block")
+    ranks.agree(special_ids(tokenizer).tobytes(), "special tokens")
+    ranks.agree(documents.keys.tobytes() + documents.counts.tobytes(), "training data")
+    text = TextRules.find(config, documents, tokenizer)
+    with ScoreSource(config, documents, tokenizer, provider, references, progress=progress, ranks=ranks) as source:
+        fingerprint = source.fingerprint(provider)
+        values = run_scorers(config, source, text)
+    scores = scores_of(documents, source.known, values)
+    selection = select(scores, config, text.protected, text.forced, text.segments)
+    ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
+    warnings = [*source.warnings, *selection.warnings]
+    if text.forced is not None and not text.forced.any():
+        warnings.append(f"force_drop: {config.force_drop} matches nothing in the whole dataset")
+    if selection.keep.all():
+        warnings.append(NOTHING_DROPPED)
+    return Plan(
+        config,
+        documents,
+        scores,
+        selection,
+        reference={**provider.description(), "fingerprint": fingerprint},
+        stats=source.stats,
+        reused=source.reused,
+        warnings=warnings,
+        scorers={
+            "scores": about_scorers(config.scores),
+            "references": source.passes,
+            **source.about_excerpts(),
+        },
+        text=text,
+    )
+
+
+def scores_of(documents: DocumentSet, stored: StoredScores | None, values: dict[str, NDArray[np.float32]]) -> Scores:
+    """What is known about the documents' completion tokens."""
+    return Scores(
+        keys=documents.keys,
+        offsets=documents.completion_offsets,
+        counts=documents.counts,
+        token_ids=documents.input_ids[documents.completion],
+        positions=documents.completion_positions,
+        values=values,
+        logprobs=None if stored is None else stored.logprobs,
+    )

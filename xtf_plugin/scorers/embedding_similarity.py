@@ -1,0 +1,214 @@
+"""Task relevance as the paper has it: how close a token's embedding is to the domain's, Eq. (4).
+
+The domain vector is the mean embedding of the dataset's own tokens, or of expert words. The score depends on the token
+alone, so it is one table over the vocabulary; the finished table is stored by everything that it depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from ..errors import XTFUserError
+from ..fields import Domain, Drop, read_words
+from ..files import digest
+from .base import ScoreConfig, ScoringContext, scorer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from .base import Floats, Score
+
+VOCABULARY_CHUNK = 4_096
+DENSE = 1 << 22  # token ids below it may index an array; no vocabulary is that large, but a broken dataset may be
+
+
+class EmbeddingSimilarityConfig(ScoreConfig):
+    """Scorer `embedding_similarity`: closeness of the token's embedding to the domain's, 0 to 1."""
+
+    domain: Domain = Field(
+        default="dataset",
+        description="What the domain is: the dataset's own tokens, expert words, or a file with a word a line.",
+    )
+    embedding: Literal["input", "output"] = Field(
+        default="input",
+        description="Vectors compared: the embedding layer's, or the last hidden state of the token alone.",
+    )
+    drop: Drop = Field(default=Drop(cluster=2), description="Which tokens are dropped: exactly one rule.")
+
+
+def _frozen(context: ScoringContext, config: EmbeddingSimilarityConfig) -> Score:
+    """The score of later documents: relevance of the whole vocabulary, on the scale of the sample's tokens."""
+    domain = _Domain(context, config)
+    key = digest({"over the vocabulary": domain.key})
+    table = context.vocabulary_table(key, domain.over_vocabulary)
+    return lambda context, config: table[context.token_ids]
+
+
+@scorer("embedding_similarity", EmbeddingSimilarityConfig, frozen=_frozen)
+def embedding_similarity(context: ScoringContext, config: EmbeddingSimilarityConfig) -> Floats:
+    """One minus the min-max normalised cosine distance to the domain, (M,) float32 in [0, 1]; low is dropped."""
+    import numpy as np
+
+    domain = _Domain(context, config)
+    table = context.vocabulary_table(domain.key, domain.relevance)
+    if domain.scored_ids[-1] >= DENSE:
+        return table[np.searchsorted(domain.scored_ids, context.token_ids)]
+    by_id = np.empty(int(domain.scored_ids[-1]) + 1, dtype=np.float32)
+    by_id[domain.scored_ids] = table
+    return by_id[context.token_ids]
+
+
+def domain_words(domain: str | Sequence[str]) -> list[str] | None:
+    """Expert words of a `domain` setting: None for `dataset`, else the list, or the lines of the file it names.
+
+    Raises:
+        XTFUserError: the file that the block was validated with is gone or has changed for the worse.
+    """
+    if not isinstance(domain, str):
+        return list(domain)
+    if domain == "dataset":
+        return None
+    try:
+        return read_words(Path(domain))
+    except ValueError as error:
+        raise XTFUserError(f"xtf.task_relevance.domain: {domain} {error}") from error
+
+
+def word_pieces(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
+    """Token ids of each word, with and without a leading space, as two entries per word.
+
+    Raises:
+        XTFUserError: a word that the tokenizer turns into nothing.
+    """
+    pieces = []
+    for word in words:
+        for form in (word, " " + word):
+            ids = tokenizer(form, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise XTFUserError(f"xtf.task_relevance.domain: the tokenizer has no token for {word!r}; remove it.")
+            pieces.append(list(ids))
+    return pieces
+
+
+class _Domain:
+    """The domain of a dataset, and the relevance of its completion tokens to it."""
+
+    def __init__(self, context: ScoringContext, config: EmbeddingSimilarityConfig) -> None:
+        import numpy as np
+
+        documents = context.documents
+        self.context, self.embedding = context, config.embedding
+        self.weights: NDArray[np.int64] | None = None
+        words = domain_words(config.domain)
+        self.pieces = None if words is None else word_pieces(context.tokenizer, words)
+        self.scored_ids = _distinct(context.token_ids)
+        if self.pieces is not None:
+            self.ids = np.unique(np.concatenate([np.asarray(p, dtype=np.int64) for p in self.pieces]))
+            return
+        self.ids = _distinct(documents.input_ids)
+        dense = self.ids[-1] < DENSE
+        places = documents.input_ids if dense else np.searchsorted(self.ids, documents.input_ids)
+        totals = np.bincount(places, weights=np.repeat(documents.counts, documents.lengths)).astype(np.int64)
+        self.weights = totals[totals > 0]
+
+    @property
+    def key(self) -> str:
+        """Everything the table depends on besides the reference, as hex."""
+        import xxhash
+
+        parts = [self.scored_ids, self.ids, *([] if self.weights is None else [self.weights])]
+        hashes = [xxhash.xxh3_128_hexdigest(part.astype("<i8").tobytes()) for part in parts]
+        return digest({"embedding": self.embedding, "pieces": self.pieces, "arrays": hashes})
+
+    def relevance(self) -> Floats:
+        """Relevance of each of `scored_ids`, in [0, 1]."""
+        return task_relevance(*self._vectors()).numpy()
+
+    def over_vocabulary(self) -> Floats:
+        """Relevance of every token of the vocabulary, (V,): `relevance` for the scored ids, the others on their scale.
+
+        A token that is closer to the domain than every scored one, or farther, gets a value above 1, or below 0.
+        """
+        import numpy as np
+        import torch
+
+        scored, domain = self._vectors()
+        among = cosine_distance(scored, domain)
+        found = np.empty(self.context.vocabulary_size, dtype=np.float32)
+        for low in range(0, len(found), VOCABULARY_CHUNK):  # all vectors of a large vocabulary would take gigabytes
+            ids = np.arange(low, min(len(found), low + VOCABULARY_CHUNK))
+            vectors = torch.from_numpy(self.context.embeddings(ids, self.embedding))
+            found[ids] = task_relevance(vectors, domain, among).numpy()
+        found[self.scored_ids] = task_relevance(scored, domain).numpy()  # to the last bit as in `relevance`
+        return found
+
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        """Embeddings of the scored ids (n, D), and the domain vector (D,)."""
+        import numpy as np
+        import torch
+
+        ids = np.union1d(self.scored_ids, self.ids)
+        vectors = torch.from_numpy(self.context.embeddings(ids, self.embedding))
+        domain = self._vector(vectors[torch.from_numpy(np.searchsorted(ids, self.ids))])
+        return vectors[torch.from_numpy(np.searchsorted(ids, self.scored_ids))], domain
+
+    def _vector(self, vectors: Tensor) -> Tensor:
+        """Mean over the dataset's token occurrences, or over words of each word's mean piece embedding, (D,) float64."""
+        import torch
+
+        if self.pieces is None:
+            assert self.weights is not None
+            weights = torch.from_numpy(self.weights.astype("float64"))
+            return (weights @ vectors.double()) / weights.sum()
+        at = {int(token): index for index, token in enumerate(self.ids)}
+        forms = [vectors[[at[t] for t in piece]].double().mean(0) for piece in self.pieces]
+        return torch.stack(forms).mean(0)
+
+
+def task_relevance(vectors: Tensor, domain: Tensor, among: Tensor | None = None) -> Tensor:
+    """Task relevance of each distinct completion token, Eq. (4): one minus its min-max normalised cosine distance.
+
+    Equals `1 - (d - d.min()) / (d.max() - d.min())` with `d = 1 - cos(vectors, domain)`.
+
+    Args:
+        vectors: (N, D) context-free embeddings of the distinct completion tokens.
+        domain: (D,) domain vector.
+        among: cosine distances of other tokens, whose smallest and largest take the place of d.min() and d.max(): a
+            token outside them gets a relevance below 0 or above 1.
+
+    Returns:
+        (N,) float32 in [0, 1]; NaN throughout where all distances are equal, and for a token whose vector is zero.
+    """
+    import torch
+
+    distance = cosine_distance(vectors, domain)
+    among = distance if among is None else among
+    defined = among[~among.isnan()]
+    if defined.numel() == 0 or not bool(defined.max() > defined.min()):
+        return torch.full_like(distance, float("nan"))
+    low, high = defined.min(), defined.max()
+    relevance: Tensor = 1 - (distance - low) / (high - low)
+    return relevance
+
+
+def cosine_distance(vectors: Tensor, domain: Tensor) -> Tensor:
+    """`1 - cos(vectors, domain)` of vectors (N, D) from a domain (D,), (N,) float32; NaN for a zero vector."""
+    vectors, domain = vectors.float(), domain.float()
+    norms = vectors.norm(dim=-1) * domain.norm()
+    distance: Tensor = 1 - (vectors @ domain) / norms  # 0/0 -> NaN: a zero vector has no direction
+    return distance
+
+
+def _distinct(token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """`np.unique(token_ids)` by counting, which takes a tenth of the time for ids that are a vocabulary's."""
+    import numpy as np
+
+    if not len(token_ids) or int(token_ids.max()) >= DENSE:
+        return np.unique(token_ids)
+    return np.flatnonzero(np.bincount(token_ids)).astype(np.int32)

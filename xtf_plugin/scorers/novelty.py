@@ -1,0 +1,55 @@
+"""Knowledge novelty: one minus the probability that the reference gives the token, Eq. (3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from ..fields import Drop, Probability, Problems
+from .base import ScoreConfig, ScoringContext, scorer
+
+if TYPE_CHECKING:
+    from .base import Floats
+
+
+class NoveltyDrop(Drop):
+    """Rule over novelty: Eq. (6) is {known_above: 0.95}; {unknown_below: p} is the opposite school."""
+
+    rules = (("known_above",), ("unknown_below",), ("known_above", "unknown_below"), *Drop.rules)
+    known_above: Probability | None = Field(default=None, description="Drop tokens more probable than this, Eq. (6).")
+    unknown_below: Probability | None = Field(default=None, description="Drop tokens less probable than this.")
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> NoveltyDrop:
+        if self.known_above is not None and self.unknown_below is not None and self.unknown_below >= self.known_above:
+            why = f"is not below known_above ({self.known_above}), so that every token would go; write a smaller one"
+            raise Problems(("unknown_below", self.unknown_below, why))
+        return self
+
+    def bounds(self) -> list[tuple[str, str, float]]:
+        """Probabilities as thresholds on novelty."""
+        keys = (("known_above", "below"), ("unknown_below", "above"))
+        given = ((key, side, getattr(self, key)) for key, side in keys)
+        return [*super().bounds(), *((key, side, 1 - value) for key, side, value in given if value is not None)]
+
+
+class NoveltyConfig(ScoreConfig):
+    """Scorer `novelty`: 1 - P(token); log-probabilities are averaged, not probabilities."""
+
+    drop: NoveltyDrop = Field(
+        default=NoveltyDrop(known_above=0.95), description="Which tokens are dropped: exactly one rule."
+    )
+
+
+def novelty(logprobs: Floats) -> Floats:
+    """`1 - exp(logprobs)`, exact near 0."""
+    import numpy as np  # reading a block needs no NumPy
+
+    return -np.expm1(logprobs)
+
+
+@scorer("novelty", NoveltyConfig, per_document=True, seen=novelty)
+def log_probability(context: ScoringContext, config: NoveltyConfig) -> Floats:
+    """Log-probabilities, which the rule sees as novelty, (M,) float32 in [0, 1]; low is known, and dropped."""
+    return context.logprobs

@@ -1,0 +1,393 @@
+"""The rule of a score: from scores as the scorer gave them to the tokens that it drops, over a whole dataset.
+
+All scores take the same way: average over the unit or window, map to what the rule sees, fire the rule, cap. Low scores
+are dropped, except by `unknown_below`, which drops high novelty. An undefined score (NaN) fires no rule. A rule that is
+set up sensibly and yet fires on nothing looks like a run that went well, so it is warned of here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..data.ragged import (
+    UNDEFINED_KEY,
+    Bools,
+    Doubles,
+    Floats,
+    Ints,
+    Layout,
+    Scale,
+    dataset_quantiles,
+    document_quantiles,
+    identity,
+    lowest,
+    ordered,
+    segment_means,
+    unordered,
+    windowed,
+)
+from ..errors import XTFError
+from ..scorers import ScoreConfig, registry
+from .otsu import UndefinedSplit, multi_otsu
+
+MOST = 0.5  # share of the dataset's completion tokens beyond which a rule is warned of for firing too often
+Limits = list[Doubles]
+Segments = Mapping[str, Ints]
+Test = Callable[[Floats, Layout], tuple[Bools, Doubles | None]]
+_TINY = float(np.finfo(np.float32).tiny)
+_SHARES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95 %": 0.95, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule, ready for any chunk of documents.
+
+    Args:
+        name: as in the block, "fence: 1.0".
+        test: (scores, layout) -> the tokens it fires on, and each document's own threshold where it has one.
+        drops: what it drops, in units of the attribute's score: `below` and `above` are exclusive, `up_to` inclusive;
+            None: no such bound, or one per document.
+    """
+
+    name: str
+    test: Test
+    drops: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules of one score with their thresholds worked out, ready for any chunk of documents.
+
+    Args:
+        rules: most scores have one; `known_above` beside `unknown_below` are two.
+        rank: in which order `max_fraction` lets tokens through, lowest first.
+        facts: what else to report.
+        warnings: about the thresholds.
+    """
+
+    rules: Sequence[Rule]
+    rank: Callable[[Floats], Floats] = lambda scores: scores
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class RuleResult:
+    """What the rules of one score come to.
+
+    Args:
+        mask: (M,) the tokens they fire on; fired: their number in the dataset.
+        thresholds: what to report of the rule, in units of `seen`.
+        warnings: for the user.
+        rules: to fire on other documents with the same thresholds.
+        seen: (M,) the scores that the rules saw: averaged, in the unit of the table and the report.
+    """
+
+    mask: Bools
+    fired: int
+    thresholds: dict[str, Any]
+    warnings: list[str]
+    rules: Rules
+    seen: Floats
+
+
+def evaluate(
+    name: str,
+    values: Floats,
+    layout: Layout,
+    config: ScoreConfig,
+    segments: Segments | None = None,
+    rules: Rules | None = None,
+) -> RuleResult:
+    """Apply the rule of one score to the whole dataset: unit and window, then rule, then `max_fraction`.
+
+    Args:
+        name: of the score in the block.
+        values: (M,) as the scorer gave them; NaN and infinite values are undefined.
+        layout: of the documents' completion tokens.
+        config: the score's part of the block.
+        segments: the first tokens of the sentences and lines, by unit; needed if the unit is one.
+        rules: with thresholds from elsewhere, for a part of a stream; how often they fire here is then no reason to
+            warn. None: thresholds are taken from these scores.
+
+    Raises:
+        XTFError: the unit is a sentence or line, and their first tokens are not given.
+    """
+    values, warnings = _finite(name, values, layout)
+    seen = _averaged(values, layout, config, segments)
+    mapping = registry.find(config.scorer).seen
+    seen = seen if mapping is None else mapping(seen)
+    found = prepare(seen, layout, config) if rules is None else rules
+    mask, hits, limits = _apply(found, seen, layout, config.max_fraction)
+    fired = layout.occurrences(mask)
+    drops = _described(found.rules, limits)
+    thresholds = {
+        "scorer": config.scorer,
+        "rule": config.drop.model_dump(mode="json", exclude_none=True),
+        "unit": config.unit,
+        "window": config.window,
+        "max_fraction": config.max_fraction,
+        **found.facts,
+        "drops": drops,
+    }
+    if rules is None:
+        off = f"remove it (`{name}: false` if it is an attribute or the preset's)"
+        warnings += [f"{name}: {warning}" for warning in found.warnings]
+        for rule, hit in zip(found.rules, hits, strict=True):
+            if hit == 0:
+                warnings.append(_inert(name, rule, drops, seen, layout, off))
+        if any(hits) and fired == 0:
+            warnings.append(
+                f"{name}: max_fraction {config.max_fraction} lets no token of any document through (the longest "
+                f"completion has {layout.lengths.max()} tokens); raise it, or {off}"
+            )
+        warnings += _greedy(name, fired, layout, off)
+    return RuleResult(mask, fired, thresholds, warnings, found, seen)
+
+
+def fires(config: ScoreConfig, seen: Floats, layout: Layout) -> tuple[Bools, dict[str, Any]]:
+    """Where the rule of one score fires, (M,), on scores as it sees them, and the thresholds it comes to."""
+    found = prepare(seen, layout, config)
+    mask, _, limits = _apply(found, seen, layout, config.max_fraction)
+    return mask, _described(found.rules, limits)
+
+
+def prepare(seen: Floats, layout: Layout, config: ScoreConfig) -> Rules:
+    """The rules of one score with their dataset-level thresholds worked out.
+
+    Args:
+        seen: (M,) scores as the rule sees them; NaN: undefined.
+        layout: of the documents' completion tokens.
+        config: the score's part of the block.
+    """
+    drop = config.drop
+    if drop.cluster is not None:
+        return _cluster(seen, layout, drop.cluster, drop.of)
+    if drop.fence is not None:
+        facts = {"scope": config.scope, "scale": config.scale}
+        return Rules([_fence(seen, layout, drop.fence, config)], facts=facts)
+    if drop.quantile is not None:
+        return Rules([_quantile(seen, layout, drop.quantile, config.scope)], facts={"scope": config.scope})
+    bounds = {key: (side, value, getattr(drop, key)) for key, side, value in drop.bounds()}
+    rules = []
+    for key, (side, value, written) in bounds.items():
+        # compared as a float32 score would hold the threshold: a probability on it is neither above nor below
+        limit = value if key == "below" else float(np.float32(value))
+        rules.append(Rule(f"{key}: {written}", _under(limit) if side == "below" else _over(limit), {side: value}))
+    return Rules(rules, _rank({side: value for side, value, _ in bounds.values()}))
+
+
+def _rank(bounds: Mapping[str, float]) -> Callable[[Floats], Floats]:
+    """Most extreme first, whichever bound a score lies beyond."""
+    below, above = bounds.get("below"), bounds.get("above")
+    if above is None:
+        return lambda scores: scores
+    if below is None:
+        return lambda scores: -scores
+
+    def rank(scores: Floats) -> Floats:
+        """What is left of the way from each threshold to the end of [0, 1]."""
+        exact = scores.astype(np.float64)
+        return np.minimum(exact / max(below, _TINY), (1 - exact) / max(1 - above, _TINY)).astype(np.float32)
+
+    return rank
+
+
+def _under(limit: float, scale: Scale = identity) -> Test:
+    return lambda scores, layout: (scale(scores.astype(np.float64)) < limit, None)
+
+
+def _over(limit: float) -> Test:
+    return lambda scores, layout: (scores.astype(np.float64) > limit, None)
+
+
+def _log(values: Doubles) -> Doubles:
+    return np.log(np.maximum(values, _TINY))  # 0 is far below every other score, not infinitely so
+
+
+def _fence(seen: Floats, layout: Layout, k: float, config: ScoreConfig) -> Rule:
+    """Eq. (5), `S < Q1 - k * (Q3 - Q1)`, over each document or the dataset, on a linear or logarithmic scale."""
+    name = f"fence: {k}"
+    scale, unscale = (_log, np.exp) if config.scale == "log" else (identity, identity)
+    if config.scope == "document":
+        return Rule(name, _document_fence(k, scale, unscale), {"below": None})
+    q1, q3 = dataset_quantiles(seen, layout, [0.25, 0.75], scale)
+    fence = q1 - k * (q3 - q1)
+    return Rule(name, _under(float(fence), scale), {"below": float(unscale(fence))})
+
+
+def _quantile(seen: Floats, layout: Layout, share: float, scope: str) -> Rule:
+    """The lowest share of each document's scores, or of the dataset's."""
+    name = f"quantile: {share}"
+    if scope == "document":
+        return Rule(name, _lowest_share(share), {"up_to": None})
+    limit = float(dataset_quantiles(seen, layout, [share])[0])
+    return Rule(name, _under(limit), {"below": limit})
+
+
+def _document_fence(k: float, scale: Scale, unscale: Scale) -> Test:
+    def test(scores: Floats, layout: Layout) -> tuple[Bools, Doubles]:
+        q1, q3 = document_quantiles(scores, layout, [0.25, 0.75], scale)
+        fence = q1 - k * (q3 - q1)
+        return scale(scores.astype(np.float64)) < layout.spread(fence), unscale(fence)
+
+    return test
+
+
+def _lowest_share(share: float) -> Test:
+    def test(scores: Floats, layout: Layout) -> tuple[Bools, Doubles]:
+        number = np.floor(share * layout.count(~np.isnan(scores))).astype(np.int64)
+        fires, keys = lowest(ordered(scores), layout, number)
+        return fires, unordered(keys)
+
+    return test
+
+
+def _cluster(seen: Floats, layout: Layout, cluster: int, of: int) -> Rules:
+    """Eq. (7): one class of a Multi-Otsu split over all occurrences."""
+    name = f"cluster: {cluster}, of: {of}"
+    undefined = np.isnan(seen)
+    known = ~undefined if undefined.any() else slice(None)  # a view, not a copy of the dataset
+    weights = None if (layout.counts == 1).all() else layout.spread(layout.counts.astype(np.float32))[known]
+    try:
+        cuts = multi_otsu(seen[known], weights, of)
+    except UndefinedSplit as error:
+        warning = f"the rule {{{name}}} is undefined and drops nothing: {error}. Use fewer classes, or {{quantile: q}}"
+        return Rules([], facts={"undefined": str(error)}, warnings=[warning])
+    low = float(cuts[cluster - 2]) if cluster > 1 else None
+    high = float(cuts[cluster - 1]) if cluster < of else None
+    facts = {"classes": {"thresholds": cuts.tolist(), "sizes": _class_sizes(seen, layout, cuts)}}
+    return Rules([Rule(name, _within(low, high), {"above": low, "up_to": high})], facts=facts)
+
+
+def _within(low: float | None, high: float | None) -> Test:
+    def test(scores: Floats, layout: Layout) -> tuple[Bools, None]:
+        exact = scores.astype(np.float64)
+        return (exact > (-np.inf if low is None else low)) & (exact <= (np.inf if high is None else high)), None
+
+    return test
+
+
+def _class_sizes(scores: Floats, layout: Layout, cuts: Doubles) -> list[int]:
+    """Occurrences in the dataset of each class's tokens."""
+    edges = [None, *cuts.tolist(), None]
+    tests = [_within(low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    sizes = np.zeros(len(tests), dtype=np.int64)
+    for tokens, _, part in layout.chunks():
+        sizes += [int(part.count(test(scores[tokens], part)[0]) @ part.counts) for test in tests]
+    return [int(size) for size in sizes]
+
+
+def _greedy(name: str, fired: int, layout: Layout, off: str) -> list[str]:
+    """The warning about a rule that fires on most of the dataset."""
+    total = int(layout.lengths @ layout.counts)
+    if fired <= MOST * total:
+        return []
+    return [
+        f"{name}: fires on {fired / total:.0%} of all completion tokens. Noise is seldom the larger part: the "
+        "reference may not know this kind of text (other language or domain), or the threshold does not suit it. Look "
+        f"at `xtf show`; choose another threshold, a `max_fraction` or another `reference.model`, or {off}"
+    ]
+
+
+def _averaged(values: Floats, layout: Layout, config: ScoreConfig, segments: Segments | None) -> Floats:
+    """Scores after unit and window; a unit of the scorer's own (`both`) is averaged by the scorer."""
+    if config.unit not in ("sentence", "line"):
+        return windowed(values, layout, config.window)
+    if segments is None or config.unit not in segments:
+        raise XTFError(f"selection: unit: {config.unit} needs the first token of every {config.unit}")
+    return segment_means(values, layout, segments[config.unit])
+
+
+def _finite(name: str, values: Floats, layout: Layout) -> tuple[Floats, list[str]]:
+    """Infinite scores as NaN, with a warning that counts them."""
+    infinite, scores = 0, values
+    for tokens, _, part in layout.chunks():
+        wild = np.isinf(values[tokens])
+        if wild.any():
+            scores = values.copy() if scores is values else scores
+            scores[tokens][wild] = np.nan
+            infinite += int(part.count(wild) @ part.counts)
+    if not infinite:
+        return scores, []
+    total = int(layout.lengths @ layout.counts)
+    return scores, [f"{name}: {infinite} of {total} scores are infinite; {name} never drops these tokens"]
+
+
+def _apply(
+    found: Rules, scores: Floats, layout: Layout, max_fraction: float | None
+) -> tuple[Bools, list[int], list[Limits]]:
+    """Fire the rules chunk by chunk: the tokens, each rule's hits in the dataset, each rule's document thresholds."""
+    mask = np.zeros(len(scores), dtype=bool)
+    hits, limits = [0] * len(found.rules), [Limits() for _ in found.rules]
+    for tokens, _, part in layout.chunks():
+        here = scores[tokens]
+        for index, rule in enumerate(found.rules):
+            fires, limit = rule.test(here, part)
+            mask[tokens] |= fires
+            hits[index] += int(part.count(fires) @ part.counts)
+            if limit is not None:
+                limits[index].append(limit)
+        if max_fraction is not None:
+            mask[tokens] = _capped(mask[tokens], here, found.rank, part, max_fraction)
+    return mask, hits, limits
+
+
+def _capped(
+    fires: Bools, scores: Floats, rank: Callable[[Floats], Floats], layout: Layout, max_fraction: float
+) -> Bools:
+    """At most `floor(max_fraction * tokens)` firings per document: those of lowest rank, of equal ones the earliest."""
+    cap = np.floor(max_fraction * layout.lengths).astype(np.int64)
+    over = layout.count(fires) > cap
+    if not over.any():
+        return fires
+    keys = ordered(rank(scores))
+    keys[~fires] = UNDEFINED_KEY
+    let_through, _ = lowest(keys, layout, np.where(over, cap, 0))
+    return np.where(layout.spread(over), let_through, fires)
+
+
+def _described(rules: Sequence[Rule], limits: Sequence[Limits]) -> dict[str, Any]:
+    """The rules' thresholds as plain numbers; those of single documents as their median, smallest and largest."""
+    result: dict[str, Any] = {}
+    for rule, own in zip(rules, limits, strict=True):
+        numbers = np.concatenate(own) if own else np.zeros(0)
+        numbers = numbers[np.isfinite(numbers)]  # the report is JSON, which has no others
+        for bound, value in rule.drops.items():
+            if own:
+                result[bound] = _spread(numbers) if len(numbers) else None
+            else:
+                result[bound] = None if value is None or not math.isfinite(value) else float(value)
+    return result
+
+
+def _spread(numbers: Doubles) -> dict[str, float]:
+    median = 2 * float(np.median(numbers / 2))  # the sum of two in the middle could exceed every number
+    return {"median": median, "min": float(numbers.min()), "max": float(numbers.max())}
+
+
+def _inert(
+    name: str, rule: Rule, drops: Mapping[str, Any], scores: Floats, layout: Layout, off: str
+) -> str:
+    """The warning about a rule that fires on nothing, with the scores it saw."""
+    values = dataset_quantiles(scores, layout, list(_SHARES.values()))
+    if np.isnan(values).all():
+        return f"{name}: the rule {{{rule.name}}} drops nothing, because no score is defined"
+    spread = ", ".join(f"{name} {value:.4g}" for name, value in zip(_SHARES, values, strict=True))
+    bounds = ", ".join(f"{bound} {_number(drops[bound])}" for bound in rule.drops if drops[bound] is not None)
+    return (
+        f"{name}: the rule {{{rule.name}}} fires on nothing in the whole dataset. Scores: {spread}; the rule asks "
+        f"for: {bounds or 'less than one token of any document'}. Choose a threshold within the scores, or "
+        f"{off}"
+    )
+
+
+def _number(value: float | Mapping[str, float]) -> str:
+    if isinstance(value, Mapping):
+        return f"{value['median']:.4g} (median over documents, {value['min']:.4g} to {value['max']:.4g})"
+    return f"{value:.4g}"
