@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from .cache import tell_relatives
 from .documents import DocumentSet
 from .errors import XTFError
 from .lookup import StoredScores
-from .neighbours import Neighbours
 from .ranks import ALONE, Ranks
 from .reference import Reference
 from .scorer import score
@@ -51,7 +49,6 @@ def stored_scores(
         XTFError: from `scorer.score`; or one of several ranks cannot find again what was scored.
     """
     sizes = np.diff(documents.completion_offsets)
-    neighbours = Neighbours(store, documents.keys, sizes)  # before anything is read: what comes later is theirs
     stored = pool(ranks, store, documents, store.load(documents.keys, sizes))
     missing = np.flatnonzero(~stored.found & (sizes > 0))
     stats = ScoringStats()
@@ -61,9 +58,8 @@ def stored_scores(
             tell_relatives(store.root, store.reference, store.description)
         opened = open_on_all(ranks, reference)
         told: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress, "label": label, "ranks": ranks}
-        with neighbours if ranks.size == 1 else nullcontext() as beside:
-            stats = score(documents, missing, opened, layers, store.add, others=store.hold, beside=beside, **told)
-            store.flush()
+        stats = score(documents, missing, opened, layers, store.add, others=store.hold, **told)
+        store.flush()
         stored, warned = store.load(documents.keys, sizes), False
         # reading again may lose what was read before, so until nothing is missing: what is held cannot be lost
         while len(lost := np.flatnonzero(~stored.found & (sizes > 0))):

@@ -49,7 +49,6 @@ class ScoreStore:
     Attributes:
         directory: where the shards go.
         persistent: False while scores are held in memory because the folder cannot be written.
-        written: names of the shards that this store wrote.
 
     Raises:
         ValueError: `reference` or `layers` is not of the form above.
@@ -70,7 +69,6 @@ class ScoreStore:
         self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
         self.directory = reference_folder(root, reference) / layers_tag(layers)
         self.persistent = True
-        self.written: set[str] = set()
         self._held: list[Records] = []
         self._buffer: list[Records] = []
         self._buffered = 0  # tokens
@@ -145,7 +143,6 @@ class ScoreStore:
                 _describe(self.directory.parent, self.description)
             while pending:
                 name, data = shards.encode(pending[0], self.reference, self.layers)
-                self.written.add(name)
                 files.write_whole(self.directory / name, data)
                 del pending[0]
             self.persistent = True
