@@ -242,7 +242,7 @@ def test_a_full_disk(tmp_path, caplog, monkeypatch, where):
         patch.setattr(*where, full)
         assert "No space left" in check_kept_in_memory(store, caplog)
     assert not list(tmp_path.rglob("*.tmp"))
-    store.close()  # space again: the last try saves what was kept
+    store.flush()  # space again: the last try saves what was kept
     assert store.persistent
     added = records(LENGTHS, 2)
     assert ScoreStore(tmp_path, REFERENCE, "0").load(added.keys, added.lengths).found.all()

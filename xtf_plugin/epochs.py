@@ -219,7 +219,7 @@ def log_probabilities(
 
     wanted = np.flatnonzero(np.diff(offsets) > 0)
     stats = score(documents, wanted, reference, (), sink, batch_tokens=budget, progress=progress, ranks=ranks)
-    found = ranks.same(found)
+    found = ranks.broadcast_if_different(found)
     if np.isnan(found[documents.completion_positions > 0]).all():
         raise XTFError("the model being trained gives NaN for every completion token: training has diverged.")
     return found, stats

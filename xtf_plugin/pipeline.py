@@ -22,12 +22,12 @@ from .collator import MaskTable
 from .documents import DocumentSet
 from .marks import Marks, segment_starts, special_ids
 from .passes import stored_scores
-from .ranks import ALONE, Ranks
+from .ranks import ALONE, Ranks, open_on_all
+from .records import StoredScores
 from .reference import Reference, resolve_layers
 from .selection import Scores, Selection, select
 from .selectors import Floats, StoredPredictions, check_finite, facts, score_selectors
-from .sharing import open_on_all
-from .store import ScoreStore, StoredScores
+from .store import Index, ScoreStore
 
 if TYPE_CHECKING:
     from .config import XTFConfig
@@ -121,7 +121,7 @@ def make_plan(
     ranks.agree(json.dumps(block, sort_keys=True).encode(), "block")
     ranks.agree(special_ids(tokenizer).tobytes(), "special tokens")
     layers = attention_layers(config, provider.text_config())
-    fingerprint = ranks.each(provider.fingerprint)
+    fingerprint = ranks.run_with_heartbeat(provider.fingerprint)
     ranks.agree(documents.keys.tobytes() + documents.counts.tobytes(), "training data")
     ranks.agree(fingerprint.encode(), "reference")
     table = None
@@ -130,12 +130,15 @@ def make_plan(
     description = {**provider.description(), "fingerprint": fingerprint}
     tag = ",".join(map(str, layers)) or None
     root = config.resolved_cache_dir()
-    with ScoreStore(root, fingerprint, tag, description=description) as store:
+    index: Index = {}
+    with ScoreStore(root, fingerprint, tag, description=description, index=index) as store:
         stats, reused, stored, values = _gather(
             config, documents, provider, fingerprint, table, layers, store, progress=progress, ranks=ranks
         )
     warnings = [] if stored is None else check_finite(stored.logprobs, documents.completion_positions, description)
-    source = StoredPredictions(config, documents, provider, references, stored, progress=progress, ranks=ranks)
+    source = StoredPredictions(
+        config, documents, provider, references, stored, progress=progress, ranks=ranks, index=index
+    )
     marks, starts = Marks.find(config, documents, tokenizer), partial(segment_starts, documents, tokenizer)
     selectors = score_selectors(config, tokenizer, source, None, starts, marks.protected, marks.forced)
     stats, reused = source.main_pass or (stats, reused)
@@ -226,7 +229,7 @@ def _gather(
                 known = np.frombuffer(sent, dtype=np.float32)
             if values is None and (sent is not None or ranks.main):
                 relevance.store_table(path, fingerprint, known)
-            values = ranks.same(known)
+            values = ranks.broadcast_if_different(known)
     return stats, reused, stored, values
 
 

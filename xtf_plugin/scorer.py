@@ -25,11 +25,10 @@ from .batches import ScoringStats, default_batch_tokens, plan_batches, plan_want
 from .documents import DocumentSet
 from .errors import XTFError
 from .memory import FIRST, budget_for, halved, is_out_of_memory, meter, too_little
-from .ranks import ALONE, Ranks
+from .ranks import ALONE, Ranks, exchange_results, share_out
 from .records import Records
 from .reference import Reference, rotary_switch
 from .rows import laid_out
-from .sharing import meet, share_out
 from .trial import check
 
 logger = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ def score(
     if reference.lockstep:  # its forwards are collectives
         checked()
     else:
-        ranks.each(checked)
+        ranks.run_with_heartbeat(checked)
     lengths = documents.lengths[wanted]
     rank_of = share_out(lengths, ranks.size)
     own = wanted[rank_of == ranks.rank]
@@ -103,7 +102,7 @@ def score(
         def counts() -> list[float]:
             return list(asdict(work.stats).values())
 
-        totals = meet(ranks, batches, counts, take, lockstep=reference.lockstep)
+        totals = exchange_results(ranks, batches, counts, take, lockstep=reference.lockstep)
     return ScoringStats.of_all(totals)
 
 

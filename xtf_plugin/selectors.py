@@ -22,9 +22,10 @@ from .errors import XTFError, XTFUserError
 from .excerpts import Excerpted, predictions_without
 from .passes import stored_scores
 from .ranks import ALONE, Ranks
+from .records import StoredScores
 from .scorers import ReferenceConfig, Scorer, ScoringContext, registry
 from .sentences import line_breaks
-from .store import ScoreStore, StoredScores
+from .store import Index, ScoreStore
 
 if TYPE_CHECKING:
     from .config import XTFConfig
@@ -45,6 +46,7 @@ class StoredPredictions:
         references: makes the provider of another one; None: there can be no other.
         known: what the run's own reference says, if it is there already.
         ranks: of the run.
+        index: see `ScoreStore`.
 
     Attributes:
         known: the same, also once a scorer has asked for them.
@@ -67,6 +69,7 @@ class StoredPredictions:
         *,
         progress: bool,
         ranks: Ranks = ALONE,
+        index: Index | None = None,
     ) -> None:
         self.ranks = ranks
         self.config, self.documents, self.known = config, documents, known
@@ -81,6 +84,8 @@ class StoredPredictions:
         self._fingerprints: dict[int, str] = {}  # providers live as long as this does
         self._stack, self._keeps = ExitStack(), False
         self._open: tuple[Any, Any] | None = None
+        self._index: Index = {} if index is None else index
+        self._stores: dict[str, ScoreStore] = {}
 
     def under(self, reference: ReferenceConfig | None, documents: DocumentSet | None = None) -> StoredScores:
         """What a reference predicts, None: the run's own; see `ScoringContext.predictions`.
@@ -136,7 +141,7 @@ class StoredPredictions:
     def _fingerprint(self, provider: Any) -> str:
         """Of a provider, once: it may have to read all files of a model for it."""
         if id(provider) not in self._fingerprints:
-            found = self._fingerprints[id(provider)] = self.ranks.each(provider.fingerprint)
+            found = self._fingerprints[id(provider)] = self.ranks.run_with_heartbeat(provider.fingerprint)
             self.ranks.agree(found.encode(), "reference")
         return self._fingerprints[id(provider)]
 
@@ -151,7 +156,7 @@ class StoredPredictions:
         if reference not in self._providers:  # it reads its tokenizer and files once
             if self._references is None:
                 raise XTFError(f"the reference {reference.model} cannot be loaded here: only the run's own is known.")
-            self._providers[reference] = self.ranks.each(partial(self._references, reference))
+            self._providers[reference] = self.ranks.run_with_heartbeat(partial(self._references, reference))
         return self._providers[reference]
 
     def _check(self, scores: StoredScores, about: dict[str, Any]) -> None:
@@ -162,9 +167,13 @@ class StoredPredictions:
         """Stored scores as they are, missing ones from one opening of the reference; and what that took."""
         fingerprint = self._fingerprint(provider)
         description = {**provider.description(), "fingerprint": fingerprint}
-        root, label = self.config.resolved_cache_dir(), "scoring" if documents is self.documents else "second look"
+        if fingerprint not in self._stores:
+            root = self.config.resolved_cache_dir()
+            made = ScoreStore(root, fingerprint, None, description=description, index=self._index)
+            self._stores[fingerprint] = made
+        label = "scoring" if documents is self.documents else "second look"
         budget = None if self.config.batch_tokens == "auto" else int(self.config.batch_tokens)
-        with ExitStack() as stack, ScoreStore(root, fingerprint, None, description=description) as store:
+        with ExitStack() as stack, self._stores[fingerprint] as store:
             stored, stats, reused = stored_scores(
                 store,
                 documents,

@@ -72,7 +72,7 @@ def test_a_damaged_relevance_table_is_made_again(cache, kind):
 def looked_through(root: Path) -> list[caches.CacheEntry]:
     """What `xtf cache list` and the search for scores of the same model made otherwise find."""
     with whole.within(20):
-        caches.tell_relatives(root, "f" * 32, {"name": "tiny"})
+        caches.warn_of_unused_scores(root, "f" * 32, {"name": "tiny"})
         with contextlib.suppress(XTFUserError):  # nothing is deleted through a link
             caches.prune_cache(root, older_than_days=None, reference=None, everything=True, dry_run=True)
         return caches.list_cache(root)

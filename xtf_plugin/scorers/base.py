@@ -212,7 +212,7 @@ class ScoringContext:
         return _read_only(np.zeros(len(self._token_ids), dtype=bool) if marks is None else marks)
 
     def warn(self, text: str) -> None:
-        """Tell the user something: it reaches the terminal and summary.json under the selector's name."""
+        """Warn the user: the text reaches the terminal and summary.json under the selector's name."""
         self.warnings.append(text)
 
     def segments(self, unit: Literal["sentence", "line"]) -> NDArray[np.int64]:
@@ -243,7 +243,7 @@ class Scorer:
 
     Attributes:
         name: under which the entry point registers it.
-        version: whole number, raised when the same inputs get other scores; told in summary.json.
+        version: whole number, raised when the same inputs get other scores; recorded in summary.json.
         Config: its part of the block, `SelectorConfig` or a class derived from it.
         per_document: a document's scores depend on nothing but the document and the options; `check_scorer` checks it.
 

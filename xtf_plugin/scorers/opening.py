@@ -107,7 +107,7 @@ class Opening(Scorer):
         """Weighted mean of the unit's clipped typicality, (M,) float32 in nats; NaN where no token has one."""
         import numpy as np  # reading a block needs no NumPy
 
-        from .again import SecondLooks
+        from .again import IterativeRescoring
         from .typical import typicality
 
         typical = typicality(context.predictions(self.config.reference))
@@ -122,7 +122,7 @@ class Opening(Scorer):
         limit = self.config.drop.below
         if self.config.context == "document" or limit is None:
             return judge(typical, np.zeros(len(typical), dtype=bool))
-        return SecondLooks(context, pieces, limit, self.config.reference).scores(typical, judge)
+        return IterativeRescoring(context, pieces, limit, self.config.reference).scores(typical, judge)
 
 
 def _judged(typical: Floats, gone: Bools, levels: list[Ints], pieces: Ints, offsets: Ints, clip: float) -> Floats:
