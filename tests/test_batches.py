@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xtf_plugin import scorer
-from xtf_plugin.batches import FORWARD_TOKENS, begun_at, begun_in_gap, plan_wanted
+from xtf_plugin.batches import FORWARD_TOKENS, plan_wanted
 
 
 def test_batches_respect_the_budget_and_waste_little():
@@ -79,20 +79,3 @@ def test_a_few_documents_of_many_are_batched_anew():
     (found,) = plan_wanted(lengths, wanted, 1_000)
     assert found.tolist() == wanted.tolist()
     assert plan_wanted(lengths, wanted[:0], 1_000) == []
-
-
-def test_batches_may_begin_elsewhere():
-    lengths = np.asarray([10, 10, 10, 30, 20, 20])
-    batches = [np.asarray([i]) for i in range(6)]
-    begins = [[int(b[0]) for b in begun_at(batches, lengths, part)] for part in (0.0, 0.25, 0.5, 0.99)]
-    assert begins == [[0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 1], [3, 4, 5, 0, 1, 2], [5, 0, 1, 2, 3, 4]]
-    assert begun_at([], lengths, 0.5) == []
-
-
-def test_a_pass_that_has_caught_up_goes_on_inside_the_largest_gap():
-    lengths, nothing = np.asarray([10, 10, 10, 30, 20, 20]), np.asarray([], dtype=np.int64)
-    batches = [np.asarray([i]) for i in range(6)]
-    with_gaps = [batches[0], nothing, *batches[2:5], nothing]  # 10 tokens, and 60
-    begins = [[int(b[0]) for b in begun_in_gap(with_gaps, lengths, part)] for part in (0.0, 0.25, 0.5, 0.75)]
-    assert begins == [[2, 3, 4, 0], [3, 4, 0, 2], [3, 4, 0, 2], [4, 0, 2, 3]]
-    assert begun_in_gap([nothing], lengths, 0.5) == begun_in_gap([], lengths, 0.5) == []

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import time
 
-import numpy as np
 import pytest
 
 from tests.test_store import OTHER, REFERENCE, fill, shard_files
 from xtf_plugin import cache
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.store import ScoreStore
 
 
 def test_cache_list(tmp_path):
@@ -81,18 +79,3 @@ def test_prune_refuses_a_linked_cache_and_unclear_orders(tmp_path):
         with pytest.raises(XTFUserError):
             prune(root, **options)
     assert len(shard_files(tmp_path / "real")) == 2
-
-
-def test_scores_of_an_earlier_format_are_told_left_alone_and_pruned(tmp_path, caplog):
-    """They lack what is recorded now; whoever still runs the earlier version goes on using them."""
-    keys = fill(tmp_path, (3, 5, 1)).keys
-    (tmp_path / "v2").rename(tmp_path / "v1")
-    (old,) = shard_files(tmp_path)
-    store = ScoreStore(tmp_path, REFERENCE, "0,1")
-    assert not store.load(keys, np.array([3, 5, 1])).found.any() and old.exists()
-    (warning,) = caplog.messages
-    assert str(tmp_path / "v1" / REFERENCE) in warning and "prune" in warning
-    fill(tmp_path, (3, 5, 1))
-    names = [entry.description.get("name") for entry in cache.list_cache(tmp_path)]
-    assert names == [None, "unknown (earlier format, not used)"]
-    assert old in prune(tmp_path, reference=REFERENCE[:9]).removed and not shard_files(tmp_path)

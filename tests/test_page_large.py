@@ -12,8 +12,8 @@ from xtf_plugin import output
 from xtf_plugin.batches import ScoringStats
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import collect
-from xtf_plugin.lookup import StoredScores
 from xtf_plugin.pipeline import Plan, scores_of
+from xtf_plugin.records import StoredScores
 from xtf_plugin.selection import select
 
 MANY = {

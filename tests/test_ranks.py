@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from xtf_plugin.batches import ScoringStats
-from xtf_plugin.ranks import Ranks
+from xtf_plugin.ranks import Ranks, share_out
 from xtf_plugin.records import Records
-from xtf_plugin.sharing import share_out
 
 ROOT = Path(__file__).parents[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,13 +13,15 @@ from tests import tiny
 from tests.test_opening import by_the_definition
 from tests.test_pipeline import Provider
 from tests.test_selectors import OFF
-from xtf_plugin import attributes, report
+from tests.test_store import fill, shard_files
+from xtf_plugin import attributes, report, shards
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import collect
 from xtf_plugin.marks import marked_tokens, segment_starts
 from xtf_plugin.pipeline import make_plan
 from xtf_plugin.scorers import again, opening
 from xtf_plugin.scorers.base import ScoringContext
+from xtf_plugin.selectors import StoredPredictions
 
 LIMIT = -14.0  # about half of the units of `Sure` are below
 
@@ -190,6 +193,21 @@ def test_second_looks_are_stored_and_told(tmp_path):
     assert np.array_equal(plans[0].selection.keep, plans[1].selection.keep)
     assert report.summary(plans[0], tiny.tokenizer())["selectors"]["excerpts"]["tokens"] == first["tokens"]
     assert any("second looks" in line for line in report._selector_lines(plans[0]))
+
+
+def test_rounds_read_no_shard_without_documents_of_theirs(tmp_path, monkeypatch):
+    """A cache may hold many datasets; only the first round has to find out what is in each shard."""
+    sure, documents = Sure(), several_lines()
+    fingerprint, reads, rounds = Provider(sure.model).fingerprint(), Counter(), []
+    for seed in range(3):
+        fill(tmp_path, (5, 7), layers=None, reference=fingerprint, seed=seed)
+    others, read, under = shard_files(tmp_path), shards.read, StoredPredictions.under
+    monkeypatch.setattr(shards, "read", lambda path, *rest: reads.update([path]) or read(path, *rest))
+    monkeypatch.setattr(StoredPredictions, "under", lambda *given: rounds.append(given) or under(*given))
+    config = config_of(tmp_path, unit="both", drop={"below": LIMIT})
+    make_plan(config, documents, Provider(sure.model), tiny.tokenizer(), progress=False)
+    assert len(others) == 3 and len(rounds) > 3
+    assert [reads[path] for path in others] == [1, 1, 1]
 
 
 def test_another_threshold_asks_for_other_second_looks_in_one_opening_of_the_reference(tmp_path):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,16 +39,6 @@ class ScoringStats:
             setattr(self, name, getattr(self, name) + value)
 
 
-class Beside(Protocol):
-    """Other processes that score the same documents into the same place."""
-
-    begin: float  # where to begin, as a part of all tokens in [0, 1): elsewhere than they do
-    inside: float  # where to go on within what nobody has done, having come to what others did: elsewhere than they
-
-    def stored(self, documents: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of the documents, by index, have come to be stored by now."""
-
-
 def plan_wanted(
     lengths: NDArray[np.int64],
     wanted: NDArray[np.int64],
@@ -80,29 +68,6 @@ def plan_wanted(
         chosen[batch] = False
     rest = np.flatnonzero(chosen)
     return [*whole, *(rest[part] for part in plan_batches(lengths[rest], budget, packed=packed, apart=apart))]
-
-
-def begun_at(batches: Sequence[NDArray[np.int64]], lengths: NDArray[np.int64], part: float) -> list[NDArray[np.int64]]:
-    """The batches in the same circle, begun where about `part` of the tokens lie before."""
-    before = np.cumsum([int(lengths[batch].sum()) for batch in batches])
-    first = int(np.searchsorted(before, part * before[-1], side="right")) if len(before) else 0
-    return [*batches[first:], *batches[:first]]
-
-
-def begun_in_gap(
-    batches: Sequence[NDArray[np.int64]], lengths: NDArray[np.int64], part: float
-) -> list[NDArray[np.int64]]:
-    """Batches that are not empty, in the same circle, begun where `part` of the largest stretch of them lies before.
-
-    Going on where another process is at work would have both do the same from there to the end.
-    """
-    largest = at = 0
-    for filled, places in groupby(range(len(batches)), key=lambda place: len(batches[place]) > 0):
-        stretch = list(places)
-        before = np.cumsum([int(lengths[batches[place]].sum()) for place in stretch])
-        if filled and before[-1] > largest:
-            largest, at = int(before[-1]), stretch[int(np.searchsorted(before, part * before[-1], side="right"))]
-    return [batch for batch in (*batches[at:], *batches[:at]) if len(batch)]
 
 
 def plan_batches(

@@ -1,7 +1,7 @@
 """`xtf cache list` and `xtf cache prune`: what the score cache holds, and how it gets smaller.
 
-Only files that bear one of our names are ever deleted, only below the version folders (`<root>/v2`; `v1` of an earlier
-format), and no symbolic link is followed there: a cache folder set to a wrong place must not cost anybody a file.
+Only files that bear one of our names are ever deleted, only below the version folder (`<root>/v2`), and no symbolic
+link is followed there: a cache folder set to a wrong place must not cost anybody a file.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import os
 import re
 import stat
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 
 from . import files, shards
 from .errors import XTFUserError, harmless
-from .layout import DESCRIPTION, EARLIER_FOLDERS, REFERENCE, VERSION_FOLDER, entries, layer_folders
+from .store import DESCRIPTION, REFERENCE, VERSION_FOLDER, entries, layer_folders
 
 logger = logging.getLogger(__name__)
 
+_File = tuple[Path, os.stat_result]
 _SHARD = re.compile(r"[0-9a-f]{32}\.parquet")
-_VERSIONS = (VERSION_FOLDER, *EARLIER_FOLDERS)
 _CONTENT = re.compile(r"(relevance-)?[0-9a-f]{32}\.parquet(\.damaged)?")
 
 
@@ -59,41 +59,28 @@ class PruneResult:
     dry_run: bool
 
 
-@dataclass
-class _Found:
-    """Our own files of one reference, and symbolic links found in their places."""
-
-    content: list[tuple[Path, os.stat_result]] = field(default_factory=list)
-    stale: list[tuple[Path, os.stat_result]] = field(default_factory=list)
-    links: list[Path] = field(default_factory=list)
-
-
 def list_cache(root: Path) -> list[CacheEntry]:
     """Every score folder below `root`, by reference; a missing cache is an empty one. Reads no scores."""
     listed = []
     for folder in _reference_folders(root):
         description = _description(folder)
-        if folder.parent.name in EARLIER_FOLDERS:
-            description = {**description, "name": f"{description.get('name', 'unknown')} (earlier format, not used)"}
-        loose = _own_files(folder).content
-        folders: list[Path | None] = [path for path in layer_folders(folder) if not os.path.islink(path)]
-        for path in folders or [None]:
-            listed.append(_entry(folder.name, description, path, loose))
-            loose = []
+        inner = [_content(path) for path in layer_folders(folder) if not os.path.islink(path)] or [[]]
+        inner[0] = _content(folder) + inner[0]
+        listed += [_entry(folder.name, description, own) for own in inner]
     return [entry for entry in listed if entry.bytes]
 
 
-def tell_relatives(root: Path, reference: str, description: Mapping[str, Any]) -> None:
-    """Warn if the cache holds scores of the same model made otherwise, saying in what they differ.
+def warn_of_unused_scores(root: Path, reference: str, description: Mapping[str, Any]) -> None:
+    """Warn if the cache holds scores of the same model made otherwise, with the difference.
 
-    Scores that were made elsewhere, to be used here, would else be made again unnoticed.
+    Else scores that were made elsewhere, to be used here, would be made again unnoticed.
 
     Args:
         root: the cache folder.
         reference: fingerprint of the reference that is about to score.
         description: its description.
     """
-    for folder in (path for path in _reference_folders(root) if path.parent.name == VERSION_FOLDER):
+    for folder in _reference_folders(root):
         other = _description(folder)
         if folder.name == reference or not layer_folders(folder) or _last(other) != _last(description):
             continue
@@ -132,20 +119,19 @@ def prune_cache(
         raise XTFUserError("say what to prune: an age in days and/or a reference, or else everything.")
     if older_than_days is not None and not 0 <= older_than_days < float("inf"):
         raise XTFUserError(f"the age to prune from is {older_than_days} days; it must be 0 or more.")
-    for link in (root / name for name in _VERSIONS if os.path.islink(root / name)):
-        raise XTFUserError(f"{link} is a symbolic link; xtf deletes nothing through links.")
+    if os.path.islink(root / VERSION_FOLDER):
+        raise XTFUserError(f"{root / VERSION_FOLDER} is a symbolic link; xtf deletes nothing through links.")
     folders = _reference_folders(root)
     if reference is not None:
         folders = _matching(folders, reference)
     cutoff = float("inf") if older_than_days is None else time.time() - 86_400.0 * older_than_days
     removed: list[Path] = []
     refused: list[tuple[Path, str]] = []
-    if reference is None:
-        refused += [(p, "a symbolic link") for name in _VERSIONS for p in entries(root / name) if os.path.islink(p)]
     size = 0
+    linked = [path for path in entries(root / VERSION_FOLDER) if os.path.islink(path)] if reference is None else []
     for folder in folders:
         doomed, links = _doomed(folder, cutoff)
-        refused += [(path, "a symbolic link") for path in links]
+        linked += links
         for path, status in doomed:
             try:
                 if not dry_run:
@@ -157,44 +143,43 @@ def prune_cache(
                 size += status.st_size
         if not dry_run:
             _remove_empty(folder)
+    refused += [(path, "a symbolic link") for path in linked]
     return PruneResult(tuple(removed), size, tuple(refused), dry_run)
 
 
-def _doomed(folder: Path, cutoff: float) -> tuple[list[tuple[Path, os.stat_result]], list[Path]]:
+def _doomed(folder: Path, cutoff: float) -> tuple[list[_File], list[Path]]:
     """What to delete of one reference, and the links in it; its description goes with the last of its content."""
-    found = _own_files(folder)
-    for path in layer_folders(folder):
-        if os.path.islink(path):
-            continue
-        inner = _own_files(path)
-        found.content += inner.content
-        found.stale += inner.stale
-        found.links += inner.links
-    doomed = [item for item in found.content if item[1].st_mtime < cutoff]
+    inner = [path for path in layer_folders(folder) if not os.path.islink(path)]
+    own = [found for each in (folder, *inner) for found in _own_files(each)]
+    content = [file for kind, file in own if kind == "content"]
+    doomed = [file for file in content if file[1].st_mtime < cutoff]
     description = folder / DESCRIPTION
-    if len(doomed) == len(found.content) and os.path.isfile(description) and not os.path.islink(description):
+    if len(doomed) == len(content) and os.path.isfile(description) and not os.path.islink(description):
         doomed.append((description, description.lstat()))
-    return doomed + found.stale, found.links
+    doomed += [file for kind, file in own if kind == "stale"]
+    return doomed, [path for kind, (path, _) in own if kind == "link"]
 
 
-def _own_files(folder: Path) -> _Found:
-    found = _Found()
+def _own_files(folder: Path) -> Iterator[tuple[str, _File]]:
+    """Our own files in a folder and the links in their places, each as `content`, `stale` or `link`."""
     for path in entries(folder):
-        with contextlib.suppress(OSError):  # another process may tidy up at the same time
+        try:
             status = path.lstat()
-            if stat.S_ISLNK(status.st_mode):
-                found.links.append(path)
-            elif stat.S_ISREG(status.st_mode) and _CONTENT.fullmatch(path.name):
-                found.content.append((path, status))
-            elif files.is_stale(path):
-                found.stale.append((path, status))
-    return found
+        except OSError:  # another process may tidy up at the same time
+            continue
+        if stat.S_ISLNK(status.st_mode):
+            yield "link", (path, status)
+        elif stat.S_ISREG(status.st_mode) and _CONTENT.fullmatch(path.name):
+            yield "content", (path, status)
+        elif files.is_stale(path):
+            yield "stale", (path, status)
 
 
-def _entry(
-    reference: str, description: Mapping[str, Any], folder: Path | None, loose: list[tuple[Path, os.stat_result]]
-) -> CacheEntry:
-    own = [*loose, *(_own_files(folder).content if folder else [])]
+def _content(folder: Path) -> list[_File]:
+    return [file for kind, file in _own_files(folder) if kind == "content"]
+
+
+def _entry(reference: str, description: Mapping[str, Any], own: list[_File]) -> CacheEntry:
     headers = [_header(path) for path, _ in own if _SHARD.fullmatch(path.name)]
     return CacheEntry(
         reference=reference,
@@ -208,7 +193,7 @@ def _entry(
 
 
 def _header(path: Path) -> tuple[int, int, str | None]:
-    """Documents, tokens and layers that a shard says it holds; nothing if it cannot be read (loading tells why)."""
+    """Documents, tokens and layers by a shard's header; nothing if it cannot be read (loading it logs why)."""
     try:
         metadata = pq.read_metadata(files.for_arrow(path))
         header = json.loads((metadata.metadata or {}).get(shards.HEADER, b"{}"))
@@ -229,21 +214,20 @@ def _description(folder: Path) -> Mapping[str, Any]:
 def _reference_folders(root: Path) -> list[Path]:
     return [
         path
-        for name in _VERSIONS
-        for path in entries(root / name)
+        for path in entries(root / VERSION_FOLDER)
         if REFERENCE.fullmatch(path.name) and os.path.isdir(path) and not os.path.islink(path)
     ]
 
 
 def _matching(folders: list[Path], reference: str) -> list[Path]:
-    """The folders of one reference, one for each format that there are scores in."""
+    """The folder of one reference."""
     hits = [path for path in folders if path.name.startswith(reference)] if reference else []
-    exact = [path for path in hits if path.name == reference]
-    if len({path.name for path in exact or hits}) != 1:
-        known = ", ".join(dict.fromkeys(path.name for path in hits or folders)) or "none"
+    hits = [path for path in hits if path.name == reference] or hits
+    if len(hits) != 1:
+        known = ", ".join(path.name for path in hits or folders) or "none"
         problem = "fits several references" if hits else "is no reference in the cache"
         raise XTFUserError(f"{reference!r} {problem}. There: {known}. See `xtf cache list`.")
-    return exact or hits
+    return hits
 
 
 def _remove_empty(folder: Path) -> None:

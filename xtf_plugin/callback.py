@@ -83,7 +83,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             return
         documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
         separate = partial(self._separate, documents)
-        provider = self._borrowed or self.ranks.each(lambda: separate(self.config.reference))
+        provider = self._borrowed or self.ranks.run_with_heartbeat(lambda: separate(self.config.reference))
         tokenizer = _tokenizer(self.trainer)
         plan = make_plan(
             self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks

@@ -1,8 +1,7 @@
 """Files that appear whole or not at all, whenever the process is killed.
 
-They are written under a temporary name in the same folder, synced, and renamed. The temporary name tells whose it is,
-so that what a killed process leaves behind can be told from what a live one is writing. A name of the same kind, on an
-empty file, says that a process is at work in a folder.
+They are written under a temporary name in the same folder, synced, and renamed. The temporary name identifies its
+process, so that what a killed process leaves behind can be removed while a live one writes.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ import xxhash
 STALE_SECONDS = 86_400.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # drawn at random when the machine starts
 
-_PRESENCE = ".here"
-_OURS = re.compile(r"\.xtf-(?P<host>[0-9a-f]{16})-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}(\.tmp|\.here)")
+# .here: by which earlier versions marked a folder that they worked in
+_OURS = re.compile(r"\.xtf-(?P<host>[0-9a-f]{16})-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}\.(tmp|here)")
 
 
 @lru_cache(maxsize=1)
@@ -50,21 +49,7 @@ def host_tag() -> str:
 
 def temporary_path(target: Path) -> Path:
     """A new name beside `target` to write under."""
-    return target.with_name(_own_name(".tmp"))
-
-
-def presence_path(folder: Path) -> Path:
-    """A new name in `folder` for an empty file that says: this process is at work here."""
-    return folder / _own_name(_PRESENCE)
-
-
-def is_presence(path: Path) -> bool:
-    """Whether a file says that a process is at work in its folder, and nothing says that it no longer is."""
-    return path.suffix == _PRESENCE and _OURS.fullmatch(path.name) is not None and not is_stale(path)
-
-
-def _own_name(suffix: str) -> str:
-    return f".xtf-{host_tag()}-{os.getpid()}-{secrets.token_hex(4)}{suffix}"
+    return target.with_name(f".xtf-{host_tag()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def write_whole(target: Path, data: bytes | memoryview) -> None:
@@ -131,9 +116,9 @@ def remove_stale(folder: Path) -> None:
 
 
 def is_stale(path: Path) -> bool:
-    """Whether a file is one of our temporary files and nobody writes it any more, or its process is at work no more.
+    """Whether a file is one of our temporary files and its process is gone.
 
-    That is: its process ran on this host and is dead, or it ran elsewhere and the file is older than a day.
+    That is: it ran on this host and is dead, or it ran elsewhere and the file is older than a day.
     """
     match = _OURS.fullmatch(path.name)
     if match is None:

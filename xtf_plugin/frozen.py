@@ -16,17 +16,16 @@ from .batches import ScoringStats, default_batch_tokens
 from .config.block import XTFConfig
 from .data.documents import DocumentSet
 from .fingerprint import digest
-from .layout import reference_folder
-from .lookup import Lookup, StoredScores
 from .selection.text_rules import Marks, segment_starts
 from .plan import Plan, attention_layers, scores_of
-from .records import column_names
+from .records import Lookup, StoredScores, column_names
 from .reference import Reference
 from .relevance import RelevanceTable, cached_table, store_table, table_name
 from .scorer import score
 from .selection.select import Selection
 from .selection import select
 from .selectors import StoredPredictions, score_selectors
+from .store import reference_folder
 
 REMEMBERED = 4  # halvings of the batches; if memory is shorter than that, each stretch finds out again
 
@@ -96,7 +95,7 @@ class _Predictions(StoredPredictions):
         lookup = Lookup(documents.keys, sizes, column_names(attention=bool(layers)))
         wanted = np.flatnonzero(sizes > 0)
         stats = score(documents, wanted, self.reference, layers, lookup.take, batch_tokens=self.budget, progress=False)
-        return lookup.result(), {}, stats, 0
+        return lookup.scores, {}, stats, 0
 
     def _check(self, scores: StoredScores, about: dict[str, Any]) -> None:
         """The sample was checked; in a few documents all scores may well be undefined."""

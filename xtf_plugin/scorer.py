@@ -21,15 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batches import Beside, ScoringStats, begun_at, begun_in_gap, default_batch_tokens, plan_batches, plan_wanted
+from .batches import ScoringStats, default_batch_tokens, plan_batches, plan_wanted
 from .data.documents import DocumentSet
 from .errors import XTFError
 from .memory import FIRST, budget_for, halved, is_out_of_memory, meter, too_little
-from .ranks import ALONE, Ranks
+from .ranks import ALONE, Ranks, exchange_results, share_out
 from .records import Records
 from .reference import Reference, rotary_switch
 from .rows import laid_out
-from .sharing import meet, share_out
 from .trial import check
 
 logger = logging.getLogger(__name__)
@@ -52,12 +51,11 @@ def score(
     label: str = "scoring",
     ranks: Ranks = ALONE,
     others: Sink | None = None,
-    beside: Beside | None = None,
 ) -> ScoringStats:
     """Score the `wanted` documents and hand each batch's scores to `sink`.
 
     Equals, per document: run the decoder, `attributes.attention_received` averaged over `layers` and
-    `attributes.predictions` at every completion token. Of several ranks each scores its share and is told the rest.
+    `attributes.predictions` at every completion token. Of several ranks each scores its share and receives the rest.
 
     Args:
         wanted: (n,) indices into `documents`, the same on every rank.
@@ -67,7 +65,6 @@ def score(
         progress: show a bar, called by `label`.
         ranks: of the run.
         others: called with the records of other ranks; None: `sink`.
-        beside: processes other than ranks that score the same documents; what they have stored is left out.
 
     Returns:
         what all ranks did together; the seconds are the slowest one's.
@@ -79,13 +76,13 @@ def score(
     if reference.lockstep:  # its forwards are collectives
         checked()
     else:
-        ranks.each(checked)
+        ranks.run_with_heartbeat(checked)
     lengths = documents.lengths[wanted]
     rank_of = share_out(lengths, ranks.size)
     own = wanted[rank_of == ranks.rank]
     name = f"xtf: {label}" if ranks.size == 1 else f"xtf: {label}, rank {ranks.rank} of {ranks.size}"
     bar = tqdm(total=int(documents.lengths[own].sum()), unit="tok", unit_scale=True, desc=name, disable=not progress)
-    work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)), beside)
+    work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)))
     with bar, reference.scoring(record=bool(layers) or work.packs):
         if ranks.size == 1:
             for records in work.batches(own, batch_tokens):
@@ -102,8 +99,11 @@ def score(
         def take(records: Records, mine: bool) -> None:
             (sink if mine or others is None else others)(records)
 
-        told = meet(ranks, batches, lambda: list(asdict(work.stats).values()), take, lockstep=reference.lockstep)
-    return ScoringStats.of_all(told)
+        def counts() -> list[float]:
+            return list(asdict(work.stats).values())
+
+        totals = exchange_results(ranks, batches, counts, take, lockstep=reference.lockstep)
+    return ScoringStats.of_all(totals)
 
 
 class _Work:
@@ -116,10 +116,8 @@ class _Work:
         layers: tuple[int, ...],
         bar: Any,
         stats: ScoringStats,
-        beside: Beside | None,
     ) -> None:
         self.documents, self.reference, self.layers, self.bar, self.stats = documents, reference, layers, bar, stats
-        self._beside = beside
         switch, window = rotary_switch(reference.text_config), getattr(reference.text_config, "sliding_window", None)
         self.apart = None if switch is None else switch[1]
         # attention takes packed rows as they are only where no window cuts a document
@@ -145,12 +143,9 @@ class _Work:
         gauge = meter(self.reference.device) if budget is None else None
         budget = budget or (default_batch_tokens(self.reference.device) if gauge is None else FIRST)
         cut: dict[str, Any] = {"packed": packs, "apart": self.apart}
-        pending = self._in_order(plan_wanted(lengths, wanted, budget, **cut))
+        pending = plan_wanted(lengths, wanted, budget, **cut)[::-1]
         while pending:
-            batch = self._left(pending.pop())
-            if not len(batch):
-                pending = self._in_order(pending[::-1], caught_up=True)
-                continue
+            batch = pending.pop()
             tokens = int(lengths[batch].sum()) if packs else len(batch) * int(lengths[batch[0]])
             problem = None
             try:
@@ -173,27 +168,9 @@ class _Work:
                 budget = budget_for(tokens, gauge.grown(), gauge.free())
             gauge = None
             rest = np.concatenate([np.zeros(0, dtype=np.int64), *pending[::-1]])
-            pending = self._in_order([rest[part] for part in plan_batches(lengths[rest], budget, **cut)])
+            pending = [rest[part] for part in plan_batches(lengths[rest], budget, **cut)][::-1]
         while begun:
             yield begun.popleft()()
-
-    def _in_order(self, batches: list[NDArray[np.int64]], caught_up: bool = False) -> list[NDArray[np.int64]]:
-        """The batches, the first to be scored last in the list, begun where no other process is."""
-        lengths, beside = self.documents.lengths, self._beside
-        if beside and caught_up:
-            return begun_in_gap([self._left(batch) for batch in batches], lengths, beside.inside)[::-1]
-        return begun_at(batches, lengths, beside.begin if beside else 0.0)[::-1]
-
-    def _left(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What of a batch nobody has stored since it was planned."""
-        if self._beside is None:
-            return batch
-        stored = self._beside.stored(batch)
-        if not stored.any():
-            return batch
-        self.stats.documents -= int(stored.sum())
-        self.bar.update(int(self.documents.lengths[batch[stored]].sum()))
-        return batch[~stored]
 
     def in_step(self, wanted: NDArray[np.int64], budget: int, forwards: int, filler: int) -> Iterator[Records]:
         """The same in exactly `forwards` forwards: the shortest document, `filler`, makes up the number.

@@ -1,7 +1,6 @@
-"""One shard of scores: a Parquet file that is believed only if everything in it agrees.
+"""One shard of scores: a Parquet file whose name is the hash of its bytes, so that any damage to it is noticed.
 
-A shard is named after the hash of its bytes, so a damaged one is known before its scores are decoded. Its header says
-what it belongs to, and a second checksum covers the decoded keys, offsets and scores. No text of the data is in it.
+Its header says which reference and layers it belongs to. It holds no text of the data.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from .data.documents import KEY_BYTES
 from .errors import XTFError
 from .records import COLUMNS, Records
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, 3)  # format 2 has a checksum of its content in the header as well, which is not needed
 HEADER = b"xtf_store"  # key of the JSON header in the Parquet metadata
 SUFFIX = ".parquet"
 LAYERS = re.compile(r"[0-9]{1,6}(,[0-9]{1,6})*")
@@ -39,17 +39,6 @@ class NewerShard(XTFError):
     """A shard of a later format: good, but not for this version."""
 
 
-def checksum(records: Records, reference: str, layers: str | None) -> str:
-    """xxh3-128 over what a shard says: format, reference, layers, keys, offsets, scores (little-endian)."""
-    columns = records.columns
-    facts = [FORMAT, reference, layers, len(records.keys), len(records.logprobs), list(columns)]
-    state = xxhash.xxh3_128(json.dumps(facts).encode())
-    arrays = [(records.keys, "u1"), (records.offsets, "<i8"), *((values, "<f4") for values in columns.values())]
-    for array, dtype in arrays:
-        state.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
-    return state.hexdigest()
-
-
 def encode(records: Records, reference: str, layers: str | None) -> tuple[str, memoryview]:
     """File name and bytes of the shard that holds these records."""
     count = len(records.keys)
@@ -59,7 +48,6 @@ def encode(records: Records, reference: str, layers: str | None) -> tuple[str, m
         "layers": layers,
         "documents": count,
         "tokens": len(records.logprobs),
-        "checksum": checksum(records, reference, layers),
     }
     offsets = pa.array(records.offsets, pa.int32())
 
@@ -103,12 +91,9 @@ def read(path: Path, reference: str) -> tuple[str | None, Records]:
             raise BadShard(f"scores of another reference, {header['reference']}")
         if not file.schema_arrow.equals(_SCHEMA):
             raise BadShard(f"columns other than key, {', '.join(COLUMNS)}, or of other types")
-        records = _records(file.read())
+        return header["layers"], _records(file.read())
     except (OSError, pa.ArrowException, ValueError) as error:
         raise BadShard(f"not a readable Parquet file ({_first_line(error)})") from error
-    if header["checksum"] != checksum(records, reference, header["layers"]):
-        raise BadShard("its scores do not match its checksum")
-    return header["layers"], records
 
 
 def _header(file: Any) -> dict[str, Any]:
@@ -116,13 +101,13 @@ def _header(file: Any) -> dict[str, Any]:
         header = json.loads((file.schema_arrow.metadata or {})[HEADER])
         version = int(header["format"])
         if version > FORMAT:
-            raise NewerShard(f"format {version}, written by a later xtf-plugin; this one reads format {FORMAT}")
-        known = {name: header[name] for name in ("reference", "layers", "checksum")}
+            raise NewerShard(f"format {version}, written by a later xtf-plugin; this one reads up to format {FORMAT}")
+        known = {name: header[name] for name in ("reference", "layers")}
         if not all(isinstance(value, str) for value in known.values() if value is not None):
             raise TypeError(f"{known} holds other things than text")
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise BadShard("no header of ours: not a score shard") from error
-    if version != FORMAT or not (known["layers"] is None or LAYERS.fullmatch(str(known["layers"]))):
+    if version not in READABLE or not (known["layers"] is None or LAYERS.fullmatch(str(known["layers"]))):
         raise BadShard(f"format {version} and layers {known['layers']}, which this xtf-plugin does not write")
     return known
 
@@ -131,7 +116,11 @@ def _records(table: Any) -> Records:
     """Decoded columns as numpy arrays; BadShard for no documents, nulls, and lists of unequal length."""
     if not len(table):
         raise BadShard("no documents in it")
-    keys = np.concatenate([_keys(chunk) for chunk in table.column("key").chunks])
+    key = table.column("key").combine_chunks()
+    if key.null_count:
+        raise BadShard("a document without a key")
+    raw = np.frombuffer(key.buffers()[1], dtype=np.uint8)
+    keys = raw[key.offset * KEY_BYTES : (key.offset + len(key)) * KEY_BYTES].reshape(-1, KEY_BYTES)
     offsets, logprobs = _flat(table.column("logprobs"))
     columns = {"logprobs": logprobs}
     for name in COLUMNS[1:]:
@@ -143,24 +132,14 @@ def _records(table: Any) -> Records:
     return Records(keys=keys, offsets=offsets, **columns)
 
 
-def _keys(chunk: Any) -> NDArray[np.uint8]:
-    if chunk.null_count:
-        raise BadShard("a document without a key")
-    raw = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
-    return raw[chunk.offset * KEY_BYTES : (chunk.offset + len(chunk)) * KEY_BYTES].reshape(-1, KEY_BYTES)
-
-
 def _flat(column: Any) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Offsets and values of a list column, read from Arrow's buffers: no Python object per document."""
-    lengths, values = [], []
-    for chunk in column.chunks:
-        flat = chunk.flatten()
-        if chunk.null_count or flat.null_count:
-            raise BadShard("scores missing in the middle")
-        lengths.append(np.diff(chunk.offsets.to_numpy()))
-        values.append(flat.to_numpy())
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)]).astype(np.int64)
-    return offsets, np.concatenate(values)
+    """Offsets and values of a list column, without a Python object per document."""
+    lists = column.combine_chunks()
+    values = lists.flatten()
+    if lists.null_count or values.null_count:
+        raise BadShard("scores missing in the middle")
+    lengths = lists.value_lengths().to_numpy()
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), values.to_numpy()
 
 
 def _first_line(error: BaseException) -> str:

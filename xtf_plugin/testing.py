@@ -1,6 +1,6 @@
 """The conformance test for scorers: packages that bring one run it in their own tests; needs no model and no torch.
 
-It works on a few made-up documents with made-up log-probabilities, which follow from document and reference alone.
+It works on a few made-up documents with made-up predictions, which follow from document and reference alone.
 """
 
 from __future__ import annotations
@@ -18,60 +18,61 @@ from pydantic import ValidationError
 
 from .data.documents import IGNORE_INDEX, DocumentSet, collect
 from .data.excerpts import Excerpted, predictions_without
-from .selection.rules import evaluate
-from .scorers import ReferenceConfig, Scorer, ScoringContext, SelectorConfig
-from .scorers.registry import complaints
 from .data.ragged import Layout
+from .scorers import ReferenceConfig, ScoreConfig, Scorer, ScoringContext
+from .scorers.registry import complaints
+from .selection.rules import fires
 
 Floats = NDArray[np.float32]
 _LENGTHS = (2, 3, 5, 8, 13, 21, 34, 55)
 
 
-def check_scorer(scorer_class: type[Scorer], options: Mapping[str, Any], tokenizer: Any = None) -> Floats:
+def check_scorer(scorer: Scorer, options: Mapping[str, Any], tokenizer: Any = None) -> Floats:
     """Check everything that xtf relies on in a scorer, and raise one AssertionError that lists what is wrong.
 
-    Checked: name, `version` and `Config` (frozen, unknown keys refused); the docstring says which scores are dropped;
-    `score` gives finite or NaN float32, one per completion token, the same every time, and writes to nothing it was
-    given; NaN is never dropped; each option that differs from its default changes some score; and with `per_document` a
+    Checked: name, `version` and config (frozen, unknown keys refused); the docstring says which scores are dropped;
+    scores are finite or NaN float32, one per completion token, the same every time, and nothing given is written to;
+    NaN is never dropped; each option that differs from its default changes some score; and with `per_document` a
     document gets the same scores alone as among others.
 
     Args:
-        scorer_class: the class.
+        scorer: what the decorator `scorer` made.
         options: its part of the block: its own keys, best with other values than the defaults, and any common ones.
             `scorer` and `drop` may be left out.
-        tokenizer: what the scorer is to be given; needed only by one that uses it.
+        tokenizer: what the scorer is given; needed only by one that uses it.
 
     Returns:
         the scores of the made-up documents, (M,) float32, for checks of your own.
 
     Example:
         >>> def test_scorer():
-        ...     check_scorer(MyScorer, {"strength": 2.0})
+        ...     check_scorer(my_scorer, {"strength": 2.0})
     """
-    problems = complaints(scorer_class)
+    problems = complaints(scorer)
     if problems:
         raise AssertionError("; ".join(problems))
-    block = {"scorer": scorer_class.name, "drop": {"quantile": 0.3}, **options}
+    block = {"scorer": scorer.name, "drop": {"quantile": 0.3}, **options}
     try:
-        config = scorer_class.Config.model_validate(block)
+        config = scorer.Config.model_validate(block)
     except ValidationError as error:
-        raise AssertionError(f"its Config refuses these options: {error}") from error
+        raise AssertionError(f"its config refuses these options: {error}") from error
     documents = _documents(50 if tokenizer is None else len(tokenizer))
 
-    def run(config: SelectorConfig, of: DocumentSet = documents) -> Floats:
-        return scorer_class(config).score(_context(of, tokenizer))
+    def run(config: ScoreConfig, of: DocumentSet = documents) -> Floats:
+        protected = of.input_ids[of.completion] % 7 == 3
+        return scorer.score(ScoringContext(of, tokenizer, _MadeUpSource(of), protected), config)
 
     scores = run(config)
-    problems = [*_described(scorer_class, block), *_form(scores, len(documents.completion_positions))]
+    problems = [*_described(scorer, block), *_form(scores, len(documents.completion_positions))]
     if not problems:
         problems = [
             *([] if _same(scores, run(config)) else ["it is not deterministic: a second run gave other scores"]),
             *_never_drops_nan(scores, documents, config),
-            *_idle_options(scorer_class, block, scores, run),
-            *(_by_company(scores, documents, config, run) if scorer_class.per_document else []),
+            *_idle_options(scorer, block, scores, run),
+            *(_by_company(scores, documents, config, run) if scorer.per_document else []),
         ]
     if problems:
-        raise AssertionError(f"{scorer_class.name}: {'; '.join(problems)}")
+        raise AssertionError(f"{scorer.name}: {'; '.join(problems)}")
     return scores
 
 
@@ -94,26 +95,38 @@ class _MadeUp:
     deviation: Floats
 
 
-def _context(documents: DocumentSet, tokenizer: Any) -> ScoringContext:
-    def predictions(reference: ReferenceConfig | None, others: DocumentSet | None = None) -> _MadeUp:
-        wanted = documents if others is None else others
+class _MadeUpSource:
+    """A `scorers.base.ScoreSource` without a model."""
+
+    def __init__(self, documents: DocumentSet) -> None:
+        self.documents = documents
+
+    def predictions(self, reference: ReferenceConfig | None, others: DocumentSet | None = None) -> _MadeUp:
+        wanted = self.documents if others is None else others
         return _made_up(wanted, "" if reference is None else reference.model_dump_json())
 
-    def without(hidden: Any, starts: Any, wanted: Any, reference: ReferenceConfig | None) -> Excerpted:
-        breaks = documents.input_ids[documents.completion] % 11 == 5
-        return predictions_without(documents, hidden, starts, wanted, breaks, partial(predictions, reference))
+    def predictions_without(self, hidden: Any, starts: Any, wanted: Any, reference: Any) -> Excerpted:
+        breaks = self.documents.input_ids[self.documents.completion] % 11 == 5
+        predict = partial(self.predictions, reference)
+        return predictions_without(self.documents, hidden, starts, wanted, breaks, predict)
 
-    def segments(unit: str) -> NDArray[np.int64]:
-        offsets = documents.completion_offsets
+    def attention_received(self, layers: Any) -> Floats:
+        return np.exp(_made_up(self.documents, str(layers)).logprobs)
+
+    def segments(self, unit: str) -> NDArray[np.int64]:
+        offsets = self.documents.completion_offsets
         place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
         return np.flatnonzero(place % (4 if unit == "sentence" else 9) == 0)
 
-    protected = documents.input_ids[documents.completion] % 7 == 3
+    def embeddings(self, token_ids: NDArray[np.int64], kind: str) -> Floats:
+        rows = [np.random.default_rng([int(i), len(kind)]).standard_normal(8) for i in token_ids]
+        return np.asarray(rows, dtype=np.float32).reshape(-1, 8)
 
-    def current() -> Floats:
-        return _made_up(documents, "current").logprobs
+    def vocabulary_size(self) -> int:
+        return 50
 
-    return ScoringContext(documents, tokenizer, predictions, current, segments, without, protected)
+    def vocabulary_table(self, key: str, compute: Callable[[], Floats]) -> Floats:
+        return compute()
 
 
 def _made_up(documents: DocumentSet, reference: str) -> _MadeUp:
@@ -128,14 +141,14 @@ def _made_up(documents: DocumentSet, reference: str) -> _MadeUp:
     return _MadeUp(-drawn[0], drawn[1], drawn[2])
 
 
-def _described(scorer_class: type[Scorer], block: Mapping[str, Any]) -> list[str]:
+def _described(scorer: Scorer, block: Mapping[str, Any]) -> list[str]:
     found = []
-    text = f"{scorer_class.__doc__ or ''} {scorer_class.score.__doc__ or ''}"
+    text = scorer.score.__doc__ or ""
     if not re.search(r"\blow|\bdrop|\bgoes?\b", text):
         found.append("no docstring of its own says what a low score means; low scores are dropped")
     try:
-        scorer_class.Config.model_validate({**block, "no_such_key_of_this_scorer": 1})
-        found.append("its Config takes unknown keys")
+        scorer.Config.model_validate({**block, "no_such_key_of_this_scorer": 1})
+        found.append("its config takes unknown keys")
     except ValidationError:
         pass
     return found
@@ -143,8 +156,8 @@ def _described(scorer_class: type[Scorer], block: Mapping[str, Any]) -> list[str
 
 def _form(scores: Any, size: int) -> list[str]:
     if not isinstance(scores, np.ndarray) or scores.dtype != np.float32 or scores.shape != (size,):
-        told = f"{scores.dtype} {scores.shape}" if isinstance(scores, np.ndarray) else type(scores).__name__
-        return [f"`score` gave {told} where float32 ({size},) is needed"]
+        given = f"{scores.dtype} {scores.shape}" if isinstance(scores, np.ndarray) else type(scores).__name__
+        return [f"it returned {given} where float32 ({size},) is needed"]
     if np.isinf(scores).any():
         return ["some scores are infinite; NaN is how a token is left alone"]
     return ["every score is NaN"] if np.isnan(scores).all() else []
@@ -154,26 +167,26 @@ def _same(first: Floats, second: Any) -> bool:
     return bool(isinstance(second, np.ndarray) and np.array_equal(first, second, equal_nan=True))
 
 
-def _never_drops_nan(scores: Floats, documents: DocumentSet, config: SelectorConfig) -> list[str]:
+def _never_drops_nan(scores: Floats, documents: DocumentSet, config: ScoreConfig) -> list[str]:
     layout = Layout(documents.completion_offsets, documents.counts)
-    fired = evaluate(config.scorer, scores, documents.completion_positions, layout, config).mask
+    fired, _ = fires(config, scores, layout)
     return ["a token whose score is NaN would be dropped"] if (fired & np.isnan(scores)).any() else []
 
 
 def _idle_options(
-    scorer_class: type[Scorer], block: Mapping[str, Any], scores: Floats, run: Callable[[SelectorConfig], Floats]
+    scorer: Scorer, block: Mapping[str, Any], scores: Floats, run: Callable[[ScoreConfig], Floats]
 ) -> list[str]:
     """Options without which the scores are the same. A reference is exchanged for another one instead."""
     found = []
-    for key in sorted(block.keys() - SelectorConfig.model_fields.keys()):
+    for key in sorted(block.keys() - ScoreConfig.model_fields.keys()):
         other = {name: value for name, value in block.items() if name != key}
         if isinstance(block[key], Mapping) and "model" in block[key]:
             other[key] = {**block[key], "model": "another-model"}
         try:
-            config = scorer_class.Config.model_validate(other)
+            config = scorer.Config.model_validate(other)
         except ValidationError:  # a required key that has no other value we could know of
             continue
-        if config != scorer_class.Config.model_validate(block) and _same(scores, run(config)):
+        if config != scorer.Config.model_validate(block) and _same(scores, run(config)):
             found.append(f"the option {key!r} changes no score")
     return found
 
@@ -181,8 +194,8 @@ def _idle_options(
 def _by_company(
     scores: Floats,
     documents: DocumentSet,
-    config: SelectorConfig,
-    run: Callable[[SelectorConfig, DocumentSet], Floats],
+    config: ScoreConfig,
+    run: Callable[[ScoreConfig, DocumentSet], Floats],
 ) -> list[str]:
     offsets = documents.completion_offsets
     for index in range(len(documents)):

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from tests import tiny
 from tests.test_pipeline import rows
-from xtf_plugin import scorer, sharing
+from xtf_plugin import ranks as ranks_module
+from xtf_plugin import scorer
 from xtf_plugin.documents import collect
 from xtf_plugin.reference import Reference, borrow
 from xtf_plugin.scorer import gather_vectors
@@ -54,7 +55,7 @@ def fsdp(ranks, folder, adapters, scored):
         found = scored(ranks, folder / f"fsdp-{adapters}-{ranks.rank}", documents, lambda: reference, budget=45)
     split = isinstance(reference.embeddings.weight, DTensor)
     lengths = documents.lengths
-    of = sharing.share_out(lengths, ranks.size)
+    of = ranks_module.share_out(lengths, ranks.size)
     own = len(list(scorer.plan_batches(lengths[of == ranks.rank], 45)))
     ids = np.arange(20)
     vectors = gather_vectors(reference, ids, "input"), gather_vectors(reference, ids, "output")

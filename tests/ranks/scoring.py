@@ -12,7 +12,7 @@ from tests.ranks.common import FINGERPRINT, case, ending, lines, scored
 from tests.ranks.fsdp import fsdp, sharded
 from tests.test_pipeline import rows
 from xtf_plugin import ranks as ranks_module
-from xtf_plugin import scorer, sharing
+from xtf_plugin import scorer
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.ranks import Ranks
@@ -32,7 +32,7 @@ def messages(ranks, folder):
     found = ranks.gather(mine), ranks.gather(b""), ranks.first(None), ranks.first(mine if ranks.rank == 1 else None)
     ranks_module.CHUNK_BYTES = 4 << 20
     whole = [bytes(range(7 + 20 * rank)) for rank in range(ranks.size)]
-    column = ranks.same(np.float32([1, 2, ranks.rank]))
+    column = ranks.broadcast_if_different(np.float32([1, 2, ranks.rank]))
     return {"right": found == (whole, [b""] * ranks.size, None, whole[1]), "column": lines(column)}
 
 
@@ -81,9 +81,9 @@ def work_of_every_rank(ranks, folder):
         if ranks.rank == 1:
             raise ValueError("no such file")
 
-    result, told = ranks.each(work), ""
+    result, told = ranks.run_with_heartbeat(work), ""
     try:
-        ranks.each(broken)
+        ranks.run_with_heartbeat(broken)
     except (XTFError, ValueError) as error:
         told = f"{type(error).__name__}: {error}"
     ranks_module.BEAT_SECONDS = 20.0
@@ -114,10 +114,10 @@ def scores_handed_on_in_pieces(ranks, folder):
     """Every rank has stored other documents, and what the others lack is more than goes round at once."""
     data, root, reference = rows(13), folder / f"pieces-{ranks.rank}", Reference(tiny.model(), "tiny")
     scored(Ranks(), root, collect(data[ranks.rank :: ranks.size]), lambda: reference)
-    whole, sharing.PIECE_TOKENS, meetings, gather = sharing.PIECE_TOKENS, 60, [], Ranks.gather
+    whole, ranks_module.PIECE_TOKENS, meetings, gather = ranks_module.PIECE_TOKENS, 60, [], Ranks.gather
     Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
     found = scored(ranks, root, collect(data), forbidden)
-    sharing.PIECE_TOKENS, Ranks.gather = whole, gather
+    ranks_module.PIECE_TOKENS, Ranks.gather = whole, gather
     return {**found, "meetings": len(meetings)}
 
 
@@ -133,7 +133,7 @@ def caches_that_differ(ranks, folder):
 @case
 def many_rounds(ranks, folder):
     """Ranks meet between batches, so scores come in pieces."""
-    sharing.BEAT_SECONDS, meetings, gather = 0.06, [], Ranks.gather
+    ranks_module.BEAT_SECONDS, meetings, gather = 0.06, [], Ranks.gather
     Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
     documents = collect(rows(13))
 
@@ -144,7 +144,7 @@ def many_rounds(ranks, folder):
 
     reference = Reluctant(tiny.model(), "tiny")
     found = scored(ranks, folder / f"rounds-{ranks.rank}", documents, lambda: reference)
-    sharing.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    ranks_module.BEAT_SECONDS, Ranks.gather = 20.0, gather
     return {**found, "meetings": len(meetings)}
 
 

@@ -28,10 +28,8 @@ import torch
 from tests import tiny
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import output, pipeline
-from xtf_plugin.batches import plan_batches
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import DocumentSet, collect
-from xtf_plugin.passes import Neighbours
 from xtf_plugin.ranks import ALONE, Ranks
 from xtf_plugin.records import Records
 from xtf_plugin.store import ScoreStore
@@ -105,12 +103,6 @@ def tokens(keys: Iterable[bytes]) -> int:
     return sum(size[key] for key in keys)
 
 
-def largest_batch() -> int:
-    """Completion tokens of the batch that has most."""
-    data = documents()
-    return max(tokens(map(bytes, data.keys[batch])) for batch in plan_batches(data.lengths, BATCH_TOKENS))
-
-
 def run(folder: str, cache: str, options: dict[str, Any]) -> None:
     """Score, select, and write all that a run writes; then, and only then, `done.json`."""
     torch.set_num_threads(1)
@@ -122,8 +114,6 @@ def run(folder: str, cache: str, options: dict[str, Any]) -> None:
     pipeline.ScoreStore = partial(_Told, shard_tokens=SHARD_TOKENS)
     block = {**ATTRIBUTES_ON, "cache_dir": cache, "batch_tokens": BATCH_TOKENS, **options.get("block", {})}
     data = ragged(DOCUMENTS, only=options["only"]) if "only" in options else documents()
-    if options.get("alone"):
-        pipeline.stored_scores.__globals__["Neighbours"] = _Nobody
     provider = Rounding(pause=options.get("pause", 0.0))
     ranks = _connected(*options["rank"]) if "rank" in options else ALONE
     plan = pipeline.make_plan(XTFConfig.parse(block), data, provider, tiny.tokenizer(), progress=False, ranks=ranks)
@@ -160,13 +150,6 @@ def table_hash(path: Path) -> str:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return hashlib.sha256(sink.getvalue()).hexdigest()
-
-
-class _Nobody(Neighbours):
-    """A process that does not look at what others do, as all were before they did."""
-
-    def stored(self, documents):
-        return np.zeros(len(documents), dtype=bool)
 
 
 def start(folder: Path, cache: Path, **options: Any) -> BaseProcess:

@@ -28,8 +28,8 @@ from xtf_plugin.collator import MaskTable
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.lookup import StoredScores
 from xtf_plugin.pipeline import scores_of
+from xtf_plugin.records import StoredScores
 from xtf_plugin.scorers import registry
 
 ROOT = XTFConfig.json_schema()

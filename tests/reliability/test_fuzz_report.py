@@ -38,9 +38,9 @@ from xtf_plugin import browse, cli, output, page, view
 from xtf_plugin.batches import ScoringStats
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import collect
-from xtf_plugin.lookup import StoredScores
 from xtf_plugin.marks import Marks
 from xtf_plugin.pipeline import Plan, scores_of
+from xtf_plugin.records import StoredScores
 from xtf_plugin.selection import select
 from xtf_plugin.spans import byte_alphabet
 from xtf_plugin.table import PAGE, SCHEMA

@@ -25,8 +25,8 @@ from xtf_plugin.collator import MaskTable
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import DocumentSet, collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.lookup import StoredScores
 from xtf_plugin.pipeline import make_plan, scores_of
+from xtf_plugin.records import StoredScores
 
 # what only a foreign traceback would say
 FOREIGN = ("inhomogeneous", "invalid literal", "too large to convert", "numpy", "subscriptable")

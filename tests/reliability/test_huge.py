@@ -16,8 +16,8 @@ from tests.reliability.strategies import IGNORED, flat_labels
 from xtf_plugin.collator import MaskTable, XTFDataCollator
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import DocumentSet, collect, document_key
-from xtf_plugin.lookup import StoredScores
 from xtf_plugin.pipeline import scores_of
+from xtf_plugin.records import StoredScores
 from xtf_plugin.selection import Selection, select
 
 BELOW, UNKNOWN = 0.3, 0.2

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .documents import IGNORE_INDEX, DocumentSet, collect
-from ..lookup import stretches
+from .ragged import stretches
 
 if TYPE_CHECKING:
     from ..scorers.base import Predictions

@@ -281,3 +281,9 @@ def _mix(state: Hashes) -> Hashes:
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: Hashes = state ^ (state >> np.uint64(31))
     return mixed
+
+
+def stretches(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices start, start + 1, ..., start + length - 1 of every span, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))

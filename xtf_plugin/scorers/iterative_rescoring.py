@@ -1,8 +1,8 @@
-"""Second looks: what would be dropped is judged once more behind what was kept, until the verdicts stand.
+"""Second looks: what would be dropped is scored again with the dropped text before it removed, until stable.
 
-The definition is a loop over a document's pieces in order, each judged behind the verdicts before it. The same verdicts
-come out of a few rounds over all pieces of all documents at once: a piece's verdict is final as soon as all before it
-are, and whole batches go through the reference.
+The definition is a loop over a document's pieces in order, each scored after what was kept before it. A few rounds over
+all pieces of all documents at once give the same verdicts: a piece's verdict is final once all before it are. Rounds
+send whole batches through the reference.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .typicality import typical
+from .typicality import typicality_of
 
 if TYPE_CHECKING:
     from ..fields import ReferenceConfig
@@ -23,20 +23,20 @@ Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-# Both bound documents of which the reference would drop nearly everything; what they leave out is told. The budget is
-# in lengths of the document's completion: a long prompt in front of every look is no reason to look less.
+# Both limit the cost of documents of which nearly everything would be dropped; a warning says what they leave out. The
+# budget is in lengths of the document's completion, so that a long prompt, which every look reads, does not use it up.
 ROUNDS = 6
 BUDGET = 16
 
 
 class IterativeRescoring:
-    """Pieces of all documents, and which of them have to be looked at again.
+    """Scores the pieces of all documents; flagged ones again, with the dropped text before them removed.
 
     Args:
         context: what the scorer is given.
         starts: (S,) first completion token of each piece, ascending from 0.
-        limit: a piece goes if its score is below.
-        reference: who looks; None: the run's own.
+        limit: a piece is dropped if its score is below.
+        reference: scores the pieces; None: the run's own.
     """
 
     def __init__(self, context: ScoringContext, starts: Ints, limit: float, reference: ReferenceConfig | None) -> None:
@@ -44,19 +44,19 @@ class IterativeRescoring:
         self.lengths = np.diff(starts, append=context.offsets[-1])
         self.document = np.searchsorted(context.offsets, starts, side="right") - 1
         self.left = BUDGET * np.diff(context.offsets)
-        # special tokens alone: whatever the verdict, they stay
+        # a piece of protected tokens alone is kept in any case
         self.matters = np.logical_or.reduceat(~context.protected, starts)
         self.left_out = np.zeros(len(starts), dtype=bool)
 
     def scores(self, typical: Floats, judge: Callable[[Floats, Bools], Floats]) -> Floats:
         """The higher of a piece's two scores where the first is below the limit, else the first, (M,) float32.
 
-        A second score that is undefined drops nothing.
+        An undefined second score drops nothing.
 
         Args:
-            typical: (M,) of all tokens behind the whole document.
-            judge: typicality of all tokens, and which to leave out of what stands before a piece in its sentence or
-                line -> score of all tokens, equal throughout a piece.
+            typical: (M,) typicality of all tokens in the whole document.
+            judge: typicality of all tokens, and which to leave out before a piece within its sentence or line -> score
+                of all tokens, equal throughout a piece.
         """
         nothing = np.zeros(len(typical), dtype=bool)
         once = judge(typical, nothing)
@@ -81,24 +81,24 @@ class IterativeRescoring:
         return scores
 
     def _below(self, scores: Floats) -> Bools:
-        """As the rule compares: in double precision; NaN, undefined, is not below."""
+        """Compared as in the rule: in double precision; NaN, undefined, is not below."""
         below: Bools = scores.astype(np.float64) < self.limit
         return below
 
     def _gone(self, below: Bools) -> Bools:
-        """What will not be trained on, as far as this selector and `force_drop` decide."""
+        """What this selector and `force_drop` drop."""
         return (below | self.context.forced) & ~self.context.protected
 
     def _look(self, suspect: Bools, gone: Bools, before: Bools, typical: Floats, again: Floats) -> Floats:
-        """`again` with new values for the pieces whose past has changed since the last look."""
+        """`again` with new values for the pieces before which another selection of tokens is dropped than last time."""
         hidden = self._preceding(gone)
         changed = suspect[self.starts] & self.matters & (self._preceding(gone ^ before) > 0)
         wanted = self._affordable(np.flatnonzero(changed & (hidden > 0)), hidden)
         seen = self.context.predictions_without(gone, self.starts, wanted, self.reference)
         looked = np.zeros(len(self.starts), dtype=bool)
         looked[wanted] = True
-        found = np.where(np.repeat(looked, self.lengths), typical(seen), again)
-        # all before it was kept after all
+        found = np.where(np.repeat(looked, self.lengths), typicality_of(seen), again)
+        # nothing before it is dropped any more
         return np.where(np.repeat(changed & (hidden == 0), self.lengths), typical, found)
 
     def _preceding(self, marks: Bools) -> Ints:
@@ -108,7 +108,7 @@ class IterativeRescoring:
         return before
 
     def _affordable(self, wanted: Ints, hidden: Ints) -> Ints:
-        """The first of each document's wanted pieces, as far as its budget goes; the others keep their verdict."""
+        """The first of each document's wanted pieces, within its budget; the others keep their verdict."""
         place = self.starts[wanted] - self.context.offsets[self.document[wanted]]  # completion tokens before
         tokens = place - hidden[wanted] + self.lengths[wanted]
         document = self.document[wanted]

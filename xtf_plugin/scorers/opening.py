@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from ..fields import NonNegative, Problems
 from .base import ScoringContext, scorer
-from .typicality import TypicalityConfig, typical
+from .typicality import TypicalityConfig, typicality_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +101,7 @@ def opening(context: ScoringContext, config: OpeningConfig) -> Floats:
 
     from .iterative_rescoring import IterativeRescoring
 
-    values = typical(context.predictions(config.reference))
+    values = typicality_of(context.predictions(config.reference))
     if not len(values):
         return values
     levels = [context.segments(unit) for unit in UNITS[config.unit]]

@@ -36,10 +36,10 @@ def typicality(context: ScoringContext, config: TypicalityConfig) -> Floats:
     Source: typical sets (Shannon 1948); as a rule for choosing tokens, "locally typical sampling", arXiv 2202.00666,
     which uses the absolute value. Here tokens that are less surprising than expected are no noise.
     """
-    return typical(context.predictions(config.reference))
+    return typicality_of(context.predictions(config.reference))
 
 
-def typical(found: Predictions) -> Floats:
+def typicality_of(found: Predictions) -> Floats:
     """Log-probability plus entropy, (M,) float32; NaN where one of them is infinite: undefined, as everywhere."""
     import numpy as np  # reading a block needs no NumPy
 
