@@ -119,19 +119,3 @@ def test_a_trl_newer_than_any_tested_gets_a_warning_and_the_same_masks(base, one
     assert facts["versions"]["trl"] == "1.99.0" and facts["totals"]["dropped_tokens"] > 0
     result = run([BIN / "trl", "sft"], base, out, tmp_path / "cache", ok=False, pretend="trl==1.8.0")
     assert result.returncode == 2 and "needs trl>=1.9" in result.stderr
-
-
-def test_an_evolving_selector_selects_alike_on_all_ranks(base, tmp_path):
-    """From the second epoch on it scores with the model as it stands: shared out too."""
-    scorer = {"scorer": "token_cleaning", "mode": "self_evolving", "drop": {"quantile": 0.3}}
-    block = {"preset": "none", "selectors": {"tc": scorer}}
-    changes = {"xtf": block, "max_steps": -1, "num_train_epochs": 2}
-    run(LAUNCHERS["torchrun"], base, tmp_path / "out", tmp_path / "cache", **changes)
-    ranks = seen(tmp_path / "out")
-    whole = {ids: kept for ids, kept in itertools.chain(ranks[0][:12], ranks[1][:12])}
-    again = {ids: kept for ids, kept in itertools.chain(ranks[0][12:], ranks[1][12:])}
-    assert whole.keys() == again.keys() and len(whole) == 24
-    shares = [len(again[ids]) / len(whole[ids]) for ids in whole]
-    assert 0.6 < sum(shares) / 24 < 0.8
-    table = pq.read_table(tmp_path / "out/xtf/epoch-2/scores.parquet").to_pydict()
-    assert sum(table["kept"]) == sum(map(len, again.values()))

@@ -153,14 +153,12 @@ def check_streamed(selectors: Mapping[str, SelectorConfig]) -> None:
     """Refuse, by name, selectors that cannot be had of streamed data.
 
     Raises:
-        XTFUserError: one evolves, needs the whole dataset, or has a reference of its own.
+        XTFUserError: one needs the whole dataset, or has a reference of its own.
     """
     for name, part in selectors.items():
         scorer = registry.find(part.scorer)(part)
         own = [value for _, value in part if isinstance(value, ReferenceConfig) and value.model]
-        if scorer.evolves:
-            why = "selects anew in every epoch, after the whole dataset was scored again"
-        elif not scorer.per_document:
+        if not scorer.per_document:
             why = f"has a scorer ({scorer.name}) that needs the whole dataset at once"
         elif own:
             why = f"has a reference of its own ({own[0].model}), which would have to stay loaded beside training"

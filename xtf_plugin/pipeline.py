@@ -59,9 +59,8 @@ class ReferenceProvider(Protocol):
 class Plan:
     """What will be trained on, and why.
 
-    `selectors` and `source` are there for selectors alone: what to tell about them, and the log-probabilities that one
-    which evolves is scored with again. `streaming`: about the calibration sample that this is a plan of, if it is one.
-    `marks`: see `marked`.
+    `selectors`: about the selectors, for the report. `streaming`: about the calibration sample that this is a plan of,
+    if it is one. `marks`: see `marked`.
     """
 
     config: XTFConfig
@@ -73,7 +72,6 @@ class Plan:
     reused: int
     warnings: list[str] = field(default_factory=list)
     selectors: dict[str, Any] = field(default_factory=dict)
-    source: StoredPredictions | None = None
     streaming: dict[str, Any] = field(default_factory=dict)
     marks: Marks | None = field(default=None, compare=False, repr=False)
 
@@ -137,7 +135,7 @@ def make_plan(
     warnings = [] if stored is None else check_finite(stored.logprobs, documents.completion_positions, description)
     source = StoredPredictions(config, documents, provider, references, stored, progress=progress, ranks=ranks)
     marks, starts = Marks.find(config, documents, tokenizer), partial(segment_starts, documents, tokenizer)
-    selectors = score_selectors(config, tokenizer, source, None, starts, marks.protected, marks.forced)
+    selectors = score_selectors(config, tokenizer, source, starts, marks.protected, marks.forced)
     stats, reused = source.main_pass or (stats, reused)
     given = None
     if table is not None and values is not None:
@@ -148,27 +146,8 @@ def make_plan(
     plan = Plan(config, documents, scores, selection, description, stats, reused, told, marks=marks)
     if not config.selectors:
         return plan
-    later = source if any(values is None for values in selectors.values()) else None
     about = {"scorers": facts(config), "references": source.passes, **source.about_excerpts()}
-    return replace(plan, selectors=about, source=later)
-
-
-def replan(
-    plan: Plan,
-    tokenizer: Any,
-    selectors: Mapping[str, Floats | None],
-    stats: ScoringStats,
-    ranks: Ranks = ALONE,
-) -> Plan:
-    """The plan with new scores of some selectors, whose cost was `stats`: thresholds and masks are worked out again.
-
-    Raises:
-        XTFError: ranks come to different masks.
-    """
-    scores = replace(plan.scores, selectors={**plan.scores.selectors, **selectors})
-    marks = plan.marked(tokenizer)
-    selection, warnings = _selected(plan.config, scores, marks, ranks)
-    return replace(plan, scores=scores, selection=selection, stats=stats, reused=0, warnings=warnings, marks=marks)
+    return replace(plan, selectors=about)
 
 
 def _selected(config: XTFConfig, scores: Scores, marks: Marks, ranks: Ranks) -> tuple[Selection, list[str]]:
@@ -179,10 +158,7 @@ def _selected(config: XTFConfig, scores: Scores, marks: Marks, ranks: Ranks) -> 
     warnings = list(selection.warnings)
     if forced is not None and not forced.any():
         warnings.append(f"force_drop: {config.force_drop} matches nothing in the whole dataset")
-    later = [name for name, values in scores.selectors.items() if values is None]
-    if later:
-        warnings.append(f"{', '.join(later)}: selects from the second epoch on; the first trains on what is left now")
-    elif selection.keep.all():
+    if selection.keep.all():
         warnings.append(NOTHING_DROPPED)
     return selection, warnings
 
@@ -234,7 +210,7 @@ def scores_of(
     documents: DocumentSet,
     stored: StoredScores | None,
     task_relevance: Floats | None,
-    selectors: Mapping[str, Floats | None],
+    selectors: Mapping[str, Floats],
 ) -> Scores:
     """What is known about the documents' completion tokens: by the reference, by the vocabulary, by selectors."""
     return Scores(

@@ -59,7 +59,7 @@ class Scores:
         task_relevance: (M,) float32 in [0, 1].
         entropy: (M,) float32 nats, the surprisal that the reference itself expected in each place; deviation: (M,)
             float32 nats, its standard deviation. NaN where the log-probability is. None: not scored.
-        selectors: (M,) float32 scores by name of the selector; None for one that has none before the second epoch.
+        selectors: (M,) float32 scores by name of the selector.
     """
 
     keys: NDArray[np.uint8]
@@ -72,7 +72,7 @@ class Scores:
     task_relevance: NDArray[np.float32] | None = None
     entropy: NDArray[np.float32] | None = None
     deviation: NDArray[np.float32] | None = None
-    selectors: Mapping[str, NDArray[np.float32] | None] = field(default_factory=dict)
+    selectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def of(self, voter: str) -> NDArray[np.float32] | None:
         """The scores behind an attribute or a selector: log-probabilities for knowledge novelty."""
@@ -138,15 +138,13 @@ def select(
     size = len(scores.token_ids)
     keep = np.zeros(size, dtype=bool)
     reasons: Reasons = np.zeros(size, dtype=np.uint16 if config.selectors else np.uint8)
-    bits, voting = rule_bits(config), [name for name in config.voters if scores.of(name) is not None]
+    bits = rule_bits(config)
     best = np.full(len(scores.counts), -1, dtype=np.int64)
     thresholds: dict[str, Any] = {}
     fired, warnings, rules = dict[str, int](), list[str](), dict[str, Rules]()
     for name in config.voters:
         values = scores.of(name)
-        if values is None:
-            thresholds[name], fired[name] = {"rule": None, "drops": {}, "from_epoch": 2}, 0
-            continue
+        assert values is not None  # see `_check`
         given = None if frozen is None else frozen[name]
         firing = evaluate(name, values, scores.positions, layout, config.part(name), segments, given)
         reasons |= firing.mask * reasons.dtype.type(bits[name])
@@ -161,7 +159,7 @@ def select(
             np.zeros(part.offsets[-1], dtype=bool) if protected is None else protected[tokens],
             np.zeros(part.offsets[-1], dtype=bool) if forced is None else forced[tokens],
         )
-        keep[tokens], reasons[tokens] = _decide(chunk, reasons[tokens], config, [bits[name] for name in voting])
+        keep[tokens], reasons[tokens] = _decide(chunk, reasons[tokens], config, [bits[name] for name in config.voters])
         best[documents] = _best(chunk)
     trainable = scores.positions > 0
     if trainable.any() and not (keep & trainable).any():
@@ -186,7 +184,7 @@ def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: B
             f"{scores.offsets[-1:]} do not describe documents with {size} completion tokens"
         )
     for name in config.voters:
-        if voters[name] is None and name not in scores.selectors:
+        if voters[name] is None:
             raise XTFError(f"selection: {name} is on, but the documents were not scored for it")
 
 
@@ -208,8 +206,8 @@ def rescue_order(scores: Scores, tokens: slice) -> Hashes:
     With attributes alone by novelty: lowest log-probability first; without one, highest task relevance. To a selector
     the most novel token may be the worst noise: its highest score comes first, and of equal ones the most probable.
     """
-    voiced = [values for values in scores.selectors.values() if values is not None]
-    by = ((scores.logprobs, 1), (scores.task_relevance, -1))
+    voiced = list(scores.selectors.values())
+    by: Any = ((scores.logprobs, 1), (scores.task_relevance, -1))
     if voiced:
         by = ((voiced[0], -1), (scores.logprobs, -1))
     halves = []

@@ -206,19 +206,16 @@ def score_selectors(
     config: XTFConfig,
     tokenizer: Any,
     source: StoredPredictions,
-    current: Callable[[], Floats] | None = None,
     segments: Callable[[str], NDArray[np.int64]] | None = None,
     protected: NDArray[np.bool_] | None = None,
     forced: NDArray[np.bool_] | None = None,
-) -> dict[str, Floats | None]:
-    """Scores of every selector; with `current`, of those alone that evolve.
+) -> dict[str, Floats]:
+    """Scores of every selector.
 
     Args:
         config: the block.
         tokenizer: the training tokenizer.
         source: predictions of references.
-        current: the same under the model being trained as it stands. None: training has not begun, and a selector that
-            evolves gets None instead of scores.
         segments: gives the first completion tokens of each `sentence` or `line`.
         protected: (M,) completion tokens that no rule may drop; forced: those that go in any case.
 
@@ -226,7 +223,7 @@ def score_selectors(
         XTFUserError: a reference cannot be used; names the selector.
         XTFError: a scorer gives something else than (M,) float32, or NaN alone; names selector and package.
     """
-    found: dict[str, Floats | None] = {}
+    found: dict[str, Floats] = {}
     breaks: list[NDArray[np.bool_]] = []
 
     def without(hidden: Any, starts: Any, wanted: Any, reference: ReferenceConfig | None) -> Excerpted:
@@ -235,35 +232,21 @@ def score_selectors(
         predict = partial(source.under, reference)
         return predictions_without(source.documents, hidden, starts, wanted, breaks[0], predict)
 
-    context = ScoringContext(source.documents, tokenizer, source.under, current, segments, without, protected, forced)
+    context = ScoringContext(source.documents, tokenizer, source.under, segments, without, protected, forced)
     with source:
-        _run(context, scorers(config), source, found)
+        for name, scorer in scorers(config).items():
+            try:
+                scores = scorer.score(context)
+            except XTFUserError as error:
+                said = str(error)
+                if not said.startswith(MAIN_KEY):
+                    raise
+                own = f"xtf.selectors.{name}.reference.model{said.removeprefix(MAIN_KEY)}"
+                raise XTFUserError(own) from error
+            found[name] = _checked(name, scorer, scores, len(context.token_ids), source.whole)
+            source.warnings += [f"{name}: {told}" for told in context.warnings]
+            context.warnings.clear()
     return found
-
-
-def _run(
-    context: ScoringContext, chosen: dict[str, Scorer], source: StoredPredictions, found: dict[str, Floats | None]
-) -> None:
-    """Scores of the selectors that are to be scored now, into `found`."""
-    current = context.evolving
-    for name, scorer in chosen.items():
-        if current and not scorer.evolves:
-            continue
-        found[name] = None
-        if scorer.evolves and not current:
-            source.under(None)  # what later epochs are held against is the model before training
-            continue
-        try:
-            scores = scorer.score(context)
-        except XTFUserError as error:
-            said = str(error)
-            if not said.startswith(MAIN_KEY):
-                raise
-            own = f"xtf.selectors.{name}.reference.model{said.removeprefix(MAIN_KEY)}"
-            raise XTFUserError(own) from error
-        found[name] = _checked(name, scorer, scores, len(context.token_ids), source.whole)
-        source.warnings += [f"{name}: {told}" for told in context.warnings]
-        context.warnings.clear()
 
 
 def _checked(name: str, scorer: Scorer, scores: Any, size: int, whole: bool) -> Floats:
@@ -287,7 +270,6 @@ def facts(config: XTFConfig) -> dict[str, dict[str, Any]]:
             "scorer": scorer.name,
             "version": scorer.version,
             "package": registry.package_of(scorer.name),
-            "evolves": scorer.evolves,
         }
         for name, scorer in scorers(config).items()
     }

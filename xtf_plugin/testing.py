@@ -110,10 +110,7 @@ def _context(documents: DocumentSet, tokenizer: Any) -> ScoringContext:
 
     protected = documents.input_ids[documents.completion] % 7 == 3
 
-    def current() -> Floats:
-        return _made_up(documents, "current").logprobs
-
-    return ScoringContext(documents, tokenizer, predictions, current, segments, without, protected)
+    return ScoringContext(documents, tokenizer, predictions, segments, without, protected)
 
 
 def _made_up(documents: DocumentSet, reference: str) -> _MadeUp:

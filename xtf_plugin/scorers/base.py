@@ -91,7 +91,6 @@ class ScoringContext:
         documents: the distinct documents, prompts included.
         tokenizer: the training tokenizer.
         predictions: a reference (None: the run's own) -> what it predicts.
-        current: gives the log-probabilities under the model being trained as it stands; None before the second epoch.
         segments: `sentence` or `line` -> index of the first completion token of each.
         without: what `predictions_without` does, the reference last.
         protected: (M,) completion tokens that no rule may drop; forced: (M,) those that go in any case. None: none.
@@ -105,7 +104,6 @@ class ScoringContext:
         documents: DocumentSet,
         tokenizer: Any,
         predictions: Callable[[ReferenceConfig | None], Predictions],
-        current: Callable[[], Floats] | None = None,
         segments: Callable[[str], NDArray[np.int64]] | None = None,
         without: Callable[..., Predictions] | None = None,
         protected: NDArray[np.bool_] | None = None,
@@ -114,16 +112,11 @@ class ScoringContext:
         self.documents, self.tokenizer = documents, tokenizer
         self.warnings: list[str] = []
         self._protected, self._forced, self._without = protected, forced, without
-        self._predictions, self._current, self._segments = predictions, current, segments
+        self._predictions, self._segments = predictions, segments
         self._cut: dict[str, NDArray[np.int64]] = {}
         self._positions = documents.completion_positions
         self._offsets = documents.completion_offsets
         self._token_ids = documents.input_ids[documents.completion]
-
-    @property
-    def evolving(self) -> bool:
-        """Whether training has begun, so that `current_log_probabilities` can be asked."""
-        return self._current is not None
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
@@ -227,16 +220,6 @@ class ScoringContext:
             self._cut[unit] = self._segments(unit)
         return _read_only(self._cut[unit])
 
-    def current_log_probabilities(self) -> Floats:
-        """The same under the model being trained, adapters on, as it stands at the start of an epoch, (M,) float32.
-
-        Raises:
-            XTFError: called by a scorer whose `evolves` is False; only others are called while training goes on.
-        """
-        if self._current is None:
-            raise XTFError("only a scorer whose `evolves` is True may ask for the model being trained as it stands.")
-        return _read_only(self._current())
-
 
 class Scorer:
     """Base class of scorers: one score per completion token, low means drop.
@@ -258,15 +241,6 @@ class Scorer:
 
     def __init__(self, config: Any) -> None:
         self.config = config
-
-    @property
-    def evolves(self) -> bool:
-        """Whether the scores depend on the model being trained as it stands.
-
-        Then nothing is dropped in the first epoch, and `score` is called at the start of each later one, with
-        `context.current_log_probabilities()` at hand.
-        """
-        return False
 
     def score(self, context: ScoringContext) -> Floats:
         """One float32 per completion token, (M,): low means drop; NaN is undefined and never dropped.

@@ -7,7 +7,7 @@ says where that makes a difference.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -78,51 +78,26 @@ class ExcessLoss(Scorer):
         return context.log_probabilities(self.config.reference) - context.logprobs
 
 
-class TokenCleaningConfig(SelectorConfig):
+class TokenCleaningConfig(ExcessLossConfig):
     """Scorer `token_cleaning`: how much more probable a better model finds the token, in nats."""
 
-    mode: Literal["fixed", "self_evolving"] = Field(
-        default="fixed",
-        description="fixed: against `reference`, once. self_evolving: against the model being trained, adapters on, at "
-        "the start of every epoch from the second on.",
-    )
-    reference: ReferenceConfig | None = Field(default=None, description=_OTHER_MODEL + " Only with `mode: fixed`.")
+    mode: Literal["fixed"] = Field(default="fixed", description="fixed: against `reference`, once.")
 
-    @model_validator(mode="after")
-    def _a_reference_where_one_is_used(self) -> TokenCleaningConfig:
-        if self.mode == "self_evolving" and self.reference is not None:
-            why = "has no effect on mode: self_evolving, whose reference is the model being trained; remove it"
-            raise Problems(("reference", self.reference.model, why))
-        if self.mode == "fixed" and (self.reference is None or self.reference.model is None):
-            why = _NEEDED if self.reference is not None else f"{_NEEDED}; or use mode: self_evolving"
-            raise Problems(("reference.model", None, why))
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _no_self_evolving(cls, part: Any) -> Any:
+        if isinstance(part, dict) and part.get("mode") == "self_evolving":
+            why = "is gone; remove it and name a `reference`, a model that was trained on clean data"
+            raise Problems(("mode", "self_evolving", why))
+        return part
 
 
-class TokenCleaning(Scorer):
+class TokenCleaning(ExcessLoss):
     """`score = log P_reference(token) - log P_base(token)`: the influence score of arXiv 2502.01968; low goes.
 
-    `mode: fixed` is its "fixed-model cleaning": one reference for the whole dataset. The paper ranks all tokens
+    This is the paper's "fixed-model cleaning": one reference for the whole dataset. The paper ranks all tokens
     together, `scope: dataset`, and keeps 60 %, `drop: {quantile: 0.4}`.
-
-    `mode: self_evolving` differs from the paper's "self-evolving cleaning": there the data is cut into parts, and the
-    model trained on one part is the reference for the next, so each token is seen once. Here the parts are epochs: the
-    first trains on whatever the other rules keep, and at the start of each later one the model as it stands scores the
-    whole dataset again. The base stays the run's own reference, as it was before training, as in the paper.
     """
 
     name = "token_cleaning"
     Config = TokenCleaningConfig
-    per_document = True
-    config: TokenCleaningConfig
-
-    @property
-    def evolves(self) -> bool:
-        """True in mode self_evolving."""
-        return self.config.mode == "self_evolving"
-
-    def score(self, context: ScoringContext) -> Floats:
-        """Influence, (M,) float32 in nats."""
-        if self.evolves:
-            return context.current_log_probabilities() - context.logprobs
-        return context.log_probabilities(self.config.reference) - context.logprobs
