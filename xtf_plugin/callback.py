@@ -16,12 +16,20 @@ from . import output, report
 from .collator import XTFDataCollator
 from .config import ReferenceConfig, XTFConfig
 from .documents import IGNORE_INDEX, DocumentSet, collect
+from .environment import is_on
 from .errors import XTFDryRun, XTFError, XTFUserError
 from .held import check_base
-from .hosts._compat import is_on
 from .hosts.supported import text_tokenizer
-from .hosts.trackers import log_report
-from .hosts.trainer import TrainerHooks, check_trainer, rows, rows_under_way, streamed, visible_columns, visible_part
+from .hosts.trainer import (
+    TrainerHooks,
+    check_trainer,
+    log_report,
+    rows,
+    rows_under_way,
+    streamed,
+    visible_columns,
+    visible_part,
+)
 from .pipeline import Plan, ReferenceProvider, make_plan
 from .providers import BorrowedReference, SeparateReference
 from .ranks import Ranks
@@ -78,19 +86,19 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
         separate = partial(self._separate, documents)
         provider = self._borrowed or self.ranks.each(lambda: separate(self.config.reference))
-        tokenizer = _tokenizer(self.trainer)
+        tokenizer = text_tokenizer(self.trainer)
         plan = make_plan(
             self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks
         )
         self._adopt(plan)
 
     def _separate(self, documents: DocumentSet, reference: ReferenceConfig) -> ReferenceProvider:
-        return SeparateReference(reference, _tokenizer(self.trainer), documents, self.trainer.accelerator.device)
+        return SeparateReference(reference, text_tokenizer(self.trainer), documents, self.trainer.accelerator.device)
 
     def _streaming(self) -> Stream | None:
         """What scores streamed data while it is trained on; None for a dataset that can be scored beforehand."""
         if streamed(self.trainer.train_dataset):
-            stream = Stream(self.config, _tokenizer(self.trainer))
+            stream = Stream(self.config, text_tokenizer(self.trainer))
             if self._borrowed is not None:
                 check_base(self._borrowed.reference.model)
             return stream
@@ -178,7 +186,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
     def _report(self, output_dir: Path) -> bytes:
         """Write and show what the plan amounts to; nothing of it is for other ranks."""
         assert self.plan is not None
-        written, tokenizer = [], _tokenizer(self.trainer)
+        written, tokenizer = [], text_tokenizer(self.trainer)
         extra = os.environ.get("XTF_SCORES_OUTPUT")
         if self.config.report is not False:
             folder = output_dir / "xtf" if self.config.report is True else Path(os.path.expanduser(self.config.report))
@@ -223,10 +231,6 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             metrics["xtf/kept_tokens_per_batch"] = float(self._labels) / self._steps
             self._labels, self._steps = torch.zeros_like(self._labels), 0
         return metrics
-
-
-def _tokenizer(trainer: Any) -> Any:
-    return text_tokenizer(trainer)
 
 
 def attach(trainer: Any, config: XTFConfig | Mapping[str, Any] | bool | str | None) -> Any:

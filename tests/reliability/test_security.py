@@ -31,7 +31,7 @@ from xtf_plugin.cache import list_cache
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.hosts.recipe import load_recipe
+from xtf_plugin.hosts.recipes import load_recipe
 from xtf_plugin.loading import load
 from xtf_plugin.pipeline import make_plan
 from xtf_plugin.providers import SeparateReference
