@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from xtf_plugin import cli
-from xtf_plugin.hosts import _compat, recipe
-from xtf_plugin.hosts import run as host_command
+from xtf_plugin import cli, environment
+from xtf_plugin.hosts import recipes
 from xtf_plugin.table import SCHEMA
 
 
@@ -87,8 +86,8 @@ def host(tmp_path, monkeypatch):
                 shutil.copyfile({str(tmp_path / "source.parquet")!r}, output)
             sys.exit({code})
         """
-        start, words = [sys.executable, "-c", textwrap.dedent(script)], host_command.COMMANDS
-        monkeypatch.setattr(host_command, "host_command", lambda r: [*start, *words[r.host].split()[1:], str(r.path)])
+        start, words = [sys.executable, "-c", textwrap.dedent(script)], recipes.COMMANDS
+        monkeypatch.setattr(recipes, "host_command", lambda r: [*start, *words[r.host].split()[1:], str(r.path)])
 
     become()
     become.started = lambda: json.loads(note.read_text()) if note.exists() else None
@@ -159,22 +158,22 @@ def test_check_refuses_what_is_no_recipe(xtf, tmp_path, content, message):
 def test_check_needs_file_hook_and_version(xtf, write, monkeypatch, tmp_path):
     assert xtf("check", tmp_path / "absent.yaml")[0] == 2
     assert xtf("check")[0] == 2
-    monkeypatch.setattr(_compat, "installed_version", lambda name: "1.0.0")
+    monkeypatch.setattr(environment, "installed_version", lambda name: "1.0.0")
     code, _, err = xtf("check", write())
     assert code == 2 and "pip install 'trl>=1.9'" in err
-    monkeypatch.setattr(_compat, "hook_installed", lambda: False)
+    monkeypatch.setattr(environment, "hook_installed", lambda: False)
     code, _, err = xtf("check", write())
     assert code == 2 and "pip install xtf-plugin" in err
 
 
 def test_output_dir_follows_the_host(write):
-    loaded = recipe.load_recipe(write(output_dir="runs/a"))
+    loaded = recipes.load_recipe(write(output_dir="runs/a"))
     assert str(loaded.scores_path()) == os.path.join("runs", "a", "xtf", "scores.parquet")
     assert loaded.output_dir(["--output_dir", "b"]).name == "b"
     assert loaded.output_dir(["--output-dir=c"]).name == "c"
-    assert recipe.load_recipe(write(output_dir=...)).output_dir().name == "trainer_output"
-    assert recipe.load_recipe(write(xtf={"report": "there"})).scores_path().parent.name == "there"
-    home = recipe.load_recipe(write(xtf={"report": "~/there"})).scores_path()  # where the run's own report goes
+    assert recipes.load_recipe(write(output_dir=...)).output_dir().name == "trainer_output"
+    assert recipes.load_recipe(write(xtf={"report": "there"})).scores_path().parent.name == "there"
+    home = recipes.load_recipe(write(xtf={"report": "~/there"})).scores_path()  # where the run's own report goes
     assert str(home) == os.path.expanduser("~/there/scores.parquet")
 
 
@@ -261,7 +260,7 @@ def test_documents_beyond_the_first_batch_are_found(xtf, tmp_path):
 
 def test_stock_trl_refuses_a_wrong_block_before_it_launches(write):
     path = write(xtf={"min_kpet": 1}, dataset_name="none", bf16=False, use_cpu=True)
-    command = host_command.host_command(recipe.load_recipe(path))
+    command = recipes.host_command(recipes.load_recipe(path))
     process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert process.returncode == 2
     assert "min_kpet" in process.stderr and "trl sft: error:" in process.stderr

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from tests.test_cli import calm_environment, host, write, xtf  # noqa: F401 (fixtures)
-from xtf_plugin.hosts import _compat, recipe
+from xtf_plugin import environment
+from xtf_plugin.hosts import recipes
 
 PLUGIN = "xtf_plugin.XTFPlugin"
 AXOLOTL = {"model_name_or_path": ..., "base_model": "some/model", "plugins": [PLUGIN]}
@@ -16,8 +17,8 @@ AXOLOTL = {"model_name_or_path": ..., "base_model": "some/model", "plugins": [PL
 @pytest.fixture
 def installed(monkeypatch):
     """An environment with Axolotl in it, as far as versions tell."""
-    own = _compat.installed_version
-    monkeypatch.setattr(_compat, "installed_version", lambda name: "0.19.0" if name == "axolotl" else own(name))
+    own = environment.installed_version
+    monkeypatch.setattr(environment, "installed_version", lambda name: "0.19.0" if name == "axolotl" else own(name))
 
 
 def test_check_says_what_will_happen(xtf, write, installed):
@@ -58,12 +59,12 @@ def test_check_needs_axolotl_and_tells_of_a_hook_that_is_off(xtf, write, install
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     code, out, _ = xtf("check", path)
     assert code == 0 and "off (TORCH_DEVICE_BACKEND_AUTOLOAD=0)" in out and "nothing would notice" in out
-    monkeypatch.setattr(_compat, "hook_installed", lambda: False)
+    monkeypatch.setattr(environment, "hook_installed", lambda: False)
     assert "not registered in" in xtf("check", path)[1]
     monkeypatch.setenv("XTF_DISABLE", "1")
     assert xtf("check", path)[0] == 2
     monkeypatch.delenv("XTF_DISABLE")
-    monkeypatch.setattr(_compat, "installed_version", lambda name: None)
+    monkeypatch.setattr(environment, "installed_version", lambda name: None)
     code, _, err = xtf("check", path)
     assert code == 2 and "pip install 'axolotl>=0.19'" in err
 
@@ -87,7 +88,7 @@ def test_show_and_report_score_a_recipe_once(xtf, write, host):
 
 
 def test_output_dir_follows_axolotl(write):
-    loaded = recipe.load_recipe(write(**AXOLOTL, output_dir=...))
+    loaded = recipes.load_recipe(write(**AXOLOTL, output_dir=...))
     assert str(loaded.scores_path()) == os.path.join("model-out", "xtf", "scores.parquet")
     assert loaded.output_dir(["--output-dir=c"]).name == "c"
-    assert recipe.load_recipe(write(**AXOLOTL, env={"XTF_DISABLE": "1"})).env == {}  # TRL's key, not Axolotl's
+    assert recipes.load_recipe(write(**AXOLOTL, env={"XTF_DISABLE": "1"})).env == {}  # TRL's key, not Axolotl's

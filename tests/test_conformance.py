@@ -39,7 +39,6 @@ OTHER = {"reference": {"model": "other"}}
         (builtin.LogProbability, OTHER),
         (builtin.ExcessLoss, OTHER),
         (builtin.TokenCleaning, OTHER),
-        (builtin.TokenCleaning, {"mode": "self_evolving"}),
     ],
 )
 def test_what_conforms_passes(scorer, options):

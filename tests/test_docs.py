@@ -27,7 +27,7 @@ from tests.test_other_hosts import with_mask
 from tests.test_pipeline import rows as labelled
 from xtf_plugin import config_docs, view
 from xtf_plugin.config import XTFConfig
-from xtf_plugin.hosts import axolotl_recipe
+from xtf_plugin.hosts import axolotl_checks
 from xtf_plugin.scorers import registry
 
 BIN = Path(sys.executable).parent
@@ -121,7 +121,7 @@ def run_bash(block: Block, trained: Workplace, monkeypatch) -> None:
 def check_yaml(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
     data = yaml.safe_load(block.text)
     if "plugins" in data:  # an Axolotl recipe: whether Axolotl takes it is tested where Axolotl is
-        axolotl_recipe.check_plugin_line(data)
+        axolotl_checks.check_plugin_line(data)
         data.pop("plugins")
     assert set(data) <= keys_of_trl(), f"unknown to `trl sft`: {set(data) - keys_of_trl()}"
     if "xtf" in data:

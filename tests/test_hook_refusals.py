@@ -8,7 +8,7 @@ import pytest
 
 from tests.test_hook_trl import hooked, parse  # noqa: F401 a fixture
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.hosts import autoload
+from xtf_plugin.hosts import boot
 from xtf_plugin.hosts import trl as hook
 
 
@@ -18,8 +18,8 @@ from xtf_plugin.hosts import trl as hook
         ("xtf:\n", "block is empty"),
         ("xtf:\n  # preset: paper\n", "block is empty"),
         ("XTF:\n  preset: paper\n", "Did you mean"),
-        ("xft: true\n", "Did you mean"),
         ("'xtf ': true\n", "Did you mean"),
+        ("xtf.preset: paper\n", "Did you mean"),
     ],
 )
 def test_empty_or_mistyped_block_is_refused_where_unknown_keys_are_ignored(tmp_path, capsys, text, told):
@@ -69,8 +69,8 @@ def test_hook_that_does_not_fit_trl_ends_only_runs_with_a_block(tmp_path, monkey
 
     if stops:
         with pytest.raises(SystemExit) as ended:
-            autoload._report_failure(misfit)
+            boot._report_failure("TRL", "pip install trl", misfit)
         assert ended.value.code == 2 and "does not fit the installed TRL" in capsys.readouterr().err
     else:
-        autoload._report_failure(misfit)
+        boot._report_failure("TRL", "pip install trl", misfit)
     assert "NOT applied" in caplog.text

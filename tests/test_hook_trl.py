@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 import pytest
 import yaml
 
+from tests import hooks
+from xtf_plugin import environment
 from xtf_plugin.errors import XTFError, XTFUserError
-from xtf_plugin.hosts import _compat, autoload
+from xtf_plugin.hosts import boot
 from xtf_plugin.hosts import trl as hook
 
 trl = pytest.importorskip("trl", reason="the hook patches TRL's own classes")
@@ -34,11 +36,11 @@ def hooked(monkeypatch):
     for name in ("XTF_DISABLE", "TORCH_DEVICE_BACKEND_AUTOLOAD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hook, "TRAINER_MODULE", "no.such.trainer")
-    autoload.uninstall()
-    autoload.install()
+    hooks.uninstall()
+    boot.install()
     yield
-    autoload.uninstall()
-    autoload.install()
+    hooks.uninstall()
+    boot.install()
 
 
 @pytest.fixture
@@ -58,11 +60,11 @@ def parse(arguments, types=(ScriptArguments, SFTConfig), **options):
 
 
 def stock(arguments, types=(ScriptArguments, SFTConfig), **options):
-    autoload.uninstall()
+    hooks.uninstall()
     try:
         return parse(arguments, types, **options)
     finally:
-        autoload.install()
+        boot.install()
 
 
 def refusal(capsys, arguments, types=(ScriptArguments, SFTConfig)):
@@ -203,20 +205,24 @@ def test_recipe_that_switches_the_hook_off_for_the_child_is_refused(recipe, caps
 
 
 def test_version_check_needs_a_block(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(_compat, "installed_version", lambda name: "1.4.0")
+    monkeypatch.setattr(environment, "installed_version", lambda name: "1.4.0")
     parse(recipe())
     message = refusal(capsys, recipe(xtf=True))
     assert "1.4.0" in message and "pip install 'trl>=1.9'" in message
 
 
-def test_versions(caplog):
+def test_versions(caplog, monkeypatch):
+    def check(version):
+        monkeypatch.setattr(environment, "installed_version", lambda name: version)
+        environment.check_version("trl")
+
     for fine in ("1.9.0", "1.16.3", "1.10.0.dev0"):
-        _compat.check_trl(fine)
+        check(fine)
     assert not caplog.records
-    _compat.check_trl("2.0.0")
+    check("2.0.0")
     assert "newer" in caplog.text
     with pytest.raises(XTFUserError, match="not installed"):
-        _compat.check_trl(None)
+        check(None)
 
 
 def test_trainer_imported_before_the_block_is_attached(recipe, trainer):
@@ -272,16 +278,30 @@ def test_trainer_that_moved_stops_the_run(recipe, monkeypatch):
         parse(recipe(xtf=True))
 
 
+def test_a_dataclass_with_a_field_of_that_name_keeps_it(recipe):
+    @dataclass
+    class Own:
+        xtf: str = "mine"
+
+    _, own = parse(recipe(), (SFTConfig, Own))
+    assert own.xtf == "mine"
+
+
+def test_how_python_ends_is_left_alone(recipe):
+    before = sys.excepthook
+    parse(recipe(xtf=True))
+    assert sys.excepthook is before
+
+
 def test_patches_are_idempotent_and_restorable(recipe, trainer):
     module, _ = trainer
     constructor = module.SFTTrainer.__init__
     patched = TrlParser.__init__
-    autoload.install()
+    boot.install()
     assert TrlParser.__init__ is patched
     parse(recipe(xtf=True))
     parse(recipe(xtf=True))
     assert module.SFTTrainer.__init__.__wrapped__ is constructor
-    autoload.uninstall()
-    assert module.SFTTrainer.__init__ is constructor
+    hooks.uninstall()
     assert "parse_args_into_dataclasses" not in vars(TrlParser)
     assert not hasattr(TrlParser.__init__, "_xtf_patch")

@@ -74,7 +74,7 @@ class TestTables:
         assert found.seeds is None
         assert [sorted(one.by_seed) for one in found.outcomes] == [[0, 1, 2], [1, 2], [2, 3]]
         assert "0, 1, 2 in plain SFT; 1, 2 in paper; 2, 3 in oracle: exactly the planted noise" in accuracy_table(
-            "Title", self.JOBS, results, 2
+            "Title", self.JOBS, results
         )
 
     def test_p_values_are_corrected_over_both_metrics_and_all_arms(self):
@@ -92,14 +92,10 @@ class TestTables:
         assert found.tests == 4 and not plain.differences
 
     def test_a_table_says_what_its_numbers_are(self):
-        evolving = "token cleaning, self-evolving"
-        text = accuracy_table("Title", self.JOBS, outcomes(dict.fromkeys(("plain", "paper", evolving), range(2))), 2)
+        text = accuracy_table("Title", self.JOBS, outcomes(dict.fromkeys(("plain", "paper"), range(2))))
         assert "Every row has the seeds 0, 1." in text
         assert "at most 25.0%, of paper." in text
-        assert [line for line in text.splitlines() if "60% (epoch 2)" in line] == [
-            line for line in text.splitlines() if line.startswith(f"| {evolving} |")
-        ]
-        assert "No greedy completion" in accuracy_table("Title", self.JOBS, outcomes({"plain": range(2)}), 2)
+        assert "No greedy completion" in accuracy_table("Title", self.JOBS, outcomes({"plain": range(2)}))
 
 
 def test_pictures_are_reproducible_and_show_every_arm_and_family(tmp_path):

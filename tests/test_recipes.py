@@ -132,11 +132,11 @@ def test_readme_lists_every_recipe():
 
 @pytest.mark.parametrize("path", AXOLOTL, ids=names(AXOLOTL))
 def test_recipes_of_axolotl_load_the_plugin_and_have_the_block_of_trls(path):
-    from xtf_plugin.hosts import axolotl_recipe
+    from xtf_plugin.hosts import axolotl_checks
 
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    axolotl_recipe.check_plugin_line(recipe)
-    axolotl_recipe.check_settings(recipe)
+    axolotl_checks.check_plugin_line(recipe)
+    axolotl_checks.check_settings(recipe)
     assert recipe["xtf"] == yaml.safe_load((ROOT / "recipes" / path.name).read_text(encoding="utf-8"))["xtf"]
 
 

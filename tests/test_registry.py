@@ -80,7 +80,7 @@ def made(name="made", score="context.positions.astype(np.float32)"):
 
 class TestBlock:
     def test_each_part_is_of_its_scorers_class_and_round_trips(self):
-        config = parse(rho=RHO, low=LOW, tc={"scorer": "token_cleaning", "mode": "self_evolving", "drop": {"fence": 1}})
+        config = parse(rho=RHO, low=LOW, tc={**RHO, "scorer": "token_cleaning", "mode": "fixed", "drop": {"fence": 1}})
         assert [type(part) for part in config.selectors.values()] == [
             registry.BUILTIN[name].Config for name in ("excess_loss", "log_probability", "token_cleaning")
         ]
@@ -124,8 +124,15 @@ class TestBlock:
             ({"r": {**RHO, "reference": {}}}, ["xtf.selectors.r.reference.model: null"]),
             ({"r": {**RHO, "reference": {"modl": "x"}}}, ["xtf.selectors.r.reference.modl", "mean model?"]),
             ({"r": {**LOW, "scorer": "excess_loss"}}, ["xtf.selectors.r.reference: missing"]),
-            ({"r": {**LOW, "scorer": "token_cleaning"}}, ["xtf.selectors.r.reference.model: null", "self_evolving"]),
-            ({"r": {**RHO, "scorer": "token_cleaning", "mode": "self_evolving"}}, ["reference: 'other' has no effect"]),
+            ({"r": {**LOW, "scorer": "token_cleaning"}}, ["xtf.selectors.r.reference: missing"]),
+            ({"r": {**RHO, "scorer": "token_cleaning", "mode": "x"}}, ["xtf.selectors.r.mode: 'x'", "fixed"]),
+            *(
+                (
+                    {"r": {**part, "scorer": "token_cleaning", "mode": "self_evolving"}},
+                    ["xtf.selectors.r.mode: 'self_evolving' is gone", "name a `reference`"],
+                )
+                for part in (LOW, RHO)
+            ),
             ({"r": {**LOW, "mode": "fixed"}}, ["xtf.selectors.r.mode: unknown key"]),
         ],
         ids=str,
@@ -149,7 +156,7 @@ class TestBlock:
         refs = {case["if"]["properties"]["scorer"]["const"]: case["then"]["$ref"] for case in selector["allOf"]}
         assert set(refs) == set(registry.BUILTIN)
         own = schema["$defs"][refs["token_cleaning"].rpartition("/")[2]]
-        assert own["properties"]["mode"]["enum"] == ["fixed", "self_evolving"] and own["additionalProperties"] is False
+        assert own["properties"]["mode"]["const"] == "fixed" and own["additionalProperties"] is False
 
     def test_parsing_loads_neither_torch_nor_other_packages(self):
         block = "{'selectors': {'low': {'scorer': 'log_probability', 'drop': {'below': 0}}}}"

@@ -26,8 +26,8 @@ LONGEST_BODY = 40
 LONG_BODIES_ALLOWED = {PACKAGE / f"{name}.py" for name in ("kernels", "triton_kernels", "triton_moments")}
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|farm|root|home)/|/tmp[/]w")
 CATCH_ALL_ALLOWED = [  # what must not end a program that it only serves
-    f"{PACKAGE / 'hosts' / 'autoload.py'}: _report_failure",
-    f"{PACKAGE / 'hosts' / 'trackers.py'}: _attached",
+    f"{PACKAGE / 'hosts' / 'boot.py'}: _report_failure",
+    f"{PACKAGE / 'hosts' / 'trainer.py'}: _attached",
     f"{PACKAGE / 'output.py'}: _page_data_or_none",
     f"{BOOT}: install",
 ]
@@ -198,7 +198,7 @@ def test_imports_go_one_way():
     assert "xtf_plugin.errors" in import_graph(PACKAGE)["xtf_plugin.hosts.trl"]
 
 
-@pytest.mark.parametrize("module", ["xtf_plugin", "xtf_plugin.cli", "xtf_plugin.hosts.autoload", "xtf_plugin_boot"])
+@pytest.mark.parametrize("module", ["xtf_plugin", "xtf_plugin.cli", "xtf_plugin.hosts.boot", "xtf_plugin_boot"])
 def test_import_loads_neither_torch_nor_trl(module):
     loaded = loaded_by(f"import {module}")
     assert module.partition(".")[0] in loaded

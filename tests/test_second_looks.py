@@ -235,7 +235,7 @@ def test_protected_and_prompt_tokens_stay_in_the_past_and_forced_ones_do_not():
     protected, forced = np.zeros((2, 8), dtype=bool)
     protected[1], forced[5] = True, True
     cut = {"sentence": np.asarray([0, 2, 5])}
-    given = ScoringContext(documents, None, predictions, None, cut.__getitem__, without, protected, forced)
+    given = ScoringContext(documents, None, predictions, cut.__getitem__, without, protected, forced)
     config = opening.OpeningConfig(scorer="opening", context="kept", drop={"below": -1})
     assert np.array_equal(opening.Opening(config).score(given) < -1, np.arange(8) < 5)
     gone = [True, False, True, True, True, True, False, False]
@@ -252,7 +252,7 @@ def test_a_unit_of_protected_tokens_alone_is_not_looked_at():
         return low
 
     given = ScoringContext(
-        documents, None, lambda _: low, None, lambda _: np.arange(3), without, np.asarray([False, False, True])
+        documents, None, lambda _: low, lambda _: np.arange(3), without, np.asarray([False, False, True])
     )
     config = opening.OpeningConfig(scorer="opening", context="kept", drop={"below": -1})
     scores = opening.Opening(config).score(given)
@@ -265,7 +265,7 @@ def test_an_infinite_second_look_is_undefined_and_drops_nothing():
         SimpleNamespace(logprobs=np.full(2, value, np.float32), entropy=np.zeros(2, np.float32))
         for value in (-9, -np.inf)
     )
-    given = ScoringContext(documents, None, lambda _: low, None, lambda _: np.arange(2), lambda *_: never)
+    given = ScoringContext(documents, None, lambda _: low, lambda _: np.arange(2), lambda *_: never)
     config = opening.OpeningConfig(scorer="opening", context="kept", drop={"below": -1})
     scores = opening.Opening(config).score(given)
     assert scores[0] < -1 and np.isnan(scores[1])

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from tests import tiny
+from tests.test_callback import run as trained
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from tests.test_selection import config as attributes_config
 from tests.test_selection import from_bits, random_scores
@@ -129,17 +130,10 @@ class TestSelection:
             made = select(scores, block(selectors=parts, min_kept=min_kept))
             assert np.flatnonzero(made.keep).tolist() == kept and (made.reasons[made.keep] & FLOOR).all()
         assert made.best.tolist() == [2]
-        later = replace(scores, selectors={"b": None, "a": scores.selectors["a"]})  # b has no scores yet
-        made = select(later, block(selectors=dict(reversed(parts.items())), min_kept=1))
-        assert np.flatnonzero(made.keep).tolist() == [2]
 
-    def test_a_selector_that_was_not_scored_is_refused_and_a_later_one_has_no_vote(self):
+    def test_a_selector_that_was_not_scored_is_refused(self):
         with pytest.raises(XTFError, match="a is on"):
             select(from_bits(0, 0), block("a"))
-        scores = replace(with_scores(from_bits(0, 0), a=[0, 9]), selectors={"a": np.float32([0, 9]), "b": None})
-        parts = {"a": low(drop={"below": 1}), "b": LOW}
-        made = select(scores, block(selectors=parts, combine="intersection"))
-        assert made.keep.tolist() == [False, True] and made.fired["b"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +286,22 @@ class TestShown:
         assert read_score_table(tmp_path / "scores.parquet")[1]["format"] == 1
         facts = json.loads((tmp_path / "summary.json").read_text())
         assert "selectors" not in facts and "selectors" not in facts["config"]
+
+
+def test_excess_loss_against_a_reference_of_its_own_in_a_trainer(tmp_path):
+    tiny.model(seed=7).save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    reference = {"model": str(tmp_path / "other"), "quantization": "none"}
+    part = {"scorer": "excess_loss", "reference": reference, "drop": {"quantile": 0.4}}
+    options = {"rows": tiny.problems(12), "max_steps": 3, "learning_rate": 0.02}
+    made, seen = trained(tmp_path, {**OFF, "min_kept": 0, "selectors": {"rho": part}}, **options)
+    plan = made._xtf_hooks.on_batch.__self__.plan
+    excess = logprobs(tiny.model(seed=7), plan.documents) - logprobs(tiny.model(), plan.documents)
+    np.testing.assert_allclose(plan.scores.selectors["rho"], excess, atol=2e-4)
+    facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())
+    assert 0.3 < facts["totals"]["attributes"]["rho"]["fired_fraction"] < 0.5
+    assert [entry["name"] for entry in facts["selectors"]["references"]] == [str(tmp_path / "other")]
+    assert made.state.log_history[0]["xtf/dropped_by/rho"] > 0
+    table = pq.read_table(tmp_path / "out/xtf/scores.parquet").to_pydict()
+    np.testing.assert_allclose(table["rho"], plan.scores.selectors["rho"])
+    assert sum(table["kept"]) == sum(int((batch["labels"] != -100).sum()) for batch in seen)

@@ -78,10 +78,10 @@ def test_check_tells_of_the_stream(base, tmp_path):
     path = recipe(base, tmp_path / "out", dataset_streaming=True, xtf=LOOSE)
     result = command(BIN / "xtf", "check", path, cache=tmp_path / "cache")
     assert result.returncode == 0 and "streamed; its first 8 documents calibrate" in result.stdout
-    evolving = {"scorer": "token_cleaning", "mode": "self_evolving", "drop": {"quantile": 0.4}}
+    other = {"scorer": "typicality", "reference": {"model": "some/model"}, "drop": {"below": -5}}
     for changes, told in (
         ({"xtf": LOOSE, "dataloader_num_workers": 2}, "dataloader_num_workers is 2"),
-        ({"xtf": {"selectors": {"cleaning": evolving}}}, "selector cleaning selects anew"),
+        ({"xtf": {"selectors": {"mine": other}}}, "selector mine has a reference of its own"),
     ):
         path = recipe(base, tmp_path / "out", dataset_streaming=True, **changes)
         result = command(BIN / "xtf", "check", path, cache=tmp_path / "cache")

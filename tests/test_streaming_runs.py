@@ -195,7 +195,6 @@ class WholeDataset(Scorer):
         return np.argsort(context.logprobs).astype(np.float32)
 
 
-EVOLVING = {"scorer": "token_cleaning", "mode": "self_evolving", "drop": {"quantile": 0.4}}
 OTHERS = {"scorer": "typicality", "reference": {"model": "some/model"}, "drop": {"below": -5}}
 
 
@@ -205,11 +204,10 @@ OTHERS = {"scorer": "typicality", "reference": {"model": "some/model"}, "drop": 
         ({}, LORA, {"dataloader_num_workers": 2}, "dataloader_num_workers is 2"),
         ({}, None, {}, r"base weights \(.* and \d+ more\).*reference.model"),
         ({}, LoraConfig(r=4, bias="lora_only", target_modules=["q_proj"]), {}, "base weights .*q_proj.*bias"),
-        ({"selectors": {"cleaning": EVOLVING}}, LORA, {}, "selector cleaning selects anew in every epoch"),
         ({"selectors": {"mine": OTHERS}}, LORA, {}, "selector mine has a reference of its own .some/model"),
         ({"selectors": {"r": {"scorer": "rank", "drop": {"below": 1}}}}, LORA, {}, "rank.* needs the whole dataset"),
     ],
-    ids=["workers", "full fine-tuning", "bias", "evolving", "other reference", "whole dataset"],
+    ids=["workers", "full fine-tuning", "bias", "other reference", "whole dataset"],
 )
 def test_what_cannot_be_scored_while_it_streams_is_refused(tmp_path, monkeypatch, block, peft, options, told):
     monkeypatch.setitem(registry.BUILTIN, "rank", WholeDataset)

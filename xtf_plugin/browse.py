@@ -11,10 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from . import page, table, view
 from .errors import XTFUserError
-from .files import write_whole
+from .files import for_arrow, write_whole
 
 REQUIRED = ("row", "document", "position", "kept")  # what every row has
 
@@ -68,7 +69,18 @@ class Wanted:
         return self.reason is None or any(self.reason in token.reason.split(",") for token in document.tokens)
 
 
-def problem(schema: Any) -> str:
+def open_table(path: Path) -> Any:
+    """Open a score table. Raises XTFUserError if the file is missing, is no Parquet file, or is another table."""
+    try:
+        file = pq.ParquetFile(for_arrow(path), page_checksum_verification=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise XTFUserError(f"cannot read the score table {path}: {error}") from error
+    if why := _problem(file.schema_arrow):
+        raise XTFUserError(f"{path} is no score table of XTF: {why}.")
+    return file
+
+
+def _problem(schema: Any) -> str:
     """Why a Parquet file of this schema is no score table: what it lacks; "" if it is one."""
     missing = [name for name in table.SCHEMA.names if name not in schema.names]
     if missing:

@@ -16,13 +16,20 @@ from . import output, report
 from .collator import XTFDataCollator
 from .config.block import ReferenceConfig, XTFConfig
 from .data.documents import IGNORE_INDEX, DocumentSet, collect
-from .epochs import EpochSelection, evolving
+from .environment import is_on
 from .errors import XTFDryRun, XTFError, XTFUserError
 from .held import check_base
-from .hosts._compat import is_on
 from .hosts.supported import text_tokenizer
-from .hosts.trackers import log_report
-from .hosts.trainer import TrainerHooks, check_trainer, rows, rows_under_way, streamed, visible_columns, visible_part
+from .hosts.trainer import (
+    TrainerHooks,
+    check_trainer,
+    log_report,
+    rows,
+    rows_under_way,
+    streamed,
+    visible_columns,
+    visible_part,
+)
 from .plan import Plan, ReferenceProvider, make_plan
 from .providers import BorrowedReference, SeparateReference
 from .ranks import Ranks
@@ -62,9 +69,6 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self.collator = XTFDataCollator(trainer.data_collator)
         self.ranks = Ranks.of(trainer.accelerator)
         self._borrowed = None if config.reference.model else BorrowedReference(trainer, self.ranks)
-        epochs = None
-        if evolving(config):  # before anything of the trainer is changed: it may refuse
-            epochs = EpochSelection(trainer, config, _tokenizer(trainer), lambda: self.plan, self._adopt, self.ranks)
         self._stream = self._streaming()
         around = self._stream.around if self._stream else None
         self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._on_trained, self._metrics, around)
@@ -72,8 +76,6 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._constant_metrics: dict[str, float] = {}
         self._labels = torch.zeros((), dtype=torch.int64)
         self._steps = 0
-        if epochs is not None:
-            trainer.add_callback(epochs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Score, decide, write the summary; in a dry run, end here."""
@@ -83,20 +85,20 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             return
         documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
         separate = partial(self._separate, documents)
-        provider = self._borrowed or self.ranks.run_with_heartbeat(lambda: separate(self.config.reference))
-        tokenizer = _tokenizer(self.trainer)
+        provider = self._borrowed or self.ranks.each(lambda: separate(self.config.reference))
+        tokenizer = text_tokenizer(self.trainer)
         plan = make_plan(
             self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks
         )
         self._adopt(plan)
 
     def _separate(self, documents: DocumentSet, reference: ReferenceConfig) -> ReferenceProvider:
-        return SeparateReference(reference, _tokenizer(self.trainer), documents, self.trainer.accelerator.device)
+        return SeparateReference(reference, text_tokenizer(self.trainer), documents, self.trainer.accelerator.device)
 
     def _streaming(self) -> Stream | None:
         """What scores streamed data while it is trained on; None for a dataset that can be scored beforehand."""
         if streamed(self.trainer.train_dataset):
-            stream = Stream(self.config, _tokenizer(self.trainer))
+            stream = Stream(self.config, text_tokenizer(self.trainer))
             if self._borrowed is not None:
                 check_base(self._borrowed.reference.model)
             return stream
@@ -120,17 +122,17 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         assert stream.masks is not None
         self.collator.masks, self._watch = stream.masks, Watch(stream.masks)
 
-    def _adopt(self, plan: Plan, epoch: int = 0) -> None:
+    def _adopt(self, plan: Plan) -> None:
         """Train by this plan from here on: masks, metrics, report, and a first batch to hold against it."""
         args = self.trainer.args
         self.plan = plan
         self.collator.masks = plan.masks()
         self._watch = Watch(PlannedDocuments(plan.documents, plan.selection.keep))
         self._constant_metrics = report.metrics(plan)
-        self.ranks.from_main(lambda: self._report(Path(args.output_dir), epoch))
+        self.ranks.from_main(lambda: self._report(Path(args.output_dir)))
         dry_run = self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN"))
         self.ranks.agree(str(dry_run).encode(), "XTF_DRY_RUN")  # or one would wait for another that has ended
-        if not epoch and dry_run:
+        if dry_run:
             raise XTFDryRun
         if not (self.plan.selection.keep & (self.plan.scores.positions > 0)).any():
             raise XTFUserError(
@@ -181,18 +183,17 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             return 0
         return int((~self.plan.selection.keep & (self.plan.scores.positions > 0)).sum())
 
-    def _report(self, output_dir: Path, epoch: int) -> bytes:
+    def _report(self, output_dir: Path) -> bytes:
         """Write and show what the plan amounts to; nothing of it is for other ranks."""
         assert self.plan is not None
-        written, tokenizer = [], _tokenizer(self.trainer)
+        written, tokenizer = [], text_tokenizer(self.trainer)
         extra = os.environ.get("XTF_SCORES_OUTPUT")
         if self.config.report is not False:
             folder = output_dir / "xtf" if self.config.report is True else Path(os.path.expanduser(self.config.report))
-            folder = folder / f"epoch-{epoch + 1}" if epoch else folder
             written = output.write(self.plan, tokenizer, folder, whole=bool(extra))
             if folder / output.PAGE in written:
                 log_report(self.trainer.args.report_to, folder / output.PAGE)
-        if extra and not epoch and Path(extra).resolve() not in [path.resolve() for path in written]:
+        if extra and Path(extra).resolve() not in [path.resolve() for path in written]:
             try:
                 written.append(output.write_again(self.plan, tokenizer, written, Path(extra)))
             except OSError as error:
@@ -230,10 +231,6 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             metrics["xtf/kept_tokens_per_batch"] = float(self._labels) / self._steps
             self._labels, self._steps = torch.zeros_like(self._labels), 0
         return metrics
-
-
-def _tokenizer(trainer: Any) -> Any:
-    return text_tokenizer(trainer)
 
 
 def attach(trainer: Any, config: XTFConfig | Mapping[str, Any] | bool | str | None) -> Any:

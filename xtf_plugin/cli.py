@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,10 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
+from .environment import installed_version
 from .errors import XTFError, XTFUserError, harmless
-from .hosts import _compat, run
-from .hosts.check import check_environment, parse_block
-from .hosts.recipe import Recipe, load_recipe
+from .hosts.recipes import COMMANDS, Recipe, check_environment, load_recipe, off, parse_block, score_recipe
 
 if TYPE_CHECKING:
     from .config.block import XTFConfig
@@ -55,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         app(args=None if argv is None else list(argv), prog_name="xtf")
     except XTFError as error:
-        told = harmless(f"xtf: error: {str(error).removeprefix('xtf: ')}")
-        Console(stderr=True).print(Text(told), soft_wrap=True)
+        typer.echo(harmless(f"xtf: error: {str(error).removeprefix('xtf: ')}"), err=True)
         raise SystemExit(2 if isinstance(error, XTFUserError) else 1) from None
 
 
@@ -77,9 +75,7 @@ def _root(
 
 @app.command()
 def check(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe (YAML) of TRL or Axolotl with an `xtf:` block.")
-    ] = None,
+    recipe: Annotated[Path | None, _RECIPE] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the `xtf:` block.")] = False,
 ) -> None:
     """Validate block, host, hook and versions, without loading a model."""
@@ -93,12 +89,11 @@ def check(
     loaded = load_recipe(recipe)
     config = parse_block(loaded)
     if config is None:
-        raise XTFUserError(f"{recipe} {run.off(loaded)}, so it trains without XTF. The shortest block: `xtf: true`.")
+        raise XTFUserError(f"{recipe} {off(loaded)}, so it trains without XTF. The shortest block: `xtf: true`.")
     hook = check_environment(loaded)
-    console = Console()
-    console.print(Text(f"{recipe}: ok", style="bold"), soft_wrap=True)
+    typer.echo(f"{recipe}: ok")
     for name, value in _facts(loaded, config, hook).items():
-        console.print(Text(f"{name:<12}{value}"), soft_wrap=True)  # no frame: paths stay whole, to be copied
+        typer.echo(f"{name:<12}{value}")  # no frame: paths stay whole, to be copied
 
 
 @app.command()
@@ -108,9 +103,9 @@ def score(
     output: Annotated[Path | None, typer.Option("--output", help="Also write the score table here.")] = None,
 ) -> None:
     """Run the host's own pipeline up to the first optimizer step: score, write table and report, end."""
-    path, code = run.score_recipe(load_recipe(recipe), extra or [], output)
+    path, code = score_recipe(load_recipe(recipe), extra or [], output)
     if code == 0:
-        Console().print(Text(f"scores: {path}"), soft_wrap=True)
+        typer.echo(f"scores: {path}")
     raise typer.Exit(code)
 
 
@@ -132,7 +127,7 @@ def show(
 
     wanted = browse.Wanted.parse(row=row, document=document, grep=grep, reason=reason)
     path = _table_path(target, extra or [])
-    file = _open_table(path)
+    file = browse.open_table(path)
     view.render_documents(browse.find(file, wanted, n, str(path)), wanted.described(), Console())
 
 
@@ -147,11 +142,10 @@ def report(
     from .table import selector_columns
 
     path = _table_path(target, extra or [])
-    file = _open_table(path)
+    file = browse.open_table(path)
     pieces = browse.batches(file, ("row", "document", "position", "kept", "reason"), str(path))
-    console = Console()
-    console.print(view.summary_table(view.summarize(pieces, selector_columns(file.schema_arrow.names))))
-    console.print(Text(browse.write_report(path, output)), soft_wrap=True)
+    Console().print(view.summary_table(view.summarize(pieces, selector_columns(file.schema_arrow.names))))
+    typer.echo(browse.write_report(path, output))
 
 
 @cache_app.command("list")
@@ -161,9 +155,8 @@ def cache_list(cache_dir: CacheOption = None) -> None:
 
     root = _cache_root(cache_dir)
     entries = list_cache(root)
-    console = Console()
     if not entries:
-        console.print(Text(f"{root}: no cached scores."), soft_wrap=True)
+        typer.echo(f"{root}: no cached scores.")
         return
     table = Table(title=str(root), title_justify="left")
     table.add_column("reference", no_wrap=True)  # whole, since `prune --reference` asks for it
@@ -176,7 +169,7 @@ def cache_list(cache_dir: CacheOption = None) -> None:
         model = Text(harmless(str(entry.description.get("name", "unknown"))))
         counts = (f"{entry.documents:,}", f"{entry.tokens:,}", f"{size:,.1f}")
         table.add_row(entry.reference[:12], model, Text(harmless(str(entry.layers or "-"))), *counts, when)
-    console.print(table)
+    Console().print(table)
 
 
 @cache_app.command("prune")
@@ -200,9 +193,9 @@ def cache_prune(
         dry_run=dry_run,
     )
     verb = "would remove" if result.dry_run else "removed"
-    Console().print(Text(f"{verb} {len(result.removed)} files, {result.bytes / 2**20:,.1f} MiB"), soft_wrap=True)
+    typer.echo(f"{verb} {len(result.removed)} files, {result.bytes / 2**20:,.1f} MiB")
     for path, why in result.refused:
-        Console(stderr=True).print(Text(f"xtf: left {path}: {why}"), soft_wrap=True)
+        typer.echo(f"xtf: left {path}: {why}", err=True)
     raise typer.Exit(1 if result.refused else 0)
 
 
@@ -214,11 +207,11 @@ def _cache_root(chosen: Path | None) -> Path:
 
 def _facts(recipe: Recipe, config: XTFConfig, hook: str) -> dict[str, str]:
     names = ("axolotl", *_DISTRIBUTIONS) if recipe.host == "axolotl" else _DISTRIBUTIONS
-    versions = [f"{name} {_compat.installed_version(name) or 'not installed'}" for name in names]
+    versions = [f"{name} {installed_version(name) or 'not installed'}" for name in names]
     reference = config.reference
     selectors = ", ".join(f"{name} ({part.scorer})" for name, part in config.selectors.items())
     return {
-        "host": f"{recipe.host} ({run.COMMANDS[recipe.host]})",
+        "host": f"{recipe.host} ({COMMANDS[recipe.host]})",
         "hook": hook,
         "versions": ", ".join([f"xtf-plugin {__version__}", *versions]),
         "preset": config.preset,
@@ -241,7 +234,7 @@ def _table_path(target: Path, extra: Sequence[str]) -> Path:
     path = recipe.scores_path(extra)
     if not extra and _is_current(path, target, recipe):
         return path
-    path, code = run.score_recipe(recipe, extra, None)
+    path, code = score_recipe(recipe, extra, None)
     if code:
         raise typer.Exit(code)
     return path
@@ -256,23 +249,6 @@ def _is_current(path: Path, target: Path, recipe: Recipe) -> bool:
         return False
     config = XTFConfig.parse(recipe.block)
     return config is None or read_metadata(path).get("config") in (None, config.to_dict())
-
-
-def _open_table(path: Path) -> Any:
-    """Open a score table. Raises XTFUserError if the file is missing, is no Parquet file, or is another table."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from .browse import problem
-    from .files import for_arrow
-
-    try:
-        file = pq.ParquetFile(for_arrow(path), page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise XTFUserError(f"cannot read the score table {path}: {error}") from error
-    if why := problem(file.schema_arrow):
-        raise XTFUserError(f"{path} is no score table of XTF: {why}.")
-    return file
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class FrozenPlan:
         if self.config.reasoning_importance or self.config.knowledge_novelty:
             source.under(None)
         starts = partial(segment_starts, documents, self.tokenizer)
-        selectors = score_selectors(self.config, self.tokenizer, source, None, starts, marks.protected, marks.forced)
+        selectors = score_selectors(self.config, self.tokenizer, source, starts, marks.protected, marks.forced)
         relevance = None if self._relevance is None else self._relevance[documents.input_ids[documents.completion]]
         scores = scores_of(documents, source.known, relevance, selectors)
         selection = select(scores, self.config, marks.protected, marks.forced, marks.segments, self._rules)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 
 from .data.documents import DocumentSet
 from .errors import XTFError, XTFUserError
@@ -105,16 +104,6 @@ class BorrowedReference:
             yield ShardedReference(plain.model, plain.name, plain.adapters_off, plain.autocast, root=root)
         else:
             yield plain
-
-
-def as_it_stands(trainer: Any, ranks: Ranks = ALONE) -> Reference:
-    """The model being trained with all that it has learnt, adapters on; once training has begun."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    name, autocast = "the model being trained", trainer.accelerator.autocast
-    if ranks.size > 1 and getattr(trainer, "is_fsdp_enabled", False):
-        return ShardedReference(base, name, autocast=autocast, root=trainer.model_wrapped)
-    return Reference(base, name, autocast=autocast)
 
 
 class SeparateReference:

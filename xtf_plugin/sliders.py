@@ -70,8 +70,7 @@ def make_sliders(scores: Scores, config: XTFConfig, segments: Segments | None = 
     layout, made = Layout(scores.offsets, scores.counts), list[Slider]()
     for voter in config.voters:
         values = scores.of(voter)
-        if values is None:  # it selects from the second epoch on
-            continue
+        assert values is not None
         part = config.part(voter)
         ready_scores, _ = ready(voter, values, scores.positions, layout, part, segments)
         keys = [key for key in type(part.drop).model_fields if getattr(part.drop, key) is not None and key != "of"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from .environment import WORKERS_REFUSED
 from .errors import XTFUserError
-from .hosts._compat import WORKERS_REFUSED
 
 Passed = Callable[[int], None]
 

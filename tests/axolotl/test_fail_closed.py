@@ -36,7 +36,7 @@ REFUSED = {
     "text that is nothing": ({"xtf": "null"}, 2, "the recipe's `xtf:` block is empty"),
     "diffusion": ({"plugins": ["diffusion.DiffusionPlugin", stock.PLUGIN]}, 1, "also noises its input by the labels"),
     "empty": ({"xtf": None}, 2, "the recipe's `xtf:` block is empty"),
-    "mistyped": ({"xtf": ..., "Xtf": True}, 2, "Did you mean `xtf:`?"),
+    "in another case": ({"xtf": ..., "Xtf": True}, 2, "Did you mean `xtf:`?"),
     "preference data": ({"rl": "dpo"}, 1, "`rl: dpo` and `xtf:` do not go together"),
     "streamed": ({"streaming": True, "max_steps": 2}, 1, "set streaming: false"),
     "wrong key": ({"xtf": {"min_kpet": 1}}, 1, "min_kept"),
@@ -81,8 +81,8 @@ def test_a_plugin_that_cannot_be_imported_stops_the_run(base, tmp_path):
 
 
 @pytest.mark.parametrize("words", [("--launcher", "accelerate"), ("--launcher", "torchrun")])
-def test_launchers_hand_the_refusal_on(base, tmp_path, words):
-    refused(base, tmp_path, *words, text=LINE, plugins=...)
+def test_a_run_behind_a_launcher_is_refused_too(base, tmp_path, words):
+    refused(base, tmp_path, *words, code=1, text=LINE, plugins=...)
 
 
 def test_a_trainer_whose_loss_makes_labels_of_its_own_is_refused(base, tmp_path):
@@ -132,7 +132,8 @@ def stock_run(base, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("block", [..., False])
 def test_without_a_block_everything_is_as_it_was(base, stock_run, tmp_path, block):
     out = tmp_path / "out"
-    stock.train(stock.write(base, out, xtf=block, save_strategy="epoch"), out, tmp_path / "cache", SEED="7")
+    result = stock.train(stock.write(base, out, xtf=block, save_strategy="epoch"), out, tmp_path / "cache", SEED="7")
+    assert ("the recipe has no `xtf:` key" in result.stdout + result.stderr) == (block is ...)
     assert stock.seen(out) == stock.seen(stock_run)
     assert stock.losses(out) == stock.losses(stock_run)
     adapter = "adapter_model.safetensors"

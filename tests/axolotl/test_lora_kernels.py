@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("lora kernels")
 INJECTED = """
 import atexit, json, os, runpy
 runpy.run_path(os.environ["RECORDER"])
-from xtf_plugin.hosts.autoload import when_imported
+from xtf_plugin.hosts.boot import when_imported
 
 def replaced(lora):
     from tests.axolotl import without_cuda

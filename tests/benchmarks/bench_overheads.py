@@ -100,7 +100,7 @@ def boot_hook(bytecode: bool, repeats: int, after: str = "torch") -> float:
     """
     code = (
         f"import {after}, time; begin = time.perf_counter();"
-        "from xtf_plugin.hosts import autoload; autoload.install(); print(time.perf_counter() - begin)"
+        "from xtf_plugin.hosts import boot; boot.install(); print(time.perf_counter() - begin)"
     )
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # else the hook has run within the import
     command = [sys.executable, "-c", code]

@@ -11,7 +11,7 @@ import os
 import sys
 from importlib import metadata
 
-from xtf_plugin.hosts.autoload import when_imported
+from xtf_plugin.hosts.boot import when_imported
 
 
 def documents(inputs):

@@ -216,10 +216,7 @@ def scored(config: XTFConfig) -> Any:
         values[rng.random(SIZE) < 0.05] = np.nan
     found = np.ones(len(DOCUMENTS), dtype=bool)
     stored = StoredScores(found, -np.abs(noise[0]), np.abs(noise[1]), np.abs(noise[2]), np.exp(noise[3]))
-    later = [getattr(part, "mode", "") == "self_evolving" for part in config.selectors.values()]
-    own = {
-        name: None if wait else noise[i % 8] for i, (name, wait) in enumerate(zip(config.selectors, later, strict=True))
-    }
+    own = {name: noise[i % 8] for i, name in enumerate(config.selectors)}
     return scores_of(
         DOCUMENTS, stored, rng.random(50).astype(np.float32)[DOCUMENTS.input_ids[DOCUMENTS.completion]], own
     )

@@ -33,11 +33,11 @@ DISTRIBUTION = metadata.distribution("xtf-plugin")
 PACKAGE = Path(importlib.util.find_spec("xtf_plugin").origin).parent
 MODULES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 # All that a run without a block imports; damage elsewhere cannot reach it.
-LOADED = ["", "errors", "hosts", "hosts._compat", "hosts.autoload", "hosts.guard", "hosts.trl"]
+LOADED = ["", "environment", "errors", "hosts", "hosts.boot", "hosts.fail_closed", "hosts.trl"]
 DAMAGES = ("missing", "empty", "broken")
 SHORT = {
     ("xtf_plugin/errors.py", "missing"),
-    ("xtf_plugin/hosts/guard.py", "broken"),
+    ("xtf_plugin/hosts/fail_closed.py", "broken"),
     ("xtf_plugin/hosts/trl.py", "empty"),
     ("xtf_plugin/config.py", "broken"),
     ("xtf_plugin/selection.py", "missing"),
@@ -289,7 +289,7 @@ def test_a_trl_that_is_too_old(place, tmp_path, losses, version):
 
 
 @pytest.mark.skipif(not LONG, reason="real processes take ten seconds each; `make test-long` runs them")
-@pytest.mark.parametrize("module", ["callback", "hosts.guard"])
+@pytest.mark.parametrize("module", ["callback", "hosts.fail_closed"])
 def test_the_real_command_with_a_module_missing(place, tmp_path, losses, module):
     (copy_of_ours(tmp_path) / "xtf_plugin" / f"{module.replace('.', '/')}.py").unlink()
     for block in (False, True):

@@ -30,13 +30,11 @@ from xtf_plugin import callback, cli, table
 from xtf_plugin.cache import list_cache
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import collect
-from xtf_plugin.epochs import FILE, EpochSelection
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.hosts.recipe import load_recipe
+from xtf_plugin.hosts.recipes import load_recipe
 from xtf_plugin.loading import load
 from xtf_plugin.pipeline import make_plan
 from xtf_plugin.providers import SeparateReference
-from xtf_plugin.ranks import ALONE
 
 
 def plan(cache: Path, **block):
@@ -140,17 +138,7 @@ def as_the_word_file(data: bytes, folder: Path) -> None:
         assert "domain" in str(error)
 
 
-def in_the_checkpoint(data: bytes, folder: Path) -> None:
-    """Scores of a selector that evolves, from which a run resumes in the middle of an epoch."""
-    (folder / "checkpoint-3").mkdir()
-    (folder / "checkpoint-3" / FILE).write_bytes(data)
-    selection = SimpleNamespace(epoch=1, names=("cleaned",), ranks=ALONE, _about=lambda *_: "")
-    args = SimpleNamespace(output_dir=str(folder), resume_from_checkpoint=None)
-    with pytest.raises(XTFUserError, match="cannot be read"):
-        EpochSelection._restored(selection, plan(folder / "cache"), args, 3)
-
-
-PLACES = (in_the_cache, as_the_score_table, as_the_recipe, as_the_word_file, in_the_checkpoint)
+PLACES = (in_the_cache, as_the_score_table, as_the_recipe, as_the_word_file)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -62,7 +62,7 @@ def test_no_shell_and_no_code_from_text(tmp_path):
 # of the package.
 ANSWERED = {
     ("B105", "xtf_plugin/facts.py"): "the text before, in and after an example token; no password",
-    ("B603", "xtf_plugin/hosts/run.py"): "the host's own script and the user's own words, as a list, without a shell",
+    ("B603", "xtf_plugin/hosts/recipes.py"): "the host's script and the user's words, as a list, without a shell",
     (
         "B615",
         "xtf_plugin/providers.py",

@@ -23,7 +23,6 @@ from xtf_plugin import XTFConfig, output
 from xtf_plugin.documents import collect
 from xtf_plugin.pipeline import make_plan
 
-EVOLVING = {"scorer": "token_cleaning", "mode": "self_evolving", "drop": {"quantile": 0.3}}
 # bytes for each round after the warm-up, and for all of them together: a heap is cut into pieces, and a page goes back
 # to the system only when nothing on it is in use
 EACH, ALL = 16 << 10, 8 << 20
@@ -67,14 +66,13 @@ class EachEpoch(TrainerCallback):
 
 
 def epochs(folder, number, workers):
-    """Training whose selector scores anew, and whose workers are started anew, in every epoch."""
-    block = {"preset": "default", "knowledge_novelty": True, "selectors": {"tc": EVOLVING}}
+    """Training whose workers are started anew in every epoch."""
+    block = {"preset": "default", "knowledge_novelty": True}
     options = {"max_steps": -1, "num_train_epochs": number, "save_strategy": "no", "logging_strategy": "epoch"}
     watched = made("lora", folder, block, rows=tiny.problems(12), dataloader_num_workers=workers, **options)
     each = EachEpoch()
     watched.add_callback(each)
     watched.train()
-    assert len(list((folder / "out/xtf").glob("epoch-*/scores.parquet"))) == number - 1
     return each.held.rounds
 
 

@@ -1,21 +1,53 @@
 """The Axolotl plugin: `plugins: [xtf_plugin.XTFPlugin]` and the same `xtf:` block as everywhere else.
 
-Axolotl logs and skips a plugin whose import fails with an ImportError, so this module imports next to nothing when it
-is loaded, and turns everything that a user can mend into one message and exit code 2. The block itself is validated by
-Axolotl, through `XTFArgs`.
+Axolotl logs and skips a plugin whose import fails with an ImportError, so this module imports next to nothing of ours
+when it is loaded. `XTFArgs` declares the key `xtf`, so that Axolotl's own validation checks the block and reports what
+is wrong with it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from ..hosts import _compat
-from .axolotl_recipe import check_surroundings, has_block, trains
-from .guard import ending_with_2
+from ..environment import is_on
+from .axolotl_checks import check_settings, check_surroundings, has_block, trains
+from .fail_closed import exit_on_user_error
+
+logger = logging.getLogger(__name__)
+
+
+class XTFArgs(BaseModel):
+    """The part of an Axolotl recipe that belongs to XTF; the block stays the plain data that it was."""
+
+    xtf: Any = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Token-level noise filtering (xtf-plugin): true for the defaults, false for off, or a "
+            "mapping; `xtf check --schema` prints what it may hold."
+        },
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _goes_with_the_recipe(cls, recipe: Any) -> Any:
+        if isinstance(recipe, dict) and has_block(recipe):
+            check_settings(recipe)
+        return recipe
+
+    @field_validator("xtf")
+    @classmethod
+    def _is_a_block(cls, block: Any) -> Any:
+        from ..config.block import XTFConfig
+        from ..config.block import plain
+
+        XTFConfig.parse(block)
+        return plain(block)
 
 
 class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
@@ -30,17 +62,24 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
           preset: default
     """
 
-    @ending_with_2
+    @exit_on_user_error
     def register(self, cfg: Any) -> None:
-        """Refuse an empty block, a mistyped one, and an environment that cannot apply one; `cfg` is not validated."""
-        if trains(sys.argv) and has_block(cfg):
+        """Refuse an empty block, and an environment that cannot apply one; `cfg` is not validated."""
+        if not trains(sys.argv):
+            return
+        if has_block(cfg):
             check_surroundings()
+        elif "xtf" not in cfg:
+            logger.warning(
+                "xtf: the plugin is loaded, but the recipe has no `xtf:` key, so every label is trained on. Axolotl "
+                "ignores keys that it does not know, mistyped ones too. Write `xtf: false` if this is meant."
+            )
 
     def get_input_args(self) -> str:
         """Where Axolotl finds the model that declares the key `xtf`."""
-        return f"{__package__}.axolotl_args.XTFArgs"
+        return f"{__name__}.XTFArgs"
 
-    @ending_with_2
+    @exit_on_user_error
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Attach XTF to the trainer. A dry run begins and ends here, before Axolotl writes into its output folder."""
         from ..callback import attach
@@ -50,6 +89,6 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
         if config is None:
             return
         attach(trainer, config)
-        trainer.train = ending_with_2(trainer.train)
-        if config.dry_run or _compat.is_on(os.environ.get("XTF_DRY_RUN")):
+        trainer.train = exit_on_user_error(trainer.train)
+        if config.dry_run or is_on(os.environ.get("XTF_DRY_RUN")):
             trainer.train()

@@ -1,11 +1,16 @@
-"""What we know of transformers' `Trainer`, in one place: where labels pass by, and how to stand beside them.
+"""What we know of transformers' `Trainer`, in one place: where labels pass by, how to stand beside them, and
+which trackers take a report.
 
 Everything is done on the instance; no class is changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +19,11 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..collator import XTFDataCollator
+from ..environment import WORKERS_REFUSED, is_on, signature_columns
 from ..errors import XTFError, XTFUserError
-from ._compat import WORKERS_REFUSED
 from .supported import check_collator, check_columns, check_host
+
+logger = logging.getLogger(__name__)
 
 READ_COLUMNS = ("input_ids", "labels", "attention_mask", "seq_lengths", "position_ids")
 
@@ -40,8 +47,7 @@ def check_trainer(trainer: Any) -> None:
             f"xtf: train_dataset is a {type(dataset).__name__}, which has no length and is no IterableDataset of "
             "datasets or torch; make it one of them."
         )
-    if getattr(trainer, "_is_vision_dataset", False):
-        raise XTFUserError("xtf: image datasets are not supported; tokens are only known when batches are built.")
+    visible_columns(trainer)
 
 
 def streamed(dataset: Any) -> bool:
@@ -109,13 +115,7 @@ def _reaching(trainer: Any, names: Iterable[str]) -> tuple[str, ...]:
     """Those of some columns that reach the collator."""
     if not trainer.args.remove_unused_columns:
         return tuple(names)
-    before = trainer._signature_columns
-    if before is None:
-        trainer._set_signature_columns_if_needed()
-    known = trainer._signature_columns
-    trainer._signature_columns = (
-        before  # Axolotl's packing takes a column out of it whenever it is asked, and only once
-    )
+    known = signature_columns(trainer)
     return tuple(name for name in names if name in known)
 
 
@@ -235,3 +235,48 @@ class TrainerHooks:
         result = self._train(*args, **kwargs)
         self.on_trained()
         return result
+
+
+def log_report(report_to: Sequence[str] | str | None, path: Path) -> list[str]:
+    """Attach a report to the run in those trackers that keep files; return their names.
+
+    W&B: with WANDB_LOG_MODEL, as transformers does with models. MLflow: with HF_MLFLOW_LOG_ARTIFACTS. transformers has
+    no such switch for trackio, so nothing is attached there. A tracker is touched only if it is imported already. One
+    that fails is logged: the masks do not depend on it.
+    """
+    used = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    done: list[str] = []
+    if not path.exists():
+        return done
+    if "wandb" in used and os.environ.get("WANDB_LOG_MODEL", "false").lower() in ("end", "checkpoint", "true"):
+        done += _attached(_wandb, path)
+    if "mlflow" in used and is_on(os.environ.get("HF_MLFLOW_LOG_ARTIFACTS")):
+        done += _attached(_mlflow, path)
+    return done
+
+
+def _attached(attach: Callable[[Path], list[str]], path: Path) -> list[str]:
+    """What `attach` returns, nothing if it fails: trackers have errors of their own, which share no base."""
+    try:
+        return attach(path)
+    except Exception as error:
+        logger.warning("xtf: the report could not be attached to the tracker: %s", error)
+        return []
+
+
+def _wandb(path: Path) -> list[str]:
+    wandb = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None:
+        return []
+    artifact = wandb.Artifact("xtf-report", type="report")
+    artifact.add_file(str(path))
+    wandb.run.log_artifact(artifact)
+    return ["wandb"]
+
+
+def _mlflow(path: Path) -> list[str]:
+    mlflow = sys.modules.get("mlflow")
+    if mlflow is None or mlflow.active_run() is None:
+        return []
+    mlflow.log_artifact(str(path), "xtf-report")
+    return ["mlflow"]

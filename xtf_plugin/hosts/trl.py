@@ -6,23 +6,22 @@ other unknown key still fails); `TrlParser.set_defaults_with_config` refuses the
 found a block is `SFTTrainer.__init__` wrapped, to attach XTF to the finished trainer. Without a block, or with
 `xtf: false`, stock code sees stock values.
 
-The module knows these classes only as arguments: it imports neither trl nor torch, and the patches can be taken back.
+The module knows these classes only as arguments: it imports neither trl nor torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
 import os
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .. import environment
 from ..errors import XTFError, XTFUserError
-from ..hosts import _compat
-from .autoload import when_imported
-from .guard import EMPTY_BLOCK, ending_with_2, handing_on_2, meant_as_block, whole_installation, wrap
+from .boot import when_imported
+from .fail_closed import EMPTY_BLOCK, exit_on_user_error, meant_as_block, whole_installation, wrap
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
@@ -35,55 +34,39 @@ _HELP = (
     "`xtf check --schema` prints what a block may hold."
 )
 _MISSING: Any = object()
-_undo: list[Callable[[], None]] = []
+_argument_added = False
 _block_parsed = False
-
-
-class _BlockAction(argparse.Action):
-    """Stores `--xtf`; a class of its own so that our argument is told from a user's of the same name."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        setattr(namespace, self.dest, values)
 
 
 def patch_parser(module: ModuleType) -> None:
     """Teach `module.TrlParser` the `xtf:` block. Raises AttributeError, before any change, if TRL moved a method."""
     for name in ("set_defaults_with_config", "parse_args_into_dataclasses"):
         getattr(module.TrlParser, name)
-    _wrap(module.TrlParser, "__init__", _init_with_argument)
-    _wrap(module.TrlParser, "set_defaults_with_config", _refusing_elsewhere)
-    _wrap(module.TrlParser, "parse_args_into_dataclasses", _parse_with_block)
+    wrap(module.TrlParser, "__init__", _init_with_argument)
+    wrap(module.TrlParser, "set_defaults_with_config", _refusing_elsewhere)
+    wrap(module.TrlParser, "parse_args_into_dataclasses", _parse_with_block)
 
 
 def patch_trainer(module: ModuleType) -> None:
     """Make every `module.SFTTrainer` built from now on carry XTF, or raise."""
     if not hasattr(module, "SFTTrainer"):
         raise XTFError(f"xtf: {module.__name__} defines no SFTTrainer, so the `xtf:` block cannot be applied.")
-    _wrap(module.SFTTrainer, "__init__", _init_with_attach)
+    wrap(module.SFTTrainer, "__init__", _init_with_attach)
 
 
 def patch_base_trainer(module: ModuleType) -> None:
     """Make every `module.Trainer` whose args carry a block refuse to train unless XTF is attached to it."""
-    _wrap(module.Trainer, "train", _train_only_attached)
-
-
-def unpatch() -> None:
-    """Take every patch back and forget that a block was parsed; for tests."""
-    global _block_parsed
-    _block_parsed = False
-    while _undo:
-        _undo.pop()()
-
-
-def _wrap(owner: Any, name: str, build: Callable[[Any], Any]) -> None:
-    wrap(owner, name, build, _undo)
+    wrap(module.Trainer, "train", _train_only_attached)
 
 
 def _init_with_argument(original: Any) -> Any:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        global _argument_added
         original(self, *args, **kwargs)
-        if any(_is_sft_config(kind) for kind in self.dataclass_types) and "--xtf" not in self._option_string_actions:
-            self.add_argument("--xtf", action=_BlockAction, nargs="?", const=True, metavar="BLOCK", help=_HELP)
+        if any(_is_sft_config(kind) for kind in self.dataclass_types):
+            with contextlib.suppress(argparse.ArgumentError):  # a dataclass of the user's has a field of that name
+                self.add_argument("--xtf", nargs="?", const=True, metavar="BLOCK", help=_HELP)
+                _argument_added = True
 
     return init
 
@@ -91,8 +74,8 @@ def _init_with_argument(original: Any) -> Any:
 def _refusing_elsewhere(original: Any) -> Any:
     """Stock `trl dpo` refuses the key already; its script, launched by hand, would ignore it and train unfiltered.
 
-    The same scripts ignore every key that they do not know, a mistyped `xtf` among them; and an empty block reads as
-    null, which would switch the filter off unnoticed.
+    The same scripts ignore every key that they do not know, `XTF` and `xtf.control` among them; and an empty block
+    reads as null, which would switch the filter off unnoticed.
     """
 
     def set_defaults_with_config(self: Any, **config: Any) -> list[str]:
@@ -102,7 +85,7 @@ def _refusing_elsewhere(original: Any) -> Any:
         if "--xtf" in remaining[::2] and config["xtf"] is not False:
             _stop(self, "unrecognized arguments: --xtf: an `xtf:` block works in SFT only; remove it from this recipe.")
         for key in (name.removeprefix("--") for name in remaining[::2]):
-            if meant_as_block(key, config.get(key)):
+            if meant_as_block(key):
                 _stop(self, f"unrecognized key {key!r} in this recipe. Did you mean `xtf:`?")
         return remaining
 
@@ -112,12 +95,11 @@ def _refusing_elsewhere(original: Any) -> Any:
 def _parse_with_block(original: Any) -> Any:
     def parse_args_into_dataclasses(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         outputs: tuple[Any, ...] = original(self, *args, **kwargs)
-        if not _owns_argument(self):
-            return outputs
         # Arguments that belong to no dataclass come back in one extra Namespace: ours must not be the reason for it.
         extra = next((output for output in outputs if isinstance(output, argparse.Namespace)), None)
-        if extra is None or not hasattr(extra, "xtf"):  # another subcommand than the one with our argument
+        if not _argument_added or not hasattr(extra, "xtf"):
             return outputs
+        assert extra is not None
         try:
             config = _validated(extra.xtf)
         except XTFUserError as error:
@@ -143,8 +125,8 @@ def _validated(value: Any) -> XTFConfig | None:
 
     config = XTFConfig.parse(value)
     if config is not None:
-        _compat.check_switches(os.environ, "the environment or the recipe's `env:` block")
-        _compat.check_trl(_compat.installed_version("trl"))
+        environment.check_switches(os.environ, "the environment or the recipe's `env:` block")
+        environment.check_version("trl")
     return config
 
 
@@ -153,9 +135,6 @@ def _record(target: Any, config: XTFConfig | None) -> None:
     global _block_parsed
     if config is not None:
         target.xtf = config.to_dict()
-        if not _block_parsed:
-            _undo.append(functools.partial(setattr, sys, "excepthook", sys.excepthook))
-            sys.excepthook = handing_on_2(sys.excepthook, lambda command: "sft.py" in command)
         _block_parsed = True
         when_imported(TRAINER_MODULE, patch_trainer)
         when_imported(BASE_TRAINER_MODULE, patch_base_trainer)
@@ -182,13 +161,13 @@ def _init_with_attach(original: Any) -> Any:
         config = parse(block)
         original(self, *args, **kwargs)
         if config is not None:
-            ending_with_2(attach)(self, config)
-            self.train = ending_with_2(self.train)
+            exit_on_user_error(attach)(self, config)
+            self.train = exit_on_user_error(self.train)
 
     return init
 
 
-@ending_with_2
+@exit_on_user_error
 def _attaching() -> tuple[Callable[..., Any], Callable[[Any], XTFConfig | None]]:
     """What reads a block and what attaches it, before the trainer is built for nothing."""
     with whole_installation():
@@ -214,16 +193,6 @@ def _train_only_attached(original: Any) -> Any:
 def _is_sft_config(kind: type) -> bool:
     """Return whether a class is TRL's SFTConfig or derives from it; by name, since trl must not be imported here."""
     return any(base.__name__ == "SFTConfig" and base.__module__.startswith("trl.") for base in kind.__mro__)
-
-
-def _owns_argument(parser: argparse.ArgumentParser) -> bool:
-    """Return whether `--xtf` of this parser, or of one of its subparsers, is ours."""
-    for action in parser._actions:
-        if isinstance(action, _BlockAction):
-            return True
-        if isinstance(action, argparse._SubParsersAction) and any(map(_owns_argument, action.choices.values())):
-            return True
-    return False
 
 
 def _stop(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -93,7 +93,6 @@ ARMS: dict[str, Arm] = {
     "DFT loss": Arm(loss="dft"),
     "excess loss (Rho-1)": _peer("excess_loss", "clean"),
     "token cleaning, fixed": _peer("token_cleaning", "warm_up"),
-    "token cleaning, self-evolving": _peer("token_cleaning", None, mode="self_evolving"),
 }
 
 
@@ -145,12 +144,6 @@ def definition(name: str) -> str:
         block_of(ARMS["default"]) if relative else None,
     ]
     return hashlib.sha1(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def by_epoch(arm: Arm) -> bool:
-    """Whether the arm decides anew in every epoch, so that what it kept is what its last epoch kept."""
-    selectors = (arm.block or {}).get("selectors", {})
-    return any(options.get("mode") == "self_evolving" for options in selectors.values())
 
 
 def with_reference(arm: Arm, path: str) -> Arm:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from .arms import ARMS, by_epoch
 from .models import LIMIT
 from .runs import Job
 from .stats import holm, mean_interval, paired
@@ -118,7 +117,7 @@ def _paired(
 HEAD = ("arm", "seeds", "kept", "noise dropped", "good lost", "greedy, %", "vs plain", "sampled, %", "vs plain")
 
 
-def cells(one: Outcome, epochs: float) -> list[str]:
+def cells(one: Outcome) -> list[str]:
     """A row of an accuracy table, under HEAD."""
     name = label(one.arm)
     spans = one.dropped(lambda kind: kind.endswith("/span"))
@@ -127,8 +126,7 @@ def cells(one: Outcome, epochs: float) -> list[str]:
     row = [
         f"**{name}**" if one.arm == "default" else name,
         str(len(one.by_seed)),
-        # an arm that decides anew in every epoch leaves only its last decision to look at
-        f"{one.mean('kept'):.0%}" + (f" (epoch {epochs:g})" if by_epoch(ARMS[one.arm]) else ""),
+        f"{one.mean('kept'):.0%}",
         "–" if spans != spans else f"{spans:.0%} / {singles:.0%}",
         f"{lost:.0%}",
     ]

@@ -35,12 +35,12 @@ def environment(commit: str | None = None) -> str:
     return f"{cpu}, one thread a process; Python {platform.python_version()}, {packages}; commit {commit or head()}."
 
 
-def accuracy_table(title: str, jobs: Sequence[Job], results: Results, epochs: float) -> str:
+def accuracy_table(title: str, jobs: Sequence[Job], results: Results) -> str:
     """Greedy and sampled accuracy of arms on the same seeds, with intervals and paired tests against plain SFT."""
     found = compare(jobs, results)
     if not found.outcomes:
         return ""
-    rows = [cells(one, epochs) for one in found.outcomes]
+    rows = [cells(one) for one in found.outcomes]
     return f"### {title}\n\n{caption(found)}\n\n{table(HEAD, rows)}\n{cut_off(found)}\n"
 
 
@@ -203,7 +203,7 @@ def everything(folder: Path, groups: Sequence[str], scale: Scale, caption: str |
         for world, base, rate in dict.fromkeys((job.world, job.base, job.rate) for job in jobs):
             chosen = [job for job in jobs if (job.world, job.base, job.rate) == (world, base, rate)]
             title = f"{TITLES[group]}: world {world}, base model {base}, {rate:.0%} noise"
-            parts.append(accuracy_table(title, chosen, results, scale.epochs))
+            parts.append(accuracy_table(title, chosen, results))
     return "\n".join(part for part in parts if part)
 
 

@@ -19,7 +19,8 @@ import types
 
 import pytest
 
-from xtf_plugin.hosts import autoload
+from tests import hooks
+from xtf_plugin.hosts import boot
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def planted(tmp_path, monkeypatch):
     yield plant
     for name in names:
         sys.modules.pop(name, None)
-    autoload.uninstall()
-    autoload.install()
+    hooks.uninstall()
+    boot.install()
 
 
 def run(code, **environment):
@@ -61,7 +62,7 @@ def output(code, **environment):
 def test_absent_module_is_met_complete(planted):
     name = planted("first = 1\nlast = 2")
     seen = []
-    autoload.when_imported(name, lambda module: seen.append(module.last))
+    boot.when_imported(name, lambda module: seen.append(module.last))
     assert seen == []
     module = importlib.import_module(name)
     assert seen == [2]
@@ -72,7 +73,7 @@ def test_absent_module_is_met_complete(planted):
 def test_half_imported_module_is_met_complete(planted):
     name = planted(
         """
-        from xtf_plugin.hosts.autoload import when_imported
+        from xtf_plugin.hosts.boot import when_imported
         seen = []
         when_imported(__name__, lambda module: seen.append(module.last))
         early = list(seen)
@@ -88,14 +89,14 @@ def test_complete_module_is_met_at_once(planted):
     name = planted("last = 2")
     importlib.import_module(name)
     seen = []
-    autoload.when_imported(name, lambda module: seen.append(module.last))
+    boot.when_imported(name, lambda module: seen.append(module.last))
     assert seen == [2]
 
 
 def test_failing_import_keeps_its_own_error_and_the_next_attempt_counts(planted, tmp_path):
     name = planted("raise ImportError('the stock message')")
     seen = []
-    autoload.when_imported(name, seen.append)
+    boot.when_imported(name, seen.append)
     with pytest.raises(ImportError, match="^the stock message$"):
         importlib.import_module(name)
     assert seen == []
@@ -117,39 +118,39 @@ def test_another_finder_that_searches_the_whole_meta_path_does_not_recurse(plant
             return next((s for finder in others if (s := finder.find_spec(wanted, path, target)) is not None), None)
 
     seen = []
-    autoload.when_imported(name, lambda module: seen.append(module.last))
+    boot.when_imported(name, lambda module: seen.append(module.last))
     monkeypatch.setattr(sys, "meta_path", [sys.meta_path[0], Greedy(), *sys.meta_path[1:]])
     importlib.import_module(name)
     assert seen == [2]
 
 
 def test_install_reports_and_never_raises(planted, monkeypatch, caplog):
-    strange = types.ModuleType(autoload.PARSER_MODULE)  # a TRL whose parser has moved
-    monkeypatch.setitem(sys.modules, autoload.PARSER_MODULE, strange)
+    strange = types.ModuleType(boot.PARSER_MODULE)  # a TRL whose parser has moved
+    monkeypatch.setitem(sys.modules, boot.PARSER_MODULE, strange)
     with caplog.at_level(logging.ERROR, "xtf_plugin"):
-        autoload.install()
+        boot.install()
     assert "NOT applied" in caplog.text and "TrlParser" in caplog.text
 
 
 def test_installing_twice_keeps_one_finder(planted):
-    autoload.uninstall()
-    sys_modules_copy = sys.modules.pop(autoload.PARSER_MODULE, None)
+    hooks.uninstall()
+    sys_modules_copy = sys.modules.pop(boot.PARSER_MODULE, None)
     try:
-        autoload.install()
-        autoload.install()
-        assert sum(finder is autoload._finder for finder in sys.meta_path) == 1
-        autoload.uninstall()
-        assert autoload._finder not in sys.meta_path
+        boot.install()
+        boot.install()
+        assert sum(finder is boot._finder for finder in sys.meta_path) == 1
+        hooks.uninstall()
+        assert boot._finder not in sys.meta_path
     finally:
         if sys_modules_copy is not None:
-            sys.modules[autoload.PARSER_MODULE] = sys_modules_copy
+            sys.modules[boot.PARSER_MODULE] = sys_modules_copy
 
 
 def test_install_is_standard_library_only_and_fast(tmp_path):
     code = """
         import __future__, importlib.metadata, logging, sys, threading, time, typing  # what torch has imported by then
         start = time.perf_counter()
-        from xtf_plugin.hosts.autoload import install
+        from xtf_plugin.hosts.boot import install
         install()
         print(time.perf_counter() - start)
         ours = sys.stdlib_module_names
@@ -163,7 +164,7 @@ def test_install_is_standard_library_only_and_fast(tmp_path):
     assert {name for name in modules if name.startswith("xtf_plugin")} == {
         "xtf_plugin",
         "xtf_plugin.hosts",
-        "xtf_plugin.hosts.autoload",
+        "xtf_plugin.hosts.boot",
     }
     assert float(seconds) < 0.02  # measured: below 0.001 s; the bound allows for a busy machine
 
@@ -171,13 +172,13 @@ def test_install_is_standard_library_only_and_fast(tmp_path):
 def test_trl_not_installed():
     code = """
         import sys
-        from xtf_plugin.hosts import autoload
+        from xtf_plugin.hosts import boot
         class Block:
             def find_spec(self, name, path=None, target=None):
                 if name.split(".")[0] == "trl":
                     raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         sys.meta_path.insert(0, Block())
-        autoload.install()
+        boot.install()
         try:
             import trl.scripts.utils
         except ModuleNotFoundError as error:
@@ -191,7 +192,7 @@ def test_broken_trl_shows_its_own_error(tmp_path):
     scripts.mkdir(parents=True)
     (tmp_path / "trl" / "__init__.py").touch()
     (scripts / "__init__.py").touch()
-    install = "from xtf_plugin.hosts import autoload; autoload.install()"
+    install = "from xtf_plugin.hosts import boot; boot.install()"
     (scripts / "utils.py").write_text(f"{install}\nimport no_such_module")
     code = f"{install}; import trl.scripts.utils"
     process = run(code, PYTHONPATH=str(tmp_path))
@@ -220,6 +221,6 @@ def test_transformers_alone_does_not_import_trl():
     code = """
         import sys, torch, transformers
         print("trl" in sys.modules, "pydantic" in sys.modules and "xtf_plugin.config" in sys.modules)
-        print("xtf_plugin.hosts.autoload" in sys.modules)
+        print("xtf_plugin.hosts.boot" in sys.modules)
     """
     assert output(code) == ["False", "False", "True"]

@@ -15,19 +15,15 @@ unnoticed would train plain SFT by accident. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` k
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 PARSER_MODULE = "trl.scripts.utils"
 AXOLOTL_MODULE = "axolotl.cli.config"
-AXOLOTL_TRAINING = "axolotl.cli.train"  # what Axolotl's launchers are told to run
-
-_TRL = ("TRL", "pip install 'trl>=1.9'")
-_AXOLOTL = ("Axolotl", "pip install axolotl==0.19.0")
 
 _waiting: dict[str, Callable[[ModuleType], None]] = {}
 _searching = threading.local()
@@ -35,26 +31,14 @@ _searching = threading.local()
 
 def install() -> None:
     """Arrange that TRL's parser learns the `xtf:` block, and that Axolotl refuses one which its plugin does not apply,
-    once their modules are complete; idempotent, never raises.
+    once their modules are complete; idempotent. Raises SystemExit if a block could not be applied.
     """
-    _report_failure(lambda: when_imported(PARSER_MODULE, lambda module: _report_failure(lambda: _teach(module))))
-    _report_failure(
-        lambda: when_imported(AXOLOTL_MODULE, lambda module: _report_failure(lambda: _guard(module), *_AXOLOTL)),
-        *_AXOLOTL,
-    )
-    if AXOLOTL_TRAINING in sys.argv:
-        _report_failure(_hand_on_exit_code, *_AXOLOTL)
-
-
-def uninstall() -> None:
-    """Undo `install` and every patch that followed from it; for tests."""
-    _waiting.clear()
-    if _finder in sys.meta_path:
-        sys.meta_path.remove(_finder)
-    from ..hosts import axolotl_hook, trl
-
-    trl.unpatch()
-    axolotl_hook.unpatch()
+    for name, patch, host, cure in (
+        (PARSER_MODULE, _teach, "TRL", "pip install 'trl>=1.9'"),
+        (AXOLOTL_MODULE, _guard, "Axolotl", "pip install axolotl==0.19.0"),
+    ):
+        reported = partial(_report_failure, host, cure)
+        reported(when_imported, name, partial(reported, patch))
 
 
 def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
@@ -134,52 +118,31 @@ def _teach(module: ModuleType) -> None:
 
 
 def _guard(module: ModuleType) -> None:
-    from ..hosts import axolotl_hook
+    from ..hosts import axolotl_checks
 
-    axolotl_hook.patch_config(module)
-
-
-def _hand_on_exit_code() -> None:
-    from ..hosts import axolotl_hook
-
-    axolotl_hook.patch_launcher()
+    axolotl_checks.patch_config(module)
 
 
-def _refuse_blocks(error: BaseException, host: str, cure: str) -> None:
-    """End a run that brings an `xtf:` block which nothing in this process will apply."""
-    from xtf_plugin_boot import brings_block, names_block
-
-    try:
-        from .guard import mentions_block
-    except (ImportError, SyntaxError):  # an installation that has lost more than one file
-        mentions_block = names_block
-    if isinstance(error, (ImportError, SyntaxError)):
-        cure = "pip install --force-reinstall xtf-plugin"
-    if brings_block(sys.argv[1:], mentions_block):
-        with contextlib.suppress(OSError, AttributeError, ValueError):  # stderr is closed, or there is none
-            sys.stderr.write(
-                f"xtf: error: xtf-plugin does not fit the installed {host} ({type(error).__name__}: {error}), so the "
-                f"`xtf:` block cannot be applied. Install what fits: {cure}\n"
-            )
-        raise SystemExit(2)
-
-
-def _report_failure(action: Callable[[], None], host: str = _TRL[0], cure: str = _TRL[1]) -> None:
-    """Run `action`; log what it raises.
+def _report_failure(host: str, cure: str, action: Callable[..., None], *args: Any) -> None:
+    """Call `action`; log what it raises, and end a run that brings an `xtf:` block.
 
     One of few places that catch `Exception`: letting anything through would break `import torch`, or the
     import of a host, for programs without an `xtf:` block.
     """
     try:
-        action()
+        action(*args)
     except Exception as error:
         import logging
 
+        from xtf_plugin_boot import refuse_block
+
+        why = f"{type(error).__name__}: {error}"
         logging.getLogger("xtf_plugin").error(
-            "xtf-plugin could not hook into %s (%s: %s): `xtf:` blocks are NOT applied in this process. "
+            "xtf-plugin could not hook into %s (%s): `xtf:` blocks are NOT applied in this process. "
             "Reinstall xtf-plugin, or `pip uninstall xtf-plugin`.",
             host,
-            type(error).__name__,
-            error,
+            why,
         )
-        _refuse_blocks(error, host, cure)
+        if isinstance(error, (ImportError, SyntaxError)):
+            cure = "pip install --force-reinstall xtf-plugin"
+        refuse_block(f"xtf-plugin does not fit the installed {host} ({why}). Install what fits: {cure}")

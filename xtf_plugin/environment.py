@@ -1,6 +1,6 @@
-"""Version floors, version probes and environment switches of the hosts, in one place.
+"""Versions, environment switches and private names of the packages around us, in one place.
 
-Nothing here has any effect without an `xtf:` block. Each constant says when it may go.
+Imports the standard library alone, and has no effect without an `xtf:` block.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ import logging
 import re
 from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
-from ..errors import XTFUserError
+from .errors import XTFUserError
 
-TRL_OLDEST = (1, 9)  # first release whose train rows carry `labels`; goes up only when a patch point changes
-TRL_NEWEST_TESTED = (1, 16)  # raise after a run of the test suite on a newer release
-AXOLOTL_OLDEST = (0, 19)  # the only release tested; older ones pin a TRL and a transformers below what we need
-AXOLOTL_NEWEST_TESTED = (0, 19)  # raise after `make test-axolotl` on a newer release
-AXOLOTL_DEFAULT_OUTPUT_DIR = "./model-out"  # where an Axolotl recipe without `output_dir` writes
-TRL_DEFAULT_OUTPUT_DIR = "trainer_output"  # where a recipe without `output_dir` writes; from transformers >= 5
+# Of each host: its name, the oldest release that can apply a block, the newest that is tested.
+# TRL 1.9 is the first whose train rows carry `labels`; older Axolotl releases pin a TRL and a transformers below ours.
+HOSTS = {"trl": ("TRL", (1, 9), (1, 16)), "axolotl": ("Axolotl", (0, 19), (0, 19))}
 
 WORKERS_REFUSED = (
     "xtf: the training data is streamed and dataloader_num_workers is {workers}: rows would be fetched in processes "
@@ -25,7 +23,6 @@ WORKERS_REFUSED = (
     "streaming: false under `datasets`)."
 )
 
-_TRUE = frozenset({"1", "true", "yes", "on"})
 _logger = logging.getLogger("xtf_plugin")
 
 
@@ -37,7 +34,7 @@ def release(version: str) -> tuple[int, ...]:
 
 def is_on(value: str | None) -> bool:
     """Return whether an environment variable's value is one of 1, true, yes, on (any case)."""
-    return value is not None and value.strip().lower() in _TRUE
+    return value is not None and value.strip().lower() in ("1", "true", "yes", "on")
 
 
 def installed_version(distribution: str) -> str | None:
@@ -50,31 +47,18 @@ def installed_version(distribution: str) -> str | None:
 
 def hook_installed() -> bool:
     """Return whether this environment's metadata makes PyTorch call our boot hook."""
-    ours = ("xtf_plugin_boot:", "xtf_plugin.")  # the second: of an editable install that was made before the first
-    return any(entry.value.startswith(ours) for entry in metadata.entry_points(group="torch.backends"))
+    return any(entry.value.startswith("xtf_plugin_boot:") for entry in metadata.entry_points(group="torch.backends"))
 
 
-def check_trl(version: str | None) -> None:
-    """Refuse a TRL that cannot apply a block, and warn of one that is newer than any tested.
+def check_version(host: str) -> None:
+    """Refuse an installed host that cannot apply a block, and warn of one that is newer than any tested.
 
-    Raises XTFUserError when `version` is None (not installed) or below `TRL_OLDEST`.
+    Raises:
+        XTFUserError: it is not installed, or too old.
     """
-    _check_release("TRL", "trl", version, TRL_OLDEST, TRL_NEWEST_TESTED)
-
-
-def check_axolotl(version: str | None) -> None:
-    """Refuse an Axolotl that cannot apply a block, and warn of one that is newer than any tested.
-
-    Raises XTFUserError when `version` is None (not installed) or below `AXOLOTL_OLDEST`.
-    """
-    _check_release("Axolotl", "axolotl", version, AXOLOTL_OLDEST, AXOLOTL_NEWEST_TESTED)
-
-
-def _check_release(
-    name: str, package: str, version: str | None, oldest: tuple[int, ...], tested: tuple[int, ...]
-) -> None:
-    legal = f"{package}>={oldest[0]}.{oldest[1]}"
-    newest = f"{tested[0]}.{tested[1]}"
+    name, oldest, tested = HOSTS[host]
+    version = installed_version(host)
+    legal, newest = f"{host}>={oldest[0]}.{oldest[1]}", f"{tested[0]}.{tested[1]}"
     if version is None or release(version)[:2] < oldest:
         found = "not installed" if version is None else f"version {version}"
         raise XTFUserError(
@@ -104,3 +88,16 @@ def check_switches(environment: Mapping[str, str], source: str = "this process's
             f"xtf: block present but TORCH_DEVICE_BACKEND_AUTOLOAD={autoload} would keep the training process from "
             f"seeing it, and train plain SFT: remove one of them, or set it to 1 (set in {source})."
         )
+
+
+def signature_columns(trainer: Any) -> list[str]:
+    """The columns that a transformers Trainer does not remove from its rows; TRL and Axolotl have lists of their own.
+
+    Private: `Trainer._signature_columns`. Without it training begins with an AttributeError; tests/test_callback.py.
+    """
+    before = trainer._signature_columns
+    if before is None:
+        trainer._set_signature_columns_if_needed()
+    known: list[str] = trainer._signature_columns
+    trainer._signature_columns = before  # Axolotl's packing takes a column out of the list, once, when it is asked
+    return known

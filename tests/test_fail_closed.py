@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 import xtf_plugin_boot as boot
-from xtf_plugin.hosts import axolotl_recipe, guard
+from xtf_plugin.hosts import axolotl_checks, fail_closed
 
 
 @pytest.mark.parametrize(
-    "key", ["XTF", " xtf ", "xft", "xttf", "xtf.control", "xtf__preset", "xtf-plugin", "xtf_plugin", "Xtf.preset"]
+    "key", ["XTF", " xtf ", "xtf.control", "xtf__preset", "xtf-plugin", "xtf_plugin", "Xtf.preset"]
 )
 def test_keys_that_were_meant_as_a_block(key):
-    assert guard.meant_as_block(key, True) and guard.meant_as_block(key, {"preset": "paper"})
+    assert fail_closed.meant_as_block(key)
 
 
 @pytest.mark.parametrize("key", ["xtf", "xtfoo", "text", "max_steps", "x", "context"])
 def test_keys_that_were_not(key):
-    assert not guard.meant_as_block(key, True)
+    assert not fail_closed.meant_as_block(key)
 
 
 @pytest.mark.parametrize(
@@ -35,22 +38,49 @@ def test_keys_that_were_not(key):
 def test_recipes_that_mention_one(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    assert guard.mentions_block(str(path))
-    assert boot.names_block(str(path)) and boot.brings_block(["--config=" + str(path)], guard.mentions_block)
+    assert boot.brings_block(["--config=" + str(path)]) and boot.brings_block(["train", str(path)])
 
 
 @pytest.mark.parametrize("text", ["", "a: 1", "# xtf is not here\nb: xtf", "name: 'x t f: 1'\n", "maxtf: 1"])
 def test_recipes_that_do_not(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    assert not guard.mentions_block(str(path))
-    assert not boot.names_block(str(path)) and not boot.brings_block(["--config", str(path)], guard.mentions_block)
+    assert not boot.brings_block(["--config", str(path)])
 
 
-def test_a_folder_of_recipes_may(tmp_path):
-    assert guard.mentions_block(str(tmp_path))
-    with pytest.raises(OSError):
-        guard.mentions_block(str(tmp_path / "absent.yaml"))
+ENDING = """
+import atexit, sys
+from xtf_plugin import XTFUserError
+from xtf_plugin.hosts.fail_closed import exit_on_user_error
+atexit.register(print, "handlers have run")
+@exit_on_user_error
+def train():
+    raise XTFUserError("xtf: no such thing")
+train()
+print("trained")
+"""
+
+
+def test_a_refused_run_ends_with_2_one_message_and_its_exit_handlers():
+    ended = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "handlers have run\n")
+    assert ended.stderr == "xtf: error: no such thing\n"
+
+
+LAUNCHING = """
+import atexit, subprocess
+from types import SimpleNamespace
+from xtf_plugin import XTFConfig
+from xtf_plugin.hosts.trl import _record
+_record(SimpleNamespace(), XTFConfig())
+atexit.register(print, "handlers have run")
+raise subprocess.CalledProcessError(2, "python sft.py")
+"""
+
+
+def test_a_process_whose_training_was_refused_runs_its_exit_handlers():
+    ended = subprocess.run([sys.executable, "-c", LAUNCHING], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "handlers have run\n")
 
 
 @pytest.mark.parametrize(
@@ -67,15 +97,15 @@ def test_a_folder_of_recipes_may(tmp_path):
     ],
 )
 def test_commands_of_axolotl(words, command, trains):
-    assert axolotl_recipe.running_command(words) == command
-    assert axolotl_recipe.trains(words) == trains
+    assert axolotl_checks.running_command(words) == command
+    assert axolotl_checks.trains(words) == trains
 
 
 @pytest.mark.parametrize("word", ["--xtf", "--xtf=true", "--xtf.preset", "--xtf_preset=paper", "--xtf-plugin"])
 def test_options_that_bring_a_block(word):
     with pytest.raises(ValueError, match="write the `xtf:` block into the recipe"):
-        axolotl_recipe.check_words(["axolotl", "train", word])
+        axolotl_checks.check_words(["axolotl", "train", word])
 
 
 def test_other_options_do_not():
-    axolotl_recipe.check_words(["axolotl", "train", "--xtfoo", "xtf", "--context"])
+    axolotl_checks.check_words(["axolotl", "train", "--xtfoo", "xtf", "--context"])

@@ -1,20 +1,24 @@
-"""What an Axolotl recipe must say for its `xtf:` block to be applied; asked before anything is loaded.
+"""What an Axolotl recipe must say for its `xtf:` block to be applied, and the hook that refuses what nothing applies.
 
-The same questions are asked by the boot hook (of every recipe that Axolotl reads), by the plugin and by `xtf check`.
-Standard library only: it reads a mapping and knows nothing of Axolotl's classes.
+Axolotl drops keys that no plugin declares, and goes on without a plugin that it could not import. Either way a recipe
+with an `xtf:` block would train plain SFT and say nothing. So `axolotl.cli.config.prepare_plugins`, through which every
+command's recipe goes, is patched to refuse it. Without a block it does what it did. The plugin and `xtf check` ask the
+same questions. Standard library only; Axolotl is imported once it has loaded its plugins itself.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from .. import environment
 from ..errors import XTFUserError
-from ..hosts import _compat
-from .guard import EMPTY_BLOCK, meant_as_block
+from .fail_closed import EMPTY_BLOCK, exit_on_user_error, meant_as_block, wrap
 
 PLUGIN = "xtf_plugin.XTFPlugin"
 
@@ -38,10 +42,10 @@ _NOT_TRAINING = frozenset(
 def has_block(recipe: Mapping[str, Any]) -> bool:
     """Whether a recipe asks for XTF: `xtf:` is there and not false.
 
-    Raises XTFUserError for an empty block, which would switch the filter off unnoticed, and a mistyped key.
+    Raises XTFUserError for an empty block, which would switch the filter off unnoticed, and for a setting beside it.
     """
-    for key, value in recipe.items():
-        if meant_as_block(str(key), value):
+    for key in recipe:
+        if meant_as_block(str(key)):
             raise XTFUserError(
                 f"xtf: unrecognized key {key!r} in this recipe. Did you mean `xtf:`? Its settings stand below it, and "
                 "a sweep varies the whole mapping."
@@ -77,8 +81,8 @@ def check_words(words: Sequence[str]) -> None:
 
 def check_surroundings() -> None:
     """Raise XTFUserError if this environment cannot apply a block: switched off, or another Axolotl."""
-    _compat.check_disabled(os.environ)
-    _compat.check_axolotl(_compat.installed_version("axolotl"))
+    environment.check_disabled(os.environ)
+    environment.check_version("axolotl")
 
 
 def check_settings(recipe: Mapping[str, Any]) -> None:
@@ -126,3 +130,44 @@ def _plugins(recipe: Mapping[str, Any]) -> list[str]:
 def _line(recipe: Mapping[str, Any]) -> str:
     others = [name for name in _plugins(recipe) if name.rpartition(".")[2] != "XTFPlugin"]
     return f"plugins: [{', '.join([*others, PLUGIN])}]"
+
+
+def patch_config(module: ModuleType) -> None:
+    """Make `module.prepare_plugins` refuse blocks that nothing applies. Raises AttributeError if Axolotl moved it."""
+    wrap(module, "prepare_plugins", _guarded)
+
+
+def _guarded(original: Any) -> Any:
+    @exit_on_user_error
+    def prepare_plugins(cfg: Any) -> Any:
+        if not trains(sys.argv):
+            return original(cfg)
+        if running_command(sys.argv) is not None:
+            check_words(sys.argv)
+        if not has_block(cfg):
+            return original(cfg)
+        check_surroundings()
+        check_plugin_line(cfg)
+        result = original(cfg)
+        _check_loaded(cfg)
+        return result
+
+    return prepare_plugins
+
+
+def _check_loaded(cfg: Any) -> None:
+    """Raise XTFUserError unless Axolotl holds our plugin under the name in this recipe."""
+    from axolotl.integrations.base import PluginManager
+
+    held = type(PluginManager.get_instance().plugins.get(PLUGIN))
+    if held.__module__ == f"{__package__}.axolotl" and held.__name__ == "XTFPlugin":
+        return
+    try:
+        from ..hosts import axolotl  # noqa: F401 for its error
+    except ImportError as error:
+        raise XTFUserError(
+            f"xtf: the plugin {PLUGIN} cannot be imported here ({type(error).__name__}: {error}), so Axolotl would "
+            "train without it. Repair the installation: pip install xtf-plugin. The recipe's line is right as it is: "
+            f"plugins: [{PLUGIN}]"
+        ) from error
+    raise missing_plugin(cfg)
