@@ -27,7 +27,7 @@ from tests import tiny
 from tests.test_attributes import error
 from tests.test_scorer import rows
 from xtf_plugin import scorer
-from xtf_plugin.documents import collect
+from xtf_plugin.data.documents import collect
 from xtf_plugin.reference import Reference, borrow
 
 FLAGS = {f"lora_{name}_kernel": True for name in ("qkv", "o", "mlp", "embedding")}

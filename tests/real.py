@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests import eager
-from xtf_plugin.documents import DocumentSet, collect
+from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.reference import Reference
 from xtf_plugin.scorer import score
 

@@ -220,7 +220,7 @@ def test_parser_is_patched_whatever_is_imported_first(first):
 def test_transformers_alone_does_not_import_trl():
     code = """
         import sys, torch, transformers
-        print("trl" in sys.modules, "pydantic" in sys.modules and "xtf_plugin.config" in sys.modules)
+        print("trl" in sys.modules, "pydantic" in sys.modules and "xtf_plugin.config.block" in sys.modules)
         print("xtf_plugin.hosts.boot" in sys.modules)
     """
     assert output(code) == ["False", "False", "True"]

@@ -16,10 +16,10 @@ from tests import tiny
 from tests.test_cli import TABLE, score_table
 from tests.test_pipeline import Provider
 from xtf_plugin import browse, cli, output
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import collect
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.pipeline import make_plan
+from xtf_plugin.plan import make_plan
 
 KEYS = ["aa00", "bb11", "aa22", "cc33"]
 

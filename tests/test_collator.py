@@ -11,7 +11,7 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from xtf_plugin.collator import MaskTable, XTFDataCollator
-from xtf_plugin.documents import collect
+from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
 
 A = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}

@@ -15,9 +15,9 @@ import numpy
 import pytest
 import yaml
 
-from xtf_plugin import config_docs
-from xtf_plugin.config import ATTRIBUTES, PRESETS, AtLeast, KnowledgeNoveltyConfig, ProtectConfig, XTFConfig
-from xtf_plugin.config_rules import Block
+from xtf_plugin.config import docs as config_docs
+from xtf_plugin.config.block import ATTRIBUTES, PRESETS, AtLeast, KnowledgeNoveltyConfig, ProtectConfig, XTFConfig
+from xtf_plugin.fields import Block
 
 FULL = """
 preset: default
@@ -259,9 +259,9 @@ def test_every_field_is_described():
 
 
 def test_config_page_is_current(monkeypatch, tmp_path):
-    assert config_docs.main(["--check"]) is None, "run: python -m xtf_plugin.config_docs"
+    assert config_docs.main(["--check"]) is None, "run: python -m xtf_plugin.config.docs"
     monkeypatch.setattr(config_docs, "PAGE", tmp_path / "config.md")
-    assert "python -m xtf_plugin.config_docs" in config_docs.main(["--check"])
+    assert "python -m xtf_plugin.config.docs" in config_docs.main(["--check"])
     assert config_docs.main([]) is None and config_docs.main(["--check"]) is None
     (tmp_path / "config.md").write_text("old")
     assert "stale" in config_docs.main(["--check"])
@@ -282,6 +282,6 @@ def test_config_page_holds_every_key_and_the_presets():
 
 
 def test_reading_a_block_imports_no_torch():
-    code = "import sys; from xtf_plugin.config import XTFConfig; XTFConfig.parse(True); print('torch' in sys.modules)"
+    code = "import sys; from xtf_plugin.config.block import XTFConfig; XTFConfig.parse(True); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xtf_plugin.config import ATTRIBUTES, AtLeast, XTFConfig
+from xtf_plugin.config.block import ATTRIBUTES, AtLeast, XTFConfig
 from xtf_plugin.errors import XTFUserError
 
 JARGON = re.compile(

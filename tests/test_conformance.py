@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tests import tiny
 from tests.test_repo_rules import loaded_by
-from xtf_plugin.scorers import ReferenceConfig, Scorer, SelectorConfig, builtin
+from xtf_plugin.scorers import ReferenceConfig, Scorer, SelectorConfig, excess_loss as builtin
 from xtf_plugin.testing import check_scorer
 
 

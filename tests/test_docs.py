@@ -25,8 +25,9 @@ from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, relative_links
 from tests.test_other_hosts import with_mask
 from tests.test_pipeline import rows as labelled
-from xtf_plugin import config_docs, view
-from xtf_plugin.config import XTFConfig
+from xtf_plugin.config import docs as config_docs
+from xtf_plugin import view
+from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.hosts import axolotl_checks
 from xtf_plugin.scorers import registry
 

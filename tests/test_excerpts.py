@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from xtf_plugin import excerpts
-from xtf_plugin.documents import collect
+from xtf_plugin.data import excerpts
+from xtf_plugin.data.documents import collect
 
 
 def test_they_are_what_is_left_and_the_segment():

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tests import tiny
 from tests.test_scorer import rows, run
-from xtf_plugin.documents import collect
+from xtf_plugin.data.documents import collect
 from xtf_plugin.reference import Reference
 
 DOCUMENTS = collect(rows())

@@ -18,7 +18,7 @@ from tests.test_attributes import SHAPES, STARTS, error, packed, parity, planted
 from tests.test_scorer import rows, run
 from tests.test_shortcuts import packing  # noqa: F401 (a fixture)
 from xtf_plugin import attributes, kernels, scorer, triton_dispatch
-from xtf_plugin.documents import collect
+from xtf_plugin.data.documents import collect
 from xtf_plugin.reference import Reference, borrow
 from xtf_plugin.store import ScoreStore
 

@@ -8,7 +8,7 @@ import pytest
 from tests import tiny
 from tests.test_scorer import rows, run
 from xtf_plugin import memory, scorer
-from xtf_plugin.documents import collect
+from xtf_plugin.data.documents import collect
 from xtf_plugin.reference import Reference
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from xtf_plugin.config import XTFConfig
+from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.scorers import opening
 from xtf_plugin.testing import check_scorer

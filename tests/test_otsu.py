@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.filters import threshold_multiotsu
 
-from xtf_plugin import otsu
-from xtf_plugin.otsu import UndefinedSplit, multi_otsu
+from xtf_plugin.selection import otsu
+from xtf_plugin.selection.otsu import UndefinedSplit, multi_otsu
 
 
 def within(values: np.ndarray, weights: np.ndarray, thresholds: np.ndarray) -> float:

@@ -16,7 +16,7 @@ from tests import tiny
 from tests.browsing import browser, put, selected, shown, weigh  # noqa: F401 (a fixture)
 from tests.test_callback import trainer
 from xtf_plugin import attach
-from xtf_plugin.config import XTFConfig
+from xtf_plugin.config.block import XTFConfig
 
 HOSTILE = (
     ' <script>document.title="owned"</script> <img src=x onerror=alert(1)> "quotes" \'single\' & </script> '

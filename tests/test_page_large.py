@@ -10,11 +10,11 @@ from tests.browsing import browser, put, shown, weigh  # noqa: F401 (a fixture)
 from tests.test_page import BLOCK
 from xtf_plugin import output
 from xtf_plugin.batches import ScoringStats
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import collect
-from xtf_plugin.pipeline import Plan, scores_of
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
+from xtf_plugin.plan import Plan, scores_of
 from xtf_plugin.records import StoredScores
-from xtf_plugin.selection import select
+from xtf_plugin.selection.select import select
 
 MANY = {
     **BLOCK,

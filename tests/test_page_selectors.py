@@ -9,7 +9,7 @@ from tests import tiny
 from tests.browsing import browser, put, selected, shown, weigh  # noqa: F401 (a fixture)
 from tests.test_callback import trainer
 from xtf_plugin import attach, whatif
-from xtf_plugin.config import XTFConfig
+from xtf_plugin.config.block import XTFConfig
 
 OWN = {"scorer": "typicality", "drop": {"below": -1.5}}
 BLOCKS = {

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from tests import tiny
-from xtf_plugin import output, sentences, spans
-from xtf_plugin.config import ATTRIBUTES, XTFConfig
-from xtf_plugin.documents import collect
+from xtf_plugin import output
+from xtf_plugin.data import sentences, token_text as spans
+from xtf_plugin.config.block import ATTRIBUTES, XTFConfig
+from xtf_plugin.data.documents import collect
 from xtf_plugin.fingerprint import digest, model_facts
-from xtf_plugin.marks import completion_runs, special_ids
-from xtf_plugin.pipeline import make_plan
+from xtf_plugin.selection.text_rules import completion_runs, special_ids
+from xtf_plugin.plan import make_plan
 from xtf_plugin.reference import Reference
 
 

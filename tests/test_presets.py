@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xtf_plugin.config import PRESETS, XTFConfig
+from xtf_plugin.config.block import PRESETS, XTFConfig
 from xtf_plugin.errors import XTFUserError
 
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import tiny
 from tests.test_pipeline import rows
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import collect
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.fingerprint import model_facts, weights_hash
 from xtf_plugin.providers import SeparateReference

@@ -205,7 +205,7 @@ def test_a_sharded_model_scores_in_step(two, name):
     """FSDP2 on the CPU: as many forwards on each rank although one has more batches, and scores of the whole model."""
     from tests import tiny
     from tests.test_pipeline import rows
-    from xtf_plugin.documents import collect
+    from xtf_plugin.data.documents import collect
     from xtf_plugin.reference import Reference
 
     first, second = (rank[name] for rank in two)

@@ -83,7 +83,7 @@ def test_stock_trl_takes_every_recipe_without_its_block(tmp_path):
 
 @pytest.mark.parametrize("path", ALL, ids=names(ALL))
 def test_block_is_valid(path, monkeypatch):
-    from xtf_plugin.config import XTFConfig
+    from xtf_plugin.config.block import XTFConfig
 
     monkeypatch.chdir(ROOT)
     config = XTFConfig.parse(yaml.safe_load(path.read_text(encoding="utf-8"))["xtf"])
@@ -93,7 +93,7 @@ def test_block_is_valid(path, monkeypatch):
 
 
 def test_commented_keys_of_the_demo_are_valid_too(monkeypatch):
-    from xtf_plugin.config import XTFConfig
+    from xtf_plugin.config.block import XTFConfig
 
     monkeypatch.chdir(ROOT)
     text = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")

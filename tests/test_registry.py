@@ -13,9 +13,9 @@ import yaml
 from tests.pages import ROOT, blocks, inline_code
 from tests.test_pipeline import Provider, rows
 from tests.test_repo_rules import loaded_by
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.config_selectors import MOST, RESERVED
-from xtf_plugin.documents import collect
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.config.scores import MOST, RESERVED
+from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.scorers import Scorer, SelectorConfig, registry
 from xtf_plugin.table import SCHEMA
@@ -160,7 +160,7 @@ class TestBlock:
 
     def test_parsing_loads_neither_torch_nor_other_packages(self):
         block = "{'selectors': {'low': {'scorer': 'log_probability', 'drop': {'below': 0}}}}"
-        loaded = loaded_by(f"from xtf_plugin.config import XTFConfig; XTFConfig.parse({block})")
+        loaded = loaded_by(f"from xtf_plugin.config.block import XTFConfig; XTFConfig.parse({block})")
         assert "xtf_plugin" in loaded and not loaded & {"torch", "transformers", "trl", "pyarrow"}
 
 
@@ -225,7 +225,7 @@ class TestRegistry:
 
 def plan_of(block, tmp_path):
     from tests import tiny
-    from xtf_plugin.pipeline import make_plan
+    from xtf_plugin.plan import make_plan
 
     config = XTFConfig.parse({"cache_dir": str(tmp_path / "cache"), **block})
     return make_plan(config, collect(rows()), Provider(), tiny.tokenizer(), progress=False)

@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from xtf_plugin import firing, segments
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.otsu import multi_otsu
-from xtf_plugin.segments import Layout
+from xtf_plugin.selection import rules as firing
+from xtf_plugin.data import ragged as segments
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.selection.otsu import multi_otsu
+from xtf_plugin.data.ragged import Layout
 
 NAN = float("nan")
 

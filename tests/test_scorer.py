@@ -9,7 +9,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from tests import eager, tiny
 from xtf_plugin import scorer, trial
-from xtf_plugin.documents import collect
+from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.reference import Reference, borrow, resolve_layers
 

@@ -15,11 +15,11 @@ from tests.test_pipeline import Provider
 from tests.test_selectors import OFF
 from tests.test_store import fill, shard_files
 from xtf_plugin import attributes, report, shards
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import collect
-from xtf_plugin.marks import marked_tokens, segment_starts
-from xtf_plugin.pipeline import make_plan
-from xtf_plugin.scorers import again, opening
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
+from xtf_plugin.selection.text_rules import marked_tokens, segment_starts
+from xtf_plugin.plan import make_plan
+from xtf_plugin.scorers import iterative_rescoring as again, opening
 from xtf_plugin.scorers.base import ScoringContext
 from xtf_plugin.selectors import StoredPredictions
 

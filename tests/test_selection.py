@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from xtf_plugin import segments
-from xtf_plugin.config import XTFConfig
+from xtf_plugin.data import ragged as segments
+from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.errors import XTFError
-from xtf_plugin.selection import (
+from xtf_plugin.selection.select import (
     CONTROL,
     FLOOR,
     FORCED,
@@ -22,8 +22,8 @@ from xtf_plugin.selection import (
     RELEVANCE,
     Scores,
     reason_text,
-    select,
 )
+from xtf_plugin.selection.select import select
 
 NAN = float("nan")
 RULES = {

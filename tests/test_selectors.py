@@ -17,22 +17,13 @@ from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from tests.test_selection import config as attributes_config
 from tests.test_selection import from_bits, random_scores
 from xtf_plugin import output, report, view
-from xtf_plugin.config import ATTRIBUTES, XTFConfig
-from xtf_plugin.documents import collect
+from xtf_plugin.config.block import ATTRIBUTES, XTFConfig
+from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
-from xtf_plugin.pipeline import make_plan
+from xtf_plugin.plan import make_plan
 from xtf_plugin.providers import SeparateReference
-from xtf_plugin.selection import (
-    CONTROL,
-    FLOOR,
-    NOVELTY,
-    PROTECTED,
-    REASONING,
-    RELEVANCE,
-    reason_text,
-    rule_bits,
-    select,
-)
+from xtf_plugin.selection.select import CONTROL, FLOOR, NOVELTY, PROTECTED, REASONING, RELEVANCE, reason_text, rule_bits
+from xtf_plugin.selection.select import select
 from xtf_plugin.table import SCHEMA, read_score_table, selector_columns
 
 OFF = {"preset": "none", **dict.fromkeys(ATTRIBUTES, False)}

@@ -10,12 +10,14 @@ import pytest
 from tests import tiny
 from tests.test_pipeline import plan  # noqa: F401, a fixture
 from tests.test_rules import layout_of
-from xtf_plugin import firing, segments, sentences
-from xtf_plugin.config import XTFConfig
+from xtf_plugin.selection import rules as firing
+from xtf_plugin.data import ragged as segments, sentences
+from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.errors import XTFError
-from xtf_plugin.marks import completion_runs, special_ids
-from xtf_plugin.segments import segment_means
-from xtf_plugin.selection import Scores, select
+from xtf_plugin.selection.text_rules import completion_runs, special_ids
+from xtf_plugin.data.ragged import segment_means
+from xtf_plugin.selection.select import Scores
+from xtf_plugin.selection.select import select
 
 SPECIAL = "<s>"
 

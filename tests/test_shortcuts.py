@@ -18,7 +18,7 @@ from transformers import (
 from tests import eager, tiny
 from tests.test_scorer import gpt_oss, little_memory, rows, run  # noqa: F401 (a fixture)
 from xtf_plugin import narrowing, scorer, trial
-from xtf_plugin.documents import collect
+from xtf_plugin.data.documents import collect
 from xtf_plugin.reference import Reference
 from xtf_plugin.rows import laid_out
 

@@ -10,11 +10,11 @@ from tests import tiny
 from tests.test_pipeline import Provider, rows
 from tests.test_selectors import OFF
 from xtf_plugin import attributes
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import collect
-from xtf_plugin.marks import segment_starts
-from xtf_plugin.pipeline import make_plan
-from xtf_plugin.scorers import typical
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
+from xtf_plugin.selection.text_rules import segment_starts
+from xtf_plugin.plan import make_plan
+from xtf_plugin.scorers import typicality as typical
 from xtf_plugin.testing import check_scorer
 
 OTHER = {"reference": {"model": "other"}}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from xtf_plugin import verification
-from xtf_plugin.documents import collect
+from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.verification import PlannedDocuments, Watch, verify_batch
 

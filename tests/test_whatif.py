@@ -9,8 +9,9 @@ import pytest
 
 from tests.test_selection import random_scores
 from xtf_plugin import whatif
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.selection import FLOOR, select
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.selection.select import FLOOR
+from xtf_plugin.selection.select import select
 from xtf_plugin.sliders import thinned
 
 LENGTHS = [1, 2, 3, 5, 8, 40, 1, 17, 0, 33, 9, 4]

@@ -199,7 +199,13 @@ class Drop(Block):
     """
 
     model_config = ConfigDict(json_schema_extra=_only_rules)
-    rules: ClassVar[Sequence[tuple[str, ...]]] = (("quantile",), ("below",), ("fence",), ("cluster",), ("cluster", "of"))
+    rules: ClassVar[Sequence[tuple[str, ...]]] = (
+        ("quantile",),
+        ("below",),
+        ("fence",),
+        ("cluster",),
+        ("cluster", "of"),
+    )
     quantile: Quantile | None = Field(default=None, description="Drop the lowest share of the scores.")
     below: Finite | None = Field(default=None, description="Drop scores below this, in the score's own unit.")
     fence: NonNegative | None = Field(default=None, description="Drop scores below Q1 - fence * (Q3 - Q1), Eq. (5).")

@@ -24,10 +24,10 @@ from tests.benchmarks import reach
 from tests.benchmarks.bench_scoring import VOCABULARY, make_model
 from tests.benchmarks.common import arguments, publish
 from xtf_plugin.collator import XTFDataCollator
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import DocumentSet, collect
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.fingerprint import digest, model_facts
-from xtf_plugin.pipeline import make_plan
+from xtf_plugin.plan import make_plan
 from xtf_plugin.reference import Reference
 
 

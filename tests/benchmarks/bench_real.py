@@ -31,7 +31,7 @@ from tests import real, tiny
 from tests.benchmarks import reach
 from tests.benchmarks.bench_scoring import floor, xtf
 from tests.benchmarks.common import NOT_MEASURED, arguments, device, peak_allocated, publish, rounds
-from xtf_plugin.documents import DocumentSet, collect
+from xtf_plugin.data.documents import DocumentSet, collect
 
 COST = ["model, precision", "procedure", "tokens/s", "ms", "x floor", "single rounds", "peak MB", "reach"]
 AGREEMENT = ["model, precision", "score", "xtf: mean", "99 %", "largest", "naive: mean", "99 %", "largest", "verdict"]

@@ -31,7 +31,7 @@ from tests.benchmarks.proof.detect import Bench
 from tests.benchmarks.proof.finetune import dataset, load
 from tests.benchmarks.proof.models import BaseSettings, make_base
 from tests.benchmarks.real_text import encode, records
-from xtf_plugin.documents import collect
+from xtf_plugin.data.documents import collect
 
 WORLD, RATE, SHARE = "sums", 0.25, 0.1
 BLOCKS = {

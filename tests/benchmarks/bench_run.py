@@ -35,7 +35,7 @@ from trl import SFTConfig, SFTTrainer
 from tests import tiny
 from tests.benchmarks import reach
 from tests.benchmarks.common import NOT_MEASURED, arguments, device, publish
-from xtf_plugin import XTFCallback, attach, callback, passes, pipeline, providers
+from xtf_plugin import XTFCallback, attach, callback, passes, plan as pipeline, providers
 from xtf_plugin.collator import XTFDataCollator
 from xtf_plugin.relevance import RelevanceTable
 

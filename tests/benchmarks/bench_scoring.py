@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.benchmarks import reach
 from tests.benchmarks.common import arguments, peaks, publish, rounds
 from xtf_plugin.batches import plan_batches
-from xtf_plugin.documents import DocumentSet
+from xtf_plugin.data.documents import DocumentSet
 from xtf_plugin.reference import Reference
 from xtf_plugin.relevance import RelevanceTable
 from xtf_plugin.scorer import score

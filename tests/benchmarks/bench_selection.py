@@ -24,7 +24,8 @@ from tests.benchmarks import reach
 from tests.benchmarks.common import arguments, peaks, publish
 from xtf_plugin import XTFConfig
 from xtf_plugin.collator import MaskTable
-from xtf_plugin.selection import Scores, select
+from xtf_plugin.selection.select import Scores
+from xtf_plugin.selection.select import select
 
 MANY = 10**8  # tokens that the reach is stated for
 HEAD = ["block", "completion tokens", "selection, s", "mask table, s", "ns a token", "memory, GB", "reach"]

@@ -23,10 +23,10 @@ from tests.benchmarks import reach
 from tests.benchmarks.bench_overheads import NO_TEXT, Provider, make_rows
 from tests.benchmarks.bench_scoring import make_model
 from tests.benchmarks.common import arguments, publish
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import DocumentSet, collect
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.hosts.trainer import rows as as_a_trainer_has_them
-from xtf_plugin.pipeline import attention_layers, make_plan
+from xtf_plugin.plan import attention_layers, make_plan
 from xtf_plugin.records import Records
 from xtf_plugin.store import ScoreStore
 

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.test_pipeline import rows
 from xtf_plugin import ranks as ranks_module
 from xtf_plugin import scorer
-from xtf_plugin.documents import collect
+from xtf_plugin.data.documents import collect
 from xtf_plugin.reference import Reference, borrow
 from xtf_plugin.scorer import gather_vectors
 from xtf_plugin.sharded import ShardedReference

@@ -8,12 +8,12 @@ import time
 from tests import streams, tiny
 from tests.ranks.common import case
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
-from xtf_plugin import XTFUserError, attach, pipeline
+from xtf_plugin import XTFUserError, attach, plan as pipeline
 from xtf_plugin import ranks as ranks_module
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import collect
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.pipeline import make_plan
+from xtf_plugin.plan import make_plan
 from xtf_plugin.ranks import Ranks
 
 SLOW = 2.0  # seconds

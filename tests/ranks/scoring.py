@@ -13,7 +13,7 @@ from tests.ranks.fsdp import fsdp, sharded
 from tests.test_pipeline import rows
 from xtf_plugin import ranks as ranks_module
 from xtf_plugin import scorer
-from xtf_plugin.documents import collect
+from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.ranks import Ranks
 from xtf_plugin.reference import Reference

@@ -27,9 +27,9 @@ import torch
 
 from tests import tiny
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
-from xtf_plugin import output, pipeline
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import DocumentSet, collect
+from xtf_plugin import output, plan as pipeline
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.ranks import ALONE, Ranks
 from xtf_plugin.records import Records
 from xtf_plugin.store import ScoreStore

@@ -19,9 +19,9 @@ from tests.reliability import amount, record
 from tests.reliability.trainers import BAND, callback, in_band, made, moved, ranks
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFConfig
-from xtf_plugin.documents import collect
-from xtf_plugin.pipeline import Plan, make_plan
-from xtf_plugin.selection import rule_bits
+from xtf_plugin.data.documents import collect
+from xtf_plugin.plan import Plan, make_plan
+from xtf_plugin.selection.select import rule_bits
 
 # rules of every kind of threshold: a share of a document, a bound, classes of the dataset, second looks
 BLOCK = {

@@ -25,10 +25,10 @@ from tests.reliability import amount, record
 from tests.reliability.strategies import check_selection, collated, inputs, segments_of
 from tests.test_config_errors import JARGON
 from xtf_plugin.collator import MaskTable
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import collect
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.pipeline import scores_of
+from xtf_plugin.plan import scores_of
 from xtf_plugin.records import StoredScores
 from xtf_plugin.scorers import registry
 

@@ -36,13 +36,13 @@ from tests.reliability.test_fuzz_blocks import spots
 from tests.test_cli import score_table
 from xtf_plugin import browse, cli, output, page, view
 from xtf_plugin.batches import ScoringStats
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import collect
-from xtf_plugin.marks import Marks
-from xtf_plugin.pipeline import Plan, scores_of
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
+from xtf_plugin.selection.text_rules import Marks
+from xtf_plugin.plan import Plan, scores_of
 from xtf_plugin.records import StoredScores
-from xtf_plugin.selection import select
-from xtf_plugin.spans import byte_alphabet
+from xtf_plugin.selection.select import select
+from xtf_plugin.data.token_text import byte_alphabet
 from xtf_plugin.table import PAGE, SCHEMA
 
 NASTY = """</script> <script>owned=1</script> <!-- --> <img/src=x/onerror=owned=1> &lt; &#x1b; ]]> </SCRIPT $data

@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 
 from tests.reliability import record
 from tests.reliability.strategies import check_selection, inputs, layouts, score_arrays, segments_of
-from xtf_plugin import segments, whatif
-from xtf_plugin.config import ATTRIBUTES, XTFConfig
+from xtf_plugin.data import ragged as segments
+from xtf_plugin import whatif
+from xtf_plugin.config.block import ATTRIBUTES, XTFConfig
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.selection import Scores, select
+from xtf_plugin.selection.select import Scores
+from xtf_plugin.selection.select import select
 
 SHARES = st.sampled_from([1e-320, 1e-9, 0.05, 0.25, 0.5, 0.9, 1 - 1e-12])
 BOUNDS = st.sampled_from([0.0, -0.0, 1e-320, 1e-38, 0.5, 1.0, -4.0, 3.5e38, 1e308, -1e308])

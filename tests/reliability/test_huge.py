@@ -14,11 +14,12 @@ import pytest
 from tests.reliability import amount, record
 from tests.reliability.strategies import IGNORED, flat_labels
 from xtf_plugin.collator import MaskTable, XTFDataCollator
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import DocumentSet, collect, document_key
-from xtf_plugin.pipeline import scores_of
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import DocumentSet, collect, document_key
+from xtf_plugin.plan import scores_of
 from xtf_plugin.records import StoredScores
-from xtf_plugin.selection import Selection, select
+from xtf_plugin.selection.select import Selection
+from xtf_plugin.selection.select import select
 
 BELOW, UNKNOWN = 0.3, 0.2
 BLOCK = {

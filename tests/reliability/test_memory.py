@@ -15,9 +15,9 @@ from tests.reliability import amount, record
 from tests.reliability.trainers import BAND, EVERYTHING, alone, callback, made, model, moved
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFConfig, XTFError
-from xtf_plugin.config import ATTRIBUTES
-from xtf_plugin.documents import collect
-from xtf_plugin.pipeline import make_plan
+from xtf_plugin.config.block import ATTRIBUTES
+from xtf_plugin.data.documents import collect
+from xtf_plugin.plan import make_plan
 from xtf_plugin.reference import Reference
 
 SELECTOR = {"selectors": {"out_of_place": {"scorer": "opening", "drop": {"below": -2.0}}}}

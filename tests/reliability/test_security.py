@@ -28,12 +28,12 @@ from tests.reliability import amount, record
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import callback, cli, table
 from xtf_plugin.cache import list_cache
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import collect
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.hosts.recipes import load_recipe
 from xtf_plugin.loading import load
-from xtf_plugin.pipeline import make_plan
+from xtf_plugin.plan import make_plan
 from xtf_plugin.providers import SeparateReference
 
 

@@ -28,9 +28,9 @@ from tests.reliability import LONG, record
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from tests.test_repo_rules import BOOT, PACKAGE, ROOT, sources, tree
 from xtf_plugin import browse, cli, output, table
-from xtf_plugin.config import XTFConfig
-from xtf_plugin.documents import collect
-from xtf_plugin.pipeline import make_plan
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
+from xtf_plugin.plan import make_plan
 
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "tempfile.mktemp"}
 SHELLS |= {"os.chmod", "os.umask", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all"}

@@ -20,8 +20,8 @@ from tests.reliability import amount, record
 from tests.reliability.trainers import EVERYTHING, alone, made
 from tests.test_pipeline import Provider, rows
 from xtf_plugin import XTFConfig, output
-from xtf_plugin.documents import collect
-from xtf_plugin.pipeline import make_plan
+from xtf_plugin.data.documents import collect
+from xtf_plugin.plan import make_plan
 
 # bytes for each round after the warm-up, and for all of them together: a heap is cut into pieces, and a page goes back
 # to the system only when nothing on it is in use

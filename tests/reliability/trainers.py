@@ -31,9 +31,9 @@ from tests.reliability import LONG, scoring
 from tests.test_callback import trainer
 from xtf_plugin import attach
 from xtf_plugin.capture import _recorder
-from xtf_plugin.config import ATTRIBUTES
-from xtf_plugin.pipeline import Plan
-from xtf_plugin.selection import rule_bits
+from xtf_plugin.config.block import ATTRIBUTES
+from xtf_plugin.plan import Plan
+from xtf_plugin.selection.select import rule_bits
 
 KINDS = ("full", "lora", "qlora")
 # every part of scoring: attention, log-probabilities, both embeddings, the preset's second looks

@@ -89,7 +89,9 @@ class XTFConfig(Block):
     reasoning_importance: Slot = Field(
         default=False, description="What the answer's reasoning rests on; Eqs. (2) and (5) of the paper."
     )
-    knowledge_novelty: Slot = Field(default=False, description="What the reference does not know yet; Eqs. (3) and (6).")
+    knowledge_novelty: Slot = Field(
+        default=False, description="What the reference does not know yet; Eqs. (3) and (6)."
+    )
     task_relevance: Slot = Field(default=False, description="What belongs to the task; Eqs. (4) and (7).")
     selectors: Selectors = Field(
         default={},

@@ -34,7 +34,7 @@ class ScoreConfig(Block):
     """
 
     scorer: Name = Field(description="Name of a registered scorer.")
-    drop: Drop = Field(description="Which tokens are dropped: exactly one rule over the scores. Low scores are dropped.")
+    drop: Drop = Field(description="Which tokens are dropped: exactly one rule. Low scores are dropped.")
     unit: Literal["token", "sentence", "line"] = Field(
         default="token", description="What is judged as a whole: scores are averaged over it before the rule."
     )

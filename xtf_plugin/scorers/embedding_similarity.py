@@ -159,7 +159,7 @@ class _Domain:
         return vectors[torch.from_numpy(np.searchsorted(ids, self.scored_ids))], domain
 
     def _vector(self, vectors: Tensor) -> Tensor:
-        """Mean over the dataset's token occurrences, or over words of each word's mean piece embedding, (D,) float64."""
+        """Mean over the dataset's tokens, or over words of each word's mean piece embedding, (D,) float64."""
         import torch
 
         if self.pieces is None:

@@ -5,7 +5,7 @@ Both are the same difference of log-probabilities. They run before training, whi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -33,6 +33,16 @@ class ExcessLossConfig(ScoreConfig):
 
 class TokenCleaningConfig(ExcessLossConfig):
     """Scorer `token_cleaning`: how much more probable a better model finds the token, in nats."""
+
+    mode: Literal["fixed"] = Field(default="fixed", description="fixed: compared with `reference`, once.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_self_evolving(cls, part: Any) -> Any:
+        if isinstance(part, dict) and part.get("mode") == "self_evolving":
+            why = "is gone; remove it and name a `reference`, a model that was trained on clean data"
+            raise Problems(("mode", "self_evolving", why))
+        return part
 
 
 @scorer("excess_loss", ExcessLossConfig, per_document=True)

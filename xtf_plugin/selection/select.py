@@ -113,8 +113,8 @@ def select(
         frozen: the rules of another selection, for a part of a stream: thresholds are its, not those of `scores`.
 
     Raises:
-        XTFError: arrays that do not fit together, a score that is on and was not scored, or segments that are needed and
-            not given.
+        XTFError: arrays that do not fit together, a score that was not scored, or segments that are needed and not
+            given.
     """
     layout = Layout(scores.offsets, scores.counts)
     _check(scores, config, protected, forced)

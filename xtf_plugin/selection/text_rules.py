@@ -1,4 +1,4 @@
-"""What the text decides whatever the scores: protected and force-dropped tokens, and where sentences and lines begin."""
+"""What the text decides, whatever the scores: protected and force-dropped tokens, sentences and lines."""
 
 from __future__ import annotations
 

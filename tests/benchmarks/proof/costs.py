@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xtf_plugin import XTFConfig
-from xtf_plugin.pipeline import make_plan
+from xtf_plugin.plan import make_plan
 
 from .detect import Bench, Setting
 

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.benchmarks.bench_overheads import Provider
 from xtf_plugin import XTFConfig
-from xtf_plugin.documents import collect
-from xtf_plugin.marks import text_segments
-from xtf_plugin.pipeline import Plan, make_plan
-from xtf_plugin.segments import Layout, segment_means, windowed
+from xtf_plugin.data.documents import collect
+from xtf_plugin.selection.text_rules import text_segments
+from xtf_plugin.plan import Plan, make_plan
+from xtf_plugin.data.ragged import Layout, segment_means, windowed
 
 from .candidates import RULES, SCORES, digest, selector
 from .data import Encoder, Row, flat_kinds, make_rows

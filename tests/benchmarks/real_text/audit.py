@@ -21,9 +21,9 @@ from tests.benchmarks.proof.arms import OFF
 from tests.benchmarks.proof.data import Row
 from tests.benchmarks.proof.detect import Bench
 from tests.benchmarks.proof.finetune import dataset
-from xtf_plugin.documents import collect
-from xtf_plugin.pipeline import Plan
-from xtf_plugin.selection import rule_bits
+from xtf_plugin.data.documents import collect
+from xtf_plugin.plan import Plan
+from xtf_plugin.selection.select import rule_bits
 
 from .base import Parts, load
 from .encode import KINDS, completion_ids, encode_all

@@ -18,8 +18,8 @@ from tests.benchmarks.real_text.examples import escaped
 from tests.benchmarks.real_text.pages import caption
 from tests.benchmarks.real_text.stages import Scale
 from xtf_plugin import view
-from xtf_plugin.pipeline import Plan
-from xtf_plugin.selection import reason_text, rule_bits
+from xtf_plugin.plan import Plan
+from xtf_plugin.selection.select import reason_text, rule_bits
 
 from .texts import EXAMPLES, Example
 
