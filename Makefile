@@ -128,6 +128,7 @@ bench: $(STAMP) models  ## the tables of docs/benchmarks.md for a CPU
 	$(BENCH).bench_run --rows 32 --quick $(PAGE)
 	$(BENCH).bench_start $(PAGE)
 	$(BENCH).bench_selection $(PAGE)
+	$(BENCH).bench_verification $(PAGE)
 	$(BENCH).bench_padding $(if $(DATA),--data $(DATA)) $(PAGE)
 	$(BENCH).bench_overheads $(PAGE)
 	$(BENCH).bench_profile $(PAGE)
