@@ -29,6 +29,7 @@ from .files import for_arrow, set_aside, write_whole
 from .fingerprint import digest
 from .reference import Reference
 from .scorer import gather_vectors
+from .segments import chunks
 
 if TYPE_CHECKING:
     from .config import TaskRelevanceConfig
@@ -116,10 +117,10 @@ class RelevanceTable:
         """
         scored, domain = self._vectors(reference)
         among = attributes.cosine_distance(scored, domain)
-        size = int(reference.model.get_input_embeddings().weight.shape[0])
+        size = int(reference.embeddings.weight.shape[0])
         found = np.empty(size, dtype=np.float32)
-        for low in range(0, size, VOCABULARY_CHUNK):  # all vectors of a large vocabulary would take gigabytes
-            ids = np.arange(low, min(size, low + VOCABULARY_CHUNK))
+        for part in chunks(size, VOCABULARY_CHUNK):  # all vectors of a large vocabulary would take gigabytes
+            ids = np.arange(part.start, part.stop)
             vectors = gather_vectors(reference, ids, self.embedding)
             found[ids] = attributes.task_relevance(vectors, domain, among).numpy()
         found[self.scored_ids] = attributes.task_relevance(scored, domain).numpy()  # to the last bit as in `compute`

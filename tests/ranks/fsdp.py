@@ -15,9 +15,8 @@ from tests import tiny
 from tests.test_pipeline import rows
 from xtf_plugin import scorer, sharing
 from xtf_plugin.documents import collect
-from xtf_plugin.reference import Reference, borrow
+from xtf_plugin.reference import Reference, ShardedReference, borrow
 from xtf_plugin.scorer import gather_vectors
-from xtf_plugin.sharded import ShardedReference
 
 
 def sharded(ranks, adapters):
