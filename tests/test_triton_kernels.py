@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: right in the interpreter, compiled for GPUs that are not here, unused where they fail."""
+"""Triton's kernels without a GPU: right in the interpreter, compiled for absent GPUs, unused if they fail."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def task_relevance(vectors: Tensor, domain: Tensor, among: Tensor | None = None)
             token outside them gets a relevance below 0 or above 1.
 
     Returns:
-        (N,) float32 in [0, 1]; NaN throughout where all distances are equal (nothing can be told apart), and for a
+        (N,) float32 in [0, 1]; NaN throughout where all distances are equal (no token differs), and for a
         token whose vector is zero.
     """
     distance = cosine_distance(vectors, domain)

@@ -60,20 +60,6 @@ class Recorder:
         self.received = received if self.received is None else self.received + received.to(self.received.device)
         return output.to(query.dtype)
 
-    def samples(self, T: int) -> list[int]:
-        """Tokens whose rows of a mask are looked at; among them the last of the longest document."""
-        last = T - 1
-        if self.packed is not None:
-            last = int(self.packed.bounds[int(np.diff(self.packed.bounds).argmax()) + 1]) - 1
-        return sorted({0, T // 2, T - 1, last})
-
-    def begin(self, query: int) -> int:
-        """Where the document of this token begins; 0 in rows of one document, whose masks end there anyway."""
-        if self.packed is None:
-            return 0
-        bounds = self.packed.bounds
-        return int(bounds[np.searchsorted(bounds, query, side="right") - 1])
-
     def refuse(self, what: str) -> XTFError:
         """The error for an attention we would score wrongly."""
         return XTFError(
@@ -144,18 +130,23 @@ def received_mask(
         return
     if attention_mask is not None or q_length != kv_length:
         raise recorder.refuse("it was given a padding mask")
-    device = recorder.lengths.device if recorder.packed is not None else None  # where a packed mask has its documents
+    packed = recorder.packed
+    device = recorder.lengths.device if packed is not None else None  # where a packed mask has its documents
+    bounds = np.asarray([0, q_length]) if packed is None else packed.bounds
+    last_of_longest = bounds[np.diff(bounds).argmax() + 1] - 1
+    queries = np.unique([0, q_length // 2, q_length - 1, last_of_longest])  # whose rows of the mask are looked at
+    begins = bounds[np.searchsorted(bounds, queries, side="right") - 1]  # of their documents
     zero, keys = torch.tensor(0, device=device), torch.arange(kv_length, device=device)
-    queries = recorder.samples(q_length)
-    rows = [mask_function(zero, zero, torch.tensor(query, device=device), keys) for query in queries]
+    last = torch.from_numpy(queries).to(device)[:, None]
+    rows = [mask_function(zero, zero, query[0], keys) for query in last]
     found = torch.stack([torch.as_tensor(row, device=device).expand(kv_length) for row in rows])
-    widths, last = found.sum(1), torch.tensor(queries, device=device)[:, None]
+    widths = found.sum(1)
     alike = (found == ((keys <= last) & (keys > last - widths[:, None]))).all(1)
     on_cpu = torch.stack([widths, alike.long()]).tolist()  # one wait for the device
-    for query, width, causal in zip(queries, *on_cpu, strict=True):
+    for reach, width, causal in zip(queries + 1 - begins, *on_cpu, strict=True):
         if not causal:
             raise recorder.refuse("its attention mask is neither causal nor a causal sliding window")
-        if width < query + 1 - recorder.begin(query):
+        if width < reach:
             recorder.mask_windows.add(width)
 
 
@@ -189,11 +180,11 @@ def attention_switched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recording(recorder: Recorder) -> Iterator[Recorder]:
+def recording(recorder: Recorder) -> Iterator[None]:
     """Record into `recorder` for the length of one forward."""
     token = _recorder.set(recorder)
     try:
-        yield recorder
+        yield
     finally:
         _recorder.reset(token)
 

@@ -65,7 +65,7 @@ def takes_packed(query: Tensor, value: Tensor, spec: AttentionSpec) -> bool:
     """Whether packed rows go through attention as they are, given documents that no window cuts; else they are split
     into padded batches, which costs more than padding them from the start.
     """
-    return _fusible(query, value, spec.unpacked()) and _fused_kernel(query) == "flash"
+    return spec.softcap is None and query.shape[-1] == value.shape[-1] and _fused_kernel(query) == "flash"
 
 
 def _fusible(query: Tensor, value: Tensor, spec: AttentionSpec) -> bool:
@@ -156,7 +156,7 @@ def predictions(
     result = torch.empty(3, len(targets), dtype=torch.float32, device=hidden.device)
     product = heads.reusing(head, hidden)
     at_once = LOGIT_ELEMENTS if product is head else REUSED_ELEMENTS
-    rows = 64  # the first chunk also tells the vocabulary size, which a quantised or wrapped head does not show
+    rows = 64  # the first chunk also gives the vocabulary size, which a quantised or wrapped head does not show
     low = 0
     while low < len(targets):
         high = min(low + rows, len(targets))

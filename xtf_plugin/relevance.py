@@ -98,7 +98,7 @@ class RelevanceTable:
             self.domain_ids = np.unique(np.concatenate([np.asarray(p, dtype=np.int64) for p in self.pieces]))
 
     def key(self) -> str:
-        """Everything the table depends on besides the reference, as hex."""
+        """Hash of everything the table depends on besides the reference, as hex."""
         parts = [self.scored_ids.astype("<i8"), self.domain_ids.astype("<i8")]
         if self.domain_weights is not None:
             parts.append(self.domain_weights.astype("<i8"))
@@ -161,7 +161,7 @@ def distinct(token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def cached_table(path: Path, reference: str, size: int) -> NDArray[np.float32] | None:
-    """A table stored by `store_table` for this reference and name, or None: missing, damaged or foreign (told)."""
+    """A table stored by `store_table` for this reference and name; None, with a warning, if damaged or foreign."""
     try:
         if not path.is_file():
             if os.path.lexists(path):
@@ -180,7 +180,7 @@ def cached_table(path: Path, reference: str, size: int) -> NDArray[np.float32] |
 
 
 def store_table(path: Path, reference: str, values: NDArray[np.float32]) -> None:
-    """Keep a table for the next run; an unwritable folder is told, not fatal."""
+    """Store a table for the next run; logs a warning if it cannot be written."""
     metadata = {"checksum": _checksum(path, reference, values)}
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table({"relevance": values}).replace_schema_metadata(metadata), buffer)
@@ -191,7 +191,7 @@ def store_table(path: Path, reference: str, values: NDArray[np.float32]) -> None
 
 
 def _checksum(path: Path, reference: str, values: NDArray[np.float32]) -> str:
-    """Over what the table says and whom it is about, so that one copied from elsewhere does not pass."""
+    """Covers name and reference too, so that a table copied from elsewhere is not accepted."""
     return digest({"table": path.name, "reference": reference, "values": xxhash.xxh3_128_hexdigest(values.tobytes())})
 
 

@@ -17,7 +17,7 @@ Dimensions: B batch, T tokens, H query heads, K key/value heads, G = H / K, D he
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -256,13 +256,13 @@ def attention_received(query: Tensor, key: Tensor, lengths: Tensor, spec: Attent
 def _splits(programs: int, K: int, G: int, device: torch.device) -> tuple[int, int]:
     """Into how many parts to split the K key/value heads, and the G query heads of each, so that all are kept busy."""
     wanted = _wanted(device)
-    kv = next(_parts(K, wanted / max(1, programs)))
-    return kv, next(_parts(G, wanted / max(1, programs * kv)))
+    kv = _parts(K, wanted / max(1, programs))
+    return kv, _parts(G, wanted / max(1, programs * kv))
 
 
-def _parts(heads: int, at_least: float) -> Iterator[int]:
-    """Divisors of `heads` from `at_least` on; `heads` itself is always one."""
-    return (parts for parts in range(1, heads + 1) if parts == heads or (parts >= at_least and heads % parts == 0))
+def _parts(heads: int, at_least: float) -> int:
+    """The smallest divisor of `heads` from `at_least` on, or `heads`."""
+    return min((parts for parts in range(1, heads + 1) if parts >= at_least and heads % parts == 0), default=heads)
 
 
 def _wanted(device: torch.device) -> int:
