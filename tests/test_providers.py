@@ -84,7 +84,6 @@ class TestBorrowedQLoRA:
         model = tiny.model()
         # what `model.add_adapter` does; it itself refuses to run with a peft older than the newest transformers wants
         inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), model)
-        model._hf_peft_config_loaded = True
         with pytest.raises(XTFUserError, match="get_peft_model"):
             borrow(model)
 

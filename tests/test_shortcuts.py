@@ -17,7 +17,8 @@ from transformers import (
 
 from tests import eager, tiny
 from tests.test_scorer import gpt_oss, little_memory, rows, run  # noqa: F401 (a fixture)
-from xtf_plugin import narrowing, scorer, trial
+from xtf_plugin import reference as references
+from xtf_plugin import scorer, trial
 from xtf_plugin.data.documents import collect
 from xtf_plugin.reference import Reference
 from xtf_plugin.rows import laid_out
@@ -152,7 +153,7 @@ class TestNarrow:
         model, documents = tiny.model(family), collect(rows())
         reference = Reference(model, "tiny")
         trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
-        module, seen = narrowing.last_feed_forward(reference.decoder), []
+        module, seen = references.last_feed_forward(reference.decoder), []
         assert module is not None and reference.narrows
         own = module.forward
         monkeypatch.setattr(module, "forward", lambda x: seen.append(x.shape[:-1].numel()) or own(x))
@@ -167,18 +168,18 @@ class TestNarrow:
 
     def test_what_the_module_held_is_put_back(self):
         model = tiny.model()
-        module = narrowing.last_feed_forward(model.model)
+        module = references.last_feed_forward(model.model)
         for given in (None, lambda x: x):
             if given is not None:
                 module.forward = given
             before = dict(vars(module))
-            with narrowing.only_where(module, torch.arange(4), 4):
+            with references.only_where(module, torch.arange(4), 4):
                 assert module.forward is not before.get("forward")
             assert vars(module) == before
 
     def test_a_part_that_looks_at_its_neighbours_is_left_whole(self, monkeypatch):
         model, documents = tiny.model(), collect(rows())
-        mlp = type(narrowing.last_feed_forward(model.model))
+        mlp = type(references.last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.cumsum(1)))
         reference = Reference(model, "tiny")
@@ -191,7 +192,7 @@ class TestNarrow:
     def test_a_part_that_looks_at_one_token_before_is_left_whole(self, monkeypatch, dtype):
         """Of a row of tokens that are read, only the first would come out wrong."""
         model, documents = tiny.model().to(dtype), collect(rows())
-        mlp = type(narrowing.last_feed_forward(model.model))
+        mlp = type(references.last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.roll(1, 1)))
         reference = Reference(model, "tiny")
@@ -210,7 +211,7 @@ class TestNarrow:
     def test_a_part_that_breaks_is_left_whole(self, monkeypatch):
         """NaN is no agreement: here it comes of rows without a batch of their own length."""
         model = tiny.model()
-        mlp = type(narrowing.last_feed_forward(model.model))
+        mlp = type(references.last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x) * (1 if x.shape[1] == 55 else float("nan")))
         reference = Reference(model, "tiny")
@@ -225,7 +226,7 @@ class TestNarrow:
     def test_a_part_that_gives_more_than_a_tensor_is_not_narrowed(self, monkeypatch):
         """Each batch would work it out twice. gpt-oss gives its router's scores too."""
         model, seen = gpt_oss(), []
-        mlp = type(narrowing.last_feed_forward(model.model))
+        mlp = type(references.last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: seen.append(x.shape[:-1].numel()) or own(self, x))
         _, stats = run(collect(rows()), model, (), batch_tokens=150)
@@ -237,7 +238,7 @@ class TestNarrow:
                 return x * 2, x.sum()
 
         module, x = Pair(), torch.randn(2, 3, 4)
-        with narrowing.only_where(module, torch.tensor([0, 3]), 6):
+        with references.only_where(module, torch.tensor([0, 3]), 6):
             result, total = module(x)
         assert torch.equal(result, x * 2) and total == x.sum()
 
@@ -245,5 +246,5 @@ class TestNarrow:
         module = torch.nn.Linear(4, 4)
         x = torch.randn(1, 3, 4)
         whole = module(x)
-        with narrowing.only_where(module, torch.zeros(0, dtype=torch.long), 3) as told:
-            assert torch.equal(module(x), whole) and not told.happened
+        with references.only_where(module, torch.zeros(0, dtype=torch.long), 3) as state:
+            assert torch.equal(module(x), whole) and not state.happened

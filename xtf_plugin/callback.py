@@ -18,7 +18,6 @@ from .config.block import ReferenceConfig, XTFConfig
 from .data.documents import IGNORE_INDEX, DocumentSet, collect
 from .environment import is_on
 from .errors import XTFDryRun, XTFError, XTFUserError
-from .environment import is_on
 from .hosts.supported import text_tokenizer
 from .hosts.trainer import (
     TrainerHooks,
@@ -85,7 +84,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             return
         documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
         separate = partial(self._separate, documents)
-        provider = self._borrowed or self.ranks.each(lambda: separate(self.config.reference))
+        provider = self._borrowed or self.ranks.run_with_heartbeat(lambda: separate(self.config.reference))
         tokenizer = text_tokenizer(self.trainer)
         plan = make_plan(
             self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks

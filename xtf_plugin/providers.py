@@ -18,8 +18,7 @@ from .errors import XTFError, XTFUserError
 from .fingerprint import base_tensors, digest, files_facts, model_facts, weights_hash
 from .loading import compute_dtype, free, load
 from .ranks import ALONE, Ranks
-from .reference import Reference, borrow
-from .sharded import ShardedReference
+from .reference import Reference, ShardedReference, borrow
 
 if TYPE_CHECKING:
     from .config.block import ReferenceConfig

@@ -229,7 +229,7 @@ def _launch(
         found = reference.predictions(states, rows.ids.flatten()[rows.predicted])
         return found, None if received is None else received.flatten()[rows.completion].float()
 
-    predicted, received = reference.whole(run)
+    predicted, received = reference.with_full_weights(run)
 
     def collect() -> Records:
         columns = np.full((3, int(rows.offsets[-1])), np.nan, dtype=np.float32)
@@ -265,7 +265,7 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
 
             try:
                 # hooks for gradient checkpointing mark embeddings as needing grad
-                parts.append(reference.whole(run).detach().float().cpu())
+                parts.append(reference.with_full_weights(run).detach().float().cpu())
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or reference.lockstep:  # in step, the others are in the same forward
                     raise

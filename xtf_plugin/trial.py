@@ -21,9 +21,8 @@ from torch.nn.modules.conv import _ConvNd
 from .data.documents import DocumentSet
 from .errors import XTFError
 from .memory import is_out_of_memory, too_little
-from .narrowing import last_feed_forward
 from .packing import Packed
-from .reference import Reference, rotary_switch
+from .reference import Reference, last_feed_forward, rotary_switch
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +119,10 @@ def against_own_forward(reference: Reference, input_ids: Tensor, tolerance: floa
 
     # In 8 bits a change of the last bit can move a value by a whole step: how far, the model's own forward says.
     with reference.scoring(record=bool(layers)):
-        ours, theirs = reference.whole(lambda: (run(False), own()))
-        plain = reference.whole(lambda: run(True)) if layers else ours
+        ours, theirs = reference.with_full_weights(lambda: (run(False), own()))
+        plain = reference.with_full_weights(lambda: run(True)) if layers else ours
         theirs = theirs.to(ours.logprobs.device)
-        other = reference.whole(lambda: own("sdpa")) if _in_8_bits(reference) else theirs
+        other = reference.with_full_weights(lambda: own("sdpa")) if _in_8_bits(reference) else theirs
         rounding = _mean_gap(other.to(theirs.device), theirs)
     _check_log_probabilities(reference, ours.logprobs, theirs, max(tolerance, TIMES * rounding))
     _check_attention(reference, ours.received, plain.received, tolerance)
@@ -231,7 +230,7 @@ def _same(
     """Whether a shortcut gives the same, by the largest difference: a leak may show at one token alone."""
     try:
         with reference.scoring(record=record):
-            found, expected = reference.whole(run)
+            found, expected = reference.with_full_weights(run)
     except CANNOT as error:
         logger.info("xtf: %s is scored without %s: %s", reference.name, what, error)
         return False
