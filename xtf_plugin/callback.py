@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 
 from . import output, report
 from .collator import XTFDataCollator
-from .config.block import ReferenceConfig, XTFConfig
+from .config.block import XTFConfig
+from .fields import ReferenceConfig
 from .data.documents import IGNORE_INDEX, DocumentSet, collect
 from .environment import is_on
 from .errors import XTFDryRun, XTFError, XTFUserError
@@ -29,7 +30,8 @@ from .hosts.trainer import (
     visible_columns,
     visible_part,
 )
-from .plan import Plan, ReferenceProvider, make_plan
+from .cached_scores import ReferenceProvider
+from .plan import Plan, make_plan
 from .providers import BorrowedReference, SeparateReference
 from .ranks import Ranks
 from .streaming import Stream, check_base

@@ -215,7 +215,7 @@ def _facts(recipe: Recipe, config: XTFConfig, hook: str) -> dict[str, str]:
         "hook": hook,
         "versions": ", ".join([f"xtf-plugin {__version__}", *versions]),
         "preset": config.preset,
-        "attributes": ", ".join(config.attributes) or "off",
+        "attributes": ", ".join(config.scores) or "none",
         **({"selectors": selectors} if selectors else {}),
         "reference": "the model being trained, adapters off"
         if reference.model is None

@@ -14,7 +14,7 @@ from .errors import XTFUserError
 from .reference import Reference
 
 if TYPE_CHECKING:
-    from .config.block import ReferenceConfig
+    from .fields import ReferenceConfig
 
 _LOADED_ON_ONE_RANK = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 

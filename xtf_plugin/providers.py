@@ -21,7 +21,7 @@ from .ranks import ALONE, Ranks
 from .reference import Reference, ShardedReference, borrow
 
 if TYPE_CHECKING:
-    from .config.block import ReferenceConfig
+    from .fields import ReferenceConfig
 
 logger = logging.getLogger(__name__)
 SAMPLE_DOCUMENTS = 32  # tokenised by both tokenizers before a separate reference is trusted

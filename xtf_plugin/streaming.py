@@ -260,8 +260,8 @@ class _StreamSource(ScoreSource):
     def __init__(
         self, config: XTFConfig, documents: DocumentSet, tokenizer: Any, reference: Reference, budget: int
     ) -> None:
-        provider = SimpleNamespace(text_config=lambda: reference.text_config)
-        super().__init__(config, documents, tokenizer, provider)  # type: ignore[arg-type]  # no store, no fingerprint
+        provider: Any = SimpleNamespace(text_config=lambda: reference.text_config)
+        super().__init__(config, documents, tokenizer, provider)
         self.reference, self.budget = reference, budget
 
     def _scored(
@@ -271,7 +271,7 @@ class _StreamSource(ScoreSource):
         lookup = Lookup(documents.keys, sizes, column_names(attention=bool(layers)))
         wanted = np.flatnonzero(sizes > 0)
         stats = score(documents, wanted, self.reference, layers, lookup.take, batch_tokens=self.budget, progress=False)
-        return lookup.scores(), {}, stats, 0
+        return lookup.scores, {}, stats, 0
 
     def _check(self, scores: StoredScores, about: dict[str, Any], prefix: str = "") -> None:
         """The sample was checked; in a few documents all scores may well be undefined."""
