@@ -84,8 +84,7 @@ class StoredPredictions:
         self._fingerprints: dict[int, str] = {}  # providers live as long as this does
         self._stack, self._keeps = ExitStack(), False
         self._open: tuple[Any, Any] | None = None
-        self._index: Index = {} if index is None else index
-        self._stores: dict[str, ScoreStore] = {}
+        self._index, self._stores = index, dict[str, ScoreStore]()
 
     def under(self, reference: ReferenceConfig | None, documents: DocumentSet | None = None) -> StoredScores:
         """What a reference predicts, None: the run's own; see `ScoringContext.predictions`.
@@ -169,8 +168,7 @@ class StoredPredictions:
         description = {**provider.description(), "fingerprint": fingerprint}
         if fingerprint not in self._stores:
             root = self.config.resolved_cache_dir()
-            made = ScoreStore(root, fingerprint, None, description=description, index=self._index)
-            self._stores[fingerprint] = made
+            self._stores[fingerprint] = ScoreStore(root, fingerprint, None, description=description, index=self._index)
         label = "scoring" if documents is self.documents else "second look"
         budget = None if self.config.batch_tokens == "auto" else int(self.config.batch_tokens)
         with ExitStack() as stack, self._stores[fingerprint] as store:
