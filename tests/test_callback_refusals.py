@@ -104,12 +104,12 @@ class TestRefusals:
 
 def test_a_separate_reference_is_made_beside_a_heartbeat(tmp_path, monkeypatch):
     """It reads files and tokenises: how long that takes differs from rank to rank."""
-    inside, each = [], Ranks.each
+    inside, run = [], Ranks.run_with_heartbeat
 
     def watched(self, work):
         inside.append(True)
         try:
-            return each(self, work)
+            return run(self, work)
         finally:
             inside.pop()
 
@@ -118,7 +118,7 @@ def test_a_separate_reference_is_made_beside_a_heartbeat(tmp_path, monkeypatch):
             assert inside
             super().__init__(*args)
 
-    monkeypatch.setattr(Ranks, "each", watched)
+    monkeypatch.setattr(Ranks, "run_with_heartbeat", watched)
     monkeypatch.setattr(callback, "SeparateReference", Reference)
     folder = tiny.save_base(tmp_path / "reference")
     block = {"reference": {"model": str(folder), "quantization": "none"}, "cache_dir": str(tmp_path / "cache")}
