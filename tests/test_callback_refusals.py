@@ -26,6 +26,14 @@ class TestRefusals:
         with pytest.raises(XTFUserError, match="streamed"):
             attach(made, True)
 
+    def test_images_that_reach_the_collator(self, tmp_path):
+        made = trainer(tmp_path)
+        made.train_dataset = made.train_dataset.add_column("images", [[0]] * len(made.train_dataset))
+        made._signature_columns = ["messages", "images"]  # TRL's, for a dataset of images
+        with pytest.raises(XTFUserError, match="rows have images"):
+            attach(made, True)
+        assert not hasattr(made, "_xtf_hooks")
+
     def test_not_a_trainer(self):
         with pytest.raises(XTFUserError, match="needs a transformers Trainer"):
             attach(object(), True)

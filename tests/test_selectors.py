@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 
 from tests import tiny
-from tests.test_callback import run as trained
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from tests.test_selection import config as attributes_config
 from tests.test_selection import from_bits, random_scores
@@ -277,22 +276,3 @@ class TestShown:
         assert read_score_table(tmp_path / "scores.parquet")[1]["format"] == 1
         facts = json.loads((tmp_path / "summary.json").read_text())
         assert "selectors" not in facts and "selectors" not in facts["config"]
-
-
-def test_excess_loss_against_a_reference_of_its_own_in_a_trainer(tmp_path):
-    tiny.model(seed=7).save_pretrained(tmp_path / "other")
-    tiny.tokenizer().save_pretrained(tmp_path / "other")
-    reference = {"model": str(tmp_path / "other"), "quantization": "none"}
-    part = {"scorer": "excess_loss", "reference": reference, "drop": {"quantile": 0.4}}
-    options = {"rows": tiny.problems(12), "max_steps": 3, "learning_rate": 0.02}
-    made, seen = trained(tmp_path, {**OFF, "min_kept": 0, "selectors": {"rho": part}}, **options)
-    plan = made._xtf_hooks.on_batch.__self__.plan
-    excess = logprobs(tiny.model(seed=7), plan.documents) - logprobs(tiny.model(), plan.documents)
-    np.testing.assert_allclose(plan.scores.selectors["rho"], excess, atol=2e-4)
-    facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())
-    assert 0.3 < facts["totals"]["attributes"]["rho"]["fired_fraction"] < 0.5
-    assert [entry["name"] for entry in facts["selectors"]["references"]] == [str(tmp_path / "other")]
-    assert made.state.log_history[0]["xtf/dropped_by/rho"] > 0
-    table = pq.read_table(tmp_path / "out/xtf/scores.parquet").to_pydict()
-    np.testing.assert_allclose(table["rho"], plan.scores.selectors["rho"])
-    assert sum(table["kept"]) == sum(int((batch["labels"] != -100).sum()) for batch in seen)

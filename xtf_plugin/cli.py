@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__
-from .environment import installed_version
+from . import __version__, environment
 from .errors import XTFError, XTFUserError, harmless
 from .hosts.recipes import COMMANDS, Recipe, check_environment, load_recipe, off, parse_block, score_recipe
 
@@ -207,7 +206,7 @@ def _cache_root(chosen: Path | None) -> Path:
 
 def _facts(recipe: Recipe, config: XTFConfig, hook: str) -> dict[str, str]:
     names = ("axolotl", *_DISTRIBUTIONS) if recipe.host == "axolotl" else _DISTRIBUTIONS
-    versions = [f"{name} {installed_version(name) or 'not installed'}" for name in names]
+    versions = [f"{name} {environment.installed_version(name) or 'not installed'}" for name in names]
     reference = config.reference
     selectors = ", ".join(f"{name} ({part.scorer})" for name, part in config.selectors.items())
     return {
