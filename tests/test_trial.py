@@ -11,10 +11,10 @@ from tests import tiny
 from tests.test_scorer import rows, run
 from tests.test_shortcuts import packing  # noqa: F401 (a fixture)
 from xtf_plugin import trial
+from xtf_plugin.batches import laid_out
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.reference import Reference
-from xtf_plugin.rows import laid_out
 
 
 class TestRotarySwitch:

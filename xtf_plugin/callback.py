@@ -23,7 +23,7 @@ from .hosts.supported import text_tokenizer
 from .hosts.trackers import log_report
 from .hosts.trainer import TrainerHooks, check_trainer, rows, rows_under_way, streamed, visible_columns, visible_part
 from .pipeline import Plan, ReferenceProvider, make_plan
-from .providers import BorrowedReference, SeparateReference
+from .providers import BorrowedReference, SeparateReference, loading_all_weights
 from .ranks import Ranks
 from .streaming import Stream, check_base
 from .verification import CHECKED, LabelVerifier, PlannedDocuments
@@ -84,9 +84,10 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         separate = partial(self._separate, documents)
         provider = self._borrowed or self.ranks.each(lambda: separate(self.config.reference))
         tokenizer = _tokenizer(self.trainer)
-        plan = make_plan(
-            self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks
-        )
+        with loading_all_weights():  # here, since it may be another thread that loads
+            plan = make_plan(
+                self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks
+            )
         self._adopt(plan)
 
     def _separate(self, documents: DocumentSet, reference: ReferenceConfig) -> ReferenceProvider:

@@ -33,9 +33,8 @@ from xtf_plugin.documents import collect
 from xtf_plugin.epochs import FILE, EpochSelection
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.hosts.recipe import load_recipe
-from xtf_plugin.loading import load
 from xtf_plugin.pipeline import make_plan
-from xtf_plugin.providers import SeparateReference
+from xtf_plugin.providers import SeparateReference, load
 from xtf_plugin.ranks import ALONE
 
 
