@@ -173,6 +173,11 @@ def default_batch_tokens(device: torch.device) -> int:
     return 16_384 if device.type == "cuda" else 4_096
 
 
+def meter(device: torch.device) -> Meter | None:
+    """Measures the device's memory; None for devices other than GPUs."""
+    return Meter(device) if device.type == "cuda" else None
+
+
 @dataclass(frozen=True)
 class Meter:
     """Memory of a CUDA device, in bytes."""
@@ -184,18 +189,13 @@ class Meter:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def grown(self) -> int:
-        """What was taken at the peak beyond what is held now, since `reset`."""
+        """Bytes taken at the peak since `reset` beyond what is held now."""
         return torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
 
     def free(self) -> int:
-        """What could still be taken: free on the device, or held by PyTorch and not in use."""
+        """Bytes free on the device, or held by PyTorch and not in use."""
         held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(torch.cuda.mem_get_info(self.device)[0]) + held
-
-
-def meter(device: torch.device) -> Meter | None:
-    """A meter of the device's memory, or None for devices that have none."""
-    return Meter(device) if device.type == "cuda" else None
 
 
 def budget_for(tokens: int, grown: int, free: int) -> int:
@@ -207,7 +207,7 @@ def budget_for(tokens: int, grown: int, free: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward failed for want of memory; a CPU's allocator says so in a plain RuntimeError."""
+    """Whether a forward ran out of memory; a CPU's allocator raises a plain RuntimeError."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
 
@@ -232,12 +232,8 @@ def halved(size: int, longest: int, tokens: int, device: torch.device, problem: 
         raise too_little(longest, problem)
     budget = max(longest, tokens // 2)
     logger.warning(
-        "xtf: out of memory with %d documents of up to %d tokens; going on with batches of %d tokens. Setting "
-        "`batch_tokens: %d` avoids the retry.",
-        size,
-        longest,
-        budget,
-        budget,
+        f"xtf: out of memory with {size} documents of up to {longest} tokens; going on with batches of {budget} "
+        f"tokens. Setting `batch_tokens: {budget}` avoids the retry."
     )
     return budget
 

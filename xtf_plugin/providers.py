@@ -69,14 +69,11 @@ class BorrowedReference:
 
     def description(self) -> dict[str, Any]:
         """Name and precision, for the log and the summary."""
-        base = self.reference.model
-        quantization = "nf4/fp4" if getattr(base, "is_loaded_in_4bit", False) else None
-        if getattr(base, "is_loaded_in_8bit", False):
-            quantization = "int8"
+        loaded = {bits: getattr(self.reference.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)}
         return {
             "name": self.reference.name,
             "source": "the model being trained, adapters off" if self.has_adapters else "the model being trained",
-            "quantization": quantization or "none",
+            "quantization": "int8" if loaded[8] else "nf4/fp4" if loaded[4] else "none",
             "autocast": self._precision,
             "device": self._device(),
             "weights": self._facts["weights"][:12],
@@ -101,16 +98,15 @@ class BorrowedReference:
                 "the first run (xtf `cache_dir`) and leave the block as it was, or name the base model under xtf "
                 "`reference.model`."
             )
-        plain = self.reference
+        found = self.reference
         if self.sharded:
-            root = self.trainer.model_wrapped
-            yield ShardedReference(plain.model, plain.name, plain.adapters_off, plain.autocast, root=root)
-        else:
-            yield plain
+            parts = found.model, found.name, found.adapters_off, found.autocast
+            found = ShardedReference(*parts, root=self.trainer.model_wrapped)
+        yield found
 
 
 def as_it_stands(trainer: Any, ranks: Ranks = ALONE) -> Reference:
-    """The model being trained with all that it has learnt, adapters on; once training has begun."""
+    """The model being trained, adapters on, once training has begun."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name, autocast = "the model being trained", trainer.accelerator.autocast
@@ -200,8 +196,7 @@ def check_tokenizers(ours: Any, theirs: Any, documents: DocumentSet, name: str) 
         if getattr(ours, special) != getattr(theirs, special):
             raise XTFUserError(
                 f"xtf.reference.model: {special} is {getattr(theirs, special)} in {name} and {getattr(ours, special)} "
-                "in the "
-                f"training tokenizer. {hint}"
+                f"in the training tokenizer. {hint}"
             )
     step = max(1, len(documents) // SAMPLE_DOCUMENTS)
     for index in range(0, len(documents), step):
@@ -216,8 +211,7 @@ def check_tokenizers(ours: Any, theirs: Any, documents: DocumentSet, name: str) 
 def compute_dtype(config: ReferenceConfig, device: torch.device) -> torch.dtype:
     """The precision in which a 4-bit reference multiplies: as configured, else bfloat16 where the device has it."""
     if config.dtype != "auto":
-        chosen: torch.dtype = getattr(torch, config.dtype)
-        return chosen
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 

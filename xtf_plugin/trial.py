@@ -99,15 +99,15 @@ def _in_8_bits(reference: Reference) -> bool:
 
 def _low_precision(reference: Reference) -> bool:
     """Whether any part of the forward runs in 16 bits; QLoRA keeps norms in float32 around a bfloat16 product."""
-    if _in_8_bits(reference):  # its inputs are float16, whatever the model's dtype
-        return True
     low = (torch.float16, torch.bfloat16)
     with reference.autocast():
-        if torch.is_autocast_enabled(reference.device.type):
-            return True
-    if any(parameter.dtype in low for parameter in reference.model.parameters()):
-        return True
-    return any(getattr(module, "compute_dtype", None) in low for module in reference.model.modules())
+        autocast = torch.is_autocast_enabled(reference.device.type)
+    return (
+        autocast
+        or _in_8_bits(reference)  # its inputs are float16, whatever the model's dtype
+        or any(parameter.dtype in low for parameter in reference.model.parameters())
+        or any(getattr(module, "compute_dtype", None) in low for module in reference.model.modules())
+    )
 
 
 def against_own_forward(
@@ -163,28 +163,27 @@ def against_own_forward(
 
 @dataclass(frozen=True)
 class _Given:
-    """What a forward says of a document: log-probabilities of all tokens but the first, and what the tokens receive."""
+    """Log-probabilities of all tokens of a document but the first, and the attention that its tokens receive."""
 
     logprobs: Tensor
     received: Tensor | None
 
     @classmethod
     def of(cls, reference: Reference, hidden: Tensor, ids: Tensor, received: Tensor | None) -> _Given:
-        """From the states (T, D) of a document (T,), and attention received (1, T)."""
+        """From states (T, D), token ids (T,) and attention received (1, T)."""
         found = reference.predictions(hidden[:-1], ids[1:])[0]
         return cls(found, None if received is None else received[0].float())
 
     def gap(self, other: _Given) -> float:
         """The largest difference; infinite where one is undefined and the other is not."""
-        pairs = [(self.logprobs, other.logprobs)]
-        if self.received is not None and other.received is not None:
-            pairs.append((self.received, other.received))
-        gaps = [0.0]
-        for one, two in pairs:
+        gap = 0.0
+        for one, two in ((self.logprobs, other.logprobs), (self.received, other.received)):
+            if one is None or two is None or not len(one):
+                continue
             if not torch.equal(one.isnan(), two.isnan()):
                 return float("inf")
-            gaps.append(float((one - two).nan_to_num().abs().max()) if len(one) else 0.0)
-        return max(gaps)
+            gap = max(gap, float((one - two).nan_to_num().abs().max()))
+        return gap
 
 
 def _mean_gap(one: Tensor, two: Tensor) -> float:
