@@ -219,7 +219,7 @@ class TestAdapters:
     }
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize(("kind", "made", "field", "value"), adapters())
+    @pytest.mark.parametrize(("kind", "made", "field", "value"), list(adapters()))
     def test_what_is_taken_leaves_the_base_model_as_it_was(self, kind, made, field, value):
         plain, names = tiny.model(), get_type_hints(made)
         options = {"task_type": "CAUSAL_LM", **({field: value} if field else {})}

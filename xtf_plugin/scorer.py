@@ -70,7 +70,7 @@ def score(
     """Score the `wanted` documents and hand each batch's scores to `sink`.
 
     Equals, per document: run the decoder, `attributes.attention_received` averaged over `layers` and
-    `attributes.predictions` at every completion token. Of several ranks each scores its share and is told the rest.
+    `attributes.predictions` at every completion token. Of several ranks each scores its share and receives the rest.
 
     Args:
         wanted: (n,) indices into `documents`, the same on every rank.
