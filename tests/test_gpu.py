@@ -16,9 +16,8 @@ import torch
 from tests import tiny
 from tests.test_attributes import SHAPES, STARTS, error, packed, parity, planted
 from tests.test_scorer import rows, run
-from tests.test_shortcuts import packing  # noqa: F401 (a fixture)
-from xtf_plugin import attributes, kernels, scorer, triton_dispatch
-from xtf_plugin.attributes import AttentionSpec
+from tests.test_shortcuts import PACKED
+from xtf_plugin import attributes, kernels, scorer, trial, triton_dispatch
 from xtf_plugin.data.documents import collect
 from xtf_plugin.reference import Reference, borrow
 from xtf_plugin.store import ScoreStore
@@ -62,13 +61,13 @@ def test_attention_and_logsumexp(shape, dtype, tolerance):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_scores_agree_with_the_cpu(request, family, dtype):
+def test_packed_scores_agree_with_the_cpu(family, dtype):
     """Rows that hold several documents: by flash attention over offsets, or where there is none made to."""
     documents = collect(rows(sizes=range(20, 300, 7)))
     cpu, _ = run(documents, tiny.model(family), (0, 1))
-    if (family, dtype) != ("llama", torch.bfloat16):
-        request.getfixturevalue("packing")
-    cuda, stats = run(documents, tiny.model(family).to("cuda", dtype), (0, 1), batch_tokens=1_000)
+    packing = trial.WHERE_FASTER if (family, dtype) == ("llama", torch.bfloat16) else PACKED
+    model = tiny.model(family).to("cuda", dtype)
+    cuda, stats = run(documents, model, (0, 1), batch_tokens=1_000, packing=packing)
     assert stats.padded_tokens == stats.tokens and stats.batches > 3, "nothing was packed"
     for key, records in cpu.items():
         for name, values in records.columns.items():

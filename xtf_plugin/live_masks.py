@@ -90,6 +90,7 @@ class LiveMasks:
             if not alike:
                 del self._by_tokens[token_hash(entry.ids)]
 
+    @property
     def lengths(self) -> set[int]:
         """See `verification.Planned`."""
         return {len(entry.ids) for held in (self._sample, self._entries) for entry in held.values()}

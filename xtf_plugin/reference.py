@@ -31,14 +31,20 @@ from .packing import Packed
 
 T = TypeVar("T")
 
-LAYERS = ("layers", "h", "blocks")
-FEED_FORWARD = ("mlp", "feed_forward", "ffn")
-_KERNELS = "axolotl.kernels.lora"
-_PATCHES = "axolotl.monkeypatch.lora_kernels"
-_PROJECTIONS = {"apply_qkv": "original_apply_qkv_optional_v", "apply_o": "original_apply_o"}
-
-# LoRA initialisations that change the base weights: with the adapter off, what is left is not the base model.
-_BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
+# PEFT's adapters that leave the base weights alone, as `test_scorer.TestAdapters` shows of each: with the adapter off,
+# what is left is the base model. Others may not (PiSSA and its like do not), so they are refused.
+ADAPTERS = frozenset(
+    "ADALORA ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "
+    "LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING PSOFT PVERA "
+    "P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT".split()
+)
+ADAPTER_INITS: dict[str, tuple[Any, ...]] = {
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
+    "init_weights": (
+        *(True, False, None),
+        *("gaussian", "kaiming_uniform", "xavier_uniform", "lycoris", "bat", "mini", "zero"),
+    ),
+}
 
 
 @dataclass
@@ -397,6 +403,20 @@ def logit_transform(text_config: Any) -> tuple[float, float | None]:
     return scale, None if softcap is None else float(softcap)
 
 
+def _check_adapter(adapter: Any) -> None:
+    """Refuse a PEFT config with a type or initialisation that is not known to leave the base weights alone."""
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    found = [("peft_type", kind, tuple(sorted(ADAPTERS)))]
+    found += [(name, getattr(adapter, name), legal) for name, legal in ADAPTER_INITS.items() if hasattr(adapter, name)]
+    for name, value, legal in found:
+        if value not in legal:
+            raise XTFUserError(
+                f"xtf: an adapter with {name}={value!r} may change the base weights: the model with its adapter off is "
+                f"then not the base model. Legal: {', '.join(map(str, legal))}. Use one of them, or name the base "
+                "model under xtf `reference.model`."
+            )
+
+
 def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Reference:
     """The model being trained, adapters off, as the reference: no second copy, no extra memory.
 
@@ -405,7 +425,7 @@ def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nul
         autocast: the trainer's mixed-precision context.
 
     Raises:
-        XTFError: no LM head, or an adapter whose initialisation changed the base weights.
+        XTFError: no LM head, or an adapter of which it is not known that it leaves the base weights alone.
     """
     adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
     base = model
@@ -416,13 +436,7 @@ def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nul
         )
     if isinstance(model, PeftModel):
         for adapter in model.peft_config.values():
-            init = getattr(adapter, "init_lora_weights", None)
-            if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-                raise XTFUserError(
-                    f"init_lora_weights={init!r} changes the base weights, so the model with its adapter off is not "
-                    "the "
-                    "base model. Name the base model under xtf `reference.model`, or use another initialisation."
-                )
+            _check_adapter(adapter)
         base = model.get_base_model()
         adapters_off = model.disable_adapter
     name = str(getattr(base.config, "name_or_path", "")) or type(base).__name__

@@ -27,6 +27,7 @@ CHECKED = 64  # the first so many batches and then every 64th; clean data may ha
 class Planned(Protocol):
     """Documents and what is planned for them."""
 
+    @property
     def lengths(self) -> set[int]:
         """All lengths in tokens that a planned document has."""
 
@@ -46,9 +47,10 @@ class PlannedDocuments:
     documents: DocumentSet
     keep: Bools
 
+    @cached_property
     def lengths(self) -> set[int]:
         """See `Planned`."""
-        return self._lengths
+        return set(np.unique(self.documents.lengths).tolist())
 
     def find(self, ids: Ids) -> Iterator[Candidate]:
         """See `Planned`. Equals a search through all documents; it looks at those with the same hash."""
@@ -58,10 +60,6 @@ class PlannedDocuments:
             tokens, completion = self.documents.document(int(index))
             if np.array_equal(tokens, ids):
                 yield completion, self.keep[offsets[index] : offsets[index + 1]]
-
-    @cached_property
-    def _lengths(self) -> set[int]:
-        return set(np.unique(self.documents.lengths).tolist())
 
     @cached_property
     def _index(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -76,20 +74,11 @@ class PlannedDocuments:
 
 @dataclass
 class LabelVerifier:
-    """Checks batches against the plan until one has shown that labels are dropped: each of the first 64, then every
-    64th.
-
-    Args:
-        planned: documents and what is planned for them.
-
-    Attributes:
-        batches: how many were given.
-        proven: whether one had labels to drop, and they were dropped.
-    """
+    """Checks batches until one has shown that labels are dropped: each of the first 64, then every 64th."""
 
     planned: Planned
-    batches: int = 0
-    proven: bool = False
+    batches: int = 0  # how many were given
+    proven: bool = False  # whether one had labels to drop, and they were dropped
 
     def check(self, inputs: Mapping[str, Any]) -> None:
         """Count a batch and check it if it is due, see `verify_batch`."""
@@ -159,11 +148,8 @@ def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 
 
 class _Verdict(NamedTuple):
-    """How a document arrived: `equal`, `one more` (see `collator._revive`) or `differs`; and how many labels that would
-    train are seen to be dropped."""
-
-    kind: str
-    dropped: int
+    kind: str  # `equal`, `one more` (see `collator._revive`) or `differs`
+    dropped: int  # how many labels that would train are seen to be dropped
 
 
 def _matches(planned: Planned, ids: Ids, labels: Any) -> _Verdict | None:
@@ -185,7 +171,7 @@ def _matches_prefix(planned: Planned, ids: Ids, labels: Any) -> _Verdict | None:
     """`_matches` for a row with padding and no mask of it: the longest document that the row begins with."""
     labelled = np.flatnonzero(labels != IGNORE_INDEX)
     shortest = int(labelled[-1]) + 1 if len(labelled) else 0
-    for length in sorted((n for n in planned.lengths() if shortest <= n < len(ids)), reverse=True):
+    for length in sorted((n for n in planned.lengths if shortest <= n < len(ids)), reverse=True):
         verdict = _matches(planned, ids[:length], labels[:length])
         if verdict is not None:
             return verdict

@@ -32,9 +32,9 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.hosts.recipes import load_recipe
-from xtf_plugin.loading import load
 from xtf_plugin.plan import make_plan
-from xtf_plugin.providers import SeparateReference
+from xtf_plugin.providers import SeparateReference, load
+from xtf_plugin.ranks import ALONE
 
 
 def plan(cache: Path, **block):
