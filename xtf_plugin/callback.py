@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from . import output, report
+from .cached_scores import ReferenceProvider
 from .collator import XTFDataCollator
 from .config.block import XTFConfig
 from .fields import ReferenceConfig
@@ -20,9 +21,17 @@ from .data.documents import IGNORE_INDEX, DocumentSet, collect
 from .environment import is_on
 from .errors import XTFDryRun, XTFError, XTFUserError
 from .hosts.supported import text_tokenizer
-from .hosts.trackers import log_report
-from .hosts.trainer import TrainerHooks, check_trainer, rows, rows_under_way, streamed, visible_columns, visible_part
-from .plan import Plan, ReferenceProvider, make_plan
+from .hosts.trainer import (
+    TrainerHooks,
+    check_trainer,
+    log_report,
+    rows,
+    rows_under_way,
+    streamed,
+    visible_columns,
+    visible_part,
+)
+from .plan import Plan, make_plan
 from .providers import BorrowedReference, SeparateReference, loading_all_weights
 from .ranks import Ranks
 from .streaming import Stream, check_base
@@ -77,8 +86,8 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             return
         documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
         separate = partial(self._separate, documents)
-        provider = self._borrowed or self.ranks.each(lambda: separate(self.config.reference))
-        tokenizer = _tokenizer(self.trainer)
+        provider = self._borrowed or self.ranks.run_with_heartbeat(lambda: separate(self.config.reference))
+        tokenizer = text_tokenizer(self.trainer)
         with loading_all_weights():  # here, since it may be another thread that loads
             plan = make_plan(
                 self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks

@@ -103,16 +103,6 @@ class BorrowedReference:
         yield found
 
 
-def as_it_stands(trainer: Any, ranks: Ranks = ALONE) -> Reference:
-    """The model being trained, adapters on, once training has begun."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    name, autocast = "the model being trained", trainer.accelerator.autocast
-    if ranks.size > 1 and getattr(trainer, "is_fsdp_enabled", False):
-        return ShardedReference(base, name, autocast=autocast, root=trainer.model_wrapped)
-    return Reference(base, name, autocast=autocast)
-
-
 class SeparateReference:
     """A model of its own, usually smaller or more strongly quantised, with the training model's vocabulary.
 

@@ -31,6 +31,12 @@ from .packing import Packed
 
 T = TypeVar("T")
 
+LAYERS = ("layers", "h", "blocks")
+FEED_FORWARD = ("mlp", "feed_forward", "ffn")
+_KERNELS = "axolotl.kernels.lora"
+_PATCHES = "axolotl.monkeypatch.lora_kernels"
+_PROJECTIONS = {"apply_qkv": "original_apply_qkv_optional_v", "apply_o": "original_apply_o"}
+
 # PEFT's adapters that leave the base weights alone, as `test_scorer.TestAdapters` shows of each: with the adapter off,
 # what is left is the base model. Others may not (PiSSA and its like do not), so they are refused.
 ADAPTERS = frozenset(

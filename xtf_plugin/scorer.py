@@ -23,10 +23,7 @@ from tqdm.auto import tqdm
 
 from .batches import (
     PROBE_TOKENS,
-    Beside,
     ScoringStats,
-    begun_at,
-    begun_in_gap,
     budget_for,
     default_batch_tokens,
     halved,
@@ -39,10 +36,9 @@ from .batches import (
 )
 from .data.documents import DocumentSet
 from .errors import XTFError
-from .ranks import ALONE, Ranks
+from .ranks import ALONE, Ranks, exchange_results, share_out
 from .records import Records
 from .reference import Reference, rotary_switch
-from .ranks import meet, share_out
 from .trial import WHERE_FASTER, Packing, check
 
 logger = logging.getLogger(__name__)
@@ -64,7 +60,6 @@ def score(
     label: str = "scoring",
     ranks: Ranks = ALONE,
     others: Sink | None = None,
-    beside: Beside | None = None,
     packing: Packing = WHERE_FASTER,
 ) -> ScoringStats:
     """Score the `wanted` documents and hand each batch's scores to `sink`.
@@ -80,7 +75,6 @@ def score(
         progress: show a bar, called by `label`.
         ranks: of the run.
         others: called with the records of other ranks; None: `sink`.
-        beside: processes other than ranks that score the same documents; what they have stored is left out.
         packing: where documents are packed into one row.
 
     Returns:
@@ -99,7 +93,7 @@ def score(
     own = wanted[rank_of == ranks.rank]
     name = f"xtf: {label}" if ranks.size == 1 else f"xtf: {label}, rank {ranks.rank} of {ranks.size}"
     bar = tqdm(total=int(documents.lengths[own].sum()), unit="tok", unit_scale=True, desc=name, disable=not progress)
-    work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)), beside, packing.windows)
+    work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)), packing.windows)
     with bar, reference.scoring(record=bool(layers) or work.packs):
         if ranks.size == 1:
             for records in work.batches(own, batch_tokens):
@@ -116,8 +110,11 @@ def score(
         def take(records: Records, mine: bool) -> None:
             (sink if mine or others is None else others)(records)
 
-        sums = meet(ranks, batches, lambda: list(asdict(work.stats).values()), take, lockstep=reference.lockstep)
-    return ScoringStats.of_all(sums)
+        def counts() -> list[float]:
+            return list(asdict(work.stats).values())
+
+        totals = exchange_results(ranks, batches, counts, take, lockstep=reference.lockstep)
+    return ScoringStats.of_all(totals)
 
 
 class _Work:
@@ -130,7 +127,6 @@ class _Work:
         layers: tuple[int, ...],
         bar: Any,
         stats: ScoringStats,
-        beside: Beside | None,
         windows: bool,
     ) -> None:
         self.documents, self.reference, self.layers, self.bar, self.stats = documents, reference, layers, bar, stats

@@ -21,7 +21,6 @@ from torch.nn.modules.conv import _ConvNd
 from .batches import is_out_of_memory, too_little
 from .data.documents import DocumentSet
 from .errors import XTFError
-from .reference import last_feed_forward
 from .packing import Packed
 from .reference import Reference, last_feed_forward, rotary_switch
 
