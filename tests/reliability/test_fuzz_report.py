@@ -28,6 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
+from xtf_plugin.table import PAGE, SCHEMA
 
 from tests.browsing import browser  # noqa: F401 (a fixture)
 from tests.reliability import record
@@ -43,7 +44,6 @@ from xtf_plugin.marks import Marks
 from xtf_plugin.pipeline import Plan, scores_of
 from xtf_plugin.selection import select
 from xtf_plugin.spans import byte_alphabet
-from xtf_plugin.table import PAGE, SCHEMA
 
 NASTY = """</script> <script>owned=1</script> <!-- --> <img/src=x/onerror=owned=1> &lt; &#x1b; ]]> </SCRIPT $data
 $script $ ${owned} " ' \\ \\x1b \\u202e · ◌ [bold] [/bold] [link=x]a javascript:owned=1 __proto__ constructor ⟨ff⟩

@@ -50,6 +50,9 @@ function showSliders() {
       make("div", {id: `histogram-${voter.name}`}), ...parts, make("p", {id: `counts-${voter.name}`, class: "counts"}));
   });
   put("sliders", ...boxes);
+  put("promise", sliders.some((slider) => slider.key)
+    ? "Move a threshold: counts are of the whole dataset, without the tokens that min_kept brings back."
+    : "No threshold of this block can be moved.");
   const combine = document.getElementById("combine"), own = S.config.combine;
   const choices = ["union", "majority", "intersection"];
   if (typeof own !== "string") choices.push(own);
@@ -91,9 +94,8 @@ async function copy() {
 }
 
 function refresh() {
-  const moved = state.at.some((place, i) => place !== start[i]) || !same(state.combine, S.config.combine);
   const before = count(start, S.config.combine), now = count(state.at, state.combine);
-  if (!moved) now.dropped = S.totals.dropped_tokens;  // equal, but for a control and a floor that is not counted
+  const dropped = moved() ? now.dropped : S.totals.dropped_tokens;  // the run's own count has control and floor in it
   sliders.forEach((slider, i) => {
     const input = document.getElementById(`slider-${i}`), text = stopText(slider, slider.stops[state.at[i]]);
     if (!input) return;
@@ -104,15 +106,15 @@ function refresh() {
     put(`histogram-${voter.name}`, histogram(voter.name));
     put(`counts-${voter.name}`, `fires on ${number(now.fired[voter.name])} tokens (${share(now.fired[voter.name], now.tokens)})`);
   });
-  put("now-dropped", number(now.dropped));
-  put("now-kept", number(now.tokens - now.dropped));
-  put("now-share", share(now.tokens - now.dropped, now.tokens));
+  put("now-dropped", number(dropped));
+  put("now-kept", number(now.tokens - dropped));
+  put("now-share", share(now.tokens - dropped, now.tokens));
   const change = now.dropped - before.dropped;
-  put("change", !moved ? "as in the run" : `${change < 0 ? "−" : "+"}${number(Math.abs(change))} dropped against the run`);
+  put("change", !moved() ? "as in the run" : `${change < 0 ? "−" : "+"}${number(Math.abs(change))} dropped against the run`);
   put("yaml", block());
   put("illegal", illegal());
   document.getElementById("illegal").hidden = !illegal();
-  document.body.classList.toggle("moved", moved);
+  document.body.classList.toggle("moved", moved());
   if (view.reason || view.order !== "given") listDocuments();  // what it shows may have changed
   else shade();
 }
