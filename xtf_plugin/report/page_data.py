@@ -42,7 +42,7 @@ def page_data(table: ScoreTable, moved: WhatIf | None = None) -> dict[str, Any]:
     vocabulary = np.unique(np.concatenate([*shown, np.zeros(0, dtype=np.int32)]))
     pieces = [table.pieces[token] for token in vocabulary.tolist()]
     return {
-        "summary": dict(table.about),
+        "summary": {name: value for name, value in table.about.items() if name != "format"},  # the file has its own
         "block": minimal(table.config),
         "preset_selectors": sorted(PRESETS[table.config.preset].get("selectors", {})),
         "bits": {**rule_bits(table.config), **DECISIONS},

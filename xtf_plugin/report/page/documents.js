@@ -58,7 +58,7 @@ function article(doc) {
 function legend() {
   const names = voters.map((voter, i) => make("span", {class: `token rule-${i % 6}`}, named(voter.name)));
   if (voters.length > 1) names.push(make("span", {class: "token rules"}, "several"));
-  put("rules", "The line below tells the rule: ", make("span", {class: "text"}, ...names));
+  put("rules", "The line below a token is its rule's: ", make("span", {class: "text"}, ...names));
 }
 
 function shade() {

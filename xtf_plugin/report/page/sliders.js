@@ -51,7 +51,7 @@ function showSliders() {
   });
   put("sliders", ...boxes);
   put("promise", sliders.some((slider) => slider.key)
-    ? "Move a threshold: counts are of the whole dataset, without the tokens that min_kept brings back."
+    ? "Move a threshold: counts of the whole dataset and the documents below follow, without the tokens that min_kept brings back."
     : "No threshold of this block can be moved.");
   const combine = document.getElementById("combine"), own = S.config.combine;
   const choices = ["union", "majority", "intersection"];
