@@ -116,7 +116,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
         plan = stream.calibrate(trainer.train_dataset, visible_part(trainer), provider, progress=progress)
         self._adopt(plan)
-        summary.tell(stream.begin(plan, rows_under_way(trainer), resumed=resumed))
+        summary.print_lines(stream.begin(plan, rows_under_way(trainer), resumed=resumed))
         assert stream.masks is not None
         self.collator.masks, self._watch = stream.masks, Watch(stream.masks)
 
@@ -170,7 +170,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 CLOSELY,
             )
         if self._stream is not None:
-            summary.tell([self._stream.summary()])
+            summary.print_lines([self._stream.summary()])
             self._stream.close()
 
     def _dropped(self) -> int:

@@ -178,8 +178,10 @@ def test_other_thresholds_select_as_a_run_with_them(plan, path, changed):
     config, found = XTFConfig.parse({**BLOCK, **changed}), score_table.read(path)
     expected = select(plan.scores, config, plan.marks.protected, plan.marks.forced, plan.marks.segments)
     where = same(found, table_of(plan))
-    assert (expected.keep != plan.selection.keep).any()
-    np.testing.assert_array_equal(reselect(found, config).keep[where], expected.keep)
+    again = reselect(found, config)
+    assert (expected.reasons != plan.selection.reasons).any()
+    np.testing.assert_array_equal(again.keep[where], expected.keep)
+    np.testing.assert_array_equal(again.reasons[where], expected.reasons)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_every_stop_fires_where_a_run_with_it_would(name, seed):
             np.testing.assert_array_equal(fires, (reasons & bit) > 0, err_msg=f"{voter} {at}")
             different.add((voter, int(fires.sum())))
         checked += 1
-    assert (checked > 5 and len(different) >= 3) or name == "capped schools"
+    assert (checked > 3 and len(different) >= 3) or name == "capped schools"
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -159,4 +159,4 @@ def test_further_rules_stay_as_they_are():
 
 def test_with_a_random_control_nothing_moves():
     given, _ = table("", block=XTFConfig.parse({"preset": "paper", "control": "random"}))
-    assert all(slider.key == "" and "control" in slider.told for slider in whatif.build(given).sliders)
+    assert all(slider.key == "" and "control" in slider.note for slider in whatif.build(given).sliders)

@@ -75,7 +75,7 @@ def _whatif(moved: WhatIf) -> dict[str, Any]:
                 "patterns": ["".join("01"[bit] for bit in row) for row in slider.patterns.astype(int).tolist()],
                 "limits": [list(limits) for limits in slider.limits],
                 "own": slider.own,
-                "told": slider.told,
+                "note": slider.note,
             }
             for slider in moved.sliders
         ],

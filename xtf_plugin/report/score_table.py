@@ -231,8 +231,8 @@ def read(path: Path) -> ScoreTable:
         held = pa.concat_tables([columns.empty_table(), *batches(file, columns.names, path)])
         return _table(about, config, held)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        told = str(error).removeprefix(f"{path} ")
-        raise XTFUserError(f"{path} is not what this xtf-plugin writes: {told} {_ADVICE}") from error
+        why = str(error).removeprefix(f"{path} ")
+        raise XTFUserError(f"{path} is not what this xtf-plugin writes: {why} {_ADVICE}") from error
 
 
 def _table(about: Mapping[str, Any], config: XTFConfig, held: Any) -> ScoreTable:

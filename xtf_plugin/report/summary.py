@@ -138,7 +138,7 @@ def show(plan: Plan, written: list[Path]) -> None:
     """Print the plan to the terminal (standard error): shares, the rules' warnings, where the files are."""
     stats = plan.stats
     Console(stderr=True, soft_wrap=True).print(terminal.totals_table(totals(plan)))
-    tell(
+    print_lines(
         [
             *_streaming_line(plan),
             f"reference {plan.reference.get('name')} ({plan.reference.get('source')})",
@@ -160,7 +160,7 @@ def _streaming_line(plan: Plan) -> list[str]:
     return [f"calibration sample: the first {number:,} documents of the stream, {which}; all figures here are of it"]
 
 
-def tell(lines: list[str]) -> None:
+def print_lines(lines: list[str]) -> None:
     """Print lines to the terminal (standard error)."""
     console = Console(stderr=True, soft_wrap=True)
     for line in lines:

@@ -78,7 +78,7 @@ class Slider:
         codes: (M,) the pattern of each completion token.
         limits: the thresholds that each stop comes to, in units of the score; none where no score is known.
         own: every document has its own threshold, and `limits` are their medians.
-        told: what its counts leave out, or why it cannot be moved.
+        note: what its counts leave out, or why it cannot be moved.
     """
 
     voter: str
@@ -89,7 +89,7 @@ class Slider:
     codes: NDArray[np.uint8]
     limits: Sequence[Sequence[float]]
     own: bool
-    told: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ def thinned(slider: Slider) -> Slider:
     )
 
 
-def _fixed(voter: str, part: AttributeConfig, scores: Floats, layout: Layout, told: str) -> Slider:
+def _fixed(voter: str, part: AttributeConfig, scores: Floats, layout: Layout, note: str) -> Slider:
     mask, drops = fires(part, scores, layout)
     patterns = np.asarray([[False], [True]])
-    return Slider(voter, "", [OFF], 0, patterns, mask.astype(np.uint8), [_limits(drops)], _own([drops]), told)
+    return Slider(voter, "", [OFF], 0, patterns, mask.astype(np.uint8), [_limits(drops)], _own([drops]), note)
 
 
 def _slider(voter: str, key: str, part: AttributeConfig, scores: Floats, layout: Layout) -> Slider:
@@ -192,9 +192,9 @@ def _slider(voter: str, key: str, part: AttributeConfig, scores: Floats, layout:
         drops.append(came_to)
     found, codes = np.unique(bits, return_inverse=True)
     patterns = (found[:, None] >> np.arange(len(stops), dtype=np.uint32)) & 1 > 0
-    told = _LOOKS if getattr(part, "context", None) == "kept" else ""
+    note = _LOOKS if getattr(part, "context", None) == "kept" else ""
     limits = [_limits(came_to) for came_to in drops]
-    return Slider(voter, key, stops, stops.index(own), patterns, codes.astype(np.uint8), limits, _own(drops), told)
+    return Slider(voter, key, stops, stops.index(own), patterns, codes.astype(np.uint8), limits, _own(drops), note)
 
 
 def _limits(drops: Mapping[str, Any]) -> list[float]:

@@ -48,7 +48,7 @@ function article(doc) {
   });
   text.doc = doc;
   const left = doc.length - doc.shown.length;
-  if (left) text.append(make("p", {class: "told"}, `${number(left)} more completion tokens are not shown`));
+  if (left) text.append(make("p", {class: "note"}, `${number(left)} more completion tokens are not shown`));
   const often = doc.occurrences > 1 ? ` · occurs ${number(doc.occurrences)} times` : "";
   return make("article", {}, make("h3", {}, `row ${doc.row}`,
     make("small", {}, ` · document ${doc.key.slice(0, 12)} · ${doc.why}${often} · `, make("span", {class: "kept-count"}))), text);
@@ -77,10 +77,10 @@ function shade() {
     const kept = found.filter((token) => token.kept).length;
     text.parentElement.querySelector(".kept-count").textContent = `kept ${number(kept)} of ${number(found.length)}`;
   }
-  if (view.current) tell(view.current);
+  if (view.current) describe(view.current);
 }
 
-function tell(span) {
+function describe(span) {
   const text = span.closest(".document"), doc = text.doc, i = Number(span.dataset.token), token = text.found[i];
   const lines = [make("p", {class: "verdict"}, make("span", {class: "text"}, span.textContent), " ", verdict(token))];
   for (const voter of voters) {
@@ -103,7 +103,7 @@ function point(span) {
   view.current = span;
   if (!span) { document.getElementById("tip").hidden = true; return; }
   span.classList.add("current");
-  tell(span);
+  describe(span);
 }
 
 function hold(span) {

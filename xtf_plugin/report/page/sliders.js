@@ -32,19 +32,19 @@ function histogram(voter) {
   const caption = own.some(lacks) ? "this stop comes to no threshold" : outside ? "a threshold lies outside" : "heights: square root";
   return make("figure", {}, picture, make("figcaption", {}, make("span", {}, short(low)), make("span", {}, caption),
     make("span", {}, short(high))),
-    own.some((slider) => slider.own) ? make("p", {class: "told"}, "each document has its own threshold; the line is their median") : null);
+    own.some((slider) => slider.own) ? make("p", {class: "note"}, "each document has its own threshold; the line is their median") : null);
 }
 
 function showSliders() {
   const boxes = voters.map((voter) => {
     const parts = voter.sliders.map((index) => {
       const slider = sliders[index], id = `slider-${index}`;
-      if (slider.key === "") return make("p", {class: "told"}, slider.told);
+      if (slider.key === "") return make("p", {class: "note"}, slider.note);
       const output = make("output", {for: id, id: `${id}-text`});
       const input = make("input", {type: "range", id, min: 0, max: slider.stops.length - 1, step: 1, value: start[index],
         "data-voter": slider.voter, "data-key": slider.key, oninput: (event) => move(index, Number(event.target.value))});
       return make("div", {class: "slider"}, make("label", {for: id}, `drop: ${slider.key}`), input, output,
-        slider.told ? make("p", {class: "told"}, slider.told) : null);
+        slider.note ? make("p", {class: "note"}, slider.note) : null);
     });
     return make("section", {class: "voter"}, make("h3", {}, named(voter.name)),
       make("div", {id: `histogram-${voter.name}`}), ...parts, make("p", {id: `counts-${voter.name}`, class: "counts"}));
@@ -83,13 +83,13 @@ function reset() {
 }
 
 async function copy() {
-  const text = document.getElementById("yaml").textContent, told = document.getElementById("copied");
+  const text = document.getElementById("yaml").textContent, said = document.getElementById("copied");
   try {
     await navigator.clipboard.writeText(text);
-    told.textContent = "copied";
+    said.textContent = "copied";
   } catch {
     getSelection().selectAllChildren(document.getElementById("yaml"));
-    told.textContent = "selected: press Ctrl+C";
+    said.textContent = "selected: press Ctrl+C";
   }
 }
 
