@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
-from xtf_plugin import output
+from xtf_plugin.report import writer as output
 from xtf_plugin.data import sentences, token_text as spans
 from xtf_plugin.config.block import ATTRIBUTES, XTFConfig
 from xtf_plugin.data.documents import collect
@@ -18,6 +18,7 @@ from xtf_plugin.fingerprint import digest, model_facts
 from xtf_plugin.selection.text_rules import completion_runs, special_ids
 from xtf_plugin.plan import make_plan
 from xtf_plugin.reference import Reference
+from xtf_plugin.report import summary
 
 
 class Provider:
@@ -78,10 +79,10 @@ def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch):
     monkeypatch.setattr(sentences, "segment_starts", lambda *given: split.append(given[0]) or starts(*given))
     block = {"protect": {"patterns": ["\\d+"]}, "force_drop": ["happy"], "task_relevance": {"window": "line"}}
     made = plan(block)
-    told = output.page_data(made, tiny.tokenizer())
+    found = summary.described(made, tiny.tokenizer())[0].about
     assert searched == [["\\d+"], ["happy"]] and split == ["line"]
-    again = output.page_data(dataclasses.replace(made, marks=None), tiny.tokenizer())
-    assert told == again and len(searched) == 4
+    again = summary.described(dataclasses.replace(made, marks=None), tiny.tokenizer())[0].about
+    assert found == again and len(searched) == 4
 
 
 class TestStore:

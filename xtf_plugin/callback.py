@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from . import output, report
+
 from .cached_scores import ReferenceProvider
 from .collator import XTFDataCollator
 from .config.block import XTFConfig
@@ -34,6 +34,7 @@ from .hosts.trainer import (
 from .plan import Plan, make_plan
 from .providers import BorrowedReference, SeparateReference, loading_all_weights
 from .ranks import Ranks
+from .report import summary, writer
 from .streaming import Stream, check_base
 from .verification import CHECKED, LabelVerifier, PlannedDocuments
 
@@ -120,7 +121,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
         plan = stream.calibrate(trainer.train_dataset, visible_part(trainer), provider, progress=progress)
         self._adopt(plan)
-        report.tell(stream.begin(plan, rows_under_way(trainer), resumed=resumed))
+        summary.print_lines(stream.begin(plan, rows_under_way(trainer), resumed=resumed))
         assert stream.masks is not None
         self.collator.masks, self._verifier = stream.masks, LabelVerifier(stream.masks)
 
@@ -130,7 +131,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self.plan = plan
         self.collator.masks = plan.masks()
         self._verifier = LabelVerifier(PlannedDocuments(plan.documents, plan.selection.keep))
-        self._constant_metrics = report.metrics(plan)
+        self._constant_metrics = summary.metrics(plan)
         self.ranks.from_main(lambda: self._report(Path(args.output_dir)))
         dry_run = self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN"))
         self.ranks.agree(str(dry_run).encode(), "XTF_DRY_RUN")  # or one would wait for another that has ended
@@ -174,7 +175,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 CHECKED,
             )
         if self._stream is not None:
-            report.tell([self._stream.summary()])
+            summary.print_lines([self._stream.summary()])
             self._stream.close()
 
     def _dropped(self) -> int:
@@ -192,17 +193,17 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         extra = os.environ.get("XTF_SCORES_OUTPUT")
         if self.config.report is not False:
             folder = output_dir / "xtf" if self.config.report is True else Path(os.path.expanduser(self.config.report))
-            written = output.write(self.plan, tokenizer, folder, whole=bool(extra))
-            if folder / output.PAGE in written:
-                log_report(self.trainer.args.report_to, folder / output.PAGE)
+            written = writer.write(self.plan, tokenizer, folder, whole=bool(extra))
+            if folder / writer.PAGE in written:
+                log_report(self.trainer.args.report_to, folder / writer.PAGE)
         if extra and Path(extra).resolve() not in [path.resolve() for path in written]:
             try:
-                written.append(output.write_again(self.plan, tokenizer, written, Path(extra)))
+                written.append(writer.write_again(self.plan, tokenizer, written, Path(extra)))
             except OSError as error:
                 raise XTFUserError(
                     f"xtf: the score table {extra} cannot be written ({error}); name another path."
                 ) from error
-        report.show(self.plan, written)
+        summary.show(self.plan, written)
         return b""
 
     def _on_batch(self, inputs: Mapping[str, Any]) -> None:
