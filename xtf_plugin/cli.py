@@ -244,7 +244,7 @@ def _is_current(path: Path, target: Path, recipe: Recipe) -> bool:
 
     if not path.exists() or path.stat().st_mtime_ns < target.stat().st_mtime_ns:
         return False
-    config, about = XTFConfig.parse(recipe.block), score_table.metadata(score_table.open_file(path))
+    config, about = XTFConfig.parse(recipe.block), score_table.metadata(score_table.open_file(path), path)
     if about.get("format", score_table.FORMAT) != score_table.FORMAT:
         return False
     return config is None or about.get("config") in (None, config.to_dict())

@@ -236,4 +236,4 @@ def test_the_terminal_is_given_no_control_characters(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main([str(word) for word in words])
         shown = capsys.readouterr()
-        assert CONTROL.findall(shown.out + shown.err) == [] and "x1b" in shown.out, words[0]
+        assert CONTROL.findall(shown.out + shown.err) == [] and "x1b" in shown.out + shown.err, words[0]

@@ -54,7 +54,7 @@ SCHEMA = pa.schema(
 )
 CHUNK_TOKENS = 500_000
 _ADVICE = "Make it again: xtf score RECIPE"
-_REQUIRED = ("row", "document", "position", "token_id", "kept", "reason", "protected", "forced")  # null in no row
+_REQUIRED = ("row", "document", "position", "token_id", "kept", "protected", "forced")  # null in no row
 _ROW_GROUP = 1 << 18
 _DICTIONARY_BYTES = 1 << 23  # beyond it Parquet repeats every string in full: 36 bytes of document key for each token
 
@@ -219,7 +219,7 @@ def read(path: Path) -> ScoreTable:
         XTFUserError: no such file, no score table of this format, or one that does not fit together.
     """
     file = open_file(path)
-    about = metadata(file)
+    about = metadata(file, path)
     if (found := about.get("format")) != FORMAT:
         what = f"a score table of format {found}" if isinstance(found, int) else "no score table of xtf"
         advice = "Upgrade it." if isinstance(found, int) and found > FORMAT else _ADVICE
@@ -250,7 +250,7 @@ def _table(about: Mapping[str, Any], config: XTFConfig, held: Any) -> ScoreTable
         return np.asarray(held[name].to_numpy()[where])
 
     bits = {**rule_bits(config), **DECISIONS}
-    fates, names = _codes(held["reason"])
+    fates, names = _codes(held["reason"].fill_null(""))
     values = np.asarray([sum(bits[name] for name in text.split(",") if name) for text in names], dtype=np.uint16)
     distinct, at = np.unique(held["token_id"].to_numpy(), return_index=True)
     texts = held["token"].take(pa.array(at)).to_pylist()
@@ -288,7 +288,7 @@ def open_file(path: Path) -> Any:
         ) from error
 
 
-def metadata(file: Any) -> dict[str, Any]:
+def metadata(file: Any, path: Path) -> dict[str, Any]:
     """What the metadata of an open file says of its run; empty if the file is no score table.
 
     Raises:
@@ -297,7 +297,7 @@ def metadata(file: Any) -> dict[str, Any]:
     held = file.schema_arrow.metadata or {}
     text = held.get(METADATA, b"")
     if held.get(CHECKSUM, _sum(text)) != _sum(text):
-        raise XTFUserError(f"the metadata of this score table is damaged. {_ADVICE}")
+        raise XTFUserError(f"the metadata of the score table {path} is damaged. {_ADVICE}")
     try:
         about = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):

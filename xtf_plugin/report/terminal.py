@@ -170,7 +170,7 @@ def find(file: Any, wanted: Wanted, n: int, path: Path) -> Iterator[Document]:
 
 def _documents(file: Any, wanted: Wanted, path: Path) -> Iterator[Document]:
     """Documents in order; one may begin in one batch and end in the next, so a batch's last waits for the next."""
-    rest, pieces = None, _pieces(file)
+    rest, pieces = None, _pieces(file, path)
     for piece in score_table.batches(file, COLUMNS, path):
         if wanted.row is not None:
             piece = piece.filter(pc.equal(piece["row"], wanted.row))
@@ -185,11 +185,11 @@ def _documents(file: Any, wanted: Wanted, path: Path) -> Iterator[Document]:
             yield Document.read(row, key, part, pieces)
 
 
-def _pieces(file: Any) -> dict[int, bytes]:
+def _pieces(file: Any, path: Path) -> dict[int, bytes]:
     """Bytes of the tokens that are no text by themselves; tables of other hands may lack them."""
+    about = score_table.metadata(file, path)
     try:
-        held = score_table.metadata(file)["bytes"]
-        return {int(token): bytes.fromhex(digits) for token, digits in held.items()}
+        return {int(token): bytes.fromhex(digits) for token, digits in about["bytes"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 
