@@ -141,9 +141,10 @@ def test_floor_and_best_without_logprobs():
     scores = from_bits(*[REASONING] * 4)
     scores = replace(scores, logprobs=None, task_relevance=np.asarray([0.9, 0.8, NAN, 0.9], dtype=np.float32))
     scores.positions[0] = 0
-    block = config(knowledge_novelty=False, task_relevance=False, min_kept=2)
-    chosen = select(scores, block)
+    relevance = {"drop": {"below": 0.0}}  # which no score is
+    chosen = select(scores, config(knowledge_novelty=False, task_relevance=relevance, min_kept=2))
     assert np.flatnonzero(chosen.keep).tolist() == [1, 3] and chosen.best.tolist() == [3]
+    block = config(knowledge_novelty=False, task_relevance=False, min_kept=2)
     chosen = select(replace(scores, task_relevance=None), block)
     assert np.flatnonzero(chosen.keep).tolist() == [1, 2] and chosen.best.tolist() == [1]
 

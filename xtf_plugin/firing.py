@@ -60,6 +60,7 @@ def evaluate(
     config: AttributeConfig,
     segments: Segments | None = None,
     rules: Rules | None = None,
+    seen: bool = False,
 ) -> Firing:
     """Apply one attribute's or selector's rules to the whole dataset: window, then rules, then `max_fraction`.
 
@@ -73,11 +74,12 @@ def evaluate(
         segments: the first tokens of the sentences and lines, by unit; needed if the window is one.
         rules: with thresholds from elsewhere, for a part of a stream; how often they fire here is then no reason to
             warn. None: thresholds are taken from these scores.
+        seen: `values` are what the rules see already, after the window and novelty in [0, 1].
 
     Raises:
         XTFError: the window is a sentence or line, and their first tokens are not given.
     """
-    scores, warnings = ready(attribute, values, positions, layout, config, segments)
+    scores, warnings = (values, []) if seen else _ready(attribute, values, positions, layout, config, segments)
     found = prepare(scores, layout, config) if rules is None else rules
     off = _off(attribute, config)
     mask, hits, limits = _apply(found, scores, layout, config.max_fraction)
@@ -105,7 +107,7 @@ def evaluate(
     return Firing(mask, fired, thresholds, warnings, found, scores)
 
 
-def ready(
+def _ready(
     attribute: str,
     values: Floats,
     positions: NDArray[np.int32],
@@ -120,7 +122,7 @@ def ready(
 
 
 def fires(config: AttributeConfig, scores: Floats, layout: Layout) -> tuple[Bools, dict[str, Any]]:
-    """Where the rules of one attribute fire, (M,), on scores that are `ready`, and the thresholds they come to."""
+    """Where the rules of one attribute fire, (M,), on scores as the rules see them, and the thresholds they come to."""
     found = prepare(scores, layout, config)
     mask, _, limits = _apply(found, scores, layout, config.max_fraction)
     return mask, _described(found.rules, limits)

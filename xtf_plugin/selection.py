@@ -121,6 +121,7 @@ def select(
     forced: NDArray[np.bool_] | None = None,
     segments: Segments | None = None,
     frozen: Mapping[str, Rules] | None = None,
+    seen: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Selection:
     """Decide for every completion token, Eq. (1): rules, `combine`, `force_drop`, protection, control, floor.
 
@@ -130,37 +131,40 @@ def select(
         protected: (M,) tokens that are never dropped; forced: (M,) tokens that are dropped unless protected.
         segments: the first tokens of the sentences and lines, by unit; needed if some window is one.
         frozen: the rules of another selection, for a part of a stream: thresholds are its, not those of `scores`.
+        seen: the scores of attributes and selectors as their rules see them, (M,) by name, instead of those in `scores`
+            (the log-probabilities aside): what another `Selection` has under this name.
 
     Raises:
         XTFError: arrays that do not fit together, an attribute that is on, or a selector, that was not scored, or
             segments that are needed and not given.
     """
     layout = Layout(scores.offsets, scores.counts)
-    _check(scores, config, protected, forced)
+    given = {name: scores.of(name) if seen is None else seen.get(name) for name in (*BITS, *config.selectors)}
+    _check(scores, given, config, protected, forced)
     size = len(scores.token_ids)
     keep = np.zeros(size, dtype=bool)
     reasons: Reasons = np.zeros(size, dtype=np.uint16 if config.selectors else np.uint8)
-    bits, voting = rule_bits(config), [name for name in config.voters if scores.of(name) is not None]
+    bits, voting = rule_bits(config), [name for name in config.voters if given[name] is not None]
     best = np.full(len(scores.counts), -1, dtype=np.int64)
     thresholds: dict[str, Any] = {}
-    fired, warnings, rules, seen = dict[str, int](), list[str](), dict[str, Rules](), dict[str, NDArray[np.float32]]()
+    fired, warnings, rules, looked = dict[str, int](), list[str](), dict[str, Rules](), dict[str, NDArray[np.float32]]()
     for name in config.voters:
-        values = scores.of(name)
+        values = given[name]
         if values is None:
             thresholds[name], fired[name] = {"rule": None, "drops": {}, "from_epoch": 2}, 0
             continue
-        given = None if frozen is None else frozen[name]
-        firing = evaluate(name, values, scores.positions, layout, config.part(name), segments, given)
+        rule, part = None if frozen is None else frozen[name], config.part(name)
+        firing = evaluate(name, values, scores.positions, layout, part, segments, rule, seen=seen is not None)
         reasons |= firing.mask * reasons.dtype.type(bits[name])
         thresholds[name], fired[name] = firing.thresholds, firing.fired
         warnings, rules[name] = warnings + firing.warnings, firing.rules
-        seen[name] = firing.seen
+        looked[name] = firing.seen
     for tokens, documents, part in layout.chunks():
         chunk = _Chunk(
             part,
             scores.keys[documents],
             scores.positions[tokens] > 0,
-            rescue_order(scores, tokens),
+            _rescue_order(scores.logprobs, looked, config, tokens),
             np.zeros(part.offsets[-1], dtype=bool) if protected is None else protected[tokens],
             np.zeros(part.offsets[-1], dtype=bool) if forced is None else forced[tokens],
         )
@@ -172,12 +176,17 @@ def select(
             f"every one of the {int(trainable.sum())} trainable completion tokens is dropped; loosen the rules, or set "
             "min_kept above 0"
         )
-    return Selection(keep, reasons, thresholds, fired, warnings, best, rules, seen)
+    return Selection(keep, reasons, thresholds, fired, warnings, best, rules, looked)
 
 
-def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: Bools | None) -> None:
+def _check(
+    scores: Scores,
+    voters: Mapping[str, NDArray[np.float32] | None],
+    config: XTFConfig,
+    protected: Bools | None,
+    forced: Bools | None,
+) -> None:
     size, number = len(scores.token_ids), len(scores.counts)
-    voters = {name: scores.of(name) for name in (*BITS, *config.selectors)}
     arrays = {"positions": scores.positions, **voters, "protected": protected, "forced": forced}
     arrays |= {"entropy": scores.entropy, "deviation": scores.deviation}
     for name, array in arrays.items():
@@ -195,7 +204,7 @@ def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: B
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A run of whole documents; `order` sorts tokens by who is brought back first, see `rescue_order`."""
+    """A run of whole documents; `order` sorts tokens by who is brought back first, see `_rescue_order`."""
 
     layout: Layout
     keys: NDArray[np.uint8]
@@ -205,16 +214,18 @@ class _Chunk:
     forced: Bools
 
 
-def rescue_order(scores: Scores, tokens: slice) -> Hashes:
-    """Sort keys of what is brought back first; NaN comes last.
+def _rescue_order(
+    logprobs: NDArray[np.float32] | None, seen: Mapping[str, NDArray[np.float32]], config: XTFConfig, tokens: slice
+) -> Hashes:
+    """Sort keys of what is brought back first; NaN comes last. Scores are those that the rules saw.
 
     With attributes alone by novelty: lowest log-probability first; without one, highest task relevance. To a selector
     the most novel token may be the worst noise: its highest score comes first, and of equal ones the most probable.
     """
-    voiced = [values for values in scores.selectors.values() if values is not None]
-    by = ((scores.logprobs, 1), (scores.task_relevance, -1))
+    voiced = [seen[name] for name in config.selectors if name in seen]
+    by = ((logprobs, 1), (seen.get("task_relevance"), -1))
     if voiced:
-        by = ((voiced[0], -1), (scores.logprobs, -1))
+        by = ((voiced[0], -1), (logprobs, -1))
     halves = []
     for values, sign in by:
         if values is None:
