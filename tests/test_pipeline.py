@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from tests import tiny
-from xtf_plugin import output, sentences, spans
+from xtf_plugin import sentences, spans
 from xtf_plugin.config import ATTRIBUTES, XTFConfig
 from xtf_plugin.documents import collect
 from xtf_plugin.fingerprint import digest, model_facts
 from xtf_plugin.marks import completion_runs, special_ids
 from xtf_plugin.pipeline import make_plan
 from xtf_plugin.reference import Reference
+from xtf_plugin.report import summary
 
 
 class Provider:
@@ -77,10 +78,10 @@ def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch):
     monkeypatch.setattr(sentences, "segment_starts", lambda *given: split.append(given[0]) or starts(*given))
     block = {"protect": {"patterns": ["\\d+"]}, "force_drop": ["happy"], "task_relevance": {"window": "line"}}
     made = plan(block)
-    told = output.page_data(made, tiny.tokenizer())
+    found = summary.described(made, tiny.tokenizer())[0].about
     assert searched == [["\\d+"], ["happy"]] and split == ["line"]
-    again = output.page_data(dataclasses.replace(made, marks=None), tiny.tokenizer())
-    assert told == again and len(searched) == 4
+    again = summary.described(dataclasses.replace(made, marks=None), tiny.tokenizer())[0].about
+    assert found == again and len(searched) == 4
 
 
 class TestStore:

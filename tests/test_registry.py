@@ -17,8 +17,8 @@ from xtf_plugin.config import XTFConfig
 from xtf_plugin.config_selectors import MOST, RESERVED
 from xtf_plugin.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
+from xtf_plugin.report.score_table import SCHEMA
 from xtf_plugin.scorers import Scorer, SelectorConfig, registry
-from xtf_plugin.table import SCHEMA
 
 PAGE = ROOT / "docs" / "selectors.md"
 RHO = {"scorer": "excess_loss", "reference": {"model": "other", "quantization": "none"}, "drop": {"quantile": 0.4}}

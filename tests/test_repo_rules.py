@@ -28,7 +28,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|farm|root|home)/|/tmp[/]w")
 CATCH_ALL_ALLOWED = [  # what must not end a program that it only serves
     f"{PACKAGE / 'hosts' / 'autoload.py'}: _report_failure",
     f"{PACKAGE / 'hosts' / 'trackers.py'}: _attached",
-    f"{PACKAGE / 'output.py'}: _page_data_or_none",
+    f"{PACKAGE / 'report' / 'writer.py'}: _reported",
     f"{BOOT}: install",
 ]
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

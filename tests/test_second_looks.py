@@ -12,11 +12,12 @@ from tests import tiny
 from tests.test_opening import by_the_definition
 from tests.test_pipeline import Provider
 from tests.test_selectors import OFF
-from xtf_plugin import attributes, report
+from xtf_plugin import attributes
 from xtf_plugin.config import XTFConfig
 from xtf_plugin.documents import collect
 from xtf_plugin.marks import marked_tokens, segment_starts
 from xtf_plugin.pipeline import make_plan
+from xtf_plugin.report import summary
 from xtf_plugin.scorers import again, opening
 from xtf_plugin.scorers.base import ScoringContext
 
@@ -188,8 +189,8 @@ def test_second_looks_are_stored_and_told(tmp_path):
     assert first["documents"] > 0 and first["seconds"] > 0
     assert second["documents"] == 0 and second["stored_documents"] >= first["documents"]
     assert np.array_equal(plans[0].selection.keep, plans[1].selection.keep)
-    assert report.summary(plans[0], tiny.tokenizer())["selectors"]["excerpts"]["tokens"] == first["tokens"]
-    assert any("second looks" in line for line in report._selector_lines(plans[0]))
+    assert summary.summary(plans[0], tiny.tokenizer())["selectors"]["excerpts"]["tokens"] == first["tokens"]
+    assert any("second looks" in line for line in summary._selector_lines(plans[0]))
 
 
 def test_another_threshold_asks_for_other_second_looks_in_one_opening_of_the_reference(tmp_path):

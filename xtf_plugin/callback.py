@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from . import output, report
 from .collator import XTFDataCollator
 from .config import ReferenceConfig, XTFConfig
 from .documents import IGNORE_INDEX, DocumentSet, collect
@@ -26,6 +25,7 @@ from .hosts.trainer import TrainerHooks, check_trainer, rows, rows_under_way, st
 from .pipeline import Plan, ReferenceProvider, make_plan
 from .providers import BorrowedReference, SeparateReference
 from .ranks import Ranks
+from .report import summary, writer
 from .streaming import Stream
 from .verification import CLOSELY, PlannedDocuments, Watch
 
@@ -116,7 +116,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
         plan = stream.calibrate(trainer.train_dataset, visible_part(trainer), provider, progress=progress)
         self._adopt(plan)
-        report.tell(stream.begin(plan, rows_under_way(trainer), resumed=resumed))
+        summary.print_lines(stream.begin(plan, rows_under_way(trainer), resumed=resumed))
         assert stream.masks is not None
         self.collator.masks, self._watch = stream.masks, Watch(stream.masks)
 
@@ -126,7 +126,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self.plan = plan
         self.collator.masks = plan.masks()
         self._watch = Watch(PlannedDocuments(plan.documents, plan.selection.keep))
-        self._constant_metrics = report.metrics(plan)
+        self._constant_metrics = summary.metrics(plan)
         self.ranks.from_main(lambda: self._report(Path(args.output_dir), epoch))
         dry_run = self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN"))
         self.ranks.agree(str(dry_run).encode(), "XTF_DRY_RUN")  # or one would wait for another that has ended
@@ -170,7 +170,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 CLOSELY,
             )
         if self._stream is not None:
-            report.tell([self._stream.summary()])
+            summary.print_lines([self._stream.summary()])
             self._stream.close()
 
     def _dropped(self) -> int:
@@ -189,17 +189,17 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         if self.config.report is not False:
             folder = output_dir / "xtf" if self.config.report is True else Path(os.path.expanduser(self.config.report))
             folder = folder / f"epoch-{epoch + 1}" if epoch else folder
-            written = output.write(self.plan, tokenizer, folder, whole=bool(extra))
-            if folder / output.PAGE in written:
-                log_report(self.trainer.args.report_to, folder / output.PAGE)
+            written = writer.write(self.plan, tokenizer, folder, whole=bool(extra))
+            if folder / writer.PAGE in written:
+                log_report(self.trainer.args.report_to, folder / writer.PAGE)
         if extra and not epoch and Path(extra).resolve() not in [path.resolve() for path in written]:
             try:
-                written.append(output.write_again(self.plan, tokenizer, written, Path(extra)))
+                written.append(writer.write_again(self.plan, tokenizer, written, Path(extra)))
             except OSError as error:
                 raise XTFUserError(
                     f"xtf: the score table {extra} cannot be written ({error}); name another path."
                 ) from error
-        report.show(self.plan, written)
+        summary.show(self.plan, written)
         return b""
 
     def _on_batch(self, inputs: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -128,12 +128,12 @@ def show(
     ] = None,
 ) -> None:
     """Print documents with what is kept, what is dropped and why; scores first if there is no current table."""
-    from . import browse, view
+    from .report import score_table, terminal
 
-    wanted = browse.Wanted.parse(row=row, document=document, grep=grep, reason=reason)
+    wanted = terminal.Wanted.parse(row=row, document=document, grep=grep, reason=reason)
     path = _table_path(target, extra or [])
-    file = _open_table(path)
-    view.render_documents(browse.find(file, wanted, n, str(path)), wanted.described(), Console())
+    found = terminal.find(score_table.open_file(path), wanted, n, path)
+    terminal.render_documents(found, wanted.described(), Console())
 
 
 @app.command()
@@ -143,15 +143,12 @@ def report(
     output: Annotated[Path | None, typer.Option("--output", help="Write the page here.")] = None,
 ) -> None:
     """Print kept and dropped shares and write report.html; scores first if there is no current table."""
-    from . import browse, view
-    from .table import selector_columns
+    from .report import score_table, writer
 
     path = _table_path(target, extra or [])
-    file = _open_table(path)
-    pieces = browse.batches(file, ("row", "document", "position", "kept", "reason"), str(path))
-    console = Console()
-    console.print(view.summary_table(view.summarize(pieces, selector_columns(file.schema_arrow.names))))
-    console.print(Text(browse.write_report(path, output)), soft_wrap=True)
+    page = output or path.parent / writer.PAGE
+    Console().print(writer.write_report(score_table.read(path), page))
+    Console().print(Text(f"report: {page}"), soft_wrap=True)
 
 
 @cache_app.command("list")
@@ -248,31 +245,16 @@ def _table_path(target: Path, extra: Sequence[str]) -> Path:
 
 
 def _is_current(path: Path, target: Path, recipe: Recipe) -> bool:
-    """Whether a score table is younger than its recipe and was made with the recipe's block."""
+    """Whether a score table is of this format, younger than its recipe, and made with the recipe's block."""
     from .config import XTFConfig
-    from .table import read_metadata
+    from .report import score_table
 
     if not path.exists() or path.stat().st_mtime_ns < target.stat().st_mtime_ns:
         return False
-    config = XTFConfig.parse(recipe.block)
-    return config is None or read_metadata(path).get("config") in (None, config.to_dict())
-
-
-def _open_table(path: Path) -> Any:
-    """Open a score table. Raises XTFUserError if the file is missing, is no Parquet file, or is another table."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from .browse import problem
-    from .files import for_arrow
-
-    try:
-        file = pq.ParquetFile(for_arrow(path), page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise XTFUserError(f"cannot read the score table {path}: {error}") from error
-    if why := problem(file.schema_arrow):
-        raise XTFUserError(f"{path} is no score table of XTF: {why}.")
-    return file
+    config, about = XTFConfig.parse(recipe.block), score_table.metadata(score_table.open_file(path), path)
+    if about.get("format", score_table.FORMAT) != score_table.FORMAT:
+        return False
+    return config is None or about.get("config") in (None, config.to_dict())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 # What a reason, a metric or a column of the score table is called already.
 RESERVED = frozenset(
     "row document position token_id token kept reason reasoning_importance knowledge_novelty task_relevance "
-    "protected floor forced control".split()
+    "protected floor forced control log_probability".split()
 )
 
 

@@ -130,7 +130,7 @@ class Stream:
         return ScoredAhead.around(dataset, self._prepare, self._tokens, LOOKAHEAD_ROWS)
 
     def metrics(self) -> dict[str, float]:
-        """As `report.metrics`, of the rows read so far."""
+        """As `summary.metrics`, of the rows read so far."""
         tokens, kept, *dropped = self._counts.tolist()
         names = ("kept_fraction", *(f"dropped_by/{name}" for name in rule_bits(self.config)))
         counts = (kept, *dropped)

@@ -41,7 +41,7 @@ function surprise(value) {
 function inWords(voter, value) {
   if (Number.isNaN(value)) return "no score";
   if (voter === "reasoning_importance") return attention(value);
-  if (voter === "knowledge_novelty") return `the model gives it ${percent(Math.exp(value))}`;
+  if (voter === "knowledge_novelty") return `the model gives it ${percent(1 - value)}`;
   if (voter === "task_relevance") return `relevance ${short(value)} (0 to 1)`;
   const {scorer, unit} = selector(voter) || {};
   if (scorer === "typicality") return surprise(value);
@@ -51,10 +51,10 @@ function inWords(voter, value) {
   return `score ${short(value)}`;
 }
 
-// Rules with a window see the mean of several tokens; what is shown is the token's own score.
+// Of a rule with a window, the score is the mean of several tokens.
 function averaged(voter) {
   const {window} = selector(voter) || S.config[voter];
-  return window === 1 ? "" : ` (its own; the rule takes the mean over ${window === "sentence" || window === "line" ? `its ${window}` : `${window} tokens`})`;
+  return window === 1 ? "" : ` (mean over ${typeof window === "string" ? `its ${window}` : `${window} tokens`})`;
 }
 
 function verdict(token) {

@@ -63,9 +63,6 @@ function showTotals() {
   put("combinations", table(["rules that fired together", "", "tokens", "share"], S.combinations.map((c) => [
     c.rules.map(named).join(" and ") || "none",
     c.rules.length ? bar(c.tokens, most, "tokens") : "", number(c.tokens), share(c.tokens, all)])));
-  const overlaps = Object.entries(totals.overlap_of_the_smaller_set);
-  put("overlaps", ...(overlaps.length ? [table(["overlap of two rules", "share of the smaller set"],
-    overlaps.map(([pair, part]) => [pair.split(" & ").map(named).join(" and "), share(part, 1)]))] : []));
 }
 
 function example(entry) {

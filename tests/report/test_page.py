@@ -5,7 +5,6 @@ and its sliders count what `select` computes for their thresholds.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,9 +12,9 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.browsing import browser, put, selected, shown, weigh  # noqa: F401 (a fixture)
+from tests.browsing import browser, is_moved, put, selected, shown, weigh  # noqa: F401 (a fixture)
 from tests.test_callback import trainer
-from xtf_plugin import attach
+from xtf_plugin import attach, cli
 from xtf_plugin.config import XTFConfig
 
 HOSTILE = (
@@ -79,13 +78,13 @@ def test_totals_are_those_of_summary_and_table(run, page):
 
 
 def test_the_page_counts_its_start_as_the_run_did(run, page):
-    """Not only shown: worked out anew by the page's own code, floor and all."""
+    """Not only shown: worked out anew by the page's own code, which leaves out the floor."""
     plan, _ = run
-    counted = page.evaluate("count(start, S.config.combine)")
-    assert {"kept": counted["tokens"] - counted["dropped"], "dropped": counted["dropped"]} == weigh(
-        plan, plan.selection.keep
-    )
-    assert counted["rescued"] > 0 and counted["fired"] == plan.selection.fired
+    counted, without = page.evaluate("count(start, S.config.combine)"), selected(plan, plan.config)
+    counts = {"kept": counted["tokens"] - counted["dropped"], "dropped": counted["dropped"]}
+    assert counts == weigh(plan, without.keep) != weigh(plan, plan.selection.keep)
+    assert counted["fired"] == plan.selection.fired
+    assert "without the tokens that min_kept brings back" in page.text_content("#promise")
 
 
 SLIDERS = (
@@ -109,7 +108,7 @@ def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, v
                 XTFConfig.parse(block)
             continue
         choice = selected(plan, XTFConfig.parse(block))
-        assert shown(page) == weigh(plan, choice.keep), block
+        assert shown(page) == weigh(plan, choice.keep if is_moved(page) else plan.selection.keep), block
         seen.add(shown(page)["kept"])
     assert len(seen) > 2
 
@@ -127,7 +126,6 @@ def test_a_moved_threshold_keeps_its_line(run, page, voter, key):
         numbers = [
             value["median"] if isinstance(value, dict) else value for value in drops.values() if value is not None
         ]
-        numbers = [1 - number if voter == "knowledge_novelty" else number for number in numbers]
         places = [320 * (number - edges[0]) / (edges[-1] - edges[0]) for number in numbers]
         drawn = page.eval_on_selector_all(
             f"#histogram-{voter} line", "all => all.map((e) => Number(e.getAttribute('x1')))"
@@ -156,13 +154,12 @@ def test_documents_are_shaded_as_a_run_would_decide(run, page):
     plan, _ = run
     assert page.evaluate("documents.length") >= 100
     keys = {bytes(key).hex(): index for index, key in enumerate(plan.documents.keys)}
-    own = XTFConfig.parse(BLOCK)
+    keep = plan.selection.keep
     for place in (None, 4):
         if place is not None:
             put(page, "reasoning_importance", "quantile", place)
-            own = XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])
-        keep = selected(plan, own).keep
-        script = "documents.map((d) => [d.key, decide(d, state.at, state.combine).map((t) => t.kept)])"
+            keep = selected(plan, XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])).keep
+        script = "documents.map((d) => [d.key, decide(d).map((t) => t.kept)])"
         for key, kept in page.evaluate(script):
             index = keys[key]
             assert kept == keep[plan.scores.offsets[index] : plan.scores.offsets[index + 1]].tolist()
@@ -178,9 +175,9 @@ def test_a_token_tells_its_scores_in_words(run, page):
     tip = page.inner_text("#tip")
     key = page.evaluate("view.list[0].key")
     at = int(plan.scores.offsets[[bytes(k).hex() for k in plan.documents.keys].index(key)]) + 2
-    probability = float(np.exp(plan.scores.logprobs[at]))
+    probability = 1 - float(plan.selection.seen["knowledge_novelty"][at])
     said = float(tip.split("the model gives it ")[1].split(" %")[0])
-    assert said == pytest.approx(100 * probability, abs=0.02)  # half floats, two digits
+    assert said == pytest.approx(100 * probability, abs=0.02)  # two digits
     assert ("dropped:" in tip) == (not plan.selection.keep[at])
     assert "of uniform" in tip or "times uniform attention" in tip or "about uniform attention" in tip
     words = {0.1: "about a tenth of uniform attention", 0.52: "about half of uniform attention", 3.4: "3.4 times"}
@@ -230,7 +227,7 @@ def test_filters_and_search(page):
     everything = page.locator("article").count()
     page.select_option("#reason", "rule:task_relevance")
     assert page.evaluate("view.list.length") > 0
-    assert page.evaluate("view.list.every((d) => decide(d, state.at, state.combine).some((t) => t.bits >> 2 & 1))")
+    assert page.evaluate("view.list.every((d) => decide(d).some((t) => t.bits >> 2 & 1))")
     page.select_option("#reason", "")
     page.fill("#search", "evil")
     assert page.evaluate("view.list.length") == 1 and page.locator("article").count() == 1
@@ -275,12 +272,20 @@ def test_nothing_is_left_to_a_page_that_may_not_run(run):
     assert "default-src 'none'" in text and "script-src 'sha256-" in text and "script-src 'unsafe" not in text
 
 
-def test_the_table_keeps_its_report(run, tmp_path):
-    from xtf_plugin import browse
+def test_a_table_alone_gives_the_same_report(run, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["report", str(run[1] / "scores.parquet"), "--output", str(tmp_path / "again.html")])
+    bodies = [path.read_text().split("<body>")[1] for path in (tmp_path / "again.html", run[1] / "report.html")]
+    assert bodies[0] == bodies[1] and len(bodies[0]) > 10_000
+    printed = capsys.readouterr().out
+    totals = json.loads((run[1] / "summary.json").read_text())["totals"]
+    assert all(f"{totals[name]:,}" in printed for name in ("completion_tokens", "dropped_tokens"))
+    assert str(tmp_path / "again.html") in printed.replace("\n", "")
 
-    assert (
-        browse.write_report(run[1] / "scores.parquet", tmp_path / "again.html") == f"report: {tmp_path / 'again.html'}"
-    )
-    strip = lambda path: path.read_text().split("<body>")[1]  # noqa: E731
-    assert strip(tmp_path / "again.html") == strip(run[1] / "report.html")
-    assert Path(tmp_path / "again.html").stat().st_size > 10_000
+
+def test_where_a_prompt_stands_is_shown_by_its_length(run, page):
+    plan, _ = run
+    prompts = page.locator(".document .prompt").all_inner_texts()
+    lengths = {int((~plan.documents.document(i)[1]).sum()) for i in range(len(plan.documents))}
+    assert len(prompts) == page.locator(".document").count()
+    assert {int(text.split(": ")[1].split(" ")[0]) for text in prompts} <= lengths

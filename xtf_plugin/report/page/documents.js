@@ -7,7 +7,7 @@ const view = {reason: "", text: "", order: "given", shown: PAGE, current: null, 
 function matches(doc) {
   if (view.text && !doc.text.toLowerCase().includes(view.text)) return false;
   if (!view.reason) return true;
-  const found = decide(doc, state.at, state.combine);
+  const found = decide(doc);
   if (view.reason === "dropped") return found.some((token) => !token.kept);
   if (view.reason === "emptied") return found.every((token) => !token.kept);
   const [kind, name] = view.reason.split(":");
@@ -16,7 +16,7 @@ function matches(doc) {
   return found.some((token) => token.bits >> place & 1);
 }
 
-const lost = (doc) => decide(doc, state.at, state.combine).filter((token) => !token.kept).length / doc.at.length;
+const lost = (doc) => decide(doc).filter((token) => !token.kept).length / doc.flags.length;
 
 function listDocuments() {
   view.list = documents.filter(matches);
@@ -37,19 +37,18 @@ function showDocuments() {
 }
 
 function article(doc) {
-  const place = new Map(Array.from(doc.at, (at, i) => [at, i]));
   const text = make("div", {class: "text document", tabindex: 0, role: "group", dir: "auto",
     "aria-label": `document of row ${doc.row}: use the arrow keys to go from token to token`});
-  doc.shown.forEach((shown, at) => {
+  doc.shown.forEach((shown, i) => {
+    if (doc.gaps.has(i)) text.append(make("span", {class: "prompt"}, `⟨prompt: ${number(doc.gaps.get(i))} tokens⟩ `));
     if (shown.startsWith("·")) text.append(make("wbr", {})); // a shown space is no place to break a line at, else
-    if (!place.has(at)) return text.append(make("span", {class: "prompt"}, shown));
     const token = make("span", {class: "token"}, shown);
-    token.dataset.token = place.get(at);
+    token.dataset.token = i;
     text.append(token);
   });
   text.doc = doc;
-  if (!doc.whole) text.append(make("p", {class: "told"},
-    `the first ${number(doc.ids.length)} of ${number(doc.length)} tokens; the floor is not applied anew here`));
+  const left = doc.length - doc.shown.length;
+  if (left) text.append(make("p", {class: "note"}, `${number(left)} more completion tokens are not shown`));
   const often = doc.occurrences > 1 ? ` · occurs ${number(doc.occurrences)} times` : "";
   return make("article", {}, make("h3", {}, `row ${doc.row}`,
     make("small", {}, ` · document ${doc.key.slice(0, 12)} · ${doc.why}${often} · `, make("span", {class: "kept-count"}))), text);
@@ -59,12 +58,12 @@ function article(doc) {
 function legend() {
   const names = voters.map((voter, i) => make("span", {class: `token rule-${i % 6}`}, named(voter.name)));
   if (voters.length > 1) names.push(make("span", {class: "token rules"}, "several"));
-  put("rules", "The line below tells the rule: ", make("span", {class: "text"}, ...names));
+  put("rules", "The line below a token is its rule's: ", make("span", {class: "text"}, ...names));
 }
 
 function shade() {
   for (const text of document.querySelectorAll(".document")) {
-    const found = decide(text.doc, state.at, state.combine);
+    const found = decide(text.doc);
     text.found = found;
     for (const span of text.querySelectorAll(".token")) {
       const token = found[span.dataset.token], names = ["token"];
@@ -78,10 +77,10 @@ function shade() {
     const kept = found.filter((token) => token.kept).length;
     text.parentElement.querySelector(".kept-count").textContent = `kept ${number(kept)} of ${number(found.length)}`;
   }
-  if (view.current) tell(view.current);
+  if (view.current) describe(view.current);
 }
 
-function tell(span) {
+function describe(span) {
   const text = span.closest(".document"), doc = text.doc, i = Number(span.dataset.token), token = text.found[i];
   const lines = [make("p", {class: "verdict"}, make("span", {class: "text"}, span.textContent), " ", verdict(token))];
   for (const voter of voters) {
@@ -104,7 +103,7 @@ function point(span) {
   view.current = span;
   if (!span) { document.getElementById("tip").hidden = true; return; }
   span.classList.add("current");
-  tell(span);
+  describe(span);
 }
 
 function hold(span) {

@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny
+from tests.report.tables import table_of
 from tests.test_callback import trainer
-from xtf_plugin import attach, output, page, sample, view
-from xtf_plugin.facts import AROUND, TOP
+from xtf_plugin import attach
+from xtf_plugin.report import page, page_data, terminal
+from xtf_plugin.report.statistics import AROUND, TOP, Verdicts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BLOCK = {
     "reasoning_importance": {"drop": {"quantile": 0.1}},
     "knowledge_novelty": {"drop": {"known_above": 0.005}},
@@ -67,8 +69,8 @@ def test_distributions_hold_every_token(run):
     values = np.asarray([np.nan if row["odd"] is None else row["odd"] for row in table])
     assert summary["distributions"]["odd"]["undefined"] == int(np.isnan(values).sum())
     assert summary["distributions"]["odd"]["median"] == pytest.approx(np.nanmedian(values), rel=0.05)
-    probabilities = [1 - row["knowledge_novelty"] for row in table if row["knowledge_novelty"] is not None]
-    assert summary["distributions"]["knowledge_novelty"]["median"] == pytest.approx(np.median(probabilities), rel=0.1)
+    novelty = [row["knowledge_novelty"] for row in table if row["knowledge_novelty"] is not None]
+    assert summary["distributions"]["knowledge_novelty"]["median"] == pytest.approx(np.median(novelty), rel=0.1)
 
 
 def test_tables_of_tokens_count_occurrences(run):
@@ -96,8 +98,8 @@ def test_examples_show_characters_that_are_spread_over_several_tokens(tmp_path):
     attach(made, {"cache_dir": str(tmp_path / "cache"), "force_drop": [" 5", "30", "€,"], "min_kept": 0})
     made.train()
     plan = made._xtf_hooks.on_batch.__self__.plan
-    entries = output.page_data(plan, tiny.tokenizer())["summary"]["tokens"]["most_dropped"]
-    wholes = [view.visible(tiny.tokenizer().decode(plan.documents.document(i)[0])) for i in range(8)]
+    entries = table_of(plan).about["tokens"]["most_dropped"]
+    wholes = [terminal.visible(tiny.tokenizer().decode(plan.documents.document(i)[0])) for i in range(8)]
     found = ["".join(entry["example"][part] for part in ("before", "token", "after")) for entry in entries]
     assert len(entries) > 5 and all(any(text in whole for whole in wholes) for text in found), found
     assert {entry["example"]["token"] for entry in entries if "⟨" in entry["token"]} == {"€"}
@@ -145,38 +147,55 @@ def test_a_line_break_behind_the_end_of_a_turn_is_no_cut(tmp_path):
     ],
 )
 def test_tokens_are_shown_safely(piece, shown):
-    assert sample.text_of(piece) == shown
+    assert terminal.text_of(piece) == shown
 
 
 def test_a_token_of_100000_characters_is_shown_by_its_beginning():
-    shown = sample.text_of(b"x" * 100_000)
-    assert shown == "x" * sample.LONGEST_TEXT + "… ⟨100,000 characters⟩"
+    shown = terminal.text_of(b"x" * 100_000)
+    assert shown == "x" * terminal.LONGEST_TEXT + "…⟨100,000·characters⟩"
 
 
 def test_characters_over_several_tokens_are_put_together():
     pieces = [b"a", b"\xf0\x9f", b"\x98", b"\x80", b"b", b"\xff", "漢".encode()[:2], "漢".encode()[2:]]
-    assert sample._joined(pieces) == [(1, 3, "😀"), (6, 2, "漢")]
+    assert page_data._joined(pieces) == [(1, 3, "😀"), (6, 2, "漢")]
 
 
 def test_the_sample_is_bounded_and_the_same_for_the_same_data(run, monkeypatch):
-    plan, _, _ = run
-    first = output.page_data(plan, tiny.tokenizer())
-    assert first["documents"] == output.page_data(plan, tiny.tokenizer())["documents"]
-    assert {document["why"] for document in first["documents"]} == {"loses most", "by chance"}
-    monkeypatch.setattr(sample, "room_for", lambda voters, sliders: 500)
-    fewer = output.page_data(plan, tiny.tokenizer())["documents"]
-    assert 0 < len(fewer) < len(first["documents"])
-    assert sum(document["length"] for document in fewer) <= 500
-    monkeypatch.setattr(sample, "LONGEST", 20)
-    cut = output.page_data(plan, tiny.tokenizer())["documents"]
-    assert not any(document["whole"] for document in cut)
-    for document in cut:  # who comes back first, among those shown
-        order = np.frombuffer(base64.b64decode(document["order"]), dtype="<u2")
-        assert sorted(order) == list(range(len(order)))
+    table = table_of(run[0])
+    first = page_data.page_data(table)["documents"]
+    assert first == page_data.page_data(table)["documents"]
+    assert {document["why"] for document in first} == {"loses most", "by chance"}
+    monkeypatch.setattr(page_data, "room_for", lambda scores, sliders: 500)
+    fewer = page_data.page_data(table)["documents"]
+    assert 0 < len(fewer) < len(first) and sum(document["length"] for document in fewer) <= 500
+    monkeypatch.setattr(page_data, "LONGEST", 5)
+    for document in page_data.page_data(table)["documents"]:
+        assert len(base64.b64decode(document["flags"])) == min(5, document["length"])
+
+
+def test_totals_are_those_of_the_table(run):
+    """Of every rule alone and of pairs, counted row by row."""
+    plan, summary, table = run
+    reasons = [set(row["reason"].split(",")) for row in table]
+    gone = [not row["kept"] for row in table]
+    rules = set(plan.config.voters)
+    found = Verdicts(plan.config, plan.selection, plan.weights).totals()
+    assert found.items() <= summary["totals"].items() and found["dropped_tokens"] == sum(gone)
+    for name, counts in found["attributes"].items():
+        assert counts["fired"] == sum(name in reason for reason in reasons)
+        assert counts["dropped"] == sum(name in reason and lost for reason, lost in zip(reasons, gone, strict=True))
+        alone = sum(reason & rules == {name} and lost for reason, lost in zip(reasons, gone, strict=True))
+        assert counts["dropped_alone"] == alone
+    first, second = plan.config.voters[:2]
+    assert found["attributes"][first]["dropped_alone"] > 0
+    both = sum({first, second} <= reason for reason in reasons)
+    smaller = min(found["attributes"][name]["fired"] for name in (first, second))
+    assert found["overlap_of_the_smaller_set"][f"{first} & {second}"] == both / smaller
+    assert found["decided_by"]["protected"] == sum("protected" in reason for reason in reasons)
 
 
 def test_nothing_of_the_data_ends_the_script_element():
-    data = {"whatif": {"complete": True, "sliders": []}, "a": "</script><!--\u2028 $title $data", "b": "\ud800"}
+    data = {"a": "</script><!--\u2028 $title $data ${script} $$", "b": "\ud800"}
     made = page.render(data, "<title> & $data")
     assert made.count("</script>") == 2 and "<!--" not in made and "\u2028" not in made
     text = made.split('id="data">')[1].split("</script>")[0]
@@ -185,8 +204,7 @@ def test_nothing_of_the_data_ends_the_script_element():
 
 
 def test_numbers_that_json_lacks_do_not_stop_a_run(run):
-    plan, _, _ = run
-    odd = dataclasses.replace(plan, reference={"name": float("nan"), "source": float("inf")})
-    data = output.page_data(odd, tiny.tokenizer())
+    odd = dataclasses.replace(run[0], reference={"name": float("nan"), "source": float("inf")})
+    data = page_data.page_data(table_of(odd))
     assert data["summary"]["reference"] == {"name": None, "source": None}
     assert "NaN" not in page.render(data, "odd").split('id="data">')[1].split("</script>")[0]

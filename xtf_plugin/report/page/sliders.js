@@ -32,24 +32,27 @@ function histogram(voter) {
   const caption = own.some(lacks) ? "this stop comes to no threshold" : outside ? "a threshold lies outside" : "heights: square root";
   return make("figure", {}, picture, make("figcaption", {}, make("span", {}, short(low)), make("span", {}, caption),
     make("span", {}, short(high))),
-    own.some((slider) => slider.own) ? make("p", {class: "told"}, "each document has its own threshold; the line is their median") : null);
+    own.some((slider) => slider.own) ? make("p", {class: "note"}, "each document has its own threshold; the line is their median") : null);
 }
 
 function showSliders() {
   const boxes = voters.map((voter) => {
     const parts = voter.sliders.map((index) => {
       const slider = sliders[index], id = `slider-${index}`;
-      if (slider.key === "") return make("p", {class: "told"}, slider.told);
+      if (slider.key === "") return make("p", {class: "note"}, slider.note);
       const output = make("output", {for: id, id: `${id}-text`});
       const input = make("input", {type: "range", id, min: 0, max: slider.stops.length - 1, step: 1, value: start[index],
         "data-voter": slider.voter, "data-key": slider.key, oninput: (event) => move(index, Number(event.target.value))});
       return make("div", {class: "slider"}, make("label", {for: id}, `drop: ${slider.key}`), input, output,
-        slider.told ? make("p", {class: "told"}, slider.told) : null);
+        slider.note ? make("p", {class: "note"}, slider.note) : null);
     });
     return make("section", {class: "voter"}, make("h3", {}, named(voter.name)),
       make("div", {id: `histogram-${voter.name}`}), ...parts, make("p", {id: `counts-${voter.name}`, class: "counts"}));
   });
   put("sliders", ...boxes);
+  put("promise", sliders.some((slider) => slider.key)
+    ? "Move a threshold: counts of the whole dataset and the documents below follow, without the tokens that min_kept brings back."
+    : "No threshold of this block can be moved.");
   const combine = document.getElementById("combine"), own = S.config.combine;
   const choices = ["union", "majority", "intersection"];
   if (typeof own !== "string") choices.push(own);
@@ -80,20 +83,19 @@ function reset() {
 }
 
 async function copy() {
-  const text = document.getElementById("yaml").textContent, told = document.getElementById("copied");
+  const text = document.getElementById("yaml").textContent, said = document.getElementById("copied");
   try {
     await navigator.clipboard.writeText(text);
-    told.textContent = "copied";
+    said.textContent = "copied";
   } catch {
     getSelection().selectAllChildren(document.getElementById("yaml"));
-    told.textContent = "selected: press Ctrl+C";
+    said.textContent = "selected: press Ctrl+C";
   }
 }
 
 function refresh() {
-  const moved = state.at.some((place, i) => place !== start[i]) || !same(state.combine, S.config.combine);
   const before = count(start, S.config.combine), now = count(state.at, state.combine);
-  if (!moved) now.dropped = S.totals.dropped_tokens;  // equal, but for a control and a floor that is not counted
+  const dropped = moved() ? now.dropped : S.totals.dropped_tokens;  // the run's own count has control and floor in it
   sliders.forEach((slider, i) => {
     const input = document.getElementById(`slider-${i}`), text = stopText(slider, slider.stops[state.at[i]]);
     if (!input) return;
@@ -104,15 +106,15 @@ function refresh() {
     put(`histogram-${voter.name}`, histogram(voter.name));
     put(`counts-${voter.name}`, `fires on ${number(now.fired[voter.name])} tokens (${share(now.fired[voter.name], now.tokens)})`);
   });
-  put("now-dropped", number(now.dropped));
-  put("now-kept", number(now.tokens - now.dropped));
-  put("now-share", share(now.tokens - now.dropped, now.tokens));
+  put("now-dropped", number(dropped));
+  put("now-kept", number(now.tokens - dropped));
+  put("now-share", share(now.tokens - dropped, now.tokens));
   const change = now.dropped - before.dropped;
-  put("change", !moved ? "as in the run" : `${change < 0 ? "−" : "+"}${number(Math.abs(change))} dropped against the run`);
+  put("change", !moved() ? "as in the run" : `${change < 0 ? "−" : "+"}${number(Math.abs(change))} dropped against the run`);
   put("yaml", block());
   put("illegal", illegal());
   document.getElementById("illegal").hidden = !illegal();
-  document.body.classList.toggle("moved", moved);
+  document.body.classList.toggle("moved", moved());
   if (view.reason || view.order !== "given") listDocuments();  // what it shows may have changed
   else shade();
 }
