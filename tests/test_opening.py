@@ -26,7 +26,7 @@ BELOW = {"drop": {"below": -1.0}}
     ],
 )
 def test_it_conforms(options):
-    check_scorer(opening.Opening, options)
+    check_scorer(opening.opening, options)
 
 
 def context(logprobs, entropy, starts):
@@ -40,7 +40,7 @@ def context(logprobs, entropy, starts):
 
 def score(given, **keys):
     config = opening.OpeningConfig(scorer="opening", drop={"quantile": 0.1}, **keys)
-    return opening.Opening(config).score(given)
+    return opening.opening.score(given, config)
 
 
 def by_the_definition(typical, starts, clip):

@@ -27,7 +27,8 @@ import torch
 
 from tests import tiny
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
-from xtf_plugin import output, plan as pipeline
+from xtf_plugin import output
+from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.ranks import ALONE, Ranks
@@ -139,7 +140,7 @@ def _connected(rank: int, size: int, meeting: str) -> Ranks:
 def document_hashes(plan: pipeline.Plan) -> list[str]:
     """Of every bit of each document's scores."""
     bounds = zip(plan.scores.offsets[:-1], plan.scores.offsets[1:], strict=True)
-    columns = [plan.scores.of(name) for name in plan.config.voters]
+    columns = list(plan.scores.values.values())
     return [hashlib.sha256(b"".join(c[low:high].tobytes() for c in columns)).hexdigest() for low, high in bounds]
 
 

@@ -18,7 +18,8 @@ from tests import tiny
 from tests.reliability import amount, record
 from tests.reliability.trainers import EVERYTHING, KINDS, State, around_scoring, callback, made, ranks
 from tests.test_callback import trainer
-from xtf_plugin import XTFError, attach, attributes, kernels, output, plan as pipeline, relevance
+from xtf_plugin import XTFError, attach, attributes, kernels, output, relevance
+from xtf_plugin import plan as pipeline
 from xtf_plugin.callback import XTFCallback
 from xtf_plugin.reference import Reference
 from xtf_plugin.store import ScoreStore

@@ -33,7 +33,8 @@ import xxhash
 from tests import tiny
 from tests.reliability import scoring
 from tests.test_pipeline import ATTRIBUTES_ON
-from xtf_plugin import files, output, plan as pipeline, report
+from xtf_plugin import files, output, report
+from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet
 from xtf_plugin.records import Records
