@@ -16,7 +16,8 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data import sentences
 from xtf_plugin.data import token_text as spans
 from xtf_plugin.data.documents import collect
-from xtf_plugin.fingerprint import digest, model_facts
+from xtf_plugin.files import digest
+from xtf_plugin.fingerprint import model_facts
 from xtf_plugin.plan import make_plan
 from xtf_plugin.reference import Reference
 from xtf_plugin.selection.text_rules import completion_runs, special_ids

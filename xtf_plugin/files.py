@@ -29,12 +29,12 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # drawn at random when the ma
 _OURS = re.compile(r"\.xtf-(?P<host>[0-9a-f]{16})-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}\.(tmp|here)")
 
 
-@lru_cache(maxsize=1)
 def digest(facts: Mapping[str, Any]) -> str:
     """Hex digest of JSON-able facts; the order of keys does not matter."""
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
 
 
+@lru_cache(maxsize=1)
 def host_tag() -> str:
     """Hex tag of where our process ids mean something: this host since it was started and, in a container, its pid
     namespace. Host names are not unique, and the first pid namespace has one number everywhere.
