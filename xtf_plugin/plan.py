@@ -24,7 +24,7 @@ from .selection.text_rules import TextRules, special_ids
 if TYPE_CHECKING:
     from .config.block import XTFConfig
     from .fields import ReferenceConfig
-    from .store import StoredScores
+    from .records import StoredScores
 
 OF_ONE_RANK = ("cache_dir", "report")  # keys of the block that only the rank's own files follow
 NOTHING_DROPPED = "nothing at all is dropped: this run trains exactly as it would without its `xtf:` block"

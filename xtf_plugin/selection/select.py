@@ -123,9 +123,9 @@ def select(
     reasons: Reasons = np.zeros(size, dtype=np.uint16 if config.selectors else np.uint8)
     bits, best = rule_bits(config), np.full(len(scores.counts), -1, dtype=np.int64)
     results = {}
-    for name, part in config.scores.items():
+    for name, score in config.scores.items():
         given = None if frozen is None else frozen[name]
-        results[name] = evaluate(name, scores.values[name], layout, part, segments, given)
+        results[name] = evaluate(name, scores.values[name], layout, score, segments, given)
         reasons |= results[name].mask * reasons.dtype.type(bits[name])
     warnings = [warning for result in results.values() for warning in result.warnings]
     order = rescue_order(scores, config)
