@@ -87,8 +87,11 @@ CASES = {
     "line window of 0.1.0": (importance(window="line"), ["window: 'line' is a unit", "`unit: line`"]),
     "window and unit": (importance(window=3, unit="line"), ["window: 3 has no effect beside `unit: line`"]),
     "unknown unit": (importance(unit="sentense"), ["unit: 'sentense'", "mean sentence?", "token | sentence | line"]),
-    "unknown scorer of a slot": (importance(scorer="novlty"), ["reasoning_importance.scorer: 'novlty'", "mean novelty?"]),
-    "scorer without a rule of its own": (
+    "unknown scorer of a slot": (
+        importance(scorer="novlty"),
+        ["reasoning_importance.scorer: 'novlty'", "mean novelty?"],
+    ),
+    "scorer without a rule": (
         {"knowledge_novelty": {"scorer": "typicality"}},
         ["xtf.knowledge_novelty.drop: missing", "{below: number}"],
     ),

@@ -88,12 +88,12 @@ class TestSelection:
         """Three units of four tokens; only the second is low as a whole."""
         low_one = [0, -4, 0, 0, -4, -4, 3, -4, 0, 0, -4, 0]
         scores = with_scores(from_bits(*[0] * 12), a=low_one)
-        part = {"scorer": "typicality", "drop": {"below": -2}, "unit": unit}
-        made = select(scores, block(selectors={"a": part}), segments={unit: np.asarray([0, 4, 8])})
+        part, starts = {"scorer": "typicality", "drop": {"below": -2}, "unit": unit}, {unit: np.asarray([0, 4, 8])}
+        made = select(scores, block(selectors={"a": part}), segments=starts)
         assert made.keep.tolist() == [True] * 4 + [False] * 4 + [True] * 4
         assert made.seen["a"].tolist() == [-1.0] * 4 + [-2.25] * 4 + [-1.0] * 4
         assert made.thresholds["a"]["unit"] == unit
-        slot = select(with_scores(scores, knowledge_novelty=low_one), block(**{KN: part}), segments={unit: [0, 4, 8]})
+        slot = select(with_scores(scores, knowledge_novelty=low_one), block(**{KN: part}), segments=starts)
         assert np.array_equal(slot.keep, made.keep), "a slot with another scorer is judged as that scorer's scores are"
 
     def test_without_selectors_reasons_stay_8_bits_wide(self):
@@ -235,7 +235,7 @@ class TestPlan:
         ("slot", "part"),
         [
             (RI, {"layers": "last", "drop": {"quantile": 0.3}, "window": 3}),
-            (RI, {"drop": {"fence": 0.2}, "unit": "line"}),
+            (RI, {"drop": {"fence": 0.2}, "unit": "sentence"}),
             (KN, {"drop": {"known_above": 0.5, "unknown_below": 0.002}}),
             (KN, {"drop": {"quantile": 0.3}, "unit": "sentence", "max_fraction": 0.2}),
             (TR, {"drop": {"cluster": 1, "of": 3}}),
@@ -294,6 +294,15 @@ class TestPlan:
             plan({"selectors": {"low": low(reference={"model": str(folder)})}})
         with pytest.raises(XTFUserError, match=r"xtf\.selectors\.low\.reference\.model: config and tokenizer"):
             plan({"selectors": {"low": low(reference={"model": str(tmp_path / "nowhere")})}})
+        with pytest.raises(XTFUserError, match=r"^xtf\.knowledge_novelty\.reference\.model: the tokenizer of"):
+            plan({KN: low(reference={"model": str(folder)})})
+
+    def test_what_only_the_model_can_refuse_is_named_by_its_place_in_the_block(self, plan):
+        heads = {"scorer": "attention_received", "layers": [9]}
+        with pytest.raises(XTFUserError, match=r"^xtf\.selectors\.heads\.layers: \[9\] beyond"):
+            plan({"selectors": {"heads": heads}})
+        with pytest.raises(XTFUserError, match=r"^xtf\.reasoning_importance\.layers: \[9\] beyond"):
+            plan({RI: {"layers": [9]}})
 
     def test_a_broken_reference_is_refused(self, plan, tmp_path):
         model = tiny.model()
