@@ -16,24 +16,40 @@ import pytest
 import yaml
 
 from xtf_plugin.config import docs as config_docs
-from xtf_plugin.config.block import ATTRIBUTES, PRESETS, AtLeast, KnowledgeNoveltyConfig, ProtectConfig, XTFConfig
+from xtf_plugin.config.block import PRESETS, AtLeast, ProtectConfig, XTFConfig
+from xtf_plugin.config.scores import SLOTS
 from xtf_plugin.fields import Block
+from xtf_plugin.scorers import registry
+from xtf_plugin.scorers.novelty import NoveltyConfig
 
 FULL = """
 preset: default
 reference: {model: null, revision: null, quantization: nf4, dtype: auto, trust_remote_code: false}
 reasoning_importance:
+  scorer: attention_received
   layers: all
   drop: {fence: 1.0}
+  unit: token
   scale: linear
   scope: document
   window: 1
   max_fraction: null
-knowledge_novelty: {drop: {known_above: 0.95}, window: 1, max_fraction: null}
+knowledge_novelty:
+  scorer: novelty
+  drop: {known_above: 0.95}
+  unit: token
+  scale: linear
+  scope: dataset
+  window: 1
+  max_fraction: null
 task_relevance:
+  scorer: embedding_similarity
   domain: dataset
   embedding: input
   drop: {cluster: 2, of: 5}
+  unit: token
+  scale: linear
+  scope: dataset
   window: 1
   max_fraction: null
 combine: union
@@ -64,7 +80,11 @@ BLOCKS = [
         }
     },
     {"reasoning_importance": {"drop": {"below": 0.1}, "max_fraction": 1}},
-    {"reasoning_importance": {"window": "line"}, "task_relevance": {"window": "sentence"}},
+    {"reasoning_importance": {"unit": "line"}, "task_relevance": {"unit": "sentence"}},
+    {"knowledge_novelty": {"scorer": "typicality", "drop": {"below": -6}, "unit": "sentence"}},
+    {"preset": "paper", "task_relevance": {"drop": {"fence": 1.0}, "scope": "document"}},
+    {"selectors": {"heads": {"scorer": "attention_received", "layers": [1]}, "known": {"scorer": "novelty"}}},
+    {"selectors": {"known": {"scorer": "novelty", "drop": {"unknown_below": 0.01}, "unit": "line"}}},
     {"knowledge_novelty": {"drop": {"unknown_below": 0.05, "known_above": 0.95}}},
     {"knowledge_novelty": {"drop": {"quantile": 0.2}}},
     {"task_relevance": {"domain": ["derivative", "matrix"], "drop": {"cluster": 1, "of": 2}, "embedding": "output"}},
@@ -83,7 +103,7 @@ def test_the_full_block_of_the_documentation_is_the_default_but_for_its_rule():
     block = yaml.safe_load(FULL)
     made, default = XTFConfig.parse(block).to_dict(), XTFConfig().to_dict()
     assert made.pop("selectors") == default["selectors"] and made == block
-    block |= dict.fromkeys(ATTRIBUTES, False)
+    block |= dict.fromkeys(SLOTS, False)
     assert XTFConfig.parse(block) == XTFConfig()
     assert default == {**block, "selectors": default["selectors"]}
 
@@ -122,14 +142,14 @@ def test_round_trips(block):
         assert XTFConfig.parse(again) == config
     assert XTFConfig(**block) == config
     assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
-    for key, value in block.items():
-        if not isinstance(value, dict):
-            assert plain[key] == value
-        elif isinstance(plain[key], dict):
-            assert {name: plain[key][name] for name in value if name != "drop"} == {
-                name: value[name] for name in value if name != "drop"
-            }
-            assert value.get("drop", {}).items() <= plain[key].get("drop", {}).items()
+    assert holds(plain, block)
+
+
+def holds(settings, given):
+    """Whether settings have what was given, key by key."""
+    if not isinstance(given, dict):
+        return settings == given
+    return all(holds(settings[key], value) for key, value in given.items())
 
 
 def test_mappings_that_are_not_dicts():
@@ -147,7 +167,7 @@ def test_mappings_that_are_not_dicts():
 
 def test_the_paper_preset_is_the_papers_equations():
     paper = XTFConfig(preset="paper")
-    importance, novelty, relevance = (getattr(paper, name) for name in ATTRIBUTES)
+    importance, novelty, relevance = (getattr(paper, name) for name in SLOTS)
     assert importance.drop.fence == 1.0 and importance.layers == "last"
     assert (importance.scale, importance.scope) == ("linear", "document")
     assert novelty.drop.known_above == 0.95
@@ -158,7 +178,7 @@ def test_the_paper_preset_is_the_papers_equations():
 
 def test_the_official_preset_has_the_scripts_thresholds():
     official = XTFConfig(preset="official")
-    importance, novelty, relevance = (getattr(official, name) for name in ATTRIBUTES)
+    importance, novelty, relevance = (getattr(official, name) for name in SLOTS)
     assert importance.drop.fence == 1.5 and importance.layers == "first"
     assert novelty.drop.known_above == 0.95 and relevance.embedding == "output"
     assert all(part.max_fraction == 0.05 for part in (importance, novelty, relevance))
@@ -177,14 +197,14 @@ def test_a_block_wins_over_its_preset_key_by_key():
     assert str(config.reasoning_importance.drop) == "{quantile: 0.1}"
     assert config.reasoning_importance.layers == "first" and config.reasoning_importance.max_fraction == 0.05
     assert config.knowledge_novelty == XTFConfig(preset="official").knowledge_novelty
-    assert config.task_relevance is False and config.attributes == ATTRIBUTES[:2]
+    assert config.task_relevance is False and list(config.scores) == list(SLOTS)[:2]
     assert config.protect.patterns == ["x"] and not config.protect.special_tokens
     assert config.min_kept == 5
     assert XTFConfig(preset="official") == XTFConfig.parse({"preset": "official"})
 
 
 def test_models_are_taken_whole():
-    config = XTFConfig(preset="official", knowledge_novelty=KnowledgeNoveltyConfig(), protect=ProtectConfig())
+    config = XTFConfig(preset="official", knowledge_novelty=NoveltyConfig(scorer="novelty"), protect=ProtectConfig())
     assert config.knowledge_novelty.max_fraction is None and config.protect.special_tokens
     assert XTFConfig(preset="paper", combine=AtLeast(at_least=3)).combine.at_least == 3
 
@@ -234,7 +254,7 @@ def test_schema_says_what_parse_accepts():
     schema = json.loads(json.dumps(XTFConfig.json_schema()))
     assert set(schema["type"]) == {"object", "boolean", "null"}
     assert set(schema["properties"]) == {*XTFConfig().to_dict(), "selectors"}
-    for name in ATTRIBUTES:
+    for name in SLOTS:
         assert {"type": "boolean"} in schema["properties"][name]["oneOf"]
     sections = {"": schema, **schema["$defs"]}
     for title, section in sections.items():
@@ -243,7 +263,9 @@ def test_schema_says_what_parse_accepts():
             assert field.get("description") or "$ref" in field, f"{title}.{key} has no description"
     novelty = schema["$defs"]["NoveltyDrop"]
     assert novelty["properties"]["known_above"].items() >= {"type": "number", "minimum": 0, "maximum": 1}.items()
-    assert [set(rule["required"]) for rule in novelty["anyOf"]][-1] == {"known_above", "unknown_below"}
+    rules = [set(rule["required"]) for rule in novelty["anyOf"]]
+    assert {"known_above", "unknown_below"} in rules and {"cluster", "of"} in rules
+    assert {"known_above", "below"} not in rules
 
 
 def models(base):
@@ -276,12 +298,16 @@ def test_config_page_holds_every_key_and_the_presets():
         for inner in value if isinstance(value, dict) and key != "selectors" else ():  # names of the user's choice
             assert any(f"\n| `{inner}` |" in section for section in sections if section.startswith(f"`{key}`"))
     presets = sections[-1]
-    assert "| `reasoning_importance.drop` |  |  | `{fence: 1.0}` | `{fence: 1.5}` |" in presets
+    paper, official = "{layers: last, drop: {fence: 1.0}}", "{layers: first, drop: {fence: 1.5}, max_fraction: 0.05}"
+    assert f"| `reasoning_importance` | `false` | `false` | `{paper}` | `{official}` |" in presets
+    for name in registry.BUILTIN:
+        assert any(section.startswith(f"`scorer: {name}`") for section in sections)
     assert "| `selectors.out_of_place` | `{scorer: opening, unit: both, context: kept, drop: {below: " in presets
     assert "seed" not in presets
 
 
 def test_reading_a_block_imports_no_torch():
-    code = "import sys; from xtf_plugin.config.block import XTFConfig; XTFConfig.parse(True); print('torch' in sys.modules)"
+    block = "from xtf_plugin.config.block import XTFConfig; XTFConfig.parse(True)"
+    code = f"import sys; {block}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xtf_plugin.config.block import ATTRIBUTES, AtLeast, XTFConfig
+from tests.made_scores import ALL_OFF as OFF
+from xtf_plugin.config.block import AtLeast, XTFConfig
 from xtf_plugin.errors import XTFUserError
 
 JARGON = re.compile(
@@ -37,8 +38,6 @@ def relevance(**keys):
     return {"task_relevance": keys}
 
 
-OFF = dict.fromkeys(ATTRIBUTES, False)
-
 CASES = {
     "wrong key": ({"min_kpet": 1}, ["xtf.min_kpet", "1", "min_kept", "dry_run"]),
     "wrong nested key": (
@@ -46,7 +45,10 @@ CASES = {
         ["xtf.reasoning_importance.drop.quantle", "0.05", "quantile"],
     ),
     "key of another part": ({"domain": ["x"]}, ["xtf.domain", "xtf.task_relevance"]),
-    "rule of another attribute": (relevance(drop={"fence": 1}), ["xtf.task_relevance.drop.fence", "cluster"]),
+    "rule of another scorer": (
+        relevance(drop={"known_above": 0.9}),
+        ["xtf.task_relevance.drop.known_above", "cluster"],
+    ),
     "dashes": ({"min-kept": 1}, ["xtf.min-kept", "Did you mean min_kept?"]),
     "key that is no text": ({3: 1}, ["xtf.3", "preset"]),
     "key named self": ({"self": 1}, ["xtf.self"]),
@@ -77,7 +79,26 @@ CASES = {
     "text as boolean": ({"dry_run": "yes"}, ["xtf.dry_run: 'yes'", "true | false"]),
     "number as boolean": ({"protect": {"special_tokens": 1}}, ["xtf.protect.special_tokens: 1", "true | false"]),
     "even window": (importance(window=4), ["xtf.reasoning_importance.window: 4", "odd"]),
-    "unknown window": (importance(window="sentense"), ["window: 'sentense'", "mean sentence?", "line | odd whole"]),
+    "unknown window": (importance(window="sentense"), ["window: 'sentense'", "not a whole number", "odd whole number"]),
+    "sentence window of 0.1.0": (
+        importance(window="sentence"),
+        ["window: 'sentence' is a unit", "`unit: sentence`"],
+    ),
+    "line window of 0.1.0": (importance(window="line"), ["window: 'line' is a unit", "`unit: line`"]),
+    "window and unit": (importance(window=3, unit="line"), ["window: 3 has no effect beside `unit: line`"]),
+    "unknown unit": (importance(unit="sentense"), ["unit: 'sentense'", "mean sentence?", "token | sentence | line"]),
+    "unknown scorer of a slot": (
+        importance(scorer="novlty"),
+        ["reasoning_importance.scorer: 'novlty'", "mean novelty?"],
+    ),
+    "scorer without a rule": (
+        {"knowledge_novelty": {"scorer": "typicality"}},
+        ["xtf.knowledge_novelty.drop: missing", "{below: number}"],
+    ),
+    "key of the slot's usual scorer": (
+        importance(scorer="typicality", drop={"below": -6}, layers="all"),
+        ["xtf.reasoning_importance.layers: unknown key"],
+    ),
     "window 0": (importance(window=0), ["window: 0", "odd whole number >= 1"]),
     "max_fraction 0": (importance(max_fraction=0), ["max_fraction: 0", "> 0 and <= 1"]),
     "max_fraction above 1": (relevance(max_fraction=1.1), ["max_fraction: 1.1", "> 0 and <= 1"]),
@@ -119,7 +140,7 @@ CASES = {
     "at least without a number": ({"combine": {}}, ["xtf.combine.at_least: missing", ">= 1"]),
     "more than there are": (
         {"preset": "paper", "combine": {"at_least": 3}, "task_relevance": False},
-        ["xtf.combine.at_least: 3", "the 2 attributes"],
+        ["xtf.combine.at_least: 3", "more than there are scores (2)"],
     ),
     "batch of nothing": ({"batch_tokens": 0}, ["xtf.batch_tokens: 0", "auto | whole number >= 1"]),
     "unknown control": ({"control": "inverted"}, ["xtf.control: 'inverted'", "random | null"]),

@@ -10,35 +10,59 @@ from pydantic import Field
 
 from tests import tiny
 from tests.test_repo_rules import loaded_by
-from xtf_plugin.scorers import ReferenceConfig, Scorer, SelectorConfig, excess_loss as builtin
+from xtf_plugin.scorers import ReferenceConfig, ScoreConfig, registry
+from xtf_plugin.scorers import scorer as made
 from xtf_plugin.testing import check_scorer
 
 
-class StrengthConfig(SelectorConfig):
+class StrengthConfig(ScoreConfig):
     strength: float = Field(default=1.0, gt=0, description="Factor.")
 
 
-class Good(Scorer):
-    """Surprisal times strength, negated: low goes."""
+def strong(context, config):
+    """Log-probability times strength; low goes."""
+    return context.logprobs * np.float32(config.strength)
 
-    name, Config, per_document = "good", StrengthConfig, True
 
-    def score(self, context):
-        return context.logprobs * np.float32(self.config.strength)
+def good(score=strong, config=StrengthConfig, **options):
+    """A scorer that conforms, but for what is given."""
+    return made("good", config, **{"per_document": True, **options})(score)
 
 
 OTHER = {"reference": {"model": "other"}}
+# every built-in scorer with other values than the defaults
+BUILTIN = [
+    ("attention_received", {"layers": "last"}),
+    ("attention_received", {"layers": [0, 1], "drop": {"fence": 1.0}, "scale": "log"}),
+    ("novelty", {"drop": {"known_above": 0.9, "unknown_below": 0.1}}),
+    ("novelty", {"unit": "sentence"}),
+    ("embedding_similarity", {"embedding": "output"}),
+    ("embedding_similarity", {"domain": ["The", "answer"]}),
+    ("typicality", OTHER),
+    ("opening", {"unit": "both", "clip": 2.0}),
+    ("log_probability", {}),
+    ("log_probability", OTHER),
+    ("excess_loss", OTHER),
+    ("token_cleaning", OTHER),
+]
+
+
+def test_every_built_in_scorer_is_among_them():
+    assert {name for name, _ in BUILTIN} == set(registry.BUILTIN)
+
+
+@pytest.mark.parametrize(("name", "options"), BUILTIN, ids=str)
+def test_built_in_scorers_conform(name, options):
+    tokenizer = tiny.tokenizer() if "domain" in options else None
+    assert check_scorer(registry.BUILTIN[name], options, tokenizer).dtype == np.float32
 
 
 @pytest.mark.parametrize(
     ("scorer", "options"),
     [
-        (Good, {"strength": 2.0}),
-        (Good, {"strength": 2.0, "drop": {"fence": 1.0}, "scope": "document", "window": 3}),
-        (builtin.LogProbability, {}),
-        (builtin.LogProbability, OTHER),
-        (builtin.ExcessLoss, OTHER),
-        (builtin.TokenCleaning, OTHER),
+        (good(), {"strength": 2.0}),
+        (good(), {"strength": 2.0, "drop": {"fence": 1.0}, "scope": "document", "window": 3}),
+        (good(), {"strength": 2.0, "unit": "line", "max_fraction": 0.5}),
     ],
 )
 def test_what_conforms_passes(scorer, options):
@@ -46,114 +70,76 @@ def test_what_conforms_passes(scorer, options):
 
 
 def test_the_tokenizer_reaches_the_scorer():
-    class Lengths(Good):
+    def lengths(context, config):
         """Length of the token's text; low goes."""
+        texts = context.tokenizer.convert_ids_to_tokens(context.token_ids.tolist())
+        return np.asarray([len(text) for text in texts], dtype=np.float32)
 
-        Config = SelectorConfig
-
-        def score(self, context):
-            texts = context.tokenizer.convert_ids_to_tokens(context.token_ids.tolist())
-            return np.asarray([len(text) for text in texts], dtype=np.float32)
-
-    assert check_scorer(Lengths, {}, tiny.tokenizer()).min() >= 1
+    assert check_scorer(good(lengths, ScoreConfig), {}, tiny.tokenizer()).min() >= 1
 
 
-class Silent(Scorer):
-    name = "silent"
-
-    def score(self, context):
-        return context.logprobs
+class Loose(StrengthConfig, extra="ignore"):
+    pass
 
 
-class Loose(Good):
-    """Low goes."""
-
-    class Config(StrengthConfig, extra="ignore"):
-        pass
-
-
-class Idle(Good):
-    """Low goes."""
-
-    def score(self, context):
-        return context.logprobs * 1
-
-
-class IdleReference(Good):
-    """Low goes."""
-
-    class Config(SelectorConfig):
-        reference: ReferenceConfig = Field(description="Not used.")
-
-    def score(self, context):
-        return context.logprobs * 1
-
-
-class Social(Good):
-    """Low goes."""
-
-    def score(self, context):
-        return super().score(context) - np.nanmean(context.logprobs)
-
-
-class Double(Good):
-    """Low goes."""
-
-    def score(self, context):
-        return super().score(context).astype(np.float64)
-
-
-class Short(Good):
-    """Low goes."""
-
-    def score(self, context):
-        return super().score(context)[1:]
-
-
-class Infinite(Good):
-    """Low goes."""
-
-    def score(self, context):
-        return np.where(context.positions > 2, super().score(context), np.float32(-np.inf)).astype(np.float32)
-
-
-class Undefined(Good):
-    """Low goes."""
-
-    def score(self, context):
-        return np.full(len(context.token_ids), np.nan, dtype=np.float32)
+class Unused(ScoreConfig):
+    reference: ReferenceConfig = Field(description="Not used.")
 
 
 _COUNTER = itertools.count()
 
 
-class Moody(Good):
+def scoring(change):
+    """A scorer like `good` whose scores are changed by `change(scores, context)`."""
+
+    def score(context, config):
+        """Low goes."""
+        return change(strong(context, config), context)
+
+    return good(score)
+
+
+def idle(context, config):
     """Low goes."""
-
-    def score(self, context):
-        return super().score(context) + np.float32(next(_COUNTER))
+    return context.logprobs * 1
 
 
-class Versionless(Good):
-    version = "1.0"
+def silent(context, config):
+    return context.logprobs * config.strength
+
+
+def wild(scores, context):
+    return np.where(context.positions > 2, scores, np.float32(-np.inf)).astype(np.float32)
+
+
+def writing(context, config):
+    """Low goes."""
+    context.token_ids[:] = 0
+    return context.logprobs
+
+
+def test_a_scorer_cannot_write_to_what_it_is_given():
+    with pytest.raises(ValueError, match="read-only"):
+        check_scorer(good(writing), {})
 
 
 @pytest.mark.parametrize(
     ("scorer", "options", "told"),
     [
-        (Silent, {}, "no docstring"),
-        (Loose, {"strength": 2.0}, "does not forbid unknown keys"),
-        (Idle, {"strength": 2.0}, "'strength' changes no score"),
-        (IdleReference, OTHER, "'reference' changes no score"),
-        (Social, {}, "other scores alone than among others"),
-        (Double, {}, "float64"),
-        (Short, {}, "where float32"),
-        (Infinite, {}, "infinite"),
-        (Undefined, {}, "every score is NaN"),
-        (Moody, {}, "not deterministic"),
-        (Versionless, {}, "no whole number"),
-        (Good, {"strength": -1}, "refuses these options"),
-        (object, {}, "no class derived"),
+        (good(silent), {}, "no docstring"),
+        (good(config=Loose), {"strength": 2.0}, "does not forbid unknown keys"),
+        (good(idle), {"strength": 2.0}, "'strength' changes no score"),
+        (good(idle, Unused), OTHER, "'reference' changes no score"),
+        (scoring(lambda scores, context: scores - np.nanmean(context.logprobs)), {}, "alone than among others"),
+        (scoring(lambda scores, _: scores.astype(np.float64)), {}, "float64"),
+        (scoring(lambda scores, _: scores[1:]), {}, "where float32"),
+        (scoring(wild), {}, "infinite"),
+        (scoring(lambda scores, _: np.full_like(scores, np.nan)), {}, "every score is NaN"),
+        (scoring(lambda scores, _: scores + np.float32(next(_COUNTER))), {}, "not deterministic"),
+        (good(version="1.0"), {}, "no whole number"),
+        (good(config=dict), {}, "no class derived"),
+        (good(), {"strength": -1}, "refuses these options"),
+        (strong, {}, "not made by the decorator"),
     ],
 )
 def test_what_does_not_is_named(scorer, options, told):

@@ -26,7 +26,7 @@ BELOW = {"drop": {"below": -1.0}}
     ],
 )
 def test_it_conforms(options):
-    check_scorer(opening.Opening, options)
+    check_scorer(opening.opening, options)
 
 
 def context(logprobs, entropy, starts):
@@ -40,7 +40,7 @@ def context(logprobs, entropy, starts):
 
 def score(given, **keys):
     config = opening.OpeningConfig(scorer="opening", drop={"quantile": 0.1}, **keys)
-    return opening.Opening(config).score(given)
+    return opening.opening.score(given, config)
 
 
 def by_the_definition(typical, starts, clip):
@@ -106,9 +106,9 @@ def test_keys_that_cannot_act_are_refused():
     refused("out_of_place.clip: 4.0 keeps every score", clip=4)
     refused("out_of_place.drop: .*quantile.* does not go with .*add `context: document`", drop={"quantile": 0.1})
     refused("out_of_place.drop: .*fence", drop={"fence": 1.5})
-    refused("out_of_place.window: 3 does not go with", window=3)
+    refused("out_of_place.window: 3 has no effect beside `unit: both`", window=3)
     refused("out_of_place.max_fraction: 0.5 does not go with", max_fraction=0.5)
-    free = {"context": "document", "drop": {"quantile": 0.1}, "window": 3, "max_fraction": 0.5}
+    free = {"context": "document", "drop": {"quantile": 0.1}, "max_fraction": 0.5}
     XTFConfig.parse({"selectors": {"out_of_place": free}})
 
 

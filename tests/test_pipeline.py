@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.made_scores import ALL_ON, KN, RI, TR
 from xtf_plugin.report import writer as output
-from xtf_plugin.data import sentences, token_text as spans
-from xtf_plugin.config.block import ATTRIBUTES, XTFConfig
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data import sentences
+from xtf_plugin.data import token_text as spans
 from xtf_plugin.data.documents import collect
-from xtf_plugin.fingerprint import digest, model_facts
-from xtf_plugin.selection.text_rules import completion_runs, special_ids
+from xtf_plugin.files import digest
+from xtf_plugin.fingerprint import model_facts
 from xtf_plugin.plan import make_plan
 from xtf_plugin.reference import Reference
-from xtf_plugin.report import summary
+from xtf_plugin.selection.text_rules import completion_runs, special_ids
 
 
 class Provider:
@@ -55,8 +57,8 @@ def rows(n=12, seed=0):
     return made
 
 
-# The three attributes, each with its own defaults.
-ATTRIBUTES_ON = {"preset": "none", **dict.fromkeys(ATTRIBUTES, True)}
+# The three slots, each with its scorer's defaults.
+ATTRIBUTES_ON = {"preset": "none", **ALL_ON}
 
 
 @pytest.fixture
@@ -77,12 +79,12 @@ def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch):
     find, starts = spans.match_spans, sentences.segment_starts
     monkeypatch.setattr(spans, "match_spans", lambda *given: searched.append(given[-1]) or find(*given))
     monkeypatch.setattr(sentences, "segment_starts", lambda *given: split.append(given[0]) or starts(*given))
-    block = {"protect": {"patterns": ["\\d+"]}, "force_drop": ["happy"], "task_relevance": {"window": "line"}}
+    block = {"protect": {"patterns": ["\\d+"]}, "force_drop": ["happy"], "task_relevance": {"unit": "line"}}
     made = plan(block)
     found = summary.described(made, tiny.tokenizer())[0].about
     assert searched == [["\\d+"], ["happy"]] and split == ["line"]
-    again = summary.described(dataclasses.replace(made, marks=None), tiny.tokenizer())[0].about
-    assert found == again and len(searched) == 4
+    again = output.page_data(dataclasses.replace(made, text=None), tiny.tokenizer())
+    assert told == again and len(searched) == 4
 
 
 class TestStore:
@@ -120,7 +122,15 @@ class TestStore:
     def test_other_layers_score_again_and_change_the_scores(self, plan):
         one, two = plan({"reasoning_importance": {"layers": [0]}}), plan({"reasoning_importance": {"layers": [1]}})
         assert two.stats.documents == 12
-        assert not np.allclose(one.scores.reasoning_importance, two.scores.reasoning_importance, equal_nan=True)
+        assert not np.allclose(one.scores.values[RI], two.scores.values[RI], equal_nan=True)
+
+    def test_one_opening_serves_all_layers_and_a_second_run_finds_them(self, plan):
+        heads = {"scorer": "attention_received", "drop": {"quantile": 0.2}}
+        block = {"selectors": {"low": {**heads, "layers": [0]}, "high": {**heads, "layers": [1]}}}
+        first = plan(block)
+        assert first.provider.opened == 1
+        np.testing.assert_array_equal(first.scores.logprobs, first.scores.values[KN])
+        assert plan(block).provider.opened == 0
 
     def test_relevance_alone_runs_no_decoder(self, plan):
         made = plan({"reasoning_importance": False, "knowledge_novelty": False})
@@ -132,7 +142,7 @@ class TestStore:
         table.write_bytes(table.read_bytes()[:-20])
         after = plan()
         assert after.provider.opened == 1 and "computed again" in caplog.text
-        np.testing.assert_array_equal(before.scores.task_relevance, after.scores.task_relevance)
+        np.testing.assert_array_equal(before.scores.values[TR], after.scores.values[TR])
 
     def test_relevance_table_of_another_reference_is_not_trusted(self, plan, tmp_path, caplog):
         first = plan()
@@ -143,10 +153,10 @@ class TestStore:
         foreign.write_bytes(table.read_bytes())
         second = plan(provider=other)
         assert "does not match" in caplog.text
-        assert not np.allclose(first.scores.task_relevance, second.scores.task_relevance)
+        assert not np.allclose(first.scores.values[TR], second.scores.values[TR])
 
 
-class TestMarks:
+class TestTextRules:
     def test_special_tokens_are_protected_unless_turned_off(self, plan):
         drop_all = {
             "knowledge_novelty": {"drop": {"unknown_below": 0.99}},
@@ -223,7 +233,7 @@ def test_the_eager_definition_of_relevance_by_hand(plan):
     distance = 1 - torch.nn.functional.cosine_similarity(embedding[distinct], domain[None])
     expected = 1 - (distance - distance.min()) / (distance.max() - distance.min())
     table = dict(zip(distinct.tolist(), expected.tolist(), strict=True))
-    np.testing.assert_allclose(made.scores.task_relevance, [table[t] for t in made.scores.token_ids], atol=1e-5)
+    np.testing.assert_allclose(made.scores.values[TR], [table[t] for t in made.scores.token_ids], atol=1e-5)
 
 
 def test_expert_words_and_output_embeddings_change_relevance(plan):
@@ -233,7 +243,7 @@ def test_expert_words_and_output_embeddings_change_relevance(plan):
         {"embedding": "output"},
         {"embedding": "output", "domain": ["apples", "books"]},
     ]
-    scores = [plan({"task_relevance": s}).scores.task_relevance for s in settings]
+    scores = [plan({TR: s}).scores.values[TR] for s in settings]
     for index, one in enumerate(scores):
         assert np.nanmin(one) == 0 and np.nanmax(one) == 1
         assert not any(np.allclose(one, other, atol=1e-3) for other in scores[:index])

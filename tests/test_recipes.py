@@ -87,7 +87,7 @@ def test_block_is_valid(path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     config = XTFConfig.parse(yaml.safe_load(path.read_text(encoding="utf-8"))["xtf"])
-    assert config is not None and config.voters
+    assert config is not None and config.scores
     for pattern in (*config.protect.patterns, *config.force_drop):
         re.compile(pattern)
 

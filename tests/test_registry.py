@@ -1,4 +1,4 @@
-"""The `selectors:` part of the block, and the scorers behind it: built-in ones and those of other packages."""
+"""Selectors and slots of the block, and the scorers behind them: built-in ones and those of other packages."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.made_scores import KN
 from tests.pages import ROOT, blocks, inline_code
 from tests.test_pipeline import Provider, rows
 from tests.test_repo_rules import loaded_by
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.config.scores import MOST, RESERVED
+from xtf_plugin.config.scores import MOST, RESERVED, SLOTS
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
+from xtf_plugin.scorers import ScoreConfig, Scorer, registry
 from xtf_plugin.report.score_table import SCHEMA
-from xtf_plugin.scorers import Scorer, SelectorConfig, registry
 
 PAGE = ROOT / "docs" / "selectors.md"
 RHO = {"scorer": "excess_loss", "reference": {"model": "other", "quantization": "none"}, "drop": {"quantile": 0.4}}
@@ -64,18 +65,20 @@ def site(tmp_path, monkeypatch):
 
 MADE = """
 import numpy as np
-from xtf_plugin.scorers import Scorer, SelectorConfig
+from xtf_plugin.scorers import ScoreConfig, scorer
 
-class Made(Scorer):
+class Loose(ScoreConfig, extra="allow"):
+    pass
+
+@scorer({name!r}, {options})
+def Made(context, config):
     '''Low goes.'''
-    name = {name!r}
-    def score(self, context):
-        return {score}
+    return {score}
 """
 
 
-def made(name="made", score="context.positions.astype(np.float32)"):
-    return MADE.format(name=name, score=score)
+def made(name="made", score="context.positions.astype(np.float32)", options=""):
+    return MADE.format(name=name, score=score, options=options)
 
 
 class TestBlock:
@@ -88,7 +91,7 @@ class TestBlock:
         assert XTFConfig.parse(config.to_dict()) == config
         assert list(XTFConfig.parse(config.to_dict()).selectors) == ["rho", "low", "tc"]
         assert XTFConfig(preset="paper", selectors=config.selectors) == config
-        assert config.voters[-3:] == ("rho", "low", "tc")
+        assert list(config.scores) == [*SLOTS, "rho", "low", "tc"]
 
     def test_without_selectors_a_config_is_written_as_before(self):
         assert "selectors" not in XTFConfig.parse({"preset": "paper"}).to_dict()
@@ -111,11 +114,16 @@ class TestBlock:
             ({"r": {**LOW, "scorer": "exces_los"}}, ["xtf.selectors.r.scorer: 'exces_los'", "mean excess_loss?"]),
             (
                 {"r": {**LOW, "scorer": "zz"}},
-                ["Registered: typicality, opening, log_probability, excess_loss", registry.GROUP],
+                [f"Registered: {', '.join(registry.BUILTIN)};", registry.GROUP],
             ),
             ({"r": {**LOW, "scorer": 3}}, ["xtf.selectors.r.scorer: 3"]),
-            ({"r": {**LOW, "wndow": 3}}, ["xtf.selectors.r.wndow", "mean window?", "scope, window, max_fraction, ref"]),
+            (
+                {"r": {**LOW, "wndow": 3}},
+                ["xtf.selectors.r.wndow", "mean window?", "unit, window, scope, scale, max_fraction, ref"],
+            ),
             ({"r": {**LOW, "window": 2}}, ["xtf.selectors.r.window: 2 is even"]),
+            ({"r": {**LOW, "window": "line"}}, ["xtf.selectors.r.window: 'line' is a unit; write `unit: line`"]),
+            ({"r": {**LOW, "unit": "both"}}, ["xtf.selectors.r.unit: 'both'", "token | sentence | line"]),
             ({"r": {**LOW, "max_fraction": 0}}, ["xtf.selectors.r.max_fraction", "> 0 and <= 1"]),
             ({"r": {**LOW, "scope": "document"}}, ["xtf.selectors.r.scope: 'document' has no effect"]),
             ({"r": {**LOW, "drop": {"below": 1, "fence": 1}}}, ["holds below and fence", "{quantile: number"]),
@@ -141,11 +149,11 @@ class TestBlock:
         message = refusal({"preset": "paper", "selectors": selectors})
         assert all(part in message for part in told), message
 
-    def test_voters_count_selectors(self):
-        assert XTFConfig.parse({**OFF, "selectors": {"low": LOW}}).voters == ("low",)
+    def test_scores_count_selectors(self):
+        assert list(XTFConfig.parse({**OFF, "selectors": {"low": LOW}}).scores) == ["low"]
         XTFConfig.parse({"preset": "paper", "selectors": {"low": LOW}, "combine": {"at_least": 4}})
         message = refusal({"preset": "paper", "selectors": {"low": LOW}, "combine": {"at_least": 5}})
-        assert "3 attributes that are on and 1 selectors" in message
+        assert "more than there are scores (4)" in message
         assert "nothing could be dropped" in refusal({**OFF, "selectors": {}})
 
     def test_schema_knows_the_built_in_scorers_keys(self):
@@ -157,6 +165,17 @@ class TestBlock:
         assert set(refs) == set(registry.BUILTIN)
         own = schema["$defs"][refs["token_cleaning"].rpartition("/")[2]]
         assert own["properties"]["mode"]["const"] == "fixed" and own["additionalProperties"] is False
+
+    @pytest.mark.parametrize(("slot", "usual"), SLOTS.items())
+    def test_schema_of_a_slot_has_the_keys_of_its_usual_scorer(self, slot, usual):
+        schema = XTFConfig.json_schema()
+        part, switch = schema["properties"][slot]["oneOf"]
+        assert switch == {"type": "boolean"} and part["properties"]["scorer"]["default"] == usual
+        assert part["properties"].keys() == registry.BUILTIN[usual].Config.model_fields.keys()
+        cases = {case["if"]["properties"]["scorer"]["const"]: case for case in part["allOf"]}
+        assert set(cases) == set(registry.BUILTIN)
+        without = [name for name, case in cases.items() if "required" not in case["if"]]
+        assert without == [usual], "a slot without `scorer` is held to the keys of its usual one"
 
     def test_parsing_loads_neither_torch_nor_other_packages(self):
         block = "{'selectors': {'low': {'scorer': 'log_probability', 'drop': {'below': 0}}}}"
@@ -178,13 +197,13 @@ class TestRegistry:
             ("import no_such_module", "ModuleNotFoundError"),
             ("def f(:", "SyntaxError"),
             ("x = 1", "AttributeError"),
-            ("class Made: pass", "no class derived from xtf_plugin.scorers.Scorer"),
-            ("Made = 3", "no class derived"),
-            (made() + "    version = '1'", "version"),
+            ("class Made: pass", "not made by the decorator xtf_plugin.scorers.scorer"),
+            ("Made = 3", "not made by the decorator"),
+            (made(options="version='1'"), "`version` is '1', no whole number"),
             (made("other"), "its `name` is 'other'"),
-            (made() + "    Config = dict", "Config"),
-            (made() + "    class Config(SelectorConfig, extra='allow'): pass", "does not forbid unknown keys"),
-            ("from xtf_plugin.scorers import Scorer\nclass Made(Scorer): name = 'made'", "does not define `score`"),
+            (made(options="dict"), "no class derived from xtf_plugin.scorers.ScoreConfig"),
+            (made(options="Loose"), "does not forbid unknown keys"),
+            ("from xtf_plugin.scorers import Scorer\nMade = Scorer('made', None)", "its `score` cannot be called"),
         ],
     )
     def test_a_package_that_does_not_fit_is_one_clear_error(self, site, code, told):
@@ -210,7 +229,7 @@ class TestRegistry:
     )
     def test_scores_that_do_not_fit_name_selector_and_package(self, site, tmp_path, score, told):
         install(site, "made", made(score=score))
-        with pytest.raises(XTFError, match=rf"the selector mine: the scorer made of pkg-made 1\.0 gave .*{told}"):
+        with pytest.raises(XTFError, match=rf"mine: the scorer made of pkg-made 1\.0 returned .*{told}"):
             plan_of({"selectors": {"mine": {"scorer": "made", "drop": {"below": 1}}}}, tmp_path)
 
     def test_a_scorer_cannot_write_to_what_it_is_given(self, site, tmp_path):
@@ -218,9 +237,18 @@ class TestRegistry:
         with pytest.raises(ValueError, match="read-only"):
             plan_of({"selectors": {"mine": {"scorer": "made", "drop": {"below": 1}}}}, tmp_path)
 
-    def test_find_gives_classes(self):
-        assert all(issubclass(registry.find(name), Scorer) for name in registry.BUILTIN)
-        assert all(issubclass(registry.find(name).Config, SelectorConfig) for name in registry.BUILTIN)
+    def test_a_package_may_score_for_a_slot(self, site, tmp_path):
+        install(site, "made", made(score="(context.positions % 3).astype(np.float32)"))
+        slot = {"scorer": "made", "drop": {"below": 1}}
+        plan = plan_of({**OFF, "min_kept": 0, "protect": {"special_tokens": False}, KN: slot}, tmp_path)
+        assert np.array_equal(plan.selection.keep, plan.scores.positions % 3 > 0)
+        assert plan.scorers["scores"] == {KN: {"scorer": "made", "version": 1, "package": "pkg-made 1.0"}}
+
+    def test_find_gives_scorers(self):
+        assert list(registry.BUILTIN)[:3] == list(SLOTS.values())
+        for name, found in registry.BUILTIN.items():
+            assert registry.find(name) is found and found.name == name
+            assert isinstance(found, Scorer) and issubclass(found.Config, ScoreConfig)
 
 
 def plan_of(block, tmp_path):
@@ -235,7 +263,8 @@ def plan_of(block, tmp_path):
 def documented(site):
     """The package of docs/selectors.md, installed as its own two blocks say."""
     toml = next(block.text for block in blocks(PAGE) if block.language == "toml")
-    code = next(block.text for block in blocks(PAGE) if "class Repetition(" in block.text)
+    code = next(block.text for block in blocks(PAGE) if "def repetition(" in block.text)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20, "the page promises a small one"
     name, entry = toml.rsplit("\n", 1)[1].split(" = ")
     install(site, name, code, entry=entry.strip('"'), package="xtf-repetition")
     part = next(text for text in inline_code(PAGE) if "scorer: repetition" in text)
@@ -247,17 +276,17 @@ class TestDocumentedPackage:
         _, selectors = documented
         part = {**selectors["loops"], "n": 1}  # the tiny answers repeat single tokens, no longer stretches
         plan = plan_of({**OFF, "protect": {"special_tokens": False}, "selectors": {"loops": part}}, tmp_path)
-        scores = plan.scores.selectors["loops"]
+        scores = plan.scores.values["loops"]
         assert set(np.unique(scores)) == {0, 1}
         assert np.array_equal(~plan.selection.keep, scores == 0)
-        assert plan.selectors["scorers"]["loops"]["package"] == "xtf-repetition 1.0"
+        assert plan.scorers["scores"]["loops"]["package"] == "xtf-repetition 1.0"
 
     def test_it_conforms(self, documented):
         from xtf_plugin.testing import check_scorer
 
         scorer = registry.find("repetition")
         assert set(np.unique(check_scorer(scorer, {"n": 1}))) == {0, 1}
-        with pytest.raises(AssertionError, match="Config refuses"):
+        with pytest.raises(AssertionError, match="config refuses"):
             check_scorer(scorer, {"n": 0})
 
     def test_the_command_line_finds_it_without_torch(self, documented, tmp_path):

@@ -8,11 +8,12 @@ import math
 import numpy as np
 import pytest
 
-from xtf_plugin.selection import rules as firing
-from xtf_plugin.data import ragged as segments
+from tests.made_scores import KN, RI, TR
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.selection.otsu import multi_otsu
+from xtf_plugin.data import ragged as segments
 from xtf_plugin.data.ragged import Layout
+from xtf_plugin.selection import rules as firing
+from xtf_plugin.selection.otsu import multi_otsu
 
 NAN = float("nan")
 
@@ -22,13 +23,11 @@ def layout_of(documents, counts=None):
     return Layout(offsets, np.asarray([1] * len(documents) if counts is None else counts, dtype=np.int64))
 
 
-def fire(attribute, documents, counts=None, first=5, **settings):
-    """Evaluate one attribute; completions start at position `first`."""
-    layout = layout_of(documents, counts)
+def fire(name, documents, counts=None, **settings):
+    """Evaluate the score of one slot."""
     values = np.concatenate([np.asarray(d, dtype=np.float32) for d in documents])
-    positions = np.concatenate([np.arange(len(d)) + first for d in documents]).astype(np.int32)
-    config = getattr(XTFConfig.parse({attribute: settings}), attribute)
-    return firing.evaluate(attribute, values, positions, layout, config)
+    config = XTFConfig.parse({name: settings}).scores[name]
+    return firing.evaluate(name, values, layout_of(documents, counts), config)
 
 
 def averaged(document, window):
@@ -42,8 +41,9 @@ def averaged(document, window):
     return result.astype(np.float32).astype(np.float64)
 
 
-def naive(attribute, documents, counts, *, drop, scope="document", scale="linear", window=1, max_fraction=None):
+def naive(name, documents, counts, *, drop, scope=None, scale="linear", window=1, max_fraction=None):
     """All rules as loops in float64; returns a mask over the flat tokens."""
+    scope = scope or ("document" if name == RI else "dataset")
     documents = [averaged(np.asarray(d, dtype=np.float64), window) for d in documents]
     everything = np.concatenate([np.tile(d, c) for d, c in zip(documents, counts, strict=True)])
     everything = everything[~np.isnan(everything)]
@@ -57,9 +57,9 @@ def naive(attribute, documents, counts, *, drop, scope="document", scale="linear
             pool = defined if scope == "document" else everything
             q1, q3 = np.quantile(log(pool), [0.25, 0.75]) if len(pool) else (0, 0)
             mask = log(scores) < q1 - drop["fence"] * (q3 - q1)
-        elif "quantile" in drop and attribute == "knowledge_novelty":
+        elif "quantile" in drop and name == KN:
             mask, rank = novelty < np.quantile(-np.expm1(everything), drop["quantile"]), novelty
-        elif "quantile" in drop and attribute == "reasoning_importance" and scope == "document":
+        elif "quantile" in drop and scope == "document":
             order = sorted((s, i) for i, s in enumerate(scores.tolist()) if not math.isnan(s))
             mask[[i for _, i in order[: math.floor(drop["quantile"] * len(order))]]] = True
         elif "quantile" in drop:
@@ -85,7 +85,6 @@ def naive(attribute, documents, counts, *, drop, scope="document", scale="linear
     return np.concatenate(masks)
 
 
-RI, KN, TR = "reasoning_importance", "knowledge_novelty", "task_relevance"
 CASES = [
     (RI, {"drop": {"fence": 0.3}}),
     (RI, {"drop": {"fence": 0.2}, "scale": "log", "window": 3}),
@@ -106,22 +105,24 @@ CASES = [
     (TR, {"drop": {"cluster": 3, "of": 3}, "window": 13}),
     (TR, {"drop": {"quantile": 0.3}}),
     (TR, {"drop": {"below": 0.4}}),
+    (TR, {"drop": {"fence": 0.1}}),
+    (TR, {"drop": {"quantile": 0.3}, "scope": "document", "window": 3}),
 ]
 
 
-@pytest.mark.parametrize(("attribute", "settings"), CASES)
+@pytest.mark.parametrize(("name", "settings"), CASES)
 @pytest.mark.parametrize("chunk", [1 << 17, 25])
-def test_every_rule_equals_a_loop_over_documents(monkeypatch, attribute, settings, chunk):
+def test_every_rule_equals_a_loop_over_documents(monkeypatch, name, settings, chunk):
     monkeypatch.setattr(segments, "CHUNK_TOKENS", chunk)
     rng = np.random.default_rng(7)
     documents = []
     for length in [30, 0, 1, 17, 2, 64, 5, 0, 40, 3, 0]:
         scores = rng.choice(rng.gamma(1.0, size=25), length) + 0.01  # few values: ties are common
         scores[rng.random(length) < 0.1] = NAN
-        documents.append((-scores if attribute == KN else scores).astype(np.float32))
+        documents.append((-scores if name == KN else scores).astype(np.float32))
     counts = rng.integers(1, 4, len(documents))
-    found = fire(attribute, documents, counts, **settings)
-    expected = naive(attribute, documents, counts.tolist(), **settings)
+    found = fire(name, documents, counts, **settings)
+    expected = naive(name, documents, counts.tolist(), **settings)
     np.testing.assert_array_equal(found.mask, expected)
     assert 0 < expected.sum() < len(expected), "the case must have something to tell apart"
     assert found.fired == layout_of(documents, counts).spread(counts)[expected].sum()
@@ -158,6 +159,7 @@ def test_novelty_thresholds_are_strict_probabilities():
     both = fire(KN, [logprobs], drop={"known_above": 0.95, "unknown_below": 0.05})
     assert both.mask.tolist() == [False, False, True, True, True]
     assert both.thresholds["drops"] == pytest.approx({"below": 0.05, "above": 0.95})
+    np.testing.assert_array_equal(both.seen, -np.expm1(logprobs.astype(np.float32)))
 
 
 def test_max_fraction_lets_the_most_extreme_through_whatever_their_direction():
@@ -209,9 +211,8 @@ def test_undefined_scores_never_fire_and_infinite_ones_are_counted():
     found = fire(RI, [[NAN, 1.0, -math.inf, 0.1, NAN]], [3], drop={"below": 0.5})
     assert np.flatnonzero(found.mask).tolist() == [3]
     assert found.fired == 3
-    assert "3 are infinite and 3 are NaN" in found.warnings[0], "the last NaN is to be expected, the first is not"
-    assert fire(RI, [[1.0, 0.1, NAN]], drop={"below": 0.5}).warnings == []
-    assert fire(KN, [[NAN, -1.0, -0.01]], first=0, drop={"known_above": 0.5}).warnings == []
+    assert found.warnings == [f"{RI}: 3 of 15 scores are infinite; {RI} never drops these tokens"]
+    assert fire(RI, [[NAN, 0.1, NAN]], drop={"below": 0.5}).warnings == []
     nothing = fire(TR, [[NAN, NAN]], drop={"below": 0.5})
     assert not nothing.mask.any() and "no score is defined" in nothing.warnings[-1]
 
@@ -219,7 +220,7 @@ def test_undefined_scores_never_fire_and_infinite_ones_are_counted():
 def test_the_input_is_left_alone():
     values = np.asarray([math.inf, 1.0, 0.2], dtype=np.float32)
     config = XTFConfig.parse({RI: {"drop": {"below": 0.5}, "window": 3}}).reasoning_importance
-    firing.evaluate(RI, values, np.asarray([1, 2, 3], dtype=np.int32), layout_of([values]), config)
+    firing.evaluate(RI, values, layout_of([values]), config)
     assert math.isinf(values[0])
 
 

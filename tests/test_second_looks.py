@@ -16,13 +16,14 @@ from tests.test_selectors import OFF
 from tests.test_store import fill, shard_files
 from xtf_plugin import attributes, shards
 from xtf_plugin.report import summary as report
+from xtf_plugin.cached_scores import ScoreSource
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
-from xtf_plugin.selection.text_rules import marked_tokens, segment_starts
 from xtf_plugin.plan import make_plan
-from xtf_plugin.scorers import iterative_rescoring as again, opening
+from xtf_plugin.scorers import iterative_rescoring as again
+from xtf_plugin.scorers import opening
 from xtf_plugin.scorers.base import ScoringContext
-from xtf_plugin.selectors import StoredPredictions
+from xtf_plugin.selection.text_rules import marked_tokens, segment_starts
 
 LIMIT = -14.0  # about half of the units of `Sure` are below
 
@@ -42,6 +43,13 @@ class Sure:
         hidden = self.model.model(input_ids=ids[None]).last_hidden_state[0, :-1]
         found = attributes.predictions(hidden, self.model.lm_head, ids[1:])  # the definition, in float32
         return np.append(np.float32(np.nan), (found[0] + found[1]).numpy())[np.asarray(labelled)]
+
+
+def context(documents, found, starts, without, protected=None, forced=None):
+    """A context whose reference predicts `found`, and what `without` gives where tokens are left out."""
+    cut = {"sentence": starts}
+    source = SimpleNamespace(predictions=lambda _: found, segments=cut.__getitem__, predictions_without=without)
+    return ScoringContext(documents, None, source, protected, forced)
 
 
 def judged_in_order(sure, documents, config, protected, forced):
@@ -113,14 +121,14 @@ def test_second_looks_equal_judging_in_order(unit, tmp_path, monkeypatch):
     monkeypatch.setattr(again, "BUDGET", 1_000)
     sure, documents = Sure(), several_lines()
     block = config_of(tmp_path, unit=unit, context="document", drop={"quantile": 0.5})
-    once = make_plan(block, documents, Provider(sure.model), tiny.tokenizer(), progress=False).scores.selectors["odd"]
+    once = make_plan(block, documents, Provider(sure.model), tiny.tokenizer(), progress=False).scores.values["odd"]
     limit = float(np.median(once)) + 1e-3
     config = config_of(tmp_path, unit=unit, drop={"below": limit}, force_drop=["happy to"])
     protected, forced = marked_tokens(config, documents, tiny.tokenizer())
     assert forced.any() and protected.any()
     plan = make_plan(config, documents, Provider(sure.model), tiny.tokenizer(), progress=False)
     expected = judged_in_order(sure, documents, config, protected, forced)
-    np.testing.assert_allclose(plan.scores.selectors["odd"], expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(plan.scores.values["odd"], expected, rtol=1e-3, atol=1e-3)
     revived = (once < limit) & (expected >= limit)
     assert revived.any() and (expected < limit).any(), "the data must hold both for the comparison to mean anything"
 
@@ -133,7 +141,7 @@ def test_few_rounds_and_the_budget_leave_verdicts_as_they_are_and_say_so(tmp_pat
             monkeypatch.setattr(again, name, value)
         config = config_of(tmp_path / str(number), drop={"below": LIMIT})
         plan = make_plan(config, documents, Provider(sure.model), tiny.tokenizer(), progress=False)
-        return plan.scores.selectors["odd"], plan.selectors.get("excerpts", {"tokens": 0})["tokens"], plan.warnings
+        return plan.scores.values["odd"], plan.scorers.get("excerpts", {"tokens": 0})["tokens"], plan.warnings
 
     full, cost, quiet = scores(0, ROUNDS=50, BUDGET=1_000)
     first, _, told = scores(1, ROUNDS=1)
@@ -159,9 +167,9 @@ def test_a_long_prompt_is_no_reason_to_look_less():
 
     low = SimpleNamespace(logprobs=np.full(12 * unit, -9, np.float32), entropy=np.zeros(12 * unit, np.float32))
     starts = np.arange(0, 12 * unit, unit)
-    given = ScoringContext(documents, None, lambda _: low, segments=lambda _: starts, without=without)
+    given = context(documents, low, starts, without)
     config = opening.OpeningConfig(scorer="opening", context="kept", drop={"below": -1})
-    assert np.array_equal(opening.Opening(config).score(given) < -1, np.arange(12 * unit) < unit)
+    assert np.array_equal(opening.opening.score(given, config) < -1, np.arange(12 * unit) < unit)
     assert not given.warnings
 
 
@@ -178,9 +186,9 @@ def test_what_stands_behind_nothing_dropped_is_not_looked_at_again(logprobs, ask
         calls.extend(wanted)
         return made([-9] * 3)
 
-    given = ScoringContext(documents, None, lambda _: made(logprobs), segments=lambda _: np.arange(3), without=without)
+    given = context(documents, made(logprobs), np.arange(3), without)
     config = opening.OpeningConfig(scorer="opening", context="kept", drop={"below": -1})
-    assert np.array_equal(opening.Opening(config).score(given), np.maximum(np.float32(logprobs), -8))
+    assert np.array_equal(opening.opening.score(given, config), np.maximum(np.float32(logprobs), -8))
     assert len(calls) == asked
 
 
@@ -188,7 +196,7 @@ def test_second_looks_are_stored_and_told(tmp_path):
     sure, documents = Sure(), several_lines()
     config = config_of(tmp_path, unit="both", drop={"below": LIMIT})
     plans = [make_plan(config, documents, Provider(sure.model), tiny.tokenizer(), progress=False) for _ in range(2)]
-    first, second = (plan.selectors["excerpts"] for plan in plans)
+    first, second = (plan.scorers["excerpts"] for plan in plans)
     assert first["documents"] > 0 and first["seconds"] > 0
     assert second["documents"] == 0 and second["stored_documents"] >= first["documents"]
     assert np.array_equal(plans[0].selection.keep, plans[1].selection.keep)
@@ -202,9 +210,9 @@ def test_rounds_read_no_shard_without_documents_of_theirs(tmp_path, monkeypatch)
     fingerprint, reads, rounds = Provider(sure.model).fingerprint(), Counter(), []
     for seed in range(3):
         fill(tmp_path, (5, 7), layers=None, reference=fingerprint, seed=seed)
-    others, read, under = shard_files(tmp_path), shards.read, StoredPredictions.under
+    others, read, looked = shard_files(tmp_path), shards.read, ScoreSource.predictions_without
     monkeypatch.setattr(shards, "read", lambda path, *rest: reads.update([path]) or read(path, *rest))
-    monkeypatch.setattr(StoredPredictions, "under", lambda *given: rounds.append(given) or under(*given))
+    monkeypatch.setattr(ScoreSource, "predictions_without", lambda *given: rounds.append(given) or looked(*given))
     config = config_of(tmp_path, unit="both", drop={"below": LIMIT})
     make_plan(config, documents, Provider(sure.model), tiny.tokenizer(), progress=False)
     assert len(others) == 3 and len(rounds) > 3
@@ -228,17 +236,14 @@ def test_protected_and_prompt_tokens_stay_in_the_past_and_forced_ones_do_not():
 
     def without(hidden, starts, wanted, _):
         seen.append((hidden.tolist(), wanted.tolist()))
-        return predictions(None)
+        return found
 
-    def predictions(_):
-        return SimpleNamespace(logprobs=np.float32([-9] * 5 + [0] * 3), entropy=np.zeros(8, np.float32))
-
+    found = SimpleNamespace(logprobs=np.float32([-9] * 5 + [0] * 3), entropy=np.zeros(8, np.float32))
     protected, forced = np.zeros((2, 8), dtype=bool)
     protected[1], forced[5] = True, True
-    cut = {"sentence": np.asarray([0, 2, 5])}
-    given = ScoringContext(documents, None, predictions, cut.__getitem__, without, protected, forced)
+    given = context(documents, found, np.asarray([0, 2, 5]), without, protected, forced)
     config = opening.OpeningConfig(scorer="opening", context="kept", drop={"below": -1})
-    assert np.array_equal(opening.Opening(config).score(given) < -1, np.arange(8) < 5)
+    assert np.array_equal(opening.opening.score(given, config) < -1, np.arange(8) < 5)
     gone = [True, False, True, True, True, True, False, False]
     assert seen[0] == (gone, [1]), "the third sentence is no suspect"
 
@@ -252,11 +257,9 @@ def test_a_unit_of_protected_tokens_alone_is_not_looked_at():
         wanted_ever.extend(wanted)
         return low
 
-    given = ScoringContext(
-        documents, None, lambda _: low, lambda _: np.arange(3), without, np.asarray([False, False, True])
-    )
+    given = context(documents, low, np.arange(3), without, np.asarray([False, False, True]))
     config = opening.OpeningConfig(scorer="opening", context="kept", drop={"below": -1})
-    scores = opening.Opening(config).score(given)
+    scores = opening.opening.score(given, config)
     assert np.isnan(scores[0]) and (scores[1:] < -1).all() and not wanted_ever
 
 
@@ -266,7 +269,7 @@ def test_an_infinite_second_look_is_undefined_and_drops_nothing():
         SimpleNamespace(logprobs=np.full(2, value, np.float32), entropy=np.zeros(2, np.float32))
         for value in (-9, -np.inf)
     )
-    given = ScoringContext(documents, None, lambda _: low, lambda _: np.arange(2), lambda *_: never)
+    given = context(documents, low, np.arange(2), lambda *_: never)
     config = opening.OpeningConfig(scorer="opening", context="kept", drop={"below": -1})
-    scores = opening.Opening(config).score(given)
+    scores = opening.opening.score(given, config)
     assert scores[0] < -1 and np.isnan(scores[1])

@@ -9,28 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from xtf_plugin.data import ragged as segments
+from tests.made_scores import ALL_ON, KN, RI, TR, scores_of, taken, with_scores
 from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data import ragged as segments
 from xtf_plugin.errors import XTFError
-from xtf_plugin.selection.select import (
-    CONTROL,
-    FLOOR,
-    FORCED,
-    NOVELTY,
-    PROTECTED,
-    REASONING,
-    RELEVANCE,
-    Scores,
-    reason_text,
-)
-from xtf_plugin.selection.select import select
+from xtf_plugin.selection.select import BITS, CONTROL, FLOOR, FORCED, PROTECTED, reason_text, select
 
 NAN = float("nan")
-RULES = {
-    "reasoning_importance": {"drop": {"below": 0.5}},
-    "knowledge_novelty": {"drop": {"known_above": 0.95}},
-    "task_relevance": {"drop": {"below": 0.5}},
-}
+REASONING, NOVELTY, RELEVANCE = (BITS[name] for name in (RI, KN, TR))
+RULES = {RI: {"drop": {"below": 0.5}}, KN: {"drop": {"known_above": 0.95}}, TR: {"drop": {"below": 0.5}}}
 VOTES = {0: 0, REASONING: 1, NOVELTY: 1, RELEVANCE: 1, REASONING | NOVELTY: 2, REASONING | NOVELTY | RELEVANCE: 3}
 
 
@@ -42,15 +29,13 @@ def from_bits(*bits, first=1):
     """One document whose tokens fire the rules named by their bits; log-probabilities fall with the index."""
     array = np.asarray(bits)
     novelty = np.where(array & NOVELTY, -0.001, -1.0 - np.arange(len(array)) / 10)
-    return Scores(
+    return scores_of(
+        [len(array)],
+        first,
         keys=np.arange(16, dtype=np.uint8)[None],
-        offsets=np.asarray([0, len(array)]),
-        counts=np.asarray([1]),
-        token_ids=np.arange(len(array), dtype=np.int32),
-        positions=(np.arange(len(array)) + first).astype(np.int32),
-        reasoning_importance=np.where(array & REASONING, 0.1, 1.0).astype(np.float32),
-        logprobs=novelty.astype(np.float32),
-        task_relevance=np.where(array & RELEVANCE, 0.1, 0.9).astype(np.float32),
+        reasoning_importance=np.where(array & REASONING, 0.1, 1.0),
+        logprobs=novelty,
+        task_relevance=np.where(array & RELEVANCE, 0.1, 0.9),
     )
 
 
@@ -63,38 +48,23 @@ def random_scores(lengths, seed=0, counts=None):
     starts = np.concatenate([[0], np.cumsum(lengths)])
     logprobs = -rng.exponential(size=size).astype(np.float32)
     logprobs[rng.random(size) < 0.05] = NAN
-    return Scores(
+    return scores_of(
+        lengths,
         keys=rng.integers(0, 256, (len(lengths), 16)).astype(np.uint8),
-        offsets=starts.astype(np.int64),
-        counts=np.asarray([1] * len(lengths) if counts is None else counts, dtype=np.int64),
+        counts=None if counts is None else np.asarray(counts, dtype=np.int64),
         token_ids=token_ids,
         positions=(np.arange(size) - np.repeat(starts[:-1], lengths) + first).astype(np.int32),
-        reasoning_importance=rng.lognormal(size=size).astype(np.float32),
+        reasoning_importance=rng.lognormal(size=size),
         logprobs=logprobs,
         task_relevance=relevance[token_ids],
     )
-
-
-def take(scores, order):
-    """The same documents in another order, or some of them several times."""
-    flat = np.concatenate([np.arange(scores.offsets[i], scores.offsets[i + 1]) for i in order]).astype(np.int64)
-    names = ("token_ids", "positions", "reasoning_importance", "logprobs", "task_relevance")
-    lengths = np.diff(scores.offsets)[order]
-    moved = replace(
-        scores,
-        keys=scores.keys[order],
-        counts=scores.counts[order],
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        **{name: getattr(scores, name)[flat] for name in names},
-    )
-    return moved, flat
 
 
 @pytest.mark.parametrize(
     ("combine", "needed"),
     [("union", 1), ("intersection", 3), ("majority", 2), ({"at_least": 1}, 1), ({"at_least": 2}, 2)],
 )
-def test_combine_counts_the_attributes_that_fired(combine, needed):
+def test_combine_counts_the_scores_whose_rules_fired(combine, needed):
     bits = list(VOTES)
     chosen = select(from_bits(*bits), config(combine=combine, min_kept=0))
     assert chosen.keep.tolist() == [VOTES[b] < needed for b in bits]
@@ -102,7 +72,7 @@ def test_combine_counts_the_attributes_that_fired(combine, needed):
     assert chosen.fired == {"reasoning_importance": 3, "knowledge_novelty": 3, "task_relevance": 2}
 
 
-def test_combine_knows_only_attributes_that_are_on():
+def test_combine_knows_only_scores_that_are_on():
     block = {"task_relevance": False, "combine": "intersection", "min_kept": 0}
     chosen = select(from_bits(0, REASONING, REASONING | NOVELTY, REASONING | RELEVANCE), config(**block))
     assert chosen.keep.tolist() == [True, True, False, True]
@@ -139,7 +109,7 @@ def test_floor_counts_trainable_tokens_only():
 
 def test_floor_and_best_without_logprobs():
     scores = from_bits(*[REASONING] * 4)
-    scores = replace(scores, logprobs=None, task_relevance=np.asarray([0.9, 0.8, NAN, 0.9], dtype=np.float32))
+    scores = with_scores(scores, logprobs=None, task_relevance=[0.9, 0.8, NAN, 0.9])
     scores.positions[0] = 0
     relevance = {"drop": {"below": 0.0}}  # which no score is
     chosen = select(scores, config(knowledge_novelty=False, task_relevance=relevance, min_kept=2))
@@ -183,7 +153,7 @@ def test_control_is_uniform_and_knows_nothing_of_the_scores():
     documents, length = 4000, 10
     scores = random_scores([length] * documents)
     scores = replace(scores, positions=scores.positions + 1)  # every token trains
-    scores.reasoning_importance[:] = np.tile(np.where(np.arange(length) < 3, 0.1, 1.0), documents)
+    scores.values[RI][:] = np.tile(np.where(np.arange(length) < 3, 0.1, 1.0), documents)
     chosen = select(scores, config(knowledge_novelty=False, task_relevance=False, control="random"))
     dropped = ~chosen.keep.reshape(documents, length)
     assert (dropped.sum(1) == 3).all()
@@ -215,7 +185,7 @@ def test_control_plans_with_the_floor_in_mind():
 def test_control_depends_on_the_whole_key():
     one = replace(random_scores([60] * 3), keys=np.zeros((3, 16), dtype=np.uint8))
     one.keys[1, 0], one.keys[2, 15] = 1, 1
-    one.reasoning_importance[:] = np.tile([0.1] * 20 + [1.0] * 40, 3)
+    one.values[RI][:] = np.tile([0.1] * 20 + [1.0] * 40, 3)
     keep = select(one, config(knowledge_novelty=False, task_relevance=False, control="random")).keep.reshape(3, 60)
     assert (keep[0] != keep[1]).any() and (keep[0] != keep[2]).any() and (keep[1] != keep[2]).any()
 
@@ -233,7 +203,7 @@ BLOCKS = [
 def test_the_order_of_documents_does_not_matter(block):
     scores = random_scores([20, 0, 31, 7, 1, 50], counts=[1, 2, 1, 3, 1, 1])
     order = np.asarray([4, 2, 0, 5, 1, 3])
-    moved, flat = take(scores, order)
+    moved, flat = taken(scores, order)
     plain, permuted = select(scores, config(**block)), select(moved, config(**block))
     np.testing.assert_array_equal(permuted.keep, plain.keep[flat])
     np.testing.assert_array_equal(permuted.reasons, plain.reasons[flat])
@@ -245,7 +215,7 @@ def test_the_order_of_documents_does_not_matter(block):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_two_copies_equal_a_count_of_two(block):
     scores = random_scores([20, 33, 7])
-    copied, flat = take(scores, np.asarray([0, 1, 1, 2]))
+    copied, flat = taken(scores, np.asarray([0, 1, 1, 2]))
     counted = select(replace(scores, counts=np.asarray([1, 2, 1])), config(**block))
     twice = select(copied, config(**block))
     np.testing.assert_array_equal(twice.keep, counted.keep[flat])
@@ -272,7 +242,7 @@ def test_a_document_alone_gets_the_same_document_level_mask():
     scores = random_scores([20, 31, 7])
     block = config(**{"reasoning_importance": {"drop": {"quantile": 0.2}}, "control": "random"})
     whole = select(scores, block)
-    alone, flat = take(scores, np.asarray([1]))
+    alone, flat = taken(scores, np.asarray([1]))
     np.testing.assert_array_equal(select(alone, block).keep, whole.keep[flat])
 
 
@@ -285,8 +255,11 @@ def test_everything_dropped_and_nothing_given():
 
 def test_what_does_not_fit_together_is_refused():
     scores = from_bits(0, 0)
-    with pytest.raises(XTFError, match="knowledge_novelty is on"):
-        select(replace(scores, logprobs=None), config())
+    with pytest.raises(XTFError, match="knowledge_novelty is on, but the documents were not scored for it"):
+        select(with_scores(scores, knowledge_novelty=None), config())
+    for wrong in (with_scores(scores, task_relevance=[0.5]), replace(scores, logprobs=np.zeros(3, np.float32))):
+        with pytest.raises(XTFError, match=r"(task_relevance|logprobs) has the shape \((1|3),\)"):
+            select(wrong, config())
     with pytest.raises(XTFError, match="protected"):
         select(scores, config(), np.asarray([True]))
     with pytest.raises(XTFError, match="2 offsets"):
@@ -298,3 +271,20 @@ def test_reason_text():
     assert reason_text(REASONING | NOVELTY | RELEVANCE) == "reasoning_importance,knowledge_novelty,task_relevance"
     assert [reason_text(b) for b in (PROTECTED, FLOOR, FORCED, CONTROL)] == ["protected", "floor", "forced", "control"]
     assert [REASONING, NOVELTY, RELEVANCE, PROTECTED, FLOOR, FORCED, CONTROL] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_a_selection_keeps_what_the_rules_saw():
+    scores = random_scores([20, 31, 7])
+    starts = np.asarray([0, 8, 20, 33, 51])
+    block = {"preset": "none", RI: {"unit": "line"}, KN: {"window": 3}, TR: True}
+    chosen = select(scores, config(**block), segments={"line": starts})
+    layout = segments.Layout(scores.offsets, scores.counts)
+    expected = {
+        RI: segments.segment_means(scores.values[RI], layout, starts),
+        KN: -np.expm1(segments.windowed(scores.logprobs, layout, 3)),
+        TR: scores.values[TR],
+    }
+    assert list(chosen.seen) == list(ALL_ON)
+    for name, seen in expected.items():
+        np.testing.assert_array_equal(chosen.seen[name], seen)
+        assert chosen.seen[name].dtype == np.float32

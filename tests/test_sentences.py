@@ -1,4 +1,4 @@
-"""Sentence and line windows: where segments begin, the means over them, and whole odd sentences dropped."""
+"""Sentences and lines as units: where segments begin, the means over them, and whole odd sentences dropped."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.made_scores import ALL_OFF, KN, RI, TR, scores_of
 from tests.test_pipeline import plan  # noqa: F401, a fixture
 from tests.test_rules import layout_of
-from xtf_plugin.selection import rules as firing
-from xtf_plugin.data import ragged as segments, sentences
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.errors import XTFError
-from xtf_plugin.selection.text_rules import completion_runs, special_ids
+from xtf_plugin.data import ragged as segments
+from xtf_plugin.data import sentences
 from xtf_plugin.data.ragged import segment_means
-from xtf_plugin.selection.select import Scores
+from xtf_plugin.errors import XTFError
+from xtf_plugin.selection import rules as firing
 from xtf_plugin.selection.select import select
+from xtf_plugin.selection.text_rules import completion_runs, special_ids
 
 SPECIAL = "<s>"
 
@@ -157,59 +158,49 @@ def test_means_do_not_depend_on_the_other_documents():
 
 def odd_one_out():
     """Three sentences of four tokens; the second is improbable as a whole, though not in every token."""
-    logprobs = np.asarray([-1, -3, -1, -1, -4, -0.2, -4, -4, -1, -1, -3, -1], dtype=np.float32)
-    scores = Scores(
-        keys=np.zeros((1, 16), dtype=np.uint8),
-        offsets=np.asarray([0, 12]),
-        counts=np.ones(1, dtype=np.int64),
-        token_ids=np.zeros(12, dtype=np.int32),
-        positions=np.arange(5, 17, dtype=np.int32),
-        logprobs=logprobs,
-    )
+    scores = scores_of([12], logprobs=[-1, -3, -1, -1, -4, -0.2, -4, -4, -1, -1, -3, -1])
     return scores, {"sentence": np.asarray([0, 4, 8])}
 
 
-def novelty(window):
+def novelty(unit):
     block = {"preset": "none", "min_kept": 0}
-    return XTFConfig.parse({**block, "knowledge_novelty": {"drop": {"unknown_below": 0.08}, "window": window}})
+    return XTFConfig.parse({**block, KN: {"drop": {"unknown_below": 0.08}, "unit": unit}})
 
 
-def test_a_sentence_window_drops_the_whole_odd_sentence():
+def test_a_sentence_as_unit_drops_the_whole_odd_sentence():
     scores, given = odd_one_out()
-    by_token = select(scores, novelty(1)).keep
+    by_token = select(scores, novelty("token")).keep
     by_sentence = select(scores, novelty("sentence"), segments=given)
     assert by_token.tolist() == [True, False, True, True, False, True, False, False, True, True, False, True]
     assert by_sentence.keep.tolist() == [True] * 4 + [False] * 4 + [True] * 4
-    assert by_sentence.thresholds["knowledge_novelty"]["window"] == "sentence"
+    assert by_sentence.thresholds[KN]["unit"] == "sentence"
 
 
 def test_segments_that_are_needed_and_not_given_are_refused():
     scores, given = odd_one_out()
     for segments_given in (None, given):
-        with pytest.raises(XTFError, match="window: line"):
+        with pytest.raises(XTFError, match="unit: line needs the first token of every line"):
             select(scores, novelty("line"), segments=segments_given)
 
 
 def test_rules_see_the_means():
     scores, layout, starts = random_scores(np.random.default_rng(2), [300, 20, 0, 41])
     importance = {"drop": {"quantile": 0.3}, "max_fraction": 0.2}
-    positions = np.ones(len(scores), dtype=np.int32)
 
     def fire(values, **settings):
-        config = XTFConfig.parse({"reasoning_importance": {**importance, **settings}}).reasoning_importance
-        return firing.evaluate("reasoning_importance", values, positions, layout, config, {"line": starts}).mask
+        config = XTFConfig.parse({RI: {**importance, **settings}}).reasoning_importance
+        return firing.evaluate(RI, values, layout, config, {"line": starts}).mask
 
-    averaged = fire(scores, window="line")
+    averaged = fire(scores, unit="line")
     np.testing.assert_array_equal(averaged, fire(segment_means(scores, layout, starts)))
     assert not np.array_equal(averaged, fire(scores))
 
 
 @pytest.mark.parametrize("unit", ["sentence", "line"])
 def test_the_plan_drops_whole_segments(plan, unit):  # noqa: F811
-    def whole(window):
-        attribute = {"drop": {"quantile": 0.4}, "window": window}
-        off = {"reasoning_importance": False, "task_relevance": False}
-        made = plan({**off, "knowledge_novelty": attribute, "protect": {"special_tokens": False}, "min_kept": 0})
+    def whole(unit_of_rule):
+        part = {"drop": {"quantile": 0.4}, "unit": unit_of_rule}
+        made = plan({**ALL_OFF, KN: part, "protect": {"special_tokens": False}, "min_kept": 0})
         runs, fast = completion_runs(made.documents), tiny.tokenizer()
         starts = sentences.segment_starts(unit, fast, made.scores.token_ids, runs, special_ids(fast))
         assert set(made.scores.offsets[:-1]) < set(starts.tolist())
@@ -217,11 +208,27 @@ def test_the_plan_drops_whole_segments(plan, unit):  # noqa: F811
         assert {True, False} == {bool(part[0]) for part in parts}
         return all(part.all() or not part.any() for part in parts)
 
-    assert whole(unit) and not whole(1)
+    assert whole(unit) and not whole("token")
 
 
-def test_segments_are_looked_for_only_if_a_window_asks(plan, monkeypatch):  # noqa: F811
+def test_segments_are_looked_for_only_if_a_unit_asks(plan, monkeypatch):  # noqa: F811
     monkeypatch.setattr(sentences, "segment_starts", None)
-    plan({"reasoning_importance": {"window": 5}})
+    plan({RI: {"window": 5}})
     with pytest.raises(TypeError):
-        plan({"task_relevance": {"window": "line"}})
+        plan({TR: {"unit": "line"}})
+
+
+SCORERS = ["attention_received", "novelty", "embedding_similarity", "typicality", "log_probability"]
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_every_scorer_may_be_judged_by_whole_lines(plan, scorer):  # noqa: F811
+    part = {"scorer": scorer, "drop": {"quantile": 0.5}, "scope": "dataset", "unit": "line"}
+    made = plan({**ALL_OFF, "selectors": {"it": part}, "protect": {"special_tokens": False}, "min_kept": 0})
+    starts = made.text.segments["line"]
+    seen = segment_means(made.scores.values["it"], segments.Layout(made.scores.offsets, made.scores.counts), starts)
+    seen = -np.expm1(seen) if scorer == "novelty" else seen
+    np.testing.assert_array_equal(made.selection.seen["it"], seen)
+    known = [~np.isnan(each) for each in np.split(seen, starts[1:])]
+    parts = [each[here] for each, here in zip(np.split(made.selection.keep, starts[1:]), known, strict=True)]
+    assert all(each.all() or not each.any() for each in parts) and not made.selection.keep.all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from tests import tiny
@@ -12,22 +11,8 @@ from tests.test_selectors import OFF
 from xtf_plugin import attributes
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
-from xtf_plugin.selection.text_rules import segment_starts
 from xtf_plugin.plan import make_plan
-from xtf_plugin.scorers import typicality as typical
-from xtf_plugin.testing import check_scorer
-
-OTHER = {"reference": {"model": "other"}}
-
-
-@pytest.mark.parametrize(
-    ("scorer", "options"),
-    [
-        (typical.Typicality, OTHER),
-    ],
-)
-def test_they_conform(scorer, options):
-    check_scorer(scorer, options)
+from xtf_plugin.selection.text_rules import segment_starts
 
 
 def test_typicality_of_what_the_reference_itself_would_write_is_zero_on_average():
@@ -50,16 +35,16 @@ def test_both_select_in_a_plan_and_the_knobs_change_it(tmp_path):
         return make_plan(config, documents, provider, tiny.tokenizer(), progress=False)
 
     plan = kept(scorer="typicality")
-    scores = plan.scores.selectors["odd"]
+    scores = plan.scores.values["odd"]
     defined = ~np.isnan(scores)
     assert not plan.selection.keep.all()
     assert scores[~plan.selection.keep].max() <= scores[plan.selection.keep & defined].min()
-    lines = kept(scorer="opening", unit="line").scores.selectors["odd"]
+    lines = kept(scorer="opening", unit="line").scores.values["odd"]
     starts = segment_starts(documents, tiny.tokenizer(), "line")
     for low, high in zip(starts, [*starts[1:], len(scores)], strict=True):
         assert len(set(lines[low:high].tolist())) == 1
-    assert not np.array_equal(lines, kept(scorer="opening").scores.selectors["odd"])
-    assert not np.array_equal(lines, kept(scorer="opening", unit="line", clip=0.1).scores.selectors["odd"])
+    assert not np.array_equal(lines, kept(scorer="opening").scores.values["odd"])
+    assert not np.array_equal(lines, kept(scorer="opening", unit="line", clip=0.1).scores.values["odd"])
 
 
 def test_a_reference_that_does_not_know_the_text_is_told(tmp_path):

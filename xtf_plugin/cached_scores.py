@@ -287,7 +287,7 @@ def run_scorers(
         frozen: functions that take the place of some scorers', by name of the score; see `Scorer.frozen`.
 
     Raises:
-        XTFUserError: a reference cannot be used; names the score.
+        XTFUserError: a reference cannot be used, or a value of the score's part; names its key.
         XTFError: a scorer returns something else than (M,) float32, or NaN alone; names score and package.
     """
     context = ScoringContext(source.documents, source.tokenizer, source, text.protected, text.forced)
@@ -300,10 +300,8 @@ def run_scorers(
             some = source.whole and name in config.selectors
             found[name] = _checked(name, scorer, scores, len(context.token_ids), some)
         except XTFUserError as error:
-            if not str(error).startswith(MAIN_KEY) or name not in config.selectors:
-                raise
-            own = f"xtf.selectors.{name}.reference.model{str(error).removeprefix(MAIN_KEY)}"
-            raise XTFUserError(own) from error
+            path = f"xtf.selectors.{name}" if name in config.selectors else f"xtf.{name}"
+            raise XTFUserError(_named(str(error), path, part)) from error
         source.warnings += [f"{name}: {warning}" for warning in context.warnings]
         context.warnings.clear()
     return {name: found[name] for name in chosen}
@@ -316,6 +314,14 @@ def frozen_scorers(config: XTFConfig, source: ScoreSource) -> dict[str, Callable
     return {
         name: scorer.frozen(context, part) for name, (scorer, part) in scorers.items() if scorer.frozen is not None
     }
+
+
+def _named(message: str, path: str, part: ScoreConfig) -> str:
+    """A message that begins with a key of a score's part, with the part's place in the block before it."""
+    if any(isinstance(value, ReferenceConfig) and value.model for _, value in part):
+        message = message.removeprefix("xtf.") if message.startswith(MAIN_KEY) else message
+    key = message.partition(":")[0].partition(".")[0]
+    return f"{path}.{message}" if key in type(part).model_fields else message
 
 
 def _checked(name: str, scorer: Scorer, scores: Any, size: int, some: bool) -> Floats:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .errors import XTFUserError
+from .files import digest
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 SAMPLED = 1_024  # numbers of a weight
 SCORER_VERSION = 1  # raise it when scores of the same model and document change
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"}
-
-
-def digest(facts: Mapping[str, Any]) -> str:
-    """Hex digest of JSON-able facts; the order of keys does not matter."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
 
 
 def model_facts(model: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import torch
 
 from .data.documents import DocumentSet
 from .errors import XTFError, XTFUserError
-from .fingerprint import base_tensors, digest, files_facts, model_facts, weights_hash
+from .files import digest
+from .fingerprint import base_tensors, files_facts, model_facts, weights_hash
 from .ranks import ALONE, Ranks
 from .reference import Reference, ShardedReference, borrow
 

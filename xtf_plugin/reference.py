@@ -371,7 +371,7 @@ def resolve_layers(choice: str | list[int] | tuple[int, ...], text_config: Any) 
     wrong = [i for i in indices if not -count <= i < count]
     if wrong:
         raise XTFUserError(
-            f"xtf.reasoning_importance.layers: {wrong} beyond the reference model's {count} layers. "
+            f"layers: {wrong} beyond the reference model's {count} layers. "
             f"Legal: first, middle, last, all, or indices from {-count} to {count - 1}."
         )
     return tuple(sorted({i % count for i in indices}))

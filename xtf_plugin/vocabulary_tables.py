@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from .files import digest, for_arrow, set_aside, write_whole
 
-
 logger = logging.getLogger(__name__)
 
 

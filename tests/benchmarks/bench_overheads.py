@@ -26,7 +26,8 @@ from tests.benchmarks.common import arguments, publish
 from xtf_plugin.collator import XTFDataCollator
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
-from xtf_plugin.fingerprint import digest, model_facts
+from xtf_plugin.files import digest
+from xtf_plugin.fingerprint import model_facts
 from xtf_plugin.plan import make_plan
 from xtf_plugin.reference import Reference
 

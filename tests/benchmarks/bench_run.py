@@ -35,9 +35,10 @@ from trl import SFTConfig, SFTTrainer
 from tests import tiny
 from tests.benchmarks import reach
 from tests.benchmarks.common import NOT_MEASURED, arguments, device, publish
-from xtf_plugin import XTFCallback, attach, callback, passes, plan as pipeline, providers
+from xtf_plugin import XTFCallback, attach, callback, passes, providers
+from xtf_plugin import plan as pipeline
 from xtf_plugin.collator import XTFDataCollator
-from xtf_plugin.relevance import RelevanceTable
+from xtf_plugin.scorers import embedding_similarity
 
 CONFIG = LlamaConfig(
     vocab_size=8_192,  # of which the rows use the tokenizer's few hundred: the head should weigh something
@@ -66,8 +67,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 PARTS = {
     "documents": [(callback, "collect")],
     "fingerprint": [(providers.BorrowedReference, "fingerprint")],
-    "scoring": [(passes, "score"), (RelevanceTable, "compute")],
-    "selection": [(pipeline, "_selected"), (pipeline.Plan, "masks")],
+    "scoring": [(passes, "score"), (embedding_similarity._Domain, "relevance")],
+    "selection": [(pipeline, "select"), (pipeline.Plan, "masks")],
     "report": [(XTFCallback, "_report")],
     "collator": [(XTFDataCollator, "_masked"), (XTFDataCollator, "_verify")],
     "checks": [(XTFCallback, "_on_batch")],

@@ -29,8 +29,8 @@ from tests.benchmarks.common import arguments, peaks, publish, rounds
 from xtf_plugin.batches import plan_batches
 from xtf_plugin.data.documents import DocumentSet
 from xtf_plugin.reference import Reference
-from xtf_plugin.relevance import RelevanceTable
-from xtf_plugin.scorer import score
+from xtf_plugin.scorer import gather_vectors, score
+from xtf_plugin.scorers import ScoringContext, embedding_similarity
 from xtf_plugin.trial import against_own_forward
 
 BUDGET = 4_096
@@ -129,7 +129,18 @@ def xtf(model, documents, layers, budget: int = BUDGET) -> None:
     reference = tried(model, documents)
     wanted = np.arange(len(documents))
     score(documents, wanted, reference, layers, lambda *_: None, batch_tokens=budget, progress=False)
-    RelevanceTable(SimpleNamespace(domain="dataset", embedding="input"), documents, None).compute(reference)
+    relevance(reference, documents)
+
+
+def relevance(reference, documents) -> np.ndarray:
+    """Closeness of the documents' tokens to their own mean."""
+    source = SimpleNamespace(
+        embeddings=lambda ids, kind: gather_vectors(reference, ids, kind).numpy(),
+        vocabulary_table=lambda key, compute: compute(),
+    )
+    similarity = embedding_similarity.embedding_similarity
+    config = similarity.Config(scorer=similarity.name)
+    return similarity.score(ScoringContext(documents, None, source), config)
 
 
 FLOOR, ONE, ALL = "**floor** (decoder + LM head on completion)", "xtf, RI on the last layer", "xtf, RI on all layers"

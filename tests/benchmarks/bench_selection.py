@@ -24,8 +24,7 @@ from tests.benchmarks import reach
 from tests.benchmarks.common import arguments, peaks, publish
 from xtf_plugin import XTFConfig
 from xtf_plugin.collator import MaskTable
-from xtf_plugin.selection.select import Scores
-from xtf_plugin.selection.select import select
+from xtf_plugin.selection.select import Scores, select
 
 MANY = 10**8  # tokens that the reach is stated for
 HEAD = ["block", "completion tokens", "selection, s", "mask table, s", "ns a token", "memory, GB", "reach"]
@@ -52,16 +51,20 @@ def make_scores(tokens: int, config: XTFConfig) -> Scores:
     def drawn(low: float, high: float) -> np.ndarray:
         return rng.random(size, dtype=np.float32) * np.float32(high - low) + np.float32(low)
 
+    logprobs = drawn(-12, 0)
+    ranges = {"attention_received": (0, 2), "embedding_similarity": (0, 1)}
+    values = {
+        name: logprobs if part.scorer == "novelty" else drawn(*ranges.get(part.scorer, (-6, 4)))
+        for name, part in config.scores.items()
+    }
     return Scores(
         keys=rng.integers(0, 256, (len(sizes), 16), dtype=np.uint8),
         offsets=offsets,
         counts=np.ones(len(sizes), dtype=np.int64),
         token_ids=rng.integers(0, 32_000, size, dtype=np.int32),
         positions=(np.arange(size) - np.repeat(offsets[:-1], sizes) + 100).astype(np.int32),
-        logprobs=drawn(-12, 0),
-        reasoning_importance=drawn(0, 2) if config.reasoning_importance else None,
-        task_relevance=drawn(0, 1) if config.task_relevance else None,
-        selectors={name: drawn(-6, 4) for name in config.selectors},
+        values=values,
+        logprobs=logprobs,
     )
 
 

@@ -8,7 +8,8 @@ import time
 from tests import streams, tiny
 from tests.ranks.common import case
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
-from xtf_plugin import XTFUserError, attach, plan as pipeline
+from xtf_plugin import XTFUserError, attach
+from xtf_plugin import plan as pipeline
 from xtf_plugin import ranks as ranks_module
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
@@ -22,7 +23,7 @@ SLOW = 2.0  # seconds
 def planned(ranks, folder, block):
     config = XTFConfig.parse({**block, "cache_dir": str(folder / f"plan-{ranks.rank}")})
     plan = make_plan(config, collect(rows(14)), Provider(), tiny.tokenizer(), progress=False, ranks=ranks)
-    about = plan.selectors.get("excerpts", {}).get("documents", 0)
+    about = plan.scorers.get("excerpts", {}).get("documents", 0)
     return {"keep": plan.selection.keep.astype(int).tolist(), "excerpts": about, "documents": plan.stats.documents}
 
 

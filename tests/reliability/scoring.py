@@ -141,7 +141,7 @@ def _connected(rank: int, size: int, meeting: str) -> Ranks:
 def document_hashes(plan: pipeline.Plan) -> list[str]:
     """Of every bit of each document's scores."""
     bounds = zip(plan.scores.offsets[:-1], plan.scores.offsets[1:], strict=True)
-    columns = [plan.scores.of(name) for name in plan.config.voters]
+    columns = list(plan.scores.values.values())
     return [hashlib.sha256(b"".join(c[low:high].tobytes() for c in columns)).hexdigest() for low, high in bounds]
 
 

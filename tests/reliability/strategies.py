@@ -20,8 +20,7 @@ from tests.reliability import LONG, amount
 from xtf_plugin.collator import MaskTable, XTFDataCollator
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, document_key
-from xtf_plugin.selection.select import CONTROL, FLOOR, FORCED, PROTECTED, Scores, Selection, rule_bits
-from xtf_plugin.selection.select import select
+from xtf_plugin.selection.select import CONTROL, FLOOR, FORCED, PROTECTED, Scores, Selection, rule_bits, select
 
 IGNORED = -100
 FLOAT32 = float(np.finfo(np.float32).max)
@@ -43,7 +42,7 @@ def inputs(short: int, long: int) -> Callable[[Any], Any]:
 
 @st.composite
 def score_arrays(draw: Any, size: int) -> np.ndarray[Any, Any]:
-    """Scores of one attribute or selector: all equal, few values, odd ones, or as a model gives them."""
+    """Numbers of one score: all equal, few values, odd ones, or as a model gives them."""
     kind = draw(st.sampled_from(["equal", "few", "zeros", "odd", "spread", "usual", "usual"]))
     if kind == "equal":
         return np.full(size, draw(st.sampled_from(ODD_NUMBERS)), dtype=np.float32)
@@ -89,11 +88,13 @@ def segments_of(layout: Mapping[str, Any], marks: Any) -> dict[str, np.ndarray[A
 
 def check_selection(scores: Scores, config: XTFConfig, protected: Any, forced: Any, segments: Any = None) -> Selection:
     """Select twice, and hold the result against what is documented; return it."""
-    known = [a for a in (scores.positions, *map(scores.of, config.voters)) if a is not None]
+    known = [a for a in (scores.positions, scores.logprobs, *scores.values.values()) if a is not None]
     before = [np.copy(a) for a in known]
     made, again = (select(scores, config, protected, forced, segments) for _ in range(2))
     for name in ("keep", "reasons", "best"):
         np.testing.assert_array_equal(getattr(made, name), getattr(again, name))
+    for name in config.scores:
+        np.testing.assert_array_equal(made.seen[name], again.seen[name])
     assert json.dumps(made.thresholds, allow_nan=False) == json.dumps(again.thresholds, allow_nan=False)
     for one, other in zip(before, known, strict=True):
         np.testing.assert_array_equal(one, other, "scores were changed")
@@ -110,7 +111,7 @@ def _check_document(scores: Any, config: XTFConfig, made: Selection, protected: 
     """One document: who votes, what that asks for, what protection, the floor and the control make of it."""
     trains, keep, reasons = scores.positions[here] > 0, made.keep[here], made.reasons[here]
     shielded, pushed = protected[here], forced[here]
-    bits = [bit for name, bit in rule_bits(config).items() if scores.of(name) is not None]
+    bits = list(rule_bits(config).values())
     votes = sum(((reasons & bit > 0).astype(int) for bit in bits), np.zeros(len(keep), dtype=int))
     needed = {"union": 1, "intersection": len(bits), "majority": len(bits) // 2 + 1}
     at_least = needed[config.combine] if isinstance(config.combine, str) else config.combine.at_least
@@ -137,13 +138,10 @@ def _check_rules(scores: Scores, config: XTFConfig, made: Selection) -> None:
     lengths = np.diff(scores.offsets)
     document = np.repeat(np.arange(len(lengths)), lengths)
     for name, bit in rule_bits(config).items():
-        fired, values = made.reasons & bit > 0, scores.of(name)
+        fired, values = made.reasons & bit > 0, scores.values[name]
         assert made.fired[name] == int(scores.counts[document][fired].sum())
-        if values is None:
-            assert not fired.any()
-            continue
         assert not (fired & ~np.isfinite(values)).any(), f"an undefined score fires {name}"
-        cap = config.part(name).max_fraction
+        cap = config.scores[name].max_fraction
         if cap is not None:
             most = np.floor(cap * lengths)
             assert (np.bincount(document[fired], minlength=len(lengths)) <= most).all(), f"{name} fires beyond its cap"

@@ -112,7 +112,7 @@ def test_resuming_changes_nothing(tmp_path, plain):
     saving = {"save_strategy": "steps", "save_steps": 1}
     first, _ = trained(tmp_path, **saving, max_steps=1)
     again, _ = trained(tmp_path, **saving, resume=True)
-    assert again.stats.documents == 0 and moved(first, again)[:2] == (dict.fromkeys(first.config.voters, 0.0), 0)
+    assert again.stats.documents == 0 and moved(first, again)[:2] == (dict.fromkeys(first.config.scores, 0.0), 0)
     (tmp_path / "cache").rename(tmp_path / "lost")
     anew, _ = trained(tmp_path, {**BLOCK, "batch_tokens": 300}, **saving, resume=True, max_steps=3)
     hold(first, anew)
@@ -122,9 +122,14 @@ def test_resuming_changes_nothing(tmp_path, plain):
 def of_a_rank(folder):
     """The plan of one rank, in arrays."""
     made_, _ = trained(folder)
-    known = {name: made_.scores.of(name) for name in made_.config.voters}
     about = {"keys": made_.scores.keys, "offsets": made_.scores.offsets}
-    np.savez(folder / "plan.npz", keep=made_.selection.keep, reasons=made_.selection.reasons, **about, **known)
+    np.savez(
+        folder / "plan.npz",
+        keep=made_.selection.keep,
+        reasons=made_.selection.reasons,
+        **about,
+        **made_.selection.seen,
+    )
     return made_.stats.documents
 
 
@@ -139,16 +144,10 @@ def test_the_number_of_ranks_changes_nothing(tmp_path, plain, size):
         hold(one, judged(one, **arrays))
 
 
-def judged(plan, keep, reasons, reasoning_importance, knowledge_novelty, task_relevance, out_of_place, **_):
-    """A plan with other scores and decisions."""
-    scores = replace(
-        plan.scores,
-        reasoning_importance=reasoning_importance,
-        logprobs=knowledge_novelty,
-        task_relevance=task_relevance,
-        selectors={"out_of_place": out_of_place},
-    )
-    return replace(plan, scores=scores, selection=replace(plan.selection, keep=keep, reasons=reasons))
+def judged(plan, keep, reasons, **given):
+    """A plan with other decisions, and other scores as their rules saw them."""
+    seen = {name: given[name] for name in plan.config.scores}
+    return replace(plan, selection=replace(plan.selection, keep=keep, reasons=reasons, seen=seen))
 
 
 class TestTheJudge:
@@ -158,12 +157,12 @@ class TestTheJudge:
         """The same plan after one rule judges one token otherwise, whose score has moved by `shift` over the bound."""
         keep, reasons = plan.selection.keep.copy(), plan.selection.reasons.copy()
         bound, bit = plan.selection.thresholds["out_of_place"]["drops"]["below"], rule_bits(plan.config)["out_of_place"]
-        scores = plan.scores.selectors["out_of_place"].copy()
+        scores = plan.selection.seen["out_of_place"].copy()
         token = int(np.nanargmin(np.where(reasons == 0, np.abs(scores - bound), np.nan)))
         scores[token] = bound + shift
-        mine = replace(plan, scores=replace(plan.scores, selectors={"out_of_place": scores}))
+        given = {**plan.selection.seen, "out_of_place": scores}
+        mine = judged(plan, keep=plan.selection.keep, reasons=plan.selection.reasons, **given)
         keep[token], reasons[token] = False, bit
-        given = {name: plan.scores.of(name) for name in plan.config.voters} | {"out_of_place": scores}
         return mine, judged(plan, keep=keep, reasons=reasons, **given)
 
     def test_tells_what_the_band_explains(self, plain):
@@ -180,7 +179,7 @@ class TestTheJudge:
     def test_sees_scores_that_move(self, plain, monkeypatch):
         monkeypatch.setattr(reliability, "FIGURES", None)  # what is planted is no finding
         one = plain[0]
-        given = {name: one.scores.of(name) for name in one.config.voters}
+        given = dict(one.selection.seen)
         given["reasoning_importance"] = given["reasoning_importance"] + np.float32(2 * BAND)
         two = judged(one, keep=one.selection.keep, reasons=one.selection.reasons, **given)
         with pytest.raises(AssertionError):

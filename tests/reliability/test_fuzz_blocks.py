@@ -10,6 +10,7 @@ import copy
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,6 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.plan import scores_of
-from xtf_plugin.records import StoredScores
 from xtf_plugin.scorers import registry
 
 ROOT = XTFConfig.json_schema()
@@ -214,12 +214,9 @@ def scored(config: XTFConfig) -> Any:
     noise = [rng.normal(-2, 3, SIZE).astype(np.float32) for _ in range(8)]
     for values in noise:
         values[rng.random(SIZE) < 0.05] = np.nan
-    found = np.ones(len(DOCUMENTS), dtype=bool)
-    stored = StoredScores(found, -np.abs(noise[0]), np.abs(noise[1]), np.abs(noise[2]), np.exp(noise[3]))
-    own = {name: noise[i % 8] for i, name in enumerate(config.selectors)}
-    return scores_of(
-        DOCUMENTS, stored, rng.random(50).astype(np.float32)[DOCUMENTS.input_ids[DOCUMENTS.completion]], own
-    )
+    parts = enumerate(config.scores.items())
+    own = {name: -np.abs(noise[0]) if part.scorer == "novelty" else noise[1 + i % 7] for i, (name, part) in parts}
+    return replace(scores_of(DOCUMENTS, None, own), logprobs=-np.abs(noise[0]))
 
 
 def selects(config: XTFConfig) -> None:

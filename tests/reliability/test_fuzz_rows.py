@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny
+from tests.made_scores import RI, TR, with_scores
 from tests.reliability import amount, record
 from tests.reliability.strategies import IGNORED, Piece, Reading, agree, check_selection, collated, inputs, naive, plain
 from tests.test_pipeline import ATTRIBUTES_ON, Provider
@@ -26,7 +27,6 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.plan import make_plan, scores_of
-from xtf_plugin.records import StoredScores
 
 # what only a foreign traceback would say
 FOREIGN = ("inhomogeneous", "invalid literal", "too large to convert", "numpy", "subscriptable")
@@ -163,15 +163,16 @@ BLOCKS = [
 def decided(config: XTFConfig, documents: DocumentSet) -> Any:
     """What is kept of documents whose scores, protection and force follow from their content alone."""
     size = int(documents.completion_offsets[-1])
-    columns = np.full((4, size), np.nan, dtype=np.float32)
+    columns = np.full((3, size), np.nan, dtype=np.float32)
     for index, key in enumerate(documents.keys):
         low, high = documents.completion_offsets[index : index + 2]
-        columns[:, low:high] = np.random.default_rng(list(key)).exponential(size=(4, high - low))
+        columns[:, low:high] = np.random.default_rng(list(key)).exponential(size=(3, high - low))
     columns[:, documents.completion_positions == 0] = np.nan
-    found = StoredScores(np.ones(len(documents), dtype=bool), -columns[0], columns[1], columns[1], columns[2])
     token_ids = documents.input_ids[documents.completion]
     relevance = np.cos(token_ids.astype(np.float64)).astype(np.float32) ** 2
-    return check_selection(scores_of(documents, found, relevance, {}), config, token_ids % 5 == 0, token_ids % 7 == 0)
+    values = {"logprobs": -columns[0], RI: columns[2], TR: relevance}
+    scores = with_scores(scores_of(documents, None, {}), **values)
+    return check_selection(scores, config, token_ids % 5 == 0, token_ids % 7 == 0)
 
 
 def fates(made: Any, documents: DocumentSet) -> dict[Piece, list[bool]]:

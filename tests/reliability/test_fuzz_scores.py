@@ -10,7 +10,6 @@ import itertools
 import math
 import re
 from collections import Counter
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -19,14 +18,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.made_scores import KN, RI, TR, scores_of, taken, with_scores
 from tests.reliability import record
 from tests.reliability.strategies import check_selection, inputs, layouts, score_arrays, segments_of
-from xtf_plugin.data import ragged as segments
 from xtf_plugin.report import whatif
-from xtf_plugin.config.block import ATTRIBUTES, XTFConfig
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.config.scores import SLOTS
+from xtf_plugin.data import ragged as segments
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.selection.select import Scores
-from xtf_plugin.selection.select import select
+from xtf_plugin.selection.select import Scores, select
 
 SHARES = st.sampled_from([1e-320, 1e-9, 0.05, 0.25, 0.5, 0.9, 1 - 1e-12])
 BOUNDS = st.sampled_from([0.0, -0.0, 1e-320, 1e-38, 0.5, 1.0, -4.0, 3.5e38, 1e308, -1e308])
@@ -47,16 +47,14 @@ LOGGED = st.builds(
 )
 BOTH = one(known_above=st.sampled_from([0.5, 0.95, 1.0]), unknown_below=st.sampled_from([0.0, 1e-320, 0.2]))
 CLASSES = st.integers(2, 8).flatmap(lambda of: one(cluster=st.integers(1, of), of=st.just(of)))
+COMMON = SCOPED | LOGGED | one(below=BOUNDS) | CLASSES
 RULES: dict[str, Any] = {
-    "reasoning_importance": SCOPED | LOGGED | one(below=BOUNDS),
-    "knowledge_novelty": one(known_above=PROBABILITIES)
-    | one(unknown_below=PROBABILITIES)
-    | one(quantile=SHARES)
-    | BOTH,
-    "task_relevance": CLASSES | one(quantile=SHARES) | one(below=BOUNDS),
-    "odd_one": (SCOPED | one(below=BOUNDS)).map(lambda part: {**part, "scorer": "log_probability"}),
+    RI: COMMON,
+    KN: COMMON | one(known_above=PROBABILITIES) | one(unknown_below=PROBABILITIES) | BOTH,
+    TR: COMMON,
+    "odd_one": COMMON.map(lambda part: {**part, "scorer": "log_probability"}),
 }
-WINDOWS = st.sampled_from([1, 1, 3, 5, 101, "sentence", "line"])
+UNITS = st.sampled_from([{}, {}, {"window": 3}, {"window": 5}, {"window": 101}, {"unit": "sentence"}, {"unit": "line"}])
 CAPS = st.sampled_from([None, None, 1e-320, 0.3, 0.5, 1.0])
 
 
@@ -64,8 +62,8 @@ CAPS = st.sampled_from([None, None, 1e-320, 0.3, 0.5, 1.0])
 def blocks(draw: Any) -> dict[str, Any]:
     """A block with some rules of every kind, and everything that decides after them."""
     named = draw(st.lists(st.sampled_from(list(RULES)), min_size=1, max_size=4, unique=True))
-    parts = {n: {**draw(RULES[n]), "window": draw(WINDOWS), "max_fraction": draw(CAPS)} for n in named}
-    own = {name: parts.pop(name) for name in list(parts) if name not in ATTRIBUTES}
+    parts = {n: {**draw(RULES[n]), **draw(UNITS), "max_fraction": draw(CAPS)} for n in named}
+    own = {name: parts.pop(name) for name in list(parts) if name not in SLOTS}
     at_least = st.integers(1, len(named)).map(lambda k: {"at_least": k})
     return {
         **{"preset": "none", **parts, "selectors": own},
@@ -83,24 +81,8 @@ def scored(draw: Any) -> Scores:
     attention, logprobs, relevance, own = (draw(score_arrays(size)) for _ in range(4))
     if draw(st.booleans()):  # what a reference can give: nothing is more than certain
         logprobs = -np.abs(logprobs)
-    return Scores(
-        **layout,
-        reasoning_importance=attention,
-        logprobs=logprobs,
-        task_relevance=relevance,
-        selectors={"odd_one": own},
-    )
-
-
-def reordered(scores: Scores, order: list[int]) -> tuple[Scores, Any]:
-    """The same documents in another order, and where each token came from."""
-    spans = [np.arange(scores.offsets[i], scores.offsets[i + 1]) for i in order]
-    flat = np.concatenate([np.zeros(0, dtype=np.int64), *spans])
-    names = ("token_ids", "positions", "reasoning_importance", "logprobs", "task_relevance")
-    offsets = np.concatenate([[0], np.cumsum([len(span) for span in spans])]).astype(np.int64)
-    moved = {name: getattr(scores, name)[flat] for name in names}
-    own = {name: values[flat] for name, values in scores.selectors.items()}
-    return Scores(scores.keys[order], offsets, scores.counts[order], **moved, selectors=own), flat
+    values = {RI: attention, TR: relevance, "odd_one": own}
+    return with_scores(Scores(**layout), logprobs=logprobs, **values)
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
@@ -121,13 +103,13 @@ def test_masks_keep_their_promises() -> None:
         made = check_selection(scores, config, protected, forced, starts)
         frozen = select(scores, config, protected, forced, starts, made.rules)
         np.testing.assert_array_equal(frozen.keep, made.keep, "a stream with the same thresholds selects otherwise")
-        moved, flat = reordered(scores, list(range(len(scores.counts)))[::-1])
+        moved, flat = taken(scores, list(range(len(scores.counts)))[::-1])
         marks = segments_of({"offsets": moved.offsets}, begins[flat])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(segments, "CHUNK_TOKENS", 4)
             turned = select(moved, config, protected[flat], forced[flat], marks)
         np.testing.assert_array_equal(turned.keep, made.keep[flat], "the order of documents, or chunks, matter")
-        alone, flat = reordered(scores, [0])
+        alone, flat = taken(scores, [0])
         marks = segments_of({"offsets": alone.offsets}, begins[flat])
         single = select(alone, config, protected[flat], forced[flat], marks, made.rules)
         np.testing.assert_array_equal(single.keep, made.keep[flat], "a document's mask depends on the others")
@@ -144,12 +126,12 @@ def documents_of(scores: Scores) -> list[slice]:
 
 def naive(name: str, part: Any, scores: Scores) -> list[bool]:
     """Where a rule fires, document by document; Multi-Otsu, which has many answers, is checked apart."""
-    values = np.asarray(scores.of(name), dtype=np.float64)
-    values = np.where(np.isinf(values), np.nan, values)
+    values = scores.values[name]
+    values = np.where(np.isinf(values), np.float32(np.nan), values)
     weight = np.repeat(scores.counts, np.diff(scores.offsets))
-    drop, novelty = part.drop, name == "knowledge_novelty"
-    numbers = -values if novelty else values
-    if drop.quantile is not None and getattr(part, "scope", "dataset") == "document":
+    drop = part.drop
+    numbers = (-np.expm1(values) if name == KN else values).astype(np.float64)  # novelty is 1 - P in float32
+    if drop.quantile is not None and part.scope == "document":
         fires = np.zeros(len(values), dtype=bool)
         for here in documents_of(scores):
             known = [i for i in range(here.start, here.stop) if not math.isnan(numbers[i])]
@@ -157,17 +139,16 @@ def naive(name: str, part: Any, scores: Scores) -> list[bool]:
             fires[lowest] = True
         return fires.tolist()
     if drop.quantile is not None:
-        numbers = -np.expm1(values) if novelty else numbers
         return (numbers < quantiles(numbers, weight, [drop.quantile])[0]).tolist()
-    if novelty:
-        bounds = {
-            p: -math.log(p) if p > 0 else math.inf for p in (drop.known_above, drop.unknown_below) if p is not None
-        }
-        known = False if drop.known_above is None else numbers < bounds[drop.known_above]
-        return (known | (False if drop.unknown_below is None else numbers > bounds[drop.unknown_below])).tolist()
     if drop.below is not None:
         return (numbers < drop.below).tolist()
-    scaled = np.log(np.maximum(numbers, np.finfo(np.float32).tiny)) if getattr(part, "scale", "") == "log" else numbers
+    if drop.fence is None:
+        given = (drop.known_above, drop.unknown_below)
+        known, unknown = (None if p is None else float(np.float32(1 - p)) for p in given)
+        fires = np.zeros(len(values), dtype=bool)
+        fires |= False if known is None else numbers < known
+        return (fires | (False if unknown is None else numbers > unknown)).tolist()
+    scaled = np.log(np.maximum(numbers, np.finfo(np.float32).tiny)) if part.scale == "log" else numbers
     parts = documents_of(scores) if part.scope == "document" else [slice(0, len(values))]
     fires = np.zeros(len(values), dtype=bool)
     for here in parts:
@@ -182,9 +163,9 @@ def quantiles(values: Any, weight: Any, shares: list[float]) -> Any:
     return np.quantile(numbers, shares) if len(numbers) else np.full(len(shares), np.nan)
 
 
-def check_classes(part: Any, scores: Scores, made: Any, fired: Any) -> None:
+def check_classes(name: str, part: Any, scores: Scores, made: Any, fired: Any) -> None:
     """No other split into as many classes is better, in exact arithmetic, by more than float64 can tell."""
-    values, told = scores.task_relevance, made.thresholds["task_relevance"]
+    values, told = made.seen[name], made.thresholds[name]
     weight = np.repeat(scores.counts, np.diff(scores.offsets))
     known = np.isfinite(values)
     points = sorted({float(v) for v in values[known]})
@@ -225,15 +206,17 @@ def test_a_rule_fires_where_its_definition_says(name: str) -> None:
     @inputs(120, 2_000)
     @given(scored(), RULES[name])
     def agrees(scores: Scores, part: dict[str, Any]) -> None:
-        block = {name: part} if name in ATTRIBUTES else {"selectors": {name: part}}
+        block = {name: part} if name in SLOTS else {"selectors": {name: part}}
+        if name == KN:  # what is far more than certain has no novelty
+            scores = with_scores(scores, logprobs=np.minimum(scores.logprobs, 80))
         config = XTFConfig.parse({"preset": "none", "min_kept": 0, **block})
         assert config is not None
         made = select(scores, config)
         fired = ~made.keep
-        if getattr(config.part(name).drop, "cluster", None) is not None:
-            check_classes(config.part(name), scores, made, fired)
+        if config.scores[name].drop.cluster is not None:
+            check_classes(name, config.scores[name], scores, made, fired)
         else:
-            assert fired.tolist() == naive(name, config.part(name), scores)
+            assert fired.tolist() == naive(name, config.scores[name], scores)
         seen.update(inputs=1, fired=int(fired.any()), quiet=int(not fired.any()))
 
     agrees()
@@ -251,13 +234,8 @@ FAR = {
 
 def sixty_tokens() -> Scores:
     rng, size = np.random.default_rng(0), 60
-    return Scores(
-        **{"keys": np.zeros((1, 16), dtype=np.uint8), "offsets": np.asarray([0, size]), "counts": np.asarray([1])},
-        token_ids=np.arange(size, dtype=np.int32),
-        positions=np.arange(size, dtype=np.int32),
-        **{n: (1e3 * rng.random(size)).astype(np.float32) for n in ("reasoning_importance", "task_relevance")},
-        logprobs=-rng.exponential(size=size).astype(np.float32),
-    )
+    values = {name: 1e3 * rng.random(size) for name in (RI, TR)}
+    return scores_of([size], first=0, logprobs=-rng.exponential(size=size), **values)
 
 
 @pytest.mark.parametrize("what", list(FAR))
@@ -265,7 +243,7 @@ def test_a_setting_beyond_every_document_is_refused_or_equals_one_just_beyond(wh
     far, near = FAR[what]
     rules = {"preset": "paper", "reasoning_importance": {"drop": {"quantile": 0.1}}}
     merged = [
-        {**rules, **b, **{k: {**rules.get(k, {}), **v} for k, v in b.items() if k in ATTRIBUTES}} for b in (far, near)
+        {**rules, **b, **{k: {**rules.get(k, {}), **v} for k, v in b.items() if k in SLOTS}} for b in (far, near)
     ]
     try:
         config = XTFConfig.parse(merged[0])
@@ -299,7 +277,6 @@ def test_a_fence_beyond_all_numbers_drops_nothing_and_has_no_infinite_threshold(
 def test_the_median_of_two_thresholds_is_a_number_although_their_sum_is_none(fence: float) -> None:
     rule = {"drop": {"fence": fence}, "scope": "document"}
     config = XTFConfig.parse({"preset": "none", "reasoning_importance": rule})
-    ends = {"keys": np.zeros((2, 16), dtype=np.uint8), "offsets": np.asarray([0, 30, 60]), "counts": np.ones(2, int)}
-    quartiles = {"reasoning_importance": np.repeat(np.float32([0, 1, 0, 1]), 15)}  # 0 and 1: the threshold is -fence
-    made = check_selection(replace(sixty_tokens(), **ends, **quartiles), config, *np.zeros((2, 60), dtype=bool))
+    scores = scores_of([30, 30], reasoning_importance=np.repeat([0, 1, 0, 1], 15))  # quartiles 0 and 1: -fence
+    made = check_selection(scores, config, *np.zeros((2, 60), dtype=bool))
     assert made.thresholds["reasoning_importance"]["drops"]["below"]["median"] == -fence

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.made_scores import with_scores
 from tests.reliability import amount, record
 from tests.reliability.strategies import IGNORED, flat_labels
 from xtf_plugin.collator import MaskTable, XTFDataCollator
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect, document_key
 from xtf_plugin.plan import scores_of
-from xtf_plugin.records import StoredScores
-from xtf_plugin.selection.select import Selection
-from xtf_plugin.selection.select import select
+from xtf_plugin.selection.select import Selection, select
 
 BELOW, UNKNOWN = 0.3, 0.2
 BLOCK = {
@@ -85,10 +84,9 @@ def made_up(documents: DocumentSet) -> tuple[np.ndarray[Any, Any], np.ndarray[An
 
 def selected(documents: DocumentSet) -> Selection:
     attention, logprobs = made_up(documents)
-    known = np.ones(len(documents), dtype=bool)
-    stored = StoredScores(known, logprobs, np.abs(logprobs), np.abs(logprobs), attention)
     free = np.zeros(len(attention), dtype=bool)
-    return select(scores_of(documents, stored, None, {}), XTFConfig.parse(BLOCK), free, free)
+    scores = with_scores(scores_of(documents, None, {}), logprobs=logprobs, reasoning_importance=attention)
+    return select(scores, XTFConfig.parse(BLOCK), free, free)
 
 
 def check_selection(made: Selection, documents: DocumentSet) -> None:

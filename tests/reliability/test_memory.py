@@ -11,11 +11,11 @@ import torch
 from transformers import TrainerCallback
 
 from tests import tiny
+from tests.made_scores import ALL_OFF
 from tests.reliability import amount, record
 from tests.reliability.trainers import BAND, EVERYTHING, alone, callback, made, model, moved
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFConfig, XTFError
-from xtf_plugin.config.block import ATTRIBUTES
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
 from xtf_plugin.reference import Reference
@@ -93,7 +93,7 @@ def test_memory_may_run_out_in_the_head_alone(tmp_path, documents, undisturbed, 
 
 def test_memory_may_run_out_on_embeddings_alone(tmp_path, documents, room):
     """Those of `embedding: output` are forwards too: thousands of tokens, each alone."""
-    block = {**dict.fromkeys(ATTRIBUTES, False), "selectors": {}, "task_relevance": {"embedding": "output"}}
+    block = {**ALL_OFF, "selectors": {}, "task_relevance": {"embedding": "output"}}
     expected = plan(tmp_path / "one", documents, **block)
     room(130, cuda)
     found = plan(tmp_path / "two", documents, **block)

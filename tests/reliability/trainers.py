@@ -27,17 +27,17 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
 from tests import tiny
+from tests.made_scores import ALL_ON
 from tests.reliability import LONG, scoring
 from tests.test_callback import trainer
 from xtf_plugin import attach
 from xtf_plugin.capture import _recorder
-from xtf_plugin.config.block import ATTRIBUTES
 from xtf_plugin.plan import Plan
 from xtf_plugin.selection.select import rule_bits
 
 KINDS = ("full", "lora", "qlora")
 # every part of scoring: attention, log-probabilities, both embeddings, the preset's second looks
-EVERYTHING = {"preset": "default", **dict.fromkeys(ATTRIBUTES, True), "task_relevance": {"embedding": "output"}}
+EVERYTHING = {"preset": "default", **ALL_ON, "task_relevance": {"embedding": "output"}}
 ROOT = Path(__file__).parents[2]
 BAND = 1e-4  # how far scores may lie from a threshold and be judged otherwise; docs promise it for float32
 
@@ -171,9 +171,7 @@ class Part:
     @classmethod
     def of(cls, plan: Plan, index: int) -> Part:
         where = slice(plan.scores.offsets[index], plan.scores.offsets[index + 1])
-        scores = {name: plan.scores.of(name)[where].astype(np.float64) for name in plan.config.voters}
-        if "knowledge_novelty" in scores:
-            scores["knowledge_novelty"] = -np.expm1(scores["knowledge_novelty"])
+        scores = {name: seen[where].astype(np.float64) for name, seen in plan.selection.seen.items()}
         reasons = plan.selection.reasons[where]
         fired = {name: (reasons & bit) > 0 for name, bit in rule_bits(plan.config).items()}
         return cls(plan.selection.keep[where], scores, fired)
@@ -187,7 +185,7 @@ def moved(one: Plan, two: Plan) -> tuple[dict[str, float], int, list[tuple[int, 
         token, in whose document no score that a rule judges otherwise lies in the band around where the rule cuts.
     """
     place = {key.tobytes(): index for index, key in enumerate(two.scores.keys)}
-    largest, changed, unexplained = dict.fromkeys(one.config.voters, 0.0), 0, []
+    largest, changed, unexplained = dict.fromkeys(one.config.scores, 0.0), 0, []
     for index, key in enumerate(one.scores.keys):
         a, b = Part.of(one, index), Part.of(two, place[key.tobytes()])
         for name in largest:

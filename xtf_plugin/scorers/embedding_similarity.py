@@ -77,7 +77,7 @@ def domain_words(domain: str | Sequence[str]) -> list[str] | None:
     try:
         return read_words(Path(domain))
     except ValueError as error:
-        raise XTFUserError(f"xtf.task_relevance.domain: {domain} {error}") from error
+        raise XTFUserError(f"domain: {domain} {error}") from error
 
 
 def word_pieces(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
@@ -91,7 +91,7 @@ def word_pieces(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
         for form in (word, " " + word):
             ids = tokenizer(form, add_special_tokens=False)["input_ids"]
             if not ids:
-                raise XTFUserError(f"xtf.task_relevance.domain: the tokenizer has no token for {word!r}; remove it.")
+                raise XTFUserError(f"domain: the tokenizer has no token for {word!r}; remove it.")
             pieces.append(list(ids))
     return pieces
 

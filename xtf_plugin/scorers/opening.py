@@ -69,12 +69,9 @@ class OpeningConfig(TypicalityConfig):
                 "document alone; use {below: x}, or add `context: document`"
             )
             raise Problems(("drop", self.drop.model_dump(), why))
-        for key, usual in (("window", 1), ("max_fraction", None)):
-            if getattr(self, key) != usual:
-                why = (
-                    "does not go with `context: kept`: other tokens would go than were left out; use context: document"
-                )
-                raise Problems((key, getattr(self, key), why))
+        if self.max_fraction is not None:
+            why = "does not go with `context: kept`: other tokens would go than were left out; use context: document"
+            raise Problems(("max_fraction", self.max_fraction, why))
         return self
 
 

@@ -24,22 +24,27 @@ def selector(**keys: Any) -> dict[str, Any]:
     return {"preset": "paper", **OFF, "selectors": {"score": {"drop": ANY, **keys}}}
 
 
+def over(span: int | str) -> dict[str, Any]:
+    """The key that averages scores over so many tokens, or over a unit."""
+    return {"window": span} if isinstance(span, int) else {"unit": span}
+
+
 def _scores() -> dict[str, dict[str, Any]]:
-    """Every score of the comparison, as a block with one voter; low scores count as noise."""
+    """Every score of the comparison, as a block with one score; low scores count as noise."""
     found: dict[str, dict[str, Any]] = {}
     for layers in ("first", "middle", "last", "all"):
         found[f"attention received, {layers}"] = attribute(RI, layers=layers)
-    for window in (5, 9, 15, "sentence", "line"):
-        found[f"attention received, all, {window}"] = attribute(RI, layers="all", window=window)
+    for span in (5, 9, 15, "sentence", "line"):
+        found[f"attention received, all, {span}"] = attribute(RI, layers="all", **over(span))
     found["relevance to the dataset"] = attribute(TR)
     found["relevance to the dataset, output"] = attribute(TR, embedding="output")
     found["relevance to expert words, mathematics"] = attribute(TR, domain=EXPERT_WORDS)
-    for window in (9, "sentence", "line"):
-        found[f"relevance to the dataset, {window}"] = attribute(TR, window=window)
-    for window in (1, 5, 9, 15, "sentence", "line"):
-        found[f"log-probability, {window}"] = selector(scorer="log_probability", window=window)
-    for window in (1, 9, "sentence", "line"):
-        found[f"typicality, {window}"] = selector(scorer="typicality", window=window)
+    for span in (9, "sentence", "line"):
+        found[f"relevance to the dataset, {span}"] = attribute(TR, **over(span))
+    for span in (1, 5, 9, 15, "sentence", "line"):
+        found[f"log-probability, {span}"] = selector(scorer="log_probability", **over(span))
+    for span in (1, 9, "sentence", "line"):
+        found[f"typicality, {span}"] = selector(scorer="typicality", **over(span))
     for unit in ("sentence", "line"):
         for clip in (2.0, 4.0, 8.0, 16.0):
             found[f"opening, {unit}, clip {clip:g}"] = selector(scorer="opening", unit=unit, clip=clip)
@@ -76,15 +81,13 @@ def _rules() -> dict[str, dict[str, Any]]:
     for of in (2, 3, 4, 5, 6):
         for cluster in (1, 2):
             found[f"TR, class {cluster} of {of}"] = {**none, TR: {"drop": {"cluster": cluster, "of": of}}}
-    found["TR, lowest 20%, line"] = {**none, TR: {"drop": {"quantile": 0.2}, "window": "line"}}
+    found["TR, lowest 20%, line"] = {**none, TR: {"drop": {"quantile": 0.2}, "unit": "line"}}
 
     def one(**keys: Any) -> dict[str, Any]:
         return {**none, "selectors": {"score": keys}}
 
-    for window in ("sentence", "line"):
-        found[f"log-probability, lowest 20%, {window}"] = one(
-            scorer="log_probability", window=window, drop={"quantile": 0.2}
-        )
+    for unit in ("sentence", "line"):
+        found[f"log-probability, lowest 20%, {unit}"] = one(scorer="log_probability", unit=unit, drop={"quantile": 0.2})
     for limit in (-4.0, -6.0, -8.0, -10.0, -12.0):
         found[f"typicality below {limit:g}"] = one(scorer="typicality", drop={"below": limit})
     for limit in (-3.0, -3.5, -4.0, -4.5, -5.0):

@@ -33,7 +33,7 @@ def measure(world: str, rate: float, folder: Path) -> dict[str, Any]:
     _plan(bench, ONCE)  # the first pass of a process also pays for starting up
     _, once = _plan(bench, ONCE)
     plan, both = _plan(bench, {"preset": "default"})
-    looks = plan.selectors.get("excerpts", {"tokens": 0, "documents": 0})
+    looks = plan.scorers.get("excerpts", {"tokens": 0, "documents": 0})
     return {
         "world": world,
         "rate": rate,

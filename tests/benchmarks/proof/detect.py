@@ -16,9 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.benchmarks.bench_overheads import Provider
 from xtf_plugin import XTFConfig
 from xtf_plugin.data.documents import collect
-from xtf_plugin.selection.text_rules import text_segments
 from xtf_plugin.plan import Plan, make_plan
-from xtf_plugin.data.ragged import Layout, segment_means, windowed
 
 from .candidates import RULES, SCORES, digest, selector
 from .data import Encoder, Row, flat_kinds, make_rows
@@ -76,18 +74,10 @@ class Bench:
         return np.concatenate([values[offsets[d] : offsets[d + 1]] for d in self.documents.row_documents])
 
     def scores(self, block: Mapping[str, Any]) -> NDArray[np.float32]:
-        """The scores of the block's one voter after its window, (M,); low means drop."""
+        """The block's one score as its rule sees it, (M,); low means drop."""
         plan = self.plan(block)
-        (voter,) = plan.config.voters
-        values, window = plan.scores.of(voter), plan.config.part(voter).window
-        assert values is not None
-        layout = Layout(plan.scores.offsets, plan.scores.counts)
-        if isinstance(window, str):
-            segments = text_segments(plan.config, self.documents, self.tokenizer)
-            values = segment_means(values, layout, segments[window])
-        else:
-            values = windowed(values, layout, window)
-        return self.in_rows(plan, values)
+        (seen,) = plan.selection.seen.values()
+        return self.in_rows(plan, seen)
 
     def aucs(self, scores: NDArray[np.float32]) -> dict[str, float]:
         """AUC against all good tokens, for each kind and form of spans and of single tokens, and for all of each."""
@@ -156,7 +146,7 @@ def change_points(bench: Bench, penalty: float) -> NDArray[np.float32]:
     found exactly; values below -8 count as -8, so that one token is no segment.
     """
     plan = bench.plan(selector(scorer="log_probability"))
-    values = bench.in_rows(plan, np.maximum(plan.scores.selectors["score"], -8.0)).astype(np.float64)
+    values = bench.in_rows(plan, np.maximum(plan.scores.values["score"], -8.0)).astype(np.float64)
     parts, at = [], 0
     for row in bench.rows:
         parts.append(_segment_means(values[at : at + len(row.completion)], penalty))

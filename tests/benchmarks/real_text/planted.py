@@ -48,7 +48,7 @@ TUNED_AT = -2.0
 SCORES: dict[str, dict[str, Any]] = {
     "log-probability of the token": {"scorer": "log_probability"},
     "log-probability, mean of 9": {"scorer": "log_probability", "window": 9},
-    "log-probability, mean of the line": {"scorer": "log_probability", "window": "line"},
+    "log-probability, mean of the line": {"scorer": "log_probability", "unit": "line"},
     "opening of the line": {"scorer": "opening", "unit": "line"},
     "opening, both": {"scorer": "opening", "unit": "both"},
 }

@@ -92,7 +92,7 @@ def plain(tokens: list[terminal.Token]) -> str:
 def line_table(example: Example, ids: list[int], bench: RealBench, plans: Mapping[str, Plan], where: slice) -> str:
     """Per line of the completion: its opening's score, its tokens' mean log-probability, what is dropped of it."""
     judged = (bench.plan(FIRST_LOOK).scores, plans["default"].scores)
-    found = [scores.of("out_of_place") for scores in judged] + [plans["paper"].scores.logprobs]
+    found = [scores.values["out_of_place"] for scores in judged] + [plans["paper"].scores.logprobs]
     first, second, logprob = (bench.in_rows(plans["paper"], values)[where] for values in found)
     gone = {name: ~bench.in_rows(plan, plan.selection.keep)[where] for name, plan in plans.items()}
     rows = []
