@@ -57,6 +57,8 @@ SELECTION = [
         "multi_otsu(scores[known], None, drop.of)",
         "test_rules.py",
         "test_selection.py",
+        "test_pipeline.py",
+        "test_fuzz_scores.py",
     ),
     fault(
         "otsu-takes-the-wrong-class-mean",
@@ -96,6 +98,8 @@ SELECTION = [
         "scores[tokens][wild] = np.inf",
         "test_selection.py",
         "test_rules.py",
+        "test_selectors.py",
+        "test_fuzz_scores.py",
     ),
     fault(
         "max-fraction-rounds-up",
