@@ -116,22 +116,21 @@ def main_module(name, code, file=None):
     exec(compile(code, name, "exec"), module.__dict__)
 
 
-def begin(words):
-    """What the interpreter does with its words."""
+def prepared(words):
+    """Set `sys.argv` and `sys.path` as the interpreter does; what it runs then."""
     if not words[0].startswith(os.path.join(BIN, "python")) and words[0] != "python":
         words = ["python", *words]  # a script
     _, first, *rest = words
     if first == "-m":
         sys.argv, sys.path[:0] = ["-m", *rest[1:]], [os.getcwd()]
-        runpy._run_module_as_main(rest[0])
-    elif first == "-c":
+        return lambda: runpy._run_module_as_main(rest[0])
+    if first == "-c":
         sys.argv, sys.path[:0] = ["-c", *rest[1:]], [""]
-        main_module("<string>", rest[0])
-    else:
-        sys.argv, sys.path[:0] = [first, *rest], [os.path.dirname(os.path.realpath(first))]
-        with open(first, encoding="utf-8") as file:
-            code = file.read()
-        main_module(first, code, first)
+        return lambda: main_module("<string>", rest[0])
+    sys.argv, sys.path[:0] = [first, *rest], [os.path.dirname(os.path.realpath(first))]
+    with open(first, encoding="utf-8") as file:
+        code = file.read()
+    return lambda: main_module(first, code, first)
 
 
 def command(request, files, made, shim):
@@ -152,12 +151,13 @@ def command(request, files, made, shim):
     importlib.invalidate_caches()
     code = 0
     try:
+        run = prepared(request["words"])
         if any(os.path.exists(os.path.join(path, "sitecustomize.py")) for path in extra):
             sys.modules.pop("sitecustomize", None)
             importlib.import_module("sitecustomize")
         if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1":
             sys.modules["torch"]._import_device_backends()
-        begin(request["words"])
+        run()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if end.code is not None and not isinstance(end.code, int):
