@@ -25,6 +25,8 @@ DOCUMENTS = [
         "(stray := int((completion & ~real).sum())) > 0",
         "(stray := 0) > 0",
         "test_documents.py",
+        "test_fuzz_rows.py",
+        "test_other_hosts.py",
     ),
     fault(
         "collator-misplaces-drops-in-packed-rows",
@@ -209,8 +211,8 @@ SCORING = [
         "weights = np.repeat(documents.counts, documents.lengths)",
         "weights = np.ones(int(documents.lengths.sum()))",
         "test_pipeline.py",
-        "test_scorer.py",
-        "test_attributes.py",
+        "test_fuzz_scores.py",
+        "test_conformance.py",
         "test_streaming.py",
     ),
     fault(
