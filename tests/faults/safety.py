@@ -28,6 +28,7 @@ CLOSED = [
         "if False:",
         "test_callback_refusals.py",
         "test_other_hosts.py",
+        "test_unsloth_pattern.py",
     ),
     fault(
         "document-that-was-not-planned-passes",
@@ -50,6 +51,9 @@ CLOSED = [
         "    if False:",
         "test_verification.py",
         "test_other_hosts.py",
+        "test_callback_refusals.py",
+        "test_unsloth_pattern.py",
+        "test_streaming_runs.py",
     ),
     fault(
         "first-batch-is-not-checked",
@@ -58,6 +62,8 @@ CLOSED = [
         "due = 0 < self.batches < CLOSELY",
         "test_verification.py",
         "test_callback_refusals.py",
+        "test_unsloth_pattern.py",
+        "test_streaming_runs.py",
     ),
     fault(
         "verified-documents-ignore-position-ids",
@@ -80,6 +86,7 @@ CLOSED = [
         "    check_collator(trainer.data_collator)\n",
         "",
         "test_other_hosts.py",
+        "test_unsloth_pattern.py",
     ),
     fault(
         "nothing-but-nan-passes",
