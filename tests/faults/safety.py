@@ -200,6 +200,7 @@ REPORT = [
         "test_pipeline.py",
         "test_callback.py::test_metrics_reach_the_log",
         "test_worked.py",
+        "test_fuzz_report.py",
     ),
     fault(
         "report-ignores-how-often-a-document-occurs",
