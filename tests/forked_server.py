@@ -33,7 +33,7 @@ BIN = os.path.dirname(sys.executable)
 SHIM = """#!{python} -IS
 import array, json, os, socket, sys
 words = ["python", *sys.argv[1:]]
-known = len(words) > 1 and (words[1] in ("-m", "-c") or not words[1].startswith("-"))
+known = len(words) > 1 and (words[1] in ("-m", "-c", "-u") or not words[1].startswith("-"))
 connection = socket.socket(socket.AF_UNIX)
 try:
     connection.connect({address!r} if known else "")
@@ -121,6 +121,9 @@ def prepared(words):
     if not words[0].startswith(os.path.join(BIN, "python")) and words[0] != "python":
         words = ["python", *words]  # a script
     _, first, *rest = words
+    if first == "-u":
+        sys.stdout.reconfigure(write_through=True)
+        return prepared(["python", *rest])
     if first == "-m":
         sys.argv, sys.path[:0] = ["-m", *rest[1:]], [os.getcwd()]
         return lambda: runpy._run_module_as_main(rest[0])
