@@ -38,7 +38,7 @@ def run(
     """Run a script of this environment, or its interpreter, to the end: exit code, stdout and stderr."""
     given = [str(word) for word in words]
     environment, folder = dict(os.environ if env is None else env), str(cwd or Path.cwd())
-    if os.environ.get(REAL) == "1" or not hasattr(os, "fork"):
+    if os.environ.get(REAL) == "1" or not hasattr(os, "pidfd_open"):  # Linux alone has it
         return subprocess.run(given, env=environment, cwd=folder, capture_output=True, text=True, timeout=timeout)
     fixed = {k: v for k, v in environment.items() if k not in AT_RUN_TIME and not k.startswith("XTF_")}
     address = _server(tuple(sorted(fixed.items())))

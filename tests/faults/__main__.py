@@ -31,7 +31,7 @@ PARTS = (selection.SELECTION, scoring.DOCUMENTS, scoring.SCORING, storing.STORE,
 PARTS += (safety.CLOSED, safety.RANKS, safety.BLOCK, safety.REPORT)
 FAULTS = {fault.name: fault for part in PARTS for fault in part}
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
-LIMIT = 1_800  # seconds of a test run: a fault may also make a test hang
+LIMIT = 900  # seconds of a test run: a fault may also make a test hang
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 STALE, MISSED = "TEXT IS GONE", "NOT FOUND"
 

@@ -223,11 +223,10 @@ SCORING = [
         "test_attributes.py",
     ),
     fault(
-        "out-of-memory-does-not-shrink-the-batch",
-        "memory.py",
-        "budget = max(longest, tokens // 2)",
-        "budget = max(longest, tokens)",
-        "test_batches.py",
+        "batch-that-did-not-fit-is-lost",
+        "scorer.py",
+        "pending.append(batch)\n                self.stats.halvings += 1",
+        "self.stats.halvings += 1",
         "test_scorer.py",
     ),
 ]
