@@ -47,8 +47,9 @@ demo: $(STAMP) $(SMOLLM2)  ## the plugin on a real model and noisy data, in a fe
 	@echo "score table: .demo/run/xtf/scores.parquet   summary: .demo/run/xtf/summary.json"
 	@echo "report, to be opened in a browser: $(CURDIR)/.demo/run/xtf/report.html"
 
+# Two files at a time on two cores, one thread each: most of a test is Python, which uses one core.
 test: $(STAMP) $(SMOLLM2) lint chromium  ## lint, types and tests, with the newest TRL
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The report is tested in a real browser; Debian's, where it is missing and may be installed.
 chromium:
@@ -73,13 +74,16 @@ audit: $(STAMP)  ## known vulnerabilities of the dependencies; needs a network
 	$(BIN)/python -m pip install -q pip-audit
 	$(BIN)/pip-audit --skip-editable --progress-spinner off
 
-# The full forms of tests/reliability, under an hour on two cores; what they found goes into docs/reliability.md. One thread: the
-# models are tiny, and threads that wait for each other beside anything else on the machine take many times as long.
+# The full forms of tests/reliability and of what else has a short one, under an hour on two cores; what they found goes into
+# docs/reliability.md. One thread: the models are tiny, and threads that wait for each other beside anything else on the machine
+# take many times as long. Processes of stock commands are real ones, not forked (tests/forked.py).
+LONG_TESTS = tests/reliability $(patsubst %,tests/test_%.py,triton_kernels gpu_command benchmarks real_text end_to_end launchers)
 test-long: export OMP_NUM_THREADS = 1
-test-long: $(STAMP) models chromium  ## the full forms of tests/reliability, on all real models: under an hour
+test-long: export XTF_TEST_REAL_PROCESSES = 1
+test-long: $(STAMP) models chromium  ## the full forms of tests/reliability, on all real models: about an hour
 	rm -f .reliability.jsonl
 	begun=$$(date +%s) && \
-	XTF_TEST_LONG=1 XTF_TEST_FIGURES=$(CURDIR)/.reliability.jsonl $(BIN)/python -m pytest tests/reliability && \
+	XTF_TEST_LONG=1 XTF_TEST_FIGURES=$(CURDIR)/.reliability.jsonl $(BIN)/python -m pytest $(LONG_TESTS) && \
 	$(BIN)/python -m tests.reliability.figures .reliability.jsonl --write docs/reliability.md \
 	  --minutes $$(( ($$(date +%s) - begun + 59) / 60 ))
 

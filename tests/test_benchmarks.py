@@ -33,6 +33,7 @@ from tests.benchmarks import (
 )
 from tests.benchmarks.bench_scoring import make_documents, make_model
 from tests.gpu.parts import PARTS, Settings
+from tests.reliability import LONG
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/benchmarks.md"
@@ -77,6 +78,7 @@ def parts(text: str, mark: str) -> tuple[str, str, str]:
     return before, inside, after
 
 
+@pytest.mark.skipif(not LONG, reason="a laboratory; `make test-long` runs it")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("program", MARKS, ids=lambda m: m.__name__.split(".")[-1])
 def test_a_table_is_printed_and_put_into_the_page(program, tmp_path, capsys):

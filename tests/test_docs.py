@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import tiny, unsloth_pattern
+from tests import forked, tiny, unsloth_pattern
 from tests.benchmarks.worked.texts import EXAMPLES
 from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, relative_links
@@ -87,14 +87,8 @@ class Workplace:
                 self.write_recipe(name)
             quiet = {"XTF_CACHE": "cache", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             environment = {name: value for name, value in os.environ.items() if name not in SWITCHES} | quiet
-            self.results[tuple(words)] = subprocess.run(
-                [str(BIN / words[0]), *words[1:]],
-                cwd=self.folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
+            command = [BIN / words[0], *words[1:]]
+            self.results[tuple(words)] = forked.run(command, cwd=self.folder, env=environment, timeout=300)
         return self.results[tuple(words)]
 
 

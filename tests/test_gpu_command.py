@@ -14,9 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import forked
 from tests.gpu import __main__ as command
 from tests.gpu import kit, start
 from tests.gpu.parts import PARTS, Part, Settings
+from tests.reliability import LONG
 
 ROOT = Path(__file__).parents[1]
 
@@ -127,12 +129,10 @@ def test_tests_that_are_skipped_on_a_gpu_are_no_pass(tmp_path, body, code):
     test = "@pytest.mark.gpu\ndef test_{}():\n    {}\n"
     file.write_text("\n".join(["import pytest", test.format("one", body), test.format("two", "pass")]))
     words = [sys.executable, "-m", "tests.gpu.checks", str(file)]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = forked.run(words, cwd=ROOT)
     assert result.returncode == code, result.stdout
     assert ("skipped, which is no pass: Skipped: needs Triton" in result.stdout) == ("skip" in body)
-    assert subprocess.run([*words, "--smoke"], cwd=ROOT, capture_output=True, check=False).returncode == int(
-        "assert" in body
-    )
+    assert forked.run([*words, "--smoke"], cwd=ROOT).returncode == int("assert" in body)
 
 
 @pytest.fixture
@@ -197,6 +197,7 @@ def test_what_another_kit_left_is_unpacked_anew(tmp_path, archives):
     assert start.is_done(output, group)
 
 
+@pytest.mark.skipif(not LONG, reason="takes a minute; `make test-long` runs it")
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the kit holds the last commit: needs a repository")
 def test_the_kit_unpacked_in_a_clean_folder_runs_its_smoke_without_a_network(tmp_path):
     """The interpreter of the tests stands in for the machine's: it has every package, so that no wheel is packed."""

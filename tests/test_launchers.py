@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -38,8 +39,8 @@ def base(tmp_path_factory) -> Path:
 def run(words, base: Path, out: Path, cache: Path, *, ok=True, pretend=None, **changes):
     """One epoch of 24 rows over two ranks, half of one in a single process; what each step was given, by rank."""
     path = recipe(base, out, **{**EPOCH, "xtf": DROPS, **changes})
-    environment = {"PYTHONPATH": f"{RECORDER}:{ROOT}", "RECORD": str(out.parent / f"{out.name}.seen")}
-    environment |= {"OMP_NUM_THREADS": "1"}
+    folders = os.pathsep.join([str(RECORDER), str(Path(__file__).parents[1])])
+    environment = {"PYTHONPATH": folders, "RECORD": str(out.parent / f"{out.name}.seen"), "OMP_NUM_THREADS": "1"}
     environment |= {"PRETEND": pretend} if pretend else {}
     result = command(*words, "--config", path, cache=cache, **environment)
     if ok:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import forked
 from xtf_plugin.batches import ScoringStats
 from xtf_plugin.ranks import Ranks, share_out
 from xtf_plugin.records import Records
@@ -23,13 +24,8 @@ def launch(folder: Path, size: int, *names: str) -> subprocess.CompletedProcess[
     """One launch of some cases, or of all that do not end it."""
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(size)]
     command = [*(torchrun if size > 1 else [sys.executable]), "-m", "tests.ranks.program", str(folder)]
-    return subprocess.run(
-        [*command, ",".join(names)] if names else command,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return forked.run([*command, ",".join(names)] if names else command, env=environment, timeout=300)
 
 
 def launched(folder: Path, size: int, *names: str) -> list[dict]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests import eager, real, tiny
+from tests import eager, forked, real, tiny
 
 pytestmark = real.needs(real.SMOLLM2)
 
@@ -78,7 +77,7 @@ def run(folder: Path, *words: str, rows, block=BLOCK, **changes):
         "RECORD": str(folder / "record"),
         "PYTHONPATH": f"{Path(__file__).parent / 'recorder'}{os.pathsep}{Path(__file__).parents[1]}",
     }
-    result = subprocess.run([*words, str(path)], env=environment, capture_output=True, text=True, timeout=600)
+    result = forked.run([*words, path], env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     record = folder / "record.0"
     steps = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []

@@ -13,6 +13,7 @@ import torch
 
 from tests.benchmarks.real_text import audit, base, encode, examples, pages, planted, records, runs, stages
 from tests.benchmarks.real_text.__main__ import main
+from tests.reliability import LONG
 
 
 def sums(rng: random.Random) -> dict[str, str]:
@@ -58,6 +59,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(data, tmp_path_factory):
+    if not LONG:
+        pytest.skip("a laboratory; `make test-long` runs it")
     target = tmp_path_factory.mktemp("out")
     page = target / "page.md"
     page.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")

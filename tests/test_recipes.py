@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -50,15 +51,7 @@ def without_block(path, folder):
 
 def run(*arguments):
     environment = {**os.environ, "XTF_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        timeout=300,
-        check=False,
-    )
+    return forked.run([sys.executable, *arguments], env=environment, cwd=ROOT, timeout=300)
 
 
 def test_there_are_recipes_for_every_domain():

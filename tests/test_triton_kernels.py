@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import xtf_plugin
+from tests.reliability import amount
 from tests.test_attributes import SHAPES, packed, planted
 from tests.test_predictions import head_of
 from xtf_plugin import attributes, kernels, triton_dispatch
@@ -29,12 +30,13 @@ needs_triton = pytest.mark.skipif(triton is None, reason="needs Triton")
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", ["received", "moments"])
-def test_in_the_interpreter(kernel):
-    """In a process of its own, see `tests/interpreted`."""
+@pytest.mark.parametrize("kernel, short", [("received", "parity_float32 or documents_of_any_number"), ("moments", "")])
+def test_in_the_interpreter(kernel, short):
+    """In a process of its own, see `tests/interpreted`; `short`: what of it in every test run, all if empty."""
     test = ROOT / "tests" / "interpreted" / f"test_{kernel}.py"
+    some = amount(["-k", short], [])
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(test)],
+        [sys.executable, "-m", "pytest", str(test), *some],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,

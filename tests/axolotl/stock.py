@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tests import tiny
+from tests import forked, tiny
 
 BIN = Path(sysconfig.get_path("scripts"))
 RECORDER = Path(__file__).parents[1] / "recorder"
@@ -82,26 +82,34 @@ def write(folder: Path, out: Path, kind: str = "chat", **changes: Any) -> Path:
     return path
 
 
-def command(*words: Any, record: Path | None = None, cache: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run a stock command of this environment, off the net, in a folder of its own."""
+def command(
+    *words: Any, record: Path | None = None, cache: Path, real: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run a stock command of this environment, off the net, in a folder of its own.
+
+    `real`: in a process of its own, whose imports come in their own order.
+    """
     given = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "XTF_CACHE": str(cache), "CUDA_VISIBLE_DEVICES": ""}
     if record is not None:
         given |= {"PYTHONPATH": os.pathsep.join([str(RECORDER), str(Path(__file__).parents[2])]), "RECORD": str(record)}
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
     cache.mkdir(parents=True, exist_ok=True)
-    words = tuple(map(str, words))
     everything = {**os.environ, **given, "PATH": path, **environment}
-    return subprocess.run(words, capture_output=True, text=True, env=everything, cwd=cache, timeout=600)
+    if not real:
+        return forked.run(words, env=everything, cwd=cache)
+    return subprocess.run(
+        tuple(map(str, words)), capture_output=True, text=True, env=everything, cwd=cache, timeout=600
+    )
 
 
 def python(*words: Any, **options: Any) -> subprocess.CompletedProcess:
     return command(sys.executable, *words, **options)
 
 
-def train(recipe: Path, out: Path, cache: Path, *words: str, ok: bool = True, **environment: str):
+def train(recipe: Path, out: Path, cache: Path, *words: str, ok: bool = True, real: bool = False, **environment: str):
     """`axolotl train` on a recipe, in one process unless `words` say otherwise."""
-    words = words or ONE
-    result = command(BIN / "axolotl", "train", recipe, *words, record=seen_path(out), cache=cache, **environment)
+    words = BIN / "axolotl", "train", recipe, *(words or ONE)
+    result = command(*words, record=seen_path(out), cache=cache, real=real, **environment)
     if ok:
         assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     return result

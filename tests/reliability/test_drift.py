@@ -195,20 +195,21 @@ PRECISIONS = {
         "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     },
 }
-TRIED = amount(("fp32", "nf4"), tuple(PRECISIONS))
+only_long = pytest.mark.skipif(not reliability.LONG, reason="takes a minute; `make test-long` runs it")
 
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
     """Plans of the demo's answers by SmolLM2 in several precisions."""
     folder, fast = real.MODELS / real.SMOLLM2, real.tokenizer(real.SMOLLM2)
-    documents, cache = real.documents(real.SMOLLM2, amount(6, 30)), tmp_path_factory.mktemp("cache")
+    documents, cache = real.documents(real.SMOLLM2, 30), tmp_path_factory.mktemp("cache")
     return {
         name: plan(cache, documents, AutoModelForCausalLM.from_pretrained(folder, **PRECISIONS[name]), BLOCK, fast)
-        for name in TRIED
+        for name in PRECISIONS
     }
 
 
+@only_long
 @real.needs(real.SMOLLM2)
 def test_batch_size_changes_nothing_for_a_real_model(plans, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(real.MODELS / real.SMOLLM2, **PRECISIONS["fp32"])
@@ -224,8 +225,9 @@ def shares(one, two):
     return {name: {"fires": a.mean(), "then": b.mean(), "changes": (a != b).mean()} for name, (a, b) in found.items()}
 
 
+@only_long
 @real.needs(real.SMOLLM2)
-@pytest.mark.parametrize(("before", "after"), list(itertools.combinations(TRIED, 2)))
+@pytest.mark.parametrize(("before", "after"), list(itertools.combinations(PRECISIONS, 2)))
 def test_masks_follow_the_references_precision_but_not_far(plans, before, after):
     """Decisions of two precisions have far more in common than by chance, or they would not be about the tokens: at
     most half as many tokens change as if one of them had drawn its tokens at random.
@@ -258,8 +260,8 @@ def test_eight_bits_are_no_reason_to_refuse_a_model(tmp_path, caplog):
     assert BAND < moved < 1.0, "no longer so: the warning can go"
 
 
+@only_long
 @real.needs(real.SMOLLM2)
-@pytest.mark.skipif("bf16" not in TRIED, reason="only the full form has plans in bfloat16")
 def test_four_bits_of_weight_move_scores_further_than_bfloat16(plans):
     exact, rough = (np.abs(plans[name].scores.logprobs - plans["fp32"].scores.logprobs) for name in ("bf16", "nf4"))
     assert 0 < np.nanmedian(exact) < np.nanmedian(rough)
