@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from tests import tiny
-from xtf_plugin.selection.text_rules import marked_tokens, text_segments
 from xtf_plugin.selection.select import select
+from xtf_plugin.selection.text_rules import marked_tokens, text_segments
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests import tiny
 from tests.test_attributes import error
 from tests.test_scorer import rows
-from xtf_plugin import scorer
 from xtf_plugin.data.documents import collect
-from xtf_plugin.reference import Reference, borrow
+from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring.reference import Reference, borrow
 
 FLAGS = {f"lora_{name}_kernel": True for name in ("qkv", "o", "mlp", "embedding")}
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")] + ["embed_tokens"]

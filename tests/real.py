@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests import eager
 from xtf_plugin.data.documents import DocumentSet, collect
-from xtf_plugin.reference import Reference
-from xtf_plugin.scorer import score
+from xtf_plugin.scoring.engine import score
+from xtf_plugin.scoring.reference import Reference
 
 ROOT = Path(__file__).parents[1]
 MODELS = Path(os.environ.get("XTF_TEST_MODELS") or ROOT / ".models")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xtf_plugin import attributes, kernels, packing
-from xtf_plugin.attributes import AttentionSpec
+from xtf_plugin.scoring.kernels import dispatch as kernels
+from xtf_plugin.scoring.kernels import eager as attributes
+from xtf_plugin.scoring.kernels import packing
+from xtf_plugin.scoring.kernels.eager import AttentionSpec
 
 # B, H, K, T, D: aligned and ragged
 SHAPES = [(1, 4, 4, 64, 16), (3, 4, 2, 150, 16), (2, 6, 1, 129, 24), (2, 2, 2, 7, 8), (3, 6, 3, 100, 8)]

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from xtf_plugin import scorer
-from xtf_plugin.batches import FORWARD_TOKENS, plan_wanted
+from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring.batching import FORWARD_TOKENS, plan_wanted
 
 
 def test_batches_respect_the_budget_and_waste_little():

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tests.test_attributes import planted, same_values
-from xtf_plugin import attributes, blockwise, kernels
-from xtf_plugin.attributes import AttentionSpec
+from xtf_plugin.scoring.kernels import blockwise
+from xtf_plugin.scoring.kernels import dispatch as kernels
+from xtf_plugin.scoring.kernels import eager as attributes
+from xtf_plugin.scoring.kernels.eager import AttentionSpec
 
 
 @pytest.mark.parametrize(

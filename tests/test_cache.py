@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tests.test_store import OTHER, REFERENCE, fill, shard_files
-from xtf_plugin import cache
 from xtf_plugin.errors import XTFUserError
+from xtf_plugin.store import admin as cache
 
 
 def test_cache_list(tmp_path):

@@ -9,9 +9,10 @@ from datasets import IterableDataset
 from tests import streams, tiny
 from tests.streams import LOOSE, attached
 from tests.test_callback import BLOCK, trainer
-from xtf_plugin import XTFDataCollator, XTFDryRun, XTFError, XTFUserError, attach, callback, verification
-from xtf_plugin.providers import SeparateReference
-from xtf_plugin.ranks import Ranks
+from xtf_plugin import XTFDataCollator, XTFDryRun, XTFError, XTFUserError, attach
+from xtf_plugin.scoring.distributed import Ranks
+from xtf_plugin.scoring.providers import SeparateReference
+from xtf_plugin.training import callback, verification
 
 
 class TestRefusals:

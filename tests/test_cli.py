@@ -19,8 +19,8 @@ import yaml
 
 from xtf_plugin import cli
 from xtf_plugin import environment as _compat
-from xtf_plugin.hosts import recipes as recipe
 from xtf_plugin.hosts import recipes as host_command
+from xtf_plugin.hosts import recipes as recipe
 from xtf_plugin.report.score_table import SCHEMA
 
 

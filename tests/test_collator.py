@@ -10,9 +10,10 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from xtf_plugin.collator import MaskTable, XTFDataCollator
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
+from xtf_plugin.selection.masks import MaskTable
+from xtf_plugin.training.collator import XTFDataCollator
 
 A = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
 B = {"input_ids": [9, 10, 11], "labels": [-100, 10, 11]}

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from tests import tiny
 from tests.test_scorer import rows, run
 from xtf_plugin.data.documents import collect
-from xtf_plugin.reference import Reference
+from xtf_plugin.scoring.reference import Reference
 
 DOCUMENTS = collect(rows())
 

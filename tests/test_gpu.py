@@ -17,10 +17,14 @@ from tests import tiny
 from tests.test_attributes import SHAPES, STARTS, error, packed, parity, planted
 from tests.test_scorer import rows, run
 from tests.test_shortcuts import PACKED
-from xtf_plugin import attributes, kernels, scorer, trial, triton_dispatch
 from xtf_plugin.data.documents import collect
-from xtf_plugin.reference import Reference, borrow
-from xtf_plugin.store import ScoreStore
+from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring import self_check as trial
+from xtf_plugin.scoring.kernels import dispatch as kernels
+from xtf_plugin.scoring.kernels import eager as attributes
+from xtf_plugin.scoring.kernels import triton_dispatch
+from xtf_plugin.scoring.reference import Reference, borrow
+from xtf_plugin.store.store import ScoreStore
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -163,7 +167,7 @@ def triton_works(monkeypatch):
     """Without it a test of Triton's implementations would pass on torch's."""
     if not triton_dispatch.usable(torch.zeros(1, device="cuda")):
         pytest.skip("needs Triton and compute capability 8.0")
-    from xtf_plugin import triton_kernels
+    from xtf_plugin.scoring.kernels import triton_attention as triton_kernels
 
     taken = []
     for implementation in (triton_kernels.attention_received, triton_kernels.moments):

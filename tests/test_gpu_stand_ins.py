@@ -7,10 +7,10 @@ import pytest
 
 from tests import tiny
 from tests.test_scorer import rows, run
-from xtf_plugin import batches as batching
-from xtf_plugin import scorer
 from xtf_plugin.data.documents import collect
-from xtf_plugin.reference import Reference
+from xtf_plugin.scoring import batching as batching
+from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring.reference import Reference
 
 
 def test_scores_that_are_waited_for_later_are_the_same(monkeypatch):

@@ -95,9 +95,9 @@ def trainer(monkeypatch):
     """A trainer module that is imported already, and the list of what gets attached."""
     module, attached = trainer_module(), []
     monkeypatch.setitem(sys.modules, "no.such.trainer", module)
-    callback = types.ModuleType("xtf_plugin.callback")
+    callback = types.ModuleType("xtf_plugin.training.callback")
     callback.attach = lambda trainer, config: attached.append((trainer, config))
-    monkeypatch.setitem(sys.modules, "xtf_plugin.callback", callback)
+    monkeypatch.setitem(sys.modules, "xtf_plugin.training.callback", callback)
     return module, attached
 
 

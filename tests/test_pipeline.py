@@ -11,15 +11,15 @@ import torch
 
 from tests import tiny
 from tests.made_scores import ALL_ON, KN, RI, TR
-from xtf_plugin.report import writer as output
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data import sentences
 from xtf_plugin.data import token_text as spans
 from xtf_plugin.data.documents import collect
 from xtf_plugin.files import digest
-from xtf_plugin.fingerprint import model_facts
 from xtf_plugin.plan import make_plan
-from xtf_plugin.reference import Reference
+from xtf_plugin.report import writer as output
+from xtf_plugin.scoring.fingerprint import model_facts
+from xtf_plugin.scoring.reference import Reference
 from xtf_plugin.selection.text_rules import completion_runs, special_ids
 
 

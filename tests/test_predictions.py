@@ -10,7 +10,9 @@ import math
 import pytest
 import torch
 
-from xtf_plugin import attributes, heads, kernels
+from xtf_plugin.scoring.kernels import dispatch as kernels
+from xtf_plugin.scoring.kernels import eager as attributes
+from xtf_plugin.scoring.kernels import logit_stats as heads
 
 
 def head_of(N, V=301, D=24):

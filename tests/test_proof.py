@@ -232,7 +232,7 @@ class TestRuns:
             assert found == (None, steps)
 
     def test_all_that_comes_before_training_is_scoring(self, base_folder, encoder, monkeypatch):
-        from xtf_plugin import callback
+        from xtf_plugin.training import callback
 
         def slow(*arguments, **options):
             time.sleep(0.5)

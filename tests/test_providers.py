@@ -18,11 +18,11 @@ from tests.test_pipeline import rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFDryRun, XTFUserError
-from xtf_plugin.fingerprint import model_facts, weights_hash
-from xtf_plugin.providers import SeparateReference
-from xtf_plugin.ranks import Ranks
-from xtf_plugin.reference import borrow
-from xtf_plugin.scorer import score
+from xtf_plugin.scoring.distributed import Ranks
+from xtf_plugin.scoring.engine import score
+from xtf_plugin.scoring.fingerprint import model_facts, weights_hash
+from xtf_plugin.scoring.providers import SeparateReference
+from xtf_plugin.scoring.reference import borrow
 
 
 @pytest.fixture(scope="module")

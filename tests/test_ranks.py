@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests import forked
-from xtf_plugin.batches import ScoringStats
-from xtf_plugin.ranks import Ranks, share_out
-from xtf_plugin.records import Records
+from xtf_plugin.scoring.batching import ScoringStats
+from xtf_plugin.scoring.distributed import Ranks, share_out
+from xtf_plugin.store.records import Records
 
 ROOT = Path(__file__).parents[1]
 
@@ -202,7 +202,7 @@ def test_a_sharded_model_scores_in_step(two, name):
     from tests import tiny
     from tests.test_pipeline import rows
     from xtf_plugin.data.documents import collect
-    from xtf_plugin.reference import Reference
+    from xtf_plugin.scoring.reference import Reference
 
     first, second = (rank[name] for rank in two)
     assert first["batches"] != second["batches"], "the case must give the ranks unequal work"

@@ -12,10 +12,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from tests import eager, tiny
-from xtf_plugin import scorer, trial
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
-from xtf_plugin.reference import ADAPTER_INITS, ADAPTERS, Reference, borrow, resolve_layers
+from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring import self_check as trial
+from xtf_plugin.scoring.reference import ADAPTER_INITS, ADAPTERS, Reference, borrow, resolve_layers
 
 
 def rows(sizes=(60, 37, 5, 2, 1, 90), seed=0):

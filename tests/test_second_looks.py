@@ -14,16 +14,17 @@ from tests.test_opening import by_the_definition
 from tests.test_pipeline import Provider
 from tests.test_selectors import OFF
 from tests.test_store import fill, shard_files
-from xtf_plugin import attributes, shards
-from xtf_plugin.report import summary as report
-from xtf_plugin.cached_scores import ScoreSource
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
+from xtf_plugin.report import summary as report
 from xtf_plugin.scorers import iterative_rescoring as again
 from xtf_plugin.scorers import opening
 from xtf_plugin.scorers.base import ScoringContext
+from xtf_plugin.scoring.cached_scores import ScoreSource
+from xtf_plugin.scoring.kernels import eager as attributes
 from xtf_plugin.selection.text_rules import marked_tokens, segment_starts
+from xtf_plugin.store import shard_format as shards
 
 LIMIT = -14.0  # about half of the units of `Sure` are below
 

@@ -17,15 +17,17 @@ from tests.test_callback import run as trained
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from tests.test_selection import NOVELTY, REASONING, RELEVANCE, from_bits, random_scores
 from tests.test_selection import config as slots_config
-from xtf_plugin.report import writer as output, summary as report, terminal as view
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.config.scores import SLOTS
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.plan import make_plan
-from xtf_plugin.providers import SeparateReference
-from xtf_plugin.selection.select import CONTROL, FLOOR, PROTECTED, reason_text, rule_bits, select
+from xtf_plugin.report import summary as report
+from xtf_plugin.report import terminal as view
+from xtf_plugin.report import writer as output
 from xtf_plugin.report.score_table import SCHEMA, read_score_table, selector_columns
+from xtf_plugin.scoring.providers import SeparateReference
+from xtf_plugin.selection.select import CONTROL, FLOOR, PROTECTED, reason_text, rule_bits, select
 
 OFF = {"preset": "none", **ALL_OFF}
 KNOWN_BITS = REASONING | NOVELTY | RELEVANCE

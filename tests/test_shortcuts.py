@@ -19,10 +19,11 @@ from transformers import (
 
 from tests import eager, tiny
 from tests.test_scorer import gpt_oss, little_memory, rows, run  # noqa: F401 (a fixture)
-from xtf_plugin import reference as narrowing, trial
-from xtf_plugin.batches import laid_out
 from xtf_plugin.data.documents import collect
-from xtf_plugin.reference import Reference
+from xtf_plugin.scoring import reference as narrowing
+from xtf_plugin.scoring import self_check as trial
+from xtf_plugin.scoring.batching import laid_out
+from xtf_plugin.scoring.reference import Reference
 
 PACKED = trial.Packing(("cpu", "cuda"), apart=True, windows=True)  # on this device too, whatever it costs
 

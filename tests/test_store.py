@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from xtf_plugin import shards
-from xtf_plugin.records import COLUMNS, Records
-from xtf_plugin.store import ScoreStore, layers_tag
+from xtf_plugin.store import shard_format as shards
+from xtf_plugin.store.records import COLUMNS, Records
+from xtf_plugin.store.store import ScoreStore, layers_tag
 
 REFERENCE = "0123456789abcdef" * 2
 OTHER = "f" * 32

@@ -16,8 +16,9 @@ import pytest
 import xxhash
 
 from tests.test_store import OTHER, REFERENCE, fill, records, shard_files
-from xtf_plugin import files, shards
-from xtf_plugin.store import ScoreStore
+from xtf_plugin import files
+from xtf_plugin.store import shard_format as shards
+from xtf_plugin.store.store import ScoreStore
 
 LENGTHS = (3, 5, 1)
 

@@ -15,8 +15,8 @@ import pytest
 
 from tests.test_store import REFERENCE, fill, shard_files
 from xtf_plugin import files
-from xtf_plugin.records import Records
-from xtf_plugin.store import ScoreStore
+from xtf_plugin.store.records import Records
+from xtf_plugin.store.store import ScoreStore
 
 LENGTH = 50
 WRITER = f"""

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from tests import tiny
 from tests.streams import LOOSE, ROWS, attached, rows, stream_of, trained, trainer
 from xtf_plugin import XTFConfig, XTFUserError
-from xtf_plugin.streaming import Stream
+from xtf_plugin.training.streaming import Stream
 
 PAPER = {"preset": "paper", "reasoning_importance": {"drop": {"quantile": 0.2}, "scope": "dataset"}}
 OFFICIAL = {"preset": "official", "reasoning_importance": {"drop": {"fence": 0.0}}}

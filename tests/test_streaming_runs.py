@@ -14,9 +14,10 @@ from peft import LoraConfig
 
 from tests import tiny
 from tests.streams import LOOSE, LORA, ROWS, attached, labels_by_document, rows, stream_of, trained, trainer, watched
-from xtf_plugin import XTFConfig, XTFDryRun, XTFError, XTFUserError, attach, scorer
+from xtf_plugin import XTFConfig, XTFDryRun, XTFError, XTFUserError, attach
 from xtf_plugin.scorers import Scorer, registry
-from xtf_plugin.streaming import Stream
+from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.training.streaming import Stream
 
 NOTHING = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -1000}}}, "calibration": 8}
 BLOCK = {**LOOSE, "calibration": 8}

@@ -11,7 +11,7 @@ import pytest
 
 from tests import tiny
 from tests.test_end_to_end import BIN, DROPS, command, recipe
-from xtf_plugin.hosts.trainer import log_report
+from xtf_plugin.training.trainer import log_report
 
 METRICS = ("xtf/kept_fraction", "xtf/dropped_by/reasoning_importance", "xtf/kept_tokens_per_batch")
 

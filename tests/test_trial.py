@@ -10,11 +10,11 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from tests import tiny
 from tests.test_scorer import rows, run
 from tests.test_shortcuts import PACKED
-from xtf_plugin import trial
-from xtf_plugin.batches import laid_out
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.reference import Reference
+from xtf_plugin.scoring import self_check as trial
+from xtf_plugin.scoring.batching import laid_out
+from xtf_plugin.scoring.reference import Reference
 
 
 class TestRotarySwitch:

@@ -16,8 +16,10 @@ import xtf_plugin
 from tests.reliability import amount
 from tests.test_attributes import SHAPES, packed, planted
 from tests.test_predictions import head_of
-from xtf_plugin import attributes, kernels, triton_dispatch
-from xtf_plugin.attributes import AttentionSpec
+from xtf_plugin.scoring.kernels import dispatch as kernels
+from xtf_plugin.scoring.kernels import eager as attributes
+from xtf_plugin.scoring.kernels import triton_dispatch
+from xtf_plugin.scoring.kernels.eager import AttentionSpec
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +58,8 @@ class TestCompiled:
         """The kernels that our functions launch, in order, compiled and not run."""
         from triton.runtime import driver
 
-        from xtf_plugin import triton_kernels, triton_moments
+        from xtf_plugin.scoring.kernels import triton_attention as triton_kernels
+        from xtf_plugin.scoring.kernels import triton_logit_stats as triton_moments
 
         device = SimpleNamespace(
             get_current_device=lambda: 0,
@@ -176,7 +179,7 @@ class TestDispatch:
                 kernels.predictions(*head_of(3))
 
     def test_without_triton_one_warning(self, monkeypatch, caplog):
-        monkeypatch.setitem(sys.modules, "xtf_plugin.triton_kernels", None)
+        monkeypatch.setitem(sys.modules, "xtf_plugin.scoring.kernels.triton_attention", None)
         monkeypatch.delattr(xtf_plugin, "triton_kernels", raising=False)
         triton_dispatch._triton.cache_clear()
         try:

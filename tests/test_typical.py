@@ -8,10 +8,10 @@ import torch
 from tests import tiny
 from tests.test_pipeline import Provider, rows
 from tests.test_selectors import OFF
-from xtf_plugin import attributes
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
+from xtf_plugin.scoring.kernels import eager as attributes
 from xtf_plugin.selection.text_rules import segment_starts
 
 

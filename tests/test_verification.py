@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from xtf_plugin import verification
 from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.verification import LabelVerifier, PlannedDocuments, verify_batch
+from xtf_plugin.training import verification
+from xtf_plugin.training.verification import LabelVerifier, PlannedDocuments, verify_batch
 
 A = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}
 B = {"input_ids": [9, 10, 11, 12], "labels": [-100, 10, 11, 12]}

@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callback import XTFCallback, attach
-    from .collator import XTFDataCollator
     from .config.block import XTFConfig
     from .errors import XTFDryRun, XTFError, XTFUserError
     from .hosts.axolotl import XTFPlugin
+    from .training.callback import XTFCallback, attach
+    from .training.collator import XTFDataCollator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "XTFCallback": "callback",
+    "XTFCallback": "training.callback",
     "XTFConfig": "config.block",
-    "XTFDataCollator": "collator",
+    "XTFDataCollator": "training.collator",
     "XTFDryRun": "errors",
     "XTFError": "errors",
     "XTFPlugin": "hosts.axolotl",
     "XTFUserError": "errors",
-    "attach": "callback",
+    "attach": "training.callback",
 }
 
 

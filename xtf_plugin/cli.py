@@ -148,7 +148,7 @@ def report(
 @cache_app.command("list")
 def cache_list(cache_dir: CacheOption = None) -> None:
     """Show what the score cache holds, one line per reference and choice of layers."""
-    from .cache import list_cache
+    from .store.admin import list_cache
 
     root = _cache_root(cache_dir)
     entries = list_cache(root)
@@ -180,7 +180,7 @@ def cache_prune(
     cache_dir: CacheOption = None,
 ) -> None:
     """Delete cached scores; they are computed again when a run needs them."""
-    from .cache import prune_cache
+    from .store.admin import prune_cache
 
     result = prune_cache(
         _cache_root(cache_dir),

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .batches import ScoringStats
-from .cached_scores import ReferenceProvider, ScoreSource, about_scorers, run_scorers
-from .collator import MaskTable
 from .data.documents import DocumentSet
-from .ranks import ALONE, Ranks
+from .scoring.batching import ScoringStats
+from .scoring.cached_scores import ReferenceProvider, ScoreSource, about_scorers, run_scorers
+from .scoring.distributed import ALONE, Ranks
+from .selection.masks import MaskTable
 from .selection.select import Scores, Selection, select
 from .selection.text_rules import TextRules, special_ids
 
 if TYPE_CHECKING:
     from .config.block import XTFConfig
     from .fields import ReferenceConfig
-    from .records import StoredScores
+    from .store.records import StoredScores
 
 OF_ONE_RANK = ("cache_dir", "report")  # keys of the block that only the rank's own files follow
 NOTHING_DROPPED = "nothing at all is dropped: this run trains exactly as it would without its `xtf:` block"

@@ -23,13 +23,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from tests.benchmarks import reach
 from tests.benchmarks.bench_scoring import VOCABULARY, make_model
 from tests.benchmarks.common import arguments, publish
-from xtf_plugin.collator import XTFDataCollator
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.files import digest
-from xtf_plugin.fingerprint import model_facts
 from xtf_plugin.plan import make_plan
-from xtf_plugin.reference import Reference
+from xtf_plugin.scoring.fingerprint import model_facts
+from xtf_plugin.scoring.reference import Reference
+from xtf_plugin.training.collator import XTFDataCollator
 
 
 class Provider:

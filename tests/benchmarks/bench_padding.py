@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tests.benchmarks import reach
 from tests.benchmarks.common import arguments, publish
 from tests.benchmarks.real_text import encode, records
-from xtf_plugin.batches import MAX_BATCH_TOKENS, default_batch_tokens, plan_batches
+from xtf_plugin.scoring.batching import MAX_BATCH_TOKENS, default_batch_tokens, plan_batches
 
 VOCABULARY, LONGEST = 4_096, 8_192
 FIXED = {where: default_batch_tokens(torch.device(where)) for where in ("cpu", "cuda")}

@@ -36,7 +36,8 @@ from tests.benchmarks.bench_scoring import (
     xtf,
 )
 from tests.benchmarks.common import NOT_MEASURED, arguments, publish, settled
-from xtf_plugin import heads, kernels
+from xtf_plugin.scoring.kernels import dispatch as kernels
+from xtf_plugin.scoring.kernels import logit_stats as heads
 
 PRODUCTS, ATTENTION, SUMS, ELEMENTWISE, COPIES, REST = (
     "matrix products",

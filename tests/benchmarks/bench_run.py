@@ -35,10 +35,13 @@ from trl import SFTConfig, SFTTrainer
 from tests import tiny
 from tests.benchmarks import reach
 from tests.benchmarks.common import NOT_MEASURED, arguments, device, publish
-from xtf_plugin import XTFCallback, attach, callback, passes, providers
+from xtf_plugin import XTFCallback, attach
 from xtf_plugin import plan as pipeline
-from xtf_plugin.collator import XTFDataCollator
 from xtf_plugin.scorers import embedding_similarity
+from xtf_plugin.scoring import cached_scores as passes
+from xtf_plugin.scoring import providers
+from xtf_plugin.training import callback
+from xtf_plugin.training.collator import XTFDataCollator
 
 CONFIG = LlamaConfig(
     vocab_size=8_192,  # of which the rows use the tokenizer's few hundred: the head should weigh something

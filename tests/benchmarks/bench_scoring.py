@@ -26,12 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.benchmarks import reach
 from tests.benchmarks.common import arguments, peaks, publish, rounds
-from xtf_plugin.batches import plan_batches
 from xtf_plugin.data.documents import DocumentSet
-from xtf_plugin.reference import Reference
-from xtf_plugin.scorer import gather_vectors, score
 from xtf_plugin.scorers import ScoringContext, embedding_similarity
-from xtf_plugin.trial import against_own_forward
+from xtf_plugin.scoring.batching import plan_batches
+from xtf_plugin.scoring.engine import gather_vectors, score
+from xtf_plugin.scoring.reference import Reference
+from xtf_plugin.scoring.self_check import against_own_forward
 
 BUDGET = 4_096
 VOCABULARY = 32_000

@@ -23,7 +23,7 @@ import numpy as np
 from tests.benchmarks import reach
 from tests.benchmarks.common import arguments, peaks, publish
 from xtf_plugin import XTFConfig
-from xtf_plugin.collator import MaskTable
+from xtf_plugin.selection.masks import MaskTable
 from xtf_plugin.selection.select import Scores, select
 
 MANY = 10**8  # tokens that the reach is stated for

@@ -25,10 +25,10 @@ from tests.benchmarks.bench_scoring import make_model
 from tests.benchmarks.common import arguments, publish
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
-from xtf_plugin.hosts.trainer import rows as as_a_trainer_has_them
 from xtf_plugin.plan import attention_layers, make_plan
-from xtf_plugin.records import Records
-from xtf_plugin.store import ScoreStore
+from xtf_plugin.store.records import Records
+from xtf_plugin.store.store import ScoreStore
+from xtf_plugin.training.trainer import rows as as_a_trainer_has_them
 
 SCORED = 40  # documents, for the speed of scoring
 HEAD = ["part of a start", "s", "of scoring", "reach"]

@@ -29,8 +29,9 @@ from tests import tiny
 from tests.benchmarks import reach
 from tests.benchmarks.bench_overheads import make_rows
 from tests.benchmarks.common import NOT_MEASURED, arguments, device, in_turn, publish
-from xtf_plugin.collator import MaskTable, XTFDataCollator
 from xtf_plugin.data.documents import collect
+from xtf_plugin.selection.masks import MaskTable
+from xtf_plugin.training.collator import XTFDataCollator
 
 BATCH, LONGEST, KEPT = 4, 200, (1.0, 0.75, 0.5)
 HEAD = ["head", "step", "ms", "x plain", "collator, ms added", "of a step", "reach"]

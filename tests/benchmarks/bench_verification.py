@@ -17,7 +17,7 @@ import torch
 from tests.benchmarks import reach
 from tests.benchmarks.common import arguments, publish, seconds
 from xtf_plugin.data.documents import DocumentSet
-from xtf_plugin.verification import PlannedDocuments, verify_batch
+from xtf_plugin.training.verification import PlannedDocuments, verify_batch
 
 HEAD = ["documents", "tokens each", "index, s", "a batch of 8, ms", "reach"]
 ROWS = 8

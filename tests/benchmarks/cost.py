@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.proof.tables import table, write_into
-from xtf_plugin.batches import MAX_BATCH_TOKENS
-from xtf_plugin.kernels import TRITON_LOGIT_ELEMENTS
+from xtf_plugin.scoring.batching import MAX_BATCH_TOKENS
+from xtf_plugin.scoring.kernels.dispatch import TRITON_LOGIT_ELEMENTS
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 4 / 64  # 4 bits, and a float for each 64 weights: scales are not quantised in turn

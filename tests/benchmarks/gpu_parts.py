@@ -26,8 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.benchmarks import bench_authors, bench_reference, bench_run, bench_step, reach
 from tests.benchmarks.bench_scoring import floor, make_documents, make_model, xtf
 from tests.benchmarks.common import device, in_turn, peak_allocated, rounds
-from xtf_plugin import kernels, triton_dispatch
-from xtf_plugin.attributes import AttentionSpec
+from xtf_plugin.scoring.kernels import dispatch as kernels
+from xtf_plugin.scoring.kernels import triton_dispatch
+from xtf_plugin.scoring.kernels.eager import AttentionSpec
 
 BF16 = torch.bfloat16
 Rows = Iterator[list[str]]

@@ -19,7 +19,7 @@ def interpreter(monkeypatch):
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from xtf_plugin import triton_kernels
+    from xtf_plugin.scoring.kernels import triton_attention as triton_kernels
 
     def widened(x):
         if x.dtype != tl.bfloat16:

@@ -9,7 +9,18 @@ import torch
 from triton import knobs
 
 from tests.test_predictions import head_of
-from xtf_plugin import attributes, heads, triton_kernels, triton_moments
+from xtf_plugin.scoring.kernels import (
+    eager as attributes,
+)
+from xtf_plugin.scoring.kernels import (
+    logit_stats as heads,
+)
+from xtf_plugin.scoring.kernels import (
+    triton_attention as triton_kernels,
+)
+from xtf_plugin.scoring.kernels import (
+    triton_logit_stats as triton_moments,
+)
 
 if not knobs.runtime.interpret:
     pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)

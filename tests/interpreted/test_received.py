@@ -7,8 +7,10 @@ import torch
 from triton import Config, knobs
 
 from tests.test_attributes import LENGTHS, SHAPES, STARTS, packed, parity, planted, received_from_map, same_values
-from xtf_plugin import attributes, kernels, triton_kernels
-from xtf_plugin.attributes import AttentionSpec
+from xtf_plugin.scoring.kernels import dispatch as kernels
+from xtf_plugin.scoring.kernels import eager as attributes
+from xtf_plugin.scoring.kernels import triton_attention as triton_kernels
+from xtf_plugin.scoring.kernels.eager import AttentionSpec
 
 if not knobs.runtime.interpret:
     pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from xtf_plugin.passes import stored_scores
-from xtf_plugin.store import ScoreStore
+from xtf_plugin.scoring.cached_scores import stored_scores
+from xtf_plugin.store.store import ScoreStore
 
 FINGERPRINT = "ab" * 8
 CASES = {}

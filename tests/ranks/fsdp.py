@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from tests import tiny
 from tests.test_pipeline import rows
-from xtf_plugin import scorer, ranks as sharing
 from xtf_plugin.data.documents import collect
-from xtf_plugin.reference import Reference, ShardedReference, borrow
-from xtf_plugin.scorer import gather_vectors
+from xtf_plugin.scoring import distributed as sharing
+from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring.engine import gather_vectors
+from xtf_plugin.scoring.reference import Reference, ShardedReference, borrow
 
 
 def sharded(ranks, adapters):

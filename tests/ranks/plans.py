@@ -10,12 +10,12 @@ from tests.ranks.common import case
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFUserError, attach
 from xtf_plugin import plan as pipeline
-from xtf_plugin import ranks as ranks_module
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.plan import make_plan
-from xtf_plugin.ranks import Ranks
+from xtf_plugin.scoring import distributed as ranks_module
+from xtf_plugin.scoring.distributed import Ranks
 
 SLOW = 2.0  # seconds
 

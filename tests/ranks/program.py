@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests.ranks import plans, scoring
 from tests.ranks.common import CASES, ENDING
-from xtf_plugin.ranks import Ranks
+from xtf_plugin.scoring.distributed import Ranks
 
 assert CASES and plans and scoring  # importing them fills the list
 

@@ -11,13 +11,13 @@ from tests import tiny
 from tests.ranks.common import FINGERPRINT, case, ending, lines, scored
 from tests.ranks.fsdp import fsdp, sharded
 from tests.test_pipeline import rows
-from xtf_plugin import ranks as ranks_module
-from xtf_plugin import scorer
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.ranks import Ranks
-from xtf_plugin.reference import Reference
-from xtf_plugin.store import ScoreStore
+from xtf_plugin.scoring import distributed as ranks_module
+from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring.distributed import Ranks
+from xtf_plugin.scoring.reference import Reference
+from xtf_plugin.store.store import ScoreStore
 
 
 def forbidden():

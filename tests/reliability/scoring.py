@@ -27,14 +27,14 @@ import torch
 
 from tests import tiny
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
-from xtf_plugin.report import writer as output
 from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
-from xtf_plugin.ranks import ALONE, Ranks
-from xtf_plugin.records import Records
 from xtf_plugin.report import writer
-from xtf_plugin.store import ScoreStore
+from xtf_plugin.report import writer as output
+from xtf_plugin.scoring.distributed import ALONE, Ranks
+from xtf_plugin.store.records import Records
+from xtf_plugin.store.store import ScoreStore
 
 SHARD_TOKENS = 200  # more than any batch has, and less than two have: what a process holds back is little
 BATCH_TOKENS = 256

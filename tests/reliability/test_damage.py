@@ -18,10 +18,11 @@ import pytest
 
 from tests.reliability import amount, record, whole
 from tests.test_store_damage import forge, header
-from xtf_plugin import cache as caches
-from xtf_plugin import cli, shards
+from xtf_plugin import cli
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.report import score_table as tables
+from xtf_plugin.store import admin as caches
+from xtf_plugin.store import shard_format as shards
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and modes as POSIX has them")
 

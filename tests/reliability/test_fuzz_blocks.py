@@ -25,12 +25,12 @@ from hypothesis import strategies as st
 from tests.reliability import amount, record
 from tests.reliability.strategies import check_selection, collated, inputs, segments_of
 from tests.test_config_errors import JARGON
-from xtf_plugin.collator import MaskTable
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.plan import scores_of
 from xtf_plugin.scorers import registry
+from xtf_plugin.selection.masks import MaskTable
 
 ROOT = XTFConfig.json_schema()
 PATTERNS = ["a", r"\d+", ".", "(?i)x|y", "^$", "漢字", r"\x1b", "[[a]b"]

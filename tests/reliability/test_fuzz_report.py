@@ -34,17 +34,17 @@ from tests.reliability.test_fuzz_blocks import spots
 from tests.report.tables import page_of
 from tests.test_cli import score_table as table_like
 from xtf_plugin import cli
-from xtf_plugin.batches import ScoringStats
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
-from xtf_plugin.records import StoredScores
-from xtf_plugin.selection.text_rules import Marks
+from xtf_plugin.data.token_text import byte_alphabet
 from xtf_plugin.plan import Plan, scores_of
 from xtf_plugin.report import page, score_table, terminal
 from xtf_plugin.report.page_data import page_data
 from xtf_plugin.report.summary import described
+from xtf_plugin.scoring.batching import ScoringStats
 from xtf_plugin.selection import select
-from xtf_plugin.data.token_text import byte_alphabet
+from xtf_plugin.selection.text_rules import Marks
+from xtf_plugin.store.records import StoredScores
 
 NASTY = """</script> <script>owned=1</script> <!-- --> <img/src=x/onerror=owned=1> &lt; &#x1b; ]]> </SCRIPT $data
 $script $ ${owned} " ' \\ \\x1b \\u202e · ◌ [bold] [/bold] [link=x]a javascript:owned=1 __proto__ constructor ⟨ff⟩

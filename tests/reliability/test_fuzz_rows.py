@@ -22,11 +22,11 @@ from tests.made_scores import RI, TR, with_scores
 from tests.reliability import amount, record
 from tests.reliability.strategies import IGNORED, Piece, Reading, agree, check_selection, collated, inputs, naive, plain
 from tests.test_pipeline import ATTRIBUTES_ON, Provider
-from xtf_plugin.collator import MaskTable
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.plan import make_plan, scores_of
+from xtf_plugin.selection.masks import MaskTable
 
 # what only a foreign traceback would say
 FOREIGN = ("inhomogeneous", "invalid literal", "too large to convert", "numpy", "subscriptable")

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from tests.made_scores import KN, RI, TR, scores_of, taken, with_scores
 from tests.reliability import record
 from tests.reliability.strategies import check_selection, inputs, layouts, score_arrays, segments_of
-from xtf_plugin.report import whatif
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.config.scores import SLOTS
 from xtf_plugin.data import ragged as segments
 from xtf_plugin.errors import XTFUserError
+from xtf_plugin.report import whatif
 from xtf_plugin.selection.select import Scores, select
 
 SHARES = st.sampled_from([1e-320, 1e-9, 0.05, 0.25, 0.5, 0.9, 1 - 1e-12])

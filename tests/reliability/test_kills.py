@@ -14,7 +14,7 @@ import pytest
 from tests import tiny
 from tests.reliability import LONG, amount, record, scoring
 from tests.test_end_to_end import BIN, recipe
-from xtf_plugin.batches import plan_batches
+from xtf_plugin.scoring.batching import plan_batches
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is a POSIX signal")
 

@@ -18,7 +18,7 @@ from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFConfig, XTFError
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
-from xtf_plugin.reference import Reference
+from xtf_plugin.scoring.reference import Reference
 
 SELECTOR = {"selectors": {"out_of_place": {"scorer": "opening", "drop": {"below": -2.0}}}}
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is limited and measured by Linux")

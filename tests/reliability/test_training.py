@@ -18,11 +18,14 @@ from tests import tiny
 from tests.reliability import amount, record
 from tests.reliability.trainers import EVERYTHING, KINDS, State, around_scoring, callback, made, ranks
 from tests.test_callback import trainer
-from xtf_plugin import XTFError, attach, attributes, kernels, plan as pipeline, relevance
-from xtf_plugin.callback import XTFCallback
-from xtf_plugin.reference import Reference
+from xtf_plugin import XTFError, attach, relevance
+from xtf_plugin import plan as pipeline
 from xtf_plugin.report import writer
-from xtf_plugin.store import ScoreStore
+from xtf_plugin.scoring.kernels import dispatch as kernels
+from xtf_plugin.scoring.kernels import eager as attributes
+from xtf_plugin.scoring.reference import Reference
+from xtf_plugin.store.store import ScoreStore
+from xtf_plugin.training.callback import XTFCallback
 
 FILLER = " Sure, happy to help!"
 UNEVEN = {"preset": "none", "force_drop": [FILLER.strip()], "protect": {"special_tokens": False}}

@@ -31,8 +31,8 @@ from tests.made_scores import ALL_ON
 from tests.reliability import LONG, scoring
 from tests.test_callback import trainer
 from xtf_plugin import attach
-from xtf_plugin.capture import _recorder
 from xtf_plugin.plan import Plan
+from xtf_plugin.scoring.attention_capture import _recorder
 from xtf_plugin.selection.select import rule_bits
 
 KINDS = ("full", "lora", "qlora")

@@ -33,12 +33,13 @@ import xxhash
 from tests import tiny
 from tests.reliability import scoring
 from tests.test_pipeline import ATTRIBUTES_ON
-from xtf_plugin import files, plan as pipeline
+from xtf_plugin import files
+from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet
-from xtf_plugin.records import Records
 from xtf_plugin.report import score_table, summary, writer
-from xtf_plugin.store import ScoreStore
+from xtf_plugin.store.records import Records
+from xtf_plugin.store.store import ScoreStore
 
 DOCUMENTS = 24
 SHARD_TOKENS = 320  # three shards

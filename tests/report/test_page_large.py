@@ -9,12 +9,12 @@ from tests import tiny
 from tests.browsing import browser, is_moved, put, selected, shown, weigh  # noqa: F401 (a fixture)
 from tests.report.tables import page_of, table_of
 from tests.report.test_page import BLOCK
-from xtf_plugin.batches import ScoringStats
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import Plan, scores_of
-from xtf_plugin.records import StoredScores
+from xtf_plugin.scoring.batching import ScoringStats
 from xtf_plugin.selection.select import select
+from xtf_plugin.store.records import StoredScores
 
 MANY = {
     **BLOCK,

@@ -1,1 +1,1 @@
-"""Everything that knows another package's insides lives below here; nothing above imports a host at import time."""
+"""Stock commands of TRL and Axolotl: read `boot.py` first, then `trl.py`."""

@@ -43,8 +43,7 @@ class XTFArgs(BaseModel):
     @field_validator("xtf")
     @classmethod
     def _is_a_block(cls, block: Any) -> Any:
-        from ..config.block import XTFConfig
-        from ..config.block import plain
+        from ..config.block import XTFConfig, plain
 
         XTFConfig.parse(block)
         return plain(block)
@@ -82,8 +81,8 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
     @exit_on_user_error
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Attach XTF to the trainer. A dry run begins and ends here, before Axolotl writes into its output folder."""
-        from ..callback import attach
         from ..config.block import XTFConfig
+        from ..training.callback import attach
 
         config = XTFConfig.parse(cfg.get("xtf"))
         if config is None:

@@ -171,8 +171,8 @@ def _init_with_attach(original: Any) -> Any:
 def _attaching() -> tuple[Callable[..., Any], Callable[[Any], XTFConfig | None]]:
     """What reads a block and what attaches it, before the trainer is built for nothing."""
     with whole_installation():
-        from ..callback import attach
         from ..config.block import XTFConfig
+        from ..training.callback import attach
     return attach, XTFConfig.parse
 
 

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config.block import XTFConfig
-from ..config.block import PRESETS
-from ..selection.select import DECISIONS, rule_bits
+from ..config.block import PRESETS, XTFConfig
 from ..data.token_text import characters
 from ..report import whatif
+from ..selection.select import DECISIONS, rule_bits
 from .score_table import ScoreTable
 from .statistics import by_key
 from .terminal import text_of

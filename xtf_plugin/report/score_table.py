@@ -22,10 +22,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from .. import files
-from ..data import token_text as spans
 from ..config.block import XTFConfig
-from ..errors import XTFUserError
+from ..data import token_text
 from ..data.ragged import Bools, Floats, Ints, Layout
+from ..errors import XTFUserError
 from ..selection.select import DECISIONS, Reasons, reason_text, rule_bits
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class ScoreTable:
             reasons=selection.reasons,
             protected=text.protected,
             forced=np.zeros_like(text.protected) if text.forced is None else text.forced,
-            pieces=dict(zip(ids, spans.token_bytes(tokenizer, ids), strict=True)),
+            pieces=dict(zip(ids, token_text.token_bytes(tokenizer, ids), strict=True)),
         )
 
     @property
@@ -140,7 +140,7 @@ def write(table: ScoreTable, documents: DocumentSet, path: Path) -> Path:
         OSError: the file cannot be written; one that was there stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = {str(token): piece.hex() for token, piece in table.pieces.items() if not spans.is_text(piece)}
+    own = {str(token): piece.hex() for token, piece in table.pieces.items() if not token_text.is_text(piece)}
     about = json.dumps(plain({**table.about, "format": FORMAT, "bytes": own})).encode()
     schema = _schema([*SCHEMA.names, *table.config.selectors]).with_metadata({METADATA: about, CHECKSUM: _sum(about)})
     files.remove_stale(path.parent)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ..config.block import XTFConfig
 from ..data.documents import DocumentSet
 from ..data.ragged import Bools, Floats, Ints, Layout, dataset_quantiles
-from ..selection.select import DECISIONS, Selection, rule_bits
 from ..data.token_text import SPREAD, characters
+from ..selection.select import DECISIONS, Selection, rule_bits
 from .score_table import ScoreTable
 from .terminal import text_of
 from .whatif import Slider

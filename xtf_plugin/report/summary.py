@@ -12,10 +12,10 @@ import numpy as np
 from rich.console import Console
 
 from .. import __version__
-from ..selection.text_rules import special_ids
-from ..plan import Plan
 from ..data.ragged import Layout
+from ..plan import Plan
 from ..report import statistics, terminal, whatif
+from ..selection.text_rules import special_ids
 from .score_table import ScoreTable, plain
 from .statistics import Verdicts, share
 from .whatif import WhatIf

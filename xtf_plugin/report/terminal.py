@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import XTFUserError, escaped
 from ..data.token_text import characters
+from ..errors import XTFUserError, escaped
 from ..report import score_table
 
 COLUMNS = ("row", "document", "position", "token_id", "token", "kept", "reason")

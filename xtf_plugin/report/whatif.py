@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config.block import XTFConfig
-from ..errors import XTFUserError
-from ..selection.rules import fires
-from ..scorers import ScoreConfig
 from ..data.ragged import Bools, Floats, Ints, Layout, dataset_quantiles
+from ..errors import XTFUserError
+from ..scorers import ScoreConfig
+from ..selection.rules import fires
 from ..selection.select import Scores, Selection, select
 from .score_table import ScoreTable
 

@@ -1,0 +1,1 @@
+"""From documents to what a reference says of them: read `engine.py` first, then `reference.py`."""

@@ -1,0 +1,181 @@
+"""The three attributes of XTF in plain eager PyTorch: the definition that optimised implementations are tested against.
+
+Written to be read next to the paper (arXiv 2602.14536), not to be fast: full attention maps and full logits are built.
+`dispatch.py` has the optimised implementations under the same names.
+
+Dimensions: B batch, T tokens, H query heads, K key/value heads, D head or hidden size, V vocabulary, N picked tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What causal attention does between query and key, and which of the attention received is wanted.
+
+    Args:
+        scaling: factor on the scores before the soft cap, usually `D ** -0.5`.
+        window: a query sees this many last keys, itself included; None: all.
+        softcap: scores become `softcap * tanh(scores / softcap)`; None: unchanged.
+        start: attention received is not computed for columns before it.
+        offsets: (n + 1,) integers, ascending from 0 to at most T, if the row holds n documents packed one behind the
+            other: document i has the tokens from `offsets[i]` to `offsets[i + 1]`, attends to no other document, and
+            counts its positions from 0. B is 1 then, and lengths are not used.
+        starts: (n,) a `start` for each packed document, counted within it; None: `start` for all.
+        longest: tokens of the longest packed document, if known on the CPU: saves a wait for the device.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    start: int = 0
+    offsets: Tensor | None = None
+    starts: Tensor | None = None
+    longest: int | None = None
+
+    def check_rows(self, query: Tensor) -> None:
+        """Raise ValueError if documents are packed and `query` has more than one row."""
+        if self.offsets is not None and len(query) != 1:
+            raise ValueError(f"documents given by `offsets` are packed in one row; these tensors have {len(query)}")
+
+    def unpacked(self, start: int = 0) -> AttentionSpec:
+        """The same for documents that are not packed, with this `start`."""
+        return replace(self, start=start, offsets=None, starts=None, longest=None)
+
+
+def visible(T: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """Causal (and sliding-window) visibility: `visible[q, k]` is True where query `q` may attend to key `k`, (T, T)."""
+    q = torch.arange(T, device=device)[:, None]
+    k = torch.arange(T, device=device)[None, :]
+    mask = k <= q
+    return mask if window is None else mask & (k > q - window)
+
+
+def attention_map(query: Tensor, key: Tensor, spec: AttentionSpec) -> Tensor:
+    """Causal softmax attention in float32, of rows that are one document each.
+
+    Args:
+        query: (B, H, T, D); key: (B, K, T, D) with K a divisor of H (grouped-query attention).
+
+    Returns:
+        Probabilities, (B, H, T, T) float32; rows sum to 1.
+    """
+    H, T = query.shape[1:3]
+    key = key.float().repeat_interleave(H // key.shape[1], dim=1)
+    scores = query.float() @ key.transpose(-1, -2) * spec.scaling  # (B, H, T, T)
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    return scores.masked_fill(~visible(T, spec.window, query.device), float("-inf")).softmax(-1)
+
+
+def attention_received(
+    query: Tensor, key: Tensor, lengths: Tensor, spec: AttentionSpec, logsumexp: Tensor | None = None
+) -> Tensor:
+    """Reasoning importance of one layer: the attention each token receives from later tokens, 1.0 = uniform.
+
+    Equals, for a document of `length` tokens with attention map `A` averaged over heads,
+
+        r[k] = mean over q in k+1 .. length-1 of (q + 1) * A[q, k]
+
+    Eq. (2) of the paper with two choices made explicit: what counts is the attention a token *receives* (averaging the
+    softmax rows over keys gives the constant 1/T), and the factor `q + 1` divides by what uniform attention would give,
+    so that 0.1 reads "a tenth of uniform" at any length and position. A token's attention to itself is left out.
+
+    Args:
+        query: (B, H, T, D); key: (B, K, T, D).
+        lengths: (B,) tokens per document; what lies behind (right padding) is ignored.
+        logsumexp: (B, H, T) row log-sum-exps, which save optimised implementations a pass; unused here.
+
+    Returns:
+        (B, T) float32, >= 0; NaN where undefined: before `start`, the last token of a document, and padding.
+
+    Raises:
+        ValueError: documents are packed, and B is not 1.
+    """
+    spec.check_rows(query)
+    B, T = len(query), query.shape[2]
+    received = torch.full((B, T), float("nan"), device=query.device)
+    if spec.offsets is not None:
+        for i, (low, high) in enumerate(pairwise(spec.offsets.tolist())):
+            document = slice(low, high)
+            own = spec.unpacked(spec.start if spec.starts is None else int(spec.starts[i]))
+            received[:, document] = attention_received(
+                query[:, :, document], key[:, :, document], torch.tensor([high - low]), own
+            )
+        return received
+    A = attention_map(query, key, spec).mean(1)  # (B, T, T)
+    q = torch.arange(T, device=query.device)
+    for b, length in enumerate(lengths.tolist()):
+        for k in range(spec.start, length - 1):
+            received[b, k] = ((q[k + 1 : length] + 1) * A[b, k + 1 : length, k]).mean()
+    return received
+
+
+def attention_and_received(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """Attention output, and `attention_received`, of a layer.
+
+    Equals `(attention_map(query, key, spec) @ value, attention_received(query, key, lengths, spec))`, per document.
+
+    Args:
+        value: (B, K, T, D'). The others: see `attention_received`.
+
+    Returns:
+        output (B, H, T, D') float32, received (B, T).
+    """
+    received = attention_received(query, key, lengths, spec)
+    value = value.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    output = torch.zeros(*query.shape[:3], value.shape[-1], device=query.device)
+    for low, high in pairwise([0, query.shape[2]] if spec.offsets is None else spec.offsets.tolist()):
+        document = slice(low, high)
+        A = attention_map(query[:, :, document], key[:, :, document], spec)
+        output[:, :, document] = A @ value[:, :, document]
+    return output, received
+
+
+def predictions(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """What the LM head predicts before each target token: the target's log-probability, and what was to be expected.
+
+    With `logp = softcap(head(hidden) * scale).float().log_softmax(-1)` and `p = exp(logp)`, the rows are
+
+        0. logp at the target; knowledge novelty, Eq. (3), is 1 - exp of it
+        1. H = -sum p logp: the entropy, which is the mean surprisal of a token drawn from p
+        2. sqrt(sum p (logp)^2 - H^2): the standard deviation of that surprisal (its square is known as varentropy)
+
+    Rows 1 and 2 tell a target that was improbable although the model was sure from one where anything could come.
+
+    Args:
+        hidden: (N, D) last hidden states at the positions that predict the targets.
+        head: the LM head, (n, D) -> (n, V).
+        targets: (N,) token ids in [0, V).
+        scale: factor on the logits (Cohere, Granite, Falcon-H1).
+        softcap: final logit soft cap (Gemma 2).
+
+    Returns:
+        (3, N) float32, in nats: <= 0, 0 to log V, >= 0. NaN in all three where the softmax is undefined (a logit NaN or
+        positively infinite). A logit of minus infinity is a token that cannot come: it adds nothing to rows 1 and 2.
+    """
+    logits = head(hidden).float() * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logp = logits.log_softmax(-1)  # (N, V)
+    p = logp.exp()
+    logp_or_0 = torch.where(p == 0, 0.0, logp)  # 0 * log 0 is 0 in the limit, and NaN in floating point
+    entropy = -(p * logp_or_0).sum(-1)
+    variance = (p * (logp_or_0 + entropy[:, None]) ** 2).sum(-1)  # centred: the formula's difference would cancel
+    return torch.stack([logp.gather(-1, targets[:, None])[:, 0], entropy, variance.sqrt()])

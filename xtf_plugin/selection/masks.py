@@ -1,0 +1,63 @@
+"""Keep flags of documents, found by content: what the collator looks up in dataloader workers.
+
+Read-only, one bit per token, and cheap to pickle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.documents import KEY_BYTES
+
+COPIED = 1 << 20  # keep flags that are put in order at once
+
+
+@dataclass(frozen=True)
+class MaskTable:
+    """Which completion tokens of which document are kept, looked up by document key.
+
+    Args:
+        keys: (N, 2) big-endian uint64 halves of the document keys, sorted.
+        offsets: (N + 1,) first bit of each document.
+        bits: packed keep flags, one bit per completion token.
+        best: (N,) index among the document's completion tokens of the one to keep when a batch would lose all; -1:
+            none.
+    """
+
+    keys: NDArray[np.uint64]
+    offsets: NDArray[np.int64]
+    bits: NDArray[np.uint8]
+    best: NDArray[np.int64]
+
+    @classmethod
+    def build(
+        cls, keys: NDArray[np.uint8], offsets: NDArray[np.int64], keep: NDArray[np.bool_], best: NDArray[np.int64]
+    ) -> MaskTable:
+        """Build from document keys (N, 16), offsets (N + 1,) into `keep` (M,), and `best` (N,)."""
+        flat = np.ascontiguousarray(keys).reshape(-1, KEY_BYTES)
+        halves = flat.view(">u8").reshape(-1, 2).astype(np.uint64)
+        order = np.lexsort((halves[:, 1], halves[:, 0]))
+        sizes = np.diff(offsets)[order]
+        ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        flags = np.empty(ends[-1], dtype=bool)
+        low = 0
+        while low < len(order):  # a part at a time: an index of all tokens at once would take eight times the flags
+            high = max(low + 1, int(np.searchsorted(ends, ends[low] + COPIED, side="right")) - 1)
+            first = offsets[:-1][order[low:high]] - ends[low:high]
+            flags[ends[low] : ends[high]] = keep[np.repeat(first, sizes[low:high]) + np.arange(ends[low], ends[high])]
+            low = high
+        return cls(halves[order], ends, np.packbits(flags), best[order].astype(np.int64))
+
+    def lookup(self, key: bytes) -> tuple[NDArray[np.bool_], int] | None:
+        """Keep flags of a document's completion tokens and its `best`; None: it is not in the table."""
+        high, low = np.frombuffer(key, dtype=">u8").astype(np.uint64)
+        left, right = (int(np.searchsorted(self.keys[:, 0], high, side=side)) for side in ("left", "right"))
+        at = left + int(np.searchsorted(self.keys[left:right, 1], low))
+        if at == right or self.keys[at, 1] != low:
+            return None
+        first, last = int(self.offsets[at]), int(self.offsets[at + 1])
+        bits = np.unpackbits(self.bits[first // 8 : (last + 7) // 8])
+        return bits[first % 8 : first % 8 + last - first].astype(bool), int(self.best[at])

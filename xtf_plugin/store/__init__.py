@@ -1,0 +1,1 @@
+"""Scores on disk, found by content: read `store.py` first."""

@@ -1,0 +1,1 @@
+"""The plan inside a trainer: read `callback.py` first."""

@@ -1,0 +1,178 @@
+"""Whether a batch that reaches the model carries the planned labels; independent of the collator that should see to it.
+
+Documents are found by their tokens alone: the labels, which are part of their keys, are what is in question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..data.documents import IGNORE_INDEX, DocumentSet
+from ..errors import XTFError
+
+Bools = NDArray[np.bool_]
+Ids = NDArray[np.integer[Any]]
+Candidate = tuple[Bools, Bools]
+
+CHECKED = 64  # the first so many batches and then every 64th; clean data may have next to nothing to drop
+
+
+class Planned(Protocol):
+    """Documents and what is planned for them."""
+
+    @property
+    def lengths(self) -> set[int]:
+        """All lengths in tokens that a planned document has."""
+
+    def find(self, ids: Ids) -> Iterator[Candidate]:
+        """Completion mask (T,) and keep flags of the completion tokens of all documents with the tokens `ids` (T,)."""
+
+
+def token_hash(ids: Ids) -> int:
+    """64-bit hash of a document's token ids (T,), whatever its labels."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids, dtype="<i4").data)
+
+
+@dataclass(frozen=True)
+class PlannedDocuments:
+    """A set of documents with the keep flags (M,) of their completion tokens."""
+
+    documents: DocumentSet
+    keep: Bools
+
+    @cached_property
+    def lengths(self) -> set[int]:
+        """See `Planned`."""
+        return set(np.unique(self.documents.lengths).tolist())
+
+    def find(self, ids: Ids) -> Iterator[Candidate]:
+        """See `Planned`. Equals a search through all documents; it looks at those with the same hash."""
+        hashes, order = self._index
+        wanted, offsets = np.uint64(token_hash(ids)), self.documents.completion_offsets
+        for index in order[slice(*(np.searchsorted(hashes, wanted, side=side) for side in ("left", "right")))]:
+            tokens, completion = self.documents.document(int(index))
+            if np.array_equal(tokens, ids):
+                yield completion, self.keep[offsets[index] : offsets[index + 1]]
+
+    @cached_property
+    def _index(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Hashes of all documents' tokens (N,), sorted, and whose they are."""
+        tokens = np.ascontiguousarray(self.documents.input_ids, dtype="<i4").view(np.uint8).data
+        bounds = (4 * self.documents.offsets).tolist()
+        found = (xxhash.xxh3_64_intdigest(tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        hashes = np.fromiter(found, dtype=np.uint64, count=len(self.documents))
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
+
+
+@dataclass
+class LabelVerifier:
+    """Checks batches until one has shown that labels are dropped: each of the first 64, then every 64th."""
+
+    planned: Planned
+    batches: int = 0  # how many were given
+    proven: bool = False  # whether one had labels to drop, and they were dropped
+
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """Count a batch and check it if it is due, see `verify_batch`."""
+        due = self.batches < CHECKED or self.batches % CHECKED == 0
+        self.batches += 1
+        if due and not self.proven:
+            self.proven = verify_batch(self.planned, inputs) > 0
+
+
+def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
+    """Check that a batch carries exactly the planned labels.
+
+    `inputs` is what reaches the model, after every other piece of the host's pipeline.
+
+    Returns:
+        how many labels that would train the plan drops in it; 0 if the batch would look the same without masks.
+
+    Raises:
+        XTFError: a document's labels are not the planned ones, or no planned document is in the batch.
+    """
+    found = dropped = 0
+    padded = "attention_mask" not in inputs and "position_ids" not in inputs
+    pieces = _pieces(inputs)
+    only_one = sum(int((labels[1:] != IGNORE_INDEX).sum()) for _, labels in pieces) == 1
+    for ids, labels in pieces:
+        verdict = _matches(planned, ids, labels)
+        if verdict is None and padded:
+            verdict = _matches_prefix(planned, ids, labels)
+        if verdict is None:
+            if (labels != IGNORE_INDEX).any():
+                raise XTFError(
+                    f"a training batch holds a document of {len(ids)} tokens that xtf did not plan (token ids "
+                    f"{ids[:8].tolist()}…). Something changes the rows between the dataset and the model; xtf will "
+                    "not guess."
+                )
+            continue
+        found += 1
+        dropped += verdict.dropped
+        if verdict.kind == "differs" or (verdict.kind == "one more" and not only_one):
+            raise XTFError(
+                f"a training batch does not carry the planned labels: a document of {len(ids)} tokens arrived "
+                f"with {int((labels != IGNORE_INDEX).sum())} labels. A collator or a callback rebuilds labels; "
+                "remove it, or train without the `xtf:` block."
+            )
+    if not found:
+        raise XTFError("a training batch holds no planned document: no sign that the masks are applied.")
+    return dropped
+
+
+def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Token ids and labels of every document in a batch, padding removed."""
+    names = ("input_ids", "labels", "attention_mask", "position_ids")
+    arrays = {name: inputs[name].cpu().numpy() for name in names if inputs.get(name) is not None}
+    pieces = []
+    for row in range(len(arrays["input_ids"])):
+        ids, labels = arrays["input_ids"][row], arrays["labels"][row]
+        real = np.ones(len(ids), dtype=bool)
+        if "attention_mask" in arrays and arrays["attention_mask"].ndim == 2:
+            real = arrays["attention_mask"][row].astype(bool)
+        cuts = [0]
+        if "position_ids" in arrays and arrays["position_ids"].ndim == 2:
+            starts = np.flatnonzero(arrays["position_ids"][row][real] == 0).tolist()
+            cuts = starts if starts[:1] == [0] else [0, *starts]
+        ids, labels = ids[real], labels[real]
+        pieces += [(ids[a:b], labels[a:b]) for a, b in zip(cuts, [*cuts[1:], len(ids)], strict=True)]
+    return pieces
+
+
+class _Verdict(NamedTuple):
+    kind: str  # `equal`, `one more` (see `collator._revive`) or `differs`
+    dropped: int  # how many labels that would train are seen to be dropped
+
+
+def _matches(planned: Planned, ids: Ids, labels: Any) -> _Verdict | None:
+    """None: no planned document has these tokens. Of several, the one that proves least: another may be what came."""
+    verdict, equal = None, []
+    kept = labels != IGNORE_INDEX
+    for completion, keep in planned.find(ids):
+        wanted = np.zeros(len(ids), dtype=bool)
+        wanted[np.flatnonzero(completion)[keep]] = True
+        if np.array_equal(kept[1:], wanted[1:]):  # nothing predicts a first token, and some collators blank its label
+            equal.append(int((completion & ~wanted)[1:].sum()))
+        elif not wanted[1:].any() and kept[1:].sum() == 1 and (completion & kept)[1:].any():
+            verdict = _Verdict("one more", 0)
+        verdict = verdict or _Verdict("differs", 0)
+    return _Verdict("equal", min(equal)) if equal else verdict
+
+
+def _matches_prefix(planned: Planned, ids: Ids, labels: Any) -> _Verdict | None:
+    """`_matches` for a row with padding and no mask of it: the longest document that the row begins with."""
+    labelled = np.flatnonzero(labels != IGNORE_INDEX)
+    shortest = int(labelled[-1]) + 1 if len(labelled) else 0
+    for length in sorted((n for n in planned.lengths if shortest <= n < len(ids)), reverse=True):
+        verdict = _matches(planned, ids[:length], labels[:length])
+        if verdict is not None:
+            return verdict
+    return None
