@@ -77,7 +77,7 @@ audit: $(STAMP)  ## known vulnerabilities of the dependencies; needs a network
 # The full forms of tests/reliability and of what else has a short one, under an hour on two cores; what they found goes into
 # docs/reliability.md. One thread: the models are tiny, and threads that wait for each other beside anything else on the machine
 # take many times as long. Processes of stock commands are real ones, not forked (tests/forked.py).
-LONG_TESTS = tests/reliability $(patsubst %,tests/test_%.py,triton_kernels gpu_command benchmarks real_text end_to_end launchers)
+LONG_TESTS = tests/reliability tests/scoring/test_triton_kernels.py tests/gpu/test_gpu_command.py tests/benchmarks/test_benchmarks.py tests/benchmarks/test_real_text.py tests/hosts/test_end_to_end.py tests/hosts/test_launchers.py
 test-long: export OMP_NUM_THREADS = 1
 test-long: export XTF_TEST_REAL_PROCESSES = 1
 test-long: $(STAMP) models chromium  ## the full forms of tests/reliability, on all real models: about an hour
@@ -90,12 +90,17 @@ test-long: $(STAMP) models chromium  ## the full forms of tests/reliability, on 
 # Other versions of the packages around us, each set in a virtual environment of its own: the lowest that pyproject.toml
 # states, and one between them and the newest. The tests are those in which other packages' behaviour shows. TORCH stays
 # what it is: PyPI's lower builds for Linux bring gigabytes of CUDA.
-VERSIONS_FILES = scorer shortcuts batches attributes predictions callback callback_refusals hook_trl hook_refusals store selection config config_errors cli opening excerpts typical selectors second_looks \
-	matrix other_hosts ranks streaming streaming_runs stream_dataset unsloth_pattern verification
-VERSIONS_TESTS = $(VERSIONS_FILES:%=tests/test_%.py) \
-	'tests/test_launchers.py::test_two_ranks_train_on_the_masks_of_one[torchrun]' \
-	tests/test_end_to_end.py::test_other_launchers_apply_the_block \
-	tests/test_end_to_end.py::test_score_agrees_with_eager_float32
+VERSIONS_FILES = \
+	tests/scoring/test_engine.py tests/scoring/test_shortcuts.py tests/scoring/test_batching.py tests/scoring/test_kernels.py tests/scoring/test_predictions.py \
+	tests/training/test_callback.py tests/training/test_callback_refusals.py tests/hosts/test_hook_trl.py tests/hosts/test_hook_refusals.py tests/store/test_store.py \
+	tests/selection/test_select.py tests/config/test_config.py tests/config/test_config_errors.py tests/cli/test_cli.py tests/scorers/test_opening.py \
+	tests/data/test_excerpts.py tests/scorers/test_typicality.py tests/scorers/test_selectors.py tests/scorers/test_iterative_rescoring.py tests/hosts/test_matrix.py \
+	tests/hosts/test_other_hosts.py tests/scoring/test_distributed.py tests/training/test_streaming.py tests/training/test_streaming_runs.py tests/training/test_stream_dataset.py \
+	tests/training/test_unsloth_pattern.py tests/training/test_verification.py
+VERSIONS_TESTS = $(VERSIONS_FILES) \
+	'tests/hosts/test_launchers.py::test_two_ranks_train_on_the_masks_of_one[torchrun]' \
+	tests/hosts/test_end_to_end.py::test_other_launchers_apply_the_block \
+	tests/hosts/test_end_to_end.py::test_score_agrees_with_eager_float32
 
 test-versions: test-lowest test-middle  ## tests with the lowest versions that are supported, and with middle ones
 

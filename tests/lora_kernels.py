@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import tiny
-from tests.test_attributes import error
-from tests.test_scorer import rows
+from tests.scoring.test_engine import rows
+from tests.scoring.test_kernels import error
 from xtf_plugin.data.documents import collect
 from xtf_plugin.scoring import engine as scorer
 from xtf_plugin.scoring.reference import Reference, borrow

@@ -22,12 +22,11 @@ import yaml
 from tests import forked, tiny, unsloth_pattern
 from tests.benchmarks.worked.texts import EXAMPLES
 from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
+from tests.hosts.test_other_hosts import with_mask
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, relative_links
-from tests.test_other_hosts import with_mask
-from tests.test_pipeline import rows as labelled
+from tests.test_plan import rows as labelled
 from xtf_plugin.config import docs as config_docs
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.hosts import axolotl_checks as axolotl_recipe
 from xtf_plugin.report import terminal
 from xtf_plugin.scorers import registry
 
@@ -149,7 +148,7 @@ def run_python(block: Block, trained: Workplace, monkeypatch) -> None:
 
 
 def check_toml(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
-    """The one kind there is: a package with a scorer. tests/test_registry.py installs it and runs it."""
+    """The one kind there is: a package with a scorer. tests/scorers/test_registry.py installs it and runs it."""
     assert f'[project.entry-points."{registry.GROUP}"]' in block.text, "not the pyproject.toml of a scorer's package"
 
 

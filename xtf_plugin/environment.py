@@ -93,7 +93,7 @@ def check_switches(environment: Mapping[str, str], source: str = "this process's
 def signature_columns(trainer: Any) -> list[str]:
     """The columns that a transformers Trainer does not remove from its rows; TRL and Axolotl have lists of their own.
 
-    Private: `Trainer._signature_columns`. Without it training begins with an AttributeError; tests/test_callback.py.
+    Private: `Trainer._signature_columns`. Without it training begins with an AttributeError; tests/training/test_callback.py.
     """
     before = trainer._signature_columns
     if before is None:

@@ -1,6 +1,6 @@
 """Scoring in a model with Axolotl's fused LoRA kernels, on a CPU: only their CUDA calls are replaced.
 
-tests/test_gpu_lora_kernels.py does the same with nothing replaced.
+tests/gpu/test_gpu_lora_kernels.py does the same with nothing replaced.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Runs the tests of a file that are marked `gpu`, several at a time, and accepts no skipped one on a GPU.
 
-    python -m tests.gpu.checks tests/test_gpu.py [--smoke]
+    python -m tests.gpu.checks tests/gpu/test_gpu.py [--smoke]
 
 A test is skipped where something is missing: a package, a newer GPU. That is no pass. Compiling Triton's kernels takes
 most of the time and one core each, so tests run in up to eight processes. `--smoke` only shows that the tests can be

@@ -125,7 +125,7 @@ PARTS = (
         "kernels",
         "Triton's and PyTorch's kernels against their definitions",
         150,
-        checks("tests/test_gpu.py"),
+        checks("tests/gpu/test_gpu.py"),
     ),
     Part(
         "sft",
@@ -154,7 +154,7 @@ PARTS = (
         "lora-kernels",
         "scores through Axolotl's LoRA kernels, adapters off",
         90,
-        checks("tests/test_gpu_lora_kernels.py"),
+        checks("tests/gpu/test_gpu_lora_kernels.py"),
         modules=("axolotl", "bitsandbytes"),
     ),
     Part("profile", "the time of a scoring pass by kind of kernel", 50, profile),

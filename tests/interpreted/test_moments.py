@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton import knobs
 
-from tests.test_predictions import head_of
+from tests.scoring.test_predictions import head_of
 from xtf_plugin.scoring.kernels import (
     eager as attributes,
 )

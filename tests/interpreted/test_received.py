@@ -1,4 +1,4 @@
-"""The Triton kernel of attention received against the definition, by the parity rule of `tests/test_attributes.py`."""
+"""The Triton kernel of attention received against the definition, by the parity rule of `tests/scoring/test_kernels.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton import Config, knobs
 
-from tests.test_attributes import LENGTHS, SHAPES, STARTS, packed, parity, planted, received_from_map, same_values
+from tests.scoring.test_kernels import LENGTHS, SHAPES, STARTS, packed, parity, planted, received_from_map, same_values
 from xtf_plugin.scoring.kernels import dispatch as kernels
 from xtf_plugin.scoring.kernels import eager as attributes
 from xtf_plugin.scoring.kernels import triton_attention as triton_kernels

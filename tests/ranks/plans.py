@@ -7,7 +7,7 @@ import time
 
 from tests import streams, tiny
 from tests.ranks.common import case
-from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
+from tests.test_plan import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFUserError, attach
 from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig

@@ -1,4 +1,4 @@
-"""Started on every rank by torchrun: runs the cases and writes what this rank found, for tests/test_ranks.py to judge.
+"""Started on every rank by torchrun: runs the cases and writes what this rank found, for tests/scoring/test_distributed.py to judge.
 
 One launch for all cases: importing torch and transformers twice costs more than the cases do.
 """

@@ -10,7 +10,7 @@ import torch
 from tests import tiny
 from tests.ranks.common import FINGERPRINT, case, ending, lines, scored
 from tests.ranks.fsdp import fsdp, sharded
-from tests.test_pipeline import rows
+from tests.test_plan import rows
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.scoring import distributed as ranks_module

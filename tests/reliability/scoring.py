@@ -26,12 +26,11 @@ import pyarrow.parquet as pq
 import torch
 
 from tests import tiny
-from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
+from tests.test_plan import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.report import writer
-from xtf_plugin.report import writer as output
 from xtf_plugin.scoring.distributed import ALONE, Ranks
 from xtf_plugin.store.records import Records
 from xtf_plugin.store.store import ScoreStore

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.reliability import amount, record, whole
-from tests.test_store_damage import forge, header
+from tests.store.test_damage import forge, header
 from xtf_plugin import cli
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.report import score_table as tables

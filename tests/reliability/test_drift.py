@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests import real, reliability, tiny
 from tests.reliability import amount, record
 from tests.reliability.trainers import BAND, callback, in_band, made, moved, ranks
-from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
+from tests.test_plan import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import Plan, make_plan

@@ -22,9 +22,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.config.test_config_errors import JARGON
 from tests.reliability import amount, record
 from tests.reliability.strategies import check_selection, collated, inputs, segments_of
-from tests.test_config_errors import JARGON
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFUserError

@@ -28,11 +28,11 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.browsing import browser  # noqa: F401 (a fixture)
+from tests.cli.test_cli import score_table as table_like
 from tests.reliability import record
 from tests.reliability.strategies import Elements, inputs
 from tests.reliability.test_fuzz_blocks import spots
 from tests.report.tables import page_of
-from tests.test_cli import score_table as table_like
 from xtf_plugin import cli
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect

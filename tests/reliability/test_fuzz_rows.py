@@ -21,7 +21,7 @@ from tests import tiny
 from tests.made_scores import RI, TR, with_scores
 from tests.reliability import amount, record
 from tests.reliability.strategies import IGNORED, Piece, Reading, agree, check_selection, collated, inputs, naive, plain
-from tests.test_pipeline import ATTRIBUTES_ON, Provider
+from tests.test_plan import ATTRIBUTES_ON, Provider
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.errors import XTFError

@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.hosts.test_end_to_end import recipe
 from tests.reliability import LONG, amount, record
-from tests.test_end_to_end import recipe
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
 

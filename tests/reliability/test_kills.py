@@ -12,8 +12,8 @@ import time
 import pytest
 
 from tests import tiny
+from tests.hosts.test_end_to_end import BIN, recipe
 from tests.reliability import LONG, amount, record, scoring
-from tests.test_end_to_end import BIN, recipe
 from xtf_plugin.scoring.batching import plan_batches
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is a POSIX signal")

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.made_scores import ALL_OFF
 from tests.reliability import amount, record
 from tests.reliability.trainers import BAND, EVERYTHING, alone, callback, made, model, moved
-from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
+from tests.test_plan import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFConfig, XTFError
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan

@@ -1,6 +1,6 @@
 """Scores of real pretrained models against the definitions in float32, in every precision users load them in.
 
-The short form scores SmolLM2 in 4 bits alone (float32 is in tests/test_real_models.py, through a stock command). The
+The short form scores SmolLM2 in 4 bits alone (float32 is in tests/scoring/test_real_models.py, through a stock command). The
 full form adds Gemma 3 (sliding windows, a vocabulary of 262,144, no chat template) and Qwen2.5 (biases, own head).
 """
 
@@ -23,7 +23,7 @@ def scored(name: str, precision: str, compute: torch.dtype | None = None):
     return real.ours(model, documents, layers), real.definition(model, documents, layers)
 
 
-@pytest.mark.skipif(not LONG, reason="the short form is in tests/test_real_models.py; `make test-long` runs it")
+@pytest.mark.skipif(not LONG, reason="the short form is in tests/scoring/test_real_models.py; `make test-long` runs it")
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_equals_the_definitions(name):
     found, truth = scored(name, "fp32")

@@ -23,7 +23,7 @@ import yaml
 
 from tests import tiny
 from tests.reliability import amount, record
-from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
+from tests.test_plan import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import cli
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
@@ -31,7 +31,6 @@ from xtf_plugin.errors import XTFUserError
 from xtf_plugin.hosts.recipes import load_recipe
 from xtf_plugin.plan import make_plan
 from xtf_plugin.report.score_table import METADATA, SCHEMA
-from xtf_plugin.scoring.distributed import ALONE
 from xtf_plugin.scoring.providers import SeparateReference, load
 from xtf_plugin.store.admin import list_cache
 from xtf_plugin.training import callback

@@ -23,7 +23,7 @@ import pytest
 from tests import tiny
 from tests.browsing import browser  # noqa: F401 (a fixture)
 from tests.reliability import LONG, record
-from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
+from tests.test_plan import ATTRIBUTES_ON, Provider, rows
 from tests.test_repo_rules import BOOT, PACKAGE, ROOT, sources, tree
 from xtf_plugin import cli
 from xtf_plugin.config.block import XTFConfig

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.reliability import amount, record
 from tests.reliability.trainers import EVERYTHING, alone, made
-from tests.test_pipeline import Provider, rows
+from tests.test_plan import Provider, rows
 from xtf_plugin import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from tests import tiny
 from tests.reliability import amount, record
 from tests.reliability.trainers import EVERYTHING, KINDS, State, around_scoring, callback, made, ranks
-from tests.test_callback import trainer
+from tests.training.test_callback import trainer
 from xtf_plugin import XTFError, attach, relevance
 from xtf_plugin import plan as pipeline
 from xtf_plugin.report import writer

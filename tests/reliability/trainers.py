@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from tests import tiny
 from tests.made_scores import ALL_ON
 from tests.reliability import LONG, scoring
-from tests.test_callback import trainer
+from tests.training.test_callback import trainer
 from xtf_plugin import attach
 from xtf_plugin.plan import Plan
 from xtf_plugin.scoring.attention_capture import _recorder

@@ -32,7 +32,7 @@ import xxhash
 
 from tests import tiny
 from tests.reliability import scoring
-from tests.test_pipeline import ATTRIBUTES_ON
+from tests.test_plan import ATTRIBUTES_ON
 from xtf_plugin import files
 from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import tiny
-from tests.test_pipeline import Provider, rows
+from tests.test_plan import Provider, rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import Plan, make_plan

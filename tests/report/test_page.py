@@ -13,7 +13,7 @@ import yaml
 
 from tests import tiny
 from tests.browsing import browser, is_moved, put, selected, shown, weigh  # noqa: F401 (a fixture)
-from tests.test_callback import trainer
+from tests.training.test_callback import trainer
 from xtf_plugin import attach, cli
 from xtf_plugin.config.block import XTFConfig
 

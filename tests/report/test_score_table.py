@@ -16,7 +16,7 @@ import pytest
 
 from tests import tiny
 from tests.report.tables import plan_of, saved, table_of
-from tests.test_pipeline import ATTRIBUTES_ON, rows
+from tests.test_plan import ATTRIBUTES_ON, rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.report import score_table
@@ -227,7 +227,7 @@ LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 from tests.report.tables import plan_of, saved
-from tests.test_pipeline import rows
+from tests.test_plan import rows
 from xtf_plugin.report import score_table
 
 folder, number = Path(sys.argv[1]), int(sys.argv[2])

@@ -15,7 +15,7 @@ import pytest
 
 from tests import tiny
 from tests.report.tables import table_of
-from tests.test_callback import trainer
+from tests.training.test_callback import trainer
 from xtf_plugin import attach
 from xtf_plugin.report import page, page_data, terminal
 from xtf_plugin.report.statistics import AROUND, TOP, Verdicts

@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from tests import tiny
+from tests.cli.test_cli import score_table as table_like
 from tests.report.tables import plan_of, saved
-from tests.test_cli import score_table as table_like
 from xtf_plugin import cli
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.report import terminal

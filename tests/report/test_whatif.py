@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.test_selection import random_scores
+from tests.selection.test_select import random_scores
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.ragged import Layout
 from xtf_plugin.report import whatif

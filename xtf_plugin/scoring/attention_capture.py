@@ -159,7 +159,7 @@ def attention_switched(model: nn.Module) -> Iterator[None]:
     """Point every config below `model` at our attention function; put back exactly what each one held.
 
     Sets `_attn_implementation`, which is private: `set_attn_implementation` is refused by some classes for a name that
-    they do not know. Without the attribute no layer is recorded, and `check_recorded` raises; tests/test_scorer.py.
+    they do not know. Without the attribute no layer is recorded, and `check_recorded` raises; tests/scoring/test_engine.py.
     """
     configs: dict[int, Any] = {}
     for module in model.modules():

@@ -89,7 +89,7 @@ def _fused(kernel: str, query: Tensor, key: Tensor, value: Tensor, spec: Attenti
 
     No public function of torch 2.9 returns the log-sum-exp outside a compiled graph. `torch.nn.attention.varlen`, which
     later versions have, calls the same operator, and its own arguments still change from version to version. If an
-    operator changes, the call raises; `test_fused_kernels_return_what_is_expected` in tests/test_attributes.py fails.
+    operator changes, the call raises; `test_fused_kernels_return_what_is_expected` in tests/scoring/test_kernels.py fails.
     """
     aten, (T, scale) = torch.ops.aten, (query.shape[2], spec.scaling)
     if spec.offsets is not None:  # tokens first, heads second; groups key/value heads by itself

@@ -32,7 +32,7 @@ def reusing(head: Head, hidden: Tensor) -> Head:
     """
     if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
         return head
-    # private, as PyTorch has no public way to ask for hooks; without them this raises, and tests/test_predictions.py
+    # private, as PyTorch has no public way to ask for hooks; without them this raises, and tests/scoring/test_predictions.py
     if head._forward_hooks or head._forward_pre_hooks:
         return head
     weight = head.weight

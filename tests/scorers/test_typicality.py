@@ -1,0 +1,61 @@
+"""Typicality: what is noise beyond the surprise that was to be expected."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tests import tiny
+from tests.scorers.test_selectors import OFF
+from tests.test_plan import Provider, rows
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
+from xtf_plugin.plan import make_plan
+from xtf_plugin.scoring.kernels import eager as attributes
+from xtf_plugin.selection.text_rules import segment_starts
+
+
+def test_typicality_of_what_the_reference_itself_would_write_is_zero_on_average():
+    torch.manual_seed(0)
+    logits = torch.randn(7, 50) * torch.tensor([0.0, 0.5, 1, 2, 4, 8, 16])[:, None]  # from uniform to sure
+    p = logits.softmax(-1)
+    for row in range(7):
+        every = torch.arange(50)
+        found = attributes.predictions(logits[row].expand(50, 50), lambda x: x, every)
+        assert abs(float((p[row] * (found[0] + found[1])).sum())) < 1e-4
+
+
+def test_both_select_in_a_plan_and_the_knobs_change_it(tmp_path):
+    documents = collect(rows(12))
+    provider = Provider()
+    base = {**OFF, "min_kept": 0, "cache_dir": str(tmp_path)}
+
+    def kept(**selector):
+        config = XTFConfig.parse({**base, "selectors": {"odd": {"drop": {"quantile": 0.3}, **selector}}})
+        return make_plan(config, documents, provider, tiny.tokenizer(), progress=False)
+
+    plan = kept(scorer="typicality")
+    scores = plan.scores.values["odd"]
+    defined = ~np.isnan(scores)
+    assert not plan.selection.keep.all()
+    assert scores[~plan.selection.keep].max() <= scores[plan.selection.keep & defined].min()
+    lines = kept(scorer="opening", unit="line").scores.values["odd"]
+    starts = segment_starts(documents, tiny.tokenizer(), "line")
+    for low, high in zip(starts, [*starts[1:], len(scores)], strict=True):
+        assert len(set(lines[low:high].tolist())) == 1
+    assert not np.array_equal(lines, kept(scorer="opening").scores.values["odd"])
+    assert not np.array_equal(lines, kept(scorer="opening", unit="line", clip=0.1).scores.values["odd"])
+
+
+def test_a_reference_that_does_not_know_the_text_is_told(tmp_path):
+    """To a reference that is sure and wrong everything is odd; silence would hide that nearly all is dropped."""
+    documents, model = collect(rows(12)), tiny.model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # sure of itself everywhere, for no reason
+    rule = {"odd_tokens": {"scorer": "typicality", "drop": {"below": -10}}}
+    config = XTFConfig.parse({"cache_dir": str(tmp_path), "selectors": rule})
+    plan = make_plan(config, documents, Provider(model), tiny.tokenizer(), progress=False)
+    assert plan.selection.keep.mean() < 0.5
+    assert any("odd_tokens: fires on" in told and "may not know" in told for told in plan.warnings)
+    calm = make_plan(config, documents, Provider(), tiny.tokenizer(), progress=False)
+    assert not any("may not know" in told for told in calm.warnings)
