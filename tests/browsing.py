@@ -37,11 +37,16 @@ def put(page, voter, key, place) -> None:
     page.eval_on_selector(f"input[data-voter={voter}][data-key={key}]", script, place)
 
 
+def is_moved(page) -> bool:
+    return page.text_content("#change") != "as in the run"
+
+
 def weigh(plan, keep):
     return {"kept": int(plan.weights[keep].sum()), "dropped": int(plan.weights[~keep].sum())}
 
 
 def selected(plan, config):
-    """What a run with this config would select from the plan's scores."""
+    """What a run with this config, but `min_kept: 0`, would select from the plan's scores: what moved sliders count."""
     marks = marked_tokens(config, plan.documents, tiny.tokenizer())
+    config = config.model_copy(update={"min_kept": 0})
     return select(plan.scores, config, *marks, text_segments(config, plan.documents, tiny.tokenizer()))

@@ -1,4 +1,4 @@
-"""The definitions against hand-made cases, and the fast twins against the definitions.
+"""The definitions against hand-made cases, and the optimised implementations against the definitions.
 
 Parity rule: |fast - truth| <= |naive in the same low precision - truth| + tolerance, truth in float32, on ragged
 shapes, with a planted token that every head attends to, so that a shuffled or shifted score fails.
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from xtf_plugin import attributes, kernels, packing
+from xtf_plugin.attributes import AttentionSpec
 
 # B, H, K, T, D: aligned and ragged
 SHAPES = [(1, 4, 4, 64, 16), (3, 4, 2, 150, 16), (2, 6, 1, 129, 24), (2, 2, 2, 7, 8), (3, 6, 3, 100, 8)]
@@ -49,13 +50,13 @@ def parity(truth, fast, naive, slack):
 class TestAttentionReceived:
     def test_uniform_attention_reads_one(self):
         query = torch.zeros(1, 2, 9, 4)
-        received = attributes.attention_received(query, query, torch.tensor([9]), scaling=0.5)
+        received = attributes.attention_received(query, query, torch.tensor([9]), AttentionSpec(0.5))
         assert torch.allclose(received[0, :8], torch.ones(8))
         assert received[0, 8].isnan()
 
     def test_planted_token_wins_and_its_neighbours_do_not(self):
         query, key, lengths, scaling = planted((1, 4, 2, 150, 16))
-        received = kernels.attention_received(query, key, lengths, scaling=scaling)
+        received = kernels.attention_received(query, key, lengths, AttentionSpec(scaling))
         assert int(received[0].nan_to_num().argmax()) == PLANTED
         assert received[0, PLANTED] > 5 * received[0, PLANTED + 1]
 
@@ -64,7 +65,7 @@ class TestAttentionReceived:
         mean.
         """
         query, key, _, scaling = planted((1, 4, 2, 50, 16))
-        A = attributes.attention_map(query, key, scaling=scaling)
+        A = attributes.attention_map(query, key, AttentionSpec(scaling))
         assert torch.allclose(A.mean(1).mean(-1), torch.full((1, 50), 1 / 50))
 
     @pytest.mark.parametrize("shape", SHAPES)
@@ -74,27 +75,27 @@ class TestAttentionReceived:
     def test_parity_float32(self, shape, window, softcap, start):
         query, key, lengths, scaling = planted(shape)
         options = {"scaling": scaling, "window": window, "softcap": softcap, "start": start}
-        truth = attributes.attention_received(query, key, lengths, **options)
-        fast = kernels.attention_received(query, key, lengths, **options)
+        truth = attributes.attention_received(query, key, lengths, AttentionSpec(**options))
+        fast = kernels.attention_received(query, key, lengths, AttentionSpec(**options))
         assert same_values(truth, fast, 1e-5)
 
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_parity_low_precision(self, shape, dtype):
         query, key, lengths, scaling = planted(shape)
-        truth = attributes.attention_received(query, key, lengths, scaling=scaling)
+        truth = attributes.attention_received(query, key, lengths, AttentionSpec(scaling))
         low = [x.to(dtype) for x in (query, key)]
-        fast = kernels.attention_received(*low, lengths, scaling=scaling)
+        fast = kernels.attention_received(*low, lengths, AttentionSpec(scaling))
         scores = low[0] @ low[1].repeat_interleave(shape[1] // shape[2], 1).transpose(-1, -2) * scaling
         naive_map = scores.masked_fill(~attributes.visible(shape[3], None), float("-inf")).softmax(-1)
         parity(truth, fast, received_from_map(naive_map, lengths), slack=5e-4)
 
     def test_padding_has_no_say(self):
         query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
-        before = kernels.attention_received(query, key, lengths, scaling=scaling)
+        before = kernels.attention_received(query, key, lengths, AttentionSpec(scaling))
         query[1, :, int(lengths[1]) :] = 50.0
         key[1, :, int(lengths[1]) :] = 50.0
-        after = kernels.attention_received(query, key, lengths, scaling=scaling)
+        after = kernels.attention_received(query, key, lengths, AttentionSpec(scaling))
         assert same_values(before, after, 0)
 
 
@@ -119,13 +120,15 @@ class TestPacked:
     def test_each_document_as_if_alone(self, module, options, starts):
         query, key, offsets, scaling = packed()
         options = {"scaling": scaling, **options}
-        row = module.attention_received(query, key, None, **options, start=2, offsets=offsets, starts=starts)
+        row = module.attention_received(
+            query, key, None, AttentionSpec(**options, start=2, offsets=offsets, starts=starts)
+        )
         assert row.shape == (1, query.shape[2]) and row[:, offsets[-1] :].isnan().all()
         for i, length in enumerate(LENGTHS):
             part = slice(int(offsets[i]), int(offsets[i + 1]))
             start = 2 if starts is None else int(starts[i])
             alone = attributes.attention_received(
-                query[:, :, part], key[:, :, part], torch.tensor([length]), **options, start=start
+                query[:, :, part], key[:, :, part], torch.tensor([length]), AttentionSpec(**options, start=start)
             )
             assert same_values(alone, row[:, part], 1e-5)
 
@@ -134,21 +137,28 @@ class TestPacked:
     def test_attention(self, lengths, options):
         query, key, offsets, scaling = packed(lengths)
         value = torch.randn(*key.shape[:3], 24, generator=torch.Generator().manual_seed(3))
-        output, logsumexp = kernels.attention(query, key, value, scaling=scaling, offsets=offsets, **options)
+        output, logsumexp = kernels.attention_and_logsumexp(
+            query, key, value, AttentionSpec(scaling, offsets=offsets, **options)
+        )
         assert output.shape == (*query.shape[:3], 24) and logsumexp.dtype is torch.float32
         assert not output[:, :, offsets[-1] :].any() and not logsumexp[:, :, offsets[-1] :].any()
         for part in (slice(low, high) for low, high in zip(offsets[:-1], offsets[1:], strict=True) if high > low):
-            alone = kernels.attention(*(x[:, :, part] for x in (query, key, value)), scaling=scaling, **options)
+            alone = kernels.attention_and_logsumexp(
+                *(x[:, :, part] for x in (query, key, value)), AttentionSpec(scaling, **options)
+            )
             assert torch.allclose(alone[0], output[:, :, part], atol=1e-5)
             assert torch.allclose(alone[1], logsumexp[:, :, part], atol=1e-5)
 
-    def test_flash_is_asked_for_what_it_gives(self, monkeypatch):
-        """Shapes only: torch's own description of the kernel stands in for a GPU."""
-        monkeypatch.setattr(kernels, "_has_flash", lambda query: True)
+    @pytest.mark.parametrize("kernel", ["flash", "efficient"])
+    def test_fused_kernels_return_what_is_expected(self, monkeypatch, kernel):
+        """Shapes only: torch's own description of the kernels stands in for a GPU."""
+        monkeypatch.setattr(kernels, "_fused_kernel", lambda query: kernel)
         query, key, offsets, _ = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in packed())
-        for longest in (None, 70):
-            output, logsumexp = kernels.attention(query, key, key, scaling=1.0, offsets=offsets, longest=longest)
+        rows = [{"offsets": offsets, "longest": longest} for longest in (None, 70) if kernel == "flash"]
+        for row in ({}, *rows):
+            output, logsumexp = kernels.attention_and_logsumexp(query, key, key, AttentionSpec(1.0, **row))
             assert output.shape == query.shape and logsumexp.shape == query.shape[:3]
+            assert logsumexp.dtype is torch.float32
 
     def test_padding_stays_under_half_of_a_batch(self):
         generator = torch.Generator().manual_seed(0)
@@ -161,7 +171,7 @@ class TestPacked:
     def test_more_than_one_row_is_refused(self, module):
         query, key, lengths, scaling = planted(SHAPES[1])
         with pytest.raises(ValueError, match="packed in one row; these tensors have 3"):
-            module.attention_received(query, key, lengths, scaling=scaling, offsets=torch.tensor([0, 9]))
+            module.attention_received(query, key, lengths, AttentionSpec(scaling, offsets=torch.tensor([0, 9])))
 
 
 def received_from_map(A, lengths):
@@ -181,8 +191,10 @@ class TestAttention:
     def test_output_and_logsumexp(self, shape, window, softcap):
         query, key, _, scaling = planted(shape)
         value = torch.randn(key.shape, generator=torch.Generator().manual_seed(3))
-        A = attributes.attention_map(query, key, scaling=scaling, window=window, softcap=softcap)
-        output, logsumexp = kernels.attention(query, key, value, scaling=scaling, window=window, softcap=softcap)
+        A = attributes.attention_map(query, key, AttentionSpec(scaling, window, softcap))
+        output, logsumexp = kernels.attention_and_logsumexp(
+            query, key, value, AttentionSpec(scaling, window=window, softcap=softcap)
+        )
         assert torch.allclose(output, A @ value.repeat_interleave(shape[1] // shape[2], 1), atol=1e-5)
         diagonal = (query.float() * key.repeat_interleave(shape[1] // shape[2], 1)).sum(-1) * scaling
         if softcap is not None:
@@ -199,8 +211,8 @@ class TestAttentionAndReceived:
         query, key, lengths, scaling = planted(shape)
         value = torch.randn(*key.shape[:3], 10, generator=torch.Generator().manual_seed(3))
         options = {"scaling": scaling, "window": window, "softcap": softcap, "start": start}
-        output, received = attributes.attention_and_received(query, key, value, lengths, **options)
-        ours, ours_received = kernels.attention_and_received(query, key, value, lengths, **options)
+        output, received = attributes.attention_and_received(query, key, value, lengths, AttentionSpec(**options))
+        ours, ours_received = kernels.attention_and_received(query, key, value, lengths, AttentionSpec(**options))
         assert torch.allclose(output, ours, atol=1e-5)
         assert same_values(received, ours_received, 1e-5)
 
@@ -209,9 +221,9 @@ class TestAttentionAndReceived:
     def test_parity_low_precision(self, shape, dtype):
         query, key, lengths, scaling = planted(shape)
         value = torch.randn(key.shape, generator=torch.Generator().manual_seed(3))
-        truth = attributes.attention_and_received(query, key, value, lengths, scaling=scaling)
+        truth = attributes.attention_and_received(query, key, value, lengths, AttentionSpec(scaling))
         low = [x.to(dtype) for x in (query, key, value)]
-        fast = kernels.attention_and_received(*low, lengths, scaling=scaling)
+        fast = kernels.attention_and_received(*low, lengths, AttentionSpec(scaling))
         assert fast[0].dtype is dtype and fast[1].dtype is torch.float32
         groups = shape[1] // shape[2]
         scores = low[0] @ low[1].repeat_interleave(groups, 1).transpose(-1, -2) * scaling
@@ -224,8 +236,8 @@ class TestAttentionAndReceived:
         query, key, _, scaling = planted((1, 4, 2, 150, 16))
         offsets = torch.tensor([0, 1, 60, 61, 150])
         given = query, key, key, offsets.diff()
-        packed = kernels.attention_and_received(*given, scaling=scaling, offsets=offsets)
-        truth = attributes.attention_and_received(*given, scaling=scaling, offsets=offsets)
+        packed = kernels.attention_and_received(*given, AttentionSpec(scaling, offsets=offsets))
+        truth = attributes.attention_and_received(*given, AttentionSpec(scaling, offsets=offsets))
         for ours, exact in zip(packed, truth, strict=True):
             assert torch.allclose(ours, exact, atol=1e-5, equal_nan=True)
 

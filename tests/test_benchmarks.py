@@ -25,6 +25,7 @@ from tests.benchmarks import (
     bench_start,
     bench_step,
     bench_streaming,
+    bench_verification,
     common,
     cost,
     gpu_parts,
@@ -49,6 +50,7 @@ MARKS = {  # of the programs that have a `--smoke`
     bench_start: "start",
     bench_step: "bench_step",
     bench_streaming: "streaming",
+    bench_verification: "verification",
 }
 REAL = {"real models", "real models, agreement"}
 OTHER_MARKS = {

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,6 +14,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
+from tests.test_selectors import OFF, logprobs
 from xtf_plugin import XTFDryRun, XTFError, attach
 
 BLOCK = {"reasoning_importance": {"drop": {"quantile": 0.2}}, "knowledge_novelty": {"drop": {"quantile": 0.1}}}
@@ -231,3 +233,22 @@ def test_a_batch_without_labels_is_counted_and_told(tmp_path, caplog):
     assert all((batch["labels"] != -100).any() for batch in seen)
     assert int(made._xtf_hooks.collator.counters[:, 2].sum()) >= 4
     assert "had no label left and got one back" in caplog.text
+
+
+def test_excess_loss_against_a_reference_of_its_own(tmp_path):
+    tiny.model(seed=7).save_prerun(tmp_path / "other")
+    tiny.tokenizer().save_prerun(tmp_path / "other")
+    reference = {"model": str(tmp_path / "other"), "quantization": "none"}
+    part = {"scorer": "excess_loss", "reference": reference, "drop": {"quantile": 0.4}}
+    options = {"rows": tiny.problems(12), "max_steps": 3, "learning_rate": 0.02}
+    made, seen = run(tmp_path, {**OFF, "min_kept": 0, "selectors": {"rho": part}}, **options)
+    plan = made._xtf_hooks.on_batch.__self__.plan
+    excess = logprobs(tiny.model(seed=7), plan.documents) - logprobs(tiny.model(), plan.documents)
+    np.testing.assert_allclose(plan.scores.selectors["rho"], excess, atol=2e-4)
+    facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())
+    assert 0.3 < facts["totals"]["attributes"]["rho"]["fired_fraction"] < 0.5
+    assert [entry["name"] for entry in facts["selectors"]["references"]] == [str(tmp_path / "other")]
+    assert made.state.log_history[0]["xtf/dropped_by/rho"] > 0
+    table = pq.read_table(tmp_path / "out/xtf/scores.parquet").to_pydict()
+    np.testing.assert_allclose(table["rho"], plan.scores.selectors["rho"])
+    assert sum(table["kept"]) == sum(int((batch["labels"] != -100).sum()) for batch in seen)

@@ -26,6 +26,14 @@ class TestRefusals:
         with pytest.raises(XTFUserError, match="streamed"):
             attach(made, True)
 
+    def test_images_that_reach_the_collator(self, tmp_path):
+        made = trainer(tmp_path)
+        made.train_dataset = made.train_dataset.add_column("images", [[0]] * len(made.train_dataset))
+        made._signature_columns = ["messages", "images"]  # TRL's, for a dataset of images
+        with pytest.raises(XTFUserError, match="rows have images"):
+            attach(made, True)
+        assert not hasattr(made, "_xtf_hooks")
+
     def test_not_a_trainer(self):
         with pytest.raises(XTFUserError, match="needs a transformers Trainer"):
             attach(object(), True)
@@ -104,12 +112,12 @@ class TestRefusals:
 
 def test_a_separate_reference_is_made_beside_a_heartbeat(tmp_path, monkeypatch):
     """It reads files and tokenises: how long that takes differs from rank to rank."""
-    inside, each = [], Ranks.each
+    inside, run = [], Ranks.run_with_heartbeat
 
     def watched(self, work):
         inside.append(True)
         try:
-            return each(self, work)
+            return run(self, work)
         finally:
             inside.pop()
 
@@ -118,7 +126,7 @@ def test_a_separate_reference_is_made_beside_a_heartbeat(tmp_path, monkeypatch):
             assert inside
             super().__init__(*args)
 
-    monkeypatch.setattr(Ranks, "each", watched)
+    monkeypatch.setattr(Ranks, "run_with_heartbeat", watched)
     monkeypatch.setattr(callback, "SeparateReference", Reference)
     folder = tiny.save_base(tmp_path / "reference")
     block = {"reference": {"model": str(folder), "quantization": "none"}, "cache_dir": str(tmp_path / "cache")}

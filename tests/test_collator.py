@@ -140,5 +140,5 @@ def test_lookup_of_many_documents():
     best = np.zeros(len(documents), dtype=np.int64)
     table = MaskTable.build(documents.keys, documents.completion_offsets, keep, best)
     for index, key in enumerate(documents.keys):
-        assert np.array_equal(table.keep(table.find(key.tobytes())), keep[index * 12 : index * 12 + 12])
-    assert table.find(bytes(16)) == -1
+        assert np.array_equal(table.lookup(key.tobytes())[0], keep[index * 12 : index * 12 + 12])
+    assert table.lookup(bytes(16)) is None

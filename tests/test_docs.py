@@ -25,10 +25,10 @@ from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, relative_links
 from tests.test_other_hosts import with_mask
 from tests.test_pipeline import rows as labelled
-from xtf_plugin import view
 from xtf_plugin.config import docs as config_docs
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.hosts import axolotl_checks
+from xtf_plugin.report import terminal
 from xtf_plugin.scorers import registry
 
 BIN = Path(sys.executable).parent
@@ -162,7 +162,7 @@ def check_toml(block: Block, trained: Workplace | None = None, monkeypatch=None)
 def check_text(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
     """The one kind there is: a worked example as `xtf show` prints it. Without its marks it is the example's text."""
     bare = re.sub(r"\[-|\{\+|\|[\w ]+[-+][\]}]", "", block.text)
-    texts = [view.visible(example.record.completion).rstrip("\n") for each in EXAMPLES.values() for example in each]
+    texts = [terminal.visible(example.record.completion).rstrip("\n") for each in EXAMPLES.values() for example in each]
     assert bare.removesuffix("</s>").rstrip("\n") in texts, f"{block}: not the text of a worked example"
 
 

@@ -16,8 +16,8 @@ import torch
 from tests import tiny
 from tests.test_attributes import SHAPES, STARTS, error, packed, parity, planted
 from tests.test_scorer import rows, run
-from tests.test_shortcuts import packing  # noqa: F401 (a fixture)
-from xtf_plugin import attributes, kernels, scorer, triton_dispatch
+from tests.test_shortcuts import PACKED
+from xtf_plugin import attributes, kernels, scorer, trial, triton_dispatch
 from xtf_plugin.data.documents import collect
 from xtf_plugin.reference import Reference, borrow
 from xtf_plugin.store import ScoreStore
@@ -34,9 +34,9 @@ def close(truth, found, *, absolute, relative=0.0):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
 def test_attention_received(shape, dtype, tolerance):
     query, key, lengths, scaling = planted(shape)
-    truth = attributes.attention_received(query, key, lengths, scaling=scaling)
+    truth = attributes.attention_received(query, key, lengths, AttentionSpec(scaling))
     device = [x.to("cuda") for x in (query.to(dtype), key.to(dtype), lengths)]
-    close(truth, kernels.attention_received(*device, scaling=scaling).cpu(), absolute=tolerance)
+    close(truth, kernels.attention_received(*device, AttentionSpec(scaling)).cpu(), absolute=tolerance)
 
 
 def logsumexps(query, key, scaling):
@@ -49,11 +49,11 @@ def logsumexps(query, key, scaling):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
 def test_attention_and_logsumexp(shape, dtype, tolerance):
     query, key, _, scaling = planted(shape)
-    A = attributes.attention_map(query, key, scaling=scaling)
+    A = attributes.attention_map(query, key, AttentionSpec(scaling))
     expected = A @ key.repeat_interleave(shape[1] // shape[2], 1)
     truth, naive = (logsumexps(query.to(x), key.to(x), scaling) for x in (torch.float64, dtype))
     query, key = query.to("cuda", dtype), key.to("cuda", dtype)
-    output, logsumexp = kernels.attention(query, key, key, scaling=scaling)
+    output, logsumexp = kernels.attention_and_logsumexp(query, key, key, AttentionSpec(scaling))
     assert logsumexp.shape == query.shape[:3] and logsumexp.dtype is torch.float32
     assert (output.float().cpu() - expected).abs().max() < 4 * tolerance
     parity(truth, logsumexp.cpu(), naive, slack=1e-5)
@@ -61,13 +61,13 @@ def test_attention_and_logsumexp(shape, dtype, tolerance):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_scores_agree_with_the_cpu(request, family, dtype):
+def test_packed_scores_agree_with_the_cpu(family, dtype):
     """Rows that hold several documents: by flash attention over offsets, or where there is none made to."""
     documents = collect(rows(sizes=range(20, 300, 7)))
     cpu, _ = run(documents, tiny.model(family), (0, 1))
-    if (family, dtype) != ("llama", torch.bfloat16):
-        request.getfixturevalue("packing")
-    cuda, stats = run(documents, tiny.model(family).to("cuda", dtype), (0, 1), batch_tokens=1_000)
+    packing = trial.WHERE_FASTER if (family, dtype) == ("llama", torch.bfloat16) else PACKED
+    model = tiny.model(family).to("cuda", dtype)
+    cuda, stats = run(documents, model, (0, 1), batch_tokens=1_000, packing=packing)
     assert stats.padded_tokens == stats.tokens and stats.batches > 3, "nothing was packed"
     for key, records in cpu.items():
         for name, values in records.columns.items():
@@ -160,19 +160,19 @@ def each_test_tries_triton_anew(monkeypatch):
 
 @pytest.fixture
 def triton_works(monkeypatch):
-    """Without it a test of Triton's twins would pass on torch's."""
+    """Without it a test of Triton's implementations would pass on torch's."""
     if not triton_dispatch.usable(torch.zeros(1, device="cuda")):
         pytest.skip("needs Triton and compute capability 8.0")
     from xtf_plugin import triton_kernels
 
     taken = []
-    for twin in (triton_kernels.attention_received, triton_kernels.moments):
+    for implementation in (triton_kernels.attention_received, triton_kernels.moments):
 
-        def spied(*given, twin=twin, **options):
-            taken.append(twin)
-            return twin(*given, **options)
+        def spied(*given, implementation=implementation, **options):
+            taken.append(implementation)
+            return implementation(*given, **options)
 
-        monkeypatch.setattr(triton_kernels, twin.__name__, spied)
+        monkeypatch.setattr(triton_kernels, implementation.__name__, spied)
     yield triton_kernels
     assert taken
 
@@ -188,12 +188,12 @@ def test_triton_attention_received(monkeypatch, shape, dtype, tolerance, options
     query, key, lengths, scaling = planted(shape, dtype=dtype)
     query, key, lengths = (x.to("cuda") for x in (query, key, lengths))
     options = {"scaling": scaling, **options}
-    truth = attributes.attention_received(query.float(), key.float(), lengths, **options)
-    ours = kernels.attention_received(query, key, lengths, **options)
+    truth = attributes.attention_received(query.float(), key.float(), lengths, AttentionSpec(**options))
+    ours = kernels.attention_received(query, key, lengths, AttentionSpec(**options))
     close(truth, ours, absolute=tolerance, relative=tolerance)
-    close(ours, kernels.attention_received(query, key, lengths, **options), absolute=0)
+    close(ours, kernels.attention_received(query, key, lengths, AttentionSpec(**options)), absolute=0)
     monkeypatch.setattr(triton_dispatch, "usable", lambda tensor: False)
-    torch_alone = kernels.attention_received(query, key, lengths, **options)
+    torch_alone = kernels.attention_received(query, key, lengths, AttentionSpec(**options))
     close(torch_alone, ours, absolute=tolerance, relative=tolerance)
 
 
@@ -205,16 +205,16 @@ def test_packed_documents(dtype, tolerance, options, lengths, starts):
     query, key, offsets, scaling = packed(D=64) if lengths is None else packed(lengths, D=64)
     query, key, offsets = query.to("cuda", dtype), key.to("cuda", dtype), offsets.to("cuda")
     options = {"scaling": scaling, **options}
-    output, logsumexp = kernels.attention(query, key, key, **options, offsets=offsets)
-    expected = kernels.attention(
-        query.cpu().float(), key.cpu().float(), key.cpu().float(), **options, offsets=offsets.cpu()
+    output, logsumexp = kernels.attention_and_logsumexp(query, key, key, AttentionSpec(**options, offsets=offsets))
+    expected = kernels.attention_and_logsumexp(
+        query.cpu().float(), key.cpu().float(), key.cpu().float(), AttentionSpec(**options, offsets=offsets.cpu())
     )
     assert (output.float().cpu() - expected[0]).abs().max() < 20 * tolerance
     assert (logsumexp.cpu() - expected[1]).abs().max() < tolerance
     starts = None if starts is None else starts.to("cuda")
     options |= {"offsets": offsets, "starts": starts}
-    truth = attributes.attention_received(query.float(), key.float(), None, **options)
-    found = kernels.attention_received(query, key, None, **options, logsumexp=logsumexp)
+    truth = attributes.attention_received(query.float(), key.float(), None, AttentionSpec(**options))
+    found = kernels.attention_received(query, key, None, AttentionSpec(**options), logsumexp)
     close(truth, found, absolute=tolerance, relative=tolerance)
 
 
@@ -230,7 +230,7 @@ def test_triton_reaches_beyond_32_bits(triton_works):
         for offset, x in ((0, query), (200_000, key))
     ]
     near = query.to("cuda"), key.to("cuda")
-    logsumexp = kernels.attention(*near, near[1], scaling=scaling)[1]
+    logsumexp = kernels.attention_and_logsumexp(*near, near[1], AttentionSpec(scaling))[1]
     options = {"scaling": scaling, "logsumexp": logsumexp}
     found = [triton_works.attention_received(*x, lengths.to("cuda"), **options) for x in (views, near)]
     close(*found, absolute=0)

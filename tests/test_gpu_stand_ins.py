@@ -7,7 +7,8 @@ import pytest
 
 from tests import tiny
 from tests.test_scorer import rows, run
-from xtf_plugin import memory, scorer
+from xtf_plugin import batches as batching
+from xtf_plugin import scorer
 from xtf_plugin.data.documents import collect
 from xtf_plugin.reference import Reference
 
@@ -54,8 +55,8 @@ def test_batches_are_as_large_as_the_memory_of_the_first_says(monkeypatch, free,
             return free
 
     monkeypatch.setattr(scorer, "meter", lambda device: Meter())
-    monkeypatch.setattr(scorer, "FIRST", 300)
-    monkeypatch.setattr(memory, "FIRST", 300)
+    monkeypatch.setattr(scorer, "PROBE_TOKENS", 300)
+    monkeypatch.setattr(batching, "PROBE_TOKENS", 300)
     documents = collect(rows(sizes=(30,) * 50))
     _, stats = run(documents, tiny.model(), ())
     assert stats.batches == batches
@@ -64,7 +65,7 @@ def test_batches_are_as_large_as_the_memory_of_the_first_says(monkeypatch, free,
 
 
 def test_a_batch_takes_what_is_free_and_no_more():
-    assert memory.budget_for(1_000, 10**6, 10**6 * 12) == 8_400
-    assert memory.budget_for(1_000, 10**6, 10**12) == memory.MOST
-    assert memory.budget_for(1_000, 10**6, 0) == memory.FIRST
-    assert memory.budget_for(1_000, 0, 10**6) == memory.MOST
+    assert batching.budget_for(1_000, 10**6, 10**6 * 12) == 8_400
+    assert batching.budget_for(1_000, 10**6, 10**12) == batching.MAX_BATCH_TOKENS
+    assert batching.budget_for(1_000, 10**6, 0) == batching.PROBE_TOKENS
+    assert batching.budget_for(1_000, 0, 10**6) == batching.MAX_BATCH_TOKENS

@@ -215,7 +215,6 @@ def test_versions(caplog, monkeypatch):
     def check(version):
         monkeypatch.setattr(environment, "installed_version", lambda name: version)
         environment.check_version("trl")
-
     for fine in ("1.9.0", "1.16.3", "1.10.0.dev0"):
         check(fine)
     assert not caplog.records
@@ -285,12 +284,6 @@ def test_a_dataclass_with_a_field_of_that_name_keeps_it(recipe):
 
     _, own = parse(recipe(), (SFTConfig, Own))
     assert own.xtf == "mine"
-
-
-def test_how_python_ends_is_left_alone(recipe):
-    before = sys.excepthook
-    parse(recipe(xtf=True))
-    assert sys.excepthook is before
 
 
 def test_patches_are_idempotent_and_restorable(recipe, trainer):

@@ -11,7 +11,6 @@ import torch
 
 from tests import tiny
 from tests.made_scores import ALL_ON, KN, RI, TR
-from xtf_plugin import output
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data import sentences
 from xtf_plugin.data import token_text as spans
@@ -20,6 +19,7 @@ from xtf_plugin.files import digest
 from xtf_plugin.fingerprint import model_facts
 from xtf_plugin.plan import make_plan
 from xtf_plugin.reference import Reference
+from xtf_plugin.report import summary
 from xtf_plugin.selection.text_rules import completion_runs, special_ids
 
 
@@ -81,10 +81,10 @@ def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch):
     monkeypatch.setattr(sentences, "segment_starts", lambda *given: split.append(given[0]) or starts(*given))
     block = {"protect": {"patterns": ["\\d+"]}, "force_drop": ["happy"], "task_relevance": {"unit": "line"}}
     made = plan(block)
-    told = output.page_data(made, tiny.tokenizer())
+    found = summary.described(made, tiny.tokenizer())[0].about
     assert searched == [["\\d+"], ["happy"]] and split == ["line"]
-    again = output.page_data(dataclasses.replace(made, text=None), tiny.tokenizer())
-    assert told == again and len(searched) == 4
+    again = summary.described(dataclasses.replace(made, text=None), tiny.tokenizer())[0].about
+    assert found == again and len(searched) == 4
 
 
 class TestStore:

@@ -1,4 +1,4 @@
-"""What the LM head says before each target: hand-made cases, and the fast twin against the definition.
+"""What the LM head says before each target: hand-made cases, and the optimised implementation against the definition.
 
 Parity rule: see tests/test_attributes.py.
 """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import nullcontext
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests import tiny
+from tests import streams, tiny
 from tests.test_pipeline import rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
-from xtf_plugin.errors import XTFUserError
+from xtf_plugin.errors import XTFDryRun, XTFUserError
 from xtf_plugin.fingerprint import model_facts, weights_hash
 from xtf_plugin.providers import SeparateReference
+from xtf_plugin.ranks import Ranks
 from xtf_plugin.reference import borrow
 from xtf_plugin.scorer import score
 
@@ -84,7 +86,6 @@ class TestBorrowedQLoRA:
         model = tiny.model()
         # what `model.add_adapter` does; it itself refuses to run with a peft older than the newest transformers wants
         inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), model)
-        model._hf_peft_config_loaded = True
         with pytest.raises(XTFUserError, match="get_peft_model"):
             borrow(model)
 
@@ -136,12 +137,20 @@ class TestSeparate:
 
     @pytest.mark.parametrize("before", [None, "true", "false"])
     @pytest.mark.parametrize("fails", [False, True])
-    def test_every_rank_loads_all_weights_under_fsdp(self, folder, monkeypatch, before, fails):
-        """transformers leaves them empty on all ranks but one while this variable is on."""
+    def test_every_rank_loads_all_weights_under_fsdp(self, folder, tmp_path, monkeypatch, before, fails):
+        """transformers leaves them empty on all ranks but one while this variable is on. Threads leave it alone."""
         name, seen = "FSDP_CPU_RAM_EFFICIENT_LOADING", []
         monkeypatch.delenv(name, raising=False)
         if before:
             monkeypatch.setenv(name, before)
+        own, threads = type(os.environ).__setitem__, []
+
+        def noted(environ, key, value):
+            if key == name:
+                threads.append(threading.current_thread())
+            own(environ, key, value)
+
+        monkeypatch.setattr(type(os.environ), "__setitem__", noted)
         load = AutoModelForCausalLM.from_pretrained
 
         def watch(*args, **kwargs):
@@ -149,10 +158,14 @@ class TestSeparate:
             return load("/no/such/folder" if fails else args[0], **kwargs)
 
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watch)
-        with pytest.raises(XTFUserError) if fails else nullcontext():
-            with separate(folder, collect(rows()), quantization="none").open() as reference:
-                assert reference.model.lm_head.weight.any()
-        assert seen == ["false"] and os.environ.get(name) == before
+        monkeypatch.setattr(Ranks, "each", lambda self, work: ThreadPoolExecutor(1).submit(work).result())
+        block = {"cache_dir": str(tmp_path / "cache"), "dry_run": True, **streams.LOOSE}
+        block["reference"] = {"model": str(folder), "quantization": "none"}
+        made = streams.attached(tmp_path, streams.trainer(tmp_path, streams.rows()), block)
+        with pytest.raises(XTFUserError if fails else XTFDryRun):
+            made.train()
+        assert seen == ["false" if before else None] and os.environ.get(name) == before
+        assert set(threads) <= {threading.main_thread()}
 
     def test_missing_model_is_one_clear_message(self, tmp_path):
         with pytest.raises(XTFUserError, match="reference.model.*could not be loaded"):

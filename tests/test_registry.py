@@ -18,8 +18,8 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.config.scores import MOST, RESERVED, SLOTS
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
+from xtf_plugin.report.score_table import SCHEMA
 from xtf_plugin.scorers import ScoreConfig, Scorer, registry
-from xtf_plugin.table import SCHEMA
 
 PAGE = ROOT / "docs" / "selectors.md"
 RHO = {"scorer": "excess_loss", "reference": {"model": "other", "quantization": "none"}, "drop": {"quantile": 0.4}}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args, get_origin, get_type_hints
+
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from tests import eager, tiny
 from xtf_plugin import scorer, trial
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
-from xtf_plugin.reference import Reference, borrow, resolve_layers
+from xtf_plugin.reference import ADAPTER_INITS, ADAPTERS, Reference, borrow, resolve_layers
 
 
 def rows(sizes=(60, 37, 5, 2, 1, 90), seed=0):
@@ -182,12 +186,74 @@ def test_layer_names():
         resolve_layers([5], config)
 
 
-def test_borrow_refuses_adapters_that_changed_the_base():
-    from peft import LoraConfig, get_peft_model
+def literals(kind):
+    """The values that a type annotation lists."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return {bool: [True, False], type(None): [None]}.get(kind) or [v for part in get_args(kind) for v in literals(part)]
 
-    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
-    with pytest.raises(XTFUserError, match="pissa"):
-        borrow(model)
+
+def adapters():
+    """Every adapter type of this PEFT that is taken, with each of its initialisations that is taken."""
+    for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        hints = get_type_hints(made)
+        field = next((name for name in ADAPTER_INITS if name in hints), None)
+        known = (literals(hints[field]) if field == "init_weights" else ADAPTER_INITS[field]) if field else [None]
+        legal = [value for value in known if field is None or value in ADAPTER_INITS[field]]
+        if str(kind.value) in ADAPTERS:
+            for value in legal:
+                yield pytest.param(str(kind.value), made, field, value, id=f"{kind.value}-{value}")
+
+
+class TestAdapters:
+    SIZES = {  # where a type's own would be too large for the tiny model
+        "ADALORA": {"total_step": 100},
+        "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 1, "target_modules": None},
+        "C3A": {"block_size": 16},
+        "MISS": {"r": 8},
+        "ROAD": {"group_size": 16},
+        "SHIRA": {"r": 2},
+        "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [5, 6]},
+        "VBLORA": {"vector_length": 16, "num_vectors": 8, "topk": 2, "r": 2},
+        "WAVEFT": {"n_frequency": 64},
+    }
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize(("kind", "made", "field", "value"), list(adapters()))
+    def test_what_is_taken_leaves_the_base_model_as_it_was(self, kind, made, field, value):
+        plain, names = tiny.model(), get_type_hints(made)
+        options = {"task_type": "CAUSAL_LM", **({field: value} if field else {})}
+        if "target_modules" in names:
+            options["target_modules"] = ["gate_proj"] if "feedforward_modules" in names else ["q_proj"]
+        if "feedforward_modules" in names:
+            options["feedforward_modules"] = ["gate_proj"]
+        if "num_virtual_tokens" in names:
+            options["num_virtual_tokens"] = 4
+        options |= self.SIZES.get(kind, {})
+        ids = torch.arange(5, 40)[None]
+        with torch.no_grad():
+            expected = plain(input_ids=ids).logits
+            reference = borrow(get_peft_model(plain, made(**options)))
+            with reference.scoring(record=False):
+                assert torch.equal(reference.model(input_ids=ids).logits, expected)
+
+    @pytest.mark.parametrize("value", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "of tomorrow"])
+    def test_an_initialisation_that_changes_the_base_or_is_unknown_is_refused(self, value):
+        model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj"]))
+        model.peft_config["default"].init_lora_weights = value
+        with pytest.raises(XTFUserError, match=f"init_lora_weights='{value}'.*Legal: True, False, .*reference.model"):
+            borrow(model)
+
+    def test_what_changes_the_base_is_refused_as_peft_makes_it(self):
+        model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
+        with pytest.raises(XTFUserError, match="pissa"):
+            borrow(model)
+
+    def test_an_unknown_type_is_refused(self):
+        model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj"]))
+        model.peft_config["default"].peft_type = "OF_TOMORROW"
+        with pytest.raises(XTFUserError, match="peft_type='OF_TOMORROW'.*LORA.*reference.model"):
+            borrow(model)
 
 
 def test_borrow_scores_the_base_model_under_a_trained_adapter():

@@ -13,19 +13,18 @@ from rich.console import Console
 
 from tests import tiny
 from tests.made_scores import ALL_OFF, KN, RI, TR, with_scores
-from tests.test_callback import run as trained
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
 from tests.test_selection import NOVELTY, REASONING, RELEVANCE, from_bits, random_scores
 from tests.test_selection import config as slots_config
-from xtf_plugin import output, report, view
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.config.scores import SLOTS
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.plan import make_plan
 from xtf_plugin.providers import SeparateReference
+from xtf_plugin.report import score_table, summary, terminal, writer
+from xtf_plugin.report.score_table import SCHEMA
 from xtf_plugin.selection.select import CONTROL, FLOOR, PROTECTED, reason_text, rule_bits, select
-from xtf_plugin.table import SCHEMA, read_score_table, selector_columns
 
 OFF = {"preset": "none", **ALL_OFF}
 KNOWN_BITS = REASONING | NOVELTY | RELEVANCE
@@ -317,57 +316,35 @@ class TestPlan:
 class TestShown:
     def test_table_summary_metrics_and_terminal_name_the_selector(self, plan, tmp_path):
         made = plan({"selectors": {"low": LOW, "never": low(drop={"below": -1e6})}})
-        written = output.write(made, tiny.tokenizer(), tmp_path / "report")
-        table, metadata = read_score_table(tmp_path / "report" / "scores.parquet")
+        written = writer.write(made, tiny.tokenizer(), tmp_path / "report")
+        table = pq.read_table(tmp_path / "report" / "scores.parquet")
         assert table.schema.names == [*SCHEMA.names, "low", "never"]
-        assert selector_columns(table.schema.names) == ["low", "never"] and metadata["format"] == 1
         reasons = table["reason"].to_pylist()
         fired = sum("low" in reason.split(",") for reason in reasons)
         facts = json.loads(written[0].read_text())
         assert facts["totals"]["attributes"]["low"]["fired"] == fired > 0
         assert "low & never" in facts["totals"]["overlap_of_the_smaller_set"]
-        assert facts["selectors"]["scorers"]["low"]["version"] == 1
+        assert facts["scorers"]["scores"]["low"]["version"] == 1
         assert facts["thresholds"]["low"]["scorer"] == "log_probability"
-        assert report.metrics(made)["xtf/dropped_by/low"] > 0 and report.metrics(made)["xtf/dropped_by/never"] == 0
+        assert summary.metrics(made)["xtf/dropped_by/low"] > 0 and summary.metrics(made)["xtf/dropped_by/never"] == 0
         console = Console(width=120, record=True)
-        console.print(view.summary_table(view.summarize([table], ["low", "never"])))
+        console.print(terminal.totals_table(facts["totals"]))
         lines = [line.split() for line in console.export_text().splitlines()]
         assert next(line for line in lines if "low" in line)[3] == f"{fired:,}"
         assert next(line for line in lines if "never" in line)[3] == "0"
-        shown = view.summarize([table], ["low", "never"])
-        assert shown.fired["low"] == fired and shown.fired["never"] == 0
 
     def test_documents_are_shown_with_the_selectors_name(self, plan, tmp_path):
         made = plan({**OFF, "selectors": {"low": LOW}})
-        output.write_table(made, tiny.tokenizer(), tmp_path / "scores.parquet")
-        table, _ = read_score_table(tmp_path / "scores.parquet")
+        path = tmp_path / "scores.parquet"
+        score_table.write(score_table.ScoreTable.of_plan(made, tiny.tokenizer()), made.documents, path)
         console = Console(width=400, record=True)
-        view.render_documents(view.documents(table), "", console)
+        found = terminal.find(score_table.open_file(path), terminal.Wanted(), 99, path)
+        terminal.render_documents(found, "", console)
         assert "|low-]" in console.export_text()
 
     def test_without_selectors_files_are_as_before(self, plan, tmp_path):
         made = plan({})
-        output.write(made, tiny.tokenizer(), tmp_path)
+        writer.write(made, tiny.tokenizer(), tmp_path)
         assert pq.read_schema(tmp_path / "scores.parquet").names == SCHEMA.names
-        assert read_score_table(tmp_path / "scores.parquet")[1]["format"] == 1
         facts = json.loads((tmp_path / "summary.json").read_text())
-        assert "selectors" not in facts and "selectors" not in facts["config"]
-
-
-def test_excess_loss_against_a_reference_of_its_own_in_a_trainer(tmp_path):
-    tiny.model(seed=7).save_pretrained(tmp_path / "other")
-    tiny.tokenizer().save_pretrained(tmp_path / "other")
-    reference = {"model": str(tmp_path / "other"), "quantization": "none"}
-    part = {"scorer": "excess_loss", "reference": reference, "drop": {"quantile": 0.4}}
-    options = {"rows": tiny.problems(12), "max_steps": 3, "learning_rate": 0.02}
-    made, seen = trained(tmp_path, {**OFF, "min_kept": 0, "selectors": {"rho": part}}, **options)
-    plan = made._xtf_hooks.on_batch.__self__.plan
-    excess = logprobs(tiny.model(seed=7), plan.documents) - logprobs(tiny.model(), plan.documents)
-    np.testing.assert_allclose(plan.scores.values["rho"], excess, atol=2e-4)
-    facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())
-    assert 0.3 < facts["totals"]["attributes"]["rho"]["fired_fraction"] < 0.5
-    assert [entry["name"] for entry in facts["selectors"]["references"]] == [str(tmp_path / "other")]
-    assert made.state.log_history[0]["xtf/dropped_by/rho"] > 0
-    table = pq.read_table(tmp_path / "out/xtf/scores.parquet").to_pydict()
-    np.testing.assert_allclose(table["rho"], plan.scores.values["rho"])
-    assert sum(table["kept"]) == sum(int((batch["labels"] != -100).sum()) for batch in seen)
+        assert "selectors" not in facts["config"] and list(facts["scorers"]["scores"]) == list(SLOTS)

@@ -5,6 +5,8 @@ Both have to give what the pass without them gives, and are not taken where a mo
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,18 +19,12 @@ from transformers import (
 
 from tests import eager, tiny
 from tests.test_scorer import gpt_oss, little_memory, rows, run  # noqa: F401 (a fixture)
-from xtf_plugin import narrowing, scorer, trial
+from xtf_plugin import reference as narrowing, trial
+from xtf_plugin.batches import laid_out
 from xtf_plugin.data.documents import collect
 from xtf_plugin.reference import Reference
-from xtf_plugin.rows import laid_out
 
-
-@pytest.fixture
-def packing(monkeypatch):
-    """Packed rows on this device too, whatever they cost."""
-    monkeypatch.setattr(trial, "PACKED_ON", ("cpu", "cuda"))
-    monkeypatch.setattr(trial, "TAKEN_APART", True)
-    monkeypatch.setattr(scorer, "PACKED_WINDOWS", True)
+PACKED = trial.Packing(("cpu", "cuda"), apart=True, windows=True)  # on this device too, whatever it costs
 
 
 def agrees(model, documents, found, layers=(0, 1)):
@@ -43,35 +39,35 @@ def agrees(model, documents, found, layers=(0, 1)):
 
 class TestPacked:
     @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
-    def test_agrees_with_eager_maps_and_full_logits(self, packing, family):
+    def test_agrees_with_eager_maps_and_full_logits(self, family):
         model, documents = tiny.model(family), collect(rows())
-        found, stats = run(documents, model, (0, 1), batch_tokens=150)
+        found, stats = run(documents, model, (0, 1), batch_tokens=150, packing=PACKED)
         assert stats.padded_tokens == stats.tokens, "nothing was packed"
         agrees(model, documents, found)
 
-    def test_without_layers_too(self, packing):
+    def test_without_layers_too(self):
         model, documents = tiny.model(), collect(rows())
-        found, stats = run(documents, model, (), batch_tokens=150)
+        found, stats = run(documents, model, (), batch_tokens=150, packing=PACKED)
         assert stats.padded_tokens == stats.tokens
         agrees(model, documents, found)
         assert model.config._attn_implementation != "xtf_received"
 
     @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral"])
-    def test_windows_reach_over_no_document(self, packing, family):
+    def test_windows_reach_over_no_document(self, family):
         """Rows longer than the window, of documents shorter and longer than it."""
         model = tiny.model(family)
         documents = collect(rows(sizes=(model.config.sliding_window - 2, model.config.sliding_window + 30, 9)))
-        found, stats = run(documents, model, (0, 1), batch_tokens=10_000)
+        found, stats = run(documents, model, (0, 1), batch_tokens=10_000, packing=PACKED)
         assert stats.batches == 1 and stats.padded_tokens == stats.tokens
         agrees(model, documents, found)
 
-    def test_a_batch_that_does_not_fit_is_halved(self, packing, little_memory):  # noqa: F811
+    def test_a_batch_that_does_not_fit_is_halved(self, little_memory):  # noqa: F811
         model, documents = tiny.model(), collect(rows(sizes=range(10, 60)))
-        found, stats = run(documents, model, (1,), batch_tokens=4_000)
+        found, stats = run(documents, model, (1,), batch_tokens=4_000, packing=PACKED)
         assert len(found) == len(documents) and stats.halvings >= 2 and stats.padded_tokens == stats.tokens
 
     @pytest.mark.parametrize("ignored", [False, True])
-    def test_a_model_that_counts_from_the_row_is_padded(self, packing, monkeypatch, ignored):
+    def test_a_model_that_counts_from_the_row_is_padded(self, monkeypatch, ignored):
         """GPT-2 has an embedding for each position; rotary ones do not mind where a document begins."""
         fast = tiny.tokenizer()
         config = GPT2Config(vocab_size=len(fast), n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -84,11 +80,11 @@ class TestPacked:
             return own(self, *args, position_ids=None if ignored else position_ids, **kwargs)
 
         monkeypatch.setattr(type(model.transformer), "forward", counting)
-        found, stats = run(documents, model, (0, 1), batch_tokens=150)
+        found, stats = run(documents, model, (0, 1), batch_tokens=150, packing=PACKED)
         assert (stats.padded_tokens > stats.tokens) == ignored
         agrees(model, documents, found)
 
-    def test_a_model_that_takes_no_positions_is_padded(self, packing, monkeypatch):
+    def test_a_model_that_takes_no_positions_is_padded(self, monkeypatch):
         model, documents = tiny.model(), collect(rows())
         own = type(model.model).forward
 
@@ -98,12 +94,12 @@ class TestPacked:
             return own(self, *args, **kwargs)
 
         monkeypatch.setattr(type(model.model), "forward", without)
-        found, stats = run(documents, model, (0, 1), batch_tokens=150)
+        found, stats = run(documents, model, (0, 1), batch_tokens=150, packing=PACKED)
         assert stats.padded_tokens > stats.tokens
         agrees(model, documents, found)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_a_model_with_a_state_beside_attention_is_padded(self, packing, dtype):
+    def test_a_model_with_a_state_beside_attention_is_padded(self, dtype):
         """Falcon-H1 has a state space in every layer, which goes on from one document into the next."""
         sizes = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
         sizes["use_cache"] = None  # transformers 5.4 takes its own default for a mistake
@@ -111,25 +107,25 @@ class TestPacked:
         config = FalconH1Config(**{**tiny.BASE, **sizes, "vocab_size": len(fast), "pad_token_id": 0, "bos_token_id": 0})
         torch.manual_seed(0)
         model = FalconH1ForCausalLM(config).eval().to(dtype)
-        _, stats = run(collect(rows()), model, (0, 1), batch_tokens=150)
+        _, stats = run(collect(rows()), model, (0, 1), batch_tokens=150, packing=PACKED)
         assert stats.padded_tokens > stats.tokens
 
-    def test_rows_are_not_packed_to_be_taken_apart_again(self, monkeypatch, caplog):
+    def test_rows_are_not_packed_to_be_taken_apart_again(self, caplog):
         """Without an attention that takes them as they are, padding costs less."""
-        monkeypatch.setattr(trial, "PACKED_ON", ("cpu", "cuda"))
         with caplog.at_level("INFO"):
-            _, stats = run(collect(rows()), tiny.model(), (0, 1), batch_tokens=150)
+            packing = trial.Packing(("cpu", "cuda"))
+            _, stats = run(collect(rows()), tiny.model(), (0, 1), batch_tokens=150, packing=packing)
         assert stats.padded_tokens > stats.tokens
         assert "without packed rows" in caplog.text and "taken apart" in caplog.text
 
-    def test_documents_that_a_window_cuts_are_padded(self, packing, monkeypatch):
-        monkeypatch.setattr(scorer, "PACKED_WINDOWS", False)
-        model = tiny.model("mistral")
+    def test_documents_that_a_window_cuts_are_padded(self):
+        model, packing = tiny.model("mistral"), replace(PACKED, windows=False)
         short, long = (collect(rows(sizes=(size, 9, 12))) for size in (20, 21))
-        padded = [stats.padded_tokens > stats.tokens for _, stats in (run(d, model, ()) for d in (short, long))]
+        passes = [run(documents, model, (), packing=packing)[1] for documents in (short, long)]
+        padded = [stats.padded_tokens > stats.tokens for stats in passes]
         assert padded == [False, True]
 
-    def test_a_document_between_others_is_tried(self, packing, monkeypatch):
+    def test_a_document_between_others_is_tried(self, monkeypatch):
         """A stranger stands before and behind it: here each token also sees the one before it in the row."""
         model = tiny.model()
         own = type(model.model.layers[0].self_attn).forward
@@ -138,7 +134,7 @@ class TestPacked:
             return own(self, hidden_states + 0.3 * hidden_states.roll(1, 1), *args, **kwargs)
 
         monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", leaking)
-        _, stats = run(collect(rows()), model, (), batch_tokens=150)
+        _, stats = run(collect(rows()), model, (), batch_tokens=150, packing=PACKED)
         assert stats.padded_tokens > stats.tokens
 
     def test_a_cpu_pads(self):
@@ -152,7 +148,7 @@ class TestNarrow:
         model, documents = tiny.model(family), collect(rows())
         reference = Reference(model, "tiny")
         trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
-        module, seen = narrowing.last_feed_forward(reference.decoder), []
+        module, seen = references.last_feed_forward(reference.decoder), []
         assert module is not None and reference.narrows
         own = module.forward
         monkeypatch.setattr(module, "forward", lambda x: seen.append(x.shape[:-1].numel()) or own(x))
@@ -167,18 +163,18 @@ class TestNarrow:
 
     def test_what_the_module_held_is_put_back(self):
         model = tiny.model()
-        module = narrowing.last_feed_forward(model.model)
+        module = references.last_feed_forward(model.model)
         for given in (None, lambda x: x):
             if given is not None:
                 module.forward = given
             before = dict(vars(module))
-            with narrowing.only_where(module, torch.arange(4), 4):
+            with references.only_where(module, torch.arange(4), 4):
                 assert module.forward is not before.get("forward")
             assert vars(module) == before
 
     def test_a_part_that_looks_at_its_neighbours_is_left_whole(self, monkeypatch):
         model, documents = tiny.model(), collect(rows())
-        mlp = type(narrowing.last_feed_forward(model.model))
+        mlp = type(references.last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.cumsum(1)))
         reference = Reference(model, "tiny")
@@ -191,7 +187,7 @@ class TestNarrow:
     def test_a_part_that_looks_at_one_token_before_is_left_whole(self, monkeypatch, dtype):
         """Of a row of tokens that are read, only the first would come out wrong."""
         model, documents = tiny.model().to(dtype), collect(rows())
-        mlp = type(narrowing.last_feed_forward(model.model))
+        mlp = type(references.last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.roll(1, 1)))
         reference = Reference(model, "tiny")
@@ -210,7 +206,7 @@ class TestNarrow:
     def test_a_part_that_breaks_is_left_whole(self, monkeypatch):
         """NaN is no agreement: here it comes of rows without a batch of their own length."""
         model = tiny.model()
-        mlp = type(narrowing.last_feed_forward(model.model))
+        mlp = type(references.last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x) * (1 if x.shape[1] == 55 else float("nan")))
         reference = Reference(model, "tiny")
@@ -225,7 +221,7 @@ class TestNarrow:
     def test_a_part_that_gives_more_than_a_tensor_is_not_narrowed(self, monkeypatch):
         """Each batch would work it out twice. gpt-oss gives its router's scores too."""
         model, seen = gpt_oss(), []
-        mlp = type(narrowing.last_feed_forward(model.model))
+        mlp = type(references.last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: seen.append(x.shape[:-1].numel()) or own(self, x))
         _, stats = run(collect(rows()), model, (), batch_tokens=150)
@@ -237,7 +233,7 @@ class TestNarrow:
                 return x * 2, x.sum()
 
         module, x = Pair(), torch.randn(2, 3, 4)
-        with narrowing.only_where(module, torch.tensor([0, 3]), 6):
+        with references.only_where(module, torch.tensor([0, 3]), 6):
             result, total = module(x)
         assert torch.equal(result, x * 2) and total == x.sum()
 
@@ -245,5 +241,5 @@ class TestNarrow:
         module = torch.nn.Linear(4, 4)
         x = torch.randn(1, 3, 4)
         whole = module(x)
-        with narrowing.only_where(module, torch.zeros(0, dtype=torch.long), 3) as told:
-            assert torch.equal(module(x), whole) and not told.happened
+        with references.only_where(module, torch.zeros(0, dtype=torch.long), 3) as state:
+            assert torch.equal(module(x), whole) and not state.happened

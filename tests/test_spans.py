@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from xtf_plugin.data.token_text import byte_alphabet, characters, is_text, match_spans, token_bytes
 from xtf_plugin.errors import XTFUserError
+from xtf_plugin.data.token_text import byte_alphabet, characters, is_text, match_spans, token_bytes
 
 CORPUS = ["The answer is 42 .", "Let us think step by step; the answer is near.", "naïve café 漢字 🙂 test test"]
 

@@ -15,9 +15,8 @@ from peft import LoraConfig
 from tests import tiny
 from tests.streams import LOOSE, LORA, ROWS, attached, labels_by_document, rows, stream_of, trained, trainer, watched
 from xtf_plugin import XTFConfig, XTFDryRun, XTFError, XTFUserError, attach, scorer
-from xtf_plugin.batches import ScoringStats
-from xtf_plugin.frozen import FrozenPlan
 from xtf_plugin.scorers import Scorer, registry
+from xtf_plugin.streaming import Stream
 
 NOTHING = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -1000}}}, "calibration": 8}
 BLOCK = {**LOOSE, "calibration": 8}
@@ -52,9 +51,9 @@ def test_scoring_leaves_model_and_random_state_as_they_were(tmp_path):
     stream, compared = stream_of(made), []
     decide = stream._decide
 
-    def watch(frozen, masks, documents):
+    def watch(documents):
         before = state_of(made.model)
-        decide(frozen, masks, documents)
+        decide(documents)
         compared.append(before == state_of(made.model))
 
     stream._decide = watch
@@ -150,7 +149,8 @@ def test_a_separate_reference_stays_and_is_freed(tmp_path, capsys):
     made = trainer(tmp_path, peft_config=None)  # full fine-tuning
     assert trained(tmp_path / "stream", made, block) == expected
     assert "stays loaded while the stream is trained on: 0 MiB" in capsys.readouterr().err
-    assert stream_of(made)._held is None
+    with pytest.raises(XTFError, match="scored nothing"):
+        print(stream_of(made).batch_tokens)
 
 
 def test_a_shuffled_stream_is_verified_against_what_was_scored_ahead(tmp_path):
@@ -237,10 +237,9 @@ def test_memory_that_ran_out_is_remembered(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("halvings", "expected"), [(0, 4096), (3, 512), (4, 256), (40, 256)])
 def test_memory_that_was_short_for_a_moment_does_not_make_ever_smaller_batches(halvings, expected):
-    frozen = FrozenPlan.__new__(FrozenPlan)
-    frozen.config = XTFConfig.parse({"batch_tokens": 4096})
-    frozen.stats, frozen.excerpts = (ScoringStats(halvings=half) for half in (halvings // 2, halvings - halvings // 2))
-    assert frozen.batch_tokens == expected
+    stream = Stream(XTFConfig.parse({"batch_tokens": 4096}), tiny.tokenizer())
+    stream._reference, stream._halvings = lambda: SimpleNamespace(device=torch.device("cpu")), halvings
+    assert stream.batch_tokens == expected
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

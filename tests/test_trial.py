@@ -9,12 +9,12 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from tests import tiny
 from tests.test_scorer import rows, run
-from tests.test_shortcuts import packing  # noqa: F401 (a fixture)
+from tests.test_shortcuts import PACKED
 from xtf_plugin import trial
+from xtf_plugin.batches import laid_out
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.reference import Reference
-from xtf_plugin.rows import laid_out
 
 
 class TestRotarySwitch:
@@ -27,13 +27,11 @@ class TestRotarySwitch:
         rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "partial_rotary_factor": 1.0}
         return tiny.model("phi3", rope_parameters=rope, original_max_position_embeddings=64)
 
-    @pytest.mark.parametrize("packed", [False, True])
-    def test_long_documents_stay_among_themselves(self, packed, request):
-        if packed:
-            request.getfixturevalue("packing")
+    @pytest.mark.parametrize("packing", [trial.WHERE_FASTER, PACKED], ids=["padded", "packed"])
+    def test_long_documents_stay_among_themselves(self, packing):
         model, documents = self.model("longrope"), collect(rows(sizes=(90, 50, 64, 65, 70, 3)))
-        alone, _ = run(documents, model, (0, 1), batch_tokens=1)
-        together, stats = run(documents, model, (0, 1), batch_tokens=10_000)
+        alone, _ = run(documents, model, (0, 1), batch_tokens=1, packing=packing)
+        together, stats = run(documents, model, (0, 1), batch_tokens=10_000, packing=packing)
         assert stats.batches == 2
         for key, records in alone.items():
             for name, values in records.columns.items():

@@ -1,4 +1,4 @@
-"""Triton's twins without a GPU: right in the interpreter, compiled for GPUs that are not here, left where they fail."""
+"""Triton's kernels without a GPU: right in the interpreter, compiled for absent GPUs, unused if they fail."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import xtf_plugin
 from tests.test_attributes import SHAPES, packed, planted
 from tests.test_predictions import head_of
 from xtf_plugin import attributes, kernels, triton_dispatch
+from xtf_plugin.attributes import AttentionSpec
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,56 +78,55 @@ class TestCompiled:
         return triton_kernels, launched
 
     def test_attention_received(self, compiled):
-        twins, launched = compiled
+        implementations, launched = compiled
         for dtype in (torch.bfloat16, torch.float16):
             query, key, offsets, scaling = packed(D=80, tail=3)
             query, key, logsumexp = query.to(dtype), key.to(dtype), torch.zeros(query.shape[:3])
             lengths = torch.tensor([query.shape[2]])
-            options = {"scaling": scaling, "logsumexp": logsumexp}
-            twins.attention_received(query, key, lengths, **options)
-            twins.attention_received(
-                query, key, None, **options, window=9, softcap=2.0, offsets=offsets.int(), starts=offsets[1:] * 0
-            )
+            implementations.attention_received(query, key, lengths, AttentionSpec(scaling), logsumexp)
+            spec = AttentionSpec(scaling, window=9, softcap=2.0, offsets=offsets.int(), starts=offsets[1:] * 0)
+            implementations.attention_received(query, key, None, spec, logsumexp)
         assert len(launched) == 4
         assert all("mma" in kernel.asm["ptx"] for kernel in launched)  # tensor cores
 
     def test_a_new_length_or_number_of_documents_is_not_compiled_anew(self, compiled):
-        twins, launched = compiled
+        implementations, launched = compiled
         for B, T in [(1, 64), (2, 65), (3, 130), (2, 6)]:
             query, key, lengths, scaling = planted((B, 4, 2, T, 64), dtype=torch.bfloat16)
-            twins.attention_received(query, key, lengths, scaling=scaling, logsumexp=torch.zeros(B, 4, T), start=T // 3)
+            spec = AttentionSpec(scaling, start=T // 3)
+            implementations.attention_received(query, key, lengths, spec, torch.zeros(B, 4, T))
         assert len(launched) == 4 and len({id(kernel) for kernel in launched}) == 1
 
     def test_moments(self, compiled):
-        twins, launched = compiled
+        implementations, launched = compiled
         for n, dtype in [(5, torch.bfloat16), (6, torch.bfloat16), (1, torch.float16), (3, torch.float32)]:
-            twins.moments(torch.zeros(n, 32_000, dtype=dtype), torch.zeros(n, dtype=torch.long), softcap=30.0)
+            implementations.moments(torch.zeros(n, 32_000, dtype=dtype), torch.zeros(n, dtype=torch.long), softcap=30.0)
         assert len({id(kernel) for kernel in launched}) == 3
         assert all(".v4." in kernel.asm["ptx"] for kernel in launched)  # 16 bytes at a time
 
 
 class TestDispatch:
-    """With twins that are not Triton's, on a device that need not be CUDA."""
+    """With implementations that are not Triton's, on a device that need not be CUDA."""
 
     @pytest.fixture
-    def twins(self, monkeypatch):
+    def implementations(self, monkeypatch):
         calls = []
 
         def moments(logits, targets, **options):
             calls.append(len(logits))
             return attributes.predictions(logits, lambda x: x, targets, **options)
 
-        def attention_received(*given, logsumexp, **options):
-            calls.append(logsumexp.shape)
-            return attributes.attention_received(*given, **options)
+        def attention_received(*given):
+            calls.append(given[-1].shape)
+            return attributes.attention_received(*given)
 
-        twins = SimpleNamespace(
+        implementations = SimpleNamespace(
             calls=calls, moments=moments, attention_received=attention_received, FAILURES=(RuntimeError, OSError)
         )
-        monkeypatch.setattr(triton_dispatch, "_triton", lambda: twins)
+        monkeypatch.setattr(triton_dispatch, "_triton", lambda: implementations)
         monkeypatch.setattr(triton_dispatch, "usable", lambda tensor: True)
         monkeypatch.setattr(triton_dispatch, "_broken", set())
-        return twins
+        return implementations
 
     def test_the_cpu_is_left_to_torch(self, monkeypatch):
         def no_import():
@@ -135,28 +135,28 @@ class TestDispatch:
         monkeypatch.setattr(triton_dispatch, "_triton", no_import)
         assert triton_dispatch.attempt("moments", torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)) is None
 
-    def test_twins_are_used_and_get_larger_chunks(self, twins, monkeypatch):
+    def test_implementations_are_used_and_get_larger_chunks(self, implementations, monkeypatch):
         monkeypatch.setattr(kernels, "TRITON_LOGIT_ELEMENTS", 301 * 100)
         given = head_of(300)
         assert torch.allclose(kernels.predictions(*given), attributes.predictions(*given), atol=2e-5)
-        assert twins.calls == [64, 100, 100, 36]
+        assert implementations.calls == [64, 100, 100, 36]
 
-    def test_the_log_sum_exp_is_always_given(self, twins):
+    def test_the_log_sum_exp_is_always_given(self, implementations):
         query, key, offsets, scaling = packed()
-        kernels.attention_received(query, key, None, scaling=scaling, offsets=offsets)
+        kernels.attention_received(query, key, None, AttentionSpec(scaling, offsets=offsets))
         query, key, lengths, scaling = planted(SHAPES[0])
-        kernels.attention_received(query, key, lengths, scaling=scaling)
-        assert twins.calls == [(1, 4, 138), (1, 4, 64)]
+        kernels.attention_received(query, key, lengths, AttentionSpec(scaling))
+        assert implementations.calls == [(1, 4, 138), (1, 4, 64)]
 
     @pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), OSError("ptxas")])
-    def test_a_twin_that_fails_is_told_once_and_not_tried_again(self, twins, monkeypatch, caplog, error):
+    def test_a_failure_is_reported_once_and_not_tried_again(self, implementations, monkeypatch, caplog, error):
         tried = []
 
         def broken(*_, **__):
             tried.append(1)
             raise error
 
-        monkeypatch.setattr(twins, "moments", broken)
+        monkeypatch.setattr(implementations, "moments", broken)
         given = head_of(300)
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
@@ -164,11 +164,11 @@ class TestDispatch:
         assert len(tried) == 1
         assert [str(error) in record.getMessage() for record in caplog.records] == [True]
 
-    def test_out_of_memory_is_passed_on(self, twins, monkeypatch):
+    def test_out_of_memory_is_passed_on(self, implementations, monkeypatch):
         def full(*_, **__):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-        monkeypatch.setattr(twins, "moments", full)
+        monkeypatch.setattr(implementations, "moments", full)
         for _ in range(2):  # and does not count as broken
             with pytest.raises(torch.OutOfMemoryError):
                 kernels.predictions(*head_of(3))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from xtf_plugin import verification
-from xtf_plugin.data.documents import collect
+from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.verification import PlannedDocuments, Watch, verify_batch
+from xtf_plugin.verification import LabelVerifier, PlannedDocuments, verify_batch
 
 A = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}
 B = {"input_ids": [9, 10, 11, 12], "labels": [-100, 10, 11, 12]}
@@ -72,7 +72,7 @@ def test_a_row_whose_positions_do_not_begin_at_0_is_cut_as_while_planning(positi
     assert verify_batch(plan, given) == (1 if 0 not in positions else 0), "a second document's first token is no proof"
 
 
-class TestWatch:
+class TestLabelVerifier:
     """Sixty-four batches and more with nothing to drop: then the first ones that have something."""
 
     ROWS = [{"input_ids": [index + 30, 6, 7, 8], "labels": [-100, 6, 7, 8]} for index in range(200)]
@@ -80,10 +80,10 @@ class TestWatch:
     def watched(self, first_drop, apply):
         keep = np.ones((200, 3), dtype=bool)
         keep[first_drop:, :2] = False
-        watch = Watch(planned(self.ROWS, keep.ravel()))
+        verifier = LabelVerifier(planned(self.ROWS, keep.ravel()))
         for index, row in enumerate(self.ROWS):
-            watch.look(batch([masked(row, 1, 2) if apply and index >= first_drop else row]))
-        return watch
+            verifier.check(batch([masked(row, 1, 2) if apply and index >= first_drop else row]))
+        return verifier
 
     @pytest.mark.parametrize("first_drop", [0, 63, 70, 190])
     def test_masks_that_are_not_applied_are_found_late_rather_than_never(self, first_drop):
@@ -92,11 +92,43 @@ class TestWatch:
 
     @pytest.mark.parametrize(("first_drop", "proven"), [(0, True), (70, True), (193, False), (200, False)])
     def test_what_was_proven(self, first_drop, proven):
-        watch = self.watched(first_drop, apply=True)
-        assert (watch.batches, watch.proven) == (200, proven)
+        verifier = self.watched(first_drop, apply=True)
+        assert (verifier.batches, verifier.proven) == (200, proven)
 
     def test_no_batch_is_looked_at_after_the_proof(self, monkeypatch):
         looked = []
         monkeypatch.setattr(verification, "verify_batch", lambda *_: looked.append(1) or len(looked) // 3)
         self.watched(0, apply=True)
         assert len(looked) == 3
+
+
+class TestLookUp:
+    ROWS = [{"input_ids": [index + 30, 6, 7, 8], "labels": [-100, 6, 7, 8]} for index in range(3_000)]
+
+    def test_only_documents_with_the_same_tokens_are_looked_at(self, monkeypatch):
+        plan, looked = planned(self.ROWS, np.tile([True, True, False], 3_000)), []
+        document = DocumentSet.document
+        monkeypatch.setattr(DocumentSet, "document", lambda self, index: looked.append(index) or document(self, index))
+        assert verify_batch(plan, batch([masked(row, 3) for row in self.ROWS[40:48]])) == 8
+        assert looked == list(range(40, 48))
+
+    def test_two_documents_of_one_hash_are_told_apart(self, monkeypatch):
+        monkeypatch.setattr(verification.xxhash, "xxh3_64_intdigest", lambda _: 5)
+        plan = planned([A, B, TEXT], [1, 0, 1, 0, 0, 1, 1, 1, 1, 0])
+        assert verify_batch(plan, batch([masked(A, 2), masked(B, 1, 2), masked(TEXT, 3)])) == 4
+        with pytest.raises(XTFError, match="did not plan"):
+            verify_batch(plan, batch([{**A, "input_ids": [5, 6, 7, 9]}]))
+
+    def test_a_token_id_beyond_32_bits_is_another_token(self):
+        with pytest.raises(XTFError, match="did not plan"):
+            verify_batch(planned([A], [1, 0, 1]), batch([{**masked(A, 2), "input_ids": [5 + 2**32, 6, 7, 8]}]))
+
+    def test_padding_without_a_mask_of_it_is_taken_off(self):
+        plan = planned([A, {"input_ids": [5, 6], "labels": [-100, 6]}], [1, 0, 1, 1])
+        given = batch([{name: [*values, 0, 0] for name, values in masked(A, 2).items()}])
+        given["labels"][:, 4:] = -100
+        del given["attention_mask"]
+        assert verify_batch(plan, given) == 1, "the longest document that the row begins with"
+        given["labels"][:, 2] = 7
+        with pytest.raises(XTFError, match="does not carry the planned labels"):
+            verify_batch(plan, given)

@@ -11,7 +11,7 @@ from tests.benchmarks.real_text.stages import SCALES
 from tests.benchmarks.worked import pages, texts
 from tests.benchmarks.worked.__main__ import main
 from tests.test_real_text import data  # noqa: F401
-from xtf_plugin import view
+from xtf_plugin.report import terminal
 
 NAMES = [example.name for each in texts.EXAMPLES.values() for example in each]
 
@@ -53,7 +53,7 @@ def test_marks_hold_as_many_tokens_as_the_table_says(page, name):
         dropped = [int(re.findall(r"(\d+) of \d+", row)[column]) for row in rows]
         assert sum(dropped) == 0 or "[-" in block
         bare = re.sub(r"\[-|\{\+|\|[\w ]+[-+][\]}]", "", block)
-        assert bare.removesuffix("</s>").rstrip("\n") == view.visible(example.record.completion).rstrip("\n")
+        assert bare.removesuffix("</s>").rstrip("\n") == terminal.visible(example.record.completion).rstrip("\n")
 
 
 def test_planted_lines_are_where_the_examples_say():

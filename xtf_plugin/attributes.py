@@ -1,7 +1,7 @@
-"""The three attributes of XTF as plain eager torch: the definition every faster path is held to.
+"""The three attributes of XTF in plain eager PyTorch: the definition that optimised implementations are tested against.
 
 Written to be read next to the paper (arXiv 2602.14536), not to be fast: full attention maps and full logits are built.
-`kernels.py` holds twins with the same names and signatures; parity tests and benchmarks compare the two.
+`kernels.py` has the optimised implementations under the same names.
 
 Dimensions: B batch, T tokens, H query heads, K key/value heads, D head or hidden size, V vocabulary, N picked tokens.
 """
@@ -9,10 +9,45 @@ Dimensions: B batch, T tokens, H query heads, K key/value heads, D head or hidde
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What causal attention does between query and key, and which of the attention received is wanted.
+
+    Args:
+        scaling: factor on the scores before the soft cap, usually `D ** -0.5`.
+        window: a query sees this many last keys, itself included; None: all.
+        softcap: scores become `softcap * tanh(scores / softcap)`; None: unchanged.
+        start: attention received is not computed for columns before it.
+        offsets: (n + 1,) integers, ascending from 0 to at most T, if the row holds n documents packed one behind the
+            other: document i has the tokens from `offsets[i]` to `offsets[i + 1]`, attends to no other document, and
+            counts its positions from 0. B is 1 then, and lengths are not used.
+        starts: (n,) a `start` for each packed document, counted within it; None: `start` for all.
+        longest: tokens of the longest packed document, if known on the CPU: saves a wait for the device.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    start: int = 0
+    offsets: Tensor | None = None
+    starts: Tensor | None = None
+    longest: int | None = None
+
+    def check_rows(self, query: Tensor) -> None:
+        """Raise ValueError if documents are packed and `query` has more than one row."""
+        if self.offsets is not None and len(query) != 1:
+            raise ValueError(f"documents given by `offsets` are packed in one row; these tensors have {len(query)}")
+
+    def unpacked(self, start: int = 0) -> AttentionSpec:
+        """The same for documents that are not packed, with this `start`."""
+        return replace(self, start=start, offsets=None, starts=None, longest=None)
 
 
 def visible(T: int, window: int | None, device: torch.device | None = None) -> Tensor:
@@ -23,40 +58,25 @@ def visible(T: int, window: int | None, device: torch.device | None = None) -> T
     return mask if window is None else mask & (k > q - window)
 
 
-def attention_map(
-    query: Tensor, key: Tensor, *, scaling: float, window: int | None = None, softcap: float | None = None
-) -> Tensor:
-    """Causal softmax attention in float32.
+def attention_map(query: Tensor, key: Tensor, spec: AttentionSpec) -> Tensor:
+    """Causal softmax attention in float32, of rows that are one document each.
 
     Args:
         query: (B, H, T, D); key: (B, K, T, D) with K a divisor of H (grouped-query attention).
-        scaling: factor on the scores before the soft cap, usually `D ** -0.5`.
-        window: a query sees this many last keys, itself included; None: all.
-        softcap: scores become `softcap * tanh(scores / softcap)`; None: unchanged.
 
     Returns:
         Probabilities, (B, H, T, T) float32; rows sum to 1.
     """
     H, T = query.shape[1:3]
     key = key.float().repeat_interleave(H // key.shape[1], dim=1)
-    scores = query.float() @ key.transpose(-1, -2) * scaling  # (B, H, T, T)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill(~visible(T, window, query.device), float("-inf")).softmax(-1)
+    scores = query.float() @ key.transpose(-1, -2) * spec.scaling  # (B, H, T, T)
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    return scores.masked_fill(~visible(T, spec.window, query.device), float("-inf")).softmax(-1)
 
 
 def attention_received(
-    query: Tensor,
-    key: Tensor,
-    lengths: Tensor,
-    *,
-    scaling: float,
-    start: int = 0,
-    window: int | None = None,
-    softcap: float | None = None,
-    logsumexp: Tensor | None = None,
-    offsets: Tensor | None = None,
-    starts: Tensor | None = None,
+    query: Tensor, key: Tensor, lengths: Tensor, spec: AttentionSpec, logsumexp: Tensor | None = None
 ) -> Tensor:
     """Reasoning importance of one layer: the attention each token receives from later tokens, 1.0 = uniform.
 
@@ -69,43 +89,41 @@ def attention_received(
     so that 0.1 reads "a tenth of uniform" at any length and position. A token's attention to itself is left out.
 
     Args:
-        query, key, scaling, window, softcap: see `attention_map`.
+        query: (B, H, T, D); key: (B, K, T, D).
         lengths: (B,) tokens per document; what lies behind (right padding) is ignored.
-        start: columns before it are not wanted.
-        logsumexp: (B, H, T) row log-sum-exps if the caller has them; unused here, saves a pass in the fast twin.
-        offsets: (n + 1,) integers, from 0 up to at most T, if the tokens are those of n documents packed one behind the
-            other: document i has the tokens from `offsets[i]` to `offsets[i + 1]`, sees no other, and counts its own
-            positions from 0. B is 1 then, and `lengths` is not looked at.
-        starts: (n,) a `start` for each packed document, counted within it; None: `start` for all.
+        logsumexp: (B, H, T) row log-sum-exps, which save optimised implementations a pass; unused here.
 
     Returns:
-        (B, T) float32, >= 0; NaN where undefined: k < start, the last token of a document, and padding.
+        (B, T) float32, >= 0; NaN where undefined: before `start`, the last token of a document, and padding.
 
     Raises:
         ValueError: documents are packed, and B is not 1.
     """
-    if offsets is not None:
-        return _packed_received(
-            query, key, offsets, starts, scaling=scaling, start=start, window=window, softcap=softcap
-        )
-    B, _, T, _ = query.shape
-    A = attention_map(query, key, scaling=scaling, window=window, softcap=softcap).mean(1)  # (B, T, T)
-    q = torch.arange(T, device=query.device)
+    spec.check_rows(query)
+    B, T = len(query), query.shape[2]
     received = torch.full((B, T), float("nan"), device=query.device)
-    for b in range(B):
-        length = int(lengths[b])
-        for k in range(start, length - 1):
+    if spec.offsets is not None:
+        for i, (low, high) in enumerate(pairwise(spec.offsets.tolist())):
+            document = slice(low, high)
+            own = spec.unpacked(spec.start if spec.starts is None else int(spec.starts[i]))
+            received[:, document] = attention_received(
+                query[:, :, document], key[:, :, document], torch.tensor([high - low]), own
+            )
+        return received
+    A = attention_map(query, key, spec).mean(1)  # (B, T, T)
+    q = torch.arange(T, device=query.device)
+    for b, length in enumerate(lengths.tolist()):
+        for k in range(spec.start, length - 1):
             received[b, k] = ((q[k + 1 : length] + 1) * A[b, k + 1 : length, k]).mean()
     return received
 
 
 def attention_and_received(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *, scaling: float, start: int = 0, **options: Any
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """What a layer whose attention is recorded needs: its output, and what each token receives.
+    """Attention output, and `attention_received`, of a layer.
 
-    Equals `(attention_map(...) @ value, attention_received(...))`, of rows; the output of packed documents is each
-    document's own.
+    Equals `(attention_map(query, key, spec) @ value, attention_received(query, key, lengths, spec))`, per document.
 
     Args:
         value: (B, K, T, D'). The others: see `attention_received`.
@@ -113,39 +131,14 @@ def attention_and_received(
     Returns:
         output (B, H, T, D') float32, received (B, T).
     """
+    received = attention_received(query, key, lengths, spec)
     value = value.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    seen = {name: given for name, given in options.items() if name in ("window", "softcap")}
-    received = attention_received(query, key, lengths, scaling=scaling, start=start, **options)
-    offsets = options.get("offsets")
     output = torch.zeros(*query.shape[:3], value.shape[-1], device=query.device)
-    ends = [0, query.shape[2]] if offsets is None else offsets.tolist()
-    for low, high in zip(ends, ends[1:], strict=False):
-        one = [x[:, :, low:high] for x in (query, key, value)]
-        output[:, :, low:high] = attention_map(*one[:2], scaling=scaling, **seen) @ one[2]
+    for low, high in pairwise([0, query.shape[2]] if spec.offsets is None else spec.offsets.tolist()):
+        document = slice(low, high)
+        A = attention_map(query[:, :, document], key[:, :, document], spec)
+        output[:, :, document] = A @ value[:, :, document]
     return output, received
-
-
-def _packed_received(
-    query: Tensor, key: Tensor, offsets: Tensor, starts: Tensor | None, *, start: int, **options: Any
-) -> Tensor:
-    one_row(query)
-    received = torch.full((1, query.shape[2]), float("nan"), device=query.device)
-    for i in range(len(offsets) - 1):
-        document = slice(int(offsets[i]), int(offsets[i + 1]))
-        received[:, document] = attention_received(
-            query[:, :, document],
-            key[:, :, document],
-            offsets[i + 1 : i + 2] - offsets[i],
-            start=start if starts is None else int(starts[i]),
-            **options,
-        )
-    return received
-
-
-def one_row(query: Tensor) -> None:
-    """Refuse packed documents in more than one row, whose offsets would be anyone's guess."""
-    if len(query) != 1:
-        raise ValueError(f"documents given by `offsets` are packed in one row; these tensors have {len(query)}")
 
 
 def predictions(
@@ -186,36 +179,3 @@ def predictions(
     entropy = -(p * logp_or_0).sum(-1)
     variance = (p * (logp_or_0 + entropy[:, None]) ** 2).sum(-1)  # centred: the formula's difference would cancel
     return torch.stack([logp.gather(-1, targets[:, None])[:, 0], entropy, variance.sqrt()])
-
-
-def task_relevance(vectors: Tensor, domain: Tensor, among: Tensor | None = None) -> Tensor:
-    """Task relevance of each distinct completion token, Eq. (4): one minus its min-max normalised cosine distance.
-
-    Equals `1 - (d - d.min()) / (d.max() - d.min())` with `d = 1 - cos(vectors, domain)`.
-
-    Args:
-        vectors: (N, D) context-free embeddings of the distinct completion tokens.
-        domain: (D,) domain vector.
-        among: cosine distances of other tokens, whose smallest and largest take the place of d.min() and d.max(): a
-            token outside them gets a relevance below 0 or above 1.
-
-    Returns:
-        (N,) float32 in [0, 1]; NaN throughout where all distances are equal (nothing can be told apart), and for a
-        token whose vector is zero.
-    """
-    distance = cosine_distance(vectors, domain)
-    among = distance if among is None else among
-    defined = among[~among.isnan()]
-    if defined.numel() == 0 or not bool(defined.max() > defined.min()):
-        return torch.full_like(distance, float("nan"))
-    low, high = defined.min(), defined.max()
-    relevance: Tensor = 1 - (distance - low) / (high - low)
-    return relevance
-
-
-def cosine_distance(vectors: Tensor, domain: Tensor) -> Tensor:
-    """`1 - cos(vectors, domain)` of vectors (N, D) from a domain (D,), (N,) float32; NaN for a zero vector."""
-    vectors, domain = vectors.float(), domain.float()
-    norms = vectors.norm(dim=-1) * domain.norm()
-    distance: Tensor = 1 - (vectors @ domain) / norms  # 0/0 -> NaN: a zero vector has no direction
-    return distance

@@ -1,13 +1,26 @@
-"""How documents are cut into scoring batches, and the count of what a pass did; known to whoever shares passes out."""
+"""Scoring batches: how documents are cut into them, how many tokens memory allows, and how a forward reads them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from .data.documents import DocumentSet
+from .errors import XTFError
+from .packing import Packed
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 4_096  # tokens of the batch that is measured
+MAX_BATCH_TOKENS = 32_768  # tokens beyond which larger batches are no faster, and only risk memory that others want
+FREE_SHARE = 0.7  # of what is free: later batches are shaped otherwise, and memory is cut into pieces
 
 # What one more forward counts as, in tokens. An estimate on the safe side: kernel launches and a wait for the host are
 # a millisecond or two on a GPU, in which a model of a billion weights reads a few hundred tokens, a larger one fewer.
@@ -124,3 +137,133 @@ def _cheapest(longest: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
 def default_batch_tokens(device: torch.device) -> int:
     """Padded tokens per batch for `batch_tokens: auto`."""
     return 16_384 if device.type == "cuda" else 4_096
+
+
+def meter(device: torch.device) -> Meter | None:
+    """Measures the device's memory; None for devices other than GPUs."""
+    return Meter(device) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Memory of a CUDA device, in bytes."""
+
+    device: torch.device
+
+    def reset(self) -> None:
+        """Begin to measure."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def grown(self) -> int:
+        """Bytes taken at the peak since `reset` beyond what is held now."""
+        return torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def free(self) -> int:
+        """Bytes free on the device, or held by PyTorch and not in use."""
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(torch.cuda.mem_get_info(self.device)[0]) + held
+
+
+def budget_for(tokens: int, grown: int, free: int) -> int:
+    """Tokens of a batch, after one of `tokens` took `grown` bytes and `free` bytes are left, within the two limits."""
+    fits = MAX_BATCH_TOKENS if grown <= 0 else int(FREE_SHARE * free * tokens / grown)
+    found = max(PROBE_TOKENS, min(MAX_BATCH_TOKENS, fits))
+    logger.info("xtf: batches of %d tokens: %d took %.2f GB, %.2f GB are free", found, tokens, grown / 1e9, free / 1e9)
+    return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a forward ran out of memory; a CPU's allocator raises a plain RuntimeError."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
+
+
+def too_little(longest: int, problem: str) -> XTFError:
+    """The error for a device that has no room for a single document; `problem`: the text of the error."""
+    return XTFError(
+        f"out of memory while scoring a single document of {longest} tokens ({problem}). Lower max_length, or name "
+        "a smaller or more strongly quantised model under xtf `reference.model`."
+    )
+
+
+def halved(size: int, longest: int, tokens: int, device: torch.device, problem: str) -> int:
+    """The token budget to go on with after a batch of `size` documents did not fit, `tokens` with their padding.
+
+    Raises:
+        XTFError: it was a single document, see `too_little`.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if size == 1:
+        raise too_little(longest, problem)
+    budget = max(longest, tokens // 2)
+    logger.warning(
+        f"xtf: out of memory with {size} documents of up to {longest} tokens; going on with batches of {budget} "
+        f"tokens. Setting `batch_tokens: {budget}` avoids the retry."
+    )
+    return budget
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Documents on the reference's device: rows with right padding, or one row of documents packed in it.
+
+    M completion tokens, of which P are predicted. They are given as indices: a mask on a GPU would have to be counted
+    there first, and everything would wait for the number.
+
+    Args:
+        ids: (B, T) token ids; packed: (1, T).
+        lengths: (n,) tokens of each document.
+        completion: (M,) where completion tokens are in the flattened rows.
+        predicted: (P,) where those are that something predicts: not a document's first token.
+        start: the first column of attention received that is wanted, of all rows.
+        offsets: (n + 1,) of the documents among the M completion tokens; places: (P,) of the predicted ones among
+            them. Both on the CPU.
+        packed: where the documents of a packed row are.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    completion: Tensor
+    predicted: Tensor
+    start: int
+    offsets: NDArray[np.int64]
+    places: NDArray[np.int64]
+    packed: Packed | None = None
+
+    @property
+    def read(self) -> Tensor:
+        """Where the states are that predict: each one token before, (P,)."""
+        return self.predicted - 1
+
+
+def laid_out(documents: DocumentSet, batch: NDArray[np.int64], device: torch.device, *, packed: bool = False) -> Rows:
+    """The documents `batch` (n,), in that order, as rows for one forward."""
+    lengths = documents.lengths[batch]
+    shape = (1, int(lengths.sum())) if packed else (len(batch), int(lengths.max()))
+    ids, mask = np.zeros(shape[0] * shape[1], dtype=np.int64), np.zeros(shape[0] * shape[1], dtype=bool)
+    begins = np.cumsum(lengths) - lengths if packed else np.arange(len(batch)) * shape[1]
+    starts, sizes = np.zeros(len(batch), dtype=np.int64), np.zeros(len(batch), dtype=np.int64)
+    for row, index in enumerate(batch):
+        tokens, completion = documents.document(int(index))
+        here = slice(int(begins[row]), int(begins[row]) + len(tokens))
+        ids[here], mask[here] = tokens, completion
+        starts[row], sizes[row] = np.argmax(completion) if completion.any() else len(tokens), completion.sum()
+    bounds = np.append(begins, shape[1])
+    at = np.flatnonzero(mask)
+    places = np.flatnonzero(~np.isin(at, begins))  # nothing predicts a document's first token
+
+    def there(array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    return Rows(
+        ids=there(ids.reshape(shape)),
+        lengths=there(lengths),
+        completion=there(at),
+        predicted=there(at[places]),
+        start=0 if packed else min(int(starts.min()), shape[1] - 1),
+        offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        places=places,
+        packed=Packed(there(bounds), there(starts), bounds) if packed else None,
+    )

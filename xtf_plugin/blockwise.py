@@ -1,17 +1,21 @@
-"""Attention, and what tokens receive of it, block by block over queries in plain torch: memory stays flat in T.
+"""Attention and attention received, block by block over queries in plain PyTorch: memory stays flat in T.
 
-On a CPU one pass that gives both takes about as long as PyTorch's fused kernel, which hands out no weights, takes
-alone, and less for short documents. It also serves soft caps, sliding windows and unequal head sizes on any device.
+On a CPU one pass that gives both takes about as long as PyTorch's fused kernel, which returns no weights, takes alone,
+and less for short documents. It also serves soft caps, sliding windows and unequal head sizes on any device.
 
 Dimensions: see `kernels.py`; b documents of a block, q its queries, k keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from .attributes import AttentionSpec
 from .heads import LOG2E
+from .data.ragged import chunks
 
 QUERY_BLOCK = 64
 FEW_ROWS = 1 << 10  # rows of scores in a block below which up to twice as many queries are faster
@@ -23,66 +27,41 @@ Block = tuple[int, int, list[slice]]  # queries from, to, documents
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    lengths: Tensor | None = None,
-    start: int = 0,
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Causal attention, its log-sum-exps, and with `lengths` what tokens receive, from one set of weights.
+    """Causal attention, its log-sum-exps, and with `lengths` the attention received, from one set of weights.
 
-    Equals `kernels.attention` and `kernels.attention_received`, whose arguments these are.
+    Arguments: see `kernels.attention_and_received`; documents are not packed.
 
     Returns:
         output (B, H, T, D'), logsumexp (B, H, T) float32, received (B, T) float32 or None.
     """
     B, H, T, _ = query.shape
-    blocks = _query_blocks(query, 0, window)
-    keys, value = _shared_out(key.float(), blocks, H), _shared_out(value, blocks, H)
+    blocks = _query_blocks(query, 0, spec.window)
+    value = _shared_out(value, blocks, H)
     output = query.new_empty(B, T, H, value.shape[-1]).transpose(1, 2)  # tokens first, as layers go on with it
     logsumexp = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
     sums = torch.zeros(B, T, dtype=torch.float32, device=query.device)
     weight = None if lengths is None else _weight(lengths, T)  # (B, T)
-    buffer = _buffer(query, blocks, 0, window)
-    for low, high, rows in blocks:
-        left = 0 if window is None else max(0, low - window + 1)
-        seen = low if window is None else left  # keys before it are seen by every query of the block
-        mask = _mask(low, high, seen, high, window, query.device)
-        for b in rows:
-            scores = _scores(query[b], keys[b], low, high, left, high, scaling, softcap, buffer)  # (b, K, G * q, k)
-            by_head = scores.view(-1, H, high - low, high - left)
-            by_head[..., seen - left :].add_(mask)
-            peak = scores.amax(-1, keepdim=True)
-            scores.sub_(peak).exp2_()
-            total = scores.sum(-1, keepdim=True)
-            half = value.dtype is torch.float16  # sums of up to T of its values, before they are divided, overflow
-            weights, rest = (scores / total, 1.0) if half else (scores, total)
-            block = (weights.to(value.dtype) @ value[b, :, left:high]).float().div_(rest)
-            output[b, :, low:high] = block.view(-1, H, high - low, value.shape[-1])
-            logsumexp[b, :, low:high] = (peak + total.log2()).div_(LOG2E).view(-1, H, high - low)
-            if weight is not None and high > start:
-                by_head[..., low - left :].diagonal(dim1=-2, dim2=-1).zero_()  # attention to itself is left out
-                shares = weight[b, None, None, low:high] / total.view(-1, H, 1, high - low)
-                sums[b, left:high] += (shares @ by_head).sum((1, 2))
-    return output, logsumexp, None if lengths is None else _received(sums, lengths, H, start)
+    for b, low, high, left, scores in _scored(query, key, blocks, 0, spec):
+        by_head = scores.view(-1, H, high - low, high - left)
+        peak = scores.amax(-1, keepdim=True)
+        scores.sub_(peak).exp2_()
+        total = scores.sum(-1, keepdim=True)
+        half = value.dtype is torch.float16  # sums of up to T of its values, before they are divided, overflow
+        weights, rest = (scores / total, 1.0) if half else (scores, total)
+        block = (weights.to(value.dtype) @ value[b, :, left:high]).float().div_(rest)
+        output[b, :, low:high] = block.view(-1, H, high - low, value.shape[-1])
+        logsumexp[b, :, low:high] = (peak + total.log2()).div_(LOG2E).view(-1, H, high - low)
+        if weight is not None and high > spec.start:
+            by_head[..., low - left :].diagonal(dim1=-2, dim2=-1).zero_()  # attention to itself is left out
+            shares = weight[b, None, None, low:high] / total.view(-1, H, 1, high - low)
+            sums[b, left:high] += (shares @ by_head).sum((1, 2))
+    return output, logsumexp, None if lengths is None else _received(sums, lengths, H, spec.start)
 
 
-def received(
-    query: Tensor,
-    key: Tensor,
-    lengths: Tensor,
-    logsumexp: Tensor,
-    *,
-    scaling: float,
-    start: int = 0,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """What tokens receive, from log-sum-exps that are there; see `kernels.attention_received`.
+def received(query: Tensor, key: Tensor, lengths: Tensor, logsumexp: Tensor, spec: AttentionSpec) -> Tensor:
+    """Attention received, (B, T) float32, from given log-sum-exps; see `kernels.attention_received`.
 
     Only columns from `start` on and queries behind it are computed: a query before the first completion token cannot
     see any completion token.
@@ -90,19 +69,38 @@ def received(
     B, H, T, _ = query.shape
     bias = _weight(lengths, T).log2()[:, None] - logsumexp * LOG2E  # (B, H, T): so the weighting costs no pass
     sums = torch.zeros(B, T, dtype=torch.float32, device=query.device)
-    blocks = _query_blocks(query, start, window)
-    keys, buffer = _shared_out(key.float(), blocks, H), _buffer(query, blocks, start, window)
+    blocks = _query_blocks(query, spec.start, spec.window)
+    for b, low, high, left, scores in _scored(query, key, blocks, spec.start, spec, strict=True):
+        by_head = scores.view(-1, H, high - low, high - left).add_(bias[b, :, low:high, None])
+        sums[b, left:high] += by_head.exp2_().sum((1, 2))
+    return _received(sums, lengths, H, spec.start)
+
+
+def _scored(
+    query: Tensor, key: Tensor, blocks: list[Block], start: int, spec: AttentionSpec, *, strict: bool = False
+) -> Iterator[tuple[slice, int, int, int, Tensor]]:
+    """For each block: documents b, queries [low, high), the first key that they see, and masked scores in bits.
+
+    Scores (b, K, G * q, k) reach from the first key to `high`, and share one buffer: fresh memory for each block would
+    take as long to allocate as its sums. `strict` hides the token itself too.
+    """
+    H, device = query.shape[1], query.device
+    rows_and_keys = ((rows, hi - lo, _reach(hi - lo, hi - start, spec.window)) for lo, hi, rows in blocks)
+    sizes = (max(b.stop - b.start for b in rows) * q * k for rows, q, k in rows_and_keys if rows)
+    buffer = torch.empty(H * max(sizes, default=0), dtype=torch.float32, device=device)
+    keys = _shared_out(key.float(), blocks, H)
     for low, high, rows in blocks:
-        left = start if window is None else max(start, low - window + 1)
-        seen = low if window is None else left
-        mask = _mask(low, high, seen, high, window, query.device, strict=True)
+        left = start if spec.window is None else max(start, low - spec.window + 1)
+        seen = low if spec.window is None else left  # keys before it are seen by every query of the block
+        q = torch.arange(low, high, device=device)[:, None]
+        k = torch.arange(seen, high, device=device)[None, :]
+        hidden = k >= q if strict else k > q
+        hidden = hidden if spec.window is None else hidden | (k <= q - spec.window)
+        mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
         for b in rows:
-            scores = _scores(query[b], keys[b], low, high, left, high, scaling, softcap, buffer)
-            by_head = scores.view(-1, H, high - low, high - left)
-            by_head.add_(bias[b, :, low:high, None])
-            by_head[..., seen - left :].add_(mask)
-            sums[b, left:high] += scores.exp2_().sum((1, 2))
-    return _received(sums, lengths, H, start)
+            scores = _scores(query[b], keys[b], low, high, left, spec, buffer)
+            scores.view(-1, H, high - low, high - left)[..., seen - left :].add_(mask)
+            yield b, low, high, left, scores
 
 
 def _received(sums: Tensor, lengths: Tensor, H: int, start: int) -> Tensor:
@@ -114,17 +112,17 @@ def _received(sums: Tensor, lengths: Tensor, H: int, start: int) -> Tensor:
 
 
 def _weight(lengths: Tensor, T: int) -> Tensor:
-    """What a query counts: q + 1, and 0 on padding, (B, T) float32."""
+    """The weight of each query: q + 1, and 0 on padding, (B, T) float32."""
     position = torch.arange(T, device=lengths.device)
     return torch.where(position < lengths[:, None], position + 1.0, 0.0)
 
 
 def _shared_out(key: Tensor, blocks: list[Block], H: int) -> Tensor:
-    """Keys, or values, for each query head on a CPU, if threads would wait for each other otherwise; else as they are.
+    """Keys, or values, repeated for each query head on a CPU, if threads would wait for each other otherwise.
 
     Batched products go to threads matrix by matrix, one for each key/value head of each document in a block: three take
-    two threads as long as four would (measured with two; one alone they share). The price is memory for keys and values
-    of all heads.
+    two threads as long as four would (measured with two; a single one they share). The price is memory for keys and
+    values of all heads.
     """
     largest = blocks[-1][2][:1] if blocks else []
     matrices, groups = sum(len(key[b]) for b in largest) * key.shape[1], H // key.shape[1]
@@ -136,18 +134,6 @@ def _shared_out(key: Tensor, blocks: list[Block], H: int) -> Tensor:
         return -count % threads / count
 
     return key.repeat_interleave(groups, 1) if idle(matrices) - idle(matrices * groups) > IDLE else key
-
-
-def _groups(query: Tensor, key: Tensor) -> tuple[int, int]:
-    return key.shape[1], query.shape[1] // key.shape[1]
-
-
-def _buffer(query: Tensor, blocks: list[Block], start: int, window: int | None) -> Tensor:
-    """Memory for the scores of any block: fresh memory for each would take as long to come by as its sums."""
-    sizes = (
-        (b.stop - b.start) * (hi - lo) * _reach(hi - lo, hi - start, window) for lo, hi, rows in blocks for b in rows
-    )
-    return torch.empty(query.shape[1] * max(sizes, default=0), dtype=torch.float32, device=query.device)
 
 
 def _reach(queries: int, keys: int, window: int | None) -> int:
@@ -165,42 +151,18 @@ def _query_blocks(query: Tensor, start: int, window: int | None) -> list[Block]:
     for low in range(start, T, size):
         high = min(low + size, T)
         step = max(1, SCORE_ELEMENTS // (H * (high - low) * _reach(high - low, high - start, window)))
-        blocks.append((low, high, [slice(b, min(b + step, B)) for b in range(0, B, step)]))
+        blocks.append((low, high, list(chunks(B, step))))
     return blocks
 
 
-def _scores(
-    query: Tensor,
-    key: Tensor,
-    low: int,
-    high: int,
-    left: int,
-    right: int,
-    scaling: float,
-    softcap: float | None,
-    buffer: Tensor,
-) -> Tensor:
-    """Scores in bits of queries [low, high) against float32 keys [left, right), (b, K, G * q, k), in the buffer."""
-    K, G = _groups(query, key)
-    B, _, _, D = query.shape
-    q, k = high - low, right - left
-    rows = (query[:, :, low:high].float() * (scaling * LOG2E if softcap is None else scaling / softcap)).contiguous()
-    scores = buffer[: B * K * G * q * k].view(B * K, G * q, k)
-    columns = key[:, :, left:right].reshape(B * K, k, D)
-    torch.bmm(rows.view(B * K, G * q, D), columns.transpose(1, 2), out=scores)
-    if softcap is not None:
-        scores.tanh_().mul_(softcap * LOG2E)
-    return scores.view(B, K, G * q, k)
-
-
-def _mask(
-    low: int, high: int, left: int, right: int, window: int | None, device: torch.device, *, strict: bool = False
-) -> Tensor:
-    """Minus infinity where query [low, high) may not see key [left, right), else 0, (q, k); `strict` hides the token
-    itself too.
-    """
-    q = torch.arange(low, high, device=device)[:, None]
-    k = torch.arange(left, right, device=device)[None, :]
-    hidden = k >= q if strict else k > q
-    hidden = hidden if window is None else hidden | (k <= q - window)
-    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+def _scores(query: Tensor, key: Tensor, low: int, high: int, left: int, spec: AttentionSpec, buffer: Tensor) -> Tensor:
+    """Scores in bits of queries [low, high) against float32 keys [left, high), (b, K, G * q, k), in the buffer."""
+    (B, H, _, D), K = query.shape, key.shape[1]
+    rows, k = H // K * (high - low), high - left
+    factor = spec.scaling * LOG2E if spec.softcap is None else spec.scaling / spec.softcap
+    scaled = (query[:, :, low:high].float() * factor).contiguous()
+    scores = buffer[: B * K * rows * k].view(B * K, rows, k)
+    torch.bmm(scaled.view(B * K, rows, D), key[:, :, left:high].reshape(B * K, k, D).transpose(1, 2), out=scores)
+    if spec.softcap is not None:
+        scores.tanh_().mul_(spec.softcap * LOG2E)
+    return scores.view(B, K, rows, k)

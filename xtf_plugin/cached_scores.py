@@ -315,6 +315,15 @@ def _named(message: str, path: str, part: ScoreConfig) -> str:
     return f"{path}.{message}" if key in type(part).model_fields else message
 
 
+def frozen_scorers(config: XTFConfig, source: ScoreSource) -> dict[str, Callable[[ScoringContext, Any], Floats]]:
+    """Scorers for the later documents of a stream, by name of the score, with what the source's documents decide."""
+    context = ScoringContext(source.documents, source.tokenizer, source)
+    scorers = {name: (registry.find(part.scorer), part) for name, part in config.scores.items()}
+    return {
+        name: scorer.frozen(context, part) for name, (scorer, part) in scorers.items() if scorer.frozen is not None
+    }
+
+
 def _checked(name: str, scorer: Scorer, scores: Any, size: int, some: bool) -> Floats:
     """The scores themselves, once they are what selection can work with; `some` has to be defined."""
     owner = f"{name}: the scorer {scorer.name} of {registry.package_of(scorer.name)}"

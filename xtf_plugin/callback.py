@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from . import output, report
+
+from .cached_scores import ReferenceProvider
 from .collator import XTFDataCollator
-from .config.block import ReferenceConfig, XTFConfig
+from .config.block import XTFConfig
+from .fields import ReferenceConfig
 from .data.documents import IGNORE_INDEX, DocumentSet, collect
 from .environment import is_on
 from .errors import XTFDryRun, XTFError, XTFUserError
-from .held import check_base
 from .hosts.supported import text_tokenizer
 from .hosts.trainer import (
     TrainerHooks,
@@ -30,11 +31,12 @@ from .hosts.trainer import (
     visible_columns,
     visible_part,
 )
-from .plan import Plan, ReferenceProvider, make_plan
-from .providers import BorrowedReference, SeparateReference
+from .plan import Plan, make_plan
+from .providers import BorrowedReference, SeparateReference, loading_all_weights
 from .ranks import Ranks
-from .streaming import Stream
-from .verification import CLOSELY, PlannedDocuments, Watch
+from .report import summary, writer
+from .streaming import Stream, check_base
+from .verification import CHECKED, LabelVerifier, PlannedDocuments
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._stream = self._streaming()
         around = self._stream.around if self._stream else None
         self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._on_trained, self._metrics, around)
-        self._watch: Watch | None = None
+        self._verifier: LabelVerifier | None = None
         self._constant_metrics: dict[str, float] = {}
         self._labels = torch.zeros((), dtype=torch.int64)
         self._steps = 0
@@ -85,11 +87,12 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             return
         documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
         separate = partial(self._separate, documents)
-        provider = self._borrowed or self.ranks.each(lambda: separate(self.config.reference))
+        provider = self._borrowed or self.ranks.run_with_heartbeat(lambda: separate(self.config.reference))
         tokenizer = text_tokenizer(self.trainer)
-        plan = make_plan(
-            self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks
-        )
+        with loading_all_weights():  # here, since it may be another thread that loads
+            plan = make_plan(
+                self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks
+            )
         self._adopt(plan)
 
     def _separate(self, documents: DocumentSet, reference: ReferenceConfig) -> ReferenceProvider:
@@ -118,17 +121,17 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
         plan = stream.calibrate(trainer.train_dataset, visible_part(trainer), provider, progress=progress)
         self._adopt(plan)
-        report.tell(stream.begin(plan, rows_under_way(trainer), resumed=resumed))
+        summary.print_lines(stream.begin(plan, rows_under_way(trainer), resumed=resumed))
         assert stream.masks is not None
-        self.collator.masks, self._watch = stream.masks, Watch(stream.masks)
+        self.collator.masks, self._verifier = stream.masks, LabelVerifier(stream.masks)
 
     def _adopt(self, plan: Plan) -> None:
         """Train by this plan from here on: masks, metrics, report, and a first batch to hold against it."""
         args = self.trainer.args
         self.plan = plan
         self.collator.masks = plan.masks()
-        self._watch = Watch(PlannedDocuments(plan.documents, plan.selection.keep))
-        self._constant_metrics = report.metrics(plan)
+        self._verifier = LabelVerifier(PlannedDocuments(plan.documents, plan.selection.keep))
+        self._constant_metrics = summary.metrics(plan)
         self.ranks.from_main(lambda: self._report(Path(args.output_dir)))
         dry_run = self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN"))
         self.ranks.agree(str(dry_run).encode(), "XTF_DRY_RUN")  # or one would wait for another that has ended
@@ -144,7 +147,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         """Refuse a training whose batches do not come by: a loop of its own, or a step that somebody put back."""
         if self._borrowed is not None:
             self._borrowed.note_step()
-        if self._watch is None or not self._watch.batches:
+        if self._verifier is None or not self._verifier.batches:
             raise XTFError(
                 f"a step was made with a batch that xtf has not seen: {type(self.trainer).__name__} does not train "
                 "through its own training_step (or somebody replaced it after xtf was attached). Attach xtf last."
@@ -162,17 +165,17 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 batches,
             )
         dropped = self._dropped()
-        if dropped and self._watch is not None and self._watch.batches and not self._watch.proven:
+        if dropped and self._verifier is not None and self._verifier.batches and not self._verifier.proven:
             logger.warning(
                 "xtf: %d tokens were to be dropped, but none of them was in a batch that was held against the plan "
                 "(the first %d of %d, then every %dth): nothing has shown that the model was given the masks.",
                 dropped,
-                min(CLOSELY, self._watch.batches),
-                self._watch.batches,
-                CLOSELY,
+                min(CHECKED, self._verifier.batches),
+                self._verifier.batches,
+                CHECKED,
             )
         if self._stream is not None:
-            report.tell([self._stream.summary()])
+            summary.print_lines([self._stream.summary()])
             self._stream.close()
 
     def _dropped(self) -> int:
@@ -190,27 +193,27 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         extra = os.environ.get("XTF_SCORES_OUTPUT")
         if self.config.report is not False:
             folder = output_dir / "xtf" if self.config.report is True else Path(os.path.expanduser(self.config.report))
-            written = output.write(self.plan, tokenizer, folder, whole=bool(extra))
-            if folder / output.PAGE in written:
-                log_report(self.trainer.args.report_to, folder / output.PAGE)
+            written = writer.write(self.plan, tokenizer, folder, whole=bool(extra))
+            if folder / writer.PAGE in written:
+                log_report(self.trainer.args.report_to, folder / writer.PAGE)
         if extra and Path(extra).resolve() not in [path.resolve() for path in written]:
             try:
-                written.append(output.write_again(self.plan, tokenizer, written, Path(extra)))
+                written.append(writer.write_again(self.plan, tokenizer, written, Path(extra)))
             except OSError as error:
                 raise XTFUserError(
                     f"xtf: the score table {extra} cannot be written ({error}); name another path."
                 ) from error
-        report.show(self.plan, written)
+        summary.show(self.plan, written)
         return b""
 
     def _on_batch(self, inputs: Mapping[str, Any]) -> None:
         """Hold batches against the plan until one has shown that labels are dropped; count labels in all of them."""
-        if self.plan is None or self._watch is None:
+        if self.plan is None or self._verifier is None:
             raise XTFError("xtf is attached but scored nothing: XTFCallback was removed from the trainer's callbacks.")
         labels = inputs.get("labels")
         if labels is None:
             raise XTFError("the training batch has no `labels`; xtf masks labels and cannot mask this trainer's loss.")
-        self._watch.look(inputs)
+        self._verifier.check(inputs)
         self._labels = self._labels.to(labels.device) + (labels[..., 1:] != IGNORE_INDEX).sum()
         self._steps += 1
 

@@ -1,9 +1,9 @@
 """Attention received, recorded inside one ordinary decoder forward, whatever attention implementation the run uses.
 
 transformers lets a package register an attention function and its mask function. For the length of a pass the model's
-configs point at ours, which returns the fused kernel's output and, on the chosen layers, adds up attention received.
-Right padding plus causality needs no mask, so none is built; what a model asks of its mask beyond "causal, maybe within
-a sliding window" is refused by name, because ignoring it would give wrong scores without a sign.
+configs point at ours, which returns the attention output and, on the chosen layers, adds up attention received. Right
+padding plus causality needs no mask, so none is built; a model whose mask is more than "causal, maybe within a sliding
+window" is refused, because ignoring its mask would give wrong scores without an error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from . import attributes, kernels
+from .attributes import AttentionSpec
 from .errors import XTFError
 from .packing import Packed
 
@@ -28,7 +29,7 @@ IMPLEMENTATION = "xtf_received"
 
 @dataclass
 class Recorder:
-    """What one forward leaves behind: the sum of attention received over the chosen layers.
+    """Records one forward: the sum of attention received over the chosen layers.
 
     `plainly`: by the definition in `attributes`, on short documents only.
     """
@@ -48,30 +49,16 @@ class Recorder:
         """Attention received averaged over the chosen layers, (B, T) float32, or None if no layer was chosen."""
         return None if self.received is None else self.received / len(self.layers)
 
-    def record(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-        """Attention output of a chosen layer; what its tokens receive is added to the sum."""
-        starts = {} if self.packed is None else {"starts": self.packed.starts.to(query.device)}
-        lengths, twins = self.lengths.to(query.device), attributes if self.plainly else kernels
-        given = {name: value for name, value in options.items() if name != "longest"} if self.plainly else options
-        output: Tensor
-        output, received = twins.attention_and_received(query, key, value, lengths, start=self.start, **starts, **given)
+    def record(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        """Attention output of a chosen layer; the attention its tokens receive is added to the sum."""
+        starts = None if self.packed is None else self.packed.starts.to(query.device)
+        spec, implementation = replace(spec, start=self.start, starts=starts), attributes if self.plainly else kernels
+        found: tuple[Tensor, Tensor]
+        found = implementation.attention_and_received(query, key, value, self.lengths.to(query.device), spec)
+        output, received = found
         # layers may lie on several devices
         self.received = received if self.received is None else self.received + received.to(self.received.device)
         return output.to(query.dtype)
-
-    def samples(self, T: int) -> list[int]:
-        """Tokens whose rows of a mask are looked at; among them the last of the longest document."""
-        last = T - 1
-        if self.packed is not None:
-            last = int(self.packed.bounds[int(np.diff(self.packed.bounds).argmax()) + 1]) - 1
-        return sorted({0, T // 2, T - 1, last})
-
-    def begin(self, query: int) -> int:
-        """Where the document of this token begins; 0 in rows of one document, whose masks end there anyway."""
-        if self.packed is None:
-            return 0
-        bounds = self.packed.bounds
-        return int(bounds[np.searchsorted(bounds, query, side="right") - 1])
 
     def refuse(self, what: str) -> XTFError:
         """The error for an attention we would score wrongly."""
@@ -116,19 +103,17 @@ def received_attention(
     packed = recorder.packed
     longest = query.shape[2] if packed is None else packed.longest
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
+    spec = AttentionSpec(scaling, window, softcap)
     if packed is not None:
-        if packed.whole and not kernels.takes_packed(query, value, softcap=softcap):
+        if packed.whole and not kernels.takes_packed(query, value, spec):
             raise recorder.refuse("its packed rows would have to be taken apart for attention")
-        options |= {"offsets": packed.offsets.to(query.device), "longest": packed.longest}
+        spec = replace(spec, offsets=packed.offsets.to(query.device), longest=longest)
     index = int(getattr(module, "layer_idx", -1))
     recorder.seen.append(index)
     if window is not None:
         recorder.layer_windows.add(window)
-    if index in recorder.layers:
-        output = recorder.record(query, key, value, options)
-    else:
-        output, _ = kernels.attention(query, key, value, **options)
+    implementation = recorder.record if index in recorder.layers else kernels.attention
+    output = implementation(query, key, value, spec)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -145,18 +130,23 @@ def received_mask(
         return
     if attention_mask is not None or q_length != kv_length:
         raise recorder.refuse("it was given a padding mask")
-    device = recorder.lengths.device if recorder.packed is not None else None  # where a packed mask has its documents
+    packed = recorder.packed
+    device = recorder.lengths.device if packed is not None else None  # where a packed mask has its documents
+    bounds = np.asarray([0, q_length]) if packed is None else packed.bounds
+    last_of_longest = bounds[np.diff(bounds).argmax() + 1] - 1
+    queries = np.unique([0, q_length // 2, q_length - 1, last_of_longest])  # whose rows of the mask are looked at
+    begins = bounds[np.searchsorted(bounds, queries, side="right") - 1]  # of their documents
     zero, keys = torch.tensor(0, device=device), torch.arange(kv_length, device=device)
-    queries = recorder.samples(q_length)
-    rows = [mask_function(zero, zero, torch.tensor(query, device=device), keys) for query in queries]
+    last = torch.from_numpy(queries).to(device)[:, None]
+    rows = [mask_function(zero, zero, query[0], keys) for query in last]
     found = torch.stack([torch.as_tensor(row, device=device).expand(kv_length) for row in rows])
-    widths, last = found.sum(1), torch.tensor(queries, device=device)[:, None]
+    widths = found.sum(1)
     alike = (found == ((keys <= last) & (keys > last - widths[:, None]))).all(1)
-    told = torch.stack([widths, alike.long()]).tolist()  # one wait for the device
-    for query, width, causal in zip(queries, *told, strict=True):
+    on_cpu = torch.stack([widths, alike.long()]).tolist()  # one wait for the device
+    for reach, width, causal in zip(queries + 1 - begins, *on_cpu, strict=True):
         if not causal:
             raise recorder.refuse("its attention mask is neither causal nor a causal sliding window")
-        if width < query + 1 - recorder.begin(query):
+        if width < reach:
             recorder.mask_windows.add(width)
 
 
@@ -168,20 +158,16 @@ AttentionMaskInterface.register(IMPLEMENTATION, received_mask)
 def attention_switched(model: nn.Module) -> Iterator[None]:
     """Point every config below `model` at our attention function; put back exactly what each one held.
 
-    The configs are switched directly: `set_attn_implementation` is refused by some classes for a name that they do not
-    know.
+    Sets `_attn_implementation`, which is private: `set_attn_implementation` is refused by some classes for a name that
+    they do not know. Without the attribute no layer is recorded, and `check_recorded` raises; tests/test_scorer.py.
     """
     configs: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
-            configs[id(config)] = config
-            for name in getattr(config, "sub_configs", {}):
-                sub = getattr(config, name, None)
-                if sub is not None:
-                    configs[id(sub)] = sub
-    # setting a config also sets its sub-configs, so the state is read before anything is written and restored twice
-    # over
+            parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+            configs |= {id(part): part for part in parts if part is not None}
+    # setting a config also sets its sub-configs, so all are read before any is written, and restored twice
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
@@ -194,11 +180,11 @@ def attention_switched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recording(recorder: Recorder) -> Iterator[Recorder]:
+def recording(recorder: Recorder) -> Iterator[None]:
     """Record into `recorder` for the length of one forward."""
     token = _recorder.set(recorder)
     try:
-        yield recorder
+        yield
     finally:
         _recorder.reset(token)
 

@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__
-from .environment import installed_version
+from . import __version__, environment
 from .errors import XTFError, XTFUserError, harmless
 from .hosts.recipes import COMMANDS, Recipe, check_environment, load_recipe, off, parse_block, score_recipe
 
@@ -123,12 +122,12 @@ def show(
     ] = None,
 ) -> None:
     """Print documents with what is kept, what is dropped and why; scores first if there is no current table."""
-    from . import browse, view
+    from .report import score_table, terminal
 
-    wanted = browse.Wanted.parse(row=row, document=document, grep=grep, reason=reason)
+    wanted = terminal.Wanted.parse(row=row, document=document, grep=grep, reason=reason)
     path = _table_path(target, extra or [])
-    file = browse.open_table(path)
-    view.render_documents(browse.find(file, wanted, n, str(path)), wanted.described(), Console())
+    found = terminal.find(score_table.open_file(path), wanted, n, path)
+    terminal.render_documents(found, wanted.described(), Console())
 
 
 @app.command()
@@ -138,14 +137,12 @@ def report(
     output: Annotated[Path | None, typer.Option("--output", help="Write the page here.")] = None,
 ) -> None:
     """Print kept and dropped shares and write report.html; scores first if there is no current table."""
-    from . import browse, view
-    from .table import selector_columns
+    from .report import score_table, writer
 
     path = _table_path(target, extra or [])
-    file = browse.open_table(path)
-    pieces = browse.batches(file, ("row", "document", "position", "kept", "reason"), str(path))
-    Console().print(view.summary_table(view.summarize(pieces, selector_columns(file.schema_arrow.names))))
-    typer.echo(browse.write_report(path, output))
+    page = output or path.parent / writer.PAGE
+    Console().print(writer.write_report(score_table.read(path), page))
+    Console().print(Text(f"report: {page}"), soft_wrap=True)
 
 
 @cache_app.command("list")
@@ -207,7 +204,7 @@ def _cache_root(chosen: Path | None) -> Path:
 
 def _facts(recipe: Recipe, config: XTFConfig, hook: str) -> dict[str, str]:
     names = ("axolotl", *_DISTRIBUTIONS) if recipe.host == "axolotl" else _DISTRIBUTIONS
-    versions = [f"{name} {installed_version(name) or 'not installed'}" for name in names]
+    versions = [f"{name} {environment.installed_version(name) or 'not installed'}" for name in names]
     reference = config.reference
     selectors = ", ".join(f"{name} ({part.scorer})" for name, part in config.selectors.items())
     return {
@@ -215,7 +212,7 @@ def _facts(recipe: Recipe, config: XTFConfig, hook: str) -> dict[str, str]:
         "hook": hook,
         "versions": ", ".join([f"xtf-plugin {__version__}", *versions]),
         "preset": config.preset,
-        "attributes": ", ".join(config.attributes) or "off",
+        "attributes": ", ".join(config.scores) or "none",
         **({"selectors": selectors} if selectors else {}),
         "reference": "the model being trained, adapters off"
         if reference.model is None
@@ -241,14 +238,16 @@ def _table_path(target: Path, extra: Sequence[str]) -> Path:
 
 
 def _is_current(path: Path, target: Path, recipe: Recipe) -> bool:
-    """Whether a score table is younger than its recipe and was made with the recipe's block."""
+    """Whether a score table is of this format, younger than its recipe, and made with the recipe's block."""
     from .config.block import XTFConfig
-    from .table import read_metadata
+    from .report import score_table
 
     if not path.exists() or path.stat().st_mtime_ns < target.stat().st_mtime_ns:
         return False
-    config = XTFConfig.parse(recipe.block)
-    return config is None or read_metadata(path).get("config") in (None, config.to_dict())
+    config, about = XTFConfig.parse(recipe.block), score_table.metadata(score_table.open_file(path), path)
+    if about.get("format", score_table.FORMAT) != score_table.FORMAT:
+        return False
+    return config is None or about.get("config") in (None, config.to_dict())
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ class MaskTable:
         cls, keys: NDArray[np.uint8], offsets: NDArray[np.int64], keep: NDArray[np.bool_], best: NDArray[np.int64]
     ) -> MaskTable:
         """Build from document keys (N, 16), offsets (N + 1,) into `keep` (M,), and `best` (N,)."""
-        halves = _halves(keys)
+        flat = np.ascontiguousarray(keys).reshape(-1, KEY_BYTES)
+        halves = flat.view(">u8").reshape(-1, 2).astype(np.uint64)
         order = np.lexsort((halves[:, 1], halves[:, 0]))
         sizes = np.diff(offsets)[order]
         ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -57,28 +58,16 @@ class MaskTable:
             low = high
         return cls(halves[order], ends, np.packbits(flags), best[order].astype(np.int64))
 
-    def find(self, key: bytes) -> int:
-        """Index of a document, or -1."""
+    def lookup(self, key: bytes) -> tuple[NDArray[np.bool_], int] | None:
+        """Keep flags of a document's completion tokens and its `best`; None: it is not in the table."""
         high, low = np.frombuffer(key, dtype=">u8").astype(np.uint64)
         left, right = (int(np.searchsorted(self.keys[:, 0], high, side=side)) for side in ("left", "right"))
         at = left + int(np.searchsorted(self.keys[left:right, 1], low))
-        return at if at < right and self.keys[at, 1] == low else -1
-
-    def lookup(self, key: bytes) -> tuple[NDArray[np.bool_], int] | None:
-        """Keep flags of a document's completion tokens and its `best`; None: it is not in the table."""
-        index = self.find(key)
-        return None if index < 0 else (self.keep(index), int(self.best[index]))
-
-    def keep(self, index: int) -> NDArray[np.bool_]:
-        """Keep flags of one document's completion tokens."""
-        first, last = int(self.offsets[index]), int(self.offsets[index + 1])
+        if at == right or self.keys[at, 1] != low:
+            return None
+        first, last = int(self.offsets[at]), int(self.offsets[at + 1])
         bits = np.unpackbits(self.bits[first // 8 : (last + 7) // 8])
-        return bits[first % 8 : first % 8 + last - first].astype(bool)
-
-
-def _halves(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    flat = np.ascontiguousarray(keys).reshape(-1, KEY_BYTES)
-    return flat.view(">u8").reshape(-1, 2).astype(np.uint64)
+        return bits[first % 8 : first % 8 + last - first].astype(bool), int(self.best[at])
 
 
 class Masks(Protocol):
@@ -139,10 +128,8 @@ class XTFDataCollator:
             if keep is None or len(keep) != int(completion.sum()):
                 raise XTFError(
                     f"a training row holds a document of {len(ids)} tokens ({int(completion.sum())} with labels) that "
-                    "was not "
-                    "scored: the dataset or its preparation changed after xtf looked at it. Attach xtf after the last "
-                    "change "
-                    "to trainer.train_dataset."
+                    "was not scored: the dataset or its preparation changed after xtf read it. Attach xtf after the "
+                    "last change to trainer.train_dataset."
                 )
             positions = where.start + np.flatnonzero(completion)
             if result.spare < 0 and best >= 0:
@@ -164,9 +151,8 @@ class XTFDataCollator:
         planned, firsts = sum(row.trainable for row in rows), sum(row.firsts for row in rows)
         if not planned <= kept <= planned + firsts:  # padding-free collators blank each document's first label
             raise XTFError(
-                f"{type(self.inner).__name__} returned {kept} labels where xtf planned {planned}: this collator "
-                "builds labels "
-                "of its own. Use the trainer's default collator or one that keeps the `labels` column."
+                f"{type(self.inner).__name__} returned {kept} labels where xtf planned {planned}: this collator builds "
+                "labels of its own. Use the trainer's default collator or one that keeps the `labels` column."
             )
 
 
@@ -181,27 +167,23 @@ def _as_before(given: Any, labels: NDArray[np.int64]) -> Any:
 
 @dataclass
 class _Row:
-    """A row with its planned labels. `trainable` and `firsts`: kept labels that are predicted, and those that nothing
-    predicts because they stand first in a document. `spare`: position of the label to give back if the batch has none,
-    or -1."""
+    """A row with its planned labels."""
 
     features: dict[str, Any]
     original: Mapping[str, Any]
-    spare: int = -1
-    trainable: int = 0
-    firsts: int = 0
+    spare: int = -1  # position of the label to restore if the batch has none; -1: none
+    trainable: int = 0  # kept labels that are predicted
+    firsts: int = 0  # kept labels that nothing predicts, because they stand first in a document
 
 
 def _revive(rows: list[_Row]) -> bool:
-    """Give one label back where a batch has none that trains: its loss would be 0/0, which is nobody's loss."""
-    if any(row.trainable for row in rows):
+    """Restore one label where a batch has none that trains: its loss would be 0/0."""
+    spare = next((row for row in rows if row.spare >= 0), None)
+    if spare is None or any(row.trainable for row in rows):
         return False
-    for row in rows:
-        if row.spare >= 0:
-            row.features["labels"][row.spare] = int(row.original["labels"][row.spare])
-            row.trainable += 1
-            return True
-    return False
+    spare.features["labels"][spare.spare] = int(spare.original["labels"][spare.spare])
+    spare.trainable += 1
+    return True
 
 
 def _flatten(features: list[Any]) -> list[Mapping[str, Any]]:

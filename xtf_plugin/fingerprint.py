@@ -44,7 +44,7 @@ def weights_hash(model: nn.Module) -> str:
         if tensor.is_meta or hasattr(tensor, "ds_status"):
             raise XTFUserError(
                 f"xtf: the weight {name} is not held by this process (meta device or DeepSpeed ZeRO-3), so the "
-                "reference cannot be told from another one. Use DDP or ZeRO-2, or name a `reference.model`."
+                "reference cannot be identified. Use DDP or ZeRO-2, or name a `reference.model`."
             )
         state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         state.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
@@ -52,8 +52,10 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def weights_sample(model: nn.Module) -> bytes:
-    """Name, dtype, shape and first numbers of every unquantised parameter, hashed: tells a model whose weights were not
-    loaded, at next to no cost. Quantised ones may come out differently on another kind of device.
+    """Hash of name, dtype, shape and first numbers of every unquantised parameter.
+
+    At next to no cost it differs for a model whose weights were not loaded. Quantised weights may differ between kinds
+    of devices.
     """
     state = xxhash.xxh3_128()
     for name, tensor in model.named_parameters():
@@ -111,16 +113,15 @@ def files_facts(model: str, revision: str | None, commit: str | None) -> dict[st
     if not folder.is_dir():
         if commit is None:
             raise XTFUserError(
-                f"xtf.reference.model: the commit of {model!r} is not known: its scores could not be told from those "
-                "of another revision. Name a `revision`, or give the folder of a download."
+                f"xtf.reference.model: the commit of {model!r} is not known: another revision "
+                "would get its scores. Name a `revision`, or give the folder of a download."
             )
         return {"hub": model, "revision": revision, "commit": commit, "scorer": SCORER_VERSION}
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".py") and p.is_file())
     if not (folder / "config.json").is_file() or not any(p.suffix == ".safetensors" for p in files):
         raise XTFUserError(
             f"xtf.reference.model: {model} is a folder without config.json and weights (*.safetensors). Give the "
-            "folder "
-            "that `save_pretrained` wrote, or a hub id."
+            "folder that `save_pretrained` wrote, or a hub id."
         )
     _check_named(folder)
     hashes = {}

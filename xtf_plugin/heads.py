@@ -1,8 +1,7 @@
-"""A chunk of logits, and what it says about the targets, with as little fresh memory as can be.
+"""Statistics of a chunk of logits, with as few allocations as possible.
 
-On a CPU memory of megabytes goes back to the system whenever it is freed, and has to be mapped page by page again. For
-a chunk of logits that takes up to a fifth of the product's time, and a copy of it longer than sums over it. So products
-go into one buffer, and sums are taken in place.
+On a CPU a freed block of megabytes goes back to the system, and a new one is mapped page by page. For a chunk of logits
+that takes up to a fifth of the product's time. So products go into one buffer, and sums are taken in place.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from .data.ragged import chunks
 
 MOMENT_ELEMENTS = 1 << 19  # logits that a CPU's cache holds through several passes
 ELEMENTS = 8 << 20  # elsewhere
@@ -21,15 +22,18 @@ Head = Callable[[Tensor], Tensor]
 
 
 def reusing(head: Head, hidden: Tensor) -> Head:
-    """A head that gives what `head(rows)` gives, until it is called again: its results share one buffer.
+    """The same head, but its results share one buffer: each call overwrites the last result.
 
-    Only a linear layer on a CPU that is nothing else is taken over: no bias, no hooks, no forward of someone else's
-    (accelerate, PEFT and quantisation have theirs), no autocast. Any other head comes back as it is.
+    Replaces only a plain linear layer on a CPU: no bias, no hooks, no forward on the instance (accelerate, PEFT and
+    quantisation set theirs), no autocast. Any other head is returned unchanged.
 
     Args:
-        head: (n, D) -> (n, V); hidden: (N, D), what it will be given parts of.
+        head: (n, D) -> (n, V); hidden: (N, D), whose parts it will be called with.
     """
-    if not (isinstance(head, nn.Linear) and type(head) is nn.Linear and _untouched(head)):
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+        return head
+    # private, as PyTorch has no public way to ask for hooks; without them this raises, and tests/test_predictions.py
+    if head._forward_hooks or head._forward_pre_hooks:
         return head
     weight = head.weight
     if hidden.device.type != "cpu" or weight.device.type != "cpu" or hidden.dtype != weight.dtype:
@@ -47,36 +51,28 @@ def reusing(head: Head, hidden: Tensor) -> Head:
     return product
 
 
-def _untouched(head: nn.Linear) -> bool:
-    hooks = (head._forward_hooks, head._forward_pre_hooks)
-    return head.bias is None and "forward" not in vars(head) and not any(hooks)
-
-
 def moments(logits: Tensor, targets: Tensor, *, scale: float = 1.0, softcap: float | None = None) -> Tensor:
-    """What rows of logits (n, V) say about the targets (n,): `attributes.predictions` behind the head; (3, n) float32.
+    """`attributes.predictions` from rows of logits (n, V) instead of hidden states; (3, n) float32.
 
-    Logits in float32 are used up. Triton's twin of the same name is in `triton_moments`.
+    Overwrites logits in float32. The implementation in Triton is `triton_moments.moments`.
     """
-    elements = MOMENT_ELEMENTS if logits.device.type == "cpu" else ELEMENTS
-    rows, parts = max(1, elements // logits.shape[-1]), []
-    for low in range(0, len(targets), rows):
-        exact = logits[low : low + rows].float()
+    elements, parts = MOMENT_ELEMENTS if logits.device.type == "cpu" else ELEMENTS, []
+    for part in chunks(len(targets), max(1, elements // logits.shape[-1])):
+        exact = logits[part].float()
         if scale != 1.0:
             exact.mul_(scale)
         if softcap is not None:
             exact.div_(softcap).tanh_().mul_(softcap)
-        parts.append(_moments(exact, targets[low : low + rows]))
+        parts.append(_moments(exact, targets[part]))
     return torch.cat(parts, 1)
 
 
 def _moments(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of the targets, entropies and deviations of rows of logits, (n, V) -> (3, n) float32.
+    """`moments` of float32 logits, which are overwritten: allocating a copy would take longer than the sums.
 
     With x a logit's distance to the row's maximum and Z = sum e^x, log p = x - log Z; so the entropy is log Z - mean x,
-    and the variance mean x^2 - (mean x)^2, where "mean" weighs with e^x / Z. Distances to the maximum, and not log p,
-    because one exponential then gives all; and the mean of -x is at most the entropy, so that little cancels in the
-    variance, and all of it in float32. The logits, float32, are used up: memory for another copy would take longer to
-    come by than the sums.
+    and the variance mean x^2 - (mean x)^2, where "mean" weighs with e^x / Z. With distances to the maximum one
+    exponential gives all three; and the mean of -x is at most the entropy, so that little cancels in the variance.
     """
     peak = logits.amax(-1, keepdim=True)
     picked = logits.gather(-1, targets[:, None])[:, 0] - peak[:, 0]

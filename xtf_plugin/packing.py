@@ -1,6 +1,6 @@
-"""Documents packed one behind the other in a row, as padded batches and back: for code that knows padded batches only.
+"""Documents packed one behind the other in a row, as padded batches and back: for code that takes padded batches only.
 
-Documents of like length share a batch. One batch of all would be as wide as the longest document: one of 4,000 tokens
+Documents of similar length share a batch. A single batch would be as wide as the longest document: one of 4,000 tokens
 among two hundred of 20 would take a hundred times the memory of the row.
 
 Dimensions: n documents, L tokens of the longest, H heads, T tokens of the row.
@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .attributes import AttentionSpec
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -25,7 +27,7 @@ class Packed:
         offsets: (n + 1,) int64, where each begins, on the row's device.
         starts: (n,) int64, each one's first column of attention received that is wanted.
         bounds: `offsets` on the CPU, where looking at one waits for no device.
-        whole: refuse attention that could not take the row as it is, but would take it apart again.
+        whole: refuse attention that cannot take the row as it is, but would split it into batches again.
     """
 
     offsets: Tensor
@@ -46,8 +48,8 @@ class Packed:
 
 @dataclass(frozen=True)
 class Group:
-    """Some documents of a row: which they are (n,), their lengths (n,), where their tokens lie (n, L), which are theirs
-    and no padding (n, L).
+    """Some documents of a row: their numbers (n,), their lengths (n,), where their tokens lie, and which of these are
+    not padding, both (n, L).
     """
 
     members: Tensor
@@ -85,7 +87,7 @@ def groups(offsets: Tensor) -> list[Group]:
 def attention(
     padded: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exps of packed documents by `padded`, which has them for a batch; see `kernels.attention`."""
+    """Output and log-sum-exps of packed documents; `padded(query, key, value)` computes them for a batch."""
     output = query.new_zeros(*query.shape[:3], value.shape[-1])
     logsumexp = query.new_zeros(query.shape[:3], dtype=torch.float32)
     for group in groups(offsets):
@@ -96,18 +98,17 @@ def attention(
 
 
 def received(
-    padded: Callable[..., Tensor], query: Tensor, key: Tensor, logsumexp: Tensor, offsets: Tensor, starts: Tensor
+    padded: Callable[..., Tensor], query: Tensor, key: Tensor, logsumexp: Tensor, spec: AttentionSpec
 ) -> Tensor:
-    """Attention received in packed documents by `padded`, which has it for a batch with one start.
-
-    Arguments, shapes and result: see `attributes.attention_received`.
-    """
+    """Attention received in packed documents; `padded(query, key, lengths, spec, logsumexp)` is called for a batch."""
+    assert spec.offsets is not None
+    starts = torch.full_like(spec.offsets[1:], spec.start) if spec.starts is None else spec.starts
     found = torch.full((1, 1, query.shape[2]), float("nan"), device=query.device)
-    for group in groups(offsets):
+    for group in groups(spec.offsets):
         own = starts[group.members]
         start = min(int(own.min()), group.inside.shape[1])
         rows = [group.gather(x) for x in (query, key, logsumexp)]
-        part = padded(*rows[:2], group.lengths, start=start, logsumexp=rows[2])
+        part = padded(*rows[:2], group.lengths, spec.unpacked(start), rows[2])
         early = torch.arange(part.shape[1], device=part.device) < own[:, None]
         group.scatter(part.masked_fill(early, float("nan"))[:, None], found)
     return found[:, 0]

@@ -5,8 +5,10 @@ A provider knows the reference's fingerprint without running it, so a fully cach
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,15 +19,14 @@ from .data.documents import DocumentSet
 from .errors import XTFError, XTFUserError
 from .files import digest
 from .fingerprint import base_tensors, files_facts, model_facts, weights_hash
-from .loading import compute_dtype, free, load
 from .ranks import ALONE, Ranks
-from .reference import Reference, borrow
-from .sharded import ShardedReference
+from .reference import Reference, ShardedReference, borrow
 
 if TYPE_CHECKING:
-    from .config.block import ReferenceConfig
+    from .fields import ReferenceConfig
 
 logger = logging.getLogger(__name__)
+_LOADED_ON_ONE_RANK = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 SAMPLE_DOCUMENTS = 32  # tokenised by both tokenizers before a separate reference is trusted
 
 
@@ -46,8 +47,8 @@ class BorrowedReference:
         self.has_adapters = self.reference.model is not trainer.model
         self.sharded = ranks.size > 1 and bool(getattr(trainer, "is_fsdp_enabled", False))
         if self.sharded:  # the other ranks may hold empty weights until FSDP hands rank 0's out
-            told = ranks.from_main(lambda: json.dumps(model_facts(self.reference.model)).encode())
-            self._facts = json.loads(told)
+            facts = ranks.from_main(lambda: json.dumps(model_facts(self.reference.model)).encode())
+            self._facts = json.loads(facts)
         else:
             self._facts = model_facts(self.reference.model)
         self._precision = str(trainer.accelerator.mixed_precision)
@@ -67,14 +68,11 @@ class BorrowedReference:
 
     def description(self) -> dict[str, Any]:
         """Name and precision, for the log and the summary."""
-        base = self.reference.model
-        quantization = "nf4/fp4" if getattr(base, "is_loaded_in_4bit", False) else None
-        if getattr(base, "is_loaded_in_8bit", False):
-            quantization = "int8"
+        loaded = {bits: getattr(self.reference.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)}
         return {
             "name": self.reference.name,
             "source": "the model being trained, adapters off" if self.has_adapters else "the model being trained",
-            "quantization": quantization or "none",
+            "quantization": "int8" if loaded[8] else "nf4/fp4" if loaded[4] else "none",
             "autocast": self._precision,
             "device": self._device(),
             "weights": self._facts["weights"][:12],
@@ -99,12 +97,11 @@ class BorrowedReference:
                 "the first run (xtf `cache_dir`) and leave the block as it was, or name the base model under xtf "
                 "`reference.model`."
             )
-        plain = self.reference
+        found = self.reference
         if self.sharded:
-            root = self.trainer.model_wrapped
-            yield ShardedReference(plain.model, plain.name, plain.adapters_off, plain.autocast, root=root)
-        else:
-            yield plain
+            parts = found.model, found.name, found.adapters_off, found.autocast
+            found = ShardedReference(*parts, root=self.trainer.model_wrapped)
+        yield found
 
 
 class SeparateReference:
@@ -188,8 +185,7 @@ def check_tokenizers(ours: Any, theirs: Any, documents: DocumentSet, name: str) 
         if getattr(ours, special) != getattr(theirs, special):
             raise XTFUserError(
                 f"xtf.reference.model: {special} is {getattr(theirs, special)} in {name} and {getattr(ours, special)} "
-                "in the "
-                f"training tokenizer. {hint}"
+                f"in the training tokenizer. {hint}"
             )
     step = max(1, len(documents) // SAMPLE_DOCUMENTS)
     for index in range(0, len(documents), step):
@@ -199,3 +195,74 @@ def check_tokenizers(ours: Any, theirs: Any, documents: DocumentSet, name: str) 
                 f"xtf.reference.model: the tokenizer of {name} cuts the training text differently, for example "
                 f"{text[:80]!r}. {hint}"
             )
+
+
+def compute_dtype(config: ReferenceConfig, device: torch.device) -> torch.dtype:
+    """The precision in which a 4-bit reference multiplies: as configured, else bfloat16 where the device has it."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load(config: ReferenceConfig, device: torch.device) -> Reference:
+    """Load the separate reference that `reference.model` names.
+
+    Raises:
+        XTFUserError: it cannot be loaded; the message carries the loader's own.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    quantization: Any = None
+    if config.quantization in ("nf4", "fp4"):
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.quantization,
+            bnb_4bit_compute_dtype=compute_dtype(config, device),
+        )
+    elif config.quantization == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            quantization_config=quantization,
+            dtype=dtype or "auto",
+            device_map={"": device},
+            use_safetensors=True,  # the other format is a pickle
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise XTFUserError(
+            f"xtf.reference.model: {config.model!r} could not be loaded: {error}\n"
+            "Give a folder written by save_pretrained or the hub id of a causal language model."
+        ) from error
+    return Reference(model, str(config.model))
+
+
+@contextmanager
+def loading_all_weights() -> Iterator[None]:
+    """Have models that are loaded inside get all their weights on every rank.
+
+    With FSDP's cpu_ram_efficient_loading, transformers leaves weights empty on all ranks but one, for FSDP to hand them
+    out; FSDP never wraps a separate reference. Transformers reads the setting from the environment alone, which belongs
+    to all threads: enter this on the main thread, before any other that loads.
+    """
+    before = os.environ.get(_LOADED_ON_ONE_RANK)
+    if before is None:  # off
+        yield
+        return
+    os.environ[_LOADED_ON_ONE_RANK] = "false"
+    try:
+        yield
+    finally:
+        os.environ[_LOADED_ON_ONE_RANK] = before
+
+
+def free(reference: Reference) -> None:
+    """Drop a separate reference and hand its memory back before the first training step."""
+    del reference.model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

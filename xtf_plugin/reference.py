@@ -1,31 +1,56 @@
 """The reference model that scores: the model being trained with its adapters off, or a separate quantised one.
 
-`Reference.scoring()` brings a model into the state of a scoring pass and puts back every flag it touched, so that the
+`Reference.scoring()` brings a model into the state of a scoring pass and restores every flag it touched, so that the
 first training step afterwards is the one that would have happened without it.
+
+A `ShardedReference` is split between ranks (FSDP). A rank holds a part of every weight. The wrapper gathers what a
+module needs when that module's forward begins, and what belongs to no wrapped layer (embeddings, last norm, LM head)
+only while its own forward runs. So decoder and head are called there, and each forward is a collective, of which all
+ranks run the same number; see `sharing`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from . import kernels
 from .capture import Recorder, attention_switched, check_recorded, recording
 from .errors import XTFError, XTFUserError
-from .fused import bypass_fused_kernels
-from .narrowing import last_feed_forward, only_where
 from .packing import Packed
 
 T = TypeVar("T")
 
-# LoRA initialisations that change the base weights: with the adapter off, what is left is not the base model.
-_BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
+LAYERS = ("layers", "h", "blocks")
+FEED_FORWARD = ("mlp", "feed_forward", "ffn")
+_KERNELS = "axolotl.kernels.lora"
+_PATCHES = "axolotl.monkeypatch.lora_kernels"
+_PROJECTIONS = {"apply_qkv": "original_apply_qkv_optional_v", "apply_o": "original_apply_o"}
+
+# PEFT's adapters that leave the base weights alone, as `test_scorer.TestAdapters` shows of each: with the adapter off,
+# what is left is the base model. Others may not (PiSSA and its like do not), so they are refused.
+ADAPTERS = frozenset(
+    "ADALORA ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "
+    "LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING PSOFT PVERA "
+    "P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT".split()
+)
+ADAPTER_INITS: dict[str, tuple[Any, ...]] = {
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
+    "init_weights": (
+        *(True, False, None),
+        *("gaussian", "kaiming_uniform", "xavier_uniform", "lycoris", "bat", "mini", "zero"),
+    ),
+}
 
 
 @dataclass
@@ -53,8 +78,8 @@ class Reference:
         """Whether every forward is a collective of all ranks, which must then run the same number of them."""
         return False
 
-    def whole(self, run: Callable[[], T]) -> T:
-        """What `run` gives; it runs where all of the model's own weights are at hand."""
+    def with_full_weights(self, run: Callable[[], T]) -> T:
+        """Call `run` where the model's weights are complete; returns its result."""
         return run()
 
     @property
@@ -65,8 +90,8 @@ class Reference:
     @property
     def device(self) -> torch.device:
         """Where input ids go."""
-        weight: Tensor = self.model.get_input_embeddings().weight
-        return weight.device
+        device: torch.device = self.embeddings.weight.device
+        return device
 
     @property
     def decoder(self) -> nn.Module:
@@ -75,23 +100,18 @@ class Reference:
         return decoder
 
     @property
-    def embeddings(self) -> nn.Module:
+    def embeddings(self) -> Any:
         """The input embedding layer."""
-        embeddings: nn.Module = self.model.get_input_embeddings()
-        return embeddings
+        return self.model.get_input_embeddings()
 
     def check_ids(self, highest: int) -> None:
         """Raise XTFError if a token id lies beyond the input embeddings."""
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        rows = self.embeddings.weight.shape[0]
         if highest >= rows:
             raise XTFError(
                 f"the data holds token id {highest}, but {self.name} has only {rows} embeddings. Tokenizer and model "
                 "do not belong together."
             )
-
-    def layers(self, choice: str | list[int]) -> tuple[int, ...]:
-        """Layer indices that `reasoning_importance.layers` names in this model; see `resolve_layers`."""
-        return resolve_layers(choice, self.text_config)
 
     @contextmanager
     def scoring(self, record: bool) -> Iterator[None]:
@@ -135,8 +155,8 @@ class Reference:
             layers: layers whose attention is recorded, possibly none.
             start: first column of attention received that is wanted.
             packed: where the documents of a packed row are; None: each row is one.
-            wanted: (P,) indices into the flattened rows of the states that somebody reads: the others may come out as
-                anything. None: all.
+            wanted: (P,) indices into the flattened rows of the states that are read: the others are undefined. None:
+                all are read.
             plainly: record attention by its definition, on short documents only.
 
         Returns:
@@ -145,8 +165,8 @@ class Reference:
         feed_forward = last_feed_forward(self.decoder) if self.narrows and wanted is not None else None
         with ExitStack() as stack:
             if wanted is not None:
-                told = stack.enter_context(only_where(feed_forward, wanted, input_ids.numel()))
-                stack.callback(lambda: setattr(self, "narrowed", told.happened))
+                narrowing = stack.enter_context(only_where(feed_forward, wanted, input_ids.numel()))
+                stack.callback(lambda: setattr(self, "narrowed", narrowing.happened))
             if not layers and packed is None:
                 return self._hidden(input_ids), None
             recorder = Recorder(self.name, frozenset(layers), lengths, start, packed, plainly)
@@ -176,6 +196,133 @@ class Reference:
         return kernels.predictions(hidden, head, targets, scale=scale, softcap=softcap)
 
 
+@dataclass
+class ShardedReference(Reference):
+    """A `Reference` under FSDP.
+
+    Args:
+        root: the outermost wrapper, which gathers the weights; the causal language model itself may be it (FSDP2).
+    """
+
+    root: Any = None
+
+    @property
+    def lockstep(self) -> bool:
+        """Every forward gathers weights from all ranks."""
+        return True
+
+    @contextmanager
+    def scoring(self, record: bool) -> Iterator[None]:
+        """As any reference's; afterwards no rank keeps the full weights that the root's forward leaves gathered."""
+        with super().scoring(record):
+            yield
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def with_full_weights(self, run: Callable[[], T]) -> T:
+        """Call `run` in place of the model's forward, inside the wrapper's forward; returns its result."""
+        found: list[T] = []
+
+        def forward(*_: Any, **__: Any) -> Tensor:
+            found.append(run())
+            return torch.zeros((), device=self.device)
+
+        with _forward_replaced(self.model, forward):
+            self.root(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.device))
+        return found[0]
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")  # TRL, accelerate and PEFT put theirs on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def last_feed_forward(decoder: nn.Module) -> nn.Module | None:
+    """The feed-forward module of a decoder's last layer, by the names that transformers' models give it, or None."""
+    for name in LAYERS:
+        layers = getattr(decoder, name, None)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            found = (getattr(layers[-1], part, None) for part in FEED_FORWARD)
+            return next((module for module in found if isinstance(module, nn.Module)), None)
+    return None
+
+
+@dataclass
+class Narrowed:
+    """Whether any token was left out."""
+
+    happened: bool = False
+
+
+@contextmanager
+def only_where(module: nn.Module | None, wanted: Tensor, tokens: int) -> Iterator[Narrowed]:
+    """Within this, the module computes only the `wanted` tokens, and returns 0 for the others.
+
+    For the feed-forward part of the last layer, behind which nothing reads the other tokens: two thirds of a layer. A
+    call with anything but one tensor of such tokens, and a module that returns anything but one tensor, run unchanged.
+
+    Args:
+        wanted: (P,) indices into the flattened tokens (B * T,); tokens: B * T.
+    """
+    state = Narrowed()
+    if module is None:
+        yield state
+        return
+    forward = module.forward
+
+    def narrowed(*given: Any, **options: Any) -> Any:
+        hidden = given[0] if len(given) == 1 and not options else None
+        if not isinstance(hidden, Tensor) or hidden.shape[:-1].numel() != tokens or not len(wanted):
+            return forward(*given, **options)
+        at = wanted.to(hidden.device)  # a model may be spread over devices
+        result = forward(hidden.flatten(0, -2)[at][None])
+        if not isinstance(result, Tensor):
+            return forward(hidden)
+        state.happened = True
+        output = torch.zeros(tokens, result.shape[-1], dtype=result.dtype, device=result.device)
+        return output.index_copy_(0, at, result[0]).view(*hidden.shape[:-1], -1)
+
+    with _forward_replaced(module, narrowed):
+        yield state
+
+
+@contextmanager
+def bypass_fused_kernels(model: nn.Module) -> Iterator[None]:
+    """Run the model without Axolotl's fused LoRA kernels where they do not give the base model.
+
+    They replace the forward of feed-forward parts and embeddings on each instance, and that of attention on its class.
+    With adapters off, Gemma's embeddings would lose their factor, its feed-forward parts would get the exact GELU
+    instead of the tanh approximation, and attention of a model without kernels (a separate reference) would lack the
+    two methods that the class's new forward calls. Kernels for the projections of attention are right, and stay.
+
+    Knows Axolotl's module and function names, which are private. If they change, scores of fused models differ from
+    those without kernels; tests/axolotl/test_lora_kernels.py.
+    """
+    patches = sys.modules.get(_PATCHES)
+    if patches is None:
+        yield
+        return
+    with ExitStack() as stack:
+        for module in model.modules():
+            own = vars(module)
+            if getattr(own.get("forward"), "__module__", None) == _KERNELS:
+                stack.callback(own.__setitem__, "forward", own.pop("forward"))
+            if getattr(type(module).forward, "__module__", None) != _PATCHES:
+                continue
+            for name in _PROJECTIONS.keys() - own.keys():
+                own[name] = MethodType(getattr(patches, _PROJECTIONS[name]), module)
+                stack.callback(own.pop, name)
+        yield
+
+
 def _restore(training: list[tuple[nn.Module, bool]], gradients: list[tuple[nn.Parameter, bool]]) -> None:
     for module, flag in training:
         module.training = flag
@@ -184,26 +331,32 @@ def _restore(training: list[tuple[nn.Module, bool]], gradients: list[tuple[nn.Pa
             parameter.requires_grad_(flag)
 
 
-def _rotary_state(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """What rotary embeddings hold: some types set it anew in every forward, in place, by its longest document.
+_Attributes = dict[str, tuple[Any, Tensor | None]]
 
-    For each: one of its dictionaries, what that holds, and copies of the tensors.
+
+def _rotary_state(model: nn.Module) -> list[tuple[nn.Module, _Attributes]]:
+    """Attributes of rotary embeddings, with copies of the tensors: some types change theirs in every forward, in place,
+    by its longest document.
     """
     modules = [module for module in model.modules() if hasattr(module, "rope_type")]
-    held = [part for module in modules for part in (module._buffers, vars(module))]
     return [
-        (part, dict(part), {name: value.clone() for name, value in part.items() if isinstance(value, Tensor)})
-        for part in held
+        (module, {k: (v, v.clone() if isinstance(v, Tensor) else None) for k, v in _attributes(module).items()})
+        for module in modules
     ]
 
 
-def _restore_rotary(states: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> None:
-    for part, values, copies in states:
-        for name in part.keys() - values.keys():
-            del part[name]
-        part.update(values)
-        for name, value in copies.items():
-            values[name].copy_(value)
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {**vars(module), **dict(module.named_buffers(recurse=False, remove_duplicate=False))}
+
+
+def _restore_rotary(states: list[tuple[nn.Module, _Attributes]]) -> None:
+    for module, before in states:
+        for name in _attributes(module).keys() - before.keys():
+            delattr(module, name)
+        for name, (value, copy) in before.items():
+            setattr(module, name, value)
+            if copy is not None:
+                value.copy_(copy)
 
 
 def resolve_layers(choice: str | list[int] | tuple[int, ...], text_config: Any) -> tuple[int, ...]:
@@ -256,6 +409,20 @@ def logit_transform(text_config: Any) -> tuple[float, float | None]:
     return scale, None if softcap is None else float(softcap)
 
 
+def _check_adapter(adapter: Any) -> None:
+    """Refuse a PEFT config with a type or initialisation that is not known to leave the base weights alone."""
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    found = [("peft_type", kind, tuple(sorted(ADAPTERS)))]
+    found += [(name, getattr(adapter, name), legal) for name, legal in ADAPTER_INITS.items() if hasattr(adapter, name)]
+    for name, value, legal in found:
+        if value not in legal:
+            raise XTFUserError(
+                f"xtf: an adapter with {name}={value!r} may change the base weights: the model with its adapter off is "
+                f"then not the base model. Legal: {', '.join(map(str, legal))}. Use one of them, or name the base "
+                "model under xtf `reference.model`."
+            )
+
+
 def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Reference:
     """The model being trained, adapters off, as the reference: no second copy, no extra memory.
 
@@ -264,27 +431,21 @@ def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nul
         autocast: the trainer's mixed-precision context.
 
     Raises:
-        XTFError: no LM head, or an adapter whose initialisation changed the base weights.
+        XTFError: no LM head, or an adapter of which it is not known that it leaves the base weights alone.
     """
     adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
     base = model
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise XTFUserError(
-            "xtf: this model carries adapters of transformers' own (add_adapter or an adapter folder), which cannot be "
-            "told from its base. Use peft.get_peft_model, or name the base under `reference.model`."
+            "xtf: this model carries adapters but is no PeftModel (add_adapter, or an adapter folder), so that they "
+            "cannot be turned off. Use peft.get_peft_model, or name the base under `reference.model`."
         )
     if isinstance(model, PeftModel):
         for adapter in model.peft_config.values():
-            init = getattr(adapter, "init_lora_weights", None)
-            if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-                raise XTFUserError(
-                    f"init_lora_weights={init!r} changes the base weights, so the model with its adapter off is not "
-                    "the "
-                    "base model. Name the base model under xtf `reference.model`, or use another initialisation."
-                )
+            _check_adapter(adapter)
         base = model.get_base_model()
         adapters_off = model.disable_adapter
-    name = str(getattr(base.config, "_name_or_path", "")) or type(base).__name__
+    name = str(getattr(base.config, "name_or_path", "")) or type(base).__name__
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise XTFError(f"{name} ({type(base).__name__}) has no LM head; xtf needs a causal language model.")
     return Reference(base, name, adapters_off, autocast)

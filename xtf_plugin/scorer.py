@@ -21,21 +21,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batches import ScoringStats, default_batch_tokens, plan_batches, plan_wanted
+from .batches import (
+    PROBE_TOKENS,
+    ScoringStats,
+    budget_for,
+    default_batch_tokens,
+    halved,
+    is_out_of_memory,
+    laid_out,
+    meter,
+    plan_batches,
+    plan_wanted,
+    too_little,
+)
 from .data.documents import DocumentSet
 from .errors import XTFError
-from .memory import FIRST, budget_for, halved, is_out_of_memory, meter, too_little
 from .ranks import ALONE, Ranks, exchange_results, share_out
 from .records import Records
 from .reference import Reference, rotary_switch
-from .rows import laid_out
-from .trial import check
+from .trial import WHERE_FASTER, Packing, check
 
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[Records], None]
 _Begun = deque[Callable[[], Records]]
-PACKED_WINDOWS = False  # whether to pack documents that a sliding window cuts; tests do
 LAG = {"cuda": 1}  # batches that are begun before the scores of one are waited for
 
 
@@ -51,6 +60,7 @@ def score(
     label: str = "scoring",
     ranks: Ranks = ALONE,
     others: Sink | None = None,
+    packing: Packing = WHERE_FASTER,
 ) -> ScoringStats:
     """Score the `wanted` documents and hand each batch's scores to `sink`.
 
@@ -65,6 +75,7 @@ def score(
         progress: show a bar, called by `label`.
         ranks: of the run.
         others: called with the records of other ranks; None: `sink`.
+        packing: where documents are packed into one row.
 
     Returns:
         what all ranks did together; the seconds are the slowest one's.
@@ -72,7 +83,7 @@ def score(
     Raises:
         XTFError: a single document does not fit into memory; the reference is not supported; another rank failed.
     """
-    checked = partial(check, documents, wanted, reference, layers)
+    checked = partial(check, documents, wanted, reference, layers, packing)
     if reference.lockstep:  # its forwards are collectives
         checked()
     else:
@@ -82,7 +93,7 @@ def score(
     own = wanted[rank_of == ranks.rank]
     name = f"xtf: {label}" if ranks.size == 1 else f"xtf: {label}, rank {ranks.rank} of {ranks.size}"
     bar = tqdm(total=int(documents.lengths[own].sum()), unit="tok", unit_scale=True, desc=name, disable=not progress)
-    work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)))
+    work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)), packing.windows)
     with bar, reference.scoring(record=bool(layers) or work.packs):
         if ranks.size == 1:
             for records in work.batches(own, batch_tokens):
@@ -116,12 +127,13 @@ class _Work:
         layers: tuple[int, ...],
         bar: Any,
         stats: ScoringStats,
+        windows: bool,
     ) -> None:
         self.documents, self.reference, self.layers, self.bar, self.stats = documents, reference, layers, bar, stats
         switch, window = rotary_switch(reference.text_config), getattr(reference.text_config, "sliding_window", None)
         self.apart = None if switch is None else switch[1]
         # attention takes packed rows as they are only where no window cuts a document
-        self.packs = reference.packs and (not window or int(documents.lengths.max()) <= window or PACKED_WINDOWS)
+        self.packs = reference.packs and (not window or int(documents.lengths.max()) <= window or windows)
         self._start = time.perf_counter()
 
     def batches(self, wanted: NDArray[np.int64], budget: int | None) -> Iterator[Records]:
@@ -141,7 +153,7 @@ class _Work:
     def _batches(self, wanted: NDArray[np.int64], budget: int | None, begun: _Begun) -> Iterator[Records]:
         lengths, packs = self.documents.lengths, self.packs
         gauge = meter(self.reference.device) if budget is None else None
-        budget = budget or (default_batch_tokens(self.reference.device) if gauge is None else FIRST)
+        budget = budget or (default_batch_tokens(self.reference.device) if gauge is None else PROBE_TOKENS)
         cut: dict[str, Any] = {"packed": packs, "apart": self.apart}
         pending = plan_wanted(lengths, wanted, budget, **cut)[::-1]
         while pending:
@@ -229,7 +241,7 @@ def _launch(
         found = reference.predictions(states, rows.ids.flatten()[rows.predicted])
         return found, None if received is None else received.flatten()[rows.completion].float()
 
-    predicted, received = reference.whole(run)
+    predicted, received = reference.with_full_weights(run)
 
     def collect() -> Records:
         columns = np.full((3, int(rows.offsets[-1])), np.nan, dtype=np.float32)
@@ -265,7 +277,7 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
 
             try:
                 # hooks for gradient checkpointing mark embeddings as needing grad
-                parts.append(reference.whole(run).detach().float().cpu())
+                parts.append(reference.with_full_weights(run).detach().float().cpu())
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or reference.lockstep:  # in step, the others are in the same forward
                     raise

@@ -1,7 +1,4 @@
-"""The dataset that stands in for a streamed one while it is trained on: the same rows, prepared some way ahead.
-
-It lives in the main process, beside the model. Whatever else is asked of it, the dataset behind it answers.
-"""
+"""The dataset that stands in for a streamed one while it is trained on: the same rows, prepared some way ahead."""
 
 from __future__ import annotations
 
@@ -20,8 +17,9 @@ Passed = Callable[[int], None]
 class ScoredAhead(torch.utils.data.IterableDataset[Any]):
     """Equals iterating over `inner`, with `prepare` called on every stretch of rows before its first row is yielded.
 
-    `set_epoch`, `n_shards`, `column_names` and all else are the inner dataset's. The state (`state_dict`) is the inner
-    dataset's where a stretch begins, and how many rows of it were yielded: rows that are only read ahead come again.
+    It lives in the main process, beside the model. `set_epoch`, `n_shards`, `column_names` and all else are the inner
+    dataset's. The state (`state_dict`) is the inner dataset's where a stretch begins, and how many rows of it were
+    yielded: rows that are only read ahead come again.
 
     Args:
         inner: an iterable dataset of rows with `input_ids`.
@@ -40,7 +38,7 @@ class ScoredAhead(torch.utils.data.IterableDataset[Any]):
 
     @classmethod
     def around(cls, inner: Any, *how: Any) -> ScoredAhead:
-        """With a length exactly if the inner dataset has one: trainers tell a stream without one from its absence."""
+        """With a length exactly if the inner dataset has one: trainers treat a stream with a length otherwise."""
         return (_Sized if hasattr(inner, "__len__") else cls)(inner, *how)
 
     def __iter__(self) -> Iterator[Any]:
@@ -65,12 +63,11 @@ class ScoredAhead(torch.utils.data.IterableDataset[Any]):
 
     def _stretch(self, source: Iterator[Any]) -> list[Any]:
         rows, tokens, enough = list[Any](), 0, self.tokens()
-        while tokens < enough and len(rows) < self.most:
-            row = next(source, None)
-            if row is None:
-                break
+        for row in islice(source, self.most):
             rows.append(row)
             tokens += len(row["input_ids"]) if "input_ids" in row else 0  # `prepare` refuses rows without
+            if tokens >= enough:
+                break
         return rows
 
     def __getattr__(self, name: str) -> Any:
@@ -81,8 +78,7 @@ class ScoredAhead(torch.utils.data.IterableDataset[Any]):
         return {"state_dict": self._state, "load_state_dict": self._load}.get(name, found)
 
     def _state(self) -> dict[str, Any]:
-        state, rows = self._at
-        return {"dataset": state, "rows": rows}
+        return dict(zip(("dataset", "rows"), self._at, strict=True))
 
     def _load(self, state: dict[str, Any]) -> None:
         if state["dataset"] is not None:

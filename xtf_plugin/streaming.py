@@ -1,65 +1,71 @@
 """Streamed data: thresholds from a calibration sample, then every stretch of rows is scored before it is trained on.
 
-Thresholds over a dataset need a dataset, and a stream never is one. So the first documents of the stream stand for it:
-they make an ordinary plan, whose thresholds, domain and scale are kept for all that follows.
+Thresholds over a dataset need a dataset, and a stream is none. So the first documents of the stream stand for it: they
+make an ordinary plan, whose thresholds, domain and scale are kept for all that follows. Scores are not stored: a stream
+may have no end, and looking a few documents up among millions takes longer than scoring them.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
+from .batches import ScoringStats, default_batch_tokens
+from .cached_scores import ReferenceProvider, ScoreSource, frozen_scorers, run_scorers
 from .config.block import XTFConfig
 from .config.scores import check_streamed
 from .data.documents import IGNORE_INDEX, DocumentSet, collect, document_key, split_row
+from .data.ragged import Layout
 from .errors import XTFError, XTFUserError
 from .fingerprint import base_tensors
-from .frozen import FrozenPlan
-from .held import HeldReference, random_state_kept
-from .live_masks import LiveMasks, Tally
-from .plan import NOTHING_DROPPED, Plan, ReferenceProvider, make_plan
-from .data.ragged import Layout
-from .selection.select import Selection, rule_bits
+from .live_masks import Entry, LiveMasks, Tally
+from .plan import NOTHING_DROPPED, Plan, make_plan, scores_of
+from .records import Lookup, StoredScores, column_names
+from .reference import Reference
+from .scorer import score
+from .selection.select import Selection, rule_bits, select
+from .selection.text_rules import TextRules
 from .stream_dataset import Passed, ScoredAhead
 
 logger = logging.getLogger(__name__)
 
 LOOKAHEAD_BATCHES = 4  # scoring batches read ahead: enough to sort documents by length, little enough to wait for
 LOOKAHEAD_ROWS = 1_024  # however short they are
+MAX_HALVINGS = 4  # of the batches; if memory is shorter than that, each stretch finds out again
 
 
 class Stream:
     """The documents of a streamed dataset, scored and decided on as they come.
 
-    Args:
-        config: the block.
-        tokenizer: the training tokenizer.
-
-    Attributes:
-        masks: what the collator looks documents up in; None before `begin`.
-        seconds: how long scoring and deciding has taken since `begin`.
-
-    Raises:
-        XTFUserError: see `config_selectors.check_streamed`.
+    The collator looks documents up in `masks`, which is None before `begin`. `seconds`: how long scoring and deciding
+    has taken. Raises XTFUserError for selectors that cannot be streamed, see `config.scores.check_streamed`.
     """
 
     def __init__(self, config: XTFConfig, tokenizer: Any) -> None:
-        check_streamed(config.selectors)
+        check_streamed(config.scores)
         self.config, self.tokenizer = config, tokenizer
-        self._visible: Callable[[Any], dict[str, Any]] = dict
         self.masks: LiveMasks | None = None
+        self._visible: Callable[[Any], dict[str, Any]] = dict
+        self._stack, self._reference = ExitStack(), _nothing_scored
+        self._clear()
+
+    def _clear(self) -> None:
+        self._counts: Tally = np.zeros(2 + len(self.config.scores), dtype=np.int64)
+        self._rows = self._documents = self._scored = self._halvings = self._sampled = 0
         self.seconds = 0.0
-        self._frozen: FrozenPlan | None = None
-        self._held: HeldReference | None = None
-        self._counts: Tally = np.zeros(2 + len(config.voters), dtype=np.int64)
-        self._rows = self._documents = self._sampled = 0
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def calibrate(
         self,
@@ -71,48 +77,43 @@ class Stream:
     ) -> Plan:
         """The plan of the first documents of the stream, `calibration` of them, or all if there are fewer.
 
-        Args:
-            dataset: is iterated over once, from its beginning.
-            visible: gives what of a row reaches the collator, or refuses the row.
-            provider: of the run's own reference, given the sample.
-            progress: show a bar.
+        `visible` gives what of a row reaches the collator, or refuses the row; `provider` that of the run's own
+        reference, for the sample.
         """
         self.close()
         self._visible = visible
         with random_state_kept():
             sample, whole = self._sample(dataset)
-        self._held = HeldReference(provider(sample), trained=not self.config.reference.model)
-        plan = make_plan(self.config, sample, self._held, self.tokenizer, progress=progress)
-        facts = {
-            "calibration": self.config.calibration,
-            "documents": int(sample.counts.sum()),
-            "rows": len(sample.row_offsets) - 1,
-            "whole_stream": whole,
-        }
-        return replace(plan, streaming=facts, warnings=plan.warnings if whole else _of_the_sample(plan.warnings))
+        own = provider(sample)
+        opened: Any = SimpleNamespace(fingerprint=own.fingerprint, description=own.description)
+        opened.text_config, opened.open = own.text_config, lambda: nullcontext(self._reference())  # it stays open
+        self._reference = cache(lambda: self._stack.enter_context(own.open()))
+        self._provider = opened
+        plan = make_plan(self.config, sample, opened, self.tokenizer, progress=progress)
+        facts = {"calibration": self.config.calibration, "documents": int(sample.counts.sum())}
+        facts |= {"rows": len(sample.row_offsets) - 1, "whole_stream": whole}
+        if not whole:
+            nothing = "nothing at all is dropped in the whole dataset"
+            warnings = [warning.replace(NOTHING_DROPPED, nothing) for warning in plan.warnings]
+            here = "in the calibration sample"
+            plan = replace(plan, warnings=[w.replace("in the whole dataset", here) for w in warnings])
+        return replace(plan, streaming=facts)
 
     def begin(self, plan: Plan, retained: int, *, resumed: bool) -> list[str]:
-        """Keep the plan's thresholds from here on; the reference stays open until `close`.
+        """Keep the thresholds and frozen scorers of `calibrate`'s plan, and the reference open until `close`.
 
-        Args:
-            plan: from `calibrate`.
-            retained: how many rows after its last row a document may still be asked for.
-            resumed: whether training goes on somewhere behind the stream's beginning.
-
-        Returns:
-            what to tell about it.
+        `retained`: see `LiveMasks`; `resumed`: whether training goes on somewhere behind the stream's beginning.
+        Returns notes for the user.
         """
-        assert self._held is not None
-        reference = self._held.reference()
-        with random_state_kept(reference.device):
-            self._frozen = FrozenPlan(plan, reference, self.tokenizer)
-        self.masks = LiveMasks(
-            plan.documents, plan.selection, tallies(plan.documents, plan.selection, self.config), retained
-        )
-        self._counts[:] = self._rows = self._documents = 0
+        self._clear()
+        reference = self._reference()
+        self._rules = plan.selection.rules
+        source = ScoreSource(self.config, plan.documents, self.tokenizer, self._provider)
+        with random_state_kept(reference.device), source:
+            self._frozen = frozen_scorers(self.config, source)
+        self.masks = LiveMasks(retained)
+        self._add(plan.documents, plan.selection, sample=True)
         self._sampled = 0 if resumed else len(plan.documents.row_offsets) - 1
-        self.seconds = 0.0
-        self._told.clear()
         if not self.config.reference.model:
             return []
         size = sum(tensor.numel() * tensor.element_size() for _, tensor in base_tensors(reference.model))
@@ -120,20 +121,19 @@ class Stream:
 
     def close(self) -> None:
         """Free a separate reference."""
-        self._frozen = self.masks = None
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        self.masks, self._reference = None, _nothing_scored
+        self._stack.close()
 
     def around(self, dataset: Any) -> ScoredAhead:
         """The dataset with every row scored before it is yielded."""
-        return ScoredAhead.around(dataset, self._prepare, self._tokens, LOOKAHEAD_ROWS)
+        return ScoredAhead.around(
+            dataset, self._prepare, lambda: LOOKAHEAD_BATCHES * self.batch_tokens, LOOKAHEAD_ROWS
+        )
 
     def metrics(self) -> dict[str, float]:
         """As `report.metrics`, of the rows read so far."""
-        tokens, kept, *dropped = self._counts.tolist()
+        tokens, *counts = self._counts.tolist()
         names = ("kept_fraction", *(f"dropped_by/{name}" for name in rule_bits(self.config)))
-        counts = (kept, *dropped)
         return {f"xtf/{name}": count / tokens for name, count in zip(names, counts, strict=True)} if tokens else {}
 
     @property
@@ -143,29 +143,25 @@ class Stream:
 
     def summary(self) -> str:
         """What was done, for the end of training."""
-        tokens, kept, *_ = self._counts.tolist()
-        scored = 0 if self._frozen is None else self._frozen.stats.documents
-        share = (tokens - kept) / max(tokens, 1)
+        tokens = int(self._counts[0])
         return (
-            f"streamed {self._documents:,} documents in {self._rows:,} rows and scored {scored:,} of them ahead of "
-            f"training, in {self.seconds:.1f} s; {share:.1%} of {tokens:,} completion tokens were "
-            "dropped"
+            f"streamed {self._documents:,} documents in {self._rows:,} rows and scored {self._scored:,} of them ahead "
+            f"of training, in {self.seconds:.1f} s; {self.dropped / max(tokens, 1):.1%} of {tokens:,} completion "
+            "tokens were dropped"
         )
 
-    def _tokens(self) -> int:
-        return LOOKAHEAD_BATCHES * self._ready()[0].batch_tokens
-
-    def _ready(self) -> tuple[FrozenPlan, LiveMasks]:
-        if self._frozen is None or self.masks is None:
-            raise XTFError("xtf is attached but scored nothing: XTFCallback was removed from the trainer's callbacks.")
-        return self._frozen, self.masks
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens per scoring batch: halved each time that memory ran out, up to `MAX_HALVINGS` times."""
+        chosen, device = self.config.batch_tokens, self._reference().device
+        whole = default_batch_tokens(device) if chosen == "auto" else int(chosen)
+        return max(1, whole >> min(self._halvings, MAX_HALVINGS))
 
     def _sample(self, dataset: Any) -> tuple[DocumentSet, bool]:
         """The first documents, and whether the stream ends with them."""
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(0)  # the same sample in every training run, also in a second one in this process
-        found, ended = 0, False
-        rows = iter(dataset)
+        rows, ended = iter(dataset), False
         if rows is dataset:
             raise XTFUserError(
                 f"xtf: the streamed train_dataset ({type(dataset).__name__}) is its own iterator: what is read of it "
@@ -174,15 +170,14 @@ class Stream:
             )
 
         def first() -> Iterator[Mapping[str, Any]]:
-            nonlocal found, ended
-            while found < self.config.calibration:
-                row = next(rows, None)
-                if row is None:
-                    ended = True
-                    return
-                seen = self._visible(row)
+            nonlocal ended
+            found = 0
+            for row in rows:
+                yield (seen := self._visible(row))
                 found += len(split_row(seen))
-                yield seen
+                if found >= self.config.calibration:
+                    return
+            ended = True
 
         sample = collect(first())
         if hasattr(rows, "close"):
@@ -191,34 +186,14 @@ class Stream:
 
     def _prepare(self, rows: list[Any]) -> Passed:
         """Decide on every document of the rows that is not known; see `ScoredAhead`."""
-        frozen, masks = self._ready()
+        masks = self.masks
+        assert masks is not None
         start, before = time.perf_counter(), self._rows
         self._rows += len(rows)
-        documents = [piece for row in rows for piece in split_row(self._visible(row))]
-        keyed = [(document_key(ids, completion), ids, completion) for _, ids, completion in documents]
-        self._compare({key for key, _, _ in keyed}, masks)
-        new = {}
-        for key, ids, completion in keyed:
-            if masks.seen(key, self._rows) is None:
-                if completion.any():
-                    new[key] = {"input_ids": ids, "labels": np.where(completion, ids, IGNORE_INDEX)}
-                else:
-                    masks.add_unlabelled(key, ids, len(self._counts), self._rows)
-        if new:
-            self._decide(frozen, masks, collect(new.values()))
-        for key, _, _ in keyed:
-            tally = masks.seen(key, self._rows)
-            assert tally is not None
-            self._counts += tally
-        self._documents += len(keyed)
-        self.seconds += time.perf_counter() - start
-        return lambda place: masks.forget(before + place)
-
-    def _compare(self, keys: set[bytes], masks: LiveMasks) -> None:
-        """Tell if what a training reads first is nothing of what the sample read first. No reason to stop: a stream may
-        draw its rows in another order each time.
-        """
-        if self._sampled and all(masks.seen(key, self._rows) is None for key in keys):
+        pieces = [piece for row in rows for piece in split_row(self._visible(row))]
+        keys = [document_key(ids, completion) for _, ids, completion in pieces]
+        new = {key: piece[1:] for key, piece in zip(keys, pieces, strict=True) if masks.seen(key, self._rows) is None}
+        if self._sampled and new.keys() == set(keys):  # no error: a stream may draw its rows in another order
             logger.warning(
                 "xtf: none of the first %d rows that training reads from the stream is among the %d rows that were "
                 "read for the calibration sample. If the stream can be read only once (an iterator or a connection "
@@ -228,29 +203,103 @@ class Stream:
                 self._sampled,
             )
         self._sampled = 0
+        labelled = []
+        for key, (ids, completion) in new.items():
+            if completion.any():
+                labelled.append({"input_ids": ids, "labels": np.where(completion, ids, IGNORE_INDEX)})
+            else:  # nothing to decide
+                parts = ids.astype(np.int32), completion.copy(), np.zeros(0, dtype=bool)
+                masks.add(key, Entry(*parts, -1, np.zeros_like(self._counts)))
+        if labelled:
+            self._decide(collect(labelled))
+        for key in keys:
+            if (tally := masks.seen(key, self._rows)) is not None:
+                self._counts += tally
+        self._documents += len(keys)
+        self.seconds += time.perf_counter() - start
+        return lambda place: masks.forget(before + place)
 
-    def _decide(self, frozen: FrozenPlan, masks: LiveMasks, documents: DocumentSet) -> None:
-        assert self._held is not None
-        self._held.check()
-        with random_state_kept(frozen.reference.device):
-            selection = frozen.select(documents)
-        for told in frozen.warnings:
-            kind = re.sub(r"\d+", "", told)  # one telling of each; the next stretch would bring other numbers
-            if kind not in self._told:
-                self._told.add(kind)
-                logger.warning("xtf: in a stretch of the stream (and perhaps in others): %s", told)
-        masks.add(documents, selection, tallies(documents, selection, self.config), self._rows)
+    def _decide(self, documents: DocumentSet) -> None:
+        reference = self._reference()
+        if not self.config.reference.model:
+            check_base(reference.model)
+        with random_state_kept(reference.device):
+            selection, warnings = self._select(documents, reference)
+        for warning in warnings:
+            kind = re.sub(r"\d+", "", warning)  # each once; the next stretch would bring other numbers
+            if kind not in self._warned:
+                self._warned.add(kind)
+                logger.warning("xtf: in a stretch of the stream (and perhaps in others): %s", warning)
+        self._add(documents, selection)
+
+    def _select(self, documents: DocumentSet, reference: Reference) -> tuple[Selection, list[str]]:
+        """Equals the selection of `make_plan`, with thresholds and frozen scorers of the calibration sample."""
+        text = TextRules.find(self.config, documents, self.tokenizer)
+        source = _StreamSource(self.config, documents, self.tokenizer, reference, self.batch_tokens)
+        values = run_scorers(self.config, source, text, self._frozen)
+        scores = scores_of(documents, source.known, values)
+        selection = select(scores, self.config, text.protected, text.forced, text.segments, self._rules)
+        self._scored += source.stats.documents
+        self._halvings += source.stats.halvings + source.excerpts.halvings
+        return selection, source.warnings + selection.warnings
+
+    def _add(self, documents: DocumentSet, selection: Selection, *, sample: bool = False) -> None:
+        """Keep masks of the documents, with a tally of each one's tokens (2 + voters,): all, kept, dropped by each."""
+        assert self.masks is not None
+        layout = Layout(documents.completion_offsets, documents.counts)
+        dropped = [((selection.reasons & bit) > 0) & ~selection.keep for bit in rule_bits(self.config).values()]
+        counts = [layout.lengths, layout.count(selection.keep), *(layout.count(flags) for flags in dropped)]
+        self.masks.add_all(documents, selection, np.stack(counts, axis=1).astype(np.int64), sample=sample)
 
 
-def _of_the_sample(warnings: list[str]) -> list[str]:
-    """What a plan of the whole dataset would tell, of a sample of it."""
-    told = ["nothing at all is dropped in the calibration sample" if w == NOTHING_DROPPED else w for w in warnings]
-    return [warning.replace("in the whole dataset", "in the calibration sample") for warning in told]
+class _StreamSource(ScoreSource):
+    """The run's own reference on a few documents; nothing is looked up or kept."""
+
+    whole = False
+
+    def __init__(
+        self, config: XTFConfig, documents: DocumentSet, tokenizer: Any, reference: Reference, budget: int
+    ) -> None:
+        provider: Any = SimpleNamespace(text_config=lambda: reference.text_config)
+        super().__init__(config, documents, tokenizer, provider)
+        self.reference, self.budget = reference, budget
+
+    def _scored(
+        self, provider: Any, documents: DocumentSet, layers: tuple[int, ...]
+    ) -> tuple[StoredScores, dict[str, Any], ScoringStats, int]:
+        sizes = np.diff(documents.completion_offsets)
+        lookup = Lookup(documents.keys, sizes, column_names(attention=bool(layers)))
+        wanted = np.flatnonzero(sizes > 0)
+        stats = score(documents, wanted, self.reference, layers, lookup.take, batch_tokens=self.budget, progress=False)
+        return lookup.scores, {}, stats, 0
+
+    def _check(self, scores: StoredScores, about: dict[str, Any], prefix: str = "") -> None:
+        """The sample was checked; in a few documents all scores may well be undefined."""
 
 
-def tallies(documents: DocumentSet, selection: Selection, config: XTFConfig) -> Tally:
-    """Counts of each document's completion tokens, (N, 2 + voters): all, kept, and dropped by each voter."""
-    layout = Layout(documents.completion_offsets, documents.counts)
-    dropped = [((selection.reasons & bit) > 0) & ~selection.keep for bit in rule_bits(config).values()]
-    counts = [layout.lengths, layout.count(selection.keep), *(layout.count(flags) for flags in dropped)]
-    return np.stack(counts, axis=1).astype(np.int64)
+def check_base(model: nn.Module) -> None:
+    """Refuse a model whose base weights are trained (XTFUserError): it is the reference throughout a streamed run."""
+    trained = [name for name, tensor in base_tensors(model) if tensor.requires_grad]
+    if trained:
+        raise XTFUserError(
+            f"xtf: the training data is streamed, so scoring goes on while the model is trained, but training changes "
+            f"its base weights ({trained[0]} and {len(trained) - 1} more): scores would drift. Name the base model "
+            "under xtf `reference.model`, train adapters alone (use_peft, no `bias`), or do not stream."
+        )
+
+
+@contextmanager
+def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Put all random states back at the end, so that training draws the same numbers as without XTF."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [device] if device is not None and device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _nothing_scored() -> Reference:
+    raise XTFError("xtf is attached but scored nothing: XTFCallback was removed from the trainer's callbacks.")

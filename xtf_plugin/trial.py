@@ -18,28 +18,49 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
+from .batches import is_out_of_memory, too_little
 from .data.documents import DocumentSet
 from .errors import XTFError
-from .memory import is_out_of_memory, too_little
-from .narrowing import last_feed_forward
 from .packing import Packed
-from .reference import Reference, rotary_switch
+from .reference import Reference, last_feed_forward, rotary_switch
 
 logger = logging.getLogger(__name__)
 
-PACKED_ON = ("cuda",)  # devices whose attention takes packed rows as they are; elsewhere padding costs less
-TAKEN_APART = False  # whether to pack rows for attention that would take them apart again; tests do
 CHECK_TOKENS = 128  # length of the document on which the reference is held against its own forward
 ROUNDING = 1e-4  # what scores may move by in any case, and ...
 TIMES = 3.0  # ... by how many times as much as between two forwards that are equal but for rounding
 CANNOT = (XTFError, TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 
 
-def check(documents: DocumentSet, wanted: NDArray[np.int64], reference: Reference, layers: tuple[int, ...]) -> None:
+@dataclass(frozen=True)
+class Packing:
+    """Where documents are packed into one row; elsewhere rows are padded, which costs less there.
+
+    Args:
+        devices: types of devices whose attention takes packed rows as they are.
+        apart: also for attention that takes the rows apart again.
+        windows: also documents that are longer than a sliding window.
+    """
+
+    devices: tuple[str, ...] = ("cuda",)
+    apart: bool = False
+    windows: bool = False
+
+
+WHERE_FASTER = Packing()
+
+
+def check(
+    documents: DocumentSet,
+    wanted: NDArray[np.int64],
+    reference: Reference,
+    layers: tuple[int, ...],
+    packing: Packing = WHERE_FASTER,
+) -> None:
     """Refuse a reference that cannot score these documents, and hold it against its own forward on the start of one.
 
     Args:
-        documents, wanted, layers: see `scorer.score`.
+        documents, wanted, layers, packing: see `scorer.score`.
 
     Raises:
         XTFError: ids beyond its vocabulary, rotary embeddings that follow the data, no room for this one document; or
@@ -63,7 +84,7 @@ def check(documents: DocumentSet, wanted: NDArray[np.int64], reference: Referenc
         ids, _ = documents.document(int(wanted[np.minimum(documents.lengths[wanted], CHECK_TOKENS).argmax()]))
         sample = torch.from_numpy(ids[:CHECK_TOKENS].astype(np.int64)).to(reference.device)
         try:
-            against_own_forward(reference, sample, 0.1 if _low_precision(reference) else 1e-3, layers)
+            against_own_forward(reference, sample, 0.1 if _low_precision(reference) else 1e-3, layers, packing)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or isinstance(error, XTFError):
                 raise
@@ -77,18 +98,24 @@ def _in_8_bits(reference: Reference) -> bool:
 
 def _low_precision(reference: Reference) -> bool:
     """Whether any part of the forward runs in 16 bits; QLoRA keeps norms in float32 around a bfloat16 product."""
-    if _in_8_bits(reference):  # its inputs are float16, whatever the model's dtype
-        return True
     low = (torch.float16, torch.bfloat16)
     with reference.autocast():
-        if torch.is_autocast_enabled(reference.device.type):
-            return True
-    if any(parameter.dtype in low for parameter in reference.model.parameters()):
-        return True
-    return any(getattr(module, "compute_dtype", None) in low for module in reference.model.modules())
+        autocast = torch.is_autocast_enabled(reference.device.type)
+    return (
+        autocast
+        or _in_8_bits(reference)  # its inputs are float16, whatever the model's dtype
+        or any(parameter.dtype in low for parameter in reference.model.parameters())
+        or any(getattr(module, "compute_dtype", None) in low for module in reference.model.modules())
+    )
 
 
-def against_own_forward(reference: Reference, input_ids: Tensor, tolerance: float, layers: tuple[int, ...]) -> None:
+def against_own_forward(
+    reference: Reference,
+    input_ids: Tensor,
+    tolerance: float,
+    layers: tuple[int, ...],
+    packing: Packing = WHERE_FASTER,
+) -> None:
     """Hold our log-probabilities against those of the model's own forward and attention, on one short document, and
     attention received against its definition.
 
@@ -120,43 +147,42 @@ def against_own_forward(reference: Reference, input_ids: Tensor, tolerance: floa
 
     # In 8 bits a change of the last bit can move a value by a whole step: how far, the model's own forward says.
     with reference.scoring(record=bool(layers)):
-        ours, theirs = reference.whole(lambda: (run(False), own()))
-        plain = reference.whole(lambda: run(True)) if layers else ours
+        ours, theirs = reference.with_full_weights(lambda: (run(False), own()))
+        plain = reference.with_full_weights(lambda: run(True)) if layers else ours
         theirs = theirs.to(ours.logprobs.device)
-        other = reference.whole(lambda: own("sdpa")) if _in_8_bits(reference) else theirs
+        other = reference.with_full_weights(lambda: own("sdpa")) if _in_8_bits(reference) else theirs
         rounding = _mean_gap(other.to(theirs.device), theirs)
     _check_log_probabilities(reference, ours.logprobs, theirs, max(tolerance, TIMES * rounding))
     _check_attention(reference, ours.received, plain.received, tolerance)
     if not reference.lockstep:  # what one rank tries all would have to
         equal = _Given(theirs, plain.received)  # equal but for rounding: how much it does, it does to shortcuts too
-        _try_shortcuts(reference, input_ids, ours, ours.gap(equal), layers)
+        _try_shortcuts(reference, input_ids, ours, ours.gap(equal), layers, packing)
     reference.checked |= {part, "log-probabilities"}
 
 
 @dataclass(frozen=True)
 class _Given:
-    """What a forward says of a document: log-probabilities of all tokens but the first, and what the tokens receive."""
+    """Log-probabilities of all tokens of a document but the first, and the attention that its tokens receive."""
 
     logprobs: Tensor
     received: Tensor | None
 
     @classmethod
     def of(cls, reference: Reference, hidden: Tensor, ids: Tensor, received: Tensor | None) -> _Given:
-        """From the states (T, D) of a document (T,), and attention received (1, T)."""
+        """From states (T, D), token ids (T,) and attention received (1, T)."""
         found = reference.predictions(hidden[:-1], ids[1:])[0]
         return cls(found, None if received is None else received[0].float())
 
     def gap(self, other: _Given) -> float:
         """The largest difference; infinite where one is undefined and the other is not."""
-        pairs = [(self.logprobs, other.logprobs)]
-        if self.received is not None and other.received is not None:
-            pairs.append((self.received, other.received))
-        gaps = [0.0]
-        for one, two in pairs:
+        gap = 0.0
+        for one, two in ((self.logprobs, other.logprobs), (self.received, other.received)):
+            if one is None or two is None or not len(one):
+                continue
             if not torch.equal(one.isnan(), two.isnan()):
                 return float("inf")
-            gaps.append(float((one - two).nan_to_num().abs().max()) if len(one) else 0.0)
-        return max(gaps)
+            gap = max(gap, float((one - two).nan_to_num().abs().max()))
+        return gap
 
 
 def _mean_gap(one: Tensor, two: Tensor) -> float:
@@ -190,7 +216,9 @@ def _check_attention(reference: Reference, ours: Tensor | None, plain: Tensor | 
         )
 
 
-def _try_shortcuts(reference: Reference, ids: Tensor, ours: _Given, rounding: float, layers: tuple[int, ...]) -> None:
+def _try_shortcuts(
+    reference: Reference, ids: Tensor, ours: _Given, rounding: float, layers: tuple[int, ...], packing: Packing
+) -> None:
     """Take the shortcuts that give `ours` of the document `ids` (T,), but for a few times the `rounding`."""
     stranger = ids.flip(0)  # a document that tells another one nothing, as far as that can be had from it
     length = torch.tensor([len(ids)] * 2, device=ids.device)
@@ -213,7 +241,7 @@ def _try_shortcuts(reference: Reference, ids: Tensor, ours: _Given, rounding: fl
         row = torch.cat([stranger[: 1 + len(ids) // 3], ids, stranger])
         bounds = np.asarray([0, 1 + len(ids) // 3, len(row) - len(ids), len(row)])
         offsets = torch.from_numpy(bounds).to(ids.device)
-        packed = Packed(offsets, torch.zeros_like(offsets[1:]), bounds, whole=not TAKEN_APART)
+        packed = Packed(offsets, torch.zeros_like(offsets[1:]), bounds, whole=not packing.apart)
         hidden, received = reference.forward(row[None], offsets.diff(), layers, packed=packed)
         here = slice(int(bounds[1]), int(bounds[2]))
         return _Given.of(reference, hidden[0, here], ids, None if received is None else received[:, here]), ours
@@ -221,7 +249,7 @@ def _try_shortcuts(reference: Reference, ids: Tensor, ours: _Given, rounding: fl
     if last_feed_forward(reference.decoder) is not None:
         reference.narrows = True
         reference.narrows = _same(reference, narrow, rounding, bool(layers), "narrowing its last layer")
-    if ids.device.type in PACKED_ON:
+    if ids.device.type in packing.devices:
         reference.packs = _same(reference, pack, rounding, True, "packed rows")
 
 
@@ -231,7 +259,7 @@ def _same(
     """Whether a shortcut gives the same, by the largest difference: a leak may show at one token alone."""
     try:
         with reference.scoring(record=record):
-            found, expected = reference.whole(run)
+            found, expected = reference.with_full_weights(run)
     except CANNOT as error:
         logger.info("xtf: %s is scored without %s: %s", reference.name, what, error)
         return False

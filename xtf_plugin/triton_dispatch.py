@@ -1,7 +1,6 @@
-"""Whether Triton's twins run: on a CUDA device, where Triton is installed and compiles; everywhere else torch's do.
+"""Runs the Triton implementations on CUDA devices where Triton is installed and compiles; elsewhere PyTorch's run.
 
-Scoring must not fail for want of a compiler. What it costs is time, so one warning tells it; running out of memory is
-the caller's to deal with and is passed on.
+A missing compiler costs time, not the run: it is logged as one warning. Running out of memory is raised.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 1024  # bytes of a head's row: a block of 32 columns and two of 32 queries take 96 KB then
-_broken: set[str] = set()  # twins that failed in this process, and are not tried again
+_broken: set[str] = set()  # implementations that failed in this process, and are not tried again
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether Triton's twins can take this tensor: on older GPUs Triton may end the process where it should refuse."""
+    """Whether Triton can take this tensor: on older GPUs it may end the process where it should raise."""
     if tensor.device.type != "cuda" or tensor.dtype not in DTYPES or _triton() is None:
         return False
     return torch.version.cuda is not None and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
@@ -35,17 +34,17 @@ def head_fits(query: Tensor) -> bool:
 
 
 def attempt(name: str, tensor: Tensor, *arguments: Any, **options: Any) -> Tensor | None:
-    """What Triton's twin `name` gives, or None where torch has to do it.
+    """The result of the Triton implementation `name`, or None where PyTorch has to compute it.
 
     Raises:
         torch.OutOfMemoryError, RuntimeError: the device is out of memory.
     """
-    twins = _triton() if name not in _broken and usable(tensor) else None
-    if twins is None:
+    implementations = _triton() if name not in _broken and usable(tensor) else None
+    if implementations is None:
         return None
     try:
-        result: Tensor = getattr(twins, name)(tensor, *arguments, **options)
-    except twins.FAILURES as error:
+        result: Tensor = getattr(implementations, name)(tensor, *arguments, **options)
+    except implementations.FAILURES as error:
         if "out of memory" in str(error).lower() or "CUDA error" in str(error):  # the latter of an earlier kernel
             raise
         _broken.add(name)

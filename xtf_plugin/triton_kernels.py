@@ -1,10 +1,12 @@
-"""Triton twins of `kernels.py` for CUDA devices: same names, no score and no float32 logit ever leaves the chip.
+"""`kernels.attention_received` in Triton for CUDA devices: no score ever leaves the chip.
 
-The torch twins write blocks of scores to memory and read them again, several times over; on a GPU that traffic, and not
-the arithmetic, is what scoring all layers would cost. Importing this module imports Triton; `triton_dispatch` does so.
+In PyTorch blocks of scores are written to memory and read again several times; on a GPU that traffic, and not the
+arithmetic, would be the cost of scoring all layers. Importing this module imports Triton; `triton_dispatch` does so.
 
 Every sum is taken in one order that depends on shapes and block sizes alone, without atomics: the same call gives the
-same bits. Left out: gradients, which scoring has no use for, and attention itself, for which torch brings kernels.
+same bits. The best block sizes depend on head size, dtype, window and GPU. They are timed once for each of these and a
+rough length, not for every length, and cached on disk: other block sizes add in another order and so give other last
+bits.
 
 Dimensions: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head size, n documents.
 """
@@ -15,7 +17,7 @@ Dimensions: B batch, T tokens, H query heads, K key/value heads, G = H / K, D he
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,9 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
-from .attributes import one_row
+from .attributes import AttentionSpec
 from .triton_moments import moments, tanh
-from .triton_tiles import INTERPRETED, reach, timed
 
 __all__ = ["attention_received", "moments"]
 
@@ -34,20 +35,14 @@ FAILURES = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)  # o
 LOG2E = tl.constexpr(1.4426950408889634)
 LOOKUP = tl.constexpr(128)  # documents looked through at a time for the one that a program works on
 PROGRAMS_PER_PROCESSOR = 4  # fewer would leave processors idle: heads are then split between programs
-WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's dot takes the bits of a bfloat16 for an integer
+TILE_BYTES = 96 << 10  # shared memory that the tiles may take; consumer GPUs have 99 KB
+
+# block sizes of queries and keys, warps, pipeline stages; the last one fits everywhere, the first is taken untimed
+TILES = [(64, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3), (128, 128, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
 
 
 @triton.jit
-def _locate(
-    program,
-    extents,
-    starts,
-    documents,
-    start,
-    PACKED: tl.constexpr,
-    STARTS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _locate(program, lengths, starts, documents, BLOCK_K: tl.constexpr):
     """The document that a program works on, how many blocks earlier documents have, and how many there are.
 
     Programs are numbered through all documents' blocks of wanted columns. How many a document has only the device
@@ -59,15 +54,8 @@ def _locate(
     for low in range(0, documents, LOOKUP):
         each = low + tl.arange(0, LOOKUP)
         known = each < documents
-        if PACKED:
-            lengths = tl.load(extents + each + 1, mask=known, other=0) - tl.load(extents + each, mask=known, other=0)
-        else:
-            lengths = tl.load(extents + each, mask=known, other=0)
-        if STARTS:
-            columns = lengths.to(tl.int32) - 1 - tl.load(starts + each, mask=known, other=0).to(tl.int32)
-        else:
-            columns = lengths.to(tl.int32) - 1 - start
-        blocks = (tl.maximum(columns, 0) + BLOCK_K - 1) // BLOCK_K
+        columns = tl.load(lengths + each, mask=known, other=0) - 1 - tl.load(starts + each, mask=known, other=0)
+        blocks = (tl.maximum(columns.to(tl.int32), 0) + BLOCK_K - 1) // BLOCK_K
         end = total + tl.cumsum(blocks, 0)
         passed = known & (end <= program)
         document += tl.sum(passed.to(tl.int32), 0)
@@ -76,10 +64,49 @@ def _locate(
     return document, before, total
 
 
-@timed
+def reach(length: int) -> int:
+    """The rough length by which block sizes are cached; up to 128: the one document that a model is checked on."""
+    return sum(length > bound for bound in (128, 512, 2048))
+
+
+def fitting(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
+    """The configs that fit; only the first of them under `torch.use_deterministic_algorithms`."""
+    size = arguments["query"].element_size()
+    if size == 4:  # exact float32 products have no tensor cores: larger tiles spill registers
+        return configs[-1:]
+
+    def tiles(config: Any) -> int:
+        blocks = config.kwargs["BLOCK_K"] + config.num_stages * config.kwargs["BLOCK_Q"]
+        return int(blocks * constants["D_PADDED"] * size)
+
+    found = [config for config in configs if tiles(config) <= TILE_BYTES] or configs[-1:]
+    return found[:1] if torch.are_deterministic_algorithms_enabled() else found
+
+
+def milliseconds(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+    """The median of five runs, for every quantile: Triton's own timer takes 256 MB, which a GPU in use may not have."""
+    call()
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return [sorted(times)[2]] * len(quantiles)
+
+
+@triton.autotune(
+    [triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=warps, num_stages=stages) for q, k, warps, stages in TILES],
+    key=["D_PADDED", "WINDOWED", "reach"],  # and, by Triton, all dtypes
+    prune_configs_by={"early_config_prune": fitting},
+    do_bench=milliseconds,
+    cache_results=True,
+)
 @triton.jit(
     do_not_specialize=[
-        *("documents", "start", "window", "heads", "kv_heads", "kv_share", "group_share", "group_splits", "reach"),
+        *("documents", "window", "heads", "kv_heads", "kv_share", "group_share", "group_splits", "reach"),
         *("lse_b", "lse_h", "sums_s", "sums_b"),
     ]
 )
@@ -88,10 +115,10 @@ def _received(
     key,  # (B, K, T, D)
     logsumexp,  # (B, H, T) float32
     sums,  # (splits, B, T) float32
-    extents,  # (n,) lengths, or with PACKED (n + 1,) offsets
-    starts,  # (n,) first columns wanted, with STARTS
+    lengths,  # (n,)
+    begins,  # (n,) where documents begin in their row
+    starts,  # (n,) first columns wanted, counted from there
     documents,  # n
-    start,
     window,
     heads,
     kv_heads,
@@ -115,29 +142,18 @@ def _received(
     G: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
-    PACKED: tl.constexpr,
-    STARTS: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     program = tl.program_id(0)
-    document, before, total = _locate(program, extents, starts, documents, start, PACKED, STARTS, BLOCK_K)
+    document, before, total = _locate(program, lengths, starts, documents, BLOCK_K)
     if program >= total:
         return
-    extent = tl.load(extents + document).to(tl.int64)
-    if PACKED:
-        begin = extent
-        length = (tl.load(extents + document + 1).to(tl.int64) - begin).to(tl.int32)
-    else:
-        begin = extent * 0
-        length = extent.to(tl.int32)
-    left = (program - before) * BLOCK_K
-    if STARTS:
-        left += tl.load(starts + document).to(tl.int32)
-    else:
-        left += start
+    begin = tl.load(begins + document)
+    length = tl.load(lengths + document).to(tl.int32)
+    left = (program - before) * BLOCK_K + tl.load(starts + document).to(tl.int32)
     right = length  # queries behind it see none of the columns
     if WINDOWED:
         right = tl.minimum(length, left + BLOCK_K - 1 + window)
@@ -158,8 +174,6 @@ def _received(
     key += first_kv.to(tl.int64) * key_h
     for kv in range(first_kv, tl.minimum(first_kv + kv_share, kv_heads)):
         k = tl.load(key, mask=key_mask, other=0.0)
-        if WIDEN:
-            k = k.to(tl.float32)
         for step in range(0, members * blocks_q):  # one loop over heads and queries keeps the pipeline full
             head = (kv * G + first_member + step // blocks_q).to(tl.int64)
             q = left + 1 + (step % blocks_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -169,8 +183,6 @@ def _received(
                 mask=real[:, None] & inside_d[None, :],
                 other=0.0,
             )
-            if WIDEN:
-                rows = rows.to(tl.float32)
             lse = tl.load(logsumexp + head * lse_h + q.to(tl.int64) * lse_t, mask=real, other=0.0)
             bias = tl.where(real, tl.log2(q + 1.0) - lse * LOG2E, float("-inf"))
             scores = tl.dot(k, tl.trans(rows), input_precision="ieee") * factor  # (BLOCK_K, BLOCK_Q)
@@ -190,40 +202,34 @@ def _received(
     )
 
 
-def attention_received(
-    query: Tensor,
-    key: Tensor,
-    lengths: Tensor,
-    *,
-    scaling: float,
-    start: int = 0,
-    window: int | None = None,
-    softcap: float | None = None,
-    logsumexp: Tensor,
-    offsets: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> Tensor:
-    """Triton twin of `kernels.attention_received`; the row log-sum-exps must be given.
+def attention_received(query: Tensor, key: Tensor, lengths: Tensor, spec: AttentionSpec, logsumexp: Tensor) -> Tensor:
+    """Triton implementation of `kernels.attention_received`; the row log-sum-exps must be given.
 
     A program owns one block of one document's columns, goes through the queries behind it of all its heads, and writes
     once. Where that makes too few programs, heads are split between several, whose parts are then added up.
 
-    Arguments, shapes and result: see `attributes.attention_received`. A last dimension with gaps is copied; any other
-    layout is read as it lies.
+    A last dimension with gaps is copied; any other layout is read as it lies.
     """
     (B, H, T, D), K = query.shape, key.shape[1]
-    packed = offsets is not None
-    if packed:
-        one_row(query)
+    spec.check_rows(query)
+    packed, device = spec.offsets is not None, query.device
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
-    columns = max(0, T - (0 if packed else start + 1))
-    kv_splits, group_splits = _splits(B * triton.cdiv(columns, 64), K, H // K, query.device)
-    sums = torch.full((kv_splits * group_splits, B, T), float("nan"), dtype=torch.float32, device=query.device)
-    extents = (lengths if offsets is None else offsets).to(query.device).contiguous()
-    starts = None if starts is None else starts.to(query.device).contiguous()
-    documents = len(extents) - packed
+    columns = max(0, T - (0 if packed else spec.start + 1))
+    kv_splits, group_splits = _splits(B * triton.cdiv(columns, 64), K, H // K, device)
+    sums = torch.full((kv_splits * group_splits, B, T), float("nan"), dtype=torch.float32, device=device)
+    if spec.offsets is not None:
+        begins, lengths = spec.offsets[:-1].to(device, torch.int64), spec.offsets.diff()
+    else:
+        begins = torch.zeros(B, dtype=torch.int64, device=device)
+    lengths = lengths.to(device, torch.int64).contiguous()
+    starts = torch.full_like(lengths, spec.start) if spec.starts is None else spec.starts.to(device, torch.int64)
+    documents = len(lengths)
     if columns == 0 or documents == 0:
         return sums[0]
+
+    factors = (spec.scaling * LOG2E.value, 0.0)
+    if spec.softcap is not None:
+        factors = (spec.scaling / spec.softcap, spec.softcap * LOG2E.value)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:  # packed: a document ends in the middle of a block
         blocks: int = triton.cdiv(columns, meta["BLOCK_K"])
@@ -231,19 +237,17 @@ def attention_received(
 
     with torch.cuda.device_of(query):  # Triton launches on the current device, whatever its arguments lie on
         _received[grid](
-            *(query, key, logsumexp, sums, extents, extents if starts is None else starts),
-            *(documents, start, window or 0, H, K, K // kv_splits, H // K // group_splits, group_splits),
+            *(query, key, logsumexp, sums, lengths, begins.contiguous(), starts.contiguous()),
+            *(documents, spec.window or 0, H, K, K // kv_splits, H // K // group_splits, group_splits),
             *(reach(T // documents if packed else T),),
-            *((scaling * LOG2E.value, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2E.value)),
+            *factors,
             *(stride for x in (query, key, logsumexp) for stride in (0 if packed else x.stride(0), *x.stride()[1:3])),
             *(sums.stride(0), 0 if packed else sums.stride(1)),
             G=H // K,
             D=D,
             D_PADDED=max(16, triton.next_power_of_2(D)),
-            PACKED=packed,
-            STARTS=starts is not None,
-            WINDOWED=window is not None,
-            CAPPED=softcap is not None,
+            WINDOWED=spec.window is not None,
+            CAPPED=spec.softcap is not None,
             enable_fp_fusion=True,  # Triton's default is about to change, and with it the last bits
         )
     return sums[0] if len(sums) == 1 else sums.sum(0)
@@ -252,13 +256,13 @@ def attention_received(
 def _splits(programs: int, K: int, G: int, device: torch.device) -> tuple[int, int]:
     """Into how many parts to split the K key/value heads, and the G query heads of each, so that all are kept busy."""
     wanted = _wanted(device)
-    kv = next(_parts(K, wanted / max(1, programs)))
-    return kv, next(_parts(G, wanted / max(1, programs * kv)))
+    kv = _parts(K, wanted / max(1, programs))
+    return kv, _parts(G, wanted / max(1, programs * kv))
 
 
-def _parts(heads: int, at_least: float) -> Iterator[int]:
-    """Divisors of `heads` from `at_least` on; `heads` itself is always one."""
-    return (parts for parts in range(1, heads + 1) if parts == heads or (parts >= at_least and heads % parts == 0))
+def _parts(heads: int, at_least: float) -> int:
+    """The smallest divisor of `heads` from `at_least` on, or `heads`."""
+    return min((parts for parts in range(1, heads + 1) if parts >= at_least and heads % parts == 0), default=heads)
 
 
 def _wanted(device: torch.device) -> int:

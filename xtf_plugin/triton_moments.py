@@ -1,7 +1,7 @@
-"""Triton twin of what `kernels.predictions` makes of a chunk of logits, in one pass over them and without a copy.
+"""`heads.moments` in Triton for CUDA devices, in one pass over the logits and without a copy.
 
-The torch twin reads a chunk about six times and holds it in float32 besides; a vocabulary's worth of float32 per row is
-what limits how many rows an LM head can take at once, and few rows are what makes it slow.
+In PyTorch a chunk is read about six times and copied to float32; that copy limits how many rows an LM head can take at
+once, and few rows make it slow.
 
 Dimensions: n rows, V vocabulary.
 """
@@ -82,10 +82,10 @@ def _row_moments(
 
 
 def moments(logits: Tensor, targets: Tensor, *, scale: float = 1.0, softcap: float | None = None) -> Tensor:
-    """What `attributes.predictions` gives for logits that are there already, in one pass over them.
+    """`attributes.predictions` from logits, in one pass over them.
 
     Equals `attributes.predictions(logits, lambda x: x, targets, scale=scale, softcap=softcap)`. A running maximum, and
-    sums that move with it, take the place of a softmax: logits are read once, in their own dtype, and left as they are.
+    sums that are rescaled with it, replace a softmax: logits are read once, in their own dtype, and not changed.
 
     Args:
         logits: (n, V) in bfloat16, float16 or float32.

@@ -1,6 +1,6 @@
 """Whether a batch that reaches the model carries the planned labels; independent of the collator that should see to it.
 
-Documents are found by their tokens alone: the labels, of which their keys are made as well, are what is in question.
+Documents are found by their tokens alone: the labels, which are part of their keys, are what is in question.
 """
 
 from __future__ import annotations
@@ -11,25 +11,33 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from .data.documents import IGNORE_INDEX, DocumentSet
 from .errors import XTFError
 
 Bools = NDArray[np.bool_]
-Candidate = tuple[NDArray[np.int32], Bools, Bools]
+Ids = NDArray[np.integer[Any]]
+Candidate = tuple[Bools, Bools]
 
-CLOSELY = 64  # batches; clean data may have next to nothing to drop, and each look costs a search
+CHECKED = 64  # the first so many batches and then every 64th; clean data may have next to nothing to drop
 
 
 class Planned(Protocol):
     """Documents and what is planned for them."""
 
+    @property
     def lengths(self) -> set[int]:
         """All lengths in tokens that a planned document has."""
 
-    def of_length(self, length: int) -> Iterator[Candidate]:
-        """Token ids (T,), completion mask (T,) and keep flags of the completion tokens of all documents of a length."""
+    def find(self, ids: Ids) -> Iterator[Candidate]:
+        """Completion mask (T,) and keep flags of the completion tokens of all documents with the tokens `ids` (T,)."""
+
+
+def token_hash(ids: Ids) -> int:
+    """64-bit hash of a document's token ids (T,), whatever its labels."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids, dtype="<i4").data)
 
 
 @dataclass(frozen=True)
@@ -39,40 +47,42 @@ class PlannedDocuments:
     documents: DocumentSet
     keep: Bools
 
+    @cached_property
     def lengths(self) -> set[int]:
         """See `Planned`."""
         return set(np.unique(self.documents.lengths).tolist())
 
-    def of_length(self, length: int) -> Iterator[Candidate]:
-        """See `Planned`."""
-        for index in np.flatnonzero(self.documents.lengths == length):
+    def find(self, ids: Ids) -> Iterator[Candidate]:
+        """See `Planned`. Equals a search through all documents; it looks at those with the same hash."""
+        hashes, order = self._index
+        wanted, offsets = np.uint64(token_hash(ids)), self.documents.completion_offsets
+        for index in order[slice(*(np.searchsorted(hashes, wanted, side=side) for side in ("left", "right")))]:
             tokens, completion = self.documents.document(int(index))
-            yield tokens, completion, self.keep[self._offsets[index] : self._offsets[index + 1]]
+            if np.array_equal(tokens, ids):
+                yield completion, self.keep[offsets[index] : offsets[index + 1]]
 
     @cached_property
-    def _offsets(self) -> NDArray[np.int64]:
-        return self.documents.completion_offsets
+    def _index(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Hashes of all documents' tokens (N,), sorted, and whose they are."""
+        tokens = np.ascontiguousarray(self.documents.input_ids, dtype="<i4").view(np.uint8).data
+        bounds = (4 * self.documents.offsets).tolist()
+        found = (xxhash.xxh3_64_intdigest(tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        hashes = np.fromiter(found, dtype=np.uint64, count=len(self.documents))
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
 
 
 @dataclass
-class Watch:
-    """Holds batches against the plan until one has shown that labels are lost: each of the first 64, then every 64th.
-
-    Args:
-        planned: documents and what is planned for them.
-
-    Attributes:
-        batches: how many have come by.
-        proven: whether one had labels to lose, and had lost them.
-    """
+class LabelVerifier:
+    """Checks batches until one has shown that labels are dropped: each of the first 64, then every 64th."""
 
     planned: Planned
-    batches: int = 0
-    proven: bool = False
+    batches: int = 0  # how many were given
+    proven: bool = False  # whether one had labels to drop, and they were dropped
 
-    def look(self, inputs: Mapping[str, Any]) -> None:
-        """Take notice of the next batch, see `verify_batch`."""
-        due = self.batches < CLOSELY or self.batches % CLOSELY == 0
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """Count a batch and check it if it is due, see `verify_batch`."""
+        due = self.batches < CHECKED or self.batches % CHECKED == 0
         self.batches += 1
         if due and not self.proven:
             self.proven = verify_batch(self.planned, inputs) > 0
@@ -81,11 +91,10 @@ class Watch:
 def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
     """Check that a batch carries exactly the planned labels.
 
-    It sees what reaches the model, after every other piece of the host's pipeline.
+    `inputs` is what reaches the model, after every other piece of the host's pipeline.
 
     Returns:
-        how many labels that would train the plan drops in it: a batch without any looks the same whether or not masks
-        are applied, and so does one that was given its only label back.
+        how many labels that would train the plan drops in it; 0 if the batch would look the same without masks.
 
     Raises:
         XTFError: a document's labels are not the planned ones, or no planned document is in the batch.
@@ -139,35 +148,31 @@ def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 
 
 class _Verdict(NamedTuple):
-    """How a document arrived: `equal`, `one more` (see `collator._revive`) or `differs`; and how many labels that would
-    train it is seen to have lost."""
-
-    kind: str
-    dropped: int
+    kind: str  # `equal`, `one more` (see `collator._revive`) or `differs`
+    dropped: int  # how many labels that would train are seen to be dropped
 
 
-def _matches(candidates: Planned, ids: Any, labels: Any) -> _Verdict | None:
+def _matches(planned: Planned, ids: Ids, labels: Any) -> _Verdict | None:
     """None: no planned document has these tokens. Of several, the one that proves least: another may be what came."""
     verdict, equal = None, []
-    for tokens, completion, keep in candidates.of_length(len(ids)):
-        if not np.array_equal(tokens, ids):
-            continue
-        planned = np.zeros(len(ids), dtype=bool)
-        planned[np.flatnonzero(completion)[keep]] = True
-        kept = labels != IGNORE_INDEX
-        if np.array_equal(kept[1:], planned[1:]):  # nothing predicts a first token, and some collators blank its label
-            equal.append(int((completion & ~planned)[1:].sum()))
-        elif not planned[1:].any() and kept[1:].sum() == 1 and (completion & kept)[1:].any():
+    kept = labels != IGNORE_INDEX
+    for completion, keep in planned.find(ids):
+        wanted = np.zeros(len(ids), dtype=bool)
+        wanted[np.flatnonzero(completion)[keep]] = True
+        if np.array_equal(kept[1:], wanted[1:]):  # nothing predicts a first token, and some collators blank its label
+            equal.append(int((completion & ~wanted)[1:].sum()))
+        elif not wanted[1:].any() and kept[1:].sum() == 1 and (completion & kept)[1:].any():
             verdict = _Verdict("one more", 0)
         verdict = verdict or _Verdict("differs", 0)
     return _Verdict("equal", min(equal)) if equal else verdict
 
 
-def _matches_prefix(planned: Planned, ids: Any, labels: Any) -> _Verdict | None:
-    """`_matches` for a row whose padding no mask tells: the longest document that it begins with."""
-    for length in sorted(planned.lengths(), reverse=True):
-        if length < len(ids) and (labels[length:] == IGNORE_INDEX).all():
-            verdict = _matches(planned, ids[:length], labels[:length])
-            if verdict is not None:
-                return verdict
+def _matches_prefix(planned: Planned, ids: Ids, labels: Any) -> _Verdict | None:
+    """`_matches` for a row with padding and no mask of it: the longest document that the row begins with."""
+    labelled = np.flatnonzero(labels != IGNORE_INDEX)
+    shortest = int(labelled[-1]) + 1 if len(labelled) else 0
+    for length in sorted((n for n in planned.lengths if shortest <= n < len(ids)), reverse=True):
+        verdict = _matches(planned, ids[:length], labels[:length])
+        if verdict is not None:
+            return verdict
     return None

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_gpu [--minutes 8] [--write docs/benchmarks.md]
 
-Triton's kernels against their twins in torch, the scoring pass against the floor, the published procedure, a training
+Triton's kernels against those of torch, the scoring pass against the floor, the published procedure, a training
 step, a whole run, weights in 4 bits, and other references (`gpu_parts`), the most important first. Each part has a
 time limit; one that hits it, or fails, says so in its row, and the next one begins; the exit code is 1 then. Parts
 that are left when all of the time is used up are not measured, and say so. Without a GPU every row says that nothing

@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from tests.benchmarks import reach
 from tests.benchmarks.common import arguments, publish
 from tests.benchmarks.real_text import encode, records
-from xtf_plugin.batches import default_batch_tokens, plan_batches
-from xtf_plugin.memory import MOST
+from xtf_plugin.batches import MAX_BATCH_TOKENS, default_batch_tokens, plan_batches
 
 VOCABULARY, LONGEST = 4_096, 8_192
 FIXED = {where: default_batch_tokens(torch.device(where)) for where in ("cpu", "cuda")}
-BUDGETS = {"CPU": FIXED["cpu"], "GPU if padded, fixed": FIXED["cuda"], "GPU if padded, at most": MOST}
+BUDGETS = {"CPU": FIXED["cpu"], "GPU if padded, fixed": FIXED["cuda"], "GPU if padded, at most": MAX_BATCH_TOKENS}
 HEAD = ["documents", "tokens a batch", "padding", "batches", "padding if filled in order", "batches", "reach"]
 
 

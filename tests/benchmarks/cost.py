@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.proof.tables import table, write_into
+from xtf_plugin.batches import MAX_BATCH_TOKENS
 from xtf_plugin.kernels import TRITON_LOGIT_ELEMENTS
-from xtf_plugin.memory import MOST
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 4 / 64  # 4 bits, and a float for each 64 weights: scales are not quantised in turn
-BATCH_TOKENS = MOST  # what `batch_tokens: auto` goes up to on a GPU
+BATCH_TOKENS = MAX_BATCH_TOKENS  # what `batch_tokens: auto` goes up to on a GPU
 
 
 @dataclass(frozen=True)

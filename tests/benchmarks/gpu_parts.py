@@ -27,6 +27,7 @@ from tests.benchmarks import bench_authors, bench_reference, bench_run, bench_st
 from tests.benchmarks.bench_scoring import floor, make_documents, make_model, xtf
 from tests.benchmarks.common import device, in_turn, peak_allocated, rounds
 from xtf_plugin import kernels, triton_dispatch
+from xtf_plugin.attributes import AttentionSpec
 
 BF16 = torch.bfloat16
 Rows = Iterator[list[str]]
@@ -181,7 +182,7 @@ def quantised(sizes: Sizes, repeats: int, until: float) -> Rows:
 
 
 def without_triton(procedure: Callable[[], Any]) -> None:
-    """A procedure, with torch in the place of Triton's twins."""
+    """A procedure, with torch in the place of Triton's implementations."""
     with mock.patch.object(triton_dispatch, "usable", lambda tensor: False):
         procedure()
 
@@ -206,8 +207,8 @@ def attention(sizes: Sizes, repeats: int, until: float) -> Rows:
         query = torch.randn(B, sizes.H, T, sizes.D, **where)
         key, value = (torch.randn(B, sizes.K, T, sizes.D, **where) for _ in range(2))
         lengths, scaling = torch.full((B,), T, device=device()), sizes.D**-0.5
-        logsumexp = kernels.attention(query, key, value, scaling=scaling)[1]
-        received = partial(kernels.attention_received, query, key, lengths, scaling=scaling, logsumexp=logsumexp)
+        logsumexp = kernels.attention_and_logsumexp(query, key, value, AttentionSpec(scaling))[1]
+        received = partial(kernels.attention_received, query, key, lengths, AttentionSpec(scaling), logsumexp=logsumexp)
         yield from pair(f"attention received, B {B}, T {T}", received, repeats, until)
 
 

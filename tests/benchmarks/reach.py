@@ -53,6 +53,7 @@ AUTHORS = {FP32: Reach("20", at_most=False), BF16: Reach("60", at_most=False), C
 PADDING = Reach("3", " %")
 START, START_SHARE = Reach("5", " s"), Reach("2", " %")
 SELECTION, SELECTION_MEMORY = Reach("30", " s"), Reach("2", " GB")
+VERIFIED = Reach("1", " ms")
 COLLATOR, STEP = Reach("0.5", " %"), Reach("1.00")
 RUN = Reach("1.10")
 BOOT_HOOK = Reach("1", " ms")
@@ -78,6 +79,7 @@ def everything() -> list[list[str]]:
         ["padding of the scoring batches", *[str(PADDING)] * 3],
         ["start with stored scores, 100,000 documents", *[f"{START}, {START_SHARE} of scoring"] * 2, "–"],
         ["selection and mask table, 100 M tokens", *[f"{SELECTION}, {SELECTION_MEMORY}"] * 2, "–"],
+        ["a batch of 8 checked, 1 M documents of one length", *[str(VERIFIED)] * 2, "–"],
         ["collator, of a training step", *[str(COLLATOR)] * 3],
         ["training step with masks, x without", *[str(STEP)] * 3],
         ["whole QLoRA run of three epochs, x without", *[str(RUN)] * 3],

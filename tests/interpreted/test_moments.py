@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from triton import knobs
 
 from tests.test_predictions import head_of
 from xtf_plugin import attributes, heads, triton_kernels, triton_moments
 
-if not triton_kernels.INTERPRETED:
+if not knobs.runtime.interpret:
     pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
 
 moments = triton_kernels.moments

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton import Config
+from triton import Config, knobs
 
 from tests.test_attributes import LENGTHS, SHAPES, STARTS, packed, parity, planted, received_from_map, same_values
-from xtf_plugin import attributes, kernels, triton_kernels, triton_tiles
+from xtf_plugin import attributes, kernels, triton_kernels
+from xtf_plugin.attributes import AttentionSpec
 
-if not triton_kernels.INTERPRETED:
+if not knobs.runtime.interpret:
     pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
 
 WIDE = (1, 4, 2, 70, 80)  # a head size that is padded
@@ -23,9 +24,9 @@ OPTIONS = [
 
 
 def ours(query, key, lengths, *, scaling, start=0, starts=None, **options):
-    logsumexp = kernels.attention(query, key, key, scaling=scaling, **options)[1]
-    options |= {"scaling": scaling, "start": start, "starts": starts, "logsumexp": logsumexp}
-    return triton_kernels.attention_received(query, key, lengths, **options)
+    logsumexp = kernels.attention_and_logsumexp(query, key, key, AttentionSpec(scaling, **options))[1]
+    spec = AttentionSpec(scaling, start=start, starts=starts, **options)
+    return triton_kernels.attention_received(query, key, lengths, spec, logsumexp)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def tile(monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_parity_float32(shape, options):
     query, key, lengths, scaling = planted(shape)
-    truth = attributes.attention_received(query, key, lengths, scaling=scaling, **options)
+    truth = attributes.attention_received(query, key, lengths, AttentionSpec(scaling, **options))
     assert same_values(truth, ours(query, key, lengths, scaling=scaling, **options), 1e-5)
 
 
@@ -49,7 +50,7 @@ def test_parity_float32(shape, options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parity_low_precision(shape, dtype):
     query, key, lengths, scaling = planted(shape)
-    truth = attributes.attention_received(query, key, lengths, scaling=scaling)
+    truth = attributes.attention_received(query, key, lengths, AttentionSpec(scaling))
     low = [x.to(dtype) for x in (query, key)]
     fast = ours(*low, lengths, scaling=scaling)
     scores = low[0] @ low[1].repeat_interleave(shape[1] // shape[2], 1).transpose(-1, -2) * scaling
@@ -87,12 +88,12 @@ def test_splits_are_even():
 @pytest.mark.parametrize("fill", [50.0, float("nan")])
 def test_padding_has_no_say(fill):
     query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
-    logsumexp = kernels.attention(query, key, key, scaling=scaling)[1]
-    before = triton_kernels.attention_received(query, key, lengths, scaling=scaling, logsumexp=logsumexp)
+    logsumexp = kernels.attention_and_logsumexp(query, key, key, AttentionSpec(scaling))[1]
+    before = triton_kernels.attention_received(query, key, lengths, AttentionSpec(scaling), logsumexp)
     for row, length in enumerate(lengths.tolist()):
         for x in (query, key, logsumexp):
             x[row, :, length:] = fill
-    after = triton_kernels.attention_received(query, key, lengths, scaling=scaling, logsumexp=logsumexp)
+    after = triton_kernels.attention_received(query, key, lengths, AttentionSpec(scaling), logsumexp)
     assert same_values(before, after, 0)
 
 
@@ -101,10 +102,15 @@ def test_layouts_are_read_as_they_lie():
     expected = ours(query, key, lengths, scaling=scaling)
     tokens_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key)]
     with_gaps = [torch.stack([x, x], -1)[..., 0] for x in (query, key)]
-    logsumexp = kernels.attention(query, key, key, scaling=scaling)[1].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    logsumexp = (
+        kernels.attention_and_logsumexp(query, key, key, AttentionSpec(scaling))[1]
+        .permute(2, 0, 1)
+        .contiguous()
+        .permute(1, 2, 0)
+    )
     lengths = torch.stack([lengths, lengths * 0], 1)[:, 0]
     for given in (tokens_first, with_gaps):
-        found = triton_kernels.attention_received(*given, lengths, scaling=scaling, logsumexp=logsumexp)
+        found = triton_kernels.attention_received(*given, lengths, AttentionSpec(scaling), logsumexp)
         assert same_values(expected, found, 0)
 
 
@@ -129,34 +135,34 @@ class TestPacked:
         query, key = query.to(dtype), key.to(dtype)
         starts = STARTS if options.get("start") else None
         given = {"scaling": scaling, **options}
-        logsumexp = kernels.attention(
-            query, key, key, **{k: v for k, v in given.items() if k != "start"}, offsets=offsets
-        )[1]
+        logsumexp = kernels.attention_and_logsumexp(query, key, key, AttentionSpec(**given, offsets=offsets))[1]
         row = triton_kernels.attention_received(
-            query, key, None, **given, logsumexp=logsumexp, offsets=offsets, starts=starts
+            query, key, None, AttentionSpec(**given, offsets=offsets, starts=starts), logsumexp=logsumexp
         )
         for i, length in enumerate(LENGTHS):
             part = slice(int(offsets[i]), int(offsets[i + 1]))
             own = {**given, "start": given.get("start", 0) if starts is None else int(STARTS[i])}
             one = [x[:, :, part] for x in (query, key)]
             expected = triton_kernels.attention_received(
-                *one, torch.tensor([length]), **own, logsumexp=logsumexp[:, :, part]
+                *one, torch.tensor([length]), AttentionSpec(**own), logsumexp=logsumexp[:, :, part]
             )
             torch.testing.assert_close(row[:, part], expected, rtol=tolerance, atol=0, equal_nan=True)
-        truth = attributes.attention_received(query.float(), key.float(), None, **given, offsets=offsets, starts=starts)
+        truth = attributes.attention_received(
+            query.float(), key.float(), None, AttentionSpec(**given, offsets=offsets, starts=starts)
+        )
         assert same_values(truth, row, 1e-5 if dtype is torch.float32 else 2e-2)
 
     @pytest.mark.parametrize("lengths", [[150], [1], [1] * 5, [2, 3] * 70])  # the last: more than are looked up at once
     def test_documents_of_any_number(self, lengths):
         query, key, offsets, scaling = packed(lengths, H=2, K=1)
-        truth = attributes.attention_received(query, key, None, scaling=scaling, offsets=offsets)
+        truth = attributes.attention_received(query, key, None, AttentionSpec(scaling, offsets=offsets))
         assert same_values(truth, ours(query, key, None, scaling=scaling, offsets=offsets), 1e-5)
 
     def test_no_document(self):
         query, key, _, scaling = packed([9])
         offsets = torch.zeros(1, dtype=torch.int32)
         found = triton_kernels.attention_received(
-            query, key, None, scaling=scaling, logsumexp=query[..., 0], offsets=offsets
+            query, key, None, AttentionSpec(scaling, offsets=offsets), logsumexp=query[..., 0]
         )
         assert found.shape == (1, 14) and found.isnan().all()
 
@@ -164,7 +170,11 @@ class TestPacked:
         query, key, lengths, scaling = planted(SHAPES[1])
         with pytest.raises(ValueError, match="packed in one row"):
             triton_kernels.attention_received(
-                query, key, lengths, scaling=scaling, logsumexp=query[..., 0], offsets=torch.tensor([0, 9])
+                query,
+                key,
+                lengths,
+                AttentionSpec(scaling, offsets=torch.tensor([0, 9])),
+                logsumexp=query[..., 0],
             )
 
 
@@ -175,7 +185,7 @@ class TestChoiceOfBlocks:
             triton_kernels.triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=w, num_stages=s)
             for q, k, w, s in tiles
         ]
-        fitting = triton_tiles.fitting(configs, {"query": torch.empty(1, dtype=dtype)}, D_PADDED=D)
+        fitting = triton_kernels.fitting(configs, {"query": torch.empty(1, dtype=dtype)}, D_PADDED=D)
         return [configs.index(config) for config in fitting]
 
     def test_only_what_fits_is_tried(self):

@@ -13,12 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from tests import tiny
 from tests.test_pipeline import rows
-from xtf_plugin import ranks as ranks_module
-from xtf_plugin import scorer
+from xtf_plugin import scorer, ranks as sharing
 from xtf_plugin.data.documents import collect
-from xtf_plugin.reference import Reference, borrow
+from xtf_plugin.reference import Reference, ShardedReference, borrow
 from xtf_plugin.scorer import gather_vectors
-from xtf_plugin.sharded import ShardedReference
 
 
 def sharded(ranks, adapters):

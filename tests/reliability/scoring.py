@@ -27,12 +27,12 @@ import torch
 
 from tests import tiny
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
-from xtf_plugin import output
 from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.ranks import ALONE, Ranks
 from xtf_plugin.records import Records
+from xtf_plugin.report import writer
 from xtf_plugin.store import ScoreStore
 
 SHARD_TOKENS = 200  # more than any batch has, and less than two have: what a process holds back is little
@@ -119,7 +119,7 @@ def run(folder: str, cache: str, options: dict[str, Any]) -> None:
     ranks = _connected(*options["rank"]) if "rank" in options else ALONE
     plan = pipeline.make_plan(XTFConfig.parse(block), data, provider, tiny.tokenizer(), progress=False, ranks=ranks)
     (place / "xtf").mkdir(exist_ok=True)
-    output.write(plan, tiny.tokenizer(), place / "xtf")
+    writer.write(plan, tiny.tokenizer(), place / "xtf")
     masks = plan.masks()
     facts = {
         "scored": plan.stats.documents,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import os
@@ -12,13 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.reliability import amount, record, whole
 from tests.test_store_damage import forge, header
 from xtf_plugin import cache as caches
-from xtf_plugin import cli, shards, table
+from xtf_plugin import cli, shards
 from xtf_plugin.errors import XTFUserError
+from xtf_plugin.report import score_table as tables
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and modes as POSIX has them")
 
@@ -262,15 +265,21 @@ def looked_at(path: Path) -> list[tuple[int, str, str]]:
     return found
 
 
+def facts(table: tables.ScoreTable) -> list[object]:
+    """All that a table holds, to compare."""
+    held = [getattr(table, each.name) for each in dataclasses.fields(table)]
+    return [value.tobytes() if isinstance(value, np.ndarray) else str(value) for value in held]
+
+
 @pytest.fixture(scope="module")
 def score_table(cache, tmp_path_factory):
     """A score table with its report, and what the commands make of it undamaged."""
     folder = tmp_path_factory.mktemp("table")
     whole.write(whole.plan(cache.source, []), folder)
     path = folder / "scores.parquet"
-    known, columns = looked_at(path), table.read_score_table(path)[0]
+    known = looked_at(path)
     assert [code for code, _, _ in known] == [0, 0] and all(len(said) > 1_000 for _, said, _ in known)
-    return path, path.read_bytes(), known, columns.replace_schema_metadata(None)
+    return path, path.read_bytes(), known, facts(tables.read(path))
 
 
 @pytest.mark.parametrize("kind", whole.DAMAGES)
@@ -284,5 +293,5 @@ def test_a_damaged_score_table_is_shown_as_it_was_or_refused(cache, score_table,
             refused = code == 2 and path.name in errors and errors.count("xtf: error") == 1
             assert (code, said, errors) == expected or (refused and "Traceback" not in errors), errors
         with contextlib.suppress(XTFUserError):
-            assert table.read_score_table(path)[0].replace_schema_metadata(None).equals(columns), kind
+            assert facts(tables.read(path)) == columns, kind
         cache.tried[f"a score table: {kind}"] += 1

@@ -24,7 +24,7 @@ import pytest
 
 from tests import tiny
 from tests.reliability import LONG, amount, record, scoring, whole
-from xtf_plugin import output
+from xtf_plugin.report import writer
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="file systems as POSIX has them"),
@@ -184,8 +184,8 @@ def plans(undisturbed, tmp_path_factory):
 @pytest.mark.parametrize("lasts", WHEN, ids=WHEN.get)
 def test_the_disk_of_the_output_folder_fails(tmp_path, plans, monkeypatch, lasts):
     folder, tried = tmp_path / "out", 0
-    pages = [output.page_data(plan, tiny.tokenizer()) for plan in plans]  # which takes longer than all the writing
-    monkeypatch.setattr(output, "page_data", lambda plan, tokenizer: pages[plan is plans[1]])
+    made = [writer._reported(plan, tiny.tokenizer(), folder / "report.html") for plan in plans]  # slower than writing
+    monkeypatch.setattr(writer, "_reported", lambda plan, tokenizer, path: made[plan is plans[1]])
     whole.write(plans[1], folder)
     new = whole.contents(folder)
     whole.write(plans[0], folder)

@@ -180,7 +180,8 @@ def stock(tmp_path_factory):
     block = {"preset": "paper", "batch_tokens": 64}
 
     def train(name, cache):
-        path = recipe(folder, folder / name, xtf=block, max_steps=1, save_strategy="no", gradient_accumulation_steps=1)
+        changes = {"max_steps": 1, "save_strategy": "no", "gradient_accumulation_steps": 1, "disable_tqdm": False}
+        path = recipe(folder, folder / name, xtf=block, **changes)
         words = [str(BIN / "trl"), "sft", "--config", str(path)]
         environment = {**os.environ, "XTF_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         with (folder / f"{name}.log").open("w") as log:

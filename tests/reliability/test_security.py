@@ -5,13 +5,11 @@ Every payload is shown to work on a reader that trusts it: else a test here coul
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import os
 import pickle
 import sys
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,15 +24,16 @@ import yaml
 from tests import tiny
 from tests.reliability import amount, record
 from tests.test_pipeline import ATTRIBUTES_ON, Provider, rows
-from xtf_plugin import callback, cli, table
+from xtf_plugin import callback, cli
 from xtf_plugin.cache import list_cache
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.hosts.recipes import load_recipe
-from xtf_plugin.loading import load
 from xtf_plugin.plan import make_plan
-from xtf_plugin.providers import SeparateReference
+from xtf_plugin.providers import SeparateReference, load
+from xtf_plugin.ranks import ALONE
+from xtf_plugin.report.score_table import METADATA, SCHEMA
 
 
 def plan(cache: Path, **block):
@@ -111,10 +110,9 @@ def in_the_cache(data: bytes, folder: Path) -> None:
 
 
 def as_the_score_table(data: bytes, folder: Path) -> None:
-    """All of it, and the report that it carries."""
+    """All of it, and its metadata."""
     path = folder / "scores.parquet"
-    about = {table.METADATA: b'{"format": 1}', table.PAGE: base64.b64encode(zlib.compress(data))}
-    pq.write_table(table.SCHEMA.empty_table().replace_schema_metadata(about), path)
+    pq.write_table(SCHEMA.empty_table().replace_schema_metadata({METADATA: data}), path)
     refused("report", path)
     path.write_bytes(data)
     refused("show", path)

@@ -19,9 +19,10 @@ from tests import tiny
 from tests.reliability import amount, record
 from tests.reliability.trainers import EVERYTHING, alone, made
 from tests.test_pipeline import Provider, rows
-from xtf_plugin import XTFConfig, output
+from xtf_plugin import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
+from xtf_plugin.report import writer
 
 # bytes for each round after the warm-up, and for all of them together: a heap is cut into pieces, and a page goes back
 # to the system only when nothing on it is in use
@@ -85,7 +86,7 @@ def plans(folder, number):
         plan = make_plan(config, collect(data), provider, tiny.tokenizer(), progress=False)
         assert plan.stats.documents == (0 if index % 2 else 8)
         (folder / "xtf").mkdir(exist_ok=True)
-        output.write(plan, tiny.tokenizer(), folder / "xtf")
+        writer.write(plan, tiny.tokenizer(), folder / "xtf")
         plan.masks()
         del plan
         held.look()

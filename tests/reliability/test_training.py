@@ -18,10 +18,10 @@ from tests import tiny
 from tests.reliability import amount, record
 from tests.reliability.trainers import EVERYTHING, KINDS, State, around_scoring, callback, made, ranks
 from tests.test_callback import trainer
-from xtf_plugin import XTFError, attach, attributes, kernels, output, relevance
-from xtf_plugin import plan as pipeline
+from xtf_plugin import XTFError, attach, attributes, kernels, plan as pipeline, relevance
 from xtf_plugin.callback import XTFCallback
 from xtf_plugin.reference import Reference
+from xtf_plugin.report import writer
 from xtf_plugin.store import ScoreStore
 
 FILLER = " Sure, happy to help!"
@@ -258,7 +258,7 @@ FAILURES = {
     "the store": (ScoreStore, "add", 1),
     "embeddings": (relevance, "gather_vectors", 1),
     "selection": (pipeline, "select", 1),
-    "the report": (output, "write", 1),
+    "the report": (writer, "write", 1),
 }
 
 

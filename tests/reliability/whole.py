@@ -33,18 +33,18 @@ import xxhash
 from tests import tiny
 from tests.reliability import scoring
 from tests.test_pipeline import ATTRIBUTES_ON
-from xtf_plugin import files, output, report
-from xtf_plugin import plan as pipeline
+from xtf_plugin import files, plan as pipeline
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet
 from xtf_plugin.records import Records
+from xtf_plugin.report import score_table, summary, writer
 from xtf_plugin.store import ScoreStore
 
 DOCUMENTS = 24
 SHARD_TOKENS = 320  # three shards
 NOBODY = 65534  # the user with no rights
 
-versions = functools.cache(report.versions)  # reads the metadata of seven packages each time
+versions = functools.cache(summary.versions)  # reads the metadata of seven packages each time
 
 
 @functools.cache
@@ -148,8 +148,7 @@ def run(cache: Path, table: Path, **options: object) -> Outcome:
         made = plan(cache, scored, **options)
     with ExitStack() as stack:
         stack.enter_context(unsynced())
-        stack.enter_context(mock.patch.object(output, "versions", versions))
-        output.write_table(made, tiny.tokenizer(), table)
+        score_table.write(score_table.ScoreTable.of_plan(made, tiny.tokenizer()), made.documents, table)
     found = scoring.table_hash(table)
     table.unlink()
     return Outcome(masks_hash(made), found, tuple(scored), tuple(told))
@@ -162,8 +161,8 @@ def masks_hash(made: pipeline.Plan) -> str:
 
 def write(made: pipeline.Plan, folder: Path) -> list[Path]:
     """All that a run leaves in its output folder."""
-    with mock.patch.object(output, "versions", versions), mock.patch.object(report, "versions", versions):
-        return output.write(made, tiny.tokenizer(), folder)
+    with mock.patch.object(summary, "versions", versions):
+        return writer.write(made, tiny.tokenizer(), folder)
 
 
 def run_in(place: Path) -> dict[str, Any]:

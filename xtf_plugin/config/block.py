@@ -95,8 +95,7 @@ class XTFConfig(Block):
     task_relevance: Slot = Field(default=False, description="What belongs to the task; Eqs. (4) and (7).")
     selectors: Selectors = Field(
         default={},
-        description="Further scores, added to the preset's: a name of your choice and its scorer; see "
-        "docs/selectors.md.",
+        description="Further scores, added to the preset's: names of your choice, each with a scorer.",
     )
     combine: ByText[Literal["union", "intersection", "majority"], AtLeast] = Field(
         default="union",

@@ -27,6 +27,11 @@ T = TypeVar("T", bound=np.generic)
 Scale = Callable[[Doubles], Doubles]
 
 
+def chunks(total: int, size: int) -> Iterator[slice]:
+    """Slices of `size` items, the last one maybe shorter, that cover `total` items in order."""
+    return (slice(low, min(low + size, total)) for low in range(0, total, size))
+
+
 def identity(values: Doubles) -> Doubles:
     """The scale that changes nothing."""
     return values

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .ragged import chunks
 from .token_text import token_bytes
 
 Bools = NDArray[np.bool_]
@@ -95,8 +96,8 @@ def token_flags(pieces: Sequence[bytes]) -> Flags:
 def _vocabulary_flags(tokenizer: Any, ids: NDArray[Any], special_ids: NDArray[Any]) -> Flags:
     """Flags by token id; those that do not occur are left 0."""
     seen = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
-    for low in range(0, len(ids), CHUNK_TOKENS):  # np.unique would sort a copy of the dataset
-        seen[ids[low : low + CHUNK_TOKENS]] = True
+    for part in chunks(len(ids), CHUNK_TOKENS):  # np.unique would sort a copy of the dataset
+        seen[ids[part]] = True
     distinct = np.flatnonzero(seen)
     flags = np.zeros(len(seen), dtype=np.uint8)
     flags[distinct] = token_flags(token_bytes(tokenizer, distinct.tolist()))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..data.ragged import chunks
+
 MAX_DISTINCT = 1 << 16
 _SLICE = 1 << 20
 
@@ -57,14 +59,14 @@ def _tally(values: NDArray[np.generic], weights: NDArray[np.generic] | None) -> 
     """Distinct values, ascending, and the weight of each; slice by slice, so that temporaries stay small."""
     points: Floats = np.zeros(0)
     mass: Floats = np.zeros(0)
-    for start in range(0, len(values), _SLICE):
-        part = values[start : start + _SLICE]
+    for piece in chunks(len(values), _SLICE):
+        part = values[piece]
         if weights is None:
             found, number = np.unique(part, return_counts=True)
             count = number.astype(np.float64)
         else:
             found, inverse = np.unique(part, return_inverse=True)
-            count = np.bincount(inverse.ravel(), weights=weights[start : start + _SLICE])
+            count = np.bincount(inverse.ravel(), weights=weights[piece])
         points, merged = np.unique(np.concatenate([points, found.astype(np.float64)]), return_inverse=True)
         mass = np.bincount(merged.ravel(), weights=np.concatenate([mass, count])).astype(np.float64)
         if len(points) > MAX_DISTINCT:
@@ -78,10 +80,10 @@ def _histogram(values: NDArray[np.generic], weights: NDArray[np.generic] | None)
     if not np.isfinite(high - low):
         raise ValueError("a split needs finite values; leave NaN and infinity out")
     top, mass = np.full(MAX_DISTINCT, -np.inf), np.zeros(MAX_DISTINCT)
-    for start in range(0, len(values), _SLICE):
-        part = values[start : start + _SLICE].astype(np.float64)
+    for piece in chunks(len(values), _SLICE):
+        part = values[piece].astype(np.float64)
         where = np.minimum((part - low) / (high - low) * MAX_DISTINCT, MAX_DISTINCT - 1).astype(np.int64)
-        count = None if weights is None else weights[start : start + _SLICE]
+        count = None if weights is None else weights[piece]
         mass += np.bincount(where, weights=count, minlength=MAX_DISTINCT)
         np.maximum.at(top, where, part)
     return top[mass > 0], mass[mass > 0]

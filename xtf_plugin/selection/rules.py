@@ -103,6 +103,8 @@ def evaluate(
     config: ScoreConfig,
     segments: Segments | None = None,
     rules: Rules | None = None,
+    *,
+    averaged: bool = False,
 ) -> RuleResult:
     """Apply the rule of one score to the whole dataset: unit and window, then rule, then `max_fraction`.
 
@@ -114,14 +116,13 @@ def evaluate(
         segments: the first tokens of the sentences and lines, by unit; needed if the unit is one.
         rules: with thresholds from elsewhere, for a part of a stream; how often they fire here is then no reason to
             warn. None: thresholds are taken from these scores.
+        averaged: the values are as the rule sees them.
 
     Raises:
         XTFError: the unit is a sentence or line, and their first tokens are not given.
     """
     values, warnings = _finite(name, values, layout)
-    seen = _averaged(values, layout, config, segments)
-    mapping = registry.find(config.scorer).seen
-    seen = seen if mapping is None else mapping(seen)
+    seen = values if averaged else _seen(values, layout, config, segments)
     found = prepare(seen, layout, config) if rules is None else rules
     mask, hits, limits = _apply(found, seen, layout, config.max_fraction)
     fired = layout.occurrences(mask)
@@ -295,13 +296,16 @@ def _greedy(name: str, fired: int, layout: Layout, off: str) -> list[str]:
     ]
 
 
-def _averaged(values: Floats, layout: Layout, config: ScoreConfig, segments: Segments | None) -> Floats:
-    """Scores after unit and window; a unit of the scorer's own (`both`) is averaged by the scorer."""
+def _seen(values: Floats, layout: Layout, config: ScoreConfig, segments: Segments | None) -> Floats:
+    """Scores as the rule sees them: after unit and window. A unit of the scorer's own (`both`) is averaged by it."""
     if config.unit not in ("sentence", "line"):
-        return windowed(values, layout, config.window)
-    if segments is None or config.unit not in segments:
+        means = windowed(values, layout, config.window)
+    elif segments is None or config.unit not in segments:
         raise XTFError(f"selection: unit: {config.unit} needs the first token of every {config.unit}")
-    return segment_means(values, layout, segments[config.unit])
+    else:
+        means = segment_means(values, layout, segments[config.unit])
+    mapping = registry.find(config.scorer).seen
+    return means if mapping is None else mapping(means)
 
 
 def _finite(name: str, values: Floats, layout: Layout) -> tuple[Floats, list[str]]:

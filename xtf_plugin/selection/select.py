@@ -102,6 +102,7 @@ def select(
     forced: NDArray[np.bool_] | None = None,
     segments: Segments | None = None,
     frozen: Mapping[str, Rules] | None = None,
+    seen: Mapping[str, Floats] | None = None,
 ) -> Selection:
     """Decide for every completion token, Eq. (1): rules, `combine`, `force_drop`, protection, control, floor.
 
@@ -111,13 +112,16 @@ def select(
         protected: (M,) tokens that are never dropped; forced: (M,) tokens that are dropped unless protected.
         segments: the first tokens of the sentences and lines, by unit; needed if some score has one.
         frozen: the rules of another selection, for a part of a stream: thresholds are its, not those of `scores`.
+        seen: scores as their rules see them, (M,) by name, in place of `scores.values`; what another `Selection` has
+            under this name.
 
     Raises:
         XTFError: arrays that do not fit together, a score that was not scored, or segments that are needed and not
             given.
     """
     layout = Layout(scores.offsets, scores.counts)
-    _check(scores, config, protected, forced)
+    values = scores.values if seen is None else seen
+    _check(scores, values, config, protected, forced)
     size = len(scores.token_ids)
     keep = np.zeros(size, dtype=bool)
     reasons: Reasons = np.zeros(size, dtype=np.uint16 if config.selectors else np.uint8)
@@ -125,10 +129,10 @@ def select(
     results = {}
     for name, score in config.scores.items():
         given = None if frozen is None else frozen[name]
-        results[name] = evaluate(name, scores.values[name], layout, score, segments, given)
+        results[name] = evaluate(name, values[name], layout, score, segments, given, averaged=seen is not None)
         reasons |= results[name].mask * reasons.dtype.type(bits[name])
     warnings = [warning for result in results.values() for warning in result.warnings]
-    order = rescue_order(scores, config)
+    order = rescue_order(scores.logprobs, {name: result.seen for name, result in results.items()}, config)
     for tokens, documents, part in layout.chunks():
         chunk = _Chunk(
             part,
@@ -158,9 +162,11 @@ def select(
     )
 
 
-def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: Bools | None) -> None:
+def _check(
+    scores: Scores, values: Mapping[str, Floats], config: XTFConfig, protected: Bools | None, forced: Bools | None
+) -> None:
     size, number = len(scores.token_ids), len(scores.counts)
-    arrays = {"positions": scores.positions, **scores.values, "protected": protected, "forced": forced}
+    arrays = {"positions": scores.positions, **values, "protected": protected, "forced": forced}
     arrays["logprobs"] = scores.logprobs
     for name, array in arrays.items():
         if array is not None and array.shape != (size,):
@@ -171,7 +177,7 @@ def _check(scores: Scores, config: XTFConfig, protected: Bools | None, forced: B
             f"{scores.offsets[-1:]} do not describe documents with {size} completion tokens"
         )
     for name in config.scores:
-        if name not in scores.values:
+        if name not in values:
             raise XTFError(f"selection: {name} is on, but the documents were not scored for it")
 
 
@@ -187,16 +193,23 @@ class _Chunk:
     forced: Bools
 
 
-def rescue_order(scores: Scores, config: XTFConfig) -> Callable[[slice], Hashes]:
+def rescue_order(
+    logprobs: Floats | None, seen: Mapping[str, Floats], config: XTFConfig
+) -> Callable[[slice], Hashes]:
     """Sort keys of what `min_kept` brings back first, for any run of tokens; NaN comes last.
+
+    Args:
+        logprobs, seen: (M,) as in `Scores` and `Selection`.
+        config: the block.
+
 
     With selectors: what the first of them scores highest, of equal ones the most probable, because to a rule that finds
     noise the most novel token may be the worst noise. Without: lowest log-probability; then highest task relevance.
     """
     first = next(iter(config.selectors), None)
-    by = [(scores.logprobs, 1), (scores.values.get("task_relevance"), -1)]
+    by = [(logprobs, 1), (seen.get("task_relevance"), -1)]
     if first is not None:
-        by = [(scores.values[first], -1), (scores.logprobs, -1)]
+        by = [(seen[first], -1), (logprobs, -1)]
 
     def order(tokens: slice) -> Hashes:
         halves = []

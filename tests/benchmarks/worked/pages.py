@@ -17,8 +17,8 @@ from tests.benchmarks.real_text.encode import encode_all
 from tests.benchmarks.real_text.examples import escaped
 from tests.benchmarks.real_text.pages import caption
 from tests.benchmarks.real_text.stages import Scale
-from xtf_plugin import view
 from xtf_plugin.plan import Plan
+from xtf_plugin.report import terminal
 from xtf_plugin.selection.select import reason_text, rule_bits
 
 from .texts import EXAMPLES, Example
@@ -74,17 +74,17 @@ def worked(example: Example, ids: list[int], bench: RealBench, plans: Mapping[st
         keep, reasons = (bench.in_rows(plan, v)[where] for v in (plan.selection.keep, plan.selection.reasons))
         bits = rule_bits(plan.config)
         tokens = [
-            view.Token(bench.tokenizer.decode([token]), bool(kept), reason_text(int(reason), bits))
+            terminal.Token(bench.tokenizer.decode([token]), bool(kept), reason_text(int(reason), bits))
             for token, kept, reason in zip(ids, keep, reasons, strict=True)
         ]
         parts.append(f"`{name}`:\n\n```text\n{plain(tokens)}\n```\n")
     return "\n".join(parts)
 
 
-def plain(tokens: list[view.Token]) -> str:
+def plain(tokens: list[terminal.Token]) -> str:
     """As `xtf show` prints them where there is no colour."""
     console = Console(file=io.StringIO(), no_color=True, width=10_000)
-    console.print(view.render_tokens(tokens), soft_wrap=True)
+    console.print(terminal.render_tokens(tokens), soft_wrap=True)
     printed: str = console.file.getvalue()  # type: ignore[attr-defined]
     return printed.rstrip("\n")
 

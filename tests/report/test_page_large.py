@@ -1,0 +1,88 @@
+"""The report of ten thousand documents, and of a very long one: small, quick to open, and still exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import yaml
+
+from tests import tiny
+from tests.browsing import browser, is_moved, put, selected, shown, weigh  # noqa: F401 (a fixture)
+from tests.report.tables import page_of, table_of
+from tests.report.test_page import BLOCK
+from xtf_plugin.batches import ScoringStats
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
+from xtf_plugin.plan import Plan, scores_of
+from xtf_plugin.records import StoredScores
+from xtf_plugin.selection.select import select
+
+MANY = {
+    **BLOCK,
+    "knowledge_novelty": {"drop": {"known_above": 0.9}},
+    "min_kept": 2,
+    "force_drop": [],
+    "protect": {"special_tokens": False, "patterns": []},
+}
+
+
+def large_plan(lengths, block=MANY, spread=4.0) -> Plan:
+    """A plan of documents of these lengths with made-up scores; nothing was scored."""
+    rng = np.random.default_rng(0)
+    vocabulary = np.arange(4, len(tiny.tokenizer()))
+    rows = []
+    for length in lengths:
+        ids = rng.choice(vocabulary, length)
+        rows.append({"input_ids": ids, "labels": np.where(np.arange(length) < 20, -100, ids)})
+    documents = collect(rows)
+    size = int(documents.completion_offsets[-1])
+    config = XTFConfig.parse(block)
+    scores = scores_of(
+        documents,
+        StoredScores(
+            found=np.ones(len(documents), dtype=bool),
+            logprobs=-spread * rng.exponential(size=size).astype(np.float32),
+            entropy=rng.exponential(size=size).astype(np.float32),
+            deviation=rng.exponential(size=size).astype(np.float32),
+            attention=rng.lognormal(size=size).astype(np.float32),
+        ),
+        rng.random(len(tiny.tokenizer())).astype(np.float32)[documents.input_ids[documents.completion]],
+        {},
+    )
+    selection = select(scores, config, np.zeros(size, dtype=bool))
+    return Plan(config, documents, scores, selection, {"name": "none", "source": "made up"}, ScoringStats(), 0)
+
+
+def test_a_dataset_of_10000_documents_opens_in_a_second(browser, tmp_path):
+    plan = large_plan(np.random.default_rng(1).integers(60, 240, 10_000).tolist())
+    path = page_of(table_of(plan), tmp_path / "xtf/report.html")
+    assert path.stat().st_size < 3 << 20
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    times = []
+    for _ in range(3):
+        opened.goto(path.as_uri())
+        times.append(
+            opened.evaluate("performance.timing.domContentLoadedEventEnd - performance.timing.navigationStart")
+        )
+    assert shown(opened) == weigh(plan, plan.selection.keep)
+    assert min(times) < 1_000, times
+    put(opened, "reasoning_importance", "quantile", 3)
+    config = XTFConfig.parse(yaml.safe_load(opened.text_content("#yaml"))["xtf"])
+    assert shown(opened) == weigh(plan, selected(plan, config).keep)
+    opened.close()
+
+
+def test_a_document_of_more_tokens_than_16_bits_count(browser, tmp_path):
+    off = {"preset": "none", "reasoning_importance": False, "task_relevance": False}
+    plan = large_plan([70_020, 90], {**MANY, **off}, spread=0)
+    opened = browser.new_page()
+    opened.goto(page_of(table_of(plan), tmp_path / "xtf/report.html").as_uri())
+    assert shown(opened) == weigh(plan, plan.selection.keep)
+    kept = set()
+    for place in range(1, int(opened.get_attribute("#slider-0", "max")) + 1):
+        put(opened, "knowledge_novelty", "known_above", place)
+        config = XTFConfig.parse(yaml.safe_load(opened.text_content("#yaml"))["xtf"])
+        assert shown(opened) == weigh(plan, selected(plan, config).keep if is_moved(opened) else plan.selection.keep)
+        kept.add(shown(opened)["kept"])
+    assert 0 in kept
+    assert opened.evaluate("count([0], 'union')") == {"tokens": 70_070, "dropped": 0, "fired": {"knowledge_novelty": 0}}
+    opened.close()

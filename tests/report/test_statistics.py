@@ -1,0 +1,210 @@
+"""What summary.json and the report tell, against the score table that the same run wrote, counted by other means."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests import tiny
+from tests.report.tables import table_of
+from tests.test_callback import trainer
+from xtf_plugin import attach
+from xtf_plugin.report import page, page_data, terminal
+from xtf_plugin.report.statistics import AROUND, TOP, Verdicts
+
+ROOT = Path(__file__).parents[2]
+BLOCK = {
+    "reasoning_importance": {"drop": {"quantile": 0.1}},
+    "knowledge_novelty": {"drop": {"known_above": 0.005}},
+    "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -2}}},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    made = trainer(folder, rows=[*tiny.problems(60), tiny.problems(1)[0]], max_steps=1, max_length=40)
+    attach(made, {"cache_dir": str(folder / "cache"), **BLOCK})
+    made.train()
+    xtf = folder / "out/xtf"
+    table = pq.read_table(xtf / "scores.parquet").to_pylist()
+    return made._xtf_hooks.on_batch.__self__.plan, json.loads((xtf / "summary.json").read_text()), table
+
+
+def test_every_key_is_documented(run):
+    _, summary, _ = run
+    documented = set(re.findall(r"`([\w.<>]+)`", (ROOT / "docs/report.md").read_text(encoding="utf-8")))
+    found = (
+        set(summary) | {f"totals.{key}" for key in summary["totals"]} | {f"tokens.{key}" for key in summary["tokens"]}
+    )
+    for key in found - {"totals", "tokens"}:
+        assert {key, f"{key}.<voter>"} & documented, key
+    assert set(next(iter(summary["totals"]["attributes"].values()))) <= documented
+    assert (
+        {"edges", "tokens", "median", "undefined"} == set(next(iter(summary["distributions"].values()))) <= documented
+    )
+
+
+def test_combinations_add_up(run):
+    _, summary, table = run
+    own = Counter(tuple(n for n in row["reason"].split(",") if n and n != "protected") for row in table)
+    told = {tuple(entry["rules"]): entry["tokens"] for entry in summary["combinations"]}
+    assert told == own and len(told) > 3
+    assert summary["combinations"][-1]["rules"] == []
+
+
+def test_distributions_hold_every_token(run):
+    plan, summary, table = run
+    for shown in summary["distributions"].values():
+        assert sum(shown["tokens"]) + shown["undefined"] == len(table)
+        assert len(shown["edges"]) == 41 and shown["edges"] == sorted(shown["edges"])
+    values = np.asarray([np.nan if row["odd"] is None else row["odd"] for row in table])
+    assert summary["distributions"]["odd"]["undefined"] == int(np.isnan(values).sum())
+    assert summary["distributions"]["odd"]["median"] == pytest.approx(np.nanmedian(values), rel=0.05)
+    novelty = [row["knowledge_novelty"] for row in table if row["knowledge_novelty"] is not None]
+    assert summary["distributions"]["knowledge_novelty"]["median"] == pytest.approx(np.median(novelty), rel=0.1)
+
+
+def test_tables_of_tokens_count_occurrences(run):
+    _, summary, table = run
+    gone = Counter(row["token_id"] for row in table if not row["kept"])
+    everywhere = Counter(row["token_id"] for row in table)
+    told = summary["tokens"]["most_dropped"]
+    assert len(told) == min(TOP, len(gone)) > 5
+    assert [entry["tokens"] for entry in told] == sorted(gone.values(), reverse=True)[: len(told)]
+    texts = {row["token_id"]: row["token"] for row in table}
+    for entry in told:
+        assert entry["tokens"] == gone[entry["token_id"]] and entry["of"] == everywhere[entry["token_id"]]
+        assert entry["token"] == texts[entry["token_id"]].replace(" ", "·").replace("\n", "↵\n")
+        document = [row for row in table if row["document"] == entry["example"]["document"]]
+        whole = "".join(row["token"] for row in document).replace(" ", "·")
+        assert entry["example"]["token"] == entry["token"]
+        assert entry["example"]["before"] + entry["token"] + entry["example"]["after"] in whole
+        assert len(entry["example"]["before"]) <= 20 * AROUND
+
+
+def test_examples_show_characters_that_are_spread_over_several_tokens(tmp_path):
+    """The character as a whole, before, behind and around the token that is told of."""
+    rows = [{**row, "completion": " 漢字 5 €" + row["completion"] + " 30 €, 漢."} for row in tiny.problems(8)]
+    made = trainer(tmp_path, rows=rows, max_steps=1, max_length=None)
+    attach(made, {"cache_dir": str(tmp_path / "cache"), "force_drop": [" 5", "30", "€,"], "min_kept": 0})
+    made.train()
+    plan = made._xtf_hooks.on_batch.__self__.plan
+    entries = table_of(plan).about["tokens"]["most_dropped"]
+    wholes = [terminal.visible(tiny.tokenizer().decode(plan.documents.document(i)[0])) for i in range(8)]
+    found = ["".join(entry["example"][part] for part in ("before", "token", "after")) for entry in entries]
+    assert len(entries) > 5 and all(any(text in whole for whole in wholes) for text in found), found
+    assert {entry["example"]["token"] for entry in entries if "⟨" in entry["token"]} == {"€"}
+    assert any("漢字" in text for text in found) and any("漢." in text for text in found)
+
+
+def test_borderline_tokens_are_kept_and_would_go_next(run):
+    plan, summary, table = run
+    border = summary["tokens"]["borderline_kept"]
+    kept = Counter(row["token_id"] for row in table if row["kept"])
+    assert border and all(entry["tokens"] <= kept[entry["token_id"]] for entry in border)
+
+
+def test_endings_tell_of_documents_that_were_cut_off(run):
+    _, summary, table = run
+    last = {}
+    for row in table:
+        last[row["row"]] = row["token"]
+    cut = sum(token != "<|endoftext|>" for token in last.values())
+    assert 0 < cut < len(last) and summary["endings"]["documents_ending_without_one"] == cut
+    (eos,) = summary["endings"]["special_tokens"]
+    assert eos["token"] == "<|endoftext|>" and eos["labelled"] == len(last) - cut and eos["dropped"] == 0
+
+
+def test_a_line_break_behind_the_end_of_a_turn_is_no_cut(tmp_path):
+    """ChatML's turns end in one; here all of the conversation has labels."""
+    made = trainer(tmp_path, rows=tiny.conversations(6), max_steps=1, max_length=None)
+    attach(made, {"cache_dir": str(tmp_path / "cache"), **BLOCK})
+    made.train()
+    plan = made._xtf_hooks.on_batch.__self__.plan
+    assert {plan.documents.document(i)[0][-1] for i in range(6)} != {tiny.tokenizer().eos_token_id}
+    told = json.loads((tmp_path / "out/xtf/summary.json").read_text())["endings"]
+    assert told["documents_ending_without_one"] == 0 and "<|im_end|>" in {e["token"] for e in told["special_tokens"]}
+
+
+@pytest.mark.parametrize(
+    ("piece", "shown"),
+    [
+        (b" a\n\tb", "·a↵\n⇥b"),
+        (b"\xf0\x9f", "⟨f0 9f⟩"),
+        ("\u202e\u200b\x1b".encode(), "\\u202e\\u200b\\x1b"),
+        ("漢🙂".encode(), "漢🙂"),
+        (b"<script>", "<script>"),
+        (b"", ""),
+    ],
+)
+def test_tokens_are_shown_safely(piece, shown):
+    assert terminal.text_of(piece) == shown
+
+
+def test_a_token_of_100000_characters_is_shown_by_its_beginning():
+    shown = terminal.text_of(b"x" * 100_000)
+    assert shown == "x" * terminal.LONGEST_TEXT + "…⟨100,000·characters⟩"
+
+
+def test_characters_over_several_tokens_are_put_together():
+    pieces = [b"a", b"\xf0\x9f", b"\x98", b"\x80", b"b", b"\xff", "漢".encode()[:2], "漢".encode()[2:]]
+    assert page_data._joined(pieces) == [(1, 3, "😀"), (6, 2, "漢")]
+
+
+def test_the_sample_is_bounded_and_the_same_for_the_same_data(run, monkeypatch):
+    table = table_of(run[0])
+    first = page_data.page_data(table)["documents"]
+    assert first == page_data.page_data(table)["documents"]
+    assert {document["why"] for document in first} == {"loses most", "by chance"}
+    monkeypatch.setattr(page_data, "room_for", lambda scores, sliders: 500)
+    fewer = page_data.page_data(table)["documents"]
+    assert 0 < len(fewer) < len(first) and sum(document["length"] for document in fewer) <= 500
+    monkeypatch.setattr(page_data, "LONGEST", 5)
+    for document in page_data.page_data(table)["documents"]:
+        assert len(base64.b64decode(document["flags"])) == min(5, document["length"])
+
+
+def test_totals_are_those_of_the_table(run):
+    """Of every rule alone and of pairs, counted row by row."""
+    plan, summary, table = run
+    reasons = [set(row["reason"].split(",")) for row in table]
+    gone = [not row["kept"] for row in table]
+    rules = set(plan.config.voters)
+    found = Verdicts(plan.config, plan.selection, plan.weights).totals()
+    assert found.items() <= summary["totals"].items() and found["dropped_tokens"] == sum(gone)
+    for name, counts in found["attributes"].items():
+        assert counts["fired"] == sum(name in reason for reason in reasons)
+        assert counts["dropped"] == sum(name in reason and lost for reason, lost in zip(reasons, gone, strict=True))
+        alone = sum(reason & rules == {name} and lost for reason, lost in zip(reasons, gone, strict=True))
+        assert counts["dropped_alone"] == alone
+    first, second = plan.config.voters[:2]
+    assert found["attributes"][first]["dropped_alone"] > 0
+    both = sum({first, second} <= reason for reason in reasons)
+    smaller = min(found["attributes"][name]["fired"] for name in (first, second))
+    assert found["overlap_of_the_smaller_set"][f"{first} & {second}"] == both / smaller
+    assert found["decided_by"]["protected"] == sum("protected" in reason for reason in reasons)
+
+
+def test_nothing_of_the_data_ends_the_script_element():
+    data = {"a": "</script><!--\u2028 $title $data ${script} $$", "b": "\ud800"}
+    made = page.render(data, "<title> & $data")
+    assert made.count("</script>") == 2 and "<!--" not in made and "\u2028" not in made
+    text = made.split('id="data">')[1].split("</script>")[0]
+    assert json.loads(text)["a"] == data["a"]
+    assert "<title>&lt;title&gt; &amp; $data</title>" in made
+
+
+def test_numbers_that_json_lacks_do_not_stop_a_run(run):
+    odd = dataclasses.replace(run[0], reference={"name": float("nan"), "source": float("inf")})
+    data = page_data.page_data(table_of(odd))
+    assert data["summary"]["reference"] == {"name": None, "source": None}
+    assert "NaN" not in page.render(data, "odd").split('id="data">')[1].split("</script>")[0]

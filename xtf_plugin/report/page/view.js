@@ -1,0 +1,96 @@
+// The page: everything is made of elements and text nodes, never of markup, since tokens come from strangers.
+"use strict";
+
+const PAGE = 20;
+
+function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name === "class") element.className = value;
+    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+const put = (id, ...children) => document.getElementById(id).replaceChildren(...children);
+
+function table(heads, rows, caption) {
+  const numeric = heads.map((_, i) => i > 0 && rows.every((row) => typeof row[i] === "string" && /^[\d.,\s%−]*$/.test(row[i])));
+  const line = (kind, texts) => make("tr", {}, ...texts.map((text, i) => {
+    const cell = make(i === 0 && kind === "td" ? "th" : kind, i === 0 ? {scope: kind === "th" ? "col" : "row"} : {}, text);
+    if (numeric[i]) cell.className = "number";
+    return cell;
+  }));
+  return make("div", {class: "scroll"}, make("table", {}, caption ? make("caption", {}, caption) : null,
+    make("thead", {}, line("th", heads)), make("tbody", {}, ...rows.map((row) => line("td", row)))));
+}
+
+function bar(part, whole, label) {
+  const fill = make("span", {class: "fill"});
+  fill.style.width = (whole ? 100 * part / whole : 0) + "%";
+  return make("span", {class: "bar", role: "img", "aria-label": label}, fill);
+}
+
+function showHeader() {
+  const totals = S.totals, reference = S.reference;
+  put("facts", make("b", {}, share(totals.kept_tokens, totals.completion_tokens)), " of ",
+    make("b", {}, number(totals.completion_tokens)), " completion tokens are trained on, ",
+    make("b", {}, number(totals.dropped_tokens)), " are dropped · ", number(totals.documents), " documents · reference ",
+    make("b", {}, String(reference.name)), ` (${reference.source})`);
+  if (S.streaming) {
+    put("sampled", `The data is streamed: all figures are of its first ${number(S.streaming.documents)} documents.`);
+  }
+  put("warnings", ...S.warnings.map((text) => make("li", {}, text)));
+}
+
+function showTotals() {
+  const totals = S.totals, all = totals.completion_tokens, rows = [];
+  rows.push(["kept", bar(totals.kept_tokens, all, "kept"), number(totals.kept_tokens), share(totals.kept_tokens, all), "", ""]);
+  rows.push(["dropped", bar(totals.dropped_tokens, all, "dropped"), number(totals.dropped_tokens), share(totals.dropped_tokens, all), "", ""]);
+  for (const [name, facts] of Object.entries(totals.attributes)) {
+    rows.push([named(name), bar(facts.fired, all, `${named(name)} fired`), number(facts.fired), share(facts.fired, all),
+      number(facts.dropped), number(facts.dropped_alone)]);
+  }
+  for (const [name, tokens] of Object.entries(totals.decided_by)) {
+    if (tokens) rows.push([DECISIONS[name], bar(tokens, all, DECISIONS[name]), number(tokens), share(tokens, all), "", ""]);
+  }
+  put("totals", table(["", "", "tokens", "share", "of these dropped", "by it alone"], rows));
+  const emptied = totals.fully_dropped_documents;
+  put("emptied", emptied ? `${number(emptied)} documents are dropped in full.` : "No document is dropped in full.");
+  const most = Math.max(1, ...S.combinations.filter((c) => c.rules.length).map((c) => c.tokens));
+  put("combinations", table(["rules that fired together", "", "tokens", "share"], S.combinations.map((c) => [
+    c.rules.map(named).join(" and ") || "none",
+    c.rules.length ? bar(c.tokens, most, "tokens") : "", number(c.tokens), share(c.tokens, all)])));
+}
+
+function example(entry) {
+  const word = make("mark", {}, entry.example.token || "(nothing)");
+  return make("span", {class: "text"}, entry.example.before, word, entry.example.after);
+}
+
+function showTokens() {
+  const heads = ["token", "dropped", "of", "for example"];
+  const rows = (entries) => entries.map((e) => [make("span", {class: "text"}, e.token), number(e.tokens), number(e.of), example(e)]);
+  const none = (text) => make("p", {}, text);
+  const {most_dropped: gone, borderline_kept: border} = S.tokens;
+  put("gone", gone.length ? table(heads, rows(gone), "Most often dropped") : none("Nothing is dropped."));
+  heads[1] = "on the border";
+  put("border", border.length ? table(heads, rows(border), "Kept, but near a threshold: within two stops of a slider")
+    : none("No kept token is within two stops of a threshold."));
+  const ends = S.endings;
+  put("endings", ends.special_tokens.length ? table(["special token", "labelled", "dropped"], ends.special_tokens.map((e) =>
+    [make("span", {class: "text"}, e.token), number(e.labelled), number(e.dropped)])) : none("No special token carries a label."),
+    none(`${number(ends.documents_ending_without_one)} of ${number(S.totals.documents)} documents end in a completion token that ` +
+      "is no special token: they were cut off (max_length), or their template writes none, and the model learns no end from them."));
+}
+
+function showRun() {
+  const lines = (facts) => Object.entries(facts).map(([name, value]) =>
+    [name, make("code", {}, typeof value === "string" ? value : spaced(value))]);
+  put("reference", table(["reference", ""], lines(S.reference)));
+  put("versions", table(["package", "version"], lines(S.versions)));
+  put("settings", table(["setting", ""], lines(S.config)));
+  put("scoring", table(["scoring", ""], lines(S.scoring)));
+}

@@ -1,0 +1,377 @@
+"""The score table: scores and decision of every completion token, as arrays in memory and as a Parquet file.
+
+Report and selection with other thresholds work from these arrays alone, whether they come from a run or from its file:
+no model, no tokenizer. The file has a fixed schema and appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from .. import files
+from ..data import token_text as spans
+from ..config.block import XTFConfig
+from ..errors import XTFUserError
+from ..data.ragged import Bools, Floats, Ints, Layout
+from ..selection.select import DECISIONS, Reasons, reason_text, rule_bits
+
+if TYPE_CHECKING:
+    from ..data.documents import DocumentSet
+    from ..plan import Plan
+
+FORMAT = 2
+METADATA = b"xtf"  # key in the Parquet metadata of a JSON with all of summary.json, `format` and `bytes`
+CHECKSUM = b"xtf_checksum"  # of that JSON: Parquet's own cover the columns alone
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("document", pa.string()),
+        ("position", pa.int32()),
+        ("token_id", pa.int32()),
+        ("token", pa.string()),
+        ("reasoning_importance", pa.float32()),
+        ("knowledge_novelty", pa.float32()),
+        ("task_relevance", pa.float32()),
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),
+        ("protected", pa.bool_()),
+        ("forced", pa.bool_()),
+        ("log_probability", pa.float32()),
+    ]
+)
+CHUNK_TOKENS = 500_000
+_ADVICE = "Make it again: xtf score RECIPE"
+_REQUIRED = ("row", "document", "position", "token_id", "kept", "protected", "forced")  # null in no row
+_ROW_GROUP = 1 << 18
+_DICTIONARY_BYTES = 1 << 23  # beyond it Parquet repeats every string in full: 36 bytes of document key for each token
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """N distinct documents, their M completion tokens, and what was decided for each.
+
+    Args:
+        about: all that summary.json holds.
+        config: the block.
+        keys: (N, 16) uint8, document keys.
+        offsets: (N + 1,) document `i` holds the tokens `offsets[i]` up to `offsets[i + 1]`.
+        counts: (N,) how often each document occurs in the dataset.
+        rows: (N,) first dataset row of each document.
+        token_ids: (M,); positions: (M,) place within the document, prompt included.
+        scores: (M,) float32 by attribute and selector, as its rule saw them: after window and unit; NaN: undefined.
+        logprobs: (M,) float32 natural-log probabilities; None: not scored.
+        keep: (M,); reasons: (M,) bits, see `selection.rule_bits`; protected, forced: (M,).
+        pieces: bytes of each token id.
+    """
+
+    about: Mapping[str, Any]
+    config: XTFConfig
+    keys: NDArray[np.uint8]
+    offsets: Ints
+    counts: Ints
+    rows: Ints
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    scores: Mapping[str, Floats]
+    logprobs: Floats | None
+    keep: Bools
+    reasons: Reasons
+    protected: Bools
+    forced: Bools
+    pieces: Mapping[int, bytes]
+
+    @classmethod
+    def of_plan(cls, plan: Plan, tokenizer: Any) -> ScoreTable:
+        """The arrays of a run, without `about`."""
+        scores, selection, documents = plan.scores, plan.selection, plan.documents
+        text = plan.text_rules(tokenizer)
+        ids = np.unique(scores.token_ids).tolist()
+        first = np.unique(documents.row_documents, return_index=True)[1]
+        return cls(
+            about={},
+            config=plan.config,
+            keys=scores.keys,
+            offsets=scores.offsets,
+            counts=scores.counts,
+            rows=np.searchsorted(documents.row_offsets, first, side="right") - 1,
+            token_ids=scores.token_ids,
+            positions=scores.positions,
+            scores={name: selection.seen[name] for name in plan.config.scores if name in selection.seen},
+            logprobs=scores.logprobs,
+            keep=selection.keep,
+            reasons=selection.reasons,
+            protected=text.protected,
+            forced=np.zeros_like(text.protected) if text.forced is None else text.forced,
+            pieces=dict(zip(ids, spans.token_bytes(tokenizer, ids), strict=True)),
+        )
+
+    @property
+    def layout(self) -> Layout:
+        """Where the documents lie, and how often each occurs."""
+        return Layout(self.offsets, self.counts)
+
+    @property
+    def weights(self) -> Ints:
+        """How often each completion token occurs in the dataset, (M,)."""
+        return self.layout.spread(self.counts)
+
+    def key(self, document: int) -> str:
+        """A document's key in hex."""
+        return str(self.keys[document].tobytes().hex())
+
+
+def write(table: ScoreTable, documents: DocumentSet, path: Path) -> Path:
+    """Write one row per completion token in dataset order, and return the path.
+
+    Raises:
+        OSError: the file cannot be written; one that was there stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = {str(token): piece.hex() for token, piece in table.pieces.items() if not spans.is_text(piece)}
+    about = json.dumps(plain({**table.about, "format": FORMAT, "bytes": own})).encode()
+    schema = _schema([*SCHEMA.names, *table.config.selectors]).with_metadata({METADATA: about, CHECKSUM: _sum(about)})
+    files.remove_stale(path.parent)
+    temporary = files.temporary_path(path)
+    try:
+        with pa.OSFile(os.fsencode(temporary), "wb") as sink:
+            writer = pq.ParquetWriter(
+                sink,
+                schema,
+                compression="zstd",
+                use_dictionary=["document", "token", "reason"],
+                dictionary_pagesize_limit=_DICTIONARY_BYTES,
+                write_page_checksum=True,  # else some flipped bits would be shown as scores
+            )
+            try:
+                for chunk in _chunks(table, documents, schema):
+                    writer.write_table(chunk, row_group_size=_ROW_GROUP)
+                writer.close()
+            finally:
+                with contextlib.suppress(OSError):  # raised above already
+                    writer.close()
+        with temporary.open("r+b") as handle:
+            os.fsync(handle.fileno())
+        files.publish(temporary, path)
+    finally:
+        files.discard(temporary)
+    return path
+
+
+def _chunks(table: ScoreTable, documents: DocumentSet, schema: Any) -> Iterator[Any]:
+    """The rows of the file, some dataset rows at a time."""
+    distinct = np.asarray(sorted(table.pieces))
+    texts = pa.array([table.pieces[token].decode(errors="replace") for token in distinct.tolist()], pa.string())
+    bits = rule_bits(table.config)
+    reasons = pa.array([reason_text(value, bits) for value in range(np.iinfo(table.reasons.dtype).max + 1)])
+    keys = pa.array([table.key(document) for document in range(len(table.keys))], pa.string())
+    nothing = np.full(len(table.token_ids), np.nan, dtype=np.float32)
+    floats = {"log_probability": table.logprobs, **table.scores}
+    for row, document, where in _occurrences(documents, table.offsets):
+        columns = {
+            "row": row,
+            "document": keys.take(pa.array(document)),
+            "position": table.positions[where],
+            "token_id": table.token_ids[where],
+            "token": texts.take(pa.array(np.searchsorted(distinct, table.token_ids[where]))),
+            "kept": table.keep[where],
+            "reason": reasons.take(pa.array(table.reasons[where])),
+            "protected": table.protected[where],
+            "forced": table.forced[where],
+        }
+        for name in set(schema.names) - columns.keys():
+            values = floats.get(name)
+            columns[name] = pa.array((nothing if values is None else values)[where], pa.float32(), from_pandas=True)
+        yield pa.table(columns).select(schema.names).cast(schema)
+
+
+def _occurrences(documents: DocumentSet, offsets: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
+    """(row, document, flat index) of every completion token in dataset order, some rows at a time."""
+    rows = np.repeat(np.arange(len(documents.row_offsets) - 1), np.diff(documents.row_offsets))
+    sizes = np.diff(offsets)[documents.row_documents]
+    ends = np.cumsum(sizes)
+    low = 0
+    while low < len(rows):
+        base = ends[low] - sizes[low]
+        high = max(low + 1, int(np.searchsorted(ends, base + CHUNK_TOKENS, side="right")))
+        part, repeat = documents.row_documents[low:high], sizes[low:high]
+        starts = np.repeat(offsets[:-1][part] - (ends[low:high] - repeat - base), repeat)
+        yield np.repeat(rows[low:high], repeat), np.repeat(part, repeat), starts + np.arange(repeat.sum())
+        low = high
+
+
+def read(path: Path) -> ScoreTable:
+    """The arrays of a file; documents in the order of the dataset.
+
+    Raises:
+        XTFUserError: no such file, no score table of this format, or one that does not fit together.
+    """
+    file = open_file(path)
+    about = metadata(file, path)
+    if (found := about.get("format")) != FORMAT:
+        what = f"a score table of format {found}" if isinstance(found, int) else "no score table of xtf"
+        advice = "Upgrade it." if isinstance(found, int) and found > FORMAT else _ADVICE
+        raise XTFUserError(f"{path} is {what}; this xtf-plugin reads format {FORMAT}. {advice}")
+    try:
+        config = XTFConfig.parse(about["config"])
+        if config is None:
+            raise ValueError("its block is off")
+        columns = _schema([*SCHEMA.names, *config.selectors])
+        held = pa.concat_tables([columns.empty_table(), *batches(file, columns.names, path)])
+        return _table(about, config, held)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        why = str(error).removeprefix(f"{path} ")
+        raise XTFUserError(f"{path} is not what this xtf-plugin writes: {why} {_ADVICE}") from error
+
+
+def _table(about: Mapping[str, Any], config: XTFConfig, held: Any) -> ScoreTable:
+    begins = _starts(held)
+    codes, keys = _codes(held["document"])
+    lengths = np.diff(np.append(begins, held.num_rows))
+    _, first, counts = np.unique(codes[begins], return_index=True, return_counts=True)
+    order = np.argsort(first)  # distinct documents as they first occur
+    first, counts = first[order], counts[order]
+    offsets = np.concatenate([[0], np.cumsum(lengths[first])])
+    where = np.arange(offsets[-1]) + np.repeat(begins[first] - offsets[:-1], lengths[first])
+
+    def column(name: str) -> NDArray[Any]:
+        return np.asarray(held[name].to_numpy()[where])
+
+    bits = {**rule_bits(config), **DECISIONS}
+    fates, names = _codes(held["reason"].fill_null(""))
+    values = np.asarray([sum(bits[name] for name in text.split(",") if name) for text in names], dtype=np.uint16)
+    distinct, at = np.unique(held["token_id"].to_numpy(), return_index=True)
+    texts = held["token"].take(pa.array(at)).to_pylist()
+    pieces = {token: (text or "").encode() for token, text in zip(distinct.tolist(), texts, strict=True)}
+    pieces |= {int(token): bytes.fromhex(digits) for token, digits in about["bytes"].items()}
+    logprobs = column("log_probability")
+    digest = b"".join(bytes.fromhex(keys[code]) for code in codes[begins[first]].tolist())
+    return ScoreTable(
+        about={name: value for name, value in about.items() if name != "bytes"},
+        config=config,
+        keys=np.frombuffer(digest, dtype=np.uint8).reshape(len(first), 16),
+        offsets=offsets,
+        counts=counts,
+        rows=held["row"].to_numpy()[begins[first]],
+        token_ids=column("token_id"),
+        positions=column("position"),
+        scores={name: column(name) for name in config.scores},
+        logprobs=None if np.isnan(logprobs).all() else logprobs,
+        keep=column("kept"),
+        reasons=values[fates][where].astype(np.uint16 if config.selectors else np.uint8),
+        protected=column("protected"),
+        forced=column("forced"),
+        pieces=pieces,
+    )
+
+
+def open_file(path: Path) -> Any:
+    """A Parquet file, open. Raises XTFUserError: it is none."""
+    try:
+        return pq.ParquetFile(files.for_arrow(path), page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise XTFUserError(
+            f"cannot read the score table {path}: {error}. Give a scores.parquet that `xtf score` or a training run "
+            "with an `xtf:` block wrote."
+        ) from error
+
+
+def metadata(file: Any, path: Path) -> dict[str, Any]:
+    """What the metadata of an open file says of its run; empty if the file is no score table.
+
+    Raises:
+        XTFUserError: it is damaged.
+    """
+    held = file.schema_arrow.metadata or {}
+    text = held.get(METADATA, b"")
+    if held.get(CHECKSUM, _sum(text)) != _sum(text):
+        raise XTFUserError(f"the metadata of the score table {path} is damaged. {_ADVICE}")
+    try:
+        about = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def batches(file: Any, columns: Iterable[str], path: Path) -> Iterator[Any]:
+    """Columns of an open file piece by piece, in the types of the schema.
+
+    Raises:
+        XTFUserError: a column is missing, or cannot be read to its end or in its type, or lacks values.
+    """
+    schema = _schema(columns)
+    missing = [name for name in schema.names if name not in file.schema_arrow.names]
+    if missing:
+        raise XTFUserError(f"{path} is no score table of xtf: it has no column {', '.join(missing)}. {_ADVICE}")
+    try:
+        for batch in file.iter_batches(columns=schema.names):
+            piece = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+            empty = [name for name in schema.names if name in _REQUIRED and piece[name].null_count]
+            if empty:
+                raise ValueError(f"rows without {', '.join(empty)}")
+            yield piece
+    except (OSError, LookupError, ValueError, pa.ArrowException) as error:
+        raise XTFUserError(f"{path} cannot be read: {error}. {_ADVICE}") from error
+
+
+def iter_documents(held: Any) -> Iterator[tuple[int, str, Any]]:
+    """Yield (dataset row, document key in hex, slice of the table) for each document of consecutive rows of a file."""
+    bounds = [*_starts(held).tolist(), held.num_rows]
+    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        yield held["row"][low].as_py(), held["document"][low].as_py(), held.slice(low, high - low)
+
+
+def _starts(held: Any) -> Ints:
+    """Where documents begin: where row or key changes, or the position does not grow (one may be packed twice)."""
+    rows, positions, keys = held["row"].to_numpy(), held["position"].to_numpy(), _codes(held["document"])[0]
+    begins = (np.diff(rows) != 0) | (np.diff(keys) != 0) | (np.diff(positions) <= 0)
+    return np.flatnonzero(np.concatenate([np.ones(min(1, len(rows)), dtype=bool), begins]))
+
+
+def _codes(column: Any) -> tuple[NDArray[np.int32], list[str]]:
+    """A column of strings as numbers, and the string of each."""
+    encoded = column.dictionary_encode().unify_dictionaries()
+    indices = [np.zeros(0, dtype=np.int32), *(chunk.indices.to_numpy() for chunk in encoded.chunks)]
+    return np.concatenate(indices), encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
+
+
+def _schema(names: Iterable[str]) -> Any:
+    """Fields of the fixed columns by name; every other name is a selector's."""
+    return pa.schema([SCHEMA.field(name) if name in SCHEMA.names else (name, pa.float32()) for name in names])
+
+
+def _sum(text: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(text).encode()
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    return number if math.isfinite(number := float(digits)) else _refuse(digits)  # such as 1e999
+
+
+def plain(value: Any) -> Any:
+    """`value` with only what JSON knows in it."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
