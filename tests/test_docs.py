@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import forked, tiny, unsloth_pattern
+from tests import tiny, unsloth_pattern
 from tests.benchmarks.worked.texts import EXAMPLES
 from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.hosts.test_other_hosts import with_mask
@@ -27,6 +27,7 @@ from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, relat
 from tests.test_plan import rows as labelled
 from xtf_plugin.config import docs as config_docs
 from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.hosts import axolotl_checks
 from xtf_plugin.report import terminal
 from xtf_plugin.scorers import registry
 
@@ -86,8 +87,14 @@ class Workplace:
                 self.write_recipe(name)
             quiet = {"XTF_CACHE": "cache", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             environment = {name: value for name, value in os.environ.items() if name not in SWITCHES} | quiet
-            command = [BIN / words[0], *words[1:]]
-            self.results[tuple(words)] = forked.run(command, cwd=self.folder, env=environment, timeout=300)
+            self.results[tuple(words)] = subprocess.run(
+                [str(BIN / words[0]), *words[1:]],
+                cwd=self.folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
         return self.results[tuple(words)]
 
 

@@ -1,4 +1,4 @@
-"""Doubles of what Unsloth does to trainers and models, in our own words; tests/training/test_unsloth_pattern.py uses them.
+"""Doubles of what Unsloth does to trainers and models, in our own words; for tests/training/test_unsloth_pattern.py.
 
 They follow Unsloth 2026.10: it writes TRL's SFTTrainer anew as `UnslothSFTTrainer`, directly under TRL's base class and
 with a `train` on the instance; rows come out of it without labels, and `train_on_responses_only` puts labels and a

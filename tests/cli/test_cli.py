@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from xtf_plugin import cli
+from xtf_plugin import cli, environment
+from xtf_plugin.hosts import recipes
 from xtf_plugin.report.score_table import SCHEMA
 
 

@@ -1,7 +1,7 @@
 """The same definitions on a CUDA device; one command on a machine that has one: `python -m pytest -m gpu`.
 
-That collects all tests, and so asks for all that `.[dev]` installs. `python -m pytest tests/gpu/test_gpu.py` runs the same
-with torch, Triton, transformers, PEFT, pyarrow and xxhash alone.
+That collects all tests, and so asks for all that `.[dev]` installs. `python -m pytest tests/gpu/test_gpu.py` runs the
+same with torch, Triton, transformers, PEFT, pyarrow and xxhash alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from xtf_plugin.scoring import self_check as trial
 from xtf_plugin.scoring.kernels import dispatch as kernels
 from xtf_plugin.scoring.kernels import eager as attributes
 from xtf_plugin.scoring.kernels import triton_dispatch
+from xtf_plugin.scoring.kernels.eager import AttentionSpec
 from xtf_plugin.scoring.reference import Reference, borrow
 from xtf_plugin.store.store import ScoreStore
 

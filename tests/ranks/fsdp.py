@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from tests import tiny
 from tests.test_plan import rows
 from xtf_plugin.data.documents import collect
+from xtf_plugin.scoring import distributed as ranks_module
 from xtf_plugin.scoring import engine as scorer
 from xtf_plugin.scoring.engine import gather_vectors
 from xtf_plugin.scoring.reference import Reference, ShardedReference, borrow

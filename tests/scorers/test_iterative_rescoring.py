@@ -17,6 +17,7 @@ from tests.test_plan import Provider
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
+from xtf_plugin.report import summary
 from xtf_plugin.scorers import iterative_rescoring as again
 from xtf_plugin.scorers import opening
 from xtf_plugin.scorers.base import ScoringContext
@@ -200,8 +201,8 @@ def test_second_looks_are_stored_and_told(tmp_path):
     assert first["documents"] > 0 and first["seconds"] > 0
     assert second["documents"] == 0 and second["stored_documents"] >= first["documents"]
     assert np.array_equal(plans[0].selection.keep, plans[1].selection.keep)
-    assert summary.summary(plans[0], tiny.tokenizer())["selectors"]["excerpts"]["tokens"] == first["tokens"]
-    assert any("second looks" in line for line in summary._selector_lines(plans[0]))
+    assert summary.summary(plans[0], tiny.tokenizer())["scorers"]["excerpts"]["tokens"] == first["tokens"]
+    assert any("rescoring: scored" in line for line in summary._scorer_lines(plans[0]))
 
 
 def test_rounds_read_no_shard_without_documents_of_theirs(tmp_path, monkeypatch):

@@ -16,12 +16,12 @@ from tests.made_scores import ALL_OFF, KN, RI, TR, with_scores
 from tests.selection.test_select import NOVELTY, REASONING, RELEVANCE, from_bits, random_scores
 from tests.selection.test_select import config as slots_config
 from tests.test_plan import ATTRIBUTES_ON, Provider, rows
-from tests.training.test_callback import run as trained
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.config.scores import SLOTS
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.plan import make_plan
+from xtf_plugin.report import score_table, summary, terminal, writer
 from xtf_plugin.report.score_table import SCHEMA
 from xtf_plugin.scoring.providers import SeparateReference
 from xtf_plugin.selection.select import CONTROL, FLOOR, PROTECTED, reason_text, rule_bits, select
@@ -324,7 +324,7 @@ class TestShown:
         facts = json.loads(written[0].read_text())
         assert facts["totals"]["attributes"]["low"]["fired"] == fired > 0
         assert "low & never" in facts["totals"]["overlap_of_the_smaller_set"]
-        assert facts["selectors"]["scorers"]["low"]["version"] == 1
+        assert facts["scorers"]["scores"]["low"]["version"] == 1
         assert facts["thresholds"]["low"]["scorer"] == "log_probability"
         assert summary.metrics(made)["xtf/dropped_by/low"] > 0 and summary.metrics(made)["xtf/dropped_by/never"] == 0
         console = Console(width=120, record=True)
@@ -347,23 +347,4 @@ class TestShown:
         writer.write(made, tiny.tokenizer(), tmp_path)
         assert pq.read_schema(tmp_path / "scores.parquet").names == SCHEMA.names
         facts = json.loads((tmp_path / "summary.json").read_text())
-        assert "selectors" not in facts and "selectors" not in facts["config"]
-
-
-def test_excess_loss_against_a_reference_of_its_own_in_a_trainer(tmp_path):
-    tiny.model(seed=7).save_pretrained(tmp_path / "other")
-    tiny.tokenizer().save_pretrained(tmp_path / "other")
-    reference = {"model": str(tmp_path / "other"), "quantization": "none"}
-    part = {"scorer": "excess_loss", "reference": reference, "drop": {"quantile": 0.4}}
-    options = {"rows": tiny.problems(12), "max_steps": 3, "learning_rate": 0.02}
-    made, seen = trained(tmp_path, {**OFF, "min_kept": 0, "selectors": {"rho": part}}, **options)
-    plan = made._xtf_hooks.on_batch.__self__.plan
-    excess = logprobs(tiny.model(seed=7), plan.documents) - logprobs(tiny.model(), plan.documents)
-    np.testing.assert_allclose(plan.scores.values["rho"], excess, atol=2e-4)
-    facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())
-    assert 0.3 < facts["totals"]["attributes"]["rho"]["fired_fraction"] < 0.5
-    assert [entry["name"] for entry in facts["selectors"]["references"]] == [str(tmp_path / "other")]
-    assert made.state.log_history[0]["xtf/dropped_by/rho"] > 0
-    table = pq.read_table(tmp_path / "out/xtf/scores.parquet").to_pydict()
-    np.testing.assert_allclose(table["rho"], plan.scores.values["rho"])
-    assert sum(table["kept"]) == sum(int((batch["labels"] != -100).sum()) for batch in seen)
+        assert "selectors" not in facts["config"] and list(facts["scorers"]["scores"]) == list(SLOTS)

@@ -20,6 +20,7 @@ from transformers import (
 from tests import eager, tiny
 from tests.scoring.test_engine import gpt_oss, little_memory, rows, run  # noqa: F401 (a fixture)
 from xtf_plugin.data.documents import collect
+from xtf_plugin.scoring import reference as references
 from xtf_plugin.scoring import self_check as trial
 from xtf_plugin.scoring.batching import laid_out
 from xtf_plugin.scoring.reference import Reference

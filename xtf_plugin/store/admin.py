@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from .. import files
 from ..errors import XTFUserError, harmless
-from . import shard_format
+from ..store import shard_format
 from .store import DESCRIPTION, REFERENCE, VERSION_FOLDER, entries, layer_folders
 
 logger = logging.getLogger(__name__)

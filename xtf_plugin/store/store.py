@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from .. import files
 from ..data.documents import KEY_BYTES
 from ..errors import harmless
-from . import shard_format
+from ..store import shard_format
 from .records import Lookup, Records, StoredScores, column_names, identities, merge
 from .shard_format import BadShard, NewerShard
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import blockwise, logit_stats, packing, triton_dispatch
+from ..kernels import blockwise, logit_stats, packing, triton_dispatch
 from .eager import AttentionSpec
 
 SHORT = 1024  # tokens up to which PyTorch's fused kernel for CPUs takes longer than plain blocks

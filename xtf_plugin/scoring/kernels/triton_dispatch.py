@@ -56,7 +56,7 @@ def attempt(name: str, tensor: Tensor, *arguments: Any, **options: Any) -> Tenso
 @functools.cache
 def _triton() -> ModuleType | None:
     try:
-        from . import triton_attention
+        from ..kernels import triton_attention
     except (ImportError, AttributeError) as error:  # AttributeError: a Triton older than what torch 2.9 brings
         _warn(error)
         return None
