@@ -59,7 +59,8 @@ def test_what_it_imports_comes_from_its_own_path(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.stderr.write('customised')\n")
     (tmp_path / "xtf_plugin.py").write_text("mine = True\n")
     off = {"PYTHONPATH": str(tmp_path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    found, own = both(["-c", "import xtf_plugin; print(xtf_plugin.mine)"], env=off)
+    (tmp_path / "elsewhere").mkdir()
+    found, own = both(["-c", "import xtf_plugin; print(xtf_plugin.mine)"], env=off, cwd=tmp_path / "elsewhere")
     assert (found.stdout, found.stderr) == (own.stdout, own.stderr) == ("True\n", "customised")
 
 
