@@ -203,6 +203,8 @@ def adapters():
         legal = [value for value in known if field is None or value in ADAPTER_INITS[field]]
         if str(kind.value) in ADAPTERS:
             for value in legal:
+                if (kind.value, value) == ("C3A", None):  # its type says so, and PEFT refuses it
+                    continue
                 yield pytest.param(str(kind.value), made, field, value, id=f"{kind.value}-{value}")
 
 
