@@ -114,7 +114,7 @@ def run(variant: str, setting: Setting) -> dict[str, float]:
         )
         if block is not None:
             attach(trainer, block)
-        stream = None if block is None else trainer._xtf_hooks.on_batch.__self__._stream
+        stream = None if block is None else trainer._xtf_hooks._stream
         clock = Clock(lambda: 0.0 if stream is None else stream.seconds, setting.warm_up)
         trainer.add_callback(clock)
         trainer.train()

@@ -67,7 +67,7 @@ def made(kind: str, folder: Path, block: Any, **options: Any) -> Any:
 
 def callback(attached: Any) -> Any:
     """The XTFCallback of a trainer."""
-    return attached._xtf_hooks.on_batch.__self__
+    return attached._xtf_hooks
 
 
 def around_scoring(attached: Any, look: Callable[[], Any]) -> list[Any]:

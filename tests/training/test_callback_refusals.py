@@ -70,7 +70,7 @@ class TestRefusals:
 
     def test_callback_removed(self, tmp_path):
         made = attach(trainer(tmp_path), True)
-        made.pop_callback(made._xtf_hooks.on_batch.__self__)
+        made.pop_callback(made._xtf_hooks)
         with pytest.raises(XTFError, match="no masks|nothing was scored"):
             made.train()
 
@@ -150,13 +150,13 @@ def test_a_training_that_never_showed_that_masks_are_applied_says_so(tmp_path, c
     rows = [*tiny.problems(20), {"prompt": "Who?", "completion": " Sure, Zoe. It is 12."}, *tiny.problems(3, seed=8)]
     block = {"preset": "none", "force_drop": ["Zoe"], "cache_dir": str(tmp_path / "cache")}
     attach(trainer(tmp_path, rows=rows, per_device_train_batch_size=1, max_steps=steps), block).train()
-    assert ("nothing has shown that the model was given the masks" in caplog.text) is told
+    assert ("nothing has shown that the model received the masks" in caplog.text) is told
 
 
 def test_a_stream_that_never_showed_that_masks_are_applied_says_so(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(verification, "verify_batch", lambda *_: 0)
     attached(tmp_path, streams.trainer(tmp_path, max_steps=2), {**LOOSE, "calibration": 8}).train()
-    assert "nothing has shown that the model was given the masks" in caplog.text
+    assert "nothing has shown that the model received the masks" in caplog.text
 
 
 def test_a_stream_that_is_loaded_past_us_and_shows_no_masks_says_so(tmp_path, caplog):
@@ -166,4 +166,4 @@ def test_a_stream_that_is_loaded_past_us_and_shows_no_masks_says_so(tmp_path, ca
     made = attached(tmp_path, streams.trainer(tmp_path, per_device_train_batch_size=1, max_steps=2), block)
     del made.get_train_dataloader
     made.train()
-    assert "nothing has shown that the model was given the masks" in caplog.text
+    assert "nothing has shown that the model received the masks" in caplog.text

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from xtf_plugin.training.stream_dataset import ScoredAhead
+from xtf_plugin.training.streaming import ScoredAhead
 
 
 class TestScoredAhead:

@@ -26,7 +26,7 @@ MANY_ROWS = {
         "knowledge_novelty": {"drop": {"unknown_below": 0.001}, "window": 3, "max_fraction": 0.3},
         "selectors": {
             "out_of_place": {"drop": {"below": -2.0}},
-            "odd": {"scorer": "typicality", "drop": {"quantile": 0.1}, "scope": "document", "window": "sentence"},
+            "odd": {"scorer": "typicality", "drop": {"quantile": 0.1}, "scope": "document", "unit": "sentence"},
         },
         "protect": {"patterns": ["apples"]},
         "force_drop": ["happy to"],

@@ -50,14 +50,14 @@ def test_scoring_leaves_model_and_random_state_as_they_were(tmp_path):
     block = {**BLOCK, "reasoning_importance": True, "batch_tokens": 64}
     made = attached(tmp_path, trainer(tmp_path), block)
     stream, compared = stream_of(made), []
-    decide = stream._decide
+    decide = stream._score_and_select
 
     def watch(documents):
         before = state_of(made.model)
         decide(documents)
         compared.append(before == state_of(made.model))
 
-    stream._decide = watch
+    stream._score_and_select = watch
     made.train()
     assert len(compared) > 3 and all(compared)
 
@@ -69,7 +69,7 @@ def test_reading_the_sample_takes_no_random_number_from_training(tmp_path):
             yield row
 
     made = attached(tmp_path, trainer(tmp_path, IterableDataset.from_generator(draw)), BLOCK)
-    callback, before = made._xtf_hooks.on_batch.__self__, state_of(made.model)
+    callback, before = made._xtf_hooks, state_of(made.model)
     callback.on_train_begin(made.args, made.state, None)
     assert before == state_of(made.model) and len(callback.plan.documents) == 8
 
@@ -114,7 +114,7 @@ def test_a_stream_that_can_be_read_only_once_is_told(tmp_path, caplog):
     made = attached(tmp_path, trainer(tmp_path, max_steps=3), BLOCK)
     made.train_dataset = Once(made.train_dataset)
     made.train()
-    assert LOST in caplog.text and "8 rows that were read for the calibration sample" in caplog.text
+    assert LOST in caplog.text and "8 rows of the calibration sample" in caplog.text
 
 
 def test_a_stream_that_is_its_own_iterator_is_refused(tmp_path):
@@ -182,7 +182,7 @@ def test_a_loader_that_holds_rows_back_for_too_long_stops_the_run(tmp_path):
         return torch.utils.data.DataLoader(held, batch_size=4, collate_fn=built.base_dataloader.collate_fn)
 
     made.get_train_dataloader = buffering
-    callback = made._xtf_hooks.on_batch.__self__
+    callback = made._xtf_hooks
     made.callback_handler.on_train_begin = lambda *args: args[-1]
     callback.on_train_begin(made.args, made.state, None)
     with pytest.raises(XTFError, match="did not read from the stream, or read more than 76 rows earlier"):
@@ -205,7 +205,7 @@ OTHERS = {"scorer": "typicality", "reference": {"model": "some/model"}, "drop": 
         ({}, LORA, {"dataloader_num_workers": 2}, "dataloader_num_workers is 2"),
         ({}, None, {}, r"base weights \(.* and \d+ more\).*reference.model"),
         ({}, LoraConfig(r=4, bias="lora_only", target_modules=["q_proj"]), {}, "base weights .*q_proj.*bias"),
-        ({"selectors": {"mine": OTHERS}}, LORA, {}, "selector mine has a reference of its own .some/model"),
+        ({"selectors": {"mine": OTHERS}}, LORA, {}, "mine has a reference of its own .some/model"),
         ({"selectors": {"r": {"scorer": "rank", "drop": {"below": 1}}}}, LORA, {}, "rank.* needs the whole dataset"),
     ],
     ids=["workers", "full fine-tuning", "bias", "other reference", "whole dataset"],

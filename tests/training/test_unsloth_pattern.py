@@ -113,7 +113,7 @@ class TestLabelsGivenAfterwards:
         assert not issubclass(cls, DPOTrainer)
         host = cls.__new__(cls)
         with pytest.raises(
-            XTFUserError, match="UnslothDPOTrainer is not supported: nothing says that TRL's DPOTrainer"
+            XTFUserError, match="UnslothDPOTrainer is not supported: .* TRL's DPOTrainer may not"
         ):
             attach(host, True)
 
@@ -143,7 +143,7 @@ class TestStepsOfATrainersOwn:
         ("cls", "told"),
         [
             (pattern.OwnLoop, "a batch that xtf has not seen: OwnLoop does not train through its own training_step"),
-            (pattern.NoCallbacks, r"NoCallbacks.train\(\) has trained without asking its callbacks"),
+            (pattern.NoCallbacks, r"NoCallbacks.train\(\) has trained without calling its callbacks"),
             (pattern.NoCallbacksButTheLoader, "training started before scoring"),
         ],
     )
