@@ -20,8 +20,6 @@ WORKERS_REFUSED = (
     "streaming: false under `datasets`)."
 )
 
-_logger = logging.getLogger("xtf_plugin")
-
 
 def release(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: "1.16.0.dev0" -> (1, 16, 0); () if there are none."""
@@ -58,7 +56,8 @@ def check_version(host: str) -> None:
             f"xtf: {name} is {found}, an `xtf:` block needs {legal} (tested up to {newest}). Run: pip install '{legal}'"
         )
     if release(version)[:2] > tested:
-        _logger.warning("xtf: %s %s is newer than the newest tested release, %s.", name, version, newest)
+        logger = logging.getLogger("xtf_plugin")
+        logger.warning("xtf: %s %s is newer than the newest tested release, %s.", name, version, newest)
 
 
 def check_disabled(environment: Mapping[str, str], source: str = "this process's environment") -> None:
@@ -70,10 +69,7 @@ def check_disabled(environment: Mapping[str, str], source: str = "this process's
 
 
 def check_switches(environment: Mapping[str, str], source: str = "this process's environment") -> None:
-    """Raise XTFUserError for an environment of the training process in which it would ignore a block.
-
-    `source` is named in the message.
-    """
+    """Raise XTFUserError if the training process, with this environment, would refuse or ignore a block."""
     check_disabled(environment, source)
     autoload = environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     if autoload != "1":  # PyTorch's own test: every value but "1" turns autoloading off
@@ -86,8 +82,7 @@ def check_switches(environment: Mapping[str, str], source: str = "this process's
 def signature_columns(trainer: Any) -> list[str]:
     """The columns that a transformers Trainer keeps in its rows; TRL and Axolotl set lists of their own.
 
-    Private: `Trainer._signature_columns`. Without it training ends with an AttributeError, as in
-    tests/training/test_callback.py.
+    Private: `Trainer._signature_columns`. Without it, attaching raises AttributeError; tests/training/test_callback.py.
     """
     before = trainer._signature_columns
     if before is None:

@@ -183,7 +183,7 @@ def test_resumed_full_fine_tuning_without_its_scores_is_refused(tmp_path):
 def test_a_second_training_of_a_sharded_model_without_its_scores_is_refused(tmp_path):
     """No rank of a model that is split holds weights to look at, and each training counts its steps from 0."""
     made, _ = run(tmp_path, max_steps=1, learning_rate=0.1)
-    callback = made._xtf_hooks.on_batch.__self__
+    callback = made._xtf_hooks
     callback._borrowed.sharded = True
     callback.config = callback.config.model_copy(update={"cache_dir": str(tmp_path / "elsewhere")})
     with pytest.raises(XTFError, match="no longer those of the base model"):

@@ -21,17 +21,16 @@ from .fail_closed import EMPTY_BLOCK, exit_on_user_error, meant_as_block, wrap
 
 PLUGIN = "xtf_plugin.XTFPlugin"
 
+_SPLIT = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
 _REFUSED = {
-    "rl": "an `xtf:` block works in supervised fine-tuning only",
-    "reward_model": "an `xtf:` block works in supervised fine-tuning only",
-    "process_reward_model": "an `xtf:` block works in supervised fine-tuning only",
+    **dict.fromkeys(("rl", "reward_model", "process_reward_model"), "`xtf:` works in supervised fine-tuning only"),
+    **dict.fromkeys(_SPLIT, "it splits a model or a sequence between processes; use data parallel ranks (DDP, FSDP)"),
     "pretraining_dataset": "its data is streamed, and thresholds need all data before training; name it under "
     "`datasets`",
     "streaming": "thresholds need all data before training; set streaming: false",
     "kd_trainer": "distillation trains on a mask of its own, which xtf cannot change",
     "processor_type": "labels of image and audio data are made as batches are built, after xtf has scored the rows",
 }
-_SPLIT = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
 _DIFFUSION = re.compile(r"(axolotl\.integrations\.)?diffusion\b")
 _NOT_TRAINING = frozenset(
     ("inference", "evaluate", "merge-lora", "merge-sharded-fsdp-weights", "quantize", "vllm-serve", "lm-eval")
@@ -81,23 +80,12 @@ def check_surroundings() -> None:
 
 def check_settings(recipe: Mapping[str, Any]) -> None:
     """Raise XTFUserError for settings with which Axolotl would not train by the masks."""
-    for key, why in _REFUSED.items():
+    found = {key: why for key, why in _REFUSED.items() if recipe.get(key) and not (key in _SPLIT and recipe[key] == 1)}
+    found |= {name: "it also noises its input by the labels" for name in _plugins(recipe) if _DIFFUSION.match(name)}
+    for key, why in found.items():
         value = recipe.get(key)
-        if value:
-            shown = f"{key}: {getattr(value, 'value', value)}" if isinstance(value, (str, bool)) else f"{key}:"
-            raise XTFUserError(f"xtf: `{shown}` and `xtf:` do not go together: {why}. Remove one of them.")
-    for key in _SPLIT:
-        if isinstance(recipe.get(key), int) and recipe[key] > 1:
-            raise XTFUserError(
-                f"xtf: `{key}: {recipe[key]}` and `xtf:` do not go together: it splits a model or a sequence between "
-                "processes. Use data parallel ranks (DDP, FSDP) alone."
-            )
-    for name in _plugins(recipe):
-        if _DIFFUSION.match(name):
-            raise XTFUserError(
-                f"xtf: the plugin {name} and `xtf:` do not go together: it also noises its input by the labels. "
-                "Remove one of them."
-            )
+        shown = f"{key}: {getattr(value, 'value', value)}" if isinstance(value, (str, bool, int)) else key
+        raise XTFUserError(f"xtf: `{shown}` and `xtf:` do not go together: {why}. Remove one of them.")
 
 
 def check_plugin_line(recipe: Mapping[str, Any]) -> None:
@@ -126,7 +114,7 @@ def _line(recipe: Mapping[str, Any]) -> str:
     return f"plugins: [{', '.join([*others, PLUGIN])}]"
 
 
-def patch_config(module: ModuleType) -> None:
+def patch(module: ModuleType) -> None:
     """Patch `module.prepare_plugins` to refuse a block that is not applied. Raises AttributeError if there is none."""
     wrap(module, "prepare_plugins", _guarded)
 

@@ -1,15 +1,12 @@
 """The boot hook: PyTorch calls `install` at the end of `import torch`, in every process of the environment.
 
-This is the only way in which a pip-installed package reaches a stock `trl sft` (`pyproject.toml`, entry point group
-`torch.backends`). An error here would break `import torch` for every program, so this module is standard library only,
-imports neither torch nor trl, and logs instead of raising.
+No other way leads from a pip-installed package into a stock `trl sft` (`pyproject.toml`, group `torch.backends`). An
+error here would break `import torch` for every program, so this module is standard library only, and logs errors.
 
 Torch is often imported while a trl module is half executed. So `when_imported` handles three states: a module that is
 absent (watch the spec that the import system will find), half imported (watch the spec that is being loaded), or
 complete (call back at once). A watched spec keeps its loader; it notices that importlib sets `_initializing` to False,
 once per load, after the module's last line or its failure. A broken trl fails with its own error.
-
-`XTF_DISABLE=1` is read where a block is parsed, since a block must be refused then, not ignored.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -33,12 +31,12 @@ def install() -> None:
 
     Raises SystemExit if that fails and the command line names a recipe with an `xtf:` block.
     """
-    for name, patch, host, cure in (
-        (PARSER_MODULE, _patch_trl, "TRL", "pip install 'trl>=1.9'"),
-        (AXOLOTL_MODULE, _patch_axolotl, "Axolotl", "pip install axolotl==0.19.0"),
+    for name, patcher, host, cure in (
+        (PARSER_MODULE, "trl", "TRL", "pip install 'trl>=1.9'"),
+        (AXOLOTL_MODULE, "axolotl_checks", "Axolotl", "pip install axolotl==0.19.0"),
     ):
         reported = partial(_report_failure, host, cure)
-        reported(when_imported, name, partial(reported, patch))
+        reported(when_imported, name, partial(reported, _patch, patcher))
 
 
 def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
@@ -107,16 +105,8 @@ def _import_ended(name: str) -> None:
         callback(module)
 
 
-def _patch_trl(module: ModuleType) -> None:
-    from . import trl
-
-    trl.patch_parser(module)
-
-
-def _patch_axolotl(module: ModuleType) -> None:
-    from . import axolotl_checks
-
-    axolotl_checks.patch_config(module)
+def _patch(patcher: str, module: ModuleType) -> None:
+    import_module(f".{patcher}", __package__).patch(module)
 
 
 def _report_failure(host: str, cure: str, action: Callable[..., None], *args: Any) -> None:
@@ -133,10 +123,7 @@ def _report_failure(host: str, cure: str, action: Callable[..., None], *args: An
 
         why = f"{type(error).__name__}: {error}"
         logging.getLogger("xtf_plugin").error(
-            "xtf-plugin could not patch %s (%s): `xtf:` blocks are NOT applied in this process. "
-            "Reinstall xtf-plugin, or `pip uninstall xtf-plugin`.",
-            host,
-            why,
+            "xtf-plugin could not patch %s (%s): `xtf:` blocks are NOT applied in this process.", host, why
         )
         if isinstance(error, (ImportError, SyntaxError)):
             cure = "pip install --force-reinstall xtf-plugin"

@@ -25,7 +25,6 @@ COMMANDS = {"trl": "trl sft --config", "axolotl": "axolotl train"}  # before the
 _MODULES = {"trl": "trl.cli", "axolotl": "axolotl.cli.main"}  # with the command's `main`
 _HOST_KEYS: dict[str, Host] = {"model_name_or_path": "trl", "base_model": "axolotl"}
 _DEFAULT_OUTPUT_DIRS = {"trl": "trainer_output", "axolotl": "./model-out"}  # of transformers >= 5, of Axolotl 0.19
-_OURS = ("XTF_DRY_RUN", "XTF_SCORES_OUTPUT")
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,10 @@ def load_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     data = _read_mapping(path)
     hosts = [host for key, host in _HOST_KEYS.items() if data.get(key) is not None]
-    if len(hosts) == 2:
+    if len(hosts) != 1:
         raise XTFUserError(
-            f"{path}: both `model_name_or_path` (TRL) and `base_model` (Axolotl) are set. Remove the one that your "
-            "trainer does not use."
-        )
-    if not hosts:
-        raise XTFUserError(
-            f"{path}: cannot tell whose recipe this is. TRL names the model in `model_name_or_path`, Axolotl in "
-            f"`base_model`; found the keys: {', '.join(map(str, data)) or 'none'}."
+            f"{path}: cannot tell whose recipe this is. Set `model_name_or_path` (TRL) or `base_model` (Axolotl), not "
+            f"both; found the keys: {', '.join(map(str, data)) or 'none'}."
         )
     return Recipe(path=path, host=hosts[0], data=data, block=data.get("xtf"))
 
@@ -153,11 +147,11 @@ def score_recipe(recipe: Recipe, extra: Sequence[str], output: Path | None) -> t
         parse_block(recipe)  # here, since a launcher ends with 1 and a traceback when its child refuses a block
     if recipe.block in (None, False) and not any(argument.split("=")[0] == "--xtf" for argument in extra):
         raise XTFUserError(f"{recipe.path} {off(recipe)}: nothing to score. The shortest block: `xtf: true`.")
-    taken = [name for name in _OURS if name in recipe.env]
-    if taken:
+    if taken := [name for name in ("XTF_DRY_RUN", "XTF_SCORES_OUTPUT") if name in recipe.env]:
         raise XTFUserError(f"the `env:` block of {recipe.path} sets {', '.join(taken)}, which `xtf score` sets itself.")
     table = (output or recipe.scores_path(extra)).absolute()
-    if table.is_dir() or not _writable(table.parent):
+    folder = next(path for path in table.parents if path.exists())
+    if table.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise XTFUserError(f"the score table cannot be written to {table}. Name a file in a writable folder.")
     before = table.stat().st_mtime_ns if table.exists() else None
     variables = {**os.environ, "XTF_DRY_RUN": "1", "XTF_SCORES_OUTPUT": str(table)}
@@ -165,12 +159,6 @@ def score_recipe(recipe: Recipe, extra: Sequence[str], output: Path | None) -> t
     if code == 0 and (not table.exists() or table.stat().st_mtime_ns == before):
         raise XTFError(f"the run ended without writing {table}: its `xtf:` block was not applied. Try: xtf check")
     return table, code if code in (0, 2) else 1
-
-
-def _writable(folder: Path) -> bool:
-    """Whether `folder`, or its nearest parent that exists, is writable."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def host_command(recipe: Recipe) -> list[str]:

@@ -34,7 +34,7 @@ _argument_added = False
 _block_parsed = False
 
 
-def patch_parser(module: ModuleType) -> None:
+def patch(module: ModuleType) -> None:
     """Patch `module.TrlParser`. Raises AttributeError, before any change, if one of its methods is missing."""
     for name in ("set_defaults_with_config", "parse_args_into_dataclasses"):
         getattr(module.TrlParser, name)
@@ -89,9 +89,8 @@ def _parse_with_block(original: Any) -> Any:
         outputs: tuple[Any, ...] = original(self, *args, **kwargs)
         # Arguments that belong to no dataclass are returned in an extra Namespace. If it has ours alone, remove it.
         extra = next((output for output in outputs if isinstance(output, argparse.Namespace)), None)
-        if not _argument_added or not hasattr(extra, "xtf"):
+        if not _argument_added or extra is None or not hasattr(extra, "xtf"):
             return outputs
-        assert extra is not None
         try:
             config = _validated(extra.xtf)
         except XTFUserError as error:

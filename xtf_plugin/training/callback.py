@@ -96,8 +96,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             if self._borrowed is not None:
                 check_base(self._borrowed.reference.model)
             return stream
-        usual = XTFConfig.model_fields["calibration"].default
-        if self.config.calibration != usual:
+        if self.config.calibration != XTFConfig.model_fields["calibration"].default:
             logger.warning(
                 "xtf: calibration: %d is for streamed data and has no effect: this dataset is scored completely.",
                 self.config.calibration,
@@ -154,14 +153,14 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
                 restored,
                 batches,
             )
-        dropped = self._dropped()
-        if dropped and self._verifier is not None and self._verifier.batches and not self._verifier.proven:
+        verifier = self._verifier
+        if verifier is not None and verifier.batches and not verifier.proven and (dropped := self._dropped()):
             logger.warning(
                 "xtf: the plan drops %d tokens, but no checked batch (the first %d of %d, then every %dth) had one of "
                 "them: nothing has shown that the model received the masks.",
                 dropped,
-                min(CHECKED, self._verifier.batches),
-                self._verifier.batches,
+                min(CHECKED, verifier.batches),
+                verifier.batches,
                 CHECKED,
             )
         if self._stream is not None:
@@ -172,8 +171,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         """The number of dropped tokens that would train: of the rows read from a stream, else of the plan."""
         if self._stream is not None and self._stream.dropped:  # 0 also if a dataloader bypasses our dataset
             return self._stream.dropped
-        if self.plan is None:
-            return 0
+        assert self.plan is not None
         return int((~self.plan.selection.keep & (self.plan.scores.positions > 0)).sum())
 
     def _report(self, output_dir: Path) -> bytes:
@@ -190,9 +188,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             try:
                 written.append(writer.write_again(self.plan, tokenizer, written, Path(extra)))
             except OSError as error:
-                raise XTFUserError(
-                    f"xtf: the score table {extra} cannot be written ({error}); name another path."
-                ) from error
+                raise XTFUserError(f"xtf: the score table {extra} cannot be written: {error}. Name another.") from error
         summary.show(self.plan, written)
         return b""
 

@@ -1,7 +1,4 @@
-"""The collator that sets the labels of dropped tokens to -100 as batches are built.
-
-It looks documents up by content and runs no model, because it is pickled into dataloader workers.
-"""
+"""Sets labels of dropped tokens to -100 as batches are built; runs no model, since it is pickled into workers."""
 
 from __future__ import annotations
 

@@ -13,11 +13,12 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 Counts = NDArray[np.int64]
 OnYield = Callable[[int], None]
+Visible = Callable[[Any], dict[str, Any]]
+Providers = Callable[[DocumentSet], ReferenceProvider]
 
 CHUNK_BATCHES = 4  # scoring batches per chunk: enough to sort documents by length, with a short wait
 CHUNK_ROWS = 1_024  # at most, however short they are
@@ -64,7 +67,7 @@ class Stream:
         check_streamed(config.scores)
         self.config, self.tokenizer = config, tokenizer
         self.masks: LiveMasks | None = None
-        self._visible: Callable[[Any], dict[str, Any]] = dict
+        self._visible: Visible = dict
         self._stack, self._reference = ExitStack(), _nothing_scored
         self._clear()
 
@@ -74,14 +77,7 @@ class Stream:
         self.seconds = 0.0
         self._warned: set[str] = set()
 
-    def calibrate(
-        self,
-        dataset: Any,
-        visible: Callable[[Any], dict[str, Any]],
-        provider: Callable[[DocumentSet], ReferenceProvider],
-        *,
-        progress: bool,
-    ) -> Plan:
+    def calibrate(self, dataset: Any, visible: Visible, provider: Providers, *, progress: bool) -> Plan:
         """The plan of the calibration sample: the stream's first `calibration` documents, or all if there are fewer.
 
         `visible` returns the columns of a row that reach the collator, or refuses the row; `provider` returns the
@@ -93,9 +89,8 @@ class Stream:
             sample, complete = self._sample(dataset)
         own = provider(sample)
         self._reference = cache(lambda: self._stack.enter_context(own.open()))  # it stays open until `close`
-        self._provider: Any = SimpleNamespace(open=lambda: nullcontext(self._reference()))
-        for name in ("fingerprint", "description", "text_config"):
-            setattr(self._provider, name, getattr(own, name))
+        self._provider = cast(Any, copy(own))
+        self._provider.open = lambda: nullcontext(self._reference())
         plan = make_plan(self.config, sample, self._provider, self.tokenizer, progress=progress)
         facts = {"calibration": self.config.calibration, "documents": int(sample.counts.sum())}
         facts |= {"rows": len(sample.row_offsets) - 1, "whole_stream": complete}

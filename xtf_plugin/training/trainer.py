@@ -18,8 +18,6 @@ from datasets import Dataset, IterableDataset
 from ..environment import WORKERS_REFUSED, is_on, signature_columns
 from ..errors import XTFUserError
 
-logger = logging.getLogger(__name__)
-
 _UNSLOTHS_COPY = re.compile(r"_?Unsloth(\w+Trainer)")  # a rewritten copy of TRL's trainer
 _NO_CAUSAL_LM = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _NOT_TEXT = ("pixel_values", "pixel_values_videos", "image", "images", "input_features", "inputs_embeds")
@@ -250,7 +248,7 @@ def log_report(report_to: Sequence[str] | str | None, path: Path) -> list[str]:
             try:
                 done += [name] if attach(sys.modules.get(name), str(path)) else []
             except Exception as error:  # trackers' errors have no common base
-                logger.warning("xtf: the report could not be attached to the tracker: %s", error)
+                logging.getLogger(__name__).warning("xtf: the report could not be attached to %s: %s", name, error)
     return done
 
 

@@ -38,13 +38,13 @@ def token_hash(ids: Ids) -> int:
 
 @dataclass(frozen=True)
 class PlannedDocuments:
-    """A set of documents with the keep flags (M,) of their completion tokens."""
+    """Implements `Planned` for a dataset; `keep` (M,) are the flags of its completion tokens."""
 
     documents: DocumentSet
     keep: Bools
 
     def find(self, ids: Ids) -> Iterator[Candidate]:
-        """See `Planned`. Equals a search through all documents; only those with the same hash are compared."""
+        """See `Planned`; compares the documents with the same hash."""
         hashes, order = self._index
         wanted, offsets = np.uint64(token_hash(ids)), self.documents.completion_offsets
         for index in order[slice(*(np.searchsorted(hashes, wanted, side=side) for side in ("left", "right")))]:
