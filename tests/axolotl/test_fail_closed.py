@@ -1,7 +1,7 @@
-"""A block that stock Axolotl would not apply stops the run, by name and with the next step; without one nothing is new.
+"""A block that stock Axolotl would not apply stops the run with the next step; without a block nothing changes.
 
-Axolotl 0.19 drops keys that no plugin declares and goes on without a plugin that it cannot import: either would train
-on every token and say nothing. Each case is a real `axolotl` command; what it would have trained on must not exist.
+Axolotl 0.19 ignores keys that no plugin declares and continues without a plugin that it cannot import: either would
+train on every token without a message. Each case is a real `axolotl` command; no training data may be recorded.
 """
 
 from __future__ import annotations

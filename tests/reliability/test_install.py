@@ -179,8 +179,8 @@ def loaded(output: str) -> list[str]:
 
 def fails_loudly(code: int, output: str, empty: str = "") -> bool:
     """With the next step; what is there but empty may be found out late, and is named then."""
-    told = output.rpartition("<torch>")[2]
-    return code != 0 and ("pip install" in told or f"module '{empty}' has no attribute" in told)
+    printed = output.rpartition("<torch>")[2]
+    return code != 0 and ("pip install" in printed or f"module '{empty}' has no attribute" in printed)
 
 
 def test_an_installation_that_is_whole_or_gone_is_silent(place, tmp_path):
@@ -228,10 +228,10 @@ def test_a_damaged_boot_file_is_the_one_exception(place, tmp_path, damage):
     spoil(copy_of_ours(tmp_path) / f"{ENTRY.module}.py", damage)
     code, output = place.train(tmp_path, block=False, everything=False)
     assert code == 1 and "<torch>" not in output and loaded(output) == [ENTRY.module] * (damage == "empty")
-    told = f"RuntimeError: Failed to load the backend extension: {ENTRY.name}."
-    assert told in output and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in output.rpartition(told)[2], output[-2000:]
+    message = f"RuntimeError: Failed to load the backend extension: {ENTRY.name}."
+    assert message in output and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in output.rpartition(message)[2], output[-2000:]
     if damage == "missing" or LONG:  # a real process
-        assert told in place.python("-c", "import torch", paths=(tmp_path,)).stderr
+        assert message in place.python("-c", "import torch", paths=(tmp_path,)).stderr
 
 
 STUBS = {"raises": "raise ImportError('a library is missing')", "old": "__version__ = '0.0.1'"}

@@ -1,5 +1,4 @@
-"""XTF inside a real SFTTrainer: the same masks whatever the batches look like, and no way to train unmasked by
-accident.
+"""XTF inside a real SFTTrainer: the same masks for all kinds of batches, and no training without masks.
 """
 
 from __future__ import annotations

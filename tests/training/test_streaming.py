@@ -156,11 +156,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("change", "told"), CHANGES.values(), ids=CHANGES)
-def test_rows_that_cannot_be_scored_stop_the_run_also_late(tmp_path, base_reference, change, told):
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_rows_that_cannot_be_scored_stop_the_run_also_late(tmp_path, base_reference, change, message):
     options = {"disable_tqdm": True, "remove_unused_columns": False}
     made = attached(tmp_path, plain_trainer(tmp_path, Changing(change), 60, **options), base_reference)
-    with pytest.raises(XTFUserError, match=told):
+    with pytest.raises(XTFUserError, match=message):
         made.train()
     assert made.state.global_step > 0
 
@@ -219,8 +219,8 @@ def test_an_endless_stream_takes_bounded_memory(tmp_path, base_reference):
         made.train()
     finally:
         tracemalloc.stop()
-    stretch = 4 * 256 // 20 + 1  # tokens that are read ahead over the shortest row
-    assert max(held) <= 4 * 3 + 64 + 2 * stretch
+    chunk = 4 * 256 // 20 + 1  # tokens that are read ahead over the shortest row
+    assert max(held) <= 4 * 3 + 64 + 2 * chunk
     assert max(held[150:]) <= max(held[:150]) * 1.1
     assert memory[300] - memory[100] < 64_000, "one small array for each of 800 rows would be twice that"
     assert made.state.log_history[-1]["train_loss"] > 0
