@@ -131,6 +131,11 @@ class TestLookUp:
         given["labels"][:, 4:] = -100
         del given["attention_mask"]
         assert verify_batch(plan, given) == 1, "the longest document that the row begins with"
+        ended = {"input_ids": [5, 6, 7, 0], "labels": [-100, 6, 7, 0]}  # its last token is also the padding
+        batch_of_one = batch([{name: [*values, 0, 0] for name, values in masked(ended, 3).items()}])
+        batch_of_one["labels"][:, 4:] = -100
+        del batch_of_one["attention_mask"]
+        assert verify_batch(planned([ended], [1, 1, 0]), batch_of_one) == 1
         given["labels"][:, 2] = 7
         with pytest.raises(XTFError, match="does not carry the planned labels"):
             verify_batch(plan, given)

@@ -245,8 +245,13 @@ class Stream:
         assert self.masks is not None
         layout = Layout(documents.completion_offsets, documents.counts)
         dropped = [((selection.reasons & bit) > 0) & ~selection.keep for bit in rule_bits(self.config).values()]
-        counts = [layout.lengths, layout.count(selection.keep), *(layout.count(flags) for flags in dropped)]
-        self.masks.add_all(documents, selection, np.stack(counts, axis=1).astype(np.int64), sample=sample)
+        columns = [layout.lengths, layout.count(selection.keep), *(layout.count(flags) for flags in dropped)]
+        counts, offsets = np.stack(columns, axis=1).astype(np.int64), documents.completion_offsets
+        for index, key in enumerate(documents.keys):
+            parts = (*documents.document(index), selection.keep[offsets[index] : offsets[index + 1]])
+            ids, completion, keep = (part.copy() for part in parts)  # a view would keep the entire chunk in memory
+            entry = Entry(ids, completion, keep, int(selection.best[index]), counts[index].copy())
+            self.masks.add(key.tobytes(), entry, sample=sample)
 
 
 class ScoredAhead(torch.utils.data.IterableDataset[Any]):
@@ -376,15 +381,6 @@ class LiveMasks:
         """Add a document; documents of the sample are never removed."""
         (self._sample if sample else self._entries)[key] = entry
         self._by_tokens[token_hash(entry.ids)][key] = entry
-
-    def add_all(self, documents: DocumentSet, selection: Selection, counts: Counts, *, sample: bool = False) -> None:
-        """Add documents with their selection and counts (N, K)."""
-        offsets = documents.completion_offsets
-        for index, key in enumerate(documents.keys):
-            parts = (*documents.document(index), selection.keep[offsets[index] : offsets[index + 1]])
-            ids, completion, keep = (part.copy() for part in parts)  # a view would keep the entire chunk in memory
-            entry = Entry(ids, completion, keep, int(selection.best[index]), counts[index].copy())
-            self.add(key.tobytes(), entry, sample=sample)
 
     def forget(self, row: int) -> None:
         """Remove documents whose last row is more than `retained` rows before `row`."""
