@@ -152,7 +152,7 @@ CHANGES = {
     "an image": (lambda row: {**row, "pixel_values": [0.0]}, "training rows have pixel_values"),
     "no tokens": (lambda row: {"labels": row["labels"]}, "no `input_ids` .it has labels"),
     "no labels": (lambda row: {"input_ids": row["input_ids"]}, "carry no `labels`"),
-    "no mapping": (lambda row: row["input_ids"], "a row of the stream is a list"),
+    "no mapping": (lambda row: row["input_ids"], "a row of the training data is a list"),
 }
 
 

@@ -123,7 +123,7 @@ class _Row:
 
 
 def _restore_one(rows: list[_Row]) -> bool:
-    """Restore the best label of the batch if no label trains; return whether it was restored."""
+    """If no label of the batch trains, restore the best one of the first document; return whether it was restored."""
     spare = next((row for row in rows if row.spare >= 0), None)
     if spare is None or any(row.trainable for row in rows):
         return False
