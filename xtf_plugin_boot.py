@@ -1,7 +1,6 @@
-"""What PyTorch calls at the end of `import torch`: a file beside the package, which a damaged package cannot break.
+"""The function that PyTorch calls at the end of `import torch`, outside the package, so that it survives its damage.
 
-Whatever it raised would break `import torch` for programs that never heard of us, so the package is imported inside
-`install` alone. Standard library only.
+An error here would break `import torch` for every program, so the package is imported in `install` alone.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ _KEY = re.compile(r"""(?im)(?:^|[{,])\s*["']?xtf[\w.-]*["']?\s*:""")
 
 
 def install() -> None:
-    """Set the boot hook up; if it cannot be, say so and let `import torch` go on, unless this run brings a block."""
+    """Set up the boot hook. If that fails, print why, and end the process if its command line brings a block."""
     try:
         from xtf_plugin.hosts.boot import install as hook
     except Exception as error:
@@ -26,19 +25,19 @@ def install() -> None:
 
 
 def refuse_block(why: str) -> None:
-    """Raise SystemExit(2) if this run's command line brings an `xtf:` block, which nothing will apply."""
+    """Raise SystemExit(2) if this process's command line brings an `xtf:` block, which will not be applied."""
     if brings_block(sys.argv[1:]):
         _say(f"xtf: error: this run has an `xtf:` block, which cannot be applied. {why}")
         raise SystemExit(2)
 
 
 def brings_block(words: list[str]) -> bool:
-    """Whether a command line holds a block, or names a recipe that seems to hold one."""
+    """Whether a command line has a block, or names a recipe that seems to have one."""
     if any(word.split("=")[0] == "--xtf" for word in words):
         return True
     for flag, word in zip(["", *words], words, strict=False):
         path = word.partition("=")[2] if word.startswith("--config=") else word
-        if flag == "--config" or path.endswith((".yaml", ".yml", ".json")):  # Axolotl's recipes follow no flag
+        if flag == "--config" or path.endswith((".yaml", ".yml", ".json")):  # Axolotl's have no flag
             with contextlib.suppress(OSError), open(path, encoding="utf-8-sig", errors="replace") as recipe:
                 if _KEY.search(recipe.read()):
                     return True
@@ -46,5 +45,5 @@ def brings_block(words: list[str]) -> bool:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError, AttributeError, ValueError):  # closed, or none (pythonw)
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # closed, or None
         sys.stderr.write(f"{text}\n")

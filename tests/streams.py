@@ -82,4 +82,4 @@ def trained(folder: Any, made: Any, block: dict[str, Any]) -> dict[tuple[int, ..
 
 def stream_of(made: Any) -> Any:
     """The `Stream` of an attached trainer."""
-    return made._xtf_hooks.on_batch.__self__._stream
+    return made._xtf_hooks._stream

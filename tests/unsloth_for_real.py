@@ -8,7 +8,7 @@ In an environment of its own, without torchvision where that does not match a CP
 
 Each case trains in a process of its own, in FOLDER, and a second one trains the same rows in a stock Trainer. It ends
 with 1 if a step was given other labels. On a CPU Unsloth leaves models as they are and does not rewrite TRL's trainer;
-what it would do with that on a GPU is asked for by `written_anew`.
+what it would do with that on a GPU is asked for by `rewritten`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ BLOCK = {"preset": "paper", "reasoning_importance": {"layers": "all", "drop": {"
 CASES = {
     "attached after": {},
     "attached before": {"before": True},
-    "written anew, attached after": {"written_anew": True},
-    "written anew, attached before, LoRA, accumulation": {
-        "written_anew": True,
+    "rewritten, attached after": {"rewritten": True},
+    "rewritten, attached before, LoRA, accumulation": {
+        "rewritten": True,
         "before": True,
         "lora": True,
         "options": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
@@ -47,7 +47,7 @@ def unsloths(folder: Path, case: dict) -> dict:
     from unsloth import FastLanguageModel  # before TRL, as Unsloth asks
     from unsloth.chat_templates import train_on_responses_only
 
-    if case.get("written_anew"):
+    if case.get("rewritten"):
         import trl
         from trl.trainer import sft_trainer
         from unsloth.models import rl
@@ -67,7 +67,7 @@ def unsloths(folder: Path, case: dict) -> dict:
     if case.get("lora"):
         model = FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "v_proj"])
     trainer = sft(folder / "out", trl.SFTTrainer, Dataset.from_list(texts()), model, **case.get("options", {}))
-    assert type(trainer).__name__ == ("UnslothSFTTrainer" if case.get("written_anew") else "SFTTrainer")
+    assert type(trainer).__name__ == ("UnslothSFTTrainer" if case.get("rewritten") else "SFTTrainer")
     block = {"cache_dir": str(folder / "cache"), **BLOCK}
     if case.get("before"):
         attach(trainer, block)

@@ -1,6 +1,6 @@
 """Doubles of what Unsloth does to trainers and models, in our own words; for tests/training/test_unsloth_pattern.py.
 
-They follow Unsloth 2026.10: it writes TRL's SFTTrainer anew as `UnslothSFTTrainer`, directly under TRL's base class and
+They follow Unsloth 2026.10: it rewrites TRL's SFTTrainer as `UnslothSFTTrainer`, directly under TRL's base class and
 with a `train` on the instance; rows come out of it without labels, and `train_on_responses_only` puts labels and a
 collator there afterwards; attention and losses of a model are replaced for its whole class. What needs its GPU kernels
 cannot be run on a CPU and has a double only.
@@ -26,7 +26,7 @@ ASK, ANSWER = "<|im_start|>user\n", "<|im_start|>assistant\n"
 
 
 def texts(n=12):
-    """Rows of chat text; in the last one nobody answers."""
+    """Rows of chat text; the last one has no answer."""
     render = tiny.tokenizer().apply_chat_template
     rows = [{"text": render(row["messages"], tokenize=False)} for row in tiny.conversations(n - 1)]
     return [*rows, {"text": "<|im_start|>user\nNobody answers.<|im_end|>\n"}]
@@ -69,7 +69,7 @@ def modules():
     return found
 
 
-def written_anew(name="SFTTrainer", source=sft_trainer):
+def rewritten(name="SFTTrainer", source=sft_trainer):
     """`Unsloth<name>`: a trainer of the installed TRL under another name, in a module of its own, no subclass of it."""
     text = inspect.getsource(getattr(source, name)).replace(f"class {name}(", f"class _Unsloth{name}(", 1)
     namespace = {**vars(source), "__name__": f"Unsloth{name}"}
@@ -164,7 +164,7 @@ class OwnLoop(Trainer):
 
 
 class NoCallbacks(Trainer):
-    """Its batches are its own, and nobody is told of them."""
+    """Makes its own batches, which no hook sees."""
 
     def train(self, *_, **__):
         loader = torch.utils.data.DataLoader(self.train_dataset, batch_size=4, collate_fn=self.data_collator)

@@ -1,7 +1,7 @@
-"""Public names of xtf-plugin, resolved on first use.
+"""The public names of xtf-plugin, imported on first use.
 
-`import xtf_plugin` must import neither torch nor a trainer: PyTorch imports this package at the end of `import torch`,
-in every process that uses torch, whether or not it trains.
+`import xtf_plugin` imports neither torch nor a trainer, since PyTorch imports this package at the end of every
+`import torch`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,10 @@ if TYPE_CHECKING:
     from .training.collator import XTFDataCollator
 
 __version__ = "0.1.0"
-__all__ = [
-    "XTFCallback",
-    "XTFConfig",
-    "XTFDataCollator",
-    "XTFDryRun",
-    "XTFError",
-    "XTFPlugin",
-    "XTFUserError",
-    "attach",
-]
+__all__ = ["XTFCallback", "XTFConfig", "XTFDataCollator", "XTFDryRun", "XTFError", "XTFPlugin", "XTFUserError"]
+__all__ += ["attach"]
 
-_HOME = {
+_MODULES = {
     "XTFCallback": "training.callback",
     "XTFConfig": "config.block",
     "XTFDataCollator": "training.collator",
@@ -41,12 +33,12 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module that defines `name` the first time it is asked for (PEP 562)."""
-    if name not in _HOME:
+    """Import the module that defines `name` on first use (PEP 562)."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    """List the lazy names too."""
+    """All names, also those that are not imported yet."""
     return sorted({*globals(), *__all__})

@@ -64,7 +64,7 @@ def write(folder: Path, out: Path, kind: str = "chat", **changes: Any) -> Path:
         "plugins": [PLUGIN],
         **dataset(folder, kind),
         "dataset_prepared_path": str(out.parent / "prepared"),
-        # Processes that Axolotl starts import everything anew: none to tokenise, but 0 would make four to pack.
+        # Processes that Axolotl starts import everything again: none to tokenise, but 0 would make four to pack.
         "dataset_num_proc": int(bool(changes.get("sample_packing"))),
         "output_dir": str(out),
         "special_tokens": {"pad_token": "<|pad|>"},

@@ -1,4 +1,4 @@
-"""`xtf` on recipes of Axolotl, and `axolotl xtf`: what they start, print and leave behind."""
+"""`xtf` on recipes of Axolotl, and `axolotl xtf`: what they start, print and write."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A block that stock Axolotl would not apply stops the run, by name and with the next step; without one nothing is new.
+"""A block that stock Axolotl would not apply stops the run with the next step; without a block nothing changes.
 
-Axolotl 0.19 drops keys that no plugin declares and goes on without a plugin that it cannot import: either would train
-on every token and say nothing. Each case is a real `axolotl` command; what it would have trained on must not exist.
+Axolotl 0.19 ignores keys that no plugin declares and continues without a plugin that it cannot import: either would
+train on every token without a message. Each case is a real `axolotl` command; no training data may be recorded.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ REFUSED = {
         f"plugins: [axolotl.integrations.spectrum.SpectrumPlugin, {stock.PLUGIN}]",
     ),
     "the plugin's name misspelt": ({"plugins": ["xtf_plugins.XTFPlugin"]}, 2, LINE),
-    "a setting beside the block": ({"xtf.control": "random"}, 2, "a sweep varies the whole mapping"),
+    "a setting beside the block": ({"xtf.control": "random"}, 2, "Its settings belong into its mapping"),
     "text that is nothing": ({"xtf": "null"}, 2, "the recipe's `xtf:` block is empty"),
     "diffusion": ({"plugins": ["diffusion.DiffusionPlugin", stock.PLUGIN]}, 1, "also noises its input by the labels"),
     "empty": ({"xtf": None}, 2, "the recipe's `xtf:` block is empty"),
     "in another case": ({"xtf": ..., "Xtf": True}, 2, "Did you mean `xtf:`?"),
+    "mistyped, without the plugin": ({"xtf": ..., "xft": True, "plugins": ...}, 2, "Did you mean `xtf:`?"),
     "preference data": ({"rl": "dpo"}, 1, "`rl: dpo` and `xtf:` do not go together"),
     "streamed": ({"streaming": True, "max_steps": 2}, 1, "set streaming: false"),
     "wrong key": ({"xtf": {"min_kpet": 1}}, 1, "min_kept"),
@@ -94,7 +95,7 @@ def test_a_trainer_whose_loss_makes_labels_of_its_own_is_refused(base, tmp_path)
     fast.save_pretrained(tmp_path / "mamba")
     changes = {"load_in_4bit": False, "adapter": ..., "lora_target_modules": ..., "model_config_type": "mamba"}
     changes |= {"lora_r": ..., "lora_alpha": ..., **dict.fromkeys(stock.NO_KERNELS, ...)}
-    text = "nothing says that the loss of Axolotl's AxolotlMambaTrainer"
+    text = "the loss of Axolotl's AxolotlMambaTrainer may not use them"
     refused(base, tmp_path, text=text, base_model=str(tmp_path / "mamba"), **changes)
 
 

@@ -80,11 +80,11 @@ def test_labels_are_the_planned_ones(plain, train, kind):
     for row in table:
         by_document.setdefault(row["document"], {})[row["position"]] = row["token_id"]
     kept = {name: tuple(r["position"] for r in planned if r["document"] == name and r["kept"]) for name in by_document}
-    told = {(tuple(tokens.items()), kept[name]) for name, tokens in by_document.items()}
+    expected = {(tuple(tokens.items()), kept[name]) for name, tokens in by_document.items()}
     given = {
-        name for ids, at in masked.items() for name in told if at == name[1] and all(ids[p] == t for p, t in name[0])
+        one for ids, at in masked.items() for one in expected if at == one[1] and all(ids[p] == t for p, t in one[0])
     }
-    assert given == told and len(told) == stock.ROWS
+    assert given == expected and len(expected) == stock.ROWS
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -141,14 +141,14 @@ def test_a_resumed_run_trains_on_the_rest_with_the_same_labels(base, plain, tmp_
     second = stock.seen(out)
     expected = trained_on(plain("chat"))
     assert first and second and all(expected[ids] == kept for ids, kept in first + second)
-    if not packed:  # a resumed Axolotl packs anew, so that documents come twice, with XTF or without
+    if not packed:  # a resumed Axolotl packs again, so that documents come twice, with XTF or without
         assert sorted(first + second) == sorted(expected.items())
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.xdist_group("alpaca")
 def test_evaluation_sees_its_own_labels(base, tmp_path, packed):
-    """The eval split's labels are those of a run without the block, whatever training drops."""
+    """The eval split's labels are those of a run without the block, also with a block."""
     shape = {**(PACKED if packed else {}), "val_set_size": 6, "eval_strategy": "epoch", "eval_sample_packing": packed}
     found = {}
     for name, changes in {"masked": {}, "stock": {"xtf": ..., "plugins": ...}}.items():

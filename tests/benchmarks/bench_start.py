@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ from tests.benchmarks.bench_scoring import make_model
 from tests.benchmarks.common import arguments, publish
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
-from xtf_plugin.plan import attention_layers, make_plan
+from xtf_plugin.plan import make_plan
+from xtf_plugin.scoring.reference import resolve_layers
 from xtf_plugin.store.records import Records
 from xtf_plugin.store.store import ScoreStore
-from xtf_plugin.training.trainer import rows as as_a_trainer_has_them
+from xtf_plugin.training.trainer import rows as rows_of
 
 SCORED = 40  # documents, for the speed of scoring
 HEAD = ["part of a start", "s", "of scoring", "reach"]
@@ -60,8 +62,9 @@ def scoring_speed(config: XTFConfig, provider: Provider, rows: list[Any], repeat
 
 def start(config: XTFConfig, provider: Provider, dataset: Dataset) -> dict[str, float]:
     """Seconds of each part of a start with all scores stored."""
+    trainer = SimpleNamespace(train_dataset=dataset, args=SimpleNamespace(remove_unused_columns=False))
     begin = time.perf_counter()
-    documents = collect(as_a_trainer_has_them(dataset, ("input_ids", "labels")))
+    documents = collect(rows_of(trainer))
     middle = time.perf_counter()
     plan = make_plan(config, documents, provider, NO_TEXT, progress=False)
     end = time.perf_counter()
@@ -81,7 +84,7 @@ def measure(count: int, size: str, repeats: int) -> dict[str, float]:
         assert config is not None
         speed = scoring_speed(config, provider, rows, repeats)
         documents, dataset = collect(rows[:count]), Dataset.from_list(rows[:count])
-        layers = ",".join(map(str, attention_layers(config, provider.text_config())))
+        layers = ",".join(map(str, resolve_layers(config.reasoning_importance.layers, provider.text_config())))
         with ScoreStore(Path(folder), provider.fingerprint(), layers) as store:
             fill(store, documents)
             lost = ~store.load(documents.keys, np.diff(documents.completion_offsets)).found

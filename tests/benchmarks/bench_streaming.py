@@ -3,10 +3,10 @@
     python -m tests.benchmarks.bench_streaming [--steps 36] [--repeats 3] [--write docs/benchmarks.md]
 
 A random Llama of about 30M parameters with LoRA on all linear layers, batches of four rows of 50 to 300 tokens that are
-scored once each. Every run has a process of its own, in turn. A stretch of rows is scored at once, before its first
+scored once each. Every run has a process of its own, in turn. A chunk of rows is scored at once, before its first
 step: so the mean step, which the wait is spread over, is what a run takes longer by; the median step is one without a
-wait. `batch_tokens` is small, so that stretches are short, and the first 12 steps (the sample, the first two stretches)
-are left out: about four stretches are scored in the steps that are timed. Peak memory is that of the whole process.
+wait. `batch_tokens` is small, so that chunks are short, and the first 12 steps (the sample, the first two chunks)
+are left out: about four chunks are scored in the steps that are timed. Peak memory is that of the whole process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from xtf_plugin import attach
 
 BATCH = 4
 HEAD = ["run", "median step, ms", "mean step, ms", "x", "scoring, share of the time", "peak MB"]
-TOKENS = 1_024  # of a scoring batch; a stretch is four of them, about 23 rows
+TOKENS = 1_024  # of a scoring batch; a chunk is four of them, about 23 rows
 REFERENCE = {"reference": {"quantization": "none", "dtype": "float32"}}  # its `model` is written for the run
 ATTRIBUTES = {"reasoning_importance": True, "knowledge_novelty": True, "task_relevance": True}
 
@@ -114,7 +114,7 @@ def run(variant: str, setting: Setting) -> dict[str, float]:
         )
         if block is not None:
             attach(trainer, block)
-        stream = None if block is None else trainer._xtf_hooks.on_batch.__self__._stream
+        stream = None if block is None else trainer._xtf_hooks._stream
         clock = Clock(lambda: 0.0 if stream is None else stream.seconds, setting.warm_up)
         trainer.add_callback(clock)
         trainer.train()

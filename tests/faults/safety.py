@@ -8,7 +8,7 @@ CLOSED = [
     fault(
         "training-loop-that-goes-past-us-passes",
         "callback.py",
-        "if self._watch is None or not self._watch.batches:",
+        "if self._verifier is None or not self._verifier.batches:",
         "if False:",
         "test_callback_refusals.py",
         "test_unsloth_pattern.py",
@@ -17,7 +17,7 @@ CLOSED = [
     fault(
         "dropping-everything-passes",
         "callback.py",
-        "if not (self.plan.selection.keep & (self.plan.scores.positions > 0)).any():",
+        "if not (plan.selection.keep & (plan.scores.positions > 0)).any():",
         "if False:",
         "test_callback_refusals.py",
     ),
@@ -57,9 +57,9 @@ CLOSED = [
     ),
     fault(
         "first-batch-is-not-checked",
-        "verification.py",
-        "due = self.batches < CLOSELY",
-        "due = 0 < self.batches < CLOSELY",
+        "training/verification.py",
+        "due = self.batches < CHECKED",
+        "due = 0 < self.batches < CHECKED",
         "test_verification.py",
         "test_callback_refusals.py",
         "test_unsloth_pattern.py",
@@ -67,7 +67,7 @@ CLOSED = [
     ),
     fault(
         "verified-documents-ignore-position-ids",
-        "verification.py",
+        "training/verification.py",
         'starts = np.flatnonzero(arrays["position_ids"][row][real] == 0).tolist()',
         "starts = [0]",
         "test_verification.py",
@@ -75,14 +75,14 @@ CLOSED = [
     ),
     fault(
         "other-trainers-of-trl-pass",
-        "hosts/supported.py",
+        "training/trainer.py",
         'if nearest not in (None, "SFTTrainer"):',
         "if False:",
         "test_other_hosts.py",
     ),
     fault(
         "collator-that-makes-labels-passes",
-        "hosts/trainer.py",
+        "training/trainer.py",
         "    check_collator(trainer.data_collator)\n",
         "",
         "test_other_hosts.py",

@@ -59,9 +59,9 @@ DOCUMENTS = [
     ),
     fault(
         "empty-batch-gets-no-label-back",
-        "collator.py",
-        "revived = _revive(rows)",
-        "revived = False",
+        "training/collator.py",
+        "restored = _restore_one(rows)",
+        "restored = False",
         "test_collator.py",
     ),
     fault(

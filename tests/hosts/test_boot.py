@@ -1,4 +1,4 @@
-"""The boot hook: three states of a module, nothing raised, nothing imported, whatever is imported first.
+"""The boot hook: three states of a module, nothing raised, nothing imported, in any order of imports.
 
 The import-order tests run real interpreters, because the order is the whole point: torch first never meets the
 half-imported trl modules that `from trl import SFTTrainer` leaves on the way. Each costs a torch import, so what

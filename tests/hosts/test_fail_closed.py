@@ -12,13 +12,13 @@ from xtf_plugin.hosts import axolotl_checks, fail_closed
 
 
 @pytest.mark.parametrize(
-    "key", ["XTF", " xtf ", "xtf.control", "xtf__preset", "xtf-plugin", "xtf_plugin", "Xtf.preset"]
+    "key", ["XTF", " xtf ", "xtf.control", "xtf__preset", "xtf-plugin", "xtf_plugin", "Xtf.preset", "xft", "xtff"]
 )
 def test_keys_that_were_meant_as_a_block(key):
     assert fail_closed.meant_as_block(key)
 
 
-@pytest.mark.parametrize("key", ["xtf", "xtfoo", "text", "max_steps", "x", "context"])
+@pytest.mark.parametrize("key", ["xtf", "xtfoo", "text", "max_steps", "x", "tf", "", "_xtf", "tf32", "fft", "context"])
 def test_keys_that_were_not(key):
     assert not fail_closed.meant_as_block(key)
 
@@ -101,7 +101,7 @@ def test_commands_of_axolotl(words, command, trains):
     assert axolotl_checks.trains(words) == trains
 
 
-@pytest.mark.parametrize("word", ["--xtf", "--xtf=true", "--xtf.preset", "--xtf_preset=paper", "--xtf-plugin"])
+@pytest.mark.parametrize("word", ["--xtf", "--xtf=true", "--xtf.preset", "--xtf_preset=paper", "--xtf-plugin", "--xft"])
 def test_options_that_bring_a_block(word):
     with pytest.raises(ValueError, match="write the `xtf:` block into the recipe"):
         axolotl_checks.check_words(["axolotl", "train", word])

@@ -13,22 +13,23 @@ from xtf_plugin.hosts import trl as hook
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [
         ("xtf:\n", "block is empty"),
         ("xtf:\n  # preset: paper\n", "block is empty"),
         ("XTF:\n  preset: paper\n", "Did you mean"),
         ("'xtf ': true\n", "Did you mean"),
         ("xtf.preset: paper\n", "Did you mean"),
+        ("xft:\n  preset: paper\n", "Did you mean"),
     ],
 )
-def test_empty_or_mistyped_block_is_refused_where_unknown_keys_are_ignored(tmp_path, capsys, text, told):
+def test_empty_or_mistyped_block_is_refused_where_unknown_keys_are_ignored(tmp_path, capsys, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"output_dir: {tmp_path}\n{text}")
     with pytest.raises(SystemExit) as ended:
         parse(["--config", str(path)], fail_with_unknown_args=False)
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_block_in_the_args_of_a_trainer_that_nothing_attached_is_refused():

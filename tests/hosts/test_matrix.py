@@ -46,7 +46,7 @@ BLOCKS = {
 }
 
 
-# Every pair of two settings is in some run, as the first test holds: what goes wrong does so by one or two of them.
+# Every pair of two settings is in some run, as the first test holds: most faults need one or two of them.
 RUNS = [
     ("plain", "rows", "default", "accumulated", 0),
     ("plain", "bfd", "attributes", "as they come", 2),

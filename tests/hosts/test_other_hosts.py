@@ -199,8 +199,8 @@ class TestRefusals:
         with pytest.raises(XTFUserError, match="processing_class=tokenizer"):
             attach(host, BLOCK).train()
 
-    def test_a_training_step_that_does_not_come_by(self, tmp_path):
-        """Masked or not, nobody could tell: the first step is the last."""
+    def test_a_training_step_that_bypasses_the_hook(self, tmp_path):
+        """The run stops after its first step: its masks cannot be checked."""
         host = attach(made(tmp_path), {"cache_dir": str(tmp_path / "cache"), **BLOCK})
         host.training_step = type(host).training_step.__get__(host)
         with pytest.raises(XTFError, match="a batch that xtf has not seen"):

@@ -74,17 +74,18 @@ def test_score_ends_with_the_sample(base, tmp_path):
     assert not list((tmp_path / "out").glob("checkpoint*"))
 
 
-def test_check_tells_of_the_stream(base, tmp_path):
+def test_check_reports_the_stream_and_refuses_what_cannot_be_streamed(base, tmp_path):
     path = recipe(base, tmp_path / "out", dataset_streaming=True, xtf=LOOSE)
     result = command(BIN / "xtf", "check", path, cache=tmp_path / "cache")
     assert result.returncode == 0 and "streamed; its first 8 documents calibrate" in result.stdout
     other = {"scorer": "typicality", "reference": {"model": "some/model"}, "drop": {"below": -5}}
-    for changes, told in (
+    for changes, message in (
         ({"xtf": LOOSE, "dataloader_num_workers": 2}, "dataloader_num_workers is 2"),
-        ({"xtf": {"selectors": {"mine": other}}}, "selector mine has a reference of its own"),
+        ({"xtf": {"selectors": {"mine": other}}}, "mine has a reference of its own"),
+        ({"xtf": {"knowledge_novelty": other}}, "knowledge_novelty has a reference of its own"),
     ):
         path = recipe(base, tmp_path / "out", dataset_streaming=True, **changes)
         result = command(BIN / "xtf", "check", path, cache=tmp_path / "cache")
-        assert result.returncode == 2 and told in result.stderr
+        assert result.returncode == 2 and message in result.stderr
     path = recipe(base, tmp_path / "out", xtf=LOOSE, dataloader_num_workers=2)
     assert "streamed" not in command(BIN / "xtf", "check", path, cache=tmp_path / "cache").stdout

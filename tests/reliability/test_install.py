@@ -39,10 +39,10 @@ SHORT = {
     ("xtf_plugin/errors.py", "missing"),
     ("xtf_plugin/hosts/fail_closed.py", "broken"),
     ("xtf_plugin/hosts/trl.py", "empty"),
-    ("xtf_plugin/config.py", "broken"),
-    ("xtf_plugin/selection.py", "missing"),
-    ("xtf_plugin/output.py", "empty"),
-    ("xtf_plugin/browse.py", "missing"),
+    ("xtf_plugin/config/block.py", "broken"),
+    ("xtf_plugin/selection/select.py", "missing"),
+    ("xtf_plugin/report/writer.py", "empty"),
+    ("xtf_plugin/config/docs.py", "missing"),
 }
 CASES = [(module, damage) for module in MODULES for damage in DAMAGES if LONG or (module, damage) in SHORT]
 
@@ -159,9 +159,9 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def losses(place, tmp_path_factory):
-    """What stock makes of the recipes, and what an undamaged installation does."""
-    whole = copy_of_ours(tmp_path_factory.mktemp("whole"))
-    stock, plain, block = place.train(block=False), place.train(whole, block=False), place.train(whole, block=True)
+    """Losses of stock runs and of an undamaged installation."""
+    ours = copy_of_ours(tmp_path_factory.mktemp("complete"))
+    stock, plain, block = place.train(block=False), place.train(ours, block=False), place.train(ours, block=True)
     assert [stock[0], plain[0], block[0]] == [0, 0, 0], block[1]
     assert set(loaded(plain[1])) == {f"xtf_plugin.{name}".rstrip(".") for name in LOADED} | {ENTRY.module}
     assert loss(stock[1]) == loss(plain[1]) != loss(block[1])
@@ -178,12 +178,12 @@ def loaded(output: str) -> list[str]:
 
 
 def fails_loudly(code: int, output: str, empty: str = "") -> bool:
-    """With the next step; what is there but empty may be found out late, and is named then."""
-    told = output.rpartition("<torch>")[2]
-    return code != 0 and ("pip install" in told or f"module '{empty}' has no attribute" in told)
+    """Whether a run ends with an error and the next step; an empty module may be named later instead."""
+    printed = output.rpartition("<torch>")[2]
+    return code != 0 and ("pip install" in printed or f"module '{empty}' has no attribute" in printed)
 
 
-def test_an_installation_that_is_whole_or_gone_is_silent(place, tmp_path):
+def test_a_complete_or_removed_installation_is_silent(place, tmp_path):
     for paths in ((), (copy_of_ours(tmp_path),)):
         ended = place.python("-c", "import torch", paths=paths)
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
@@ -216,7 +216,7 @@ def test_a_damaged_module(place, tmp_path, losses, module, damage):
     if dotted.removeprefix("xtf_plugin").removeprefix(".") in LOADED:
         code, output = place.train(tmp_path, block=False)
         assert code == 0 and loss(output) == losses[False], output[-2000:]
-        assert output.count("xtf-plugin could not hook into TRL") <= 1
+        assert output.count("xtf-plugin could not patch TRL") <= 1
     code, output = place.train(tmp_path, block=True)
     applied = code == 0 and loss(output) == losses[True]  # nothing of it was needed
     assert applied or fails_loudly(code, output, dotted if damage == "empty" else ""), output[-2000:]
@@ -224,14 +224,14 @@ def test_a_damaged_module(place, tmp_path, losses, module, damage):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_boot_file_is_the_one_exception(place, tmp_path, damage):
-    """PyTorch looks the entry point up by itself, and no code of ours runs before that: it names us and the way out."""
+    """PyTorch loads the entry point before any code of ours runs; its message names us and how to switch us off."""
     spoil(copy_of_ours(tmp_path) / f"{ENTRY.module}.py", damage)
     code, output = place.train(tmp_path, block=False, everything=False)
     assert code == 1 and "<torch>" not in output and loaded(output) == [ENTRY.module] * (damage == "empty")
-    told = f"RuntimeError: Failed to load the backend extension: {ENTRY.name}."
-    assert told in output and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in output.rpartition(told)[2], output[-2000:]
+    message = f"RuntimeError: Failed to load the backend extension: {ENTRY.name}."
+    assert message in output and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in output.rpartition(message)[2], output[-2000:]
     if damage == "missing" or LONG:  # a real process
-        assert told in place.python("-c", "import torch", paths=(tmp_path,)).stderr
+        assert message in place.python("-c", "import torch", paths=(tmp_path,)).stderr
 
 
 STUBS = {"raises": "raise ImportError('a library is missing')", "old": "__version__ = '0.0.1'"}
@@ -259,8 +259,8 @@ def test_a_package_that_is_broken_for_all(place, tmp_path, package, kind):
 
 @pytest.mark.parametrize("kind", STUBS)
 @pytest.mark.parametrize("package", amount(["pydantic"], ["pydantic", "rich", "xxhash", "platformdirs"]))
-def test_a_package_that_only_we_need_anew(place, tmp_path, losses, package, kind):
-    """The host has what it needs of it; what we import of it is not there."""
+def test_a_package_of_which_the_host_needs_less(place, tmp_path, losses, package, kind):
+    """The host has imported what it needs of the package; what we import of it is missing."""
     stubs, ours = stub(tmp_path / "stubs", package, kind), copy_of_ours(tmp_path)
     code, output = place.train(stubs, ours, block=False, forget=[package])
     assert code == 0 and loss(output) == losses[False], output[-2000:]
@@ -289,7 +289,7 @@ def test_a_trl_that_is_too_old(place, tmp_path, losses, version):
 
 
 @pytest.mark.skipif(not LONG, reason="real processes take ten seconds each; `make test-long` runs them")
-@pytest.mark.parametrize("module", ["callback", "hosts.fail_closed"])
+@pytest.mark.parametrize("module", ["training.callback", "hosts.fail_closed"])
 def test_the_real_command_with_a_module_missing(place, tmp_path, losses, module):
     (copy_of_ours(tmp_path) / "xtf_plugin" / f"{module.replace('.', '/')}.py").unlink()
     for block in (False, True):

@@ -1,4 +1,4 @@
-"""Memory that runs out while scoring costs a retry, not the run; and scoring leaves to training what training had."""
+"""Scoring that runs out of memory is retried with smaller batches, and leaves training its memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def allocator(tokens):
 
 @pytest.fixture
 def room(monkeypatch):
-    """Makes room for so many tokens at a time, in the decoder or behind it; gives what each call asked for."""
+    """Makes room for so many tokens at a time, in the decoder or after it; gives what each call asked for."""
 
     def for_tokens(limit, fail, where="_hidden"):
         own, asked = getattr(Reference, where), []
@@ -162,7 +162,7 @@ class Memory(TrainerCallback):
 
     def on_train_begin(self, *args, **kwargs):
         self.found |= {"tensors": live(), "highest before": status("VmHWM"), "before": status("VmRSS")}
-        Path("/proc/self/clear_refs").write_text("5")  # the highest is counted anew
+        Path("/proc/self/clear_refs").write_text("5")  # the highest is counted again
 
     def on_train_end(self, *args, **kwargs):
         self.found |= {"tensors afterwards": live(), "highest": status("VmHWM")}

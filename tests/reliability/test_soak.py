@@ -1,4 +1,4 @@
-"""What runs for days must not grow: many epochs, many plans and many trainings in one process hold what few do."""
+"""Memory, files and threads do not grow over many epochs, plans and trainings in one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
 from xtf_plugin.report import writer
 
-# bytes for each round after the warm-up, and for all of them together: a heap is cut into pieces, and a page goes back
+# bytes for each round after the warm-up, and for all of them together: a heap is fragmented, and a page is returned
 # to the system only when nothing on it is in use
 EACH, ALL = 16 << 10, 8 << 20
 
@@ -67,7 +67,7 @@ class EachEpoch(TrainerCallback):
 
 
 def epochs(folder, number, workers):
-    """Training whose workers are started anew in every epoch."""
+    """Training whose workers are started again in every epoch."""
     block = {"preset": "default", "knowledge_novelty": True}
     options = {"max_steps": -1, "num_train_epochs": number, "save_strategy": "no", "logging_strategy": "epoch"}
     watched = made("lora", folder, block, rows=tiny.problems(12), dataloader_num_workers=workers, **options)
@@ -78,7 +78,7 @@ def epochs(folder, number, workers):
 
 
 def plans(folder, number):
-    """Plans in one process: every other one scores all documents anew, the others find their scores."""
+    """Plans in one process: every other one scores all documents again, the others find their scores."""
     held, data, provider = Held(), rows(8), Provider()
     for index in range(number):
         block = {**EVERYTHING, "knowledge_novelty": {"drop": {"quantile": 0.1 + index % 7 / 100}}}
@@ -94,7 +94,7 @@ def plans(folder, number):
 
 
 def trainings(folder, number):
-    """Trainers that come and go, as in a sweep; none of them is held by what xtf has hung on it."""
+    """Trainers one after the other, as in a sweep; the hooks of xtf must keep none of them alive."""
     held = Held()
     for index in range(number):
         watched = made("full", folder / str(index % 2), EVERYTHING, rows=tiny.problems(8), max_steps=1)
@@ -133,8 +133,8 @@ def growth(rounds, number):
 
 @pytest.mark.parametrize("name", SOAKS)
 def test_nothing_grows(tmp_path, name):
-    """In the short form, of a few rounds, it is the exact counts that tell: only a leak of megabytes in each round
-    shows in its memory. The long form sees one of some 100 kB.
+    """The short form, of a few rounds, finds a leak by the exact counts, and in memory one of megabytes a round. The
+    long form finds one of some 100 kB in memory.
     """
     function, options = SOAKS[name]
     rounds, number = alone(function, tmp_path, **options), options["number"]

@@ -1,4 +1,4 @@
-"""Training stays training: the loss is stock TRL's over the labels that are kept, and scoring leaves no trace."""
+"""The loss is stock TRL's over the kept labels, and scoring changes no state that training depends on."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests import tiny
 from tests.reliability import amount, record
 from tests.reliability.trainers import EVERYTHING, KINDS, State, around_scoring, callback, made, ranks
 from tests.training.test_callback import trainer
-from xtf_plugin import XTFError, attach, relevance
-from xtf_plugin import plan as pipeline
+from xtf_plugin import XTFError, attach
+from xtf_plugin import plan as planning
 from xtf_plugin.report import writer
-from xtf_plugin.scoring.kernels import dispatch as kernels
-from xtf_plugin.scoring.kernels import eager as attributes
+from xtf_plugin.scoring import cached_scores
+from xtf_plugin.scoring.kernels import dispatch, eager
 from xtf_plugin.scoring.reference import Reference
 from xtf_plugin.store.store import ScoreStore
 from xtf_plugin.training.callback import XTFCallback
@@ -74,7 +74,7 @@ def closed_form(batches, positions):
 
 
 def agree(updates, losses, gradients, positions):
-    """Hold every update against the closed form; how far the loss would be off with another denominator."""
+    """Compare every update with the closed form; return by how much another denominator would change the loss."""
     others, off = [], 0.0
     for batches, loss, gradient in zip(updates, losses, gradients, strict=True):
         expected, direction, otherwise = closed_form(batches, positions)
@@ -178,7 +178,7 @@ def test_the_denominator_is_the_kept_labels_of_all_ranks(tmp_path, size):
 
 @pytest.mark.parametrize("floor", [1, 0])
 def test_a_batch_of_which_everything_is_dropped_has_a_finite_loss(tmp_path, floor):
-    """But for the floor; and without one, but for the label that a batch is given back."""
+    """Each document keeps `min_kept` tokens; without them, one label of the batch is restored."""
     block = {
         "preset": "none",
         "knowledge_novelty": {"drop": {"unknown_below": 0.999}},
@@ -250,17 +250,17 @@ def test_scoring_leaves_rotary_embeddings_as_they_were(tmp_path):
     assert found[0].differences(found[1]) == []
 
 
-# where, and in which call of it: the trials of a reference come first, then the batches
+# the place, and in which call of it: the self-check of a reference comes first, then the batches
 FAILURES = {
-    "the trial": (Reference, "forward", 1),
-    "the plain attention of the trial": (attributes, "attention_and_received", 1),
+    "the self-check": (Reference, "forward", 1),
+    "the plain attention of the self-check": (eager, "attention_and_received", 1),
     "a forward": (Reference, "_hidden", 8),
-    "attention": (kernels, "attention_and_received", 12),
+    "attention": (dispatch, "attention_and_received", 12),
     "the last layer": (LlamaMLP, "forward", 14),
     "the head": (Reference, "predictions", 6),
     "the store": (ScoreStore, "add", 1),
-    "embeddings": (relevance, "gather_vectors", 1),
-    "selection": (pipeline, "select", 1),
+    "embeddings": (cached_scores, "gather_vectors", 1),
+    "selection": (planning, "select", 1),
     "the report": (writer, "write", 1),
 }
 
@@ -287,11 +287,11 @@ ERRORS = (KeyboardInterrupt, ZeroDivisionError, torch.OutOfMemoryError)
 @pytest.mark.parametrize("kind", amount(("qlora",), KINDS))
 def test_scoring_that_fails_leaves_no_trace(tmp_path, monkeypatch, kind, error):
     watched = made(kind, tmp_path, {**EVERYTHING, "batch_tokens": 200})
-    places = amount(("the trial", "attention", "the last layer", "the store", "embeddings"), tuple(FAILURES))
+    places = amount(("the self-check", "attention", "the last layer", "the store", "embeddings"), tuple(FAILURES))
     for where, (_, _, call) in ((place, FAILURES[place]) for place in places):
         attached = callback(watched)
         attached.on_train_begin = partial(XTFCallback.on_train_begin, attached)
-        attached._borrowed.reference.checked = frozenset()  # the trials are due again
+        attached._borrowed.reference.checked = frozenset()  # so that the self-check runs again
         found = around_scoring(watched, lambda: State(watched))
         with monkeypatch.context() as patch:
             calls = planted(patch, where, error)

@@ -67,7 +67,7 @@ def made(kind: str, folder: Path, block: Any, **options: Any) -> Any:
 
 def callback(attached: Any) -> Any:
     """The XTFCallback of a trainer."""
-    return attached._xtf_hooks.on_batch.__self__
+    return attached._xtf_hooks
 
 
 def around_scoring(attached: Any, look: Callable[[], Any]) -> list[Any]:
@@ -88,7 +88,7 @@ def around_scoring(attached: Any, look: Callable[[], Any]) -> list[Any]:
 class State:
     """Everything about a trainer's model and the process that training depends on, as facts by their place.
 
-    An object that holds nothing that can be told is told by its identity, and kept alive so that nothing else gets it.
+    An opaque object is recorded by its id, and kept alive so that no other object gets the id.
     """
 
     def __init__(self, watched: Any) -> None:
@@ -98,11 +98,11 @@ class State:
         for name, module in watched.model.named_modules():
             self.facts[f"{name}: class"] = type(module)
             for key, value in vars(module).items():
-                self._tell(f"{name}.{key}", value)
+                self._record(f"{name}.{key}", value)
         others = ("model", "model_wrapped", "callback_handler", "_xtf_hooks")
         for key, value in vars(watched).items():
             if key not in others:
-                self._tell(f"trainer {key}", value)
+                self._record(f"trainer {key}", value)
         self._process()
 
     def differences(self, other: State) -> list[str]:
@@ -110,7 +110,7 @@ class State:
         pairs = {name: (self.facts.get(name), other.facts.get(name)) for name in names}
         return [f"{name}: {one} -> {two}"[:300] for name, (one, two) in pairs.items() if one != two]
 
-    def _tell(self, place: str, value: Any) -> None:
+    def _record(self, place: str, value: Any) -> None:
         self._alive.append(value)
         plain = (str, bytes, int, float, torch.dtype, torch.device, type, type(None))
         if isinstance(value, plain):
@@ -138,7 +138,7 @@ class State:
 
     def _each(self, place: str, parts: dict[Any, Any]) -> None:
         for name, value in parts.items():
-            self._tell(f"{place}.{name}", value)
+            self._record(f"{place}.{name}", value)
 
     def _process(self) -> None:
         hooks = {name: dict(value) for name, value in vars(torch.nn.modules.module).items() if name.endswith("_hooks")}
@@ -240,7 +240,7 @@ def alone(function: Callable[..., Any], folder: Path, **options: Any) -> Any:
 def _answer(function: Callable[..., Any], folder: Path, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of a dataloader's workers; else they would need a server too
-    gc.freeze()  # what came with the server is not looked at over and over
+    gc.freeze()  # objects of the server are not searched again
     folder.mkdir(parents=True, exist_ok=True)
     answer = json.dumps(function(folder, **options))
     (folder / "answer.json").write_text(answer)

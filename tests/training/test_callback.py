@@ -1,5 +1,4 @@
-"""XTF inside a real SFTTrainer: the same masks whatever the batches look like, and no way to train unmasked by
-accident.
+"""XTF inside a real SFTTrainer: the same masks for all kinds of batches, and no training without masks.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def run(tmp_path, block=BLOCK, **options):
 
 def masks(made):
     """Kept token positions of every document, by content."""
-    plan = made._xtf_hooks.on_batch.__self__.plan
+    plan = made._xtf_hooks.plan
     result = {}
     for index, key in enumerate(plan.documents.keys):
         where = slice(plan.scores.offsets[index], plan.scores.offsets[index + 1])
@@ -183,7 +182,7 @@ def test_resumed_full_fine_tuning_without_its_scores_is_refused(tmp_path):
 def test_a_second_training_of_a_sharded_model_without_its_scores_is_refused(tmp_path):
     """No rank of a model that is split holds weights to look at, and each training counts its steps from 0."""
     made, _ = run(tmp_path, max_steps=1, learning_rate=0.1)
-    callback = made._xtf_hooks.on_batch.__self__
+    callback = made._xtf_hooks
     callback._borrowed.sharded = True
     callback.config = callback.config.model_copy(update={"cache_dir": str(tmp_path / "elsewhere")})
     with pytest.raises(XTFError, match="no longer those of the base model"):
@@ -221,8 +220,8 @@ def test_every_attribute_can_be_switched_off(tmp_path, block, capsys):
     assert "not comparable" in capsys.readouterr().err and seen
 
 
-def test_a_batch_without_labels_is_counted_and_told(tmp_path, caplog):
-    """Almost everything is dropped: most batches lose all labels, and each gets one back."""
+def test_a_batch_without_labels_is_counted_and_logged(tmp_path, caplog):
+    """Almost everything is dropped: most batches lose all labels, and one is restored in each."""
     block = {
         "knowledge_novelty": {"drop": {"unknown_below": 0.999}},
         "protect": {"special_tokens": False, "patterns": ["Zoe"]},
@@ -231,24 +230,24 @@ def test_a_batch_without_labels_is_counted_and_told(tmp_path, caplog):
     rows = [*tiny.problems(23), {"prompt": "Who?", "completion": " Zoe"}]
     made, seen = run(tmp_path, block, rows=rows, per_device_train_batch_size=2, max_steps=6)
     assert all((batch["labels"] != -100).any() for batch in seen)
-    assert int(made._xtf_hooks.collator.counters[:, 2].sum()) >= 4
-    assert "had no label left and got one back" in caplog.text
+    assert int(made._xtf_hooks.collator.counters[:, 1].sum()) >= 4
+    assert "had no label left, and one was restored" in caplog.text
 
 
 def test_excess_loss_against_a_reference_of_its_own(tmp_path):
-    tiny.model(seed=7).save_prerun(tmp_path / "other")
-    tiny.tokenizer().save_prerun(tmp_path / "other")
+    tiny.model(seed=7).save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
     reference = {"model": str(tmp_path / "other"), "quantization": "none"}
     part = {"scorer": "excess_loss", "reference": reference, "drop": {"quantile": 0.4}}
     options = {"rows": tiny.problems(12), "max_steps": 3, "learning_rate": 0.02}
     made, seen = run(tmp_path, {**OFF, "min_kept": 0, "selectors": {"rho": part}}, **options)
-    plan = made._xtf_hooks.on_batch.__self__.plan
+    plan = made._xtf_hooks.plan
     excess = logprobs(tiny.model(seed=7), plan.documents) - logprobs(tiny.model(), plan.documents)
-    np.testing.assert_allclose(plan.scores.selectors["rho"], excess, atol=2e-4)
+    np.testing.assert_allclose(plan.scores.values["rho"], excess, atol=2e-4)
     facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())
     assert 0.3 < facts["totals"]["attributes"]["rho"]["fired_fraction"] < 0.5
-    assert [entry["name"] for entry in facts["selectors"]["references"]] == [str(tmp_path / "other")]
+    assert [entry["name"] for entry in facts["scorers"]["references"]] == [str(tmp_path / "other")]
     assert made.state.log_history[0]["xtf/dropped_by/rho"] > 0
     table = pq.read_table(tmp_path / "out/xtf/scores.parquet").to_pydict()
-    np.testing.assert_allclose(table["rho"], plan.scores.selectors["rho"])
+    np.testing.assert_allclose(table["rho"], plan.scores.values["rho"])
     assert sum(table["kept"]) == sum(int((batch["labels"] != -100).sum()) for batch in seen)

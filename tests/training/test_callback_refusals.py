@@ -45,7 +45,7 @@ class TestRefusals:
         with pytest.raises(XTFUserError, match="no column.*labels"):
             made.train()
 
-    def test_dataset_changed_behind_our_back(self, tmp_path):
+    def test_dataset_changed_after_it_was_read(self, tmp_path):
         made = attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache")})
         loader = made.get_train_dataloader
         changed = made.train_dataset.map(lambda row: {"input_ids": [7, *row["input_ids"][1:]]})
@@ -62,7 +62,7 @@ class TestRefusals:
             made.train()
 
     def test_collator_replaced_after_attaching(self, tmp_path):
-        """The dataloader is built past us: the first batch carries the dataset's own labels, and the run stops."""
+        """The dataloader is built without our hook: the first batch carries other labels, and the run stops."""
         made = attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache"), **BLOCK})
         del made.get_train_dataloader
         with pytest.raises(XTFError, match="does not carry the planned labels"):
@@ -70,7 +70,7 @@ class TestRefusals:
 
     def test_callback_removed(self, tmp_path):
         made = attach(trainer(tmp_path), True)
-        made.pop_callback(made._xtf_hooks.on_batch.__self__)
+        made.pop_callback(made._xtf_hooks)
         with pytest.raises(XTFError, match="no masks|nothing was scored"):
             made.train()
 
@@ -95,14 +95,14 @@ class TestRefusals:
 
     def test_ranks_that_do_not_all_end_with_a_dry_run(self, tmp_path, monkeypatch):
         """One that has ended would leave the others waiting."""
-        told, agree = [], Ranks.agree
-        monkeypatch.setattr(Ranks, "agree", lambda self, *facts: told.append(facts) or agree(self, *facts))
+        agreed, agree = [], Ranks.agree
+        monkeypatch.setattr(Ranks, "agree", lambda self, *facts: agreed.append(facts) or agree(self, *facts))
         monkeypatch.setenv("XTF_DRY_RUN", "1")
         with pytest.raises(XTFDryRun):
             attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache")}).train()
         monkeypatch.delenv("XTF_DRY_RUN")
         attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache")}).train()
-        assert [facts for facts, what in told if what == "XTF_DRY_RUN"] == [b"True", b"False"]
+        assert [facts for facts, what in agreed if what == "XTF_DRY_RUN"] == [b"True", b"False"]
 
     def test_several_processes_that_nothing_connects(self, tmp_path, monkeypatch):
         made = trainer(tmp_path)
@@ -145,25 +145,25 @@ def test_masks_that_are_not_applied_are_noticed_when_a_batch_should_lose_labels(
     assert made.state.global_step > 0
 
 
-@pytest.mark.parametrize(("steps", "told"), [(1, True), (24, False)])
-def test_a_training_that_never_showed_that_masks_are_applied_says_so(tmp_path, caplog, steps, told):
+@pytest.mark.parametrize(("steps", "warns"), [(1, True), (24, False)])
+def test_a_training_without_proof_of_masks_warns(tmp_path, caplog, steps, warns):
     rows = [*tiny.problems(20), {"prompt": "Who?", "completion": " Sure, Zoe. It is 12."}, *tiny.problems(3, seed=8)]
     block = {"preset": "none", "force_drop": ["Zoe"], "cache_dir": str(tmp_path / "cache")}
     attach(trainer(tmp_path, rows=rows, per_device_train_batch_size=1, max_steps=steps), block).train()
-    assert ("nothing has shown that the model was given the masks" in caplog.text) is told
+    assert ("nothing has shown that the model received the masks" in caplog.text) is warns
 
 
-def test_a_stream_that_never_showed_that_masks_are_applied_says_so(tmp_path, caplog, monkeypatch):
+def test_a_stream_without_proof_of_masks_warns(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(verification, "verify_batch", lambda *_: 0)
     attached(tmp_path, streams.trainer(tmp_path, max_steps=2), {**LOOSE, "calibration": 8}).train()
-    assert "nothing has shown that the model was given the masks" in caplog.text
+    assert "nothing has shown that the model received the masks" in caplog.text
 
 
-def test_a_stream_that_is_loaded_past_us_and_shows_no_masks_says_so(tmp_path, caplog):
-    """What is trained on has nothing to lose, but the sample has."""
+def test_a_stream_whose_dataloader_bypasses_the_hook_warns(tmp_path, caplog):
+    """The rows that are trained on have nothing to drop, but the sample has."""
     drop = {"scorer": "typicality", "scope": "document", "drop": {"quantile": 0.03}}
     block = {"preset": "none", "selectors": {"odd": drop}, "calibration": 40}
     made = attached(tmp_path, streams.trainer(tmp_path, per_device_train_batch_size=1, max_steps=2), block)
     del made.get_train_dataloader
     made.train()
-    assert "nothing has shown that the model was given the masks" in caplog.text
+    assert "nothing has shown that the model received the masks" in caplog.text

@@ -1,4 +1,4 @@
-"""The dataset that stands in for a stream: the same rows, prepared ahead; its state counts what was yielded."""
+"""The dataset that replaces a stream: the same rows, prepared in chunks; its state counts the yielded rows."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import pytest
 import torch
 from datasets import Dataset
 
-from xtf_plugin.training.stream_dataset import ScoredAhead
+from xtf_plugin.training.streaming import ScoredAhead
 
 
 class TestScoredAhead:
-    """The dataset that stands in."""
-
     def made(self, inner, most=4):
         self.log = []
 
-        def prepare(stretch):
-            self.log.append([row["input_ids"][0] for row in stretch])
+        def prepare(chunk):
+            self.log.append([row["input_ids"][0] for row in chunk])
             return lambda place: self.log.append(place)
 
         return ScoredAhead.around(inner, prepare, lambda: 10, most)
@@ -27,7 +25,7 @@ class TestScoredAhead:
         ids = [{"input_ids": [index] * 3} for index in range(11)]
         return Dataset.from_list(ids).to_iterable_dataset(**options)
 
-    def test_rows_are_prepared_in_stretches_before_they_are_yielded(self):
+    def test_rows_are_prepared_in_chunks_before_they_are_yielded(self):
         ahead = iter(self.made(self.stream()))
         assert next(ahead)["input_ids"] == [0, 0, 0] and self.log == [[0, 1, 2, 3], 0]
         assert [row["input_ids"][0] for row in ahead] == list(range(1, 11))

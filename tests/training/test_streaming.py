@@ -26,7 +26,7 @@ MANY_ROWS = {
         "knowledge_novelty": {"drop": {"unknown_below": 0.001}, "window": 3, "max_fraction": 0.3},
         "selectors": {
             "out_of_place": {"drop": {"below": -2.0}},
-            "odd": {"scorer": "typicality", "drop": {"quantile": 0.1}, "scope": "document", "window": "sentence"},
+            "odd": {"scorer": "typicality", "drop": {"quantile": 0.1}, "scope": "document", "unit": "sentence"},
         },
         "protect": {"patterns": ["apples"]},
         "force_drop": ["happy to"],
@@ -152,15 +152,15 @@ CHANGES = {
     "an image": (lambda row: {**row, "pixel_values": [0.0]}, "training rows have pixel_values"),
     "no tokens": (lambda row: {"labels": row["labels"]}, "no `input_ids` .it has labels"),
     "no labels": (lambda row: {"input_ids": row["input_ids"]}, "carry no `labels`"),
-    "no mapping": (lambda row: row["input_ids"], "a row of the stream is a list"),
+    "no mapping": (lambda row: row["input_ids"], "a row of the training data is a list"),
 }
 
 
-@pytest.mark.parametrize(("change", "told"), CHANGES.values(), ids=CHANGES)
-def test_rows_that_cannot_be_scored_stop_the_run_also_late(tmp_path, base_reference, change, told):
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_rows_that_cannot_be_scored_stop_the_run_also_late(tmp_path, base_reference, change, message):
     options = {"disable_tqdm": True, "remove_unused_columns": False}
     made = attached(tmp_path, plain_trainer(tmp_path, Changing(change), 60, **options), base_reference)
-    with pytest.raises(XTFUserError, match=told):
+    with pytest.raises(XTFUserError, match=message):
         made.train()
     assert made.state.global_step > 0
 
@@ -219,8 +219,8 @@ def test_an_endless_stream_takes_bounded_memory(tmp_path, base_reference):
         made.train()
     finally:
         tracemalloc.stop()
-    stretch = 4 * 256 // 20 + 1  # tokens that are read ahead over the shortest row
-    assert max(held) <= 4 * 3 + 64 + 2 * stretch
+    chunk = 4 * 256 // 20 + 1  # tokens that are read ahead over the shortest row
+    assert max(held) <= 4 * 3 + 64 + 2 * chunk
     assert max(held[150:]) <= max(held[:150]) * 1.1
     assert memory[300] - memory[100] < 64_000, "one small array for each of 800 rows would be twice that"
     assert made.state.log_history[-1]["train_loss"] > 0

@@ -16,7 +16,7 @@ from tests import tiny
 from tests.streams import LOOSE, LORA, ROWS, attached, labels_by_document, rows, stream_of, trained, trainer, watched
 from xtf_plugin import XTFConfig, XTFDryRun, XTFError, XTFUserError, attach
 from xtf_plugin.scorers import Scorer, registry
-from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring import engine
 from xtf_plugin.training.streaming import Stream
 
 NOTHING = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -1000}}}, "calibration": 8}
@@ -35,7 +35,7 @@ def state_of(model):
 
 
 def test_a_stream_that_drops_nothing_trains_to_the_same_bits(tmp_path):
-    """Two epochs, dropout on, accumulation and a shuffled stream; scoring goes on between the steps."""
+    """Two epochs, dropout on, accumulation and a shuffled stream; documents are scored between the steps."""
     options = {"gradient_accumulation_steps": 2, "max_steps": 10, "gradient_checkpointing": True}
     stream = rows().to_iterable_dataset(num_shards=4).shuffle(seed=1, buffer_size=8)
     plain = trainer(tmp_path, stream, **options)
@@ -50,14 +50,14 @@ def test_scoring_leaves_model_and_random_state_as_they_were(tmp_path):
     block = {**BLOCK, "reasoning_importance": True, "batch_tokens": 64}
     made = attached(tmp_path, trainer(tmp_path), block)
     stream, compared = stream_of(made), []
-    decide = stream._decide
+    decide = stream._score_and_select
 
     def watch(documents):
         before = state_of(made.model)
         decide(documents)
         compared.append(before == state_of(made.model))
 
-    stream._decide = watch
+    stream._score_and_select = watch
     made.train()
     assert len(compared) > 3 and all(compared)
 
@@ -69,7 +69,7 @@ def test_reading_the_sample_takes_no_random_number_from_training(tmp_path):
             yield row
 
     made = attached(tmp_path, trainer(tmp_path, IterableDataset.from_generator(draw)), BLOCK)
-    callback, before = made._xtf_hooks.on_batch.__self__, state_of(made.model)
+    callback, before = made._xtf_hooks, state_of(made.model)
     callback.on_train_begin(made.args, made.state, None)
     assert before == state_of(made.model) and len(callback.plan.documents) == 8
 
@@ -83,7 +83,7 @@ def test_a_resumed_run_trains_on_the_same_labels(tmp_path, shuffled, caplog):
     made = attached(tmp_path / "b", trainer(tmp_path / "b", stream, **options), BLOCK)
     seen = watched(made)
     made.train(resume_from_checkpoint=str(tmp_path / "a/out/checkpoint-5"))
-    assert LOST not in caplog.text, "neither the first run nor one that begins behind the sample"
+    assert LOST not in caplog.text, "neither the first run nor one that begins after the sample"
     assert made.state.global_step == 10 and len(seen) == 5
     second = labels_by_document(seen)
     assert len(second) == ROWS // 2 and second.items() <= whole.items()
@@ -110,11 +110,11 @@ class Itself(Once):
 LOST = "none of the first"
 
 
-def test_a_stream_that_can_be_read_only_once_is_told(tmp_path, caplog):
+def test_a_stream_that_can_be_read_only_once_is_warned_of(tmp_path, caplog):
     made = attached(tmp_path, trainer(tmp_path, max_steps=3), BLOCK)
     made.train_dataset = Once(made.train_dataset)
     made.train()
-    assert LOST in caplog.text and "8 rows that were read for the calibration sample" in caplog.text
+    assert LOST in caplog.text and "8 rows of the calibration sample" in caplog.text
 
 
 def test_a_stream_that_is_its_own_iterator_is_refused(tmp_path):
@@ -136,11 +136,11 @@ def test_metrics_are_a_running_figure(tmp_path):
     assert logs[0]["xtf/kept_fraction"] != logs[-1]["xtf/kept_fraction"]
 
 
-def test_the_end_tells_what_was_done(tmp_path, capsys):
+def test_the_end_of_training_prints_what_was_done(tmp_path, capsys):
     attached(tmp_path, trainer(tmp_path), BLOCK).train()
-    told = capsys.readouterr().err
-    assert f"streamed {ROWS} documents in {ROWS} rows and scored {ROWS - 8} of them" in told
-    assert "calibration sample: the first 8 documents of the stream, not the whole stream" in told
+    printed = capsys.readouterr().err
+    assert f"streamed {ROWS} documents in {ROWS} rows and scored {ROWS - 8} of them" in printed
+    assert "calibration sample: the first 8 documents of the stream, not the whole stream" in printed
 
 
 def test_a_separate_reference_stays_and_is_freed(tmp_path, capsys):
@@ -160,14 +160,14 @@ def test_a_shuffled_stream_is_verified_against_what_was_scored_ahead(tmp_path):
     assert trained(tmp_path / "stream", trainer(tmp_path, stream), BLOCK) == expected
 
 
-def test_labels_rebuilt_behind_the_collator_stop_the_run(tmp_path):
-    """The loader is built past us: the first batch carries the stream's own labels, in the sample or beyond it."""
+def test_labels_rebuilt_after_the_collator_stop_the_run(tmp_path):
+    """The dataloader is built without our hook: the first batch carries other labels, in the sample or after it."""
     made = attached(tmp_path, trainer(tmp_path, save_steps=5), BLOCK)
     made.train()
-    for checkpoint, told in ((None, "does not carry the planned labels"), (5, "xtf did not plan")):
+    for checkpoint, message in ((None, "does not carry the planned labels"), (5, "xtf did not plan")):
         made = attached(tmp_path, trainer(tmp_path), {**LOOSE, "calibration": 16})
         del made.get_train_dataloader
-        with pytest.raises(XTFError, match=told):
+        with pytest.raises(XTFError, match=message):
             made.train(resume_from_checkpoint=checkpoint and str(tmp_path / f"out/checkpoint-{checkpoint}"))
 
 
@@ -182,7 +182,7 @@ def test_a_loader_that_holds_rows_back_for_too_long_stops_the_run(tmp_path):
         return torch.utils.data.DataLoader(held, batch_size=4, collate_fn=built.base_dataloader.collate_fn)
 
     made.get_train_dataloader = buffering
-    callback = made._xtf_hooks.on_batch.__self__
+    callback = made._xtf_hooks
     made.callback_handler.on_train_begin = lambda *args: args[-1]
     callback.on_train_begin(made.args, made.state, None)
     with pytest.raises(XTFError, match="did not read from the stream, or read more than 76 rows earlier"):
@@ -200,30 +200,30 @@ OTHERS = {"scorer": "typicality", "reference": {"model": "some/model"}, "drop": 
 
 
 @pytest.mark.parametrize(
-    ("block", "peft", "options", "told"),
+    ("block", "peft", "options", "message"),
     [
         ({}, LORA, {"dataloader_num_workers": 2}, "dataloader_num_workers is 2"),
         ({}, None, {}, r"base weights \(.* and \d+ more\).*reference.model"),
         ({}, LoraConfig(r=4, bias="lora_only", target_modules=["q_proj"]), {}, "base weights .*q_proj.*bias"),
-        ({"selectors": {"mine": OTHERS}}, LORA, {}, "selector mine has a reference of its own .some/model"),
+        ({"selectors": {"mine": OTHERS}}, LORA, {}, "mine has a reference of its own .some/model"),
         ({"selectors": {"r": {"scorer": "rank", "drop": {"below": 1}}}}, LORA, {}, "rank.* needs the whole dataset"),
     ],
     ids=["workers", "full fine-tuning", "bias", "other reference", "whole dataset"],
 )
-def test_what_cannot_be_scored_while_it_streams_is_refused(tmp_path, monkeypatch, block, peft, options, told):
+def test_what_cannot_be_scored_while_it_streams_is_refused(tmp_path, monkeypatch, block, peft, options, message):
     monkeypatch.setitem(registry.BUILTIN, "rank", WholeDataset)
     model = tiny.model(attention_bias=True)
     made = trainer(tmp_path, peft_config=peft, model=model, **options)
-    with pytest.raises(XTFUserError, match=told):
+    with pytest.raises(XTFUserError, match=message):
         attach(made, block or True)
     assert not hasattr(made, "_xtf_hooks"), "nothing of the trainer is changed"
     assert attach(trainer(tmp_path, rows(), peft_config=LORA), True), "a dataset is not refused"
 
 
-def test_memory_that_ran_out_is_remembered(tmp_path, monkeypatch):
-    """Beside training there is less of it than before; only the first stretch finds that out."""
+def test_later_chunks_start_with_the_halved_batch_size(tmp_path, monkeypatch):
+    """Training leaves less memory for scoring; only the first chunk runs out of it."""
     made = attached(tmp_path, trainer(tmp_path), {**BLOCK, "batch_tokens": 160})
-    run, refused = scorer._launch, []
+    run, refused = engine._launch, []
 
     def tight(documents, batch, *others, **options):
         if made.state.global_step and documents.lengths[batch].max() * len(batch) > 80:
@@ -231,13 +231,13 @@ def test_memory_that_ran_out_is_remembered(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return run(documents, batch, *others, **options)
 
-    monkeypatch.setattr(scorer, "_launch", tight)
+    monkeypatch.setattr(engine, "_launch", tight)
     made.train()
     assert len(refused) == 1 and made.state.global_step == 10
 
 
 @pytest.mark.parametrize(("halvings", "expected"), [(0, 4096), (3, 512), (4, 256), (40, 256)])
-def test_memory_that_was_short_for_a_moment_does_not_make_ever_smaller_batches(halvings, expected):
+def test_batches_are_halved_a_few_times_at_most(halvings, expected):
     stream = Stream(XTFConfig.parse({"batch_tokens": 4096}), tiny.tokenizer())
     stream._reference, stream._halvings = lambda: SimpleNamespace(device=torch.device("cpu")), halvings
     assert stream.batch_tokens == expected
@@ -277,7 +277,7 @@ def test_rows_that_are_not_prepared(tmp_path):
         made.train()
 
 
-def test_calibration_beside_a_dataset_is_told(tmp_path, caplog):
+def test_calibration_beside_a_dataset_is_warned_of(tmp_path, caplog):
     attached(tmp_path, trainer(tmp_path, rows()), BLOCK)
     assert "calibration: 8 is for streamed data" in caplog.text
 

@@ -18,7 +18,7 @@ METRICS = ("xtf/kept_fraction", "xtf/dropped_by/reasoning_importance", "xtf/kept
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
-    """The folder of a stock `trl sft` that reports to all three, off the net."""
+    """The folder of a stock `trl sft` that reports to all three, offline."""
     folder = tmp_path_factory.mktemp("tracked")
     tiny.save_base(folder / "model")
     tiny.save_rows(folder / "data/train.jsonl", tiny.problems(12))
@@ -97,7 +97,7 @@ def test_a_report_is_attached_only_where_it_is_wanted(tmp_path, monkeypatch, tra
     assert log_report(tracker, tmp_path / "report.html") == [tracker] and module.logged
 
 
-def test_a_tracker_that_fails_is_told_and_training_goes_on(tmp_path, monkeypatch, caplog):
+def test_a_tracker_that_fails_is_logged(tmp_path, monkeypatch, caplog):
     (tmp_path / "report.html").write_text("a page")
     module = Recorder()
     module.log_artifact = lambda artifact: (_ for _ in ()).throw(OwnError("disk full"))

@@ -41,13 +41,13 @@ def test_an_unmasked_batch_that_lacks_exactly_one_drop_is_refused():
         verify_batch(planned([A], [1, 0, 1]), batch([A]))
 
 
-def test_a_label_that_was_given_back_is_allowed_and_proves_nothing():
+def test_a_restored_label_is_allowed_and_proves_nothing():
     plan = planned([A, B], [0, 0, 0, 0, 0, 0])
     assert verify_batch(plan, batch([masked(A, 1, 3), masked(B, 1, 2, 3)])) == 3, "the other document's three"
     assert verify_batch(planned([masked(A, 1, 2)], [0]), batch([masked(A, 1, 2)])) == 0, "as it would be unmasked"
 
 
-def test_a_label_given_back_beside_others_is_refused():
+def test_a_restored_label_beside_others_is_refused():
     with pytest.raises(XTFError, match="does not carry the planned labels"):
         verify_batch(planned([A, B], [0, 0, 0, 0, 0, 1]), batch([masked(A, 1, 3), masked(B, 1, 2)]))
 
@@ -95,24 +95,26 @@ class TestLabelVerifier:
         verifier = self.watched(first_drop, apply=True)
         assert (verifier.batches, verifier.proven) == (200, proven)
 
-    def test_no_batch_is_looked_at_after_the_proof(self, monkeypatch):
-        looked = []
-        monkeypatch.setattr(verification, "verify_batch", lambda *_: looked.append(1) or len(looked) // 3)
+    def test_no_batch_is_checked_after_the_proof(self, monkeypatch):
+        checked = []
+        monkeypatch.setattr(verification, "verify_batch", lambda *_: checked.append(1) or len(checked) // 3)
         self.watched(0, apply=True)
-        assert len(looked) == 3
+        assert len(checked) == 3
 
 
 class TestLookUp:
     ROWS = [{"input_ids": [index + 30, 6, 7, 8], "labels": [-100, 6, 7, 8]} for index in range(3_000)]
 
-    def test_only_documents_with_the_same_tokens_are_looked_at(self, monkeypatch):
-        plan, looked = planned(self.ROWS, np.tile([True, True, False], 3_000)), []
+    def test_only_documents_with_the_same_tokens_are_compared(self, monkeypatch):
+        plan, compared = planned(self.ROWS, np.tile([True, True, False], 3_000)), []
         document = DocumentSet.document
-        monkeypatch.setattr(DocumentSet, "document", lambda self, index: looked.append(index) or document(self, index))
+        monkeypatch.setattr(
+            DocumentSet, "document", lambda self, index: compared.append(index) or document(self, index)
+        )
         assert verify_batch(plan, batch([masked(row, 3) for row in self.ROWS[40:48]])) == 8
-        assert looked == list(range(40, 48))
+        assert compared == list(range(40, 48))
 
-    def test_two_documents_of_one_hash_are_told_apart(self, monkeypatch):
+    def test_two_documents_with_one_hash_are_distinguished(self, monkeypatch):
         monkeypatch.setattr(verification.xxhash, "xxh3_64_intdigest", lambda _: 5)
         plan = planned([A, B, TEXT], [1, 0, 1, 0, 0, 1, 1, 1, 1, 0])
         assert verify_batch(plan, batch([masked(A, 2), masked(B, 1, 2), masked(TEXT, 3)])) == 4
@@ -123,12 +125,17 @@ class TestLookUp:
         with pytest.raises(XTFError, match="did not plan"):
             verify_batch(planned([A], [1, 0, 1]), batch([{**masked(A, 2), "input_ids": [5 + 2**32, 6, 7, 8]}]))
 
-    def test_padding_without_a_mask_of_it_is_taken_off(self):
+    def test_padding_without_an_attention_mask_is_removed(self):
         plan = planned([A, {"input_ids": [5, 6], "labels": [-100, 6]}], [1, 0, 1, 1])
         given = batch([{name: [*values, 0, 0] for name, values in masked(A, 2).items()}])
         given["labels"][:, 4:] = -100
         del given["attention_mask"]
         assert verify_batch(plan, given) == 1, "the longest document that the row begins with"
+        ended = {"input_ids": [5, 6, 7, 0], "labels": [-100, 6, 7, 0]}  # its last token is also the padding
+        batch_of_one = batch([{name: [*values, 0, 0] for name, values in masked(ended, 3).items()}])
+        batch_of_one["labels"][:, 4:] = -100
+        del batch_of_one["attention_mask"]
+        assert verify_batch(planned([ended], [1, 1, 0]), batch_of_one) == 1
         given["labels"][:, 2] = 7
         with pytest.raises(XTFError, match="does not carry the planned labels"):
             verify_batch(plan, given)

@@ -1,8 +1,6 @@
-"""The Axolotl plugin: `plugins: [xtf_plugin.XTFPlugin]` and the same `xtf:` block as everywhere else.
+"""The Axolotl plugin: `plugins: [xtf_plugin.XTFPlugin]` beside the `xtf:` block.
 
-Axolotl logs and skips a plugin whose import fails with an ImportError, so this module imports next to nothing of ours
-when it is loaded. `XTFArgs` declares the key `xtf`, so that Axolotl's own validation checks the block and reports what
-is wrong with it.
+Axolotl logs an ImportError of a plugin and continues without it, so little of ours is imported here at the top.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class XTFArgs(BaseModel):
-    """The part of an Axolotl recipe that belongs to XTF; the block stays the plain data that it was."""
+    """Declares the key `xtf` to Axolotl, whose validation then checks the block; its value stays plain data."""
 
     xtf: Any = Field(
         default=None,
@@ -35,14 +33,14 @@ class XTFArgs(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _goes_with_the_recipe(cls, recipe: Any) -> Any:
+    def _check_other_settings(cls, recipe: Any) -> Any:
         if isinstance(recipe, dict) and has_block(recipe):
             check_settings(recipe)
         return recipe
 
     @field_validator("xtf")
     @classmethod
-    def _is_a_block(cls, block: Any) -> Any:
+    def _check_block(cls, block: Any) -> Any:
         from ..config.block import XTFConfig, plain
 
         XTFConfig.parse(block)
@@ -52,8 +50,8 @@ class XTFArgs(BaseModel):
 class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
     """Token-level noise filtering for Axolotl's supervised fine-tuning.
 
-    Equals `xtf_plugin.attach(trainer, cfg.xtf)` on the trainer that Axolotl has built. Without an `xtf:` block, or with
-    `xtf: false`, it does nothing.
+    Equals `xtf_plugin.attach(trainer, cfg.xtf)` on Axolotl's trainer. Does nothing without an `xtf:` block, or with
+    `xtf: false`.
 
     Example:
         plugins: [xtf_plugin.XTFPlugin]
@@ -63,7 +61,7 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
 
     @exit_on_user_error
     def register(self, cfg: Any) -> None:
-        """Refuse an empty block, and an environment that cannot apply one; `cfg` is not validated."""
+        """Refuse an empty block, and an environment that cannot apply one; warn without a block. `cfg` is raw."""
         if not trains(sys.argv):
             return
         if has_block(cfg):
@@ -71,16 +69,16 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
         elif "xtf" not in cfg:
             logger.warning(
                 "xtf: the plugin is loaded, but the recipe has no `xtf:` key, so every label is trained on. Axolotl "
-                "ignores keys that it does not know, mistyped ones too. Write `xtf: false` if this is meant."
+                "ignores unknown keys, mistyped ones too. Write `xtf: false` if this is intended."
             )
 
     def get_input_args(self) -> str:
-        """Where Axolotl finds the model that declares the key `xtf`."""
+        """The name of the model that declares the key `xtf`."""
         return f"{__name__}.XTFArgs"
 
     @exit_on_user_error
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Attach XTF to the trainer. A dry run begins and ends here, before Axolotl writes into its output folder."""
+        """Attach XTF to the trainer. A dry run ends here, before Axolotl writes into its output folder."""
         from ..config.block import XTFConfig
         from ..training.callback import attach
 

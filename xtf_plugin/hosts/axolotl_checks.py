@@ -1,9 +1,8 @@
-"""What an Axolotl recipe must say for its `xtf:` block to be applied, and the hook that refuses what nothing applies.
+"""Checks of an Axolotl recipe with an `xtf:` block, for the plugin, for `xtf check`, and for a patch of Axolotl.
 
-Axolotl drops keys that no plugin declares, and goes on without a plugin that it could not import. Either way a recipe
-with an `xtf:` block would train plain SFT and say nothing. So `axolotl.cli.config.prepare_plugins`, through which every
-command's recipe goes, is patched to refuse it. Without a block it does what it did. The plugin and `xtf check` ask the
-same questions. Standard library only; Axolotl is imported once it has loaded its plugins itself.
+Axolotl ignores keys that no plugin declares, and continues without a plugin that it cannot import: a recipe with a
+block would train plain SFT. So `axolotl.cli.config.prepare_plugins`, which every command calls, is patched to refuse
+such a recipe. Standard library only, until Axolotl has loaded its plugins.
 """
 
 from __future__ import annotations
@@ -22,17 +21,16 @@ from .fail_closed import EMPTY_BLOCK, exit_on_user_error, meant_as_block, wrap
 
 PLUGIN = "xtf_plugin.XTFPlugin"
 
-_REFUSED = {
-    "rl": "an `xtf:` block works in supervised fine-tuning only",
-    "reward_model": "an `xtf:` block works in supervised fine-tuning only",
-    "process_reward_model": "an `xtf:` block works in supervised fine-tuning only",
-    "pretraining_dataset": "its data is streamed, and thresholds need the whole dataset before training; name it under "
-    "`datasets`",
-    "streaming": "thresholds need the whole dataset before training; set streaming: false",
-    "kd_trainer": "distillation trains on a mask of its own besides the labels, which xtf does not reach",
-    "processor_type": "labels of image and audio data are made while batches are built, where no score is known",
-}
 _SPLIT = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
+_REFUSED = {
+    **dict.fromkeys(("rl", "reward_model", "process_reward_model"), "`xtf:` works in supervised fine-tuning only"),
+    **dict.fromkeys(_SPLIT, "it splits a model or a sequence between processes; use data parallel ranks (DDP, FSDP)"),
+    "pretraining_dataset": "its data is streamed, and thresholds need all data before training; name it under "
+    "`datasets`",
+    "streaming": "thresholds need all data before training; set streaming: false",
+    "kd_trainer": "distillation trains on a mask of its own, which xtf cannot change",
+    "processor_type": "labels of image and audio data are made as batches are built, after xtf has scored the rows",
+}
 _DIFFUSION = re.compile(r"(axolotl\.integrations\.)?diffusion\b")
 _NOT_TRAINING = frozenset(
     ("inference", "evaluate", "merge-lora", "merge-sharded-fsdp-weights", "quantize", "vllm-serve", "lm-eval")
@@ -40,15 +38,12 @@ _NOT_TRAINING = frozenset(
 
 
 def has_block(recipe: Mapping[str, Any]) -> bool:
-    """Whether a recipe asks for XTF: `xtf:` is there and not false.
-
-    Raises XTFUserError for an empty block, which would switch the filter off unnoticed, and for a setting beside it.
-    """
+    """Whether a recipe has `xtf:`, other than false. Raises XTFUserError for an empty block and a mistyped key."""
     for key in recipe:
         if meant_as_block(str(key)):
             raise XTFUserError(
-                f"xtf: unrecognized key {key!r} in this recipe. Did you mean `xtf:`? Its settings stand below it, and "
-                "a sweep varies the whole mapping."
+                f"xtf: unrecognized key {key!r} in this recipe. Did you mean `xtf:`? Its settings belong into its "
+                "mapping, also in a sweep."
             )
     if "xtf" not in recipe or recipe["xtf"] is False:
         return False
@@ -58,7 +53,7 @@ def has_block(recipe: Mapping[str, Any]) -> bool:
 
 
 def running_command(words: Sequence[str]) -> str | None:
-    """The command of Axolotl's that a process was started with (`sys.argv`), None if it was not: "train"."""
+    """The Axolotl command ("train") of a process with these `sys.argv`; None for another program."""
     first = Path(words[0]) if words else Path()
     if first.name == "axolotl":
         return words[1] if len(words) > 1 else ""
@@ -66,44 +61,31 @@ def running_command(words: Sequence[str]) -> str | None:
 
 
 def trains(words: Sequence[str]) -> bool:
-    """Whether a process may train, or prepare data for it: a script of the user's own may."""
+    """Whether a process with these `sys.argv` may train, or prepare data for it; any other program may."""
     return running_command(words) not in _NOT_TRAINING
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Raise XTFUserError if options of Axolotl's command bring a block: it ignores what it does not know."""
-    found = next((word for word in words if re.match(r"--xtf([._=-]|$)", word)), None)
-    if found is not None:
-        raise XTFUserError(
-            f"xtf: Axolotl's command has no `{found.split('=')[0]}`: write the `xtf:` block into the recipe."
-        )
+    """Raise XTFUserError if options of Axolotl's command hold a block: the command ignores unknown options."""
+    for option in (word.split("=")[0] for word in words if word.startswith("--")):
+        if option == "--xtf" or meant_as_block(option[2:]):
+            raise XTFUserError(f"xtf: Axolotl's command has no `{option}`: write the `xtf:` block into the recipe.")
 
 
 def check_surroundings() -> None:
-    """Raise XTFUserError if this environment cannot apply a block: switched off, or another Axolotl."""
+    """Raise XTFUserError if XTF is switched off, or for an Axolotl that cannot apply a block."""
     environment.check_disabled(os.environ)
     environment.check_version("axolotl")
 
 
 def check_settings(recipe: Mapping[str, Any]) -> None:
-    """Raise XTFUserError for settings under which the masks of a block would not be what is trained on."""
-    for key, why in _REFUSED.items():
+    """Raise XTFUserError for settings with which Axolotl would not train by the masks."""
+    found = {key: why for key, why in _REFUSED.items() if recipe.get(key) and not (key in _SPLIT and recipe[key] == 1)}
+    found |= {name: "it also noises its input by the labels" for name in _plugins(recipe) if _DIFFUSION.match(name)}
+    for key, why in found.items():
         value = recipe.get(key)
-        if value:
-            shown = f"{key}: {getattr(value, 'value', value)}" if isinstance(value, (str, bool)) else f"{key}:"
-            raise XTFUserError(f"xtf: `{shown}` and `xtf:` do not go together: {why}. Remove one of them.")
-    for key in _SPLIT:
-        if isinstance(recipe.get(key), int) and recipe[key] > 1:
-            raise XTFUserError(
-                f"xtf: `{key}: {recipe[key]}` and `xtf:` do not go together: it splits a model or a sequence between "
-                "processes. Use data parallel ranks (DDP, FSDP) alone."
-            )
-    for name in _plugins(recipe):
-        if _DIFFUSION.match(name):
-            raise XTFUserError(
-                f"xtf: the plugin {name} and `xtf:` do not go together: it also noises its input by the labels. "
-                "Remove one of them."
-            )
+        shown = f"{key}: {getattr(value, 'value', value)}" if isinstance(value, (str, bool, int)) else key
+        raise XTFUserError(f"xtf: `{shown}` and `xtf:` do not go together: {why}. Remove one of them.")
 
 
 def check_plugin_line(recipe: Mapping[str, Any]) -> None:
@@ -115,7 +97,7 @@ def check_plugin_line(recipe: Mapping[str, Any]) -> None:
 
 
 def missing_plugin(recipe: Mapping[str, Any]) -> XTFUserError:
-    """The error of a recipe whose block nothing would apply: Axolotl drops keys that no plugin declares."""
+    """The error for a recipe with a block and without its plugin."""
     return XTFUserError(
         "xtf: this recipe has an `xtf:` block, but its plugin is not loaded, so Axolotl would train without it. "
         f"Add this line to the recipe: {_line(recipe)}"
@@ -132,8 +114,8 @@ def _line(recipe: Mapping[str, Any]) -> str:
     return f"plugins: [{', '.join([*others, PLUGIN])}]"
 
 
-def patch_config(module: ModuleType) -> None:
-    """Make `module.prepare_plugins` refuse blocks that nothing applies. Raises AttributeError if Axolotl moved it."""
+def patch(module: ModuleType) -> None:
+    """Patch `module.prepare_plugins` to refuse a block that is not applied. Raises AttributeError if there is none."""
     wrap(module, "prepare_plugins", _guarded)
 
 
@@ -156,18 +138,17 @@ def _guarded(original: Any) -> Any:
 
 
 def _check_loaded(cfg: Any) -> None:
-    """Raise XTFUserError unless Axolotl holds our plugin under the name in this recipe."""
+    """Raise XTFUserError unless Axolotl has loaded our plugin."""
     from axolotl.integrations.base import PluginManager
 
     held = type(PluginManager.get_instance().plugins.get(PLUGIN))
     if held.__module__ == f"{__package__}.axolotl" and held.__name__ == "XTFPlugin":
         return
     try:
-        from ..hosts import axolotl  # noqa: F401 for its error
+        from . import axolotl  # noqa: F401 for its error
     except ImportError as error:
         raise XTFUserError(
             f"xtf: the plugin {PLUGIN} cannot be imported here ({type(error).__name__}: {error}), so Axolotl would "
-            "train without it. Repair the installation: pip install xtf-plugin. The recipe's line is right as it is: "
-            f"plugins: [{PLUGIN}]"
+            "train without it. Repair the installation: pip install --force-reinstall xtf-plugin"
         ) from error
     raise missing_plugin(cfg)

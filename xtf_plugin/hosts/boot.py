@@ -1,16 +1,12 @@
 """The boot hook: PyTorch calls `install` at the end of `import torch`, in every process of the environment.
 
-It exists because a stock `trl sft` offers a pip-installed package no other way in (`pyproject.toml`, entry point group
-`torch.backends`). Whatever it raised would break `import torch` for programs that never heard of us, so it is standard
-library only, imports neither torch nor trl, and reports instead of raising.
+No other way leads from a pip-installed package into a stock `trl sft` (`pyproject.toml`, group `torch.backends`). An
+error here would break `import torch` for every program, so this module is standard library only, and logs errors.
 
-Torch is often imported from inside a half-executed trl module. `when_imported` therefore tells three states apart:
-absent (watch the spec that the import system will find), half-imported (watch the spec that is being loaded) and
-complete (go). A watched spec keeps its stock loader; it only notices importlib setting `_initializing` back to False,
-which happens once per load, after the module's last line or its failure. So a broken trl fails with its own error.
-
-`XTF_DISABLE=1` is not read here but where a block is parsed: an off switch that lets a recipe's `xtf:` block pass
-unnoticed would train plain SFT by accident. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps PyTorch from calling `install`.
+Torch is often imported while a trl module is half executed. So `when_imported` handles three states: a module that is
+absent (watch the spec that the import system will find), half imported (watch the spec that is being loaded), or
+complete (call back at once). A watched spec keeps its loader; it notices that importlib sets `_initializing` to False,
+once per load, after the module's last line or its failure. A broken trl fails with its own error.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -30,22 +27,23 @@ _searching = threading.local()
 
 
 def install() -> None:
-    """Arrange that TRL's parser learns the `xtf:` block, and that Axolotl refuses one which its plugin does not apply,
-    once their modules are complete; idempotent. Raises SystemExit if a block could not be applied.
+    """Patch TRL's parser and Axolotl's loading of recipes once they are imported; idempotent.
+
+    Raises SystemExit if that fails and the command line names a recipe with an `xtf:` block.
     """
-    for name, patch, host, cure in (
-        (PARSER_MODULE, _teach, "TRL", "pip install 'trl>=1.9'"),
-        (AXOLOTL_MODULE, _guard, "Axolotl", "pip install axolotl==0.19.0"),
+    for name, patcher, host, cure in (
+        (PARSER_MODULE, "trl", "TRL", "pip install 'trl>=1.9'"),
+        (AXOLOTL_MODULE, "axolotl_checks", "Axolotl", "pip install axolotl==0.19.0"),
     ):
         reported = partial(_report_failure, host, cure)
-        reported(when_imported, name, partial(reported, patch))
+        reported(when_imported, name, partial(reported, _patch, patcher))
 
 
 def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
     """Call `callback(module)` once the module `name` is completely imported: now, or right after its import.
 
-    An exception from a deferred `callback` surfaces from that import. A failed import leaves the callback waiting for
-    the next attempt. A second callback for a module still awaited replaces the first.
+    An exception of a deferred `callback` is raised by that import. After a failed import, the callback waits for the
+    next one. A second callback for the same module replaces the first.
     """
     module = sys.modules.get(name)
     spec = getattr(module, "__spec__", None)
@@ -63,13 +61,13 @@ def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
 
 
 class _Finder:
-    """Meta path finder that lets the other finders find an awaited module, and watches what they found."""
+    """A meta path finder that returns the other finders' spec of an awaited module, watched."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Return the other finders' spec, watched; None for every module nobody waits for."""
+        """The watched spec; None for a module that is not awaited."""
         if name not in _waiting or getattr(_searching, "active", False):
             return None
-        _searching.active = True  # a finder that asks the whole meta path, like this one, must not recurse for ever
+        _searching.active = True  # another finder may ask all finders too, and must not recurse into this one
         try:
             for finder in list(sys.meta_path):
                 find = getattr(finder, "find_spec", None)
@@ -86,11 +84,7 @@ _finder = _Finder()
 
 
 def _watch(spec: Any) -> None:
-    """Give `spec` a class that calls `_import_ended` when importlib declares its load over.
-
-    A spec that cannot be watched (no importer is known to make one) fails the import: after a parsed block, the other
-    outcome would be plain SFT.
-    """
+    """Give `spec` a class that calls `_import_ended` when importlib ends the load."""
     base: Any = type(spec)
     if getattr(base, "_xtf_watched", False):
         return
@@ -111,23 +105,14 @@ def _import_ended(name: str) -> None:
         callback(module)
 
 
-def _teach(module: ModuleType) -> None:
-    from ..hosts import trl
-
-    trl.patch_parser(module)
-
-
-def _guard(module: ModuleType) -> None:
-    from ..hosts import axolotl_checks
-
-    axolotl_checks.patch_config(module)
+def _patch(patcher: str, module: ModuleType) -> None:
+    import_module(f".{patcher}", __package__).patch(module)
 
 
 def _report_failure(host: str, cure: str, action: Callable[..., None], *args: Any) -> None:
-    """Call `action`; log what it raises, and end a run that brings an `xtf:` block.
+    """Call `action`; log its error, and end the process with 2 if the command line names a recipe with an `xtf:` block.
 
-    One of few places that catch `Exception`: letting anything through would break `import torch`, or the
-    import of a host, for programs without an `xtf:` block.
+    It catches every `Exception`: one would break `import torch`, or a host's import, for programs without a block.
     """
     try:
         action(*args)
@@ -138,10 +123,7 @@ def _report_failure(host: str, cure: str, action: Callable[..., None], *args: An
 
         why = f"{type(error).__name__}: {error}"
         logging.getLogger("xtf_plugin").error(
-            "xtf-plugin could not hook into %s (%s): `xtf:` blocks are NOT applied in this process. "
-            "Reinstall xtf-plugin, or `pip uninstall xtf-plugin`.",
-            host,
-            why,
+            "xtf-plugin could not patch %s (%s): `xtf:` blocks are NOT applied in this process.", host, why
         )
         if isinstance(error, (ImportError, SyntaxError)):
             cure = "pip install --force-reinstall xtf-plugin"

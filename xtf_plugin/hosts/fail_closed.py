@@ -1,7 +1,4 @@
-"""What every host's hook needs to fail closed: keys that were meant as a block, and how a refused run ends.
-
-Standard library only, like all that the boot hook may load; knows no host.
-"""
+"""Helpers of all hosts' hooks, so that no run with an `xtf:` block trains plain SFT. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,15 +17,12 @@ EMPTY_BLOCK = (
 
 
 def meant_as_block(key: str) -> bool:
-    """Whether a key that no host knows is `xtf` in another case, or a setting of the block beside it: `xtf.control`."""
-    return key != "xtf" and re.match(r"\s*xtf(\W|_|$)", key, re.IGNORECASE) is not None
+    """Whether a key is a mistyped `xtf` (`XTF`, `xft`, `xtff`), or one of its settings beside it (`xtf.seed`)."""
+    return key != "xtf" and set(re.split(r"[\W_]", key.strip().lower())[0]) == set("xtf")
 
 
 def wrap(owner: Any, name: str, build: Callable[[Any], Any]) -> None:
-    """Replace `owner.name` by `build(original)`, once.
-
-    Raises AttributeError, before any change, if the owner has no such name.
-    """
+    """Replace `owner.name` by `build(original)`, once. Raises AttributeError if the owner has no such name."""
     original = getattr(owner, name)
     if getattr(original, "_xtf_patch", False):
         return
@@ -38,12 +32,8 @@ def wrap(owner: Any, name: str, build: Callable[[Any], Any]) -> None:
 
 
 @contextmanager
-def whole_installation() -> Iterator[None]:
-    """Around imports that only a block needs: what is missing becomes a message with the next step.
-
-    Raises:
-        XTFUserError: a module of ours, or what it needs of another package, is missing, damaged or too old.
-    """
+def complete_installation() -> Iterator[None]:
+    """Raise XTFUserError if an import inside fails: a module of ours or of another package is missing or damaged."""
     try:
         yield
     except (ImportError, SyntaxError, AttributeError) as error:
@@ -54,7 +44,7 @@ def whole_installation() -> Iterator[None]:
 
 
 def exit_on_user_error(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `function` print a user's error alone and raise SystemExit(2): under a stock command nobody catches it."""
+    """Make `function` print an XTFUserError as one message and raise SystemExit(2): stock commands do not catch it."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,4 @@
-"""Recipes on the command line: whose they are, whether their block would be applied, and how they are run.
-
-A training run never comes through here: hosts parse their own recipes, and a run asks the same questions itself.
-`xtf score` runs the host's own stock command, as a user would.
-"""
+"""Reads, checks and runs recipes for the command `xtf`. Training runs do not use this module."""
 
 from __future__ import annotations
 
@@ -18,33 +14,31 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .. import environment
 from ..errors import XTFError, XTFUserError
-from ..hosts import axolotl_checks
+from . import axolotl_checks
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
 
 Host = Literal["trl", "axolotl"]
 
-COMMANDS = {"trl": "trl sft --config", "axolotl": "axolotl train"}  # and the recipe
-_MODULES = {"trl": "trl.cli", "axolotl": "axolotl.cli.main"}  # whose `main` a command's script runs
+COMMANDS = {"trl": "trl sft --config", "axolotl": "axolotl train"}  # before the recipe's path
+_MODULES = {"trl": "trl.cli", "axolotl": "axolotl.cli.main"}  # with the command's `main`
 _HOST_KEYS: dict[str, Host] = {"model_name_or_path": "trl", "base_model": "axolotl"}
 _DEFAULT_OUTPUT_DIRS = {"trl": "trainer_output", "axolotl": "./model-out"}  # of transformers >= 5, of Axolotl 0.19
-_OURS = ("XTF_DRY_RUN", "XTF_SCORES_OUTPUT")
-_NO_ENTRY = "the boot hook of xtf-plugin is not registered in {prefix} (entry point group torch.backends)"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A host's YAML file as read: nothing validated beyond its being a mapping with a known host."""
+    """A YAML file with a known host; nothing else is validated."""
 
     path: Path
     host: Host
     data: dict[str, Any]
-    block: Any  # the raw `xtf:` value; None when absent
+    block: Any  # the value of `xtf:`; None if it is absent
 
     @property
     def env(self) -> dict[str, str]:
-        """What the host will export: TRL's `env:` block. Raises XTFUserError if it is not a mapping."""
+        """The variables that TRL sets: its `env:` block. Raises XTFUserError if it is not a mapping."""
         env = (self.data.get("env") or {}) if self.host == "trl" else {}
         if not isinstance(env, dict):
             raise XTFUserError(f"{self.path}: `env:` must be a mapping of names to values, not {type(env).__name__}.")
@@ -52,11 +46,11 @@ class Recipe:
 
     @property
     def streamed(self) -> bool:
-        """Whether the host reads the training data row by row, without ever having all of it."""
+        """Whether the host streams the training data."""
         return self.data.get("dataset_streaming") is True or self.data.get("streaming") is True
 
     def output_dir(self, extra: Sequence[str] = ()) -> Path:
-        """Where the run writes: `--output_dir` of the extra host arguments, else the recipe's, else the default."""
+        """The output folder: `--output_dir` of the extra host arguments, else the recipe's, else the default."""
         chosen = self.data.get("output_dir") or _DEFAULT_OUTPUT_DIRS[self.host]
         for index, argument in enumerate(extra):
             name, _, value = argument.partition("=")
@@ -65,30 +59,21 @@ class Recipe:
         return Path(os.path.expanduser(str(chosen)))
 
     def scores_path(self, extra: Sequence[str] = ()) -> Path:
-        """Where a run of this recipe leaves its score table: `<output_dir>/xtf`, or the folder that `report:` names."""
+        """The path of the score table that a run writes: in `<output_dir>/xtf`, or in the folder of `report:`."""
         report = self.block.get("report") if isinstance(self.block, dict) else None
         folder = Path(os.path.expanduser(report)) if isinstance(report, str) else self.output_dir(extra) / "xtf"
         return folder / "scores.parquet"
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe.
-
-    Raises XTFUserError for a missing or unreadable file, bad YAML, anything but a mapping, and a host that is unknown
-    or ambiguous.
-    """
+    """Read a recipe. Raises XTFUserError for an unreadable file, bad YAML, no mapping, or not exactly one host."""
     path = Path(path)
     data = _read_mapping(path)
     hosts = [host for key, host in _HOST_KEYS.items() if data.get(key) is not None]
-    if len(hosts) == 2:
+    if len(hosts) != 1:
         raise XTFUserError(
-            f"{path}: both `model_name_or_path` (TRL) and `base_model` (Axolotl) are set; remove the one that is not "
-            "your trainer's."
-        )
-    if not hosts:
-        raise XTFUserError(
-            f"{path}: cannot tell whose recipe this is. A TRL recipe names its model in `model_name_or_path`, one of "
-            f"Axolotl in `base_model`; found the keys: {', '.join(map(str, data)) or 'none'}."
+            f"{path}: cannot tell whose recipe this is. Set `model_name_or_path` (TRL) or `base_model` (Axolotl), not "
+            f"both; found the keys: {', '.join(map(str, data)) or 'none'}."
         )
     return Recipe(path=path, host=hosts[0], data=data, block=data.get("xtf"))
 
@@ -111,15 +96,15 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def parse_block(recipe: Recipe) -> XTFConfig | None:
-    """The config of a recipe's block, None when it is absent or off.
+    """The config of a recipe's block, None if it is absent or off.
 
-    Raises XTFUserError for a wrong block, and for one that its host would not apply, whatever the environment.
+    Raises XTFUserError for a wrong block, and for settings of the recipe with which it is not applied.
     """
     from ..config.block import XTFConfig
     from ..config.scores import check_streamed
 
     if recipe.host == "axolotl":
-        axolotl_checks.has_block(recipe.data)  # an empty one, and a mistyped key
+        axolotl_checks.has_block(recipe.data)
     config = XTFConfig.parse(recipe.block)
     if config is None:
         return None
@@ -129,56 +114,45 @@ def parse_block(recipe: Recipe) -> XTFConfig | None:
     elif recipe.streamed:
         if recipe.data.get("dataloader_num_workers"):
             raise XTFUserError(environment.WORKERS_REFUSED.format(workers=recipe.data["dataloader_num_workers"]))
-        check_streamed(config.selectors)
+        check_streamed(config.scores)
     return config
 
 
 def check_environment(recipe: Recipe) -> str:
-    """Raise XTFUserError unless a run of this recipe, here, would apply its block; else say what applies it."""
-    if recipe.host == "axolotl":
-        environment.check_version("axolotl")
-        environment.check_disabled(os.environ)
-        return _axolotl_hook()
+    """The state of the boot hook. Raises XTFUserError if this environment would not apply the recipe's block."""
+    autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
+    off = "" if autoload == "1" else f"off (TORCH_DEVICE_BACKEND_AUTOLOAD={autoload})"
     if not environment.hook_installed():
-        raise XTFUserError(
-            f"{_NO_ENTRY.format(prefix=sys.prefix)}, so `trl sft` would not see the block. Run: pip install xtf-plugin"
-        )
+        off = f"the boot hook of xtf-plugin is not registered in {sys.prefix} (entry point group torch.backends)"
+    if recipe.host == "axolotl":  # it loads the plugin itself; the hook notices if it has not
+        axolotl_checks.check_surroundings()
+        state = f"{off}: the recipe's plugin applies the block, but nothing would notice a failed import of the plugin"
+        return state if off else "installed and on"
+    if off and autoload == "1":
+        raise XTFUserError(f"{off}, so `trl sft` would not see the block. Run: pip install xtf-plugin")
     environment.check_switches(os.environ)
     environment.check_switches(recipe.env, f"the `env:` block of {recipe.path}")
     environment.check_version("trl")
     return "installed and on"
 
 
-def _axolotl_hook() -> str:
-    """Axolotl loads the plugin by the recipe's line; the hook is what notices that it did not."""
-    if not environment.hook_installed():
-        off = _NO_ENTRY.format(prefix=sys.prefix)
-    else:
-        try:
-            environment.check_switches(os.environ)
-            return "installed and on"
-        except XTFUserError:
-            off = f"off (TORCH_DEVICE_BACKEND_AUTOLOAD={os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD']})"
-    return f"{off}: the recipe's plugin applies the block, but nothing would notice if Axolotl could not import it"
-
-
 def score_recipe(recipe: Recipe, extra: Sequence[str], output: Path | None) -> tuple[Path, int]:
-    """Run the host's command as a dry run; return where the table is and the exit code, 0, 2 or 1.
+    """Run the host's command as a dry run; return the score table's path and the exit code (0, 1 or 2).
 
-    Raises XTFError if the run ended well but left no new table, XTFUserError if the recipe could not end as a dry run.
+    Raises XTFUserError for a recipe that cannot be scored, and XTFError if the run ended with 0 and wrote no table.
     """
     if recipe.host == "axolotl":
         axolotl_checks.check_words(extra)
     if recipe.host == "axolotl" or not extra:
-        parse_block(recipe)  # a launcher ends with 1 and a traceback for a block that its child refuses
+        parse_block(recipe)  # here, since a launcher ends with 1 and a traceback when its child refuses a block
     if recipe.block in (None, False) and not any(argument.split("=")[0] == "--xtf" for argument in extra):
         raise XTFUserError(f"{recipe.path} {off(recipe)}: nothing to score. The shortest block: `xtf: true`.")
-    taken = [name for name in _OURS if name in recipe.env]
-    if taken:
+    if taken := [name for name in ("XTF_DRY_RUN", "XTF_SCORES_OUTPUT") if name in recipe.env]:
         raise XTFUserError(f"the `env:` block of {recipe.path} sets {', '.join(taken)}, which `xtf score` sets itself.")
     table = (output or recipe.scores_path(extra)).absolute()
-    if table.is_dir() or not _writable(table.parent):
-        raise XTFUserError(f"the score table cannot be written to {table}: name a file in a folder that can be made.")
+    folder = next(path for path in table.parents if path.exists())
+    if table.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise XTFUserError(f"the score table cannot be written to {table}. Name a file in a writable folder.")
     before = table.stat().st_mtime_ns if table.exists() else None
     variables = {**os.environ, "XTF_DRY_RUN": "1", "XTF_SCORES_OUTPUT": str(table)}
     code = subprocess.run([*host_command(recipe), *extra], env=variables, check=False).returncode
@@ -187,17 +161,8 @@ def score_recipe(recipe: Recipe, extra: Sequence[str], output: Path | None) -> t
     return table, code if code in (0, 2) else 1
 
 
-def _writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`, or in the nearest folder above it that exists."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-
-
 def host_command(recipe: Recipe) -> list[str]:
-    """The words that train `recipe`: its host's stock script of this interpreter.
-
-    Without a script the same call, whose folder is not on `sys.path` then.
-    """
+    """The command line that trains `recipe`: the host's script of this interpreter, or the call that it would make."""
     name, *words = COMMANDS[recipe.host].split()
     script = shutil.which(name, path=sysconfig.get_path("scripts"))
     call = f"import sys; from {_MODULES[recipe.host]} import main; sys.exit(main())"
@@ -205,5 +170,5 @@ def host_command(recipe: Recipe) -> list[str]:
 
 
 def off(recipe: Recipe) -> str:
-    """Say why a recipe trains without XTF, for a message that begins with the recipe's name."""
+    """Why a recipe trains without XTF, to follow the recipe's name in a message."""
     return "has no `xtf:` block" if recipe.block is None else "turns XTF off (`xtf: false`)"

@@ -1,1 +1,1 @@
-"""The plan inside a trainer: read `callback.py` first."""
+"""Applies a plan in a trainer; read `callback.py` first."""

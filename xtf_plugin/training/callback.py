@@ -1,10 +1,10 @@
-"""Attach XTF to a finished trainer: score at the start of training, mask every batch, refuse to be a silent no-op."""
+"""Attach XTF to a finished trainer: score when training begins, mask every batch, stop a run whose masks do nothing."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,37 +24,27 @@ from ..scoring.distributed import Ranks
 from ..scoring.providers import BorrowedReference, SeparateReference, loading_all_weights
 from .collator import XTFDataCollator
 from .streaming import Stream, check_base
-from .support import text_tokenizer
-from .trainer import (
-    TrainerHooks,
-    check_trainer,
-    log_report,
-    rows,
-    rows_under_way,
-    streamed,
-    visible_columns,
-    visible_part,
-)
+from .trainer import check_trainer, log_report, rows, rows_in_flight, streamed, text_tokenizer, visible_part
 from .verification import CHECKED, LabelVerifier, PlannedDocuments
 
 logger = logging.getLogger(__name__)
 
 
 class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Scores the training data when training begins and hands the masks to the collator.
+    """Scores the training data when training begins and passes the masks to the collator.
 
-    Equals: collect the documents of `trainer.train_dataset`, score them with the reference, apply the thresholds, and
-    let `XTFDataCollator` write -100 over the labels of dropped tokens, in training batches only. `attach` is the short
-    way. `collator` is that collator; a training loop of one's own can use it after a `dry_run`.
+    Equals: collect the documents of `trainer.train_dataset`, score them with the reference, apply the rules, and let
+    `XTFDataCollator` set the labels of dropped tokens to -100, in training batches only. `attach` creates and adds it.
+    `collator` is that collator; a custom training loop can use it after a `dry_run`.
 
     Args:
         trainer: a finished transformers Trainer, usually TRL's SFTTrainer.
         config: the `xtf:` block.
 
     Raises:
-        XTFUserError: the host is not known, its model or data cannot be masked (images, none), it is streamed in a way
-            that cannot be scored, or processes split one model between them otherwise than by FSDP.
-        XTFError: from scoring; or a batch is not the planned one, or did not come by.
+        XTFUserError: the trainer, its model or its data is not supported (see `trainer.check_trainer`), or several
+            processes share one model other than by FSDP.
+        XTFError: raised during training: scoring failed, or a batch does not carry the planned labels.
 
     Example:
         >>> trainer = SFTTrainer(model, args=args, train_dataset=dataset, peft_config=peft_config)
@@ -64,31 +54,33 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     def __init__(self, trainer: Any, config: XTFConfig) -> None:
         check_trainer(trainer)
-        self.trainer = trainer
-        self.config = config
+        if getattr(trainer, "_xtf_hooks", None) is not None:
+            raise XTFError("xtf is attached to this trainer already; attach it once.")
+        self.trainer, self.config = trainer, config
         self.plan: Plan | None = None
         self.collator = XTFDataCollator(trainer.data_collator)
         self.ranks = Ranks.of(trainer.accelerator)
         self._borrowed = None if config.reference.model else BorrowedReference(trainer, self.ranks)
         self._stream = self._streaming()
-        around = self._stream.around if self._stream else None
-        self._hooks = TrainerHooks(trainer, self.collator, self._on_batch, self._on_trained, self._metrics, around)
         self._verifier: LabelVerifier | None = None
         self._constant_metrics: dict[str, float] = {}
-        self._labels = torch.zeros((), dtype=torch.int64)
-        self._steps = 0
+        self._labels, self._steps = torch.zeros((), dtype=torch.int64), 0
+        trainer._xtf_hooks = self
+        trainer.get_train_dataloader = partial(self._train_dataloader, trainer.get_train_dataloader)
+        trainer.training_step = partial(self._training_step, trainer.training_step)
+        trainer.log, trainer.train = partial(self._log, trainer.log), partial(self._train, trainer.train)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Score, decide, write the summary; in a dry run, end here."""
+        """Score the data, plan the masks and write the report; a dry run ends here."""
         progress = not args.disable_tqdm and state.is_world_process_zero
         if self._stream is not None:
             self._begin_streaming(self._stream, progress, resumed=state.global_step > 0)
             return
-        documents = collect(rows(self.trainer.train_dataset, visible_columns(self.trainer)))
+        documents = collect(rows(self.trainer))
         separate = partial(self._separate, documents)
         provider = self._borrowed or self.ranks.run_with_heartbeat(lambda: separate(self.config.reference))
         tokenizer = text_tokenizer(self.trainer)
-        with loading_all_weights():  # here, since it may be another thread that loads
+        with loading_all_weights():  # on the main thread: `make_plan` may load references on another one
             plan = make_plan(
                 self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks
             )
@@ -98,79 +90,77 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         return SeparateReference(reference, text_tokenizer(self.trainer), documents, self.trainer.accelerator.device)
 
     def _streaming(self) -> Stream | None:
-        """What scores streamed data while it is trained on; None for a dataset that can be scored beforehand."""
+        """The scorer of a streamed dataset; None for a dataset that is scored before training."""
         if streamed(self.trainer.train_dataset):
             stream = Stream(self.config, text_tokenizer(self.trainer))
             if self._borrowed is not None:
                 check_base(self._borrowed.reference.model)
             return stream
-        usual = XTFConfig.model_fields["calibration"].default
-        if self.config.calibration != usual:
+        if self.config.calibration != XTFConfig.model_fields["calibration"].default:
             logger.warning(
-                "xtf: calibration: %d is for streamed data; this dataset is scored as a whole.", self.config.calibration
+                "xtf: calibration: %d is for streamed data and has no effect: this dataset is scored completely.",
+                self.config.calibration,
             )
         return None
 
     def _begin_streaming(self, stream: Stream, progress: bool, *, resumed: bool) -> None:
-        """Score the first documents, take thresholds from them; the others are scored as they come."""
-        trainer, chosen = self.trainer, self.config.reference
-
-        def provider(documents: DocumentSet) -> ReferenceProvider:
-            return self._borrowed or self._separate(documents, chosen)
-
-        plan = stream.calibrate(trainer.train_dataset, visible_part(trainer), provider, progress=progress)
+        """Score the calibration sample and take thresholds from it; later rows are scored as they are read."""
+        trainer = self.trainer
+        plan = stream.calibrate(
+            trainer.train_dataset,
+            visible_part(trainer),
+            lambda documents: self._borrowed or self._separate(documents, self.config.reference),
+            progress=progress,
+        )
         self._adopt(plan)
-        summary.print_lines(stream.begin(plan, rows_under_way(trainer), resumed=resumed))
+        summary.print_lines(stream.begin(plan, rows_in_flight(trainer), resumed=resumed))
         assert stream.masks is not None
         self.collator.masks, self._verifier = stream.masks, LabelVerifier(stream.masks)
 
     def _adopt(self, plan: Plan) -> None:
-        """Train by this plan from here on: masks, metrics, report, and a first batch to hold against it."""
-        args = self.trainer.args
+        """Apply a plan from now on: set masks, metrics and verifier, and write the report."""
         self.plan = plan
         self.collator.masks = plan.masks()
         self._verifier = LabelVerifier(PlannedDocuments(plan.documents, plan.selection.keep))
         self._constant_metrics = summary.metrics(plan)
-        self.ranks.from_main(lambda: self._report(Path(args.output_dir)))
+        self.ranks.from_main(lambda: self._report(Path(self.trainer.args.output_dir)))
         dry_run = self.config.dry_run or is_on(os.environ.get("XTF_DRY_RUN"))
-        self.ranks.agree(str(dry_run).encode(), "XTF_DRY_RUN")  # or one would wait for another that has ended
+        self.ranks.agree(str(dry_run).encode(), "XTF_DRY_RUN")  # else a rank would wait for one that has ended
         if dry_run:
             raise XTFDryRun
-        if not (self.plan.selection.keep & (self.plan.scores.positions > 0)).any():
+        if not (plan.selection.keep & (plan.scores.positions > 0)).any():
             raise XTFUserError(
-                f"the rules drop every one of {len(self.plan.selection.keep)} completion tokens: there is nothing to "
-                "train on. Loosen a rule, or set min_kept above 0; `dry_run: true` shows what each rule drops."
+                f"the rules drop every one of {len(plan.selection.keep)} completion tokens, so there is nothing "
+                "to train on. Loosen a rule, or set min_kept above 0; `dry_run: true` shows what each rule drops."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse a training whose batches do not come by: a loop of its own, or a step that somebody put back."""
+        """Raise XTFError if no batch has passed through our hook: the trainer or somebody else replaced the step."""
         if self._borrowed is not None:
             self._borrowed.note_step()
         if self._verifier is None or not self._verifier.batches:
             raise XTFError(
                 f"a step was made with a batch that xtf has not seen: {type(self.trainer).__name__} does not train "
-                "through its own training_step (or somebody replaced it after xtf was attached). Attach xtf last."
+                "through its own training_step, or it was replaced after xtf was attached. Attach xtf last."
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Tell in how many batches a label had to be given back because the batch had none left, and if no batch has
-        shown that masks are applied.
-        """
-        batches, _, revived = self.collator.counters.sum(0).tolist()
-        if revived:
+        """Warn of batches in which one label was restored, and if no batch has shown that masks are applied."""
+        batches, restored = self.collator.counters.sum(0).tolist()
+        if restored:
             logger.warning(
-                "xtf: %d of %d batches had no label left and got one back; min_kept: 1 keeps one in every document.",
-                revived,
+                "xtf: %d of %d batches had no label left, and one was restored; min_kept: 1 keeps one per document.",
+                restored,
                 batches,
             )
-        dropped = self._dropped()
-        if dropped and self._verifier is not None and self._verifier.batches and not self._verifier.proven:
+        verifier = self._verifier
+        if verifier is not None and verifier.batches and not verifier.proven and (dropped := self._dropped()):
             logger.warning(
-                "xtf: %d tokens were to be dropped, but none of them was in a batch that was held against the plan "
-                "(the first %d of %d, then every %dth): nothing has shown that the model was given the masks.",
+                "xtf: the plan drops %d tokens, but no checked batch (the first %d of %d, then every %dth) had one of "
+                "them: nothing has shown that the model received the masks.",
                 dropped,
-                min(CHECKED, self._verifier.batches),
-                self._verifier.batches,
+                min(CHECKED, verifier.batches),
+                verifier.batches,
                 CHECKED,
             )
         if self._stream is not None:
@@ -178,15 +168,14 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             self._stream.close()
 
     def _dropped(self) -> int:
-        """How many tokens that would train are dropped: of what was read of a stream, else by the plan."""
-        if self._stream is not None and self._stream.dropped:  # 0 also if a loader goes past us
+        """The number of dropped tokens that would train: of the rows read from a stream, else of the plan."""
+        if self._stream is not None and self._stream.dropped:  # 0 also if a dataloader bypasses our dataset
             return self._stream.dropped
-        if self.plan is None:
-            return 0
+        assert self.plan is not None
         return int((~self.plan.selection.keep & (self.plan.scores.positions > 0)).sum())
 
     def _report(self, output_dir: Path) -> bytes:
-        """Write and show what the plan amounts to; nothing of it is for other ranks."""
+        """Write the report and print the summary; returns no bytes for other ranks."""
         assert self.plan is not None
         written, tokenizer = [], text_tokenizer(self.trainer)
         extra = os.environ.get("XTF_SCORES_OUTPUT")
@@ -199,63 +188,80 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             try:
                 written.append(writer.write_again(self.plan, tokenizer, written, Path(extra)))
             except OSError as error:
-                raise XTFUserError(
-                    f"xtf: the score table {extra} cannot be written ({error}); name another path."
-                ) from error
+                raise XTFUserError(f"xtf: the score table {extra} cannot be written: {error}. Name another.") from error
         summary.show(self.plan, written)
         return b""
 
-    def _on_batch(self, inputs: Mapping[str, Any]) -> None:
-        """Hold batches against the plan until one has shown that labels are dropped; count labels in all of them."""
+    def _train_dataloader(self, get_train_dataloader: Callable[[], Any]) -> Any:
+        """The train dataloader with our collator; the trainer's is restored, since evaluation uses it too."""
+        trainer = self.trainer
+        inner, dataset = trainer.data_collator, trainer.train_dataset
+        self.collator.inner, trainer.data_collator = inner, self.collator
+        if self._stream is not None:
+            trainer.train_dataset = self._stream.around(dataset)
+        try:
+            return get_train_dataloader()
+        finally:
+            trainer.data_collator, trainer.train_dataset = inner, dataset
+
+    def _training_step(self, step: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.on_batch(inputs)
+        return step(model, inputs, *args, **kwargs)
+
+    def on_batch(self, inputs: Mapping[str, Any]) -> None:
+        """Check a batch against the plan and count its labels."""
         if self.plan is None or self._verifier is None:
             raise XTFError("xtf is attached but scored nothing: XTFCallback was removed from the trainer's callbacks.")
         labels = inputs.get("labels")
         if labels is None:
-            raise XTFError("the training batch has no `labels`; xtf masks labels and cannot mask this trainer's loss.")
+            raise XTFError("the training batch has no `labels`: xtf masks labels and cannot mask this trainer's loss.")
         self._verifier.check(inputs)
         self._labels = self._labels.to(labels.device) + (labels[..., 1:] != IGNORE_INDEX).sum()
         self._steps += 1
 
-    def _on_trained(self) -> None:
-        """Refuse, when it is over, a training that went past all the rest: a `train` of the trainer's own."""
+    def _train(self, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Train; raise XTFError after a custom `train` that called no callback."""
+        result = train(*args, **kwargs)
         if self.plan is None:
             raise XTFError(
-                f"{type(self.trainer).__name__}.train() has trained without asking its callbacks: xtf scored nothing, "
-                "and no label was masked. What was trained is plain SFT; use a trainer that trains with its callbacks."
+                f"{type(self.trainer).__name__}.train() has trained without calling its callbacks, so xtf scored and "
+                "masked nothing: the result is plain SFT. Use a trainer that calls its callbacks."
             )
+        return result
 
-    def _metrics(self) -> dict[str, float]:
-        """What goes to the host's trackers with each training log."""
-        if self.plan is None:
-            return {}
-        metrics = {**self._constant_metrics, **(self._stream.metrics() if self._stream is not None else {})}
-        if self._steps:
-            metrics["xtf/kept_tokens_per_batch"] = float(self._labels) / self._steps
-            self._labels, self._steps = torch.zeros_like(self._labels), 0
-        return metrics
+    def _log(self, log: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add our metrics to training logs, not to evaluation logs."""
+        if "loss" in logs and self.plan is not None:
+            logs.update(self._constant_metrics)
+            if self._stream is not None:
+                logs.update(self._stream.metrics())
+            if self._steps:
+                logs["xtf/kept_tokens_per_batch"] = float(self._labels) / self._steps
+                self._labels, self._steps = torch.zeros_like(self._labels), 0
+        log(logs, *args, **kwargs)
 
 
 def attach(trainer: Any, config: XTFConfig | Mapping[str, Any] | bool | str | None) -> Any:
     """Attach XTF to a finished trainer and return it.
 
-    Equals `trainer.add_callback(XTFCallback(trainer, XTFConfig.parse(config)))`. None or False attach nothing. Attach
-    after all else that changes the trainer. Its rows are read when training begins: they may get their labels later
-    than this, as in Unsloth. docs/other-hosts.md has what works in which host.
+    Equals `trainer.add_callback(XTFCallback(trainer, XTFConfig.parse(config)))`. None and False attach nothing. Attach
+    after everything else that changes the trainer. The rows are read when training begins, so they may get their labels
+    after this call, as with Unsloth. docs/other-hosts.md lists what works with which trainer.
 
     Args:
-        trainer: a transformers Trainer, or TRL's SFTTrainer, of a causal language model; a subclass may take its own
-            training step and loss. Its train dataset, map-style or iterable, carries `labels` when training begins.
-        config: what would stand under `xtf:` in a recipe: a mapping, true, false, or an `XTFConfig`.
+        trainer: a transformers Trainer, or TRL's SFTTrainer, of a causal language model; a subclass may have its own
+            training step and loss. Its train dataset, map-style or iterable, has `labels` when training begins.
+        config: the value of `xtf:` in a recipe: a mapping, true, false, its text, or an `XTFConfig`.
 
     Raises:
-        XTFUserError: the block is wrong, or the trainer is of a kind that cannot be masked; see `XTFCallback`.
-        XTFError: it is attached already. What only rows, batches or the reference show, `trainer.train()` raises.
+        XTFUserError: the block is wrong, or the trainer is not supported; see `XTFCallback`.
+        XTFError: XTF is attached already. `trainer.train()` raises what only rows, batches or the reference show.
 
     Example:
         >>> attach(trainer, {"preset": "paper", "min_kept": 1}).train()
     """
     parsed = XTFConfig.parse(config)
     if parsed is not None:
-        callback = XTFCallback(trainer, parsed)  # refuses what is no trainer before anything is called on it
+        callback = XTFCallback(trainer, parsed)  # first: `trainer` may have no `add_callback`
         trainer.add_callback(callback)
     return trainer

@@ -1,9 +1,4 @@
-"""The collator that turns planned drops into -100 labels as batches are built.
-
-It wraps the host's own collator and changes nothing but labels, and only from a value to -100. It looks documents up by
-content and runs no model: it lives in dataloader workers, so its table is read-only, one bit per token, and cheap to
-pickle.
-"""
+"""Sets labels of dropped tokens to -100 as batches are built; runs no model, since it is pickled into workers."""
 
 from __future__ import annotations
 
@@ -22,22 +17,22 @@ MAX_WORKERS = 256
 
 
 class Masks(Protocol):
-    """What the collator asks for: a whole dataset's table, or what is known of a stream so far."""
+    """Keep flags by document: the table of a dataset (`MaskTable`), or the known part of a stream (`LiveMasks`)."""
 
     def lookup(self, key: bytes) -> tuple[NDArray[np.bool_], int] | None:
         """See `MaskTable.lookup`."""
 
 
 class XTFDataCollator:
-    """Wrap a data collator so that planned tokens reach the loss with label -100.
+    """Wrap a data collator so that dropped tokens reach the loss with label -100.
 
-    Equals, for each row: cut it into documents, look up each one's keep flags, set the labels of dropped tokens to
-    -100, then call `inner` on the changed copies. The rows themselves, input ids and every other column stay as they
-    are.
+    Equals, for each row: split it into documents, look up the keep flags of each, set the labels of dropped tokens to
+    -100, then call `inner` on the changed copies. The given rows and all other columns are not changed. If no label of
+    a batch is left, one is restored: its loss would be 0/0.
 
     Args:
-        inner: the host's own collator.
-        masks: the plan, from `XTFCallback` or `MaskTable.build`.
+        inner: the trainer's collator.
+        masks: the plan's keep flags, from `XTFCallback` or `MaskTable.build`.
 
     Raises (when called):
         XTFError: a row holds a document that is not in the plan, or `inner` returned labels other than planned.
@@ -51,30 +46,32 @@ class XTFDataCollator:
     def __init__(self, inner: Callable[[list[Any]], Any], masks: Masks | None = None) -> None:
         self.inner = inner
         self.masks = masks
-        # one row per dataloader worker (0: main process): batches, kept tokens, batches in which one label was brought
-        # back; in shared memory, because what a worker writes to its own copy does not come back
-        self.counters = torch.zeros(MAX_WORKERS + 1, 3, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        # Batches, and batches with a restored label; a row per dataloader worker (0: main process). In shared memory,
+        # since workers have copies of the collator.
+        self.counters = torch.zeros(MAX_WORKERS + 1, 2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def __call__(self, features: list[Any]) -> Any:
         """Collate `features` with dropped labels set to -100."""
         if self.masks is None:
             raise XTFError("XTFDataCollator has no masks: training started before scoring. Attach XTFCallback too.")
-        rows = [self._masked(row) for row in _flatten(features)]
-        revived = _revive(rows)
-        batch = self.inner(_like(features, [row.features for row in rows]))
+        nested = bool(features) and isinstance(features[0], list)  # by a multipack sampler
+        groups = [[self._masked(row) for row in group] for group in (features if nested else [features])]
+        rows = [row for group in groups for row in group]
+        restored = _restore_one(rows)
+        masked = [[row.features for row in group] for group in groups]
+        batch = self.inner(masked if nested else masked[0])
         self._verify(batch, rows)
         worker = torch.utils.data.get_worker_info()
         counts = self.counters[0 if worker is None else 1 + worker.id % MAX_WORKERS]
-        counts += torch.tensor([1, sum(row.trainable for row in rows), int(revived)])
+        counts += torch.tensor([1, int(restored)])
         return batch
 
     def _masked(self, row: Mapping[str, Any]) -> _Row:
-        """A copy of `row` with dropped labels at -100, and what the batch needs to know about it."""
+        """A copy of `row` with the labels of dropped tokens at -100."""
         assert self.masks is not None
         result = _Row({}, original=row)
-        pieces = split_row(row)
         labels = numbers(row, "labels").copy()
-        for where, ids, completion in pieces:
+        for where, ids, completion in split_row(row):
             keep, best = self.masks.lookup(document_key(ids, completion)) or (None, -1)
             if keep is None or len(keep) != int(completion.sum()):
                 raise XTFError(
@@ -93,10 +90,10 @@ class XTFDataCollator:
         return result
 
     def _verify(self, batch: Any, rows: list[_Row]) -> None:
-        """Refuse a batch whose labels are not the planned ones: a collator that rebuilds labels would undo the mask."""
+        """Raise XTFError if `inner` has built labels of its own, which would undo the masks."""
         if "labels" not in batch:
             raise XTFError(
-                f"{type(self.inner).__name__} returns no labels; xtf masks labels and cannot mask this loss."
+                f"{type(self.inner).__name__} returns no labels: xtf masks labels and cannot mask this loss."
             )
         kept = int((batch["labels"] != IGNORE_INDEX).sum())
         planned, firsts = sum(row.trainable for row in rows), sum(row.firsts for row in rows)
@@ -108,45 +105,28 @@ class XTFDataCollator:
 
 
 def _as_before(given: Any, labels: NDArray[np.int64]) -> Any:
-    """Labels as the kind of sequence that the row had: a collator of the host's own may ask for tensors."""
+    """Labels as the kind of sequence that the row had: the trainer's collator may expect tensors."""
     if isinstance(given, torch.Tensor):
         return torch.from_numpy(labels).to(given.dtype if given.dtype.is_signed else torch.int64)
     if isinstance(given, np.ndarray):
-        return labels.astype(np.int64 if given.dtype.kind == "u" else given.dtype)  # unsigned ones hold no -100
+        return labels.astype(np.int64 if given.dtype.kind == "u" else given.dtype)  # no -100 in unsigned
     return labels.tolist()
 
 
 @dataclass
 class _Row:
-    """A row with its planned labels."""
-
     features: dict[str, Any]
     original: Mapping[str, Any]
     spare: int = -1  # position of the label to restore if the batch has none; -1: none
     trainable: int = 0  # kept labels that are predicted
-    firsts: int = 0  # kept labels that nothing predicts, because they stand first in a document
+    firsts: int = 0  # kept labels of first tokens, which nothing predicts
 
 
-def _revive(rows: list[_Row]) -> bool:
-    """Restore one label where a batch has none that trains: its loss would be 0/0."""
+def _restore_one(rows: list[_Row]) -> bool:
+    """If no label of the batch trains, restore the best one of the first document; return whether it was restored."""
     spare = next((row for row in rows if row.spare >= 0), None)
     if spare is None or any(row.trainable for row in rows):
         return False
     spare.features["labels"][spare.spare] = int(spare.original["labels"][spare.spare])
     spare.trainable += 1
     return True
-
-
-def _flatten(features: list[Any]) -> list[Mapping[str, Any]]:
-    """Rows of a batch; multipack samplers hand over lists of lists."""
-    if features and isinstance(features[0], list):
-        return [row for group in features for row in group]
-    return features
-
-
-def _like(features: list[Any], rows: list[dict[str, Any]]) -> list[Any]:
-    """Arrange `rows` in the nesting of `features`."""
-    if not (features and isinstance(features[0], list)):
-        return rows
-    remaining = iter(rows)
-    return [[next(remaining) for _ in group] for group in features]

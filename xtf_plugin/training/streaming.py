@@ -1,8 +1,7 @@
-"""Streamed data: thresholds from a calibration sample, then every stretch of rows is scored before it is trained on.
+"""Streamed data: thresholds come from a calibration sample; every chunk of rows is scored before it is trained on.
 
-Thresholds over a dataset need a dataset, and a stream is none. So the first documents of the stream stand for it: they
-make an ordinary plan, whose thresholds, domain and scale are kept for all that follows. Scores are not stored: a stream
-may have no end, and looking a few documents up among millions takes longer than scoring them.
+The first documents of the stream are the sample; the thresholds, domain and scale of its plan apply to all later rows.
+Scores are not stored, since scoring a few documents is faster than finding them among millions.
 """
 
 from __future__ import annotations
@@ -11,21 +10,26 @@ import logging
 import random
 import re
 import time
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..config.block import XTFConfig
 from ..config.scores import check_streamed
 from ..data.documents import IGNORE_INDEX, DocumentSet, collect, document_key, split_row
 from ..data.ragged import Layout
+from ..environment import WORKERS_REFUSED
 from ..errors import XTFError, XTFUserError
 from ..plan import NOTHING_DROPPED, Plan, make_plan, scores_of
 from ..scoring.batching import ScoringStats, default_batch_tokens
@@ -36,74 +40,71 @@ from ..scoring.reference import Reference
 from ..selection.select import Selection, rule_bits, select
 from ..selection.text_rules import TextRules
 from ..store.records import Lookup, StoredScores, column_names
-from .stream_dataset import Passed, ScoredAhead
-from .stream_masks import Entry, LiveMasks, Tally
+from .verification import Bools, Candidate, Ids, token_hash
 
 logger = logging.getLogger(__name__)
 
-LOOKAHEAD_BATCHES = 4  # scoring batches read ahead: enough to sort documents by length, little enough to wait for
-LOOKAHEAD_ROWS = 1_024  # however short they are
-MAX_HALVINGS = 4  # of the batches; if memory is shorter than that, each stretch finds out again
+Counts = NDArray[np.int64]
+OnYield = Callable[[int], None]
+Visible = Callable[[Any], dict[str, Any]]
+Providers = Callable[[DocumentSet], ReferenceProvider]
+
+CHUNK_BATCHES = 4  # scoring batches per chunk: enough to sort documents by length, with a short wait
+CHUNK_ROWS = 1_024  # at most, however short they are
+MAX_HALVINGS = 4  # of the batch size that later chunks start with, after memory ran out
 
 
 class Stream:
-    """The documents of a streamed dataset, scored and decided on as they come.
+    """Scores the documents of a streamed dataset and selects their tokens as they are read.
 
-    The collator looks documents up in `masks`, which is None before `begin`. `seconds`: how long scoring and deciding
-    has taken. Raises XTFUserError for selectors that cannot be streamed, see `config.scores.check_streamed`.
+    `masks` is what the collator uses; None before `begin`. `seconds` is the time spent so far. Counts of tokens are
+    arrays (2 + scores,): all completion tokens, kept ones, and those dropped by the rule of each score.
+
+    Raises XTFUserError for scores that cannot be streamed, see `config.scores.check_streamed`.
     """
 
     def __init__(self, config: XTFConfig, tokenizer: Any) -> None:
         check_streamed(config.scores)
         self.config, self.tokenizer = config, tokenizer
         self.masks: LiveMasks | None = None
-        self._visible: Callable[[Any], dict[str, Any]] = dict
+        self._visible: Visible = dict
         self._stack, self._reference = ExitStack(), _nothing_scored
         self._clear()
 
     def _clear(self) -> None:
-        self._counts: Tally = np.zeros(2 + len(self.config.scores), dtype=np.int64)
+        self._counts: Counts = np.zeros(2 + len(self.config.scores), dtype=np.int64)
         self._rows = self._documents = self._scored = self._halvings = self._sampled = 0
         self.seconds = 0.0
         self._warned: set[str] = set()
 
-    def calibrate(
-        self,
-        dataset: Any,
-        visible: Callable[[Any], dict[str, Any]],
-        provider: Callable[[DocumentSet], ReferenceProvider],
-        *,
-        progress: bool,
-    ) -> Plan:
-        """The plan of the first documents of the stream, `calibration` of them, or all if there are fewer.
+    def calibrate(self, dataset: Any, visible: Visible, provider: Providers, *, progress: bool) -> Plan:
+        """The plan of the calibration sample: the stream's first `calibration` documents, or all if there are fewer.
 
-        `visible` gives what of a row reaches the collator, or refuses the row; `provider` that of the run's own
-        reference, for the sample.
+        `visible` returns the columns of a row that reach the collator, or refuses the row; `provider` returns the
+        provider of the run's reference, given the sample.
         """
         self.close()
         self._visible = visible
         with random_state_kept():
-            sample, whole = self._sample(dataset)
+            sample, complete = self._sample(dataset)
         own = provider(sample)
-        opened: Any = SimpleNamespace(fingerprint=own.fingerprint, description=own.description)
-        opened.text_config, opened.open = own.text_config, lambda: nullcontext(self._reference())  # it stays open
-        self._reference = cache(lambda: self._stack.enter_context(own.open()))
-        self._provider = opened
-        plan = make_plan(self.config, sample, opened, self.tokenizer, progress=progress)
+        self._reference = cache(lambda: self._stack.enter_context(own.open()))  # it stays open until `close`
+        self._provider = cast(Any, copy(own))
+        self._provider.open = lambda: nullcontext(self._reference())
+        plan = make_plan(self.config, sample, self._provider, self.tokenizer, progress=progress)
         facts = {"calibration": self.config.calibration, "documents": int(sample.counts.sum())}
-        facts |= {"rows": len(sample.row_offsets) - 1, "whole_stream": whole}
-        if not whole:
-            nothing = "nothing at all is dropped in the whole dataset"
-            warnings = [warning.replace(NOTHING_DROPPED, nothing) for warning in plan.warnings]
+        facts |= {"rows": len(sample.row_offsets) - 1, "whole_stream": complete}
+        warnings = plan.warnings
+        if not complete:
             here = "in the calibration sample"
-            plan = replace(plan, warnings=[w.replace("in the whole dataset", here) for w in warnings])
-        return replace(plan, streaming=facts)
+            warnings = [text.replace(NOTHING_DROPPED, f"nothing at all is dropped {here}") for text in warnings]
+            warnings = [text.replace("in the whole dataset", here) for text in warnings]
+        return replace(plan, warnings=warnings, streaming=facts)
 
     def begin(self, plan: Plan, retained: int, *, resumed: bool) -> list[str]:
-        """Keep the thresholds and frozen scorers of `calibrate`'s plan, and the reference open until `close`.
+        """Take thresholds and frozen scorers from `calibrate`'s plan; return lines to print.
 
-        `retained`: see `LiveMasks`; `resumed`: whether training goes on somewhere behind the stream's beginning.
-        Returns notes for the user.
+        `retained`: see `LiveMasks`. `resumed`: whether training starts after the stream's beginning.
         """
         self._clear()
         reference = self._reference()
@@ -125,24 +126,22 @@ class Stream:
         self._stack.close()
 
     def around(self, dataset: Any) -> ScoredAhead:
-        """The dataset with every row scored before it is yielded."""
-        return ScoredAhead.around(
-            dataset, self._prepare, lambda: LOOKAHEAD_BATCHES * self.batch_tokens, LOOKAHEAD_ROWS
-        )
+        """The dataset, with every row scored before it is yielded."""
+        return ScoredAhead.around(dataset, self._prepare, lambda: CHUNK_BATCHES * self.batch_tokens, CHUNK_ROWS)
 
     def metrics(self) -> dict[str, float]:
-        """As `report.metrics`, of the rows read so far."""
+        """As `report.summary.metrics`, of the rows read so far."""
         tokens, *counts = self._counts.tolist()
         names = ("kept_fraction", *(f"dropped_by/{name}" for name in rule_bits(self.config)))
         return {f"xtf/{name}": count / tokens for name, count in zip(names, counts, strict=True)} if tokens else {}
 
     @property
     def dropped(self) -> int:
-        """How many completion tokens of the rows read so far are dropped."""
+        """The number of dropped completion tokens in the rows read so far."""
         return int(self._counts[0] - self._counts[1])
 
     def summary(self) -> str:
-        """What was done, for the end of training."""
+        """A line to print when training ends."""
         tokens = int(self._counts[0])
         return (
             f"streamed {self._documents:,} documents in {self._rows:,} rows and scored {self._scored:,} of them ahead "
@@ -152,21 +151,20 @@ class Stream:
 
     @property
     def batch_tokens(self) -> int:
-        """Padded tokens per scoring batch: halved each time that memory ran out, up to `MAX_HALVINGS` times."""
+        """Padded tokens per scoring batch: halved whenever memory ran out, up to `MAX_HALVINGS` times."""
         chosen, device = self.config.batch_tokens, self._reference().device
-        whole = default_batch_tokens(device) if chosen == "auto" else int(chosen)
-        return max(1, whole >> min(self._halvings, MAX_HALVINGS))
+        largest = default_batch_tokens(device) if chosen == "auto" else int(chosen)
+        return max(1, largest >> min(self._halvings, MAX_HALVINGS))
 
     def _sample(self, dataset: Any) -> tuple[DocumentSet, bool]:
-        """The first documents, and whether the stream ends with them."""
+        """The calibration sample, and whether the stream ends with it."""
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(0)  # the same sample in every training run, also in a second one in this process
         rows, ended = iter(dataset), False
         if rows is dataset:
             raise XTFUserError(
-                f"xtf: the streamed train_dataset ({type(dataset).__name__}) is its own iterator: what is read of it "
-                "for the calibration sample would be gone for training. Let its __iter__ give a new iterator each "
-                "time, from the stream's beginning (a method that yields does)."
+                f"xtf: the streamed train_dataset ({type(dataset).__name__}) is its own iterator, so training would "
+                "miss the rows of the calibration sample. Let its __iter__ return a new iterator from the beginning."
             )
 
         def first() -> Iterator[Mapping[str, Any]]:
@@ -184,21 +182,20 @@ class Stream:
             rows.close()
         return sample, ended
 
-    def _prepare(self, rows: list[Any]) -> Passed:
-        """Decide on every document of the rows that is not known; see `ScoredAhead`."""
+    def _prepare(self, rows: list[Any]) -> OnYield:
+        """Score and select the new documents of a chunk; see `ScoredAhead`."""
         masks = self.masks
         assert masks is not None
         start, before = time.perf_counter(), self._rows
         self._rows += len(rows)
         pieces = [piece for row in rows for piece in split_row(self._visible(row))]
         keys = [document_key(ids, completion) for _, ids, completion in pieces]
-        new = {key: piece[1:] for key, piece in zip(keys, pieces, strict=True) if masks.seen(key, self._rows) is None}
-        if self._sampled and new.keys() == set(keys):  # no error: a stream may draw its rows in another order
+        new = {key: piece[1:] for key, piece in zip(keys, pieces, strict=True) if masks.touch(key, self._rows) is None}
+        if self._sampled and new.keys() == set(keys):  # no error: a stream may shuffle its rows in every iteration
             logger.warning(
-                "xtf: none of the first %d rows that training reads from the stream is among the %d rows that were "
-                "read for the calibration sample. If the stream can be read only once (an iterator or a connection "
-                "that its iterations share), the sample's rows are not trained on: let every iteration begin anew. If "
-                "it draws its rows in another order each time, all is well.",
+                "xtf: none of the first %d rows that training reads from the stream is among the %d rows of the "
+                "calibration sample. If the stream can be read only once, the sample's rows are not trained on: let "
+                "every iteration start from the beginning. If it shuffles in every iteration, ignore this warning.",
                 self._rows,
                 self._sampled,
             )
@@ -207,35 +204,35 @@ class Stream:
         for key, (ids, completion) in new.items():
             if completion.any():
                 labelled.append({"input_ids": ids, "labels": np.where(completion, ids, IGNORE_INDEX)})
-            else:  # nothing to decide
+            else:  # nothing to select
                 parts = ids.astype(np.int32), completion.copy(), np.zeros(0, dtype=bool)
                 masks.add(key, Entry(*parts, -1, np.zeros_like(self._counts)))
         if labelled:
-            self._decide(collect(labelled))
+            self._score_and_select(collect(labelled))
         for key in keys:
-            if (tally := masks.seen(key, self._rows)) is not None:
-                self._counts += tally
+            if (counts := masks.touch(key, self._rows)) is not None:
+                self._counts += counts
         self._documents += len(keys)
         self.seconds += time.perf_counter() - start
-        return lambda place: masks.forget(before + place)
+        return lambda index: masks.forget(before + index)
 
-    def _decide(self, documents: DocumentSet) -> None:
+    def _score_and_select(self, documents: DocumentSet) -> None:
         reference = self._reference()
         if not self.config.reference.model:
             check_base(reference.model)
         with random_state_kept(reference.device):
             selection, warnings = self._select(documents, reference)
         for warning in warnings:
-            kind = re.sub(r"\d+", "", warning)  # each once; the next stretch would bring other numbers
+            kind = re.sub(r"\d+", "", warning)  # once: other chunks give the same warning with other numbers
             if kind not in self._warned:
                 self._warned.add(kind)
-                logger.warning("xtf: in a stretch of the stream (and perhaps in others): %s", warning)
+                logger.warning("xtf: in a part of the stream, and perhaps in others: %s", warning)
         self._add(documents, selection)
 
     def _select(self, documents: DocumentSet, reference: Reference) -> tuple[Selection, list[str]]:
-        """Equals the selection of `make_plan`, with thresholds and frozen scorers of the calibration sample."""
+        """The selection of `make_plan`, with thresholds and frozen scorers of the calibration sample; its warnings."""
         text = TextRules.find(self.config, documents, self.tokenizer)
-        source = _StreamSource(self.config, documents, self.tokenizer, reference, self.batch_tokens)
+        source = _ChunkSource(self.config, documents, self.tokenizer, reference, self.batch_tokens)
         values = run_scorers(self.config, source, text, self._frozen)
         scores = scores_of(documents, source.known, values)
         selection = select(scores, self.config, text.protected, text.forced, text.segments, self._rules)
@@ -244,53 +241,202 @@ class Stream:
         return selection, source.warnings + selection.warnings
 
     def _add(self, documents: DocumentSet, selection: Selection, *, sample: bool = False) -> None:
-        """Keep masks of the documents, with a tally of each one's tokens (2 + voters,): all, kept, dropped by each."""
+        """Add keep flags and token counts of documents to `masks`."""
         assert self.masks is not None
         layout = Layout(documents.completion_offsets, documents.counts)
         dropped = [((selection.reasons & bit) > 0) & ~selection.keep for bit in rule_bits(self.config).values()]
-        counts = [layout.lengths, layout.count(selection.keep), *(layout.count(flags) for flags in dropped)]
-        self.masks.add_all(documents, selection, np.stack(counts, axis=1).astype(np.int64), sample=sample)
+        columns = [layout.lengths, layout.count(selection.keep), *(layout.count(flags) for flags in dropped)]
+        counts, offsets = np.stack(columns, axis=1).astype(np.int64), documents.completion_offsets
+        for index, key in enumerate(documents.keys):
+            parts = (*documents.document(index), selection.keep[offsets[index] : offsets[index + 1]])
+            ids, completion, keep = (part.copy() for part in parts)  # a view would keep the entire chunk in memory
+            entry = Entry(ids, completion, keep, int(selection.best[index]), counts[index].copy())
+            self.masks.add(key.tobytes(), entry, sample=sample)
 
 
-class _StreamSource(ScoreSource):
-    """The run's own reference on a few documents; nothing is looked up or kept."""
+class ScoredAhead(torch.utils.data.IterableDataset[Any]):
+    """Replaces a streamed dataset: yields its rows, and calls `prepare` on each chunk before its first row.
+
+    It runs in the main process, which has the model. All other attributes are those of `inner`. Its state
+    (`state_dict`) is that of `inner` at the beginning of a chunk and the number of rows yielded since, so that a
+    resumed iteration reads again what was only read ahead.
+
+    Args:
+        inner: an iterable dataset of rows with `input_ids`.
+        prepare: takes a chunk of rows; returns a function that is called with the index of each row before its yield.
+        tokens: returns the number of tokens that end a chunk.
+        max_rows: the number of rows that end a chunk, however short they are.
+    """
+
+    def __init__(
+        self, inner: Any, prepare: Callable[[list[Any]], OnYield], tokens: Callable[[], int], max_rows: int
+    ) -> None:
+        self.inner, self.prepare, self.tokens, self.max_rows = inner, prepare, tokens, max_rows
+        # where the next iteration starts: a state of `inner` (None: its own), and a number of rows to skip
+        self._start: tuple[Any, int] = (None, 0)
+        self._at = self._start
+
+    @classmethod
+    def around(cls, inner: Any, *args: Any) -> ScoredAhead:
+        """A `ScoredAhead` with a length if `inner` has one, since trainers treat a stream with a length differently."""
+        return (_Sized if hasattr(inner, "__len__") else cls)(inner, *args)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the rows of `inner`, unchanged and in order. Raises XTFUserError in a dataloader worker."""
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None:
+            raise XTFUserError(WORKERS_REFUSED.format(workers=worker.num_workers))
+        (state, skipped), self._start = self._start, (None, 0)
+        self._at = (state, skipped)
+        source = islice(iter(self.inner), skipped, None)
+        while chunk := self._chunk(source):
+            on_yield = self.prepare(chunk)
+            for index, row in enumerate(chunk):
+                on_yield(index)
+                self._at = (self._at[0], self._at[1] + 1)
+                yield row
+            self._at = (self.inner.state_dict() if hasattr(self.inner, "state_dict") else None, 0)
+
+    def _chunk(self, source: Iterator[Any]) -> list[Any]:
+        rows, tokens, enough = list[Any](), 0, self.tokens()
+        for row in islice(source, self.max_rows):
+            rows.append(row)
+            tokens += len(row["input_ids"]) if "input_ids" in row else 0  # `prepare` refuses rows without
+            if tokens >= enough:
+                break
+        return rows
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of `inner`; the methods for its state are replaced by ours, if it has them."""
+        if name.startswith("__") or "inner" not in self.__dict__:  # no `inner` yet while this is being copied
+            raise AttributeError(name)
+        found = getattr(self.inner, name)
+        return {"state_dict": self._state, "load_state_dict": self._load}.get(name, found)
+
+    def _state(self) -> dict[str, Any]:
+        return dict(zip(("dataset", "rows"), self._at, strict=True))
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if state["dataset"] is not None:
+            self.inner.load_state_dict(state["dataset"])
+        self._start = self._at = (state["dataset"], state["rows"])
+
+
+class _Sized(ScoredAhead):
+    def __len__(self) -> int:
+        return len(self.inner)
+
+
+@dataclass
+class Entry:
+    """A document with its keep flags."""
+
+    ids: NDArray[np.int32]  # (T,)
+    completion: Bools  # (T,)
+    keep: Bools  # one flag per completion token
+    best: int  # see `MaskTable`
+    counts: Counts  # token counts, see `Stream`
+    row: int = 0  # index of the last row that held it
+
+
+class LiveMasks:
+    """Keep flags by document key: the sample's documents for the entire run, others for some rows.
+
+    A stream may have no end, so a document is removed `retained` rows after the last row that held it. Looking it up
+    later is an error, since it could only be left unmasked.
+    """
+
+    def __init__(self, retained: int) -> None:
+        self.retained = retained
+        self._sample: dict[bytes, Entry] = {}
+        self._entries: OrderedDict[bytes, Entry] = OrderedDict()  # by last row, oldest first
+        self._by_tokens: defaultdict[int, dict[bytes, Entry]] = defaultdict(dict)
+
+    def __len__(self) -> int:
+        """The number of documents besides the sample."""
+        return len(self._entries)
+
+    def lookup(self, key: bytes) -> tuple[Bools, int]:
+        """See `MaskTable.lookup`. Raises XTFError for a document that was not read from the stream, or was removed."""
+        entry = self._entries.get(key) or self._sample.get(key)
+        if entry is None:
+            raise XTFError(
+                "a training row holds a document that xtf did not read from the stream, or read more than "
+                f"{self.retained} rows earlier. Attach xtf after the last change to trainer.train_dataset, and let no "
+                "dataloader of your own buffer or rebuild its rows."
+            )
+        return entry.keep, entry.best
+
+    def touch(self, key: bytes, row: int) -> Counts | None:
+        """Record that a row holds a document; its counts, or None if it has to be added first."""
+        entry = self._entries.get(key) or self._sample.get(key)
+        if entry is None:
+            return None
+        entry.row = row
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return entry.counts
+
+    def add(self, key: bytes, entry: Entry, *, sample: bool = False) -> None:
+        """Add a document; documents of the sample are never removed."""
+        (self._sample if sample else self._entries)[key] = entry
+        self._by_tokens[token_hash(entry.ids)][key] = entry
+
+    def forget(self, row: int) -> None:
+        """Remove documents whose last row is more than `retained` rows before `row`."""
+        while self._entries and next(iter(self._entries.values())).row < row - self.retained:
+            key, entry = self._entries.popitem(last=False)
+            same_tokens = self._by_tokens[token_hash(entry.ids)]
+            del same_tokens[key]
+            if not same_tokens:
+                del self._by_tokens[token_hash(entry.ids)]
+
+    def find(self, ids: Ids) -> Iterator[Candidate]:
+        """See `verification.Planned`."""
+        for entry in self._by_tokens.get(token_hash(ids), {}).values():
+            if np.array_equal(entry.ids, ids):
+                yield entry.completion, entry.keep
+
+
+class _ChunkSource(ScoreSource):
+    """Scores a few documents with the open reference; nothing is stored."""
 
     whole = False
 
     def __init__(
-        self, config: XTFConfig, documents: DocumentSet, tokenizer: Any, reference: Reference, budget: int
+        self, config: XTFConfig, documents: DocumentSet, tokenizer: Any, reference: Reference, batch_tokens: int
     ) -> None:
         provider: Any = SimpleNamespace(text_config=lambda: reference.text_config)
         super().__init__(config, documents, tokenizer, provider)
-        self.reference, self.budget = reference, budget
+        self.reference, self.batch_tokens = reference, batch_tokens
 
     def _scored(
         self, provider: Any, documents: DocumentSet, layers: tuple[int, ...]
     ) -> tuple[StoredScores, dict[str, Any], ScoringStats, int]:
         sizes = np.diff(documents.completion_offsets)
         lookup = Lookup(documents.keys, sizes, column_names(attention=bool(layers)))
-        wanted = np.flatnonzero(sizes > 0)
-        stats = score(documents, wanted, self.reference, layers, lookup.take, batch_tokens=self.budget, progress=False)
+        wanted, take, budget = np.flatnonzero(sizes > 0), lookup.take, self.batch_tokens
+        stats = score(documents, wanted, self.reference, layers, take, batch_tokens=budget, progress=False)
         return lookup.scores, {}, stats, 0
 
     def _check(self, scores: StoredScores, about: dict[str, Any], prefix: str = "") -> None:
-        """The sample was checked; in a few documents all scores may well be undefined."""
+        """Accept documents without any finite score, which a dataset may not have: a chunk can be one document."""
 
 
 def check_base(model: nn.Module) -> None:
-    """Refuse a model whose base weights are trained (XTFUserError): it is the reference throughout a streamed run."""
+    """Raise XTFUserError if base weights are trained: the base model is the reference throughout a streamed run."""
     trained = [name for name, tensor in base_tensors(model) if tensor.requires_grad]
     if trained:
         raise XTFUserError(
-            f"xtf: the training data is streamed, so scoring goes on while the model is trained, but training changes "
-            f"its base weights ({trained[0]} and {len(trained) - 1} more): scores would drift. Name the base model "
-            "under xtf `reference.model`, train adapters alone (use_peft, no `bias`), or do not stream."
+            "xtf: the training data is streamed, so it is scored while the model is trained, and training changes base "
+            f"weights ({trained[0]} and {len(trained) - 1} more), so scores would drift. Name the base model under xtf "
+            "`reference.model`, train adapters alone (use_peft, no `bias`), or do not stream."
         )
 
 
 @contextmanager
 def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Put all random states back at the end, so that training draws the same numbers as without XTF."""
+    """Restore all random states on exit, so that training draws the same numbers as without XTF."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [device] if device is not None and device.type == "cuda" else []
     try:

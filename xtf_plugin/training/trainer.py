@@ -1,15 +1,12 @@
-"""What we know of transformers' `Trainer`, in one place: where labels pass by, how to stand beside them, and
-which trackers take a report.
-
-Everything is done on the instance; no class is changed.
-"""
+"""What is read of a transformers `Trainer`: whether it is supported, its rows, its tokenizer, its trackers."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,143 +16,211 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..environment import WORKERS_REFUSED, is_on, signature_columns
-from ..errors import XTFError, XTFUserError
-from .collator import XTFDataCollator
-from .support import check_collator, check_columns, check_host
+from ..errors import XTFUserError
 
-logger = logging.getLogger(__name__)
-
+_UNSLOTHS_COPY = re.compile(r"_?Unsloth(\w+Trainer)")  # a rewritten copy of TRL's trainer
+_NO_CAUSAL_LM = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_NOT_TEXT = ("pixel_values", "pixel_values_videos", "image", "images", "input_features", "inputs_embeds")
 READ_COLUMNS = ("input_ids", "labels", "attention_mask", "seq_lengths", "position_ids")
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse by name what cannot be masked.
+    """Raise XTFUserError for a trainer whose labels cannot be masked.
 
-    Raises:
-        XTFUserError: see `check_host`; no train dataset or one of no known kind, or image data; a streamed one with
-            dataloader workers, or in several processes.
+    Besides `check_host` and `check_collator`: no train dataset or one of an unknown kind; columns that are not text; a
+    streamed dataset with dataloader workers or in several processes.
     """
     check_host(trainer)
     check_collator(trainer.data_collator)
     dataset = trainer.train_dataset
     if dataset is None:
-        raise XTFUserError("xtf: the trainer has no train_dataset; there is nothing to score.")
+        raise XTFUserError("xtf: the trainer has no train_dataset. Pass one, or remove the block.")
     if streamed(dataset):
-        _check_streamed(trainer)
+        workers, processes = trainer.args.dataloader_num_workers, trainer.accelerator.num_processes
+        if workers:
+            raise XTFUserError(WORKERS_REFUSED.format(workers=workers))
+        if processes > 1:
+            raise XTFUserError(
+                f"xtf: the training data is streamed, which is supported in one process, and this run has {processes}. "
+                "Train in one process, or do not stream (dataset_streaming: false; streaming: false under `datasets`)."
+            )
     elif not hasattr(dataset, "__len__"):
         raise XTFUserError(
-            f"xtf: train_dataset is a {type(dataset).__name__}, which has no length and is no IterableDataset of "
-            "datasets or torch; make it one of them."
+            f"xtf: train_dataset is a {type(dataset).__name__}, which has no length and is no IterableDataset. Give it "
+            "__len__ and __getitem__, or derive it from the IterableDataset of datasets or torch."
         )
-    visible_columns(trainer)
+    known = getattr(dataset, "column_names", None) or ()  # none for streams and torch datasets
+    check_columns(filter(_reaching(trainer), known))
+
+
+def check_host(trainer: Any) -> None:
+    """Raise XTFUserError for anything but a transformers Trainer of a causal language model, with a supported loss."""
+    from transformers import Trainer
+
+    kind = type(trainer)
+    if not isinstance(trainer, Trainer):
+        raise XTFUserError(
+            f"attach() needs a transformers Trainer, got {kind.__module__}.{kind.__name__}: xtf does not know where it "
+            "handles labels. Use transformers' Trainer, TRL's SFTTrainer, or a subclass of one."
+        )
+    nearest = _of_trl(kind)
+    if nearest not in (None, "SFTTrainer"):
+        raise XTFUserError(
+            f"xtf: {kind.__name__} is not supported: xtf masks the `labels` of rows, and TRL's {nearest} may not train "
+            "on them. Use SFTTrainer, or remove the block."
+        )
+    derived = next((base.__name__ for base in kind.__mro__ if base.__module__.split(".")[0] == "axolotl"), None)
+    if derived not in (None, "AxolotlTrainer"):
+        raise XTFUserError(
+            f"xtf: {kind.__name__} is not supported: xtf masks the `labels` of rows, and the loss of Axolotl's "
+            f"{derived} may not use them. Remove the block, or what chooses this trainer (model type, `rl`, a plugin)."
+        )
+    if trainer.model_init is not None:
+        raise XTFUserError(
+            f"xtf: {kind.__name__} was given model_init, so train() makes a new model, which xtf cannot score with. "
+            "Pass the model itself: model=model_init()."
+        )
+    _check_model(kind.__name__, trainer.model)
+
+
+def _of_trl(kind: type) -> str | None:
+    """The name of the TRL trainer that a class is, extends or copies; None if there is none."""
+    for base in kind.__mro__:
+        if copied := _UNSLOTHS_COPY.fullmatch(base.__name__):
+            return copied[1]
+        if base.__module__.split(".")[0] == "trl" and base.__name__.endswith("Trainer"):
+            return base.__name__
+    return None
+
+
+def _check_model(trainer: str, model: Any) -> None:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(base).__name__
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise XTFUserError(
+            f"xtf: {trainer} trains {name}, an encoder-decoder model: its labels are not tokens of its input. Train a "
+            "causal language model (AutoModelForCausalLM), or remove the block."
+        )
+    headless = hasattr(base, "get_output_embeddings") and base.get_output_embeddings() is None
+    if headless or any(part in name for part in _NO_CAUSAL_LM):
+        raise XTFUserError(
+            f"xtf: {trainer} trains {name}, which predicts no next tokens: it has no LM head. Load the model with "
+            "AutoModelForCausalLM, or remove the block."
+        )
+
+
+def check_collator(collator: Any) -> None:
+    """Raise XTFUserError for a collator that makes labels from input ids and ignores those of the rows."""
+    from transformers import DataCollatorForLanguageModeling, DataCollatorForPermutationLanguageModeling
+
+    if isinstance(collator, (DataCollatorForLanguageModeling, DataCollatorForPermutationLanguageModeling)):
+        raise XTFUserError(
+            f"xtf: the data collator {type(collator).__name__} makes labels of its own from input_ids, so none can be "
+            "masked. Give the rows a `labels` column (-100 outside the completion) and use "
+            "DataCollatorForSeq2Seq(tokenizer), which pads it (Unsloth's train_on_responses_only does both: attach xtf "
+            "after it)."
+        )
+
+
+def check_columns(names: Iterable[str]) -> None:
+    """Raise XTFUserError for columns of images, audio or embeddings."""
+    found = sorted(set(names) & set(_NOT_TEXT))
+    if found:
+        raise XTFUserError(
+            f"xtf: the training rows have {', '.join(found)}, and only text can be scored. Remove them, or the block."
+        )
+
+
+def text_tokenizer(trainer: Any) -> Any:
+    """The tokenizer of a trainer, its processor or its collator. Raises XTFUserError if there is none."""
+    processing = trainer.processing_class
+    if processing is None:
+        processing = getattr(trainer.data_collator, "tokenizer", None)
+    if processing is None:
+        raise XTFUserError(
+            f"xtf: {type(trainer).__name__} has no tokenizer, which xtf needs. Pass processing_class=tokenizer to it."
+        )
+    return getattr(processing, "tokenizer", processing)
 
 
 def streamed(dataset: Any) -> bool:
-    """Whether rows of a dataset can only be had one after the other."""
+    """Whether a dataset is an iterable one."""
     return isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset))
 
 
-def _check_streamed(trainer: Any) -> None:
-    workers, processes = trainer.args.dataloader_num_workers, trainer.accelerator.num_processes
-    if workers:
-        raise XTFUserError(WORKERS_REFUSED.format(workers=workers))
-    if processes > 1:
-        raise XTFUserError(
-            f"xtf: the training data is streamed, which is supported in one process, and this run has {processes}. "
-            "Train in one process, or do not stream (dataset_streaming: false; streaming: false under `datasets`)."
-        )
+def rows_in_flight(trainer: Any) -> int:
+    """An upper bound of the rows that the dataset has yielded and the model has not received yet.
 
-
-def rows_under_way(trainer: Any) -> int:
-    """How many rows may have been yielded by the dataset and not have reached the model yet, and some to spare.
-
-    The Trainer collects the batches of a whole optimizer step before it takes the first, and its dataloader holds one
-    more.
+    The Trainer collects all batches of an optimizer step before it uses the first, and its dataloader holds one more.
     """
     return int(trainer.args.train_batch_size) * (int(trainer.args.gradient_accumulation_steps) + 2) + 64
 
 
-def visible_columns(trainer: Any) -> tuple[str, ...]:
-    """The columns that reach the collator: documents must be cut alike while planning and while training.
-
-    Raises:
-        XTFUserError: some of them hold no text.
-    """
-    present = getattr(trainer.train_dataset, "column_names", None) or ()  # unknown of streams and torch datasets
-    check_columns(_reaching(trainer, present))
-    return _reaching(trainer, READ_COLUMNS)
-
-
 def visible_part(trainer: Any) -> Callable[[Any], dict[str, Any]]:
-    """What of a stream's row reaches the collator and is read, as `visible_columns` tells of a whole dataset.
+    """A function from a row to those of its columns that are read and reach the collator.
 
-    Raises (when called with a row):
-        XTFUserError: the row is no mapping, has no `input_ids`, or holds more than text.
+    Planning and training must split rows by the same columns. The function raises XTFUserError for a row that is no
+    mapping, has no `input_ids`, or has columns that are not text.
     """
+
+    reaches = _reaching(trainer)
 
     def part(row: Any) -> dict[str, Any]:
         if not hasattr(row, "keys"):
             raise XTFUserError(
-                f"xtf: a row of the stream is a {type(row).__name__}; it must be a mapping with `input_ids` and "
+                f"xtf: a row of the training data is a {type(row).__name__}; it must be a mapping with `input_ids` and "
                 "`labels`."
             )
-        names = _reaching(trainer, row.keys())
+        names = set(filter(reaches, row.keys()))
         check_columns(names)
         if "input_ids" not in names:
             raise XTFUserError(
-                f"xtf: a row of the stream has no `input_ids` (it has {', '.join(map(str, row))}). Let the trainer "
-                "prepare the dataset (no skip_prepare_dataset), or stream rows with `input_ids` and `labels`."
+                f"xtf: a row of the training data has no `input_ids` (it has {', '.join(map(str, row))}). Let the "
+                "trainer prepare the dataset (no skip_prepare_dataset), or give it rows with `input_ids` and `labels`."
             )
         return {name: row[name] for name in READ_COLUMNS if name in names}
 
     return part
 
 
-def _reaching(trainer: Any, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of some columns that reach the collator."""
+def _reaching(trainer: Any) -> Callable[[str], bool]:
+    """Whether a column reaches the collator, by its name."""
     if not trainer.args.remove_unused_columns:
-        return tuple(names)
-    known = signature_columns(trainer)
-    return tuple(name for name in names if name in known)
+        return lambda name: True
+    return set(signature_columns(trainer)).__contains__
 
 
-def rows(dataset: Any, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Rows of a map-style dataset with numpy columns; Arrow-backed ones are read without making Python lists."""
+def rows(trainer: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a map-style train dataset, with the columns that are read and reach the collator.
+
+    Arrow-backed columns become numpy arrays, without Python lists in between.
+    """
+    dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
-        for index in range(len(dataset)):
-            row = dataset[index]
-            if not hasattr(row, "keys"):
-                raise XTFUserError(
-                    f"xtf: row {index} of the train_dataset ({type(dataset).__name__}) is a {type(row).__name__}; it "
-                    "must be a mapping with `input_ids` and `labels`."
-                )
-            check_columns(row.keys())
-            yield {name: row[name] for name in columns if name in row}
+        yield from map(visible_part(trainer), (dataset[index] for index in range(len(dataset))))
         return
-    names = [name for name in columns if name in dataset.column_names]
-    missing = {"input_ids", "labels"} - set(names)
-    if missing:
+    names = [name for name in filter(_reaching(trainer), READ_COLUMNS) if name in dataset.column_names]
+    if missing := {"input_ids", "labels"} - set(names):
         raise XTFUserError(
-            f"xtf: the training dataset has no column {sorted(missing)} (it has {dataset.column_names}), so "
-            "completion and prompt cannot be told apart. Let the trainer prepare the dataset (no "
-            "skip_prepare_dataset), call train_on_responses_only where Unsloth prepares it, or add `labels` with -100 "
-            "outside the completion."
+            f"xtf: the training dataset has no column {sorted(missing)} (it has {dataset.column_names}). Let the "
+            "trainer prepare it (no skip_prepare_dataset), call train_on_responses_only where Unsloth prepares it, or "
+            "add `labels` with -100 outside the completion."
         )
     for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1_000):
-        lists = {name: _slices(name, batch.column(name)) for name in names}
+        columns = {name: _arrays(name, batch.column(name)) for name in names}
         for index in range(len(batch)):
-            yield {name: parts[index] for name, parts in lists.items() if parts[index] is not None}
+            yield {name: parts[index] for name, parts in columns.items() if parts[index] is not None}
 
 
-def _slices(name: str, column: Any) -> list[Any]:
-    """A list column as one numpy view per row; None for a missing list."""
+def _arrays(name: str, column: Any) -> list[Any]:
+    """One int64 array per row of a list column; None for a missing list."""
     parts: list[Any] = []
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     flat = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
     if not any(f(column.type) for f in kinds) or not any(f(column.type.value_type) for f in flat):
         raise XTFUserError(
             f"xtf: the column `{name}` of the training dataset holds {column.type}; it must hold a flat list of token "
-            "ids in every row. Labels of whole rows (classification) cannot be masked."
+            "ids in every row. One label per row (classification) cannot be masked."
         )
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.large_list(column.type.value_type))
@@ -168,115 +233,36 @@ def _slices(name: str, column: Any) -> list[Any]:
     return parts
 
 
-class TrainerHooks:
-    """Stand in for the collator while the train dataloader is built, see every training batch, add to every training
-    log.
-
-    Args:
-        trainer: a finished trainer.
-        collator: ours; its `inner` becomes the trainer's own collator.
-        on_batch: called with the inputs of each training step, before it.
-        on_trained: called when a training has ended without an error.
-        metrics: called for each training log; what it returns is added to it.
-        around: gives the dataset that stands in for the trainer's own in the train dataloader; None: none does.
-    """
-
-    def __init__(
-        self,
-        trainer: Any,
-        collator: XTFDataCollator,
-        on_batch: Callable[[Mapping[str, Any]], None],
-        on_trained: Callable[[], None],
-        metrics: Callable[[], dict[str, float]],
-        around: Callable[[Any], Any] | None = None,
-    ) -> None:
-        if getattr(trainer, "_xtf_hooks", None) is not None:
-            raise XTFError("xtf is attached to this trainer already; attach it once.")
-        self.trainer = trainer
-        self.collator = collator
-        self._get_train_dataloader = trainer.get_train_dataloader
-        self._training_step = trainer.training_step
-        self._log, self._train = trainer.log, trainer.train
-        self.on_batch, self.on_trained = on_batch, on_trained
-        self.metrics = metrics
-        self.around = around
-        trainer._xtf_hooks = self
-        trainer.get_train_dataloader = self.get_train_dataloader
-        trainer.training_step = self.training_step
-        trainer.log, trainer.train = self.log, self.train
-
-    def get_train_dataloader(self) -> Any:
-        """Build the train dataloader with our collator; evaluation shares `trainer.data_collator` and must not see
-        it.
-        """
-        inner, dataset = self.trainer.data_collator, self.trainer.train_dataset
-        self.collator.inner = inner
-        self.trainer.data_collator = self.collator
-        if self.around is not None:
-            self.trainer.train_dataset = self.around(dataset)
-        try:
-            return self._get_train_dataloader()
-        finally:
-            self.trainer.data_collator, self.trainer.train_dataset = inner, dataset
-
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Show the batch to `on_batch`, then take the trainer's own step."""
-        self.on_batch(inputs)
-        return self._training_step(model, inputs, *args, **kwargs)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add our metrics to training logs; evaluation logs stay as they are."""
-        if "loss" in logs:
-            logs.update(self.metrics())
-        self._log(logs, *args, **kwargs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the trainer does, then let `on_trained` look back at it."""
-        result = self._train(*args, **kwargs)
-        self.on_trained()
-        return result
-
-
 def log_report(report_to: Sequence[str] | str | None, path: Path) -> list[str]:
-    """Attach a report to the run in those trackers that keep files; return their names.
+    """Attach a report to the run in W&B and MLflow; return the names of the trackers that took it.
 
-    W&B: with WANDB_LOG_MODEL, as transformers does with models. MLflow: with HF_MLFLOW_LOG_ARTIFACTS. transformers has
-    no such switch for trackio, so nothing is attached there. A tracker is touched only if it is imported already. One
-    that fails is logged: the masks do not depend on it.
+    As transformers does with models: in W&B if WANDB_LOG_MODEL is set, in MLflow if HF_MLFLOW_LOG_ARTIFACTS is set, and
+    only if the tracker is imported and has a run. A tracker's error is logged: the masks do not depend on it.
     """
-    used = [report_to] if isinstance(report_to, str) else list(report_to or ())
-    done: list[str] = []
-    if not path.exists():
-        return done
-    if "wandb" in used and os.environ.get("WANDB_LOG_MODEL", "false").lower() in ("end", "checkpoint", "true"):
-        done += _attached(_wandb, path)
-    if "mlflow" in used and is_on(os.environ.get("HF_MLFLOW_LOG_ARTIFACTS")):
-        done += _attached(_mlflow, path)
+    used = [report_to] if isinstance(report_to, str) else report_to or ()
+    wandb = os.environ.get("WANDB_LOG_MODEL", "false").lower() in ("end", "checkpoint", "true")
+    mlflow = is_on(os.environ.get("HF_MLFLOW_LOG_ARTIFACTS"))
+    done = []
+    for name, wanted, attach in (("wandb", wandb, _wandb), ("mlflow", mlflow, _mlflow)):
+        if name in used and wanted and path.exists():
+            try:
+                done += [name] if attach(sys.modules.get(name), str(path)) else []
+            except Exception as error:  # trackers' errors have no common base
+                logging.getLogger(__name__).warning("xtf: the report could not be attached to %s: %s", name, error)
     return done
 
 
-def _attached(attach: Callable[[Path], list[str]], path: Path) -> list[str]:
-    """What `attach` returns, nothing if it fails: trackers have errors of their own, which share no base."""
-    try:
-        return attach(path)
-    except Exception as error:
-        logger.warning("xtf: the report could not be attached to the tracker: %s", error)
-        return []
-
-
-def _wandb(path: Path) -> list[str]:
-    wandb = sys.modules.get("wandb")
+def _wandb(wandb: Any, path: str) -> bool:
     if wandb is None or wandb.run is None:
-        return []
+        return False
     artifact = wandb.Artifact("xtf-report", type="report")
-    artifact.add_file(str(path))
+    artifact.add_file(path)
     wandb.run.log_artifact(artifact)
-    return ["wandb"]
+    return True
 
 
-def _mlflow(path: Path) -> list[str]:
-    mlflow = sys.modules.get("mlflow")
+def _mlflow(mlflow: Any, path: str) -> bool:
     if mlflow is None or mlflow.active_run() is None:
-        return []
-    mlflow.log_artifact(str(path), "xtf-report")
-    return ["mlflow"]
+        return False
+    mlflow.log_artifact(path, "xtf-report")
+    return True

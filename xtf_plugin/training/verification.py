@@ -1,6 +1,6 @@
-"""Whether a batch that reaches the model carries the planned labels; independent of the collator that should see to it.
+"""Checks that a batch that reaches the model carries the planned labels, independently of the collator.
 
-Documents are found by their tokens alone: the labels, which are part of their keys, are what is in question.
+Documents are found by their tokens alone, since their keys depend on the labels that are checked.
 """
 
 from __future__ import annotations
@@ -21,18 +21,14 @@ Bools = NDArray[np.bool_]
 Ids = NDArray[np.integer[Any]]
 Candidate = tuple[Bools, Bools]
 
-CHECKED = 64  # the first so many batches and then every 64th; clean data may have next to nothing to drop
+CHECKED = 64  # the first 64 batches are checked, then every 64th: clean data may have almost nothing to drop
 
 
 class Planned(Protocol):
-    """Documents and what is planned for them."""
-
-    @property
-    def lengths(self) -> set[int]:
-        """All lengths in tokens that a planned document has."""
+    """Documents with their keep flags."""
 
     def find(self, ids: Ids) -> Iterator[Candidate]:
-        """Completion mask (T,) and keep flags of the completion tokens of all documents with the tokens `ids` (T,)."""
+        """Completion mask (T,) and keep flags of the completion tokens of every document with the tokens `ids` (T,)."""
 
 
 def token_hash(ids: Ids) -> int:
@@ -42,18 +38,13 @@ def token_hash(ids: Ids) -> int:
 
 @dataclass(frozen=True)
 class PlannedDocuments:
-    """A set of documents with the keep flags (M,) of their completion tokens."""
+    """Implements `Planned` for a dataset; `keep` (M,) are the flags of its completion tokens."""
 
     documents: DocumentSet
     keep: Bools
 
-    @cached_property
-    def lengths(self) -> set[int]:
-        """See `Planned`."""
-        return set(np.unique(self.documents.lengths).tolist())
-
     def find(self, ids: Ids) -> Iterator[Candidate]:
-        """See `Planned`. Equals a search through all documents; it looks at those with the same hash."""
+        """See `Planned`; compares the documents with the same hash."""
         hashes, order = self._index
         wanted, offsets = np.uint64(token_hash(ids)), self.documents.completion_offsets
         for index in order[slice(*(np.searchsorted(hashes, wanted, side=side) for side in ("left", "right")))]:
@@ -63,7 +54,7 @@ class PlannedDocuments:
 
     @cached_property
     def _index(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Hashes of all documents' tokens (N,), sorted, and whose they are."""
+        """Sorted hashes of all documents' tokens (N,), and the documents' indices in that order (N,)."""
         tokens = np.ascontiguousarray(self.documents.input_ids, dtype="<i4").view(np.uint8).data
         bounds = (4 * self.documents.offsets).tolist()
         found = (xxhash.xxh3_64_intdigest(tokens[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
@@ -74,14 +65,14 @@ class PlannedDocuments:
 
 @dataclass
 class LabelVerifier:
-    """Checks batches until one has shown that labels are dropped: each of the first 64, then every 64th."""
+    """Checks the first 64 batches, then every 64th, until one has shown that labels are dropped."""
 
     planned: Planned
-    batches: int = 0  # how many were given
-    proven: bool = False  # whether one had labels to drop, and they were dropped
+    batches: int = 0  # number of batches seen
+    proven: bool = False  # whether a checked batch had labels to drop, and they were dropped
 
     def check(self, inputs: Mapping[str, Any]) -> None:
-        """Count a batch and check it if it is due, see `verify_batch`."""
+        """Count a batch, and call `verify_batch` if it is due."""
         due = self.batches < CHECKED or self.batches % CHECKED == 0
         self.batches += 1
         if due and not self.proven:
@@ -91,10 +82,13 @@ class LabelVerifier:
 def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
     """Check that a batch carries exactly the planned labels.
 
-    `inputs` is what reaches the model, after every other piece of the host's pipeline.
+    Args:
+        planned: documents with their keep flags.
+        inputs: the batch as the model gets it: `input_ids` and `labels` (B, T), and `attention_mask` and
+            `position_ids` (B, T) if there are any.
 
     Returns:
-        how many labels that would train the plan drops in it; 0 if the batch would look the same without masks.
+        the number of trainable labels in the batch that the plan drops; 0 if it would be the same without masks.
 
     Raises:
         XTFError: a document's labels are not the planned ones, or no planned document is in the batch.
@@ -111,8 +105,8 @@ def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
             if (labels != IGNORE_INDEX).any():
                 raise XTFError(
                     f"a training batch holds a document of {len(ids)} tokens that xtf did not plan (token ids "
-                    f"{ids[:8].tolist()}…). Something changes the rows between the dataset and the model; xtf will "
-                    "not guess."
+                    f"{ids[:8].tolist()}…). Something changes the rows between the dataset and the model; remove it, "
+                    "or train without the `xtf:` block."
                 )
             continue
         found += 1
@@ -124,12 +118,12 @@ def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
                 "remove it, or train without the `xtf:` block."
             )
     if not found:
-        raise XTFError("a training batch holds no planned document: no sign that the masks are applied.")
+        raise XTFError("a training batch holds no planned document, so nothing shows that the masks are applied.")
     return dropped
 
 
 def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """Token ids and labels of every document in a batch, padding removed."""
+    """Token ids and labels of every document in a batch, without padding."""
     names = ("input_ids", "labels", "attention_mask", "position_ids")
     arrays = {name: inputs[name].cpu().numpy() for name in names if inputs.get(name) is not None}
     pieces = []
@@ -148,18 +142,18 @@ def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 
 
 class _Verdict(NamedTuple):
-    kind: str  # `equal`, `one more` (see `collator._revive`) or `differs`
-    dropped: int  # how many labels that would train are seen to be dropped
+    kind: str  # `equal`, `one more` (see `collator._restore_one`) or `differs`
+    dropped: int  # number of trainable labels that are dropped
 
 
 def _matches(planned: Planned, ids: Ids, labels: Any) -> _Verdict | None:
-    """None: no planned document has these tokens. Of several, the one that proves least: another may be what came."""
+    """None if no planned document has these tokens; of several that match, the one with the fewest drops."""
     verdict, equal = None, []
     kept = labels != IGNORE_INDEX
     for completion, keep in planned.find(ids):
         wanted = np.zeros(len(ids), dtype=bool)
         wanted[np.flatnonzero(completion)[keep]] = True
-        if np.array_equal(kept[1:], wanted[1:]):  # nothing predicts a first token, and some collators blank its label
+        if np.array_equal(kept[1:], wanted[1:]):  # some collators set the first label, which never trains, to -100
             equal.append(int((completion & ~wanted)[1:].sum()))
         elif not wanted[1:].any() and kept[1:].sum() == 1 and (completion & kept)[1:].any():
             verdict = _Verdict("one more", 0)
@@ -168,11 +162,8 @@ def _matches(planned: Planned, ids: Ids, labels: Any) -> _Verdict | None:
 
 
 def _matches_prefix(planned: Planned, ids: Ids, labels: Any) -> _Verdict | None:
-    """`_matches` for a row with padding and no mask of it: the longest document that the row begins with."""
-    labelled = np.flatnonzero(labels != IGNORE_INDEX)
-    shortest = int(labelled[-1]) + 1 if len(labelled) else 0
-    for length in sorted((n for n in planned.lengths if shortest <= n < len(ids)), reverse=True):
-        verdict = _matches(planned, ids[:length], labels[:length])
-        if verdict is not None:
-            return verdict
-    return None
+    """`_matches` for a row padded without attention mask: of the longest planned document that the row begins with."""
+    own = np.flatnonzero((labels != IGNORE_INDEX) | (ids != ids[-1]))  # padding repeats one token
+    lengths = range(len(ids) - 1, int(own[-1]) if len(own) else 0, -1)
+    verdicts = (_matches(planned, ids[:length], labels[:length]) for length in lengths)
+    return next((verdict for verdict in verdicts if verdict is not None), None)
