@@ -1,7 +1,7 @@
 """Field types of the `xtf:` block: numbers, paths, regexes, the drop rule and the reference.
 
-Scorers and the block are both made of these. Every check raises a `ValueError` that continues a sentence beginning with
-the value; `config/messages.py` adds the legal values from the JSON schema.
+Every check raises a `ValueError` whose text follows the value in the message, such as "is not a number";
+`config/messages.py` adds key, value and legal values.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from pydantic import (
     model_validator,
 )
 
-# Branches of a union, chosen by the value's type before validation: pydantic then reports one error, not one a branch.
-TAGS = TEXT, OTHER, OFF, ON = "<text>", "<other>", "<off>", "<on>"
+# A union's branch is chosen by the value's type, so that pydantic reports the errors of that branch alone.
+TAGS = TEXT, OTHER = "<text>", "<other>"
 _EXPONENT = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+")
 
 
 class Problems(ValueError):
-    """Values that are legal one by one but not together."""
+    """Values that are legal one by one but not together; each problem is (key below the model, value, why)."""
 
     def __init__(self, *problems: tuple[str, Any, str]) -> None:
-        """Each problem is (key below the model, value, why); the rest of a sentence that begins with the value."""
         super().__init__("; ".join(f"{key} {why}" for key, _, why in problems))
         self.problems = problems
 
@@ -107,7 +106,7 @@ def _words(words: list[str]) -> list[str]:
 
 
 def _domain(value: str) -> str:
-    """Check now that a word file can be read, before a model is loaded for nothing."""
+    """Read a word file at once: an error should come before any model is loaded."""
     if value == "dataset":
         return value
     path = Path(os.path.expanduser(value))
@@ -116,7 +115,7 @@ def _domain(value: str) -> str:
 
 
 def read_words(path: Path) -> list[str]:
-    """Expert words of a file, one a line; blank lines and lines that begin with # are left out. Raises ValueError."""
+    """Expert words of a file, one per line; blank lines and lines that begin with # are skipped. Raises ValueError."""
     try:
         if not path.is_file():
             raise ValueError(f"is not a file (a relative path starts at {Path.cwd()}); a single word is written [word]")
@@ -135,14 +134,9 @@ def _by_text(value: Any) -> str:
     return TEXT if isinstance(value, str | os.PathLike) else OTHER
 
 
-def _by_switch(value: Any) -> str:
-    return OFF if value is False else ON
-
-
 T = TypeVar("T")
 N = TypeVar("N")
 ByText = Annotated[Annotated[T, Tag(TEXT)] | Annotated[N, Tag(OTHER)], Discriminator(_by_text)]
-Switched = Annotated[Annotated[T, Tag(ON)] | Annotated[Literal[False], Tag(OFF)], Discriminator(_by_switch)]
 
 Finite = Annotated[float, BeforeValidator(_number)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]
@@ -152,7 +146,7 @@ Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-Calibration = Annotated[int, Field(ge=8), BeforeValidator(_whole)]  # quartiles of fewer documents are accidents
+Calibration = Annotated[int, Field(ge=8), BeforeValidator(_whole)]  # quartiles of fewer documents say nothing
 Classes = Annotated[int, Field(ge=2, le=8), BeforeValidator(_whole)]
 Window = Annotated[int, Field(ge=1, le=4095, json_schema_extra={"not": {"multipleOf": 2}}), BeforeValidator(_odd)]
 Name = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_path)]
@@ -184,7 +178,7 @@ class Block(BaseModel):
 
 
 def _only_rules(schema: dict[str, Any], model: type[Drop]) -> None:
-    """Say in JSON schema what `Drop` checks: one of the legal sets of keys, and no null."""
+    """Express in JSON schema what `Drop` checks: one of the legal sets of keys, without null."""
     for field in schema["properties"].values():
         field.update(next((option for option in field.pop("anyOf", []) if option["type"] != "null"), {}))
         if field.get("default", ...) is None:
@@ -199,13 +193,7 @@ class Drop(Block):
     """
 
     model_config = ConfigDict(json_schema_extra=_only_rules)
-    rules: ClassVar[Sequence[tuple[str, ...]]] = (
-        ("quantile",),
-        ("below",),
-        ("fence",),
-        ("cluster",),
-        ("cluster", "of"),
-    )
+    rules: ClassVar[Sequence[Sequence[str]]] = (("quantile",), ("below",), ("fence",), ("cluster",), ("cluster", "of"))
     quantile: Quantile | None = Field(default=None, description="Drop the lowest share of the scores.")
     below: Finite | None = Field(default=None, description="Drop scores below this, in the score's own unit.")
     fence: NonNegative | None = Field(default=None, description="Drop scores below Q1 - fence * (Q3 - Q1), Eq. (5).")
@@ -233,12 +221,12 @@ class Drop(Block):
         return "{" + ", ".join(f"{key}: {value}" for key, value in self._the_rule().items()) + "}"
 
     def bounds(self) -> list[tuple[str, str, float]]:
-        """Fixed thresholds of the rule: (key, "below" or "above", threshold in the score's unit) each."""
+        """Fixed thresholds of the rule, each as (key, "below" or "above", threshold in the score's unit)."""
         return [] if self.below is None else [("below", "below", self.below)]
 
 
 class ReferenceConfig(Block):
-    """The model whose scores decide."""
+    """The model that scores the tokens."""
 
     model: Name | None = Field(
         default=None, description="null: the model being trained, adapters off. Else a path or hub id, same vocabulary."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from xtf_plugin.config.block import PRESETS, XTFConfig
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.config.scores import PRESETS
 from xtf_plugin.errors import XTFUserError
 
 

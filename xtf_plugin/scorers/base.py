@@ -1,7 +1,7 @@
 """The interface of a scorer: a config, a function from documents to one score per completion token, and its context.
 
-Other packages depend on this module, so it is small. A scorer returns numbers; unit, window, rule, cap, protection,
-`min_kept` and report are the same for all scores. Imports no torch, so that a block is validated without it.
+Other packages depend on this module. A scorer returns numbers; unit, window, rule, cap, protection, `min_kept` and
+report are the same for all scores. Imports no torch, so that a block is validated without it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,12 @@ T = TypeVar("T", bound="np.generic")
 
 
 class ScoreConfig(Block):
-    """A score: a scorer with its own keys, the unit that is judged as a whole, and the rule that drops.
-
-    A scorer with keys of its own derives from this class and adds them as fields.
-    """
+    """A score: a scorer, the unit that gets one number, and the rule; scorers derive from it to add keys as fields."""
 
     scorer: Name = Field(description="Name of a registered scorer.")
     drop: Drop = Field(description="Which tokens are dropped: exactly one rule. Low scores are dropped.")
     unit: Literal["token", "sentence", "line"] = Field(
-        default="token", description="What is judged as a whole: scores are averaged over it before the rule."
+        default="token", description="What the rule drops or keeps: scores are averaged over it before."
     )
     window: Window = Field(
         default=1, description="Before the rule, scores are averaged over this many (odd) neighbouring tokens."
@@ -54,14 +51,13 @@ class ScoreConfig(Block):
     @model_validator(mode="after")
     def _every_key_acts(self) -> ScoreConfig:
         idle: list[tuple[str, Any, str]] = []
+        none = f"has no effect on drop: {self.drop}; remove it, or use {{fence: k}}"
         if self.scale == "log" and self.drop.fence is None:
-            idle.append(("scale", self.scale, f"has no effect on drop: {self.drop}; remove it, or use {{fence: k}}"))
+            idle.append(("scale", self.scale, none))
         if self.scope != type(self).model_fields["scope"].default and self.drop.fence is self.drop.quantile:
-            why = f"has no effect on drop: {self.drop}; remove it, or use {{fence: k}} or {{quantile: q}}"
-            idle.append(("scope", self.scope, why))
+            idle.append(("scope", self.scope, f"{none} or {{quantile: q}}"))
         if self.window > 1 and self.unit != "token":
-            why = f"has no effect beside `unit: {self.unit}`, which is averaged as a whole; remove one of them"
-            idle.append(("window", self.window, why))
+            idle.append(("window", self.window, f"has no effect beside `unit: {self.unit}`; remove one of them"))
         if idle:
             raise Problems(*idle)
         return self
@@ -72,7 +68,7 @@ class Predictions(Protocol):
 
     Attributes:
         logprobs: log-probability of the token.
-        entropy: mean surprisal of a token drawn from the reference's own distribution there.
+        entropy: mean surprisal of a token drawn from the reference's distribution there.
         deviation: standard deviation of that surprisal.
     """
 
@@ -85,7 +81,7 @@ class Predictions(Protocol):
 
 
 class ScoreSource(Protocol):
-    """Where a context gets what depends on a model or a text; `scoring.cached_scores` implements it."""
+    """Provides a context with what depends on a model or a text; `scoring.cached_scores` implements it."""
 
     def predictions(self, reference: ReferenceConfig | None) -> Predictions: ...  # noqa: D102
     def predictions_without(  # noqa: D102
@@ -99,19 +95,19 @@ class ScoreSource(Protocol):
 
 
 class ScoringContext:
-    """What a scorer reads: the dataset's distinct documents, and what a reference says about them.
+    """The input of a scorer: the dataset's distinct documents and a reference's predictions.
 
-    M completion tokens of N documents lie in flat arrays, document after document. All arrays are read-only.
+    The M completion tokens of N documents lie in flat read-only arrays, document after document.
 
     Args:
         documents: the distinct documents, prompts included.
         tokenizer: the training tokenizer.
-        source: answers what depends on a model or a text.
-        protected: (M,) completion tokens that no rule may drop; forced: (M,) those that are always dropped unless
-            protected. None: none.
+        source: provides what depends on a model or a text.
+        protected: (M,) completion tokens that no rule may drop. None: none.
+        forced: (M,) completion tokens that are always dropped, unless protected. None: none.
 
     Attributes:
-        warnings: what `warn` was given.
+        warnings: texts that were passed to `warn`.
     """
 
     def __init__(
@@ -134,7 +130,7 @@ class ScoringContext:
 
     @property
     def positions(self) -> NDArray[np.int32]:
-        """Place of each completion token within its document, prompt included, (M,); nothing predicts place 0."""
+        """Index of each completion token within its document, prompt included, (M,); nothing predicts index 0."""
         return _read_only(self.documents.completion_positions)
 
     @property
@@ -144,25 +140,24 @@ class ScoringContext:
 
     @property
     def counts(self) -> Ints:
-        """How often each document occurs in the dataset, (N,); its tokens are scored once."""
+        """How often each document occurs in the dataset, (N,); it is scored once."""
         return _read_only(self.documents.counts)
 
     @property
     def logprobs(self) -> Floats:
-        """Log-probabilities under the run's own reference; the same as `log_probabilities()`."""
+        """Log-probabilities under the run's own reference: `log_probabilities()`."""
         return self.log_probabilities()
 
     def log_probabilities(self, reference: ReferenceConfig | None = None) -> Floats:
         """Natural-log probability of every completion token under a reference, (M,) float32; NaN: undefined.
 
-        Stored by content: a second run does not load the reference. A separate model is loaded for the scoring pass and
-        freed before training.
+        Stored by content, so a second run does not load the reference. A separate model is freed before training.
 
         Args:
             reference: as in the block; None, or one without a `model`: the run's own reference.
 
         Raises:
-            XTFUserError: the reference cannot be loaded, or its tokenizer is another one.
+            XTFUserError: the reference cannot be loaded, or has another tokenizer.
             XTFError: it gives no finite log-probability at all.
         """
         return _read_only(self.predictions(reference).logprobs)
@@ -174,14 +169,14 @@ class ScoringContext:
     def predictions_without(
         self, hidden: Bools, starts: Ints, wanted: Ints, reference: ReferenceConfig | None = None
     ) -> Predictions:
-        """What a reference predicts in some segments when it has not read certain tokens before them.
+        """What a reference predicts in some segments with certain tokens before them removed.
 
         Equals, per wanted segment: `predictions` for a document of all tokens before the segment that are not hidden,
-        and the segment. Prompts and other turns stay, and so does the line break of a line of which something stays.
-        Each segment takes a forward over that document; results are stored by content.
+        and the segment. Prompts are kept, and so is the line break of a line of which a token is kept. Each segment
+        takes a forward over that document; results are stored by content.
 
         Args:
-            hidden: (M,) completion tokens to leave out; in the segment itself they stay.
+            hidden: (M,) completion tokens to remove before later segments.
             starts: (S,) first completion token of each segment, ascending from 0, as from `segments`; none spans two
                 documents or turns.
             wanted: (W,) indices into `starts`.
@@ -220,22 +215,22 @@ class ScoringContext:
         return self.source.embeddings(token_ids, kind)
 
     def vocabulary_table(self, key: str, compute: Callable[[], Floats]) -> Floats:
-        """A table that `compute` makes from `embeddings`, (n,) float32; stored under `key` with the reference's scores.
+        """A table computed from `embeddings`, (n,) float32; stored under `key` with the reference's scores.
 
         Args:
             key: hex digest of everything besides the reference that the table depends on.
-            compute: makes the table; called only if no rank has it stored.
+            compute: computes the table; called only if no rank has it stored.
         """
         return _read_only(self.source.vocabulary_table(key, compute))
 
     @property
     def protected(self) -> Bools:
-        """Completion tokens that no rule may drop, special tokens among them, (M,); see `protect` in the block."""
+        """Completion tokens that no rule may drop, (M,); see `protect` in the block."""
         return self._flags(self._protected)
 
     @property
     def forced(self) -> Bools:
-        """Completion tokens that are dropped whatever the scores say, unless protected, (M,); see `force_drop`."""
+        """Completion tokens that are dropped whatever the scores are, unless protected, (M,); see `force_drop`."""
         return self._flags(self._forced)
 
     def _flags(self, flags: Bools | None) -> Bools:
@@ -248,7 +243,7 @@ class ScoringContext:
         self.warnings.append(text)
 
     def segments(self, unit: Literal["sentence", "line"]) -> Ints:
-        """Index of the first completion token of every sentence or line, (S,) ascending from 0; see docs/method.md."""
+        """Indices of the first completion token of every sentence or line, (S,) from 0; see docs/method.md."""
         return _read_only(self.source.segments(unit))
 
 
@@ -261,16 +256,15 @@ class Scorer:
 
     Args:
         name: what the block names, and under which the entry point registers it.
-        score: `score(context, config)` -> (M,) float32, one per completion token: low means drop; NaN is undefined and
-            never dropped. Deterministic: the same masks have to come out in every process and after a restart.
+        score: `score(context, config)` -> (M,) float32, one per completion token: low scores are dropped, NaN is
+            undefined and never dropped. Deterministic, so that every rank and every restart gets the same masks.
         Config: its part of the block, `ScoreConfig` or a class derived from it.
         version: whole number, raised when the same inputs get other scores; reported in summary.json.
-        per_document: a document's scores depend on nothing but the document and the options, so that streams can be
-            scored; `testing.check_scorer` checks it.
-        first: reads attention received, so it runs before the others and one pass serves all.
-        seen: averaged scores -> what the rule sees; None: as they are.
-        frozen: `frozen(context, config)` -> a `score` for later documents of a stream, with what the dataset of
-            `context` decides; None: none is needed, or streams are refused.
+        per_document: a document's scores depend on the document and the options alone, so streams can be scored.
+        first: reads attention received; it runs before the others, so that one pass of the reference serves all.
+        seen: maps averaged scores to what the rule sees; None: they are not changed.
+        frozen: `frozen(context, config)` -> a `score` for later documents of a stream, using statistics of the
+            documents of `context`. None: `per_document` scorers need none; others are refused for streams.
     """
 
     name: str
@@ -287,24 +281,20 @@ def scorer(name: str, config: type[ScoreConfig] = ScoreConfig, **options: Any) -
     """Decorator that makes a `Scorer` of a function `score(context, config)`.
 
     Args:
-        name: see `Scorer`.
+        name: what the block names.
         config: the scorer's part of the block.
         options: `version`, `per_document`, `first`, `seen`, `frozen`; see `Scorer`.
     """
-
-    def made(score: Score) -> Scorer:
-        return Scorer(name, score, config, **options)
-
-    return made
+    return lambda score: Scorer(name, score, config, **options)
 
 
 def _named(reference: ReferenceConfig | None) -> ReferenceConfig | None:
-    """The reference itself, or None for the run's own: one without a model."""
+    """The reference, or None for the run's own, which has no model name."""
     return reference if reference is not None and reference.model else None
 
 
 def _read_only(array: NDArray[T]) -> NDArray[T]:
-    """A view that cannot be written to: every scorer sees the same arrays, and selection uses them after it."""
+    """A read-only view: all scorers share these arrays, and selection uses them afterwards."""
     view: NDArray[T] = array.view()
     view.flags.writeable = False
     return view

@@ -1,4 +1,4 @@
-"""Perplexity filters: the token's log-probability. The shortest scorer, to read first."""
+"""Perplexity filters: the token's log-probability. The shortest scorer."""
 
 from __future__ import annotations
 

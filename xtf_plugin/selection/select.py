@@ -1,8 +1,7 @@
-"""Scores become a keep flag and a reason for every completion token; pure NumPy.
+"""Computes a keep flag and a reason for every completion token from scores; pure NumPy.
 
-Thresholds are choices, so this runs again whenever one changes, on stored scores. What happens to a document follows
-from its own scores, the configuration, and (where a rule says so) the dataset's distribution; never from its place
-among the others.
+It runs on stored scores, so other thresholds need no reference. The result of a document depends on its own scores, the
+configuration and, for some rules, the dataset's distribution; never on the order of the documents.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ Reasons = NDArray[np.uint8] | NDArray[np.uint16]
 
 
 def rule_bits(config: XTFConfig) -> dict[str, int]:
-    """The reason bit of every score that is on, as the block orders them."""
+    """The reason bit of every score that is on, in the order of `config.scores`."""
     own = {name: 2 * CONTROL << place for place, name in enumerate(config.selectors)}
     return {name: own[name] if name in own else BITS[name] for name in config.scores}
 
 
 def reason_text(bits: int, rules: Mapping[str, int] = BITS) -> str:
-    """Names of the bits of a reason as in the score table: "reasoning_importance,protected"; empty for 0.
+    """Names of the bits of one token's reason, as in the score table: "reasoning_importance,protected"; empty for 0.
 
     Args:
-        bits: of one token.
-        rules: bits of scores, see `rule_bits`.
+        bits: the reason.
+        rules: bits of the scores, see `rule_bits`.
     """
     return ",".join(name for name, bit in {**rules, **DECISIONS}.items() if bits & bit)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What is known about the completion tokens of N distinct documents, M tokens in all.
+    """Scores of the M completion tokens of N distinct documents.
 
     Args:
         keys: (N, 16) uint8, document keys.
@@ -69,18 +68,18 @@ class Scores:
 
 @dataclass(frozen=True)
 class Selection:
-    """What to train on, and why.
+    """The tokens to train on, and the reasons.
 
     Args:
         keep: (M,) False where the label becomes -100.
         reasons: (M,) bits: every score whose rule fired (see `rule_bits`), and PROTECTED, FLOOR, FORCED or CONTROL
             where that decided. 8 bits wide, 16 with selectors.
-        thresholds: by score, its rule and the numbers it came to; plain JSON values, in units of `seen`.
-        fired: by score, on how many completion tokens of the dataset its rule fired (a document counts as often as it
-            occurs).
+        thresholds: by score, its rule and the resulting thresholds; plain JSON values, in units of `seen`.
+        fired: by score, the number of completion tokens of the dataset on which its rule fired (a document counts as
+            often as it occurs).
         warnings: for the user.
-        best: (N,) index among its completion tokens of the token that a document would keep last; -1 if it has none
-            that trains.
+        best: (N,) the trained token that `min_kept` would keep first, as an index among the document's completion
+            tokens; -1: there is none.
         rules: by score, its rules with the thresholds that were used.
         seen: by score, (M,) float32 as its rule saw them.
     """
@@ -111,13 +110,11 @@ def select(
         config: the block.
         protected: (M,) tokens that are never dropped; forced: (M,) tokens that are dropped unless protected.
         segments: the first tokens of the sentences and lines, by unit; needed if some score has one.
-        frozen: the rules of another selection, for a part of a stream: thresholds are its, not those of `scores`.
-        seen: scores as their rules see them, (M,) by name, in place of `scores.values`; what another `Selection` has
-            under this name.
+        frozen: `rules` of another selection, whose thresholds are used instead of those of `scores`; for streams.
+        seen: `seen` of another selection, used instead of `scores.values`.
 
     Raises:
-        XTFError: arrays that do not fit together, a score that was not scored, or segments that are needed and not
-            given.
+        XTFError: arrays of wrong shapes, a missing score, or missing segments.
     """
     layout = Layout(scores.offsets, scores.counts)
     values = scores.values if seen is None else seen
@@ -170,20 +167,20 @@ def _check(
     arrays["logprobs"] = scores.logprobs
     for name, array in arrays.items():
         if array is not None and array.shape != (size,):
-            raise XTFError(f"selection: {name} has the shape {array.shape}, but there are {size} completion tokens")
+            raise XTFError(f"selection: {name} has the shape {array.shape}, but there are {size} completion tokens.")
     if len(scores.offsets) != number + 1 or scores.keys.shape != (number, 16) or scores.offsets[-1] != size:
         raise XTFError(
             f"selection: {len(scores.keys)} keys, {number} counts and {len(scores.offsets)} offsets up to "
-            f"{scores.offsets[-1:]} do not describe documents with {size} completion tokens"
+            f"{scores.offsets[-1:]} do not describe documents with {size} completion tokens."
         )
     for name in config.scores:
         if name not in values:
-            raise XTFError(f"selection: {name} is on, but the documents were not scored for it")
+            raise XTFError(f"selection: {name} is on, but the documents have no scores for it.")
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A run of whole documents; `order` sorts tokens by who is brought back first, see `rescue_order`."""
+    """A run of complete documents; tokens of lower `order` are rescued first, see `rescue_order`."""
 
     layout: Layout
     keys: NDArray[np.uint8]
@@ -196,28 +193,24 @@ class _Chunk:
 def rescue_order(
     logprobs: Floats | None, seen: Mapping[str, Floats], config: XTFConfig
 ) -> Callable[[slice], Hashes]:
-    """Sort keys of what `min_kept` brings back first, for any run of tokens; NaN comes last.
+    """Sort keys of the tokens that `min_kept` keeps, lowest first, for any run of tokens; NaN comes last.
+
+    The first score of the block decides, highest first, and selectors come before slots; among equal scores, which a
+    unit's tokens have, the highest log-probability.
 
     Args:
         logprobs, seen: (M,) as in `Scores` and `Selection`.
         config: the block.
-
-
-    With selectors: what the first of them scores highest, of equal ones the most probable, because to a rule that finds
-    noise the most novel token may be the worst noise. Without: lowest log-probability; then highest task relevance.
     """
-    first = next(iter(config.selectors), None)
-    by = [(logprobs, 1), (seen.get("task_relevance"), -1)]
-    if first is not None:
-        by = [(seen[first], -1), (logprobs, -1)]
+    first = next(iter([*config.selectors, *config.scores]), "")
 
     def order(tokens: slice) -> Hashes:
         halves = []
-        for values, sign in by:
+        for values in (seen.get(first), logprobs):
             if values is None:
                 halves.append(np.full(tokens.stop - tokens.start, UNDEFINED_KEY))
             else:
-                here = values[tokens] * np.float32(sign)
+                here = -values[tokens]
                 halves.append(ordered(np.where(np.isinf(here), np.float32(np.nan), here)))
         keys: Hashes = (halves[0].astype(np.uint64) << np.uint64(32)) | halves[1]
         return keys
@@ -226,7 +219,7 @@ def rescue_order(
 
 
 def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, bits_of_rules: list[int]) -> tuple[Bools, Reasons]:
-    """Keep flags and complete reasons of a chunk, from the bits of the rules that fired."""
+    """Keep flags and final reasons of a chunk, from the bits of the rules that fired."""
     by_rules = _combined(reasons, config, bits_of_rules)
     wanted = by_rules | chunk.forced
     dropped = wanted & ~chunk.protected
@@ -245,21 +238,17 @@ def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, bits_of_rules: l
 
 
 def _combined(reasons: Reasons, config: XTFConfig, bits: list[int]) -> Bools:
-    """Where the rules of enough scores have fired."""
-    votes = np.zeros(len(reasons), dtype=np.int8)
+    """Where the rules of as many scores fired as `combine` asks for."""
+    fired = np.zeros(len(reasons), dtype=np.int8)
     for bit in bits:
-        votes += (reasons & bit) > 0
-    return votes >= votes_needed(config, len(bits))
-
-
-def votes_needed(config: XTFConfig, number: int) -> int:
-    """Of how many of `number` scores the rule must fire to drop a token."""
-    named = {"union": 1, "intersection": number, "majority": number // 2 + 1}
-    return max(1, named[config.combine] if isinstance(config.combine, str) else config.combine.at_least)
+        fired += (reasons & bit) > 0
+    named = {"union": 1, "intersection": len(bits), "majority": len(bits) // 2 + 1}
+    needed = named[config.combine] if isinstance(config.combine, str) else config.combine.at_least
+    return fired >= max(1, needed)
 
 
 def _rescued(chunk: _Chunk, dropped: Bools, min_kept: int) -> Bools:
-    """Dropped tokens that the floor brings back: trainable ones in order, until a document keeps `min_kept`."""
+    """Dropped tokens to keep after all: trainable ones in order, until the document keeps `min_kept`."""
     rescued = np.zeros(len(dropped), dtype=bool)
     lacking = min(min_kept, 1 << 62) - chunk.layout.count(chunk.trainable & ~dropped)
     if not (lacking > 0).any():
@@ -274,9 +263,9 @@ def _rescued(chunk: _Chunk, dropped: Bools, min_kept: int) -> Bools:
 
 
 def _drawn(chunk: _Chunk, planned: Bools, seed: int) -> Bools:
-    """As many unprotected tokens of each document as were to be dropped, drawn uniformly without replacement.
+    """As many unprotected trainable tokens of each document as were planned, drawn uniformly without replacement.
 
-    Only tokens that train count and are drawn; one in position 0, which nothing predicts, stays as planned.
+    A token in position 0, which nothing predicts, does not count and is treated as planned.
     """
     keys = np.minimum(random_keys(chunk.keys, chunk.layout, seed), UNDEFINED_KEY - np.uint32(1))
     keys[chunk.protected | ~chunk.trainable] = UNDEFINED_KEY
@@ -285,7 +274,7 @@ def _drawn(chunk: _Chunk, planned: Bools, seed: int) -> Bools:
 
 
 def _best(chunk: _Chunk) -> Ints:
-    """Index among its completion tokens of each document's first trainable token in order, (N,); -1: it has none."""
+    """Index of each document's first trainable token in order among its completion tokens, (N,); -1: none."""
     number = chunk.layout.count(chunk.trainable)
     best = np.full(len(number), -1, dtype=np.int64)
     some = number > 0
