@@ -1,4 +1,4 @@
-"""From fired rules to keep flags and reasons: combine, force, protection, control, floor; and what must not matter."""
+"""From fired rules to keep flags and reasons: combine, force, protection, control, floor; independence of order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.made_scores import ALL_OFF, ALL_ON, KN, RI, TR, scores_of, taken, with_scores
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.data import ragged as segments
+from xtf_plugin.data import ragged
 from xtf_plugin.errors import XTFError
 from xtf_plugin.selection.select import BITS, CONTROL, FLOOR, FORCED, PROTECTED, reason_text, select
 
@@ -103,7 +103,7 @@ def test_floor_keeps_what_the_first_score_rates_highest(name):
         assert np.flatnonzero(chosen.keep).tolist() == sorted([2, *kept]), "an undefined score drops nothing"
 
 
-def test_the_floor_asks_selectors_before_slots():
+def test_the_floor_ranks_by_selectors_before_slots():
     scores = with_scores(from_bits(*[REASONING] * 3), low=[1, 3, 2])
     block = config(selectors={"low": {"scorer": "log_probability", "drop": {"below": 9}}}, min_kept=1)
     assert select(scores, block).keep.tolist() == [False, True, False]
@@ -148,7 +148,7 @@ def test_control_drops_as_many_as_the_rules_would(seed):
     protected = np.random.default_rng(seed).random(len(scores.token_ids)) < 0.2
     plain = select(scores, config(min_kept=1), protected)
     control = select(scores, config(min_kept=1, control="random", seed=5), protected)
-    layout = segments.Layout(scores.offsets, scores.counts)
+    layout = ragged.Layout(scores.offsets, scores.counts)
     np.testing.assert_array_equal(layout.count(control.keep), layout.count(plain.keep))
     assert (control.keep != plain.keep).any()
     assert control.keep[protected].all()
@@ -159,7 +159,7 @@ def test_control_drops_as_many_as_the_rules_would(seed):
     assert (other.keep != control.keep).any()
 
 
-def test_control_is_uniform_and_knows_nothing_of_the_scores():
+def test_control_is_uniform_and_independent_of_the_scores():
     documents, length = 4000, 10
     scores = random_scores([length] * documents)
     scores = replace(scores, positions=scores.positions + 1)  # every token trains
@@ -239,7 +239,7 @@ def test_chunks_do_not_matter(monkeypatch, block):
     rng = np.random.default_rng(1)
     protected, forced = rng.random((2, len(scores.token_ids))) < 0.1
     whole = select(scores, config(**block), protected, forced)
-    monkeypatch.setattr(segments, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(ragged, "CHUNK_TOKENS", 8)
     cut = select(scores, config(**block), protected, forced)
     np.testing.assert_array_equal(cut.keep, whole.keep)
     np.testing.assert_array_equal(cut.reasons, whole.reasons)
@@ -288,10 +288,10 @@ def test_a_selection_keeps_what_the_rules_saw():
     starts = np.asarray([0, 8, 20, 33, 51])
     block = {"preset": "none", RI: {"unit": "line"}, KN: {"window": 3}, TR: True}
     chosen = select(scores, config(**block), segments={"line": starts})
-    layout = segments.Layout(scores.offsets, scores.counts)
+    layout = ragged.Layout(scores.offsets, scores.counts)
     expected = {
-        RI: segments.segment_means(scores.values[RI], layout, starts),
-        KN: -np.expm1(segments.windowed(scores.logprobs, layout, 3)),
+        RI: ragged.segment_means(scores.values[RI], layout, starts),
+        KN: -np.expm1(ragged.windowed(scores.logprobs, layout, 3)),
         TR: scores.values[TR],
     }
     assert list(chosen.seen) == list(ALL_ON)

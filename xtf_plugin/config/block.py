@@ -6,6 +6,7 @@ the legal values in error messages are derived from these models.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from pydantic import Field, StrictBool, ValidationError, model_validator
 from ..errors import XTFUserError
 from ..fields import Block, ByText, Calibration, Count, PathText, Patterns, Positive, Problems, ReferenceConfig, Whole
 from ..scorers import ScoreConfig
+from .messages import explain, shown
 from .scores import PRESETS, SLOTS, Selectors, Slot, complete, over_preset
 
 
@@ -25,9 +27,7 @@ class ProtectConfig(Block):
     """Tokens that no rule may drop."""
 
     special_tokens: StrictBool = Field(default=True, description="Keep EOS, end-of-turn and all other special tokens.")
-    patterns: Patterns = Field(
-        default=[], description="Regexes over the decoded completion; keep what overlaps a match."
-    )
+    patterns: Patterns = Field(default=[], description="Regexes over the decoded completion; matches are kept.")
 
 
 class AtLeast(Block):
@@ -58,17 +58,14 @@ class XTFConfig(Block):
     )
     task_relevance: Slot = Field(default=False, description="What belongs to the task; Eqs. (4) and (7).")
     selectors: Selectors = Field(
-        default={},
-        description="Further scores, added to the preset's: names of your choice, each with a scorer.",
+        default={}, description="Further scores, added to the preset's: names of your choice, each with a scorer."
     )
     combine: ByText[Literal["union", "intersection", "majority"], AtLeast] = Field(
-        default="union",
-        description="How many scores' rules must fire for a token to be dropped: any (Eq. (1)), all, most, or k.",
+        default="union", description="How many scores' rules must fire to drop a token: any (Eq. (1)), all, most, or k."
     )
     protect: ProtectConfig = Field(default=ProtectConfig(), description="What no rule may drop.")
     force_drop: Patterns = Field(
-        default=[],
-        description="Regexes over the decoded completion; tokens of a match are always dropped. Protection wins.",
+        default=[], description="Regexes over the decoded completion; matches are dropped unless protected."
     )
     min_kept: Count = Field(
         default=1,
@@ -77,8 +74,7 @@ class XTFConfig(Block):
         "keeps one, counted and reported.",
     )
     control: Literal["random"] | None = Field(
-        default=None,
-        description="random: drop as many tokens per document as the rules would, but at random; a control run.",
+        default=None, description="random: drop as many tokens of each document as the rules would, but at random."
     )
     seed: Whole = Field(default=0, description="Seed of `control: random`; nothing else is random.")
     cache_dir: PathText | None = Field(
@@ -96,8 +92,7 @@ class XTFConfig(Block):
     )
     report: ByText[PathText, StrictBool] = Field(
         default=True,
-        description="true: write report.html, summary.json and scores.parquet to `output_dir`/xtf; a path: to that "
-        "folder; false: none of them.",
+        description="true: write report.html, summary.json and scores.parquet to `output_dir`/xtf; a path: there.",
     )
     dry_run: StrictBool = Field(
         default=False, description="Score, report, then end the run before the first optimizer step."
@@ -107,9 +102,7 @@ class XTFConfig(Block):
         try:
             super().__init__(**over_preset(plain(block)))
         except ValidationError as error:
-            from .messages import explain
-
-            raise XTFUserError(explain(error)) from None
+            raise XTFUserError(explain(error, _schema())) from None
 
     @classmethod
     def parse(cls, value: XTFConfig | Mapping[str, Any] | str | bool | None) -> XTFConfig | None:
@@ -128,8 +121,6 @@ class XTFConfig(Block):
         if value is None or value is False:
             return None
         if value is not True and not isinstance(value, Mapping):
-            from .messages import shown
-
             hint = f" For the preset write {{preset: {value}}}." if isinstance(value, str) and value in PRESETS else ""
             raise XTFUserError(
                 f"xtf: {shown(value)} is not a block.{hint} Legal: a mapping of settings, true (the defaults) or false "
@@ -160,12 +151,10 @@ class XTFConfig(Block):
 
     def resolved_cache_dir(self) -> Path:
         """Where scores are kept: `cache_dir`, else $XTF_CACHE, else the platform's user cache folder. Not created."""
-        chosen = self.cache_dir or os.environ.get("XTF_CACHE")
-        if chosen:
-            return Path(os.path.expanduser(chosen))
         from platformdirs import user_cache_dir
 
-        return Path(user_cache_dir("xtf-plugin"))
+        chosen = self.cache_dir or os.environ.get("XTF_CACHE")
+        return Path(os.path.expanduser(chosen) if chosen else user_cache_dir("xtf-plugin"))
 
     @model_validator(mode="after")
     def _can_drop(self) -> XTFConfig:
@@ -185,19 +174,16 @@ class XTFConfig(Block):
         return self
 
 
+@functools.cache
+def _schema() -> dict[str, Any]:
+    return XTFConfig.json_schema()
+
+
 def plain(value: Any, depth: int = 5) -> Any:
     """Mappings as dicts with text keys, to the depth of a block (a YAML alias can make a mapping contain itself)."""
     if not isinstance(value, Mapping) or depth == 0:
         return value
-    return {key_text(key): plain(item, depth - 1) for key, item in value.items()}
-
-
-def key_text(key: Any) -> str:
-    """`str(key)`; long whole numbers, which `str` refuses, in hexadecimal and cut."""
-    try:
-        return str(key)
-    except ValueError:
-        return f"{key:#x}"[:20] + "..." if isinstance(key, int) else f"<{type(key).__name__}>"
+    return {key if isinstance(key, str) else shown(key): plain(item, depth - 1) for key, item in value.items()}
 
 
 def read(text: str) -> Any:

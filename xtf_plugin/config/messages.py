@@ -6,7 +6,6 @@ Legal values come from the JSON schema of the models, so that each is written on
 from __future__ import annotations
 
 import difflib
-import functools
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..fields import TAGS, Problems
-from .block import XTFConfig
 from .scores import MOST, PartProblems
 
 Schema = Mapping[str, Any]
@@ -95,14 +93,9 @@ def shown(value: Any, quote: bool = True) -> str:
     return " ".join(_SHORT.repr(value).split())
 
 
-@functools.cache
-def _root() -> Schema:
-    return XTFConfig.json_schema()
-
-
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, root: Schema) -> str:
     """The message of an error: a line for each problem (dotted key, value, problem, legal values) and the next step."""
-    lines = list(dict.fromkeys(line for found in error.errors(include_url=False) for line in _lines(found, _root())))
+    lines = list(dict.fromkeys(line for found in error.errors(include_url=False) for line in _lines(found, root)))
     if len(lines) == 1:
         return f"{lines[0]} {_NEXT}"
     return "\n".join([f"the xtf: block has {len(lines)} problems:", *(f"  {line}" for line in lines), _NEXT])

@@ -200,25 +200,22 @@ def complete(schema: dict[str, Any]) -> dict[str, Any]:
     That is `true`, `false` and null in place of the block, switches in place of scores, and the keys of a score by its
     scorer. Scores of other packages' scorers are checked for the common keys alone.
     """
-    definitions, cases = dict(schema["$defs"]), {}
+    definitions, parts = dict(schema["$defs"]), schemas()
     common = definitions.pop("ScoreConfig")
-    for name, part in schemas().items():
-        definitions |= part.pop("$defs")
-        definitions[part["title"]] = part
-        cases[name] = {"$ref": f"#/$defs/{part['title']}"}
+    for part in parts.values():
+        definitions |= {**part.pop("$defs"), part["title"]: part}
     # not required: beside a preset a part may change single keys of the preset's score
     loose = {key: value for key, value in common.items() if key not in ("additionalProperties", "required")}
 
     def part_of(default: str | None) -> dict[str, Any]:
         """What a slot with this default scorer, or a selector, may hold."""
-        keys = loose["properties"]
+        keys, tests = loose["properties"], []
         if default is not None:
-            keys = definitions[cases[default]["$ref"].rpartition("/")[2]]["properties"]
-            keys = {**keys, "scorer": {**loose["properties"]["scorer"], "default": default}}
-        tests = []
-        for name, case in cases.items():
+            keys = {**parts[default]["properties"], "scorer": {**keys["scorer"], "default": default}}
+        for name, part in parts.items():
             test: dict[str, Any] = {"properties": {"scorer": {"const": name}}}
-            tests.append({"if": test if name == default else {**test, "required": ["scorer"]}, "then": case})
+            test |= {} if name == default else {"required": ["scorer"]}
+            tests.append({"if": test, "then": {"$ref": f"#/$defs/{part['title']}"}})
         return {**loose, "properties": keys, "allOf": tests}
 
     properties = dict(schema["properties"])

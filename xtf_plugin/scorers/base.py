@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..data.documents import DocumentSet
-
-    Floats = NDArray[np.float32]
-    Bools = NDArray[np.bool_]
-    Ints = NDArray[np.int64]
+    from ..data.ragged import Bools, Floats, Ints
 
 T = TypeVar("T", bound="np.generic")
 
@@ -39,13 +36,11 @@ class ScoreConfig(Block):
         default=1, description="Before the rule, scores are averaged over this many (odd) neighbouring tokens."
     )
     scope: Literal["document", "dataset"] = Field(
-        default="dataset",
-        description="Whose quantiles a fence or a quantile uses: each document's own, or the dataset's.",
+        default="dataset", description="Whose quantiles a fence or a quantile uses: the document's, or the dataset's."
     )
     scale: Literal["linear", "log"] = Field(default="linear", description="What a fence's quartiles are taken over.")
     max_fraction: Share | None = Field(
-        default=None,
-        description="Never drop more than this share of a document's completion through this score; null: no cap.",
+        default=None, description="Largest share of a document's completion that this score may drop; null: no cap."
     )
 
     @model_validator(mode="after")
@@ -103,10 +98,15 @@ class ScoringContext:
         documents: the distinct documents, prompts included.
         tokenizer: the training tokenizer.
         source: provides what depends on a model or a text.
-        protected: (M,) completion tokens that no rule may drop. None: none.
-        forced: (M,) completion tokens that are always dropped, unless protected. None: none.
+        protected, forced: see below; None: no token.
 
     Attributes:
+        token_ids: ids of the completion tokens, (M,).
+        positions: index of each within its document, prompt included, (M,); nothing predicts index 0.
+        offsets: document `i` holds the completion tokens `offsets[i]` up to `offsets[i + 1]`, (N + 1,).
+        counts: how often each document occurs in the dataset, (N,); it is scored once.
+        protected: flags of tokens that no rule may drop, (M,); see `protect` in the block.
+        forced: flags of tokens that are dropped whatever the scores are, unless protected, (M,); see `force_drop`.
         warnings: texts that were passed to `warn`.
     """
 
@@ -118,30 +118,17 @@ class ScoringContext:
         protected: Bools | None = None,
         forced: Bools | None = None,
     ) -> None:
+        import numpy as np  # not at the top: a block is read without NumPy
+
         self.documents, self.tokenizer, self.source = documents, tokenizer, source
+        self.token_ids: NDArray[np.int32] = _read_only(documents.input_ids[documents.completion])
+        self.positions: NDArray[np.int32] = _read_only(documents.completion_positions)
+        self.offsets: Ints = _read_only(documents.completion_offsets)
+        self.counts: Ints = _read_only(documents.counts)
+        none = np.zeros(len(self.token_ids), dtype=bool)
+        self.protected: Bools = _read_only(none if protected is None else protected)
+        self.forced: Bools = _read_only(none if forced is None else forced)
         self.warnings: list[str] = []
-        self._protected, self._forced = protected, forced
-        self._token_ids = documents.input_ids[documents.completion]
-
-    @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """Ids of the completion tokens, (M,)."""
-        return _read_only(self._token_ids)
-
-    @property
-    def positions(self) -> NDArray[np.int32]:
-        """Index of each completion token within its document, prompt included, (M,); nothing predicts index 0."""
-        return _read_only(self.documents.completion_positions)
-
-    @property
-    def offsets(self) -> Ints:
-        """Document `i` holds the completion tokens `offsets[i]` up to `offsets[i + 1]`, (N + 1,)."""
-        return _read_only(self.documents.completion_offsets)
-
-    @property
-    def counts(self) -> Ints:
-        """How often each document occurs in the dataset, (N,); it is scored once."""
-        return _read_only(self.documents.counts)
 
     @property
     def logprobs(self) -> Floats:
@@ -222,21 +209,6 @@ class ScoringContext:
             compute: computes the table; called only if no rank has it stored.
         """
         return _read_only(self.source.vocabulary_table(key, compute))
-
-    @property
-    def protected(self) -> Bools:
-        """Completion tokens that no rule may drop, (M,); see `protect` in the block."""
-        return self._flags(self._protected)
-
-    @property
-    def forced(self) -> Bools:
-        """Completion tokens that are dropped whatever the scores are, unless protected, (M,); see `force_drop`."""
-        return self._flags(self._forced)
-
-    def _flags(self, flags: Bools | None) -> Bools:
-        import numpy as np
-
-        return _read_only(np.zeros(len(self._token_ids), dtype=bool) if flags is None else flags)
 
     def warn(self, text: str) -> None:
         """Warn the user: in the terminal and in summary.json, under the score's name."""

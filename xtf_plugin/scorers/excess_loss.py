@@ -13,7 +13,7 @@ from ..fields import Problems, ReferenceConfig
 from .base import ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
-    from .base import Floats
+    from ..data.ragged import Floats
 
 
 class ExcessLossConfig(ScoreConfig):

@@ -11,17 +11,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..data.ragged import Bools, Floats, Ints
 from .typicality import typicality_of
 
 if TYPE_CHECKING:
     from ..fields import ReferenceConfig
     from .base import ScoringContext
-
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 # They limit the cost of documents of which most is dropped; a warning reports what they leave out. The budget is in
 # lengths of the completion, so that a long prompt does not use it up.
@@ -86,7 +82,8 @@ class IterativeRescoring:
 
     def _gone(self, below: Bools) -> Bools:
         """What this score and `force_drop` drop."""
-        return (below | self.context.forced) & ~self.context.protected
+        gone: Bools = (below | self.context.forced) & ~self.context.protected
+        return gone
 
     def _rescored(self, flagged: Bools, gone: Bools, before: Bools, typical: Floats, again: Floats) -> Floats:
         """`again` with new values for the flagged pieces before which `gone` differs from the last round's `before`."""

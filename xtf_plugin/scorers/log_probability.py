@@ -10,7 +10,7 @@ from ..fields import ReferenceConfig
 from .base import ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
-    from .base import Floats
+    from ..data.ragged import Floats
 
 
 class LogProbabilityConfig(ScoreConfig):

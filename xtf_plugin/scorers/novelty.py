@@ -10,7 +10,7 @@ from ..fields import Drop, Probability, Problems
 from .base import ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
-    from .base import Floats
+    from ..data.ragged import Floats
 
 
 class NoveltyDrop(Drop):

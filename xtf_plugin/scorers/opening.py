@@ -16,15 +16,8 @@ from .base import ScoringContext, scorer
 from .typicality import TypicalityConfig, typicality_of
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from ..data.ragged import Bools, Doubles, Floats, Ints
 
-    from .base import Floats
-
-    Bools = NDArray[np.bool_]
-    Ints = NDArray[np.int64]
-
-CHUNK_TOKENS = 1 << 21  # temporaries of a few hundred MB, for a dataset of any size
 UNITS: dict[str, tuple[Literal["sentence", "line"], ...]] = {
     "sentence": ("sentence",),
     "line": ("line",),
@@ -110,24 +103,32 @@ def opening(context: ScoringContext, config: OpeningConfig) -> Floats:
 
 
 def _judged(typical: Floats, gone: Bools, levels: list[Ints], pieces: Ints, offsets: Ints, clip: float) -> Floats:
-    """The score of every token, (M,): the lowest over the levels; in chunks of documents, to bound memory."""
+    """The score of every token, (M,): the lowest over the levels."""
     import numpy as np
 
-    scores, low = np.empty(len(typical), dtype=np.float32), 0
-    while low < len(offsets) - 1:
-        high = max(low + 1, int(np.searchsorted(offsets, offsets[low] + CHUNK_TOKENS, side="right")) - 1)
-        a, b = int(offsets[low]), int(offsets[high])
-        low = high
-        if a == b:
-            continue
-        here, *parts = (starts[(starts >= a) & (starts < b)] - a for starts in (pieces, *levels))
-        found = [_openings(typical[a:b], gone[a:b], starts, here, clip) for starts in parts]
-        worst = found[0] if len(found) == 1 else np.fmin(*found)
-        scores[a:b] = np.repeat(worst, np.diff(here, append=b - a))
+    from ..data.ragged import Layout
+
+    scores = np.empty(len(typical), dtype=np.float32)
+    for tokens, _, part in Layout(offsets, np.ones_like(offsets[1:])).chunks():
+        size = int(part.offsets[-1])
+        if size:
+            here, *parts = (_within(starts, tokens) for starts in (pieces, *levels))
+            found = [_openings(typical[tokens], gone[tokens], starts, here, clip) for starts in parts]
+            worst = found[0] if len(found) == 1 else np.fmin(*found)
+            scores[tokens] = np.repeat(worst, np.diff(here, append=size))
     return scores
 
 
-def _openings(typical: Floats, gone: Bools, starts: Ints, pieces: Ints, clip: float) -> NDArray[np.float64]:
+def _within(starts: Ints, tokens: slice) -> Ints:
+    """The starts within a run of tokens, counted from its first token."""
+    import numpy as np
+
+    low, high = np.searchsorted(starts, [tokens.start, tokens.stop])
+    inside: Ints = starts[low:high] - tokens.start
+    return inside
+
+
+def _openings(typical: Floats, gone: Bools, starts: Ints, pieces: Ints, clip: float) -> Doubles:
     """Weighted mean of clipped typicality from a unit's beginning to each piece's end, (S,); NaN: none is defined.
 
     Tokens before the piece that are gone neither count nor advance i. Sums are taken per piece: the rounding of a
@@ -145,10 +146,10 @@ def _openings(typical: Floats, gone: Bools, starts: Ints, pieces: Ints, clip: fl
     own = known / (np.arange(size) - np.repeat(pieces - ahead, lengths) + 1.0)
     bounds = np.stack([begins, pieces], axis=1).reshape(-1)
 
-    def summed(before: NDArray[np.float64], within: NDArray[np.float64]) -> NDArray[np.float64]:
+    def summed(before: Doubles, within: Doubles) -> Doubles:
         past = np.where(begins < pieces, np.add.reduceat(before, bounds)[::2], 0.0)
         return past + np.add.reduceat(within, pieces)
 
     total, weight = summed(clipped * earlier, clipped * own), summed(earlier, own)
-    mean: NDArray[np.float64] = np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), np.nan)
+    mean: Doubles = np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), np.nan)
     return mean

@@ -29,11 +29,6 @@ _IMPORT_ERRORS: tuple[type[Exception], ...] = (ImportError, AttributeError, Synt
 _IMPORT_ERRORS += (ValueError, LookupError, RuntimeError, OSError)
 
 
-def names() -> list[str]:
-    """Every registered name, built-in ones first; imports no package."""
-    return [*BUILTIN, *sorted({entry.name for entry in metadata.entry_points(group=GROUP)} - BUILTIN.keys())]
-
-
 def find(name: str) -> Scorer:
     """The scorer registered under a name.
 
@@ -46,7 +41,7 @@ def find(name: str) -> Scorer:
     if name in BUILTIN and not entries:
         return BUILTIN[name]
     if not entries:
-        known = names()
+        known = [*BUILTIN, *sorted({entry.name for entry in metadata.entry_points(group=GROUP)} - BUILTIN.keys())]
         near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise XTFUserError(f"is no registered scorer. {hint}Registered: {', '.join(known)}; {_HOW}")

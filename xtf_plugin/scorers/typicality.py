@@ -14,7 +14,8 @@ from ..fields import ReferenceConfig
 from .base import ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
-    from .base import Floats, Predictions
+    from ..data.ragged import Floats
+    from .base import Predictions
 
 
 class TypicalityConfig(ScoreConfig):

@@ -6,7 +6,7 @@ configuration and, for some rules, the dataset's distribution; never on the orde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,12 +33,7 @@ def rule_bits(config: XTFConfig) -> dict[str, int]:
 
 
 def reason_text(bits: int, rules: Mapping[str, int] = BITS) -> str:
-    """Names of the bits of one token's reason, as in the score table: "reasoning_importance,protected"; empty for 0.
-
-    Args:
-        bits: the reason.
-        rules: bits of the scores, see `rule_bits`.
-    """
+    """Names of the bits of a token's reason, as in the score table; `rules` are the scores' bits, see `rule_bits`."""
     return ",".join(name for name, bit in {**rules, **DECISIONS}.items() if bits & bit)
 
 
@@ -51,15 +46,14 @@ class Scores:
         offsets: (N + 1,) int64; document `i` holds the tokens `offsets[i]` up to `offsets[i + 1]` of the flat arrays.
         counts: (N,) int64, how often the document occurs; weighs every statistic over the dataset.
         token_ids: (M,) int32.
-        positions: (M,) int32, place within the document; 0 is the document's first token: never predicted nor
-            trained.
+        positions: (M,) int32, index within the document; the token at 0 is neither predicted nor trained.
         values: by name of the score, (M,) float32 as its scorer gave them; NaN: undefined.
         logprobs: (M,) float32 natural-log probabilities under the run's own reference; None: not scored.
     """
 
     keys: NDArray[np.uint8]
-    offsets: NDArray[np.int64]
-    counts: NDArray[np.int64]
+    offsets: Ints
+    counts: Ints
     token_ids: NDArray[np.int32]
     positions: NDArray[np.int32]
     values: Mapping[str, Floats] = field(default_factory=dict)
@@ -84,12 +78,12 @@ class Selection:
         seen: by score, (M,) float32 as its rule saw them.
     """
 
-    keep: NDArray[np.bool_]
+    keep: Bools
     reasons: Reasons
     thresholds: dict[str, Any]
     fired: dict[str, int]
     warnings: list[str]
-    best: NDArray[np.int64]
+    best: Ints
     rules: Mapping[str, Rules] = field(default_factory=dict)
     seen: Mapping[str, Floats] = field(default_factory=dict)
 
@@ -97,8 +91,8 @@ class Selection:
 def select(
     scores: Scores,
     config: XTFConfig,
-    protected: NDArray[np.bool_] | None = None,
-    forced: NDArray[np.bool_] | None = None,
+    protected: Bools | None = None,
+    forced: Bools | None = None,
     segments: Segments | None = None,
     frozen: Mapping[str, Rules] | None = None,
     seen: Mapping[str, Floats] | None = None,
@@ -129,13 +123,13 @@ def select(
         results[name] = evaluate(name, values[name], layout, score, segments, given, averaged=seen is not None)
         reasons |= results[name].mask * reasons.dtype.type(bits[name])
     warnings = [warning for result in results.values() for warning in result.warnings]
-    order = rescue_order(scores.logprobs, {name: result.seen for name, result in results.items()}, config)
+    first = next((results[name].seen for name in (*config.selectors, *results)), None)
     for tokens, documents, part in layout.chunks():
         chunk = _Chunk(
             part,
             scores.keys[documents],
             scores.positions[tokens] > 0,
-            order(tokens),
+            _rescue_order(first, scores.logprobs, tokens),
             np.zeros(part.offsets[-1], dtype=bool) if protected is None else protected[tokens],
             np.zeros(part.offsets[-1], dtype=bool) if forced is None else forced[tokens],
         )
@@ -163,9 +157,8 @@ def _check(
     scores: Scores, values: Mapping[str, Floats], config: XTFConfig, protected: Bools | None, forced: Bools | None
 ) -> None:
     size, number = len(scores.token_ids), len(scores.counts)
-    arrays = {"positions": scores.positions, **values, "protected": protected, "forced": forced}
-    arrays["logprobs"] = scores.logprobs
-    for name, array in arrays.items():
+    arrays = {"positions": scores.positions, "logprobs": scores.logprobs, "protected": protected, "forced": forced}
+    for name, array in {**values, **arrays}.items():
         if array is not None and array.shape != (size,):
             raise XTFError(f"selection: {name} has the shape {array.shape}, but there are {size} completion tokens.")
     if len(scores.offsets) != number + 1 or scores.keys.shape != (number, 16) or scores.offsets[-1] != size:
@@ -180,7 +173,7 @@ def _check(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A run of complete documents; tokens of lower `order` are rescued first, see `rescue_order`."""
+    """A run of complete documents; tokens of lower `order` are rescued first."""
 
     layout: Layout
     keys: NDArray[np.uint8]
@@ -190,32 +183,18 @@ class _Chunk:
     forced: Bools
 
 
-def rescue_order(
-    logprobs: Floats | None, seen: Mapping[str, Floats], config: XTFConfig
-) -> Callable[[slice], Hashes]:
-    """Sort keys of the tokens that `min_kept` keeps, lowest first, for any run of tokens; NaN comes last.
+def _rescue_order(first: Floats | None, logprobs: Floats | None, tokens: slice) -> Hashes:
+    """Sort keys: the tokens that `min_kept` keeps first have the lowest.
 
-    The first score of the block decides, highest first, and selectors come before slots; among equal scores, which a
-    unit's tokens have, the highest log-probability.
-
-    Args:
-        logprobs, seen: (M,) as in `Scores` and `Selection`.
-        config: the block.
+    They have the highest score of the block's first score, selectors before slots; among equal scores, which a unit's
+    tokens have, the highest log-probability. NaN comes last.
     """
-    first = next(iter([*config.selectors, *config.scores]), "")
-
-    def order(tokens: slice) -> Hashes:
-        halves = []
-        for values in (seen.get(first), logprobs):
-            if values is None:
-                halves.append(np.full(tokens.stop - tokens.start, UNDEFINED_KEY))
-            else:
-                here = -values[tokens]
-                halves.append(ordered(np.where(np.isinf(here), np.float32(np.nan), here)))
-        keys: Hashes = (halves[0].astype(np.uint64) << np.uint64(32)) | halves[1]
-        return keys
-
-    return order
+    halves = []
+    for values in (first, logprobs):
+        here = -values[tokens] if values is not None else np.full(tokens.stop - tokens.start, np.nan, np.float32)
+        halves.append(ordered(np.where(np.isinf(here), np.float32(np.nan), here)))
+    keys: Hashes = (halves[0].astype(np.uint64) << np.uint64(32)) | halves[1]
+    return keys
 
 
 def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, bits_of_rules: list[int]) -> tuple[Bools, Reasons]:
