@@ -93,7 +93,7 @@ def _regex(pattern: str) -> str:
     return pattern
 
 
-def _distinct(values: list[int]) -> list[int]:
+def _once(values: list[int]) -> list[int]:
     if len(set(values)) < len(values):
         raise ValueError("names a layer twice")
     return values
@@ -153,13 +153,11 @@ Name = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_path)]
 PathText = Annotated[StrictStr, Field(min_length=1, json_schema_extra={"format": "path"}), BeforeValidator(_path)]
 Pattern = Annotated[StrictStr, Field(min_length=1, json_schema_extra={"format": "regex"}), AfterValidator(_regex)]
 Patterns = Annotated[list[Pattern], BeforeValidator(_listed)]
+_SET = {"uniqueItems": True}
 Layers = ByText[
     Literal["first", "middle", "last", "all"],
     Annotated[
-        list[Whole],
-        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
-        AfterValidator(_distinct),
-        BeforeValidator(_listed),
+        list[Whole], Field(min_length=1, json_schema_extra=_SET), AfterValidator(_once), BeforeValidator(_listed)
     ],
 ]
 _DOMAIN_SCHEMA = {"anyOf": [{"const": "dataset"}, {"type": "string", "minLength": 1, "format": "file-path"}]}
@@ -187,19 +185,14 @@ def _only_rules(schema: dict[str, Any], model: type[Drop]) -> None:
 
 
 class Drop(Block):
-    """Which tokens of a score are dropped: a mapping that holds exactly one rule.
-
-    `rules` lists the sets of keys that make a rule; a key whose value is null counts as absent.
-    """
+    """A rule: which scores are dropped. `rules` lists the legal sets of keys; null counts as absent."""
 
     model_config = ConfigDict(json_schema_extra=_only_rules)
     rules: ClassVar[Sequence[Sequence[str]]] = (("quantile",), ("below",), ("fence",), ("cluster",), ("cluster", "of"))
     quantile: Quantile | None = Field(default=None, description="Drop the lowest share of the scores.")
     below: Finite | None = Field(default=None, description="Drop scores below this, in the score's own unit.")
     fence: NonNegative | None = Field(default=None, description="Drop scores below Q1 - fence * (Q3 - Q1), Eq. (5).")
-    cluster: Positive | None = Field(
-        default=None, description="Drop this Multi-Otsu class of the scores, Eq. (7); 1 is the lowest."
-    )
+    cluster: Positive | None = Field(default=None, description="Drop this Multi-Otsu class, Eq. (7); 1 is the lowest.")
     of: Classes = Field(default=5, description="Number of classes of the split; only beside `cluster`.")
 
     @model_validator(mode="after")
@@ -232,9 +225,7 @@ class ReferenceConfig(Block):
         default=None, description="null: the model being trained, adapters off. Else a path or hub id, same vocabulary."
     )
     revision: Name | None = Field(default=None, description="Revision of a separate hub model; null: main.")
-    quantization: Literal["nf4", "fp4", "int8", "none"] = Field(
-        default="nf4", description="How to load a separate model."
-    )
+    quantization: Literal["nf4", "fp4", "int8", "none"] = Field(default="nf4", description="Of a separate model.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="Type of a separate model; auto: its own."
     )

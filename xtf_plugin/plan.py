@@ -1,7 +1,4 @@
-"""From documents to a plan: scores from the store or the reference, thresholds, keep flags.
-
-It needs no trainer. The reference is given as a provider, which loads it only if some score is missing.
-"""
+"""From documents to a plan, without a trainer: scores from the store or the reference, thresholds, keep flags."""
 
 from __future__ import annotations
 
@@ -86,15 +83,14 @@ def make_plan(
     Args:
         config: the block.
         documents: of the dataset.
-        provider: of the run's own reference.
+        provider: loads the run's own reference, if some score is missing.
         tokenizer: the training tokenizer.
         references: makes the provider of a score's own reference.
         progress: show a bar.
         ranks: of the run; each scores a share, and all get the same plan.
 
     Raises:
-        XTFError: ranks have different blocks, data, references or masks; the reference gives no finite score; see also
-            `scorer.score` and `run_scorers`.
+        XTFError: ranks differ in block, data, reference or masks; see also `engine.score` and `run_scorers`.
         XTFUserError: from the layers, the domain or a reference's tokenizer.
     """
     block = {name: value for name, value in config.to_dict().items() if name not in OF_ONE_RANK}

@@ -53,9 +53,7 @@ class XTFConfig(Block):
     reasoning_importance: Slot = Field(
         default=False, description="What the answer's reasoning rests on; Eqs. (2) and (5) of the paper."
     )
-    knowledge_novelty: Slot = Field(
-        default=False, description="What the reference does not know yet; Eqs. (3) and (6)."
-    )
+    knowledge_novelty: Slot = Field(default=False, description="What the reference does not know; Eqs. (3) and (6).")
     task_relevance: Slot = Field(default=False, description="What belongs to the task; Eqs. (4) and (7).")
     selectors: Selectors = Field(
         default={}, description="Further scores, added to the preset's: names of your choice, each with a scorer."
@@ -94,9 +92,7 @@ class XTFConfig(Block):
         default=True,
         description="true: write report.html, summary.json and scores.parquet to `output_dir`/xtf; a path: there.",
     )
-    dry_run: StrictBool = Field(
-        default=False, description="Score, report, then end the run before the first optimizer step."
-    )
+    dry_run: StrictBool = Field(default=False, description="Score, report, then end the run before the first step.")
 
     def __init__(self, /, **block: Any) -> None:
         try:

@@ -60,10 +60,8 @@ def render_markdown() -> str:
 def _section(title: str, section: Schema, root: Schema, about: str = "") -> str:
     """A heading, a description and a table of the keys."""
     about = about or ("" if title == "xtf" else section.get("description", "").splitlines()[0])
-    rows = [
-        [f"`{key}`", _default(schema, root), legal(schema, root), schema.get("description", "")]
-        for key, schema in section["properties"].items()
-    ]
+    keys = section["properties"].items()
+    rows = [[f"`{key}`", _default(one, root), legal(one, root), one.get("description", "")] for key, one in keys]
     heading = {"xtf": "Top level", "A score": "A score"}.get(title, f"`{title}`")
     table = "" if not rows else _table(["key", "default", "legal values", "meaning"], rows)
     return f"## {heading}\n\n{about}{chr(10) * 2 if about else ''}{table}"
@@ -79,14 +77,10 @@ def _default(schema: Schema, root: Schema) -> str:
 
 def _preset_rows() -> list[list[str]]:
     """A row for each key that some preset sets; presets that do not set it show the default."""
-    defaults = {name: field.default for name, field in XTFConfig.model_fields.items()}
-    settings = {name: dict(_flat(preset)) for name, preset in PRESETS.items()}
-    rows = []
-    for key in dict.fromkeys(key for preset in settings.values() for key in preset):
-        part = defaults[key.split(".")[0]]
-        usual = getattr(part, key.split(".")[-1], "") if "." in key else part
-        rows.append([f"`{key}`", *(_code(preset.get(key, usual)) for preset in settings.values())])
-    return rows
+    defaults = dict(_flat(XTFConfig.model_construct().model_dump()))
+    settings = {name: {**defaults, **dict(_flat(preset))} for name, preset in PRESETS.items()}
+    keys = dict.fromkeys(key for preset in PRESETS.values() for key, _ in _flat(preset))
+    return [[f"`{key}`", *(_code(preset.get(key, "")) for preset in settings.values())] for key in keys]
 
 
 def _code(value: Any) -> str:

@@ -158,10 +158,7 @@ def _nearest_key(key: str, parent: Schema, root: Schema) -> str:
     keys = list(parent["properties"])
     homes = [path for path, section in sections(root) if key in section["properties"] and section is not parent]
     near = _nearest(key, keys)
-    if homes:
-        hint = f"It belongs under {' or '.join(homes)}. "
-    else:
-        hint = f"Did you mean {near}? " if near else ""
+    hint = f"It belongs under {' or '.join(homes)}. " if homes else f"Did you mean {near}? " if near else ""
     return f"{hint}Legal keys: {', '.join(keys)}."
 
 

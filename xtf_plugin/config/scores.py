@@ -24,15 +24,10 @@ SLOTS = {
     "knowledge_novelty": "novelty",
     "task_relevance": "embedding_similarity",
 }
-# Where a preset sets no value, a key has its field's default. Key by key, a block wins over its preset.
-# The default drops lines and sentences that are out of place, by how they begin; docs/evidence.md compares it with the
-# paper's attributes.
+# Where a preset sets no value, a key has its field's default. docs/evidence.md compares `default` with `paper`.
+_OUT_OF_PLACE = {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -4.0}}
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {
-        "selectors": {
-            "out_of_place": {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -4.0}},
-        },
-    },
+    "default": {"selectors": {"out_of_place": _OUT_OF_PLACE}},
     "none": {},  # for a block that names all of its own rules
     "paper": {
         "reasoning_importance": {"layers": "last", "drop": {"fence": 1.0}},

@@ -196,7 +196,7 @@ class ScoringContext:
         """Context-free vectors of token ids from the run's own reference, (n, D) float32.
 
         Args:
-            token_ids: (n,) token ids.
+            token_ids: (n,).
             kind: `input`: rows of the embedding layer; `output`: the last hidden state of the token alone.
         """
         return self.source.embeddings(token_ids, kind)
@@ -250,13 +250,7 @@ class Scorer:
 
 
 def scorer(name: str, config: type[ScoreConfig] = ScoreConfig, **options: Any) -> Callable[[Score], Scorer]:
-    """Decorator that makes a `Scorer` of a function `score(context, config)`.
-
-    Args:
-        name: what the block names.
-        config: the scorer's part of the block.
-        options: `version`, `per_document`, `first`, `seen`, `frozen`; see `Scorer`.
-    """
+    """Decorator that makes a `Scorer` of a function `score(context, config)`; `options` are further fields of it."""
     return lambda score: Scorer(name, score, config, **options)
 
 

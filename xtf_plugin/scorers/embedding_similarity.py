@@ -151,9 +151,7 @@ class _Domain:
 
 
 def task_relevance(vectors: Tensor, domain: Tensor, among: Tensor | None = None) -> Tensor:
-    """Task relevance of tokens, Eq. (4): one minus the min-max normalised cosine distance to the domain.
-
-    Equals `1 - (d - d.min()) / (d.max() - d.min())` with `d = 1 - cos(vectors, domain)`.
+    """Task relevance, Eq. (4): `1 - (d - d.min()) / (d.max() - d.min())` with `d = 1 - cos(vectors, domain)`.
 
     Args:
         vectors: (N, D) context-free embeddings of the distinct completion tokens.

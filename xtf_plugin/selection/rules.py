@@ -114,10 +114,8 @@ def evaluate(
     fired, drops = layout.occurrences(mask), _described(found.rules, limits)
     thresholds = {
         "scorer": config.scorer,
-        "rule": config.drop.model_dump(mode="json", exclude_none=True),
-        "unit": config.unit,
-        "window": config.window,
-        "max_fraction": config.max_fraction,
+        "rule": config.drop.model_dump(),
+        **config.model_dump(include={"unit", "window", "max_fraction"}),
         **found.facts,
         "drops": drops,
     }
@@ -248,11 +246,11 @@ def _within(low: float | None, high: float | None) -> Test:
 
 def _class_sizes(scores: Floats, layout: Layout, cuts: Doubles) -> list[int]:
     """Occurrences in the dataset of each class's tokens."""
-    edges = [None, *cuts.tolist(), None]
-    tests = [_within(low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
-    sizes = np.zeros(len(tests), dtype=np.int64)
+    sizes = np.zeros(len(cuts) + 1)
     for tokens, _, part in layout.chunks():
-        sizes += [int(part.count(test(scores[tokens], part)[0]) @ part.counts) for test in tests]
+        known = ~np.isnan(scores[tokens])
+        classes = np.searchsorted(cuts, scores[tokens][known].astype(np.float64))
+        sizes += np.bincount(classes, part.spread(part.counts)[known], len(sizes))
     return [int(size) for size in sizes]
 
 
@@ -270,17 +268,12 @@ def _seen(name: str, values: Floats, layout: Layout, config: ScoreConfig, segmen
 
 def _finite(name: str, values: Floats, layout: Layout) -> tuple[Floats, list[str]]:
     """Infinite scores as NaN, with a warning that counts them."""
-    infinite, scores = 0, values
-    for tokens, _, part in layout.chunks():
-        wild = np.isinf(values[tokens])
-        if wild.any():
-            scores = values.copy() if scores is values else scores
-            scores[tokens][wild] = np.nan
-            infinite += int(part.count(wild) @ part.counts)
-    if not infinite:
-        return scores, []
-    total = int(layout.lengths @ layout.counts)
-    return scores, [f"{name}: {infinite} of {total} scores are infinite; {name} never drops these tokens"]
+    infinite = np.isinf(values)
+    if not infinite.any():
+        return values, []
+    counts = f"{layout.occurrences(infinite)} of {layout.lengths @ layout.counts}"
+    warning = f"{name}: {counts} scores are infinite; {name} never drops these tokens"
+    return np.where(infinite, np.float32(np.nan), values), [warning]
 
 
 def _apply(

@@ -69,11 +69,9 @@ class Selection:
         reasons: (M,) bits: every score whose rule fired (see `rule_bits`), and PROTECTED, FLOOR, FORCED or CONTROL
             where that decided. 8 bits wide, 16 with selectors.
         thresholds: by score, its rule and the resulting thresholds; plain JSON values, in units of `seen`.
-        fired: by score, the number of completion tokens of the dataset on which its rule fired (a document counts as
-            often as it occurs).
+        fired: by score, on how many completion tokens of the dataset its rule fired.
         warnings: for the user.
-        best: (N,) the trained token that `min_kept` would keep first, as an index among the document's completion
-            tokens; -1: there is none.
+        best: (N,) the trained token that `min_kept` keeps first, as an index among the completion tokens; -1: none.
         rules: by score, its rules with the thresholds that were used.
         seen: by score, (M,) float32 as its rule saw them.
     """
@@ -254,16 +252,10 @@ def _drawn(chunk: _Chunk, planned: Bools, seed: int) -> Bools:
 
 def _best(chunk: _Chunk) -> Ints:
     """Index of each document's first trainable token in order among its completion tokens, (N,); -1: none."""
-    number = chunk.layout.count(chunk.trainable)
-    best = np.full(len(number), -1, dtype=np.int64)
-    some = number > 0
-    if not some.any():
-        return best
-    tokens = np.flatnonzero(chunk.trainable)
-    starts = (np.cumsum(number) - number)[some]
-    order = chunk.order[tokens]
-    least = np.repeat(np.minimum.reduceat(order, starts), number[some])
-    winners = np.flatnonzero(order == least)
-    first = winners[np.searchsorted(winners, starts)]
-    best[some] = tokens[first] - chunk.layout.offsets[:-1][some]
+    number, tokens = chunk.layout.count(chunk.trainable), np.flatnonzero(chunk.trainable)
+    best, some = np.full(len(number), -1, dtype=np.int64), number > 0
+    if len(tokens):
+        starts, order = (np.cumsum(number) - number)[some], chunk.order[tokens]
+        winners = np.flatnonzero(order == np.repeat(np.minimum.reduceat(order, starts), number[some]))
+        best[some] = tokens[winners[np.searchsorted(winners, starts)]] - chunk.layout.offsets[:-1][some]
     return best
