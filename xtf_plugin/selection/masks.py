@@ -1,7 +1,4 @@
-"""Keep flags of documents, looked up by content: the collator's table in dataloader workers.
-
-Read-only, one bit per token, and cheap to pickle.
-"""
+"""Keep flags of documents, looked up by content in dataloader workers: one bit per token, and cheap to pickle."""
 
 from __future__ import annotations
 
