@@ -185,9 +185,10 @@ def _only_rules(schema: dict[str, Any], model: type[Drop]) -> None:
 
 
 class Drop(Block):
-    """A rule: which scores are dropped. `rules` lists the legal sets of keys; null counts as absent."""
+    """Which scores are dropped: exactly one rule; null counts as absent."""
 
     model_config = ConfigDict(json_schema_extra=_only_rules)
+    # the legal sets of keys
     rules: ClassVar[Sequence[Sequence[str]]] = (("quantile",), ("below",), ("fence",), ("cluster",), ("cluster", "of"))
     quantile: Quantile | None = Field(default=None, description="Drop the lowest share of the scores.")
     below: Finite | None = Field(default=None, description="Drop scores below this, in the score's own unit.")

@@ -30,7 +30,7 @@ class ScoreConfig(Block):
     scorer: Name = Field(description="Name of a registered scorer.")
     drop: Drop = Field(description="Which tokens are dropped: exactly one rule. Low scores are dropped.")
     unit: Literal["token", "sentence", "line"] = Field(
-        default="token", description="What the rule drops or keeps: scores are averaged over it before."
+        default="token", description="Scores are averaged over it before the rule, which drops or keeps all of it."
     )
     window: Window = Field(
         default=1, description="Before the rule, scores are averaged over this many (odd) neighbouring tokens."
