@@ -8,7 +8,7 @@ import pytest
 
 from tests import tiny
 from xtf_plugin.selection.select import select
-from xtf_plugin.selection.text_rules import marked_tokens, text_segments
+from xtf_plugin.selection.text_rules import TextRules
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,6 @@ def weigh(plan, keep):
 
 def selected(plan, config):
     """What a run with this config, but `min_kept: 0`, would select from the plan's scores: what moved sliders count."""
-    marks = marked_tokens(config, plan.documents, tiny.tokenizer())
+    text = TextRules.find(config, plan.documents, tiny.tokenizer())
     config = config.model_copy(update={"min_kept": 0})
-    return select(plan.scores, config, *marks, text_segments(config, plan.documents, tiny.tokenizer()))
+    return select(plan.scores, config, text.protected, text.forced, text.segments)

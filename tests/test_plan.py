@@ -12,8 +12,7 @@ import torch
 from tests import tiny
 from tests.made_scores import ALL_ON, KN, RI, TR
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.data import sentences
-from xtf_plugin.data import token_text as spans
+from xtf_plugin.data import sentences, token_text
 from xtf_plugin.data.documents import collect
 from xtf_plugin.files import digest
 from xtf_plugin.plan import make_plan
@@ -76,8 +75,8 @@ def plan(tmp_path):
 
 def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch):
     searched, split = [], []
-    find, starts = spans.match_spans, sentences.segment_starts
-    monkeypatch.setattr(spans, "match_spans", lambda *given: searched.append(given[-1]) or find(*given))
+    find, starts = token_text.match_spans, sentences.segment_starts
+    monkeypatch.setattr(token_text, "match_spans", lambda *given: searched.append(given[-1]) or find(*given))
     monkeypatch.setattr(sentences, "segment_starts", lambda *given: split.append(given[0]) or starts(*given))
     block = {"protect": {"patterns": ["\\d+"]}, "force_drop": ["happy"], "task_relevance": {"unit": "line"}}
     made = plan(block)
@@ -192,7 +191,7 @@ class TestTextRules:
         )
         assert completion_runs(documents).tolist() == [0, 2, 4, 6]
 
-    def test_patterns_that_match_nothing_are_told(self, plan):
+    def test_patterns_that_match_nothing_give_a_warning(self, plan):
         warnings = plan({"force_drop": ["no such text"]}).warnings
         assert any("force_drop" in w and "matches nothing" in w for w in warnings)
 
@@ -249,7 +248,7 @@ def test_expert_words_and_output_embeddings_change_relevance(plan):
         assert not any(np.allclose(one, other, atol=1e-3) for other in scores[:index])
 
 
-def test_unwritable_cache_costs_the_store_not_the_run(tmp_path, caplog):
+def test_a_run_works_with_an_unwritable_cache(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     config = XTFConfig.parse({"cache_dir": str(blocked / "below")})
@@ -257,8 +256,8 @@ def test_unwritable_cache_costs_the_store_not_the_run(tmp_path, caplog):
     assert made.stats.documents == 12 and "XTF_CACHE" in caplog.text
 
 
-def test_scores_made_with_other_settings_are_told_once(plan, caplog):
-    """They were to be used here, perhaps: the warning says what differs, and a run that finds its own says nothing."""
+def test_scores_made_with_other_settings_are_reported_once(plan, caplog):
+    """The warning says what differs; a run that finds its own scores gives none."""
 
     class Elsewhere(Provider):
         def __init__(self, device):
@@ -275,9 +274,9 @@ def test_scores_made_with_other_settings_are_told_once(plan, caplog):
     plan(block, provider=Elsewhere("cuda"))
     assert "do not count" not in caplog.text
     plan(block, provider=Elsewhere("cpu"))
-    told = [record.message for record in caplog.records if "do not count" in record.message]
-    assert len(told) == 1
-    assert "made with device cuda; this run has device cpu, autocast no" in told[0]
+    found = [record.message for record in caplog.records if "do not count" in record.message]
+    assert len(found) == 1
+    assert "made with device cuda; this run has device cpu, autocast no" in found[0]
     caplog.clear()
     plan(block, provider=Elsewhere("cpu"))
     plan(block, provider=Elsewhere("cuda"))

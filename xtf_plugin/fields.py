@@ -1,7 +1,7 @@
 """Field types of the `xtf:` block: numbers, paths, regexes, the drop rule and the reference.
 
-Scorers and the block are both made of these. Every check raises a `ValueError` that continues a sentence beginning with
-the value; `config/messages.py` adds the legal values from the JSON schema.
+Every check raises a `ValueError` whose text follows the value in the message, such as "is not a number";
+`config/messages.py` adds key, value and legal values.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from pydantic import (
     model_validator,
 )
 
-# Branches of a union, chosen by the value's type before validation: pydantic then reports one error, not one a branch.
-TAGS = TEXT, OTHER, OFF, ON = "<text>", "<other>", "<off>", "<on>"
+# A union's branch is chosen by the value's type, so that pydantic reports the errors of that branch alone.
+TAGS = TEXT, OTHER = "<text>", "<other>"
 _EXPONENT = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+")
 
 
 class Problems(ValueError):
-    """Values that are legal one by one but not together."""
+    """Values that are legal one by one but not together; each problem is (key below the model, value, why)."""
 
     def __init__(self, *problems: tuple[str, Any, str]) -> None:
-        """Each problem is (key below the model, value, why); the rest of a sentence that begins with the value."""
         super().__init__("; ".join(f"{key} {why}" for key, _, why in problems))
         self.problems = problems
 
@@ -94,7 +93,7 @@ def _regex(pattern: str) -> str:
     return pattern
 
 
-def _distinct(values: list[int]) -> list[int]:
+def _once(values: list[int]) -> list[int]:
     if len(set(values)) < len(values):
         raise ValueError("names a layer twice")
     return values
@@ -107,7 +106,7 @@ def _words(words: list[str]) -> list[str]:
 
 
 def _domain(value: str) -> str:
-    """Check now that a word file can be read, before a model is loaded for nothing."""
+    """Read a word file at once: an error should come before any model is loaded."""
     if value == "dataset":
         return value
     path = Path(os.path.expanduser(value))
@@ -116,7 +115,7 @@ def _domain(value: str) -> str:
 
 
 def read_words(path: Path) -> list[str]:
-    """Expert words of a file, one a line; blank lines and lines that begin with # are left out. Raises ValueError."""
+    """Expert words of a file, one per line; blank lines and lines that begin with # are skipped. Raises ValueError."""
     try:
         if not path.is_file():
             raise ValueError(f"is not a file (a relative path starts at {Path.cwd()}); a single word is written [word]")
@@ -135,14 +134,9 @@ def _by_text(value: Any) -> str:
     return TEXT if isinstance(value, str | os.PathLike) else OTHER
 
 
-def _by_switch(value: Any) -> str:
-    return OFF if value is False else ON
-
-
 T = TypeVar("T")
 N = TypeVar("N")
 ByText = Annotated[Annotated[T, Tag(TEXT)] | Annotated[N, Tag(OTHER)], Discriminator(_by_text)]
-Switched = Annotated[Annotated[T, Tag(ON)] | Annotated[Literal[False], Tag(OFF)], Discriminator(_by_switch)]
 
 Finite = Annotated[float, BeforeValidator(_number)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]
@@ -152,20 +146,18 @@ Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-Calibration = Annotated[int, Field(ge=8), BeforeValidator(_whole)]  # quartiles of fewer documents are accidents
+Calibration = Annotated[int, Field(ge=8), BeforeValidator(_whole)]  # quartiles of fewer documents say nothing
 Classes = Annotated[int, Field(ge=2, le=8), BeforeValidator(_whole)]
 Window = Annotated[int, Field(ge=1, le=4095, json_schema_extra={"not": {"multipleOf": 2}}), BeforeValidator(_odd)]
 Name = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_path)]
 PathText = Annotated[StrictStr, Field(min_length=1, json_schema_extra={"format": "path"}), BeforeValidator(_path)]
 Pattern = Annotated[StrictStr, Field(min_length=1, json_schema_extra={"format": "regex"}), AfterValidator(_regex)]
 Patterns = Annotated[list[Pattern], BeforeValidator(_listed)]
+_SET = {"uniqueItems": True}
 Layers = ByText[
     Literal["first", "middle", "last", "all"],
     Annotated[
-        list[Whole],
-        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
-        AfterValidator(_distinct),
-        BeforeValidator(_listed),
+        list[Whole], Field(min_length=1, json_schema_extra=_SET), AfterValidator(_once), BeforeValidator(_listed)
     ],
 ]
 _DOMAIN_SCHEMA = {"anyOf": [{"const": "dataset"}, {"type": "string", "minLength": 1, "format": "file-path"}]}
@@ -184,7 +176,7 @@ class Block(BaseModel):
 
 
 def _only_rules(schema: dict[str, Any], model: type[Drop]) -> None:
-    """Say in JSON schema what `Drop` checks: one of the legal sets of keys, and no null."""
+    """Express in JSON schema what `Drop` checks: one of the legal sets of keys, without null."""
     for field in schema["properties"].values():
         field.update(next((option for option in field.pop("anyOf", []) if option["type"] != "null"), {}))
         if field.get("default", ...) is None:
@@ -193,25 +185,15 @@ def _only_rules(schema: dict[str, Any], model: type[Drop]) -> None:
 
 
 class Drop(Block):
-    """Which tokens of a score are dropped: a mapping that holds exactly one rule.
-
-    `rules` lists the sets of keys that make a rule; a key whose value is null counts as absent.
-    """
+    """Which scores are dropped: exactly one rule; null counts as absent."""
 
     model_config = ConfigDict(json_schema_extra=_only_rules)
-    rules: ClassVar[Sequence[tuple[str, ...]]] = (
-        ("quantile",),
-        ("below",),
-        ("fence",),
-        ("cluster",),
-        ("cluster", "of"),
-    )
+    # the legal sets of keys
+    rules: ClassVar[Sequence[Sequence[str]]] = (("quantile",), ("below",), ("fence",), ("cluster",), ("cluster", "of"))
     quantile: Quantile | None = Field(default=None, description="Drop the lowest share of the scores.")
     below: Finite | None = Field(default=None, description="Drop scores below this, in the score's own unit.")
     fence: NonNegative | None = Field(default=None, description="Drop scores below Q1 - fence * (Q3 - Q1), Eq. (5).")
-    cluster: Positive | None = Field(
-        default=None, description="Drop this Multi-Otsu class of the scores, Eq. (7); 1 is the lowest."
-    )
+    cluster: Positive | None = Field(default=None, description="Drop this Multi-Otsu class, Eq. (7); 1 is the lowest.")
     of: Classes = Field(default=5, description="Number of classes of the split; only beside `cluster`.")
 
     @model_validator(mode="after")
@@ -233,20 +215,18 @@ class Drop(Block):
         return "{" + ", ".join(f"{key}: {value}" for key, value in self._the_rule().items()) + "}"
 
     def bounds(self) -> list[tuple[str, str, float]]:
-        """Fixed thresholds of the rule: (key, "below" or "above", threshold in the score's unit) each."""
+        """Fixed thresholds of the rule, each as (key, "below" or "above", threshold in the score's unit)."""
         return [] if self.below is None else [("below", "below", self.below)]
 
 
 class ReferenceConfig(Block):
-    """The model whose scores decide."""
+    """The model that scores the tokens."""
 
     model: Name | None = Field(
         default=None, description="null: the model being trained, adapters off. Else a path or hub id, same vocabulary."
     )
     revision: Name | None = Field(default=None, description="Revision of a separate hub model; null: main.")
-    quantization: Literal["nf4", "fp4", "int8", "none"] = Field(
-        default="nf4", description="How to load a separate model."
-    )
+    quantization: Literal["nf4", "fp4", "int8", "none"] = Field(default="nf4", description="Of a separate model.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="Type of a separate model; auto: its own."
     )

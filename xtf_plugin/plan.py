@@ -1,7 +1,4 @@
-"""From documents to a plan: scores from the store or the reference, thresholds, keep flags.
-
-No trainer is known here. The reference comes as a provider, so that it is loaded only if some score is missing.
-"""
+"""From documents to a plan, without a trainer: scores from the store or the reference, thresholds, keep flags."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .data.documents import DocumentSet
+from .data.ragged import Floats, Ints
 from .scoring.batching import ScoringStats
 from .scoring.cached_scores import ReferenceProvider, ScoreSource, about_scorers, run_scorers
 from .scoring.distributed import ALONE, Ranks
@@ -26,21 +23,22 @@ if TYPE_CHECKING:
     from .fields import ReferenceConfig
     from .store.records import StoredScores
 
-OF_ONE_RANK = ("cache_dir", "report")  # keys of the block that only the rank's own files follow
+OF_ONE_RANK = ("cache_dir", "report")  # keys of the block that may differ between ranks
 NOTHING_DROPPED = "nothing at all is dropped: this run trains exactly as it would without its `xtf:` block"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be trained on, and why.
+    """The tokens to train on, and what they were selected from.
 
     Args:
-        config, documents, scores, selection: what was decided on what.
+        config, documents, scores, selection: the block, its input and its result.
         reference: what to report of the run's own reference.
-        stats, reused: what scoring took, and how many documents came from the store.
+        stats: the cost of scoring.
+        reused: how many documents' scores came from the store.
         warnings: for the user.
         scorers: what to report of each score's scorer, of other references and of rescoring.
-        streaming: about the calibration sample that this is a plan of, if it is one.
+        streaming: what to report of the calibration sample, for a plan of one.
         text: see `text_rules`.
     """
 
@@ -57,15 +55,15 @@ class Plan:
     text: TextRules | None = field(default=None, compare=False, repr=False)
 
     def text_rules(self, tokenizer: Any) -> TextRules:
-        """What the text decides: as it was selected with, or found anew if that was not kept."""
+        """The text rules of the selection; found again if `text` is None."""
         return self.text or TextRules.find(self.config, self.documents, tokenizer)
 
     def masks(self) -> MaskTable:
-        """The collator's view of the plan."""
+        """The table that the collator needs."""
         return MaskTable.build(self.scores.keys, self.scores.offsets, self.selection.keep, self.selection.best)
 
     @property
-    def weights(self) -> NDArray[np.int64]:
+    def weights(self) -> Ints:
         """How often each completion token occurs in the dataset, (M,)."""
         return np.repeat(self.scores.counts, np.diff(self.scores.offsets))
 
@@ -80,20 +78,19 @@ def make_plan(
     progress: bool = True,
     ranks: Ranks = ALONE,
 ) -> Plan:
-    """Score what is missing and decide for every completion token.
+    """Score the documents that have no scores yet, and decide for every completion token.
 
     Args:
         config: the block.
         documents: of the dataset.
-        provider: of the run's own reference.
+        provider: loads the run's own reference, if some score is missing.
         tokenizer: the training tokenizer.
         references: makes the provider of a score's own reference.
         progress: show a bar.
-        ranks: of the run; each gets the same plan, and scores its share.
+        ranks: of the run; each scores a share, and all get the same plan.
 
     Raises:
-        XTFError: ranks with different blocks, data or references, or that come to different masks; the reference gives
-            no finite score at all; see also `scorer.score` and `run_scorers`.
+        XTFError: ranks differ in block, data, reference or masks; see also `engine.score` and `run_scorers`.
         XTFUserError: from the layers, the domain or a reference's tokenizer.
     """
     block = {name: value for name, value in config.to_dict().items() if name not in OF_ONE_RANK}
@@ -109,7 +106,7 @@ def make_plan(
     ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
     warnings = [*source.warnings, *selection.warnings]
     if text.forced is not None and not text.forced.any():
-        warnings.append(f"force_drop: {config.force_drop} matches nothing in the whole dataset")
+        warnings.append(f"force_drop: {config.force_drop} matches nothing in the dataset")
     if selection.keep.all():
         warnings.append(NOTHING_DROPPED)
     return Plan(
@@ -121,17 +118,13 @@ def make_plan(
         stats=source.stats,
         reused=source.reused,
         warnings=warnings,
-        scorers={
-            "scores": about_scorers(config.scores),
-            "references": source.passes,
-            **source.about_excerpts(),
-        },
+        scorers={"scores": about_scorers(config.scores), "references": source.passes, **source.about_excerpts()},
         text=text,
     )
 
 
-def scores_of(documents: DocumentSet, stored: StoredScores | None, values: dict[str, NDArray[np.float32]]) -> Scores:
-    """What is known about the documents' completion tokens."""
+def scores_of(documents: DocumentSet, stored: StoredScores | None, values: dict[str, Floats]) -> Scores:
+    """Scores of the documents' completion tokens."""
     return Scores(
         keys=documents.keys,
         offsets=documents.completion_offsets,

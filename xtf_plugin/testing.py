@@ -1,48 +1,46 @@
-"""The conformance test for scorers: packages that bring one run it in their own tests; needs no model and no torch.
+"""The conformance test for scorers, for the tests of packages that bring one; needs no model and no torch.
 
-It works on a few made-up documents with made-up predictions, which follow from document and reference alone.
+It uses a few made-up documents with made-up predictions.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from .data.documents import IGNORE_INDEX, DocumentSet, collect
 from .data.excerpts import Excerpted, predictions_without
-from .data.ragged import Layout
+from .data.ragged import Doubles, Floats, Ints, Layout
 from .scorers import ReferenceConfig, ScoreConfig, Scorer, ScoringContext
 from .scorers.registry import complaints
 from .selection.rules import fires
 
-Floats = NDArray[np.float32]
+Run = Callable[[ScoreConfig, DocumentSet], Floats]
 _LENGTHS = (2, 3, 5, 8, 13, 21, 34, 55)
 
 
 def check_scorer(scorer: Scorer, options: Mapping[str, Any], tokenizer: Any = None) -> Floats:
-    """Check everything that xtf relies on in a scorer, and raise one AssertionError that lists what is wrong.
+    """Check everything that a scorer must satisfy; raise one AssertionError that lists all problems.
 
     Checked: name, `version` and config (frozen, unknown keys refused); the docstring says which scores are dropped;
-    scores are finite or NaN float32, one per completion token, the same every time, and nothing given is written to;
-    NaN is never dropped; each option that differs from its default changes some score; and with `per_document` a
-    document gets the same scores alone as among others.
+    scores are finite or NaN, float32, one per completion token, and the same in a second run; no input is written to;
+    NaN is never dropped; each option that differs from its default changes some score; with `per_document` a document
+    gets the same scores alone as among others.
 
     Args:
-        scorer: what the decorator `scorer` made.
-        options: its part of the block: its own keys, best with other values than the defaults, and any common ones.
-            `scorer` and `drop` may be left out.
-        tokenizer: what the scorer is given; needed only by one that uses it.
+        scorer: made by the decorator `scorer`.
+        options: its part of the block, with values other than the defaults. `scorer` and `drop` may be left out.
+        tokenizer: passed to the scorer; needed only by one that uses it.
 
     Returns:
-        the scores of the made-up documents, (M,) float32, for checks of your own.
+        the scores of the made-up documents, (M,) float32, for further checks.
 
     Example:
         >>> def test_scorer():
@@ -58,19 +56,22 @@ def check_scorer(scorer: Scorer, options: Mapping[str, Any], tokenizer: Any = No
         raise AssertionError(f"its config refuses these options: {error}") from error
     documents = _documents(50 if tokenizer is None else len(tokenizer))
 
-    def run(config: ScoreConfig, of: DocumentSet = documents) -> Floats:
+    def run(config: ScoreConfig, of: DocumentSet) -> Floats:
         protected = of.input_ids[of.completion] % 7 == 3
         return scorer.score(ScoringContext(of, tokenizer, _MadeUpSource(of), protected), config)
 
-    scores = run(config)
-    problems = [*_described(scorer, block), *_form(scores, len(documents.completion_positions))]
+    scores = run(config, documents)
+    problems = _form(scores, len(documents.completion_positions))
+    if not re.search(r"(?i)\blow|\bdrop", scorer.score.__doc__ or ""):
+        problems.append("no docstring of its own says what a low score means; low scores are dropped")
     if not problems:
-        problems = [
-            *([] if _same(scores, run(config)) else ["it is not deterministic: a second run gave other scores"]),
-            *_never_drops_nan(scores, documents, config),
-            *_idle_options(scorer, block, scores, run),
-            *(_by_company(scores, documents, config, run) if scorer.per_document else []),
-        ]
+        if not _same(scores, run(config, documents)):
+            problems.append("it is not deterministic: a second run gave other scores")
+        if (fires(config, scores, Layout(documents.completion_offsets, documents.counts))[0] & np.isnan(scores)).any():
+            problems.append("a token whose score is NaN would be dropped")
+        problems += _idle_options(scorer, block, scores, partial(run, of=documents))
+        if scorer.per_document and not _same_alone(scores, documents, config, run):
+            problems.append("`per_document` is True, but a document gets other scores alone than among others")
     if problems:
         raise AssertionError(f"{scorer.name}: {'; '.join(problems)}")
     return scores
@@ -86,22 +87,13 @@ def _documents(vocabulary: int) -> DocumentSet:
     return collect([*rows, rows[3], {"input_ids": ids, "labels": [IGNORE_INDEX] * 4}])
 
 
-@dataclass(frozen=True)
-class _MadeUp:
-    """Predictions that follow from a reference and a document alone."""
-
-    logprobs: Floats
-    entropy: Floats
-    deviation: Floats
-
-
 class _MadeUpSource:
     """A `scorers.base.ScoreSource` without a model."""
 
     def __init__(self, documents: DocumentSet) -> None:
         self.documents = documents
 
-    def predictions(self, reference: ReferenceConfig | None, others: DocumentSet | None = None) -> _MadeUp:
+    def predictions(self, reference: ReferenceConfig | None, others: DocumentSet | None = None) -> Any:
         wanted = self.documents if others is None else others
         return _made_up(wanted, "" if reference is None else reference.model_dump_json())
 
@@ -111,14 +103,15 @@ class _MadeUpSource:
         return predictions_without(self.documents, hidden, starts, wanted, breaks, predict)
 
     def attention_received(self, layers: Any) -> Floats:
-        return np.exp(_made_up(self.documents, str(layers)).logprobs)
+        received: Floats = np.exp(_made_up(self.documents, str(layers)).logprobs)
+        return received
 
-    def segments(self, unit: str) -> NDArray[np.int64]:
+    def segments(self, unit: str) -> Ints:
         offsets = self.documents.completion_offsets
         place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
         return np.flatnonzero(place % (4 if unit == "sentence" else 9) == 0)
 
-    def embeddings(self, token_ids: NDArray[np.int64], kind: str) -> Floats:
+    def embeddings(self, token_ids: Ints, kind: str) -> Floats:
         rows = [np.random.default_rng([int(i), len(kind)]).standard_normal(8) for i in token_ids]
         return np.asarray(rows, dtype=np.float32).reshape(-1, 8)
 
@@ -129,29 +122,16 @@ class _MadeUpSource:
         return compute()
 
 
-def _made_up(documents: DocumentSet, reference: str) -> _MadeUp:
-    """What a reference might predict; NaN in place 0, which nothing predicts."""
-    parts: list[NDArray[np.float64]] = []
+def _made_up(documents: DocumentSet, reference: str) -> Any:
+    """Random predictions, seeded by reference and document; NaN at index 0, which nothing predicts."""
+    parts: list[Doubles] = []
     for index, key in enumerate(documents.keys):
         seed = xxhash.xxh3_64_intdigest(reference.encode() + key.tobytes())
         tokens, completion = documents.document(index)
         parts.append(np.random.default_rng(seed).exponential(size=(3, len(tokens)))[:, completion])
     drawn = np.concatenate(parts, axis=1).astype(np.float32)
     drawn[:, documents.completion_positions == 0] = np.nan
-    return _MadeUp(-drawn[0], drawn[1], drawn[2])
-
-
-def _described(scorer: Scorer, block: Mapping[str, Any]) -> list[str]:
-    found = []
-    text = scorer.score.__doc__ or ""
-    if not re.search(r"\blow|\bdrop|\bgoes?\b", text):
-        found.append("no docstring of its own says what a low score means; low scores are dropped")
-    try:
-        scorer.Config.model_validate({**block, "no_such_key_of_this_scorer": 1})
-        found.append("its config takes unknown keys")
-    except ValidationError:
-        pass
-    return found
+    return SimpleNamespace(logprobs=-drawn[0], entropy=drawn[1], deviation=drawn[2])
 
 
 def _form(scores: Any, size: int) -> list[str]:
@@ -159,7 +139,7 @@ def _form(scores: Any, size: int) -> list[str]:
         given = f"{scores.dtype} {scores.shape}" if isinstance(scores, np.ndarray) else type(scores).__name__
         return [f"it returned {given} where float32 ({size},) is needed"]
     if np.isinf(scores).any():
-        return ["some scores are infinite; NaN is how a token is left alone"]
+        return ["some scores are infinite; a token that no rule should drop gets NaN"]
     return ["every score is NaN"] if np.isnan(scores).all() else []
 
 
@@ -167,16 +147,10 @@ def _same(first: Floats, second: Any) -> bool:
     return bool(isinstance(second, np.ndarray) and np.array_equal(first, second, equal_nan=True))
 
 
-def _never_drops_nan(scores: Floats, documents: DocumentSet, config: ScoreConfig) -> list[str]:
-    layout = Layout(documents.completion_offsets, documents.counts)
-    fired, _ = fires(config, scores, layout)
-    return ["a token whose score is NaN would be dropped"] if (fired & np.isnan(scores)).any() else []
-
-
 def _idle_options(
     scorer: Scorer, block: Mapping[str, Any], scores: Floats, run: Callable[[ScoreConfig], Floats]
 ) -> list[str]:
-    """Options without which the scores are the same. A reference is exchanged for another one instead."""
+    """Options without which the scores are the same; a reference is replaced by another one instead."""
     found = []
     for key in sorted(block.keys() - ScoreConfig.model_fields.keys()):
         other = {name: value for name, value in block.items() if name != key}
@@ -184,19 +158,14 @@ def _idle_options(
             other[key] = {**block[key], "model": "another-model"}
         try:
             config = scorer.Config.model_validate(other)
-        except ValidationError:  # a required key that has no other value we could know of
+        except ValidationError:  # a required key
             continue
         if config != scorer.Config.model_validate(block) and _same(scores, run(config)):
             found.append(f"the option {key!r} changes no score")
     return found
 
 
-def _by_company(
-    scores: Floats,
-    documents: DocumentSet,
-    config: ScoreConfig,
-    run: Callable[[ScoreConfig, DocumentSet], Floats],
-) -> list[str]:
+def _same_alone(scores: Floats, documents: DocumentSet, config: ScoreConfig, run: Run) -> bool:
     offsets = documents.completion_offsets
     for index in range(len(documents)):
         ids, completion = documents.document(index)
@@ -205,5 +174,5 @@ def _by_company(
         alone = run(config, collect([{"input_ids": ids, "labels": np.where(completion, ids, IGNORE_INDEX)}]))
         among = scores[offsets[index] : offsets[index + 1]]
         if alone.shape != among.shape or not np.allclose(alone, among, rtol=1e-5, atol=1e-6, equal_nan=True):
-            return ["`per_document` is True, but a document gets other scores alone than among others"]
-    return []
+            return False
+    return True

@@ -90,8 +90,8 @@ def row(block: str, tokens: int, found: Sequence[float]) -> list[str]:
     """One row of the table."""
     size, selecting, building, memory = found
     both = selecting + building
-    told = f"{reach.SELECTION.judge(both)}, {reach.SELECTION_MEMORY.judge(memory)}" if tokens == MANY else ""
-    cells = [f"{selecting:.2f}", f"{building:.2f}", f"{1e9 * both / size:.0f}", f"{memory:.2f}", told]
+    verdict = f"{reach.SELECTION.judge(both)}, {reach.SELECTION_MEMORY.judge(memory)}" if tokens == MANY else ""
+    cells = [f"{selecting:.2f}", f"{building:.2f}", f"{1e9 * both / size:.0f}", f"{memory:.2f}", verdict]
     return [block, f"{size / 1e6:g} M" if size < 1e6 else f"{size / 1e6:.0f} M", *cells]
 
 

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from xtf_plugin.config import docs as config_docs
-from xtf_plugin.config.block import PRESETS, AtLeast, ProtectConfig, XTFConfig
-from xtf_plugin.config.scores import SLOTS
+from xtf_plugin.config.block import AtLeast, ProtectConfig, XTFConfig
+from xtf_plugin.config.scores import PRESETS, SLOTS
 from xtf_plugin.fields import Block
 from xtf_plugin.scorers import registry
 from xtf_plugin.scorers.novelty import NoveltyConfig
@@ -286,7 +286,7 @@ def test_config_page_is_current(monkeypatch, tmp_path):
     assert "python -m xtf_plugin.config.docs" in config_docs.main(["--check"])
     assert config_docs.main([]) is None and config_docs.main(["--check"]) is None
     (tmp_path / "config.md").write_text("old")
-    assert "stale" in config_docs.main(["--check"])
+    assert "out of date" in config_docs.main(["--check"])
     assert "usage" in config_docs.main(["--help"])
 
 

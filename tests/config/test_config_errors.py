@@ -1,4 +1,4 @@
-"""What a wrong `xtf:` block is told: one `XTFUserError` that names key, value, legal values and the next step."""
+"""What a wrong `xtf:` block raises: one `XTFUserError` that names key, value, legal values and the next step."""
 
 from __future__ import annotations
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from xtf_plugin.config.block import PRESETS, XTFConfig
+from tests.config.test_config import holds
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.config.scores import PRESETS
 from xtf_plugin.errors import XTFUserError
 
 
@@ -45,6 +47,7 @@ def test_a_slot_with_another_scorer_takes_nothing_of_the_preset():
     assert XTFConfig.parse(changed.to_dict()) == changed
 
 
+CLEAN = {"scorer": "token_cleaning", "drop": {"quantile": 0.4}}
 # Blocks that released versions took, and what is written for them today; None: the same block.
 OLD = {
     "0.1.0, every key": (
@@ -53,6 +56,27 @@ OLD = {
             "knowledge_novelty": {"drop": {"known_above": 0.95}, "window": 1, "max_fraction": None},
             "task_relevance": {"domain": "dataset", "embedding": "input", "drop": {"cluster": 2, "of": 5}},
             "selectors": {"low": {"scorer": "log_probability", "drop": {"below": -1.0}, "scope": "dataset"}},
+        },
+        None,
+    ),
+    "0.1.0, every other key": (
+        {
+            "preset": "official",
+            "reference": {"model": None, "revision": None, "quantization": "nf4", "dtype": "auto"},
+            "reasoning_importance": {"drop": {"quantile": 0.1}, "window": 3, "max_fraction": 0.1},
+            "knowledge_novelty": {"drop": {"known_above": 0.9, "unknown_below": 0.01}},
+            "task_relevance": {"domain": ["x"], "embedding": "output", "drop": {"below": 0.1}, "window": 5},
+            "selectors": {
+                "odd": {"scorer": "typicality", "drop": {"below": -6}, "reference": None, "max_fraction": 0.5},
+                "begin": {"scorer": "opening", "drop": {"fence": 1}, "unit": "line", "clip": 4, "context": "document"},
+                "rho": {"scorer": "excess_loss", "drop": {"quantile": 0.4}, "reference": {"model": "m"}},
+                "clean": {**CLEAN, "mode": "fixed", "reference": {"model": "m"}},
+            },
+            "combine": {"at_least": 2},
+            "protect": {"special_tokens": True, "patterns": ["x"]},
+            "force_drop": ["y"],
+            **{"min_kept": 1, "control": "random", "seed": 1, "cache_dir": "c", "batch_tokens": 64},
+            **{"calibration": 10, "report": False, "dry_run": True},
         },
         None,
     ),
@@ -66,8 +90,8 @@ OLD = {
         {"selectors": {"low": {"scorer": "log_probability", "drop": {"below": -1.0}, "unit": "line"}}},
     ),
     "self-evolving": (
-        {"selectors": {"t": {"scorer": "token_cleaning", "drop": {"quantile": 0.4}, "mode": "self_evolving"}}},
-        {"selectors": {"t": {"scorer": "token_cleaning", "drop": {"quantile": 0.4}, "reference": {"model": "m"}}}},
+        {"selectors": {"t": {**CLEAN, "mode": "self_evolving"}}},
+        {"selectors": {"t": {**CLEAN, "reference": {"model": "m"}}}},
     ),
 }
 
@@ -77,8 +101,17 @@ def test_an_old_spelling_loads_or_is_refused_with_what_to_write(name):
     old, new = OLD[name]
     if new is None:
         config = XTFConfig.parse(old)
+        assert holds(config.to_dict(), {key: value for key, value in old.items() if value is not True})
         assert XTFConfig.parse(config.to_dict()) == config
         return
     with pytest.raises(XTFUserError, match=r"write `unit: (sentence|line)`|name a `reference`"):
         XTFConfig.parse(old)
     XTFConfig.parse(new)
+
+
+def test_selectors_keep_the_order_of_the_block_and_those_of_the_preset_come_last():
+    """`min_kept` and the bits of reasons depend on it."""
+    other = {"scorer": "log_probability", "drop": {"quantile": 0.1}}
+    more = XTFConfig.parse({"selectors": {"b": other, "a": other}})
+    assert list(more.selectors) == ["b", "a", "out_of_place"]
+    assert list(XTFConfig.parse(more.to_dict()).scores) == list(more.scores)

@@ -2,7 +2,7 @@
 
 The processes are forked from a server that has imported everything (multiprocessing's `forkserver`). All runs score the
 same documents; shards are small, so that a run writes many. Documents are of unlike length and the reference rounds by
-the batch, so that scores tell to the last bit in which company they were made.
+the batch, so that scores show to the last bit which documents shared their batch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ import torch
 
 from tests import tiny
 from tests.test_plan import ATTRIBUTES_ON, Provider, rows
-from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
+from xtf_plugin.plan import Plan, make_plan
 from xtf_plugin.report import writer
+from xtf_plugin.scoring import cached_scores
 from xtf_plugin.scoring.distributed import ALONE, Ranks
 from xtf_plugin.store.records import Records
 from xtf_plugin.store.store import ScoreStore
@@ -74,8 +75,8 @@ class Rounding(Provider):
                 hook.remove()
 
 
-class _Told(ScoreStore):
-    """A store that tells on a file, before it does anything else, which documents were scored."""
+class _Logging(ScoreStore):
+    """A store that first logs to a file which documents were scored."""
 
     log: Path
 
@@ -111,13 +112,13 @@ def run(folder: str, cache: str, options: dict[str, Any]) -> None:
         os.fsync = lambda descriptor: None
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    _Told.log = place / "scored.log"
-    pipeline.ScoreStore = partial(_Told, shard_tokens=SHARD_TOKENS)
+    _Logging.log = place / "scored.log"
+    cached_scores.ScoreStore = partial(_Logging, shard_tokens=SHARD_TOKENS)
     block = {**ATTRIBUTES_ON, "cache_dir": cache, "batch_tokens": BATCH_TOKENS, **options.get("block", {})}
     data = ragged(DOCUMENTS, only=options["only"]) if "only" in options else documents()
     provider = Rounding(pause=options.get("pause", 0.0))
     ranks = _connected(*options["rank"]) if "rank" in options else ALONE
-    plan = pipeline.make_plan(XTFConfig.parse(block), data, provider, tiny.tokenizer(), progress=False, ranks=ranks)
+    plan = make_plan(XTFConfig.parse(block), data, provider, tiny.tokenizer(), progress=False, ranks=ranks)
     (place / "xtf").mkdir(exist_ok=True)
     writer.write(plan, tiny.tokenizer(), place / "xtf")
     masks = plan.masks()
@@ -137,7 +138,7 @@ def _connected(rank: int, size: int, meeting: str) -> Ranks:
     return Ranks(rank, size)
 
 
-def document_hashes(plan: pipeline.Plan) -> list[str]:
+def document_hashes(plan: Plan) -> list[str]:
     """Of every bit of each document's scores."""
     bounds = zip(plan.scores.offsets[:-1], plan.scores.offsets[1:], strict=True)
     columns = list(plan.scores.values.values())
@@ -145,11 +146,11 @@ def document_hashes(plan: pipeline.Plan) -> list[str]:
 
 
 def table_hash(path: Path) -> str:
-    """Of every byte of a score table's columns; its metadata tells how long the run took and what it found stored."""
+    """Of every byte of a score table's columns, without its metadata, which holds times and counts."""
     table = pq.read_table(path).replace_schema_metadata(None).combine_chunks()
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
     return hashlib.sha256(sink.getvalue()).hexdigest()
 
 

@@ -100,7 +100,7 @@ def check_selection(scores: Scores, config: XTFConfig, protected: Any, forced: A
     for one, other in zip(before, known, strict=True):
         np.testing.assert_array_equal(one, other, "scores were changed")
     assert made.keep.dtype == bool and made.keep.shape == made.reasons.shape == scores.token_ids.shape
-    assert made.keep[protected].all(), "a protected token goes"
+    assert made.keep[protected].all(), "a protected token is dropped"
     for low, high in zip(scores.offsets[:-1].tolist(), scores.offsets[1:].tolist(), strict=True):
         _check_document(scores, config, made, protected, forced, slice(low, high))
     _check_rules(scores, config, made)
@@ -109,7 +109,7 @@ def check_selection(scores: Scores, config: XTFConfig, protected: Any, forced: A
 
 
 def _check_document(scores: Any, config: XTFConfig, made: Selection, protected: Any, forced: Any, here: slice) -> None:
-    """One document: who votes, what that asks for, what protection, the floor and the control make of it."""
+    """One document: fired rules, `combine`, protection, the floor and the control."""
     trains, keep, reasons = scores.positions[here] > 0, made.keep[here], made.reasons[here]
     shielded, pushed = protected[here], forced[here]
     bits = list(rule_bits(config).values())

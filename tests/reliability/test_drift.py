@@ -23,7 +23,7 @@ from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import Plan, make_plan
 from xtf_plugin.selection.select import rule_bits
 
-# rules of every kind of threshold: a share of a document, a bound, classes of the dataset, second looks
+# rules of every kind of threshold: a share of a document, a bound, classes of the dataset, rescoring
 BLOCK = {
     **ATTRIBUTES_ON,
     "reasoning_importance": {"drop": {"quantile": 0.2}},
@@ -37,7 +37,7 @@ def hold(one: Plan, two: Plan) -> None:
     largest, changed, unexplained = moved(one, two)
     close = in_band(one)
     record("drift of scores", comparisons=1, tokens=len(one.selection.keep), in_band=close, changed=changed, **largest)
-    assert two.stats.documents == len(one.documents), "scores were found, and not made anew"
+    assert two.stats.documents == len(one.documents), "stored scores were used"
     assert max(largest.values()) <= BAND and not unexplained
 
 
@@ -99,7 +99,7 @@ BATCHES = [
 
 @pytest.mark.parametrize("options", BATCHES)
 def test_packing_and_workers_change_nothing(tmp_path, plain, options):
-    """Scored anew each time: a cache of its own."""
+    """Scored again each time: a cache of its own."""
     one, labels = plain
     two, seen = trained(tmp_path, {**BLOCK, "batch_tokens": 300}, **options)
     hold(one, two)
@@ -114,9 +114,9 @@ def test_resuming_changes_nothing(tmp_path, plain):
     again, _ = trained(tmp_path, **saving, resume=True)
     assert again.stats.documents == 0 and moved(first, again)[:2] == (dict.fromkeys(first.config.scores, 0.0), 0)
     (tmp_path / "cache").rename(tmp_path / "lost")
-    anew, _ = trained(tmp_path, {**BLOCK, "batch_tokens": 300}, **saving, resume=True, max_steps=3)
-    hold(first, anew)
-    hold(plain[0], anew)
+    again, _ = trained(tmp_path, {**BLOCK, "batch_tokens": 300}, **saving, resume=True, max_steps=3)
+    hold(first, again)
+    hold(plain[0], again)
 
 
 def of_a_rank(folder):
@@ -246,7 +246,7 @@ def test_masks_follow_the_references_precision_but_not_far(plans, before, after)
 @real.needs(real.SMOLLM2)
 def test_eight_bits_are_no_reason_to_refuse_a_model(tmp_path, caplog):
     """LLM.int8() rounds by what else is in the batch: a real model's own forward moves by 0.1 nats and more when its
-    attention adds up in another order. A user is warned of it, and not told that the architecture is unknown.
+    attention adds up in another order. The warning says so, and not that the architecture is unknown.
     """
     model = AutoModelForCausalLM.from_pretrained(real.MODELS / real.SMOLLM2, **PRECISIONS["int8"])
     documents = real.documents(real.SMOLLM2, amount(2, 12))

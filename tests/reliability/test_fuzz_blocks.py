@@ -72,7 +72,7 @@ def options(schema: Any) -> list[Any]:
 
 @st.composite
 def legal(draw: Any, schema: Any) -> Any:
-    """A value that a schema allows; not every one goes with every other."""
+    """A value that a schema allows; not all of them are legal together."""
     chosen = draw(st.sampled_from(options(schema)))
     kind = chosen.get("type")
     if "enum" in chosen or "const" in chosen:
@@ -151,11 +151,11 @@ def refused(block: Any) -> str:
     try:
         config = XTFConfig.parse(block)
     except XTFUserError as error:
-        told = str(error)
-        assert told and not JARGON.search(told), told
-        assert all(char.isprintable() or char == "\n" for char in told), ascii(told)
-        assert all(len(line) < 1_500 for line in told.splitlines()), told
-        return told
+        message = str(error)
+        assert message and not JARGON.search(message), message
+        assert all(char.isprintable() or char == "\n" for char in message), ascii(message)
+        assert all(len(line) < 1_500 for line in message.splitlines()), message
+        return message
     survives(config, block)
     return ""
 
@@ -169,7 +169,7 @@ def survives(config: XTFConfig | None, block: Any) -> None:
     assert XTFConfig.parse(json.dumps(config.to_dict(), allow_nan=False)) == config
 
 
-def names(told: str, key: Any, value: Any, home: list[Any]) -> bool:
+def names(message: str, key: Any, value: Any, home: list[Any]) -> bool:
     """Whether a message names a key or its value, or a key that stands beside it and does not go with it."""
     about = [f".{key}" if isinstance(key, str) and key.isidentifier() else "", *(f".{k}" for k in home)]
     if isinstance(key, int):
@@ -182,7 +182,7 @@ def names(told: str, key: Any, value: Any, home: list[Any]) -> bool:
         "null" if value is None else str(value).lower()[:20],
     ]
     about += ["xtf.force_drop: [] is empty", "xtf.combine.at_least: ", "xtf.control: "]  # of the block as a whole
-    return any(text and text in told for text in about)
+    return any(text and text in message for text in about)
 
 
 @pytest.fixture(autouse=True)
@@ -237,15 +237,15 @@ def test_a_block_becomes_a_config_that_selects_or_one_refusal_that_names_what_is
     @given(st.data(), legal(ROOT | {"type": "object"}))
     def holds(data: Any, block: dict[str, Any]) -> None:
         before = copy.deepcopy(block)
-        told = refused(block)
+        message = refused(block)
         assert block == before, "the block itself was changed"
-        seen.update(inputs=1, accepted=not told, refused=bool(told))
-        if not told:
+        seen.update(inputs=1, accepted=not message, refused=bool(message))
+        if not message:
             selects(XTFConfig.parse(block))
         worse, key, value = data.draw(damaged(block), label="damaged")
         why = refused(worse)
         seen.update(inputs=1, accepted=not why, refused=bool(why))
-        if why and not told and key != "preset":  # another preset may leave any other key without effect
+        if why and not message and key != "preset":  # another preset may leave any other key without effect
             home = next((list(h) for h in homes(worse) if key in h), [])
             assert names(why, key, value, home), (key, value, why)
         mappings = [home for home in homes(worse) if home is not worse.get("selectors")]

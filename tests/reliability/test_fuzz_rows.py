@@ -64,7 +64,7 @@ def pieces(draw: Any) -> tuple[list[int], list[int]]:
 
 
 def packed(draw: Any, inside: list[tuple[list[int], list[int]]], kind: str) -> dict[str, Any]:
-    """Documents as one row, their boundaries told by `kind`; perhaps with padding on either side."""
+    """Documents as one row, their boundaries given by `kind`; perhaps with padding on either side."""
     columns = {"input_ids": [t for d in inside for t in d[0]], "labels": [t for d in inside for t in d[1]]}
     if kind == "seq_lengths":
         columns["seq_lengths"] = [len(tokens) for tokens, _ in inside]
@@ -192,8 +192,8 @@ def repacked(documents: DocumentSet, rng: random.Random) -> list[dict[str, Any]]
         tokens, mask = (np.concatenate([each[part] for each in inside]) for part in (0, 1))
         lengths = [len(each) for each, _ in inside]
         restarts = [place for length in lengths for place in range(length)]
-        told = {"seq_lengths": lengths} if rng.random() < 0.5 else {"position_ids": restarts}
-        made.append({"input_ids": plain(tokens), "labels": plain(np.where(mask, tokens, IGNORED)), **told})
+        bounds = {"seq_lengths": lengths} if rng.random() < 0.5 else {"position_ids": restarts}
+        made.append({"input_ids": plain(tokens), "labels": plain(np.where(mask, tokens, IGNORED)), **bounds})
     return made
 
 

@@ -165,18 +165,18 @@ def quantiles(values: Any, weight: Any, shares: list[float]) -> Any:
 
 def check_classes(name: str, part: Any, scores: Scores, made: Any, fired: Any) -> None:
     """No other split into as many classes is better, in exact arithmetic, by more than float64 can tell."""
-    values, told = made.seen[name], made.thresholds[name]
+    values, found = made.seen[name], made.thresholds[name]
     weight = np.repeat(scores.counts, np.diff(scores.offsets))
     known = np.isfinite(values)
     points = sorted({float(v) for v in values[known]})
     if len(points) < part.drop.of:
-        assert not fired.any() and "cannot be split" in told["undefined"]
+        assert not fired.any() and "cannot be split" in found["undefined"]
         assert any("is undefined and drops nothing" in warning for warning in made.warnings)
         return
-    cuts = told["classes"]["thresholds"]
+    cuts = found["classes"]["thresholds"]
     assert (fired == (known & (np.searchsorted(cuts, values) == part.drop.cluster - 1))).all()
     masses = [int(weight[known & (values == point)].sum()) for point in points]
-    assert told["classes"]["sizes"] == [
+    assert found["classes"]["sizes"] == [
         sum(m for p, m in zip(points, masses, strict=True) if np.searchsorted(cuts, p) == c)
         for c in range(part.drop.of)
     ]

@@ -20,7 +20,7 @@ class StrengthConfig(ScoreConfig):
 
 
 def strong(context, config):
-    """Log-probability times strength; low goes."""
+    """Log-probability times strength; low is dropped."""
     return context.logprobs * np.float32(config.strength)
 
 
@@ -71,7 +71,7 @@ def test_what_conforms_passes(scorer, options):
 
 def test_the_tokenizer_reaches_the_scorer():
     def lengths(context, config):
-        """Length of the token's text; low goes."""
+        """Length of the token's text; low is dropped."""
         texts = context.tokenizer.convert_ids_to_tokens(context.token_ids.tolist())
         return np.asarray([len(text) for text in texts], dtype=np.float32)
 
@@ -93,14 +93,14 @@ def scoring(change):
     """A scorer like `good` whose scores are changed by `change(scores, context)`."""
 
     def score(context, config):
-        """Low goes."""
+        """Low scores are dropped."""
         return change(strong(context, config), context)
 
     return good(score)
 
 
 def idle(context, config):
-    """Low goes."""
+    """Low scores are dropped."""
     return context.logprobs * 1
 
 
@@ -113,7 +113,7 @@ def wild(scores, context):
 
 
 def writing(context, config):
-    """Low goes."""
+    """Low scores are dropped."""
     context.token_ids[:] = 0
     return context.logprobs
 
@@ -124,7 +124,7 @@ def test_a_scorer_cannot_write_to_what_it_is_given():
 
 
 @pytest.mark.parametrize(
-    ("scorer", "options", "told"),
+    ("scorer", "options", "message"),
     [
         (good(silent), {}, "no docstring"),
         (good(config=Loose), {"strength": 2.0}, "does not forbid unknown keys"),
@@ -142,8 +142,8 @@ def test_a_scorer_cannot_write_to_what_it_is_given():
         (strong, {}, "not made by the decorator"),
     ],
 )
-def test_what_does_not_is_named(scorer, options, told):
-    with pytest.raises(AssertionError, match=told):
+def test_what_does_not_conform_is_named(scorer, options, message):
+    with pytest.raises(AssertionError, match=message):
         check_scorer(scorer, options)
 
 

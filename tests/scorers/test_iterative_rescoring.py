@@ -1,4 +1,4 @@
-"""Second looks: what would be dropped is judged once more behind what was kept."""
+"""Iterative rescoring: flagged text is scored again after the text that was kept before it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
 from xtf_plugin.report import summary
-from xtf_plugin.scorers import iterative_rescoring as again
-from xtf_plugin.scorers import opening
+from xtf_plugin.scorers import iterative_rescoring, opening
 from xtf_plugin.scorers.base import ScoringContext
 from xtf_plugin.scoring.cached_scores import ScoreSource
-from xtf_plugin.scoring.kernels import eager as attributes
-from xtf_plugin.selection.text_rules import marked_tokens, segment_starts
-from xtf_plugin.store import shard_format as shards
+from xtf_plugin.scoring.kernels import eager
+from xtf_plugin.selection.text_rules import TextRules, segment_starts
+from xtf_plugin.store import shard_format
 
 LIMIT = -14.0  # about half of the units of `Sure` are below
 
@@ -42,7 +41,7 @@ class Sure:
         """Log-probability plus entropy of the labelled tokens of one document, through the model's own forward."""
         ids = torch.as_tensor(np.asarray(ids), dtype=torch.int64)
         hidden = self.model.model(input_ids=ids[None]).last_hidden_state[0, :-1]
-        found = attributes.predictions(hidden, self.model.lm_head, ids[1:])  # the definition, in float32
+        found = eager.predictions(hidden, self.model.lm_head, ids[1:])  # the definition, in float32
         return np.append(np.float32(np.nan), (found[0] + found[1]).numpy())[np.asarray(labelled)]
 
 
@@ -53,8 +52,8 @@ def context(documents, found, starts, without, protected=None, forced=None):
     return ScoringContext(documents, None, source, protected, forced)
 
 
-def judged_in_order(sure, documents, config, protected, forced):
-    """The definition of `context: kept`: units in order, each judged behind what was kept before it. (M,) scores."""
+def scored_in_order(sure, documents, config, protected, forced):
+    """The definition of `context: kept`: units in order, each scored after the text kept before it, (M,)."""
     tokenizer, part = tiny.tokenizer(), config.selectors["odd"]
     levels = [segment_starts(documents, tokenizer, unit) for unit in opening.UNITS[part.unit]]
     pieces = sorted({int(start) for level in levels for start in level})
@@ -117,45 +116,46 @@ def config_of(tmp_path, force_drop=(), **part):
 
 
 @pytest.mark.parametrize("unit", ["sentence", "line", "both"])
-def test_second_looks_equal_judging_in_order(unit, tmp_path, monkeypatch):
-    monkeypatch.setattr(again, "ROUNDS", 50)
-    monkeypatch.setattr(again, "BUDGET", 1_000)
+def test_rescoring_in_rounds_equals_the_loop_over_units_in_order(unit, tmp_path, monkeypatch):
+    monkeypatch.setattr(iterative_rescoring, "ROUNDS", 50)
+    monkeypatch.setattr(iterative_rescoring, "BUDGET", 1_000)
     sure, documents = Sure(), several_lines()
     block = config_of(tmp_path, unit=unit, context="document", drop={"quantile": 0.5})
     once = make_plan(block, documents, Provider(sure.model), tiny.tokenizer(), progress=False).scores.values["odd"]
     limit = float(np.median(once)) + 1e-3
     config = config_of(tmp_path, unit=unit, drop={"below": limit}, force_drop=["happy to"])
-    protected, forced = marked_tokens(config, documents, tiny.tokenizer())
+    text = TextRules.find(config, documents, tiny.tokenizer())
+    protected, forced = text.protected, text.forced
     assert forced.any() and protected.any()
     plan = make_plan(config, documents, Provider(sure.model), tiny.tokenizer(), progress=False)
-    expected = judged_in_order(sure, documents, config, protected, forced)
+    expected = scored_in_order(sure, documents, config, protected, forced)
     np.testing.assert_allclose(plan.scores.values["odd"], expected, rtol=1e-3, atol=1e-3)
     revived = (once < limit) & (expected >= limit)
     assert revived.any() and (expected < limit).any(), "the data must hold both for the comparison to mean anything"
 
 
-def test_few_rounds_and_the_budget_leave_verdicts_as_they_are_and_say_so(tmp_path, monkeypatch):
+def test_limits_of_rounds_and_budget_keep_the_first_scores_and_warn(tmp_path, monkeypatch):
     sure, documents = Sure(), several_lines()
 
     def scores(number, **limits):
         for name, value in limits.items():
-            monkeypatch.setattr(again, name, value)
+            monkeypatch.setattr(iterative_rescoring, name, value)
         config = config_of(tmp_path / str(number), drop={"below": LIMIT})
         plan = make_plan(config, documents, Provider(sure.model), tiny.tokenizer(), progress=False)
         return plan.scores.values["odd"], plan.scorers.get("excerpts", {"tokens": 0})["tokens"], plan.warnings
 
     full, cost, quiet = scores(0, ROUNDS=50, BUDGET=1_000)
-    first, _, told = scores(1, ROUNDS=1)
-    assert any("odd: " in one and "after 1 rounds" in one for one in told) and (first != full).any()
+    first, _, warnings = scores(1, ROUNDS=1)
+    assert any("odd: " in one and "after 1 rounds" in one for one in warnings) and (first != full).any()
     once, nothing, _ = scores(2, ROUNDS=50, BUDGET=0)
-    some, less, told = scores(3, BUDGET=1)
-    assert nothing == 0 < less < cost and not any("second looks" in one for one in quiet)
-    assert any("odd: " in one and "were left out" in one for one in told)
+    some, less, warnings = scores(3, BUDGET=1)
+    assert nothing == 0 < less < cost and not any("rescoring" in one for one in quiet)
+    assert any("odd: " in one and "were not scored again" in one for one in warnings)
     assert (once <= some).all() and (some != full).any()
 
 
-def test_a_long_prompt_is_no_reason_to_look_less():
-    """Every look reads the prompt; the budget is counted in completion tokens, or long prompts would use it up."""
+def test_a_long_prompt_does_not_use_up_the_budget():
+    """Every rescoring reads the prompt; the budget counts completion tokens only."""
     size, unit = 3_000, 25
     ids = list(range(1, size + 12 * unit + 1))
     documents = collect([{"input_ids": ids, "labels": [-100] * size + ids[size:]}])
@@ -175,8 +175,8 @@ def test_a_long_prompt_is_no_reason_to_look_less():
 
 
 @pytest.mark.parametrize(("logprobs", "asked"), [([-9, -0.1, -0.1], 0), ([-0.1, -0.1, -9], 0), ([-9, -0.1, -9], 1)])
-def test_what_stands_behind_nothing_dropped_is_not_looked_at_again(logprobs, asked):
-    """A clean dataset costs no second look, nor does noise that stands alone in its document."""
+def test_a_unit_without_dropped_text_before_it_is_not_scored_again(logprobs, asked):
+    """A clean dataset costs no rescoring, nor does a document with one noisy unit."""
     documents = collect([{"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]}])
     calls = []
 
@@ -193,7 +193,7 @@ def test_what_stands_behind_nothing_dropped_is_not_looked_at_again(logprobs, ask
     assert len(calls) == asked
 
 
-def test_second_looks_are_stored_and_told(tmp_path):
+def test_rescoring_is_stored_and_reported(tmp_path):
     sure, documents = Sure(), several_lines()
     config = config_of(tmp_path, unit="both", drop={"below": LIMIT})
     plans = [make_plan(config, documents, Provider(sure.model), tiny.tokenizer(), progress=False) for _ in range(2)]
@@ -205,14 +205,14 @@ def test_second_looks_are_stored_and_told(tmp_path):
     assert any("rescoring: scored" in line for line in summary._scorer_lines(plans[0]))
 
 
-def test_rounds_read_no_shard_without_documents_of_theirs(tmp_path, monkeypatch):
-    """A cache may hold many datasets; only the first round has to find out what is in each shard."""
+def test_rounds_read_only_shards_with_their_documents(tmp_path, monkeypatch):
+    """A cache may hold many datasets; only the first round reads the index of each shard."""
     sure, documents = Sure(), several_lines()
     fingerprint, reads, rounds = Provider(sure.model).fingerprint(), Counter(), []
     for seed in range(3):
         fill(tmp_path, (5, 7), layers=None, reference=fingerprint, seed=seed)
-    others, read, looked = shard_files(tmp_path), shards.read, ScoreSource.predictions_without
-    monkeypatch.setattr(shards, "read", lambda path, *rest: reads.update([path]) or read(path, *rest))
+    others, read, looked = shard_files(tmp_path), shard_format.read, ScoreSource.predictions_without
+    monkeypatch.setattr(shard_format, "read", lambda path, *rest: reads.update([path]) or read(path, *rest))
     monkeypatch.setattr(ScoreSource, "predictions_without", lambda *given: rounds.append(given) or looked(*given))
     config = config_of(tmp_path, unit="both", drop={"below": LIMIT})
     make_plan(config, documents, Provider(sure.model), tiny.tokenizer(), progress=False)
@@ -220,7 +220,7 @@ def test_rounds_read_no_shard_without_documents_of_theirs(tmp_path, monkeypatch)
     assert [reads[path] for path in others] == [1, 1, 1]
 
 
-def test_another_threshold_asks_for_other_second_looks_in_one_opening_of_the_reference(tmp_path):
+def test_another_threshold_rescores_in_one_opening_of_the_reference(tmp_path):
     documents, provider = several_lines(), Provider(Sure().model)
     opened = []
     for limit in (LIMIT, LIMIT, LIMIT + 1):
@@ -230,8 +230,8 @@ def test_another_threshold_asks_for_other_second_looks_in_one_opening_of_the_ref
     assert opened == [1, 1, 2]
 
 
-def test_protected_and_prompt_tokens_stay_in_the_past_and_forced_ones_do_not():
-    """What is protected trains, so what follows is judged behind it; what is forced out does not."""
+def test_rescoring_reads_protected_and_prompt_tokens_and_no_forced_ones():
+    """Protected tokens are trained on, so they are read; forced ones are not."""
     documents = collect([{"input_ids": list(range(1, 10)), "labels": [-100, *range(2, 10)]}])
     seen = []
 
@@ -246,10 +246,10 @@ def test_protected_and_prompt_tokens_stay_in_the_past_and_forced_ones_do_not():
     config = opening.OpeningConfig(scorer="opening", context="kept", drop={"below": -1})
     assert np.array_equal(opening.opening.score(given, config) < -1, np.arange(8) < 5)
     gone = [True, False, True, True, True, True, False, False]
-    assert seen[0] == (gone, [1]), "the third sentence is no suspect"
+    assert seen[0] == (gone, [1]), "the third sentence is not flagged"
 
 
-def test_a_unit_of_protected_tokens_alone_is_not_looked_at():
+def test_a_unit_of_protected_tokens_alone_is_not_scored_again():
     documents = collect([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}])
     low = SimpleNamespace(logprobs=np.float32([np.nan, -9, -9]), entropy=np.zeros(3, np.float32))
     wanted_ever = []
@@ -264,7 +264,7 @@ def test_a_unit_of_protected_tokens_alone_is_not_looked_at():
     assert np.isnan(scores[0]) and (scores[1:] < -1).all() and not wanted_ever
 
 
-def test_an_infinite_second_look_is_undefined_and_drops_nothing():
+def test_an_infinite_second_score_is_undefined_and_drops_nothing():
     documents = collect([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}])
     low, never = (
         SimpleNamespace(logprobs=np.full(2, value, np.float32), entropy=np.zeros(2, np.float32))

@@ -1,4 +1,4 @@
-"""Openings: what is out of place, told by how it begins."""
+"""Openings: text that is out of place, found by how it begins."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def test_fluent_filler_is_found_by_its_beginning_and_not_by_its_average():
     scores = score(context(logprobs, entropy, starts))
     assert (scores < -3).tolist() == [False] * 5 + [True] * 7 + [False] * 3
     means = np.repeat(np.add.reduceat(np.float64(logprobs), starts) / np.diff([*starts, 15]), np.diff([*starts, 15]))
-    assert means[5] > -2 and (means < -1).sum() == 10  # the average cannot tell the digression from the good sentence
+    assert means[5] > -2 and (means < -1).sum() == 10  # averages of the digression and of the good sentence are alike
 
 
-def test_one_odd_token_condemns_no_sentence():
-    """A typo far down costs its sentence little, whatever its own score, and less still behind the clip."""
+def test_one_odd_token_drops_no_sentence():
+    """A typo late in a sentence changes its score little, and even less with the clip."""
     given = context([-0.1, -0.1, -0.1, -0.1, -30.0, -0.1, -0.1], [0.1] * 7, [0])
     assert score(given)[0] > -1 and score(given, clip=100.0)[0] < -2
 
@@ -104,10 +104,10 @@ def test_keys_that_cannot_act_are_refused():
             XTFConfig.parse({"selectors": {"out_of_place": keys}})
 
     refused("out_of_place.clip: 4.0 keeps every score", clip=4)
-    refused("out_of_place.drop: .*quantile.* does not go with .*add `context: document`", drop={"quantile": 0.1})
+    refused("out_of_place.drop: .*quantile.* depends on other doc.*add `context: document`", drop={"quantile": 0.1})
     refused("out_of_place.drop: .*fence", drop={"fence": 1.5})
     refused("out_of_place.window: 3 has no effect beside `unit: both`", window=3)
-    refused("out_of_place.max_fraction: 0.5 does not go with", max_fraction=0.5)
+    refused("out_of_place.max_fraction: 0.5 would keep text .*use context: document", max_fraction=0.5)
     free = {"context": "document", "drop": {"quantile": 0.1}, "max_fraction": 0.5}
     XTFConfig.parse({"selectors": {"out_of_place": free}})
 

@@ -119,7 +119,7 @@ class TestSelection:
         )
         assert made.keep.tolist() == [True, False, True] and made.warnings == []
 
-    def test_a_rule_that_fires_on_nothing_is_told_by_the_selectors_name(self):
+    def test_a_rule_that_fires_on_nothing_is_reported_under_the_selectors_name(self):
         made = select(with_scores(from_bits(0, 0), a=[1, 2]), block(selectors={"a": low(drop={"below": -5})}))
         assert len(made.warnings) == 1
         assert made.warnings[0].startswith("a: the rule {below: -5.0} fires on nothing")

@@ -1,4 +1,4 @@
-"""Typicality: what is noise beyond the surprise that was to be expected."""
+"""Typicality: surprise beyond what the reference expected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.test_plan import Provider, rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
-from xtf_plugin.scoring.kernels import eager as attributes
+from xtf_plugin.scoring.kernels import eager
 from xtf_plugin.selection.text_rules import segment_starts
 
 
@@ -21,7 +21,7 @@ def test_typicality_of_what_the_reference_itself_would_write_is_zero_on_average(
     p = logits.softmax(-1)
     for row in range(7):
         every = torch.arange(50)
-        found = attributes.predictions(logits[row].expand(50, 50), lambda x: x, every)
+        found = eager.predictions(logits[row].expand(50, 50), lambda x: x, every)
         assert abs(float((p[row] * (found[0] + found[1])).sum())) < 1e-4
 
 
@@ -47,8 +47,8 @@ def test_both_select_in_a_plan_and_the_knobs_change_it(tmp_path):
     assert not np.array_equal(lines, kept(scorer="opening", unit="line", clip=0.1).scores.values["odd"])
 
 
-def test_a_reference_that_does_not_know_the_text_is_told(tmp_path):
-    """To a reference that is sure and wrong everything is odd; silence would hide that nearly all is dropped."""
+def test_a_reference_that_does_not_know_the_text_gives_a_warning(tmp_path):
+    """A reference that is sure and wrong finds everything odd, so the rule drops most of the data."""
     documents, model = collect(rows(12)), tiny.model()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)  # sure of itself everywhere, for no reason
@@ -56,6 +56,6 @@ def test_a_reference_that_does_not_know_the_text_is_told(tmp_path):
     config = XTFConfig.parse({"cache_dir": str(tmp_path), "selectors": rule})
     plan = make_plan(config, documents, Provider(model), tiny.tokenizer(), progress=False)
     assert plan.selection.keep.mean() < 0.5
-    assert any("odd_tokens: fires on" in told and "may not know" in told for told in plan.warnings)
+    assert any("odd_tokens: fires on" in one and "may not know" in one for one in plan.warnings)
     calm = make_plan(config, documents, Provider(), tiny.tokenizer(), progress=False)
-    assert not any("may not know" in told for told in calm.warnings)
+    assert not any("may not know" in one for one in calm.warnings)

@@ -10,9 +10,9 @@ import pytest
 
 from tests.made_scores import KN, RI, TR
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.data import ragged as segments
+from xtf_plugin.data import ragged
 from xtf_plugin.data.ragged import Layout
-from xtf_plugin.selection import rules as firing
+from xtf_plugin.selection import rules
 from xtf_plugin.selection.otsu import multi_otsu
 
 NAN = float("nan")
@@ -27,7 +27,7 @@ def fire(name, documents, counts=None, **settings):
     """Evaluate the score of one slot."""
     values = np.concatenate([np.asarray(d, dtype=np.float32) for d in documents])
     config = XTFConfig.parse({name: settings}).scores[name]
-    return firing.evaluate(name, values, layout_of(documents, counts), config)
+    return rules.evaluate(name, values, layout_of(documents, counts), config)
 
 
 def averaged(document, window):
@@ -113,7 +113,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "settings"), CASES)
 @pytest.mark.parametrize("chunk", [1 << 17, 25])
 def test_every_rule_equals_a_loop_over_documents(monkeypatch, name, settings, chunk):
-    monkeypatch.setattr(segments, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(ragged, "CHUNK_TOKENS", chunk)
     rng = np.random.default_rng(7)
     documents = []
     for length in [30, 0, 1, 17, 2, 64, 5, 0, 40, 3, 0]:
@@ -132,7 +132,7 @@ def test_every_rule_equals_a_loop_over_documents(monkeypatch, name, settings, ch
 def test_fence_by_hand_and_strictly_below():
     scores = [1.0, 10, 11, 12, 13]  # Q1 = 10, Q3 = 12, fence = 8 for k = 1
     found = fire(RI, [scores, [8.0, 10, 11, 12, 13]], drop={"fence": 1.0})
-    assert found.mask.tolist() == [True] + [False] * 9, "a score on the fence stays"
+    assert found.mask.tolist() == [True] + [False] * 9, "a score on the fence is kept"
     assert found.thresholds["drops"] == {"below": {"median": 8.0, "min": 8.0, "max": 8.0}}
     assert found.thresholds["rule"] == {"fence": 1.0}
 
@@ -143,7 +143,7 @@ def test_log_fence_survives_scores_of_zero():
     assert found.warnings == []
 
 
-def test_document_quantile_is_an_exact_count_and_the_earliest_of_equals_go():
+def test_document_quantile_is_an_exact_count_and_the_earliest_of_equals_are_dropped():
     found = fire(RI, [[3.0, 1, 1, 1, NAN, 2, 9, 9, 9, 9, 9]], drop={"quantile": 0.25})
     assert np.flatnonzero(found.mask).tolist() == [1, 2], "floor(0.25 * 10 defined) = 2"
     assert fire(RI, [[0.0, -0.0, 1, 1]], drop={"quantile": 0.25}).mask.tolist() == [True, False, False, False]
@@ -155,7 +155,7 @@ def test_novelty_thresholds_are_strict_probabilities():
     assert fire(KN, [logprobs], drop={"unknown_below": 0.05}).mask.tolist() == [False] * 4 + [True]
     one_over_e = math.exp(-1)  # its logarithm is exact
     for drop in ({"known_above": one_over_e}, {"unknown_below": one_over_e}):
-        assert fire(KN, [[-1.0, -0.9, -1.1]], drop=drop).mask.sum() == 1, "a probability on the threshold stays"
+        assert fire(KN, [[-1.0, -0.9, -1.1]], drop=drop).mask.sum() == 1, "a probability on the threshold is kept"
     both = fire(KN, [logprobs], drop={"known_above": 0.95, "unknown_below": 0.05})
     assert both.mask.tolist() == [False, False, True, True, True]
     assert both.thresholds["drops"] == pytest.approx({"below": 0.05, "above": 0.95})
@@ -220,7 +220,7 @@ def test_undefined_scores_never_fire_and_infinite_ones_are_counted():
 def test_the_input_is_left_alone():
     values = np.asarray([math.inf, 1.0, 0.2], dtype=np.float32)
     config = XTFConfig.parse({RI: {"drop": {"below": 0.5}, "window": 3}}).reasoning_importance
-    firing.evaluate(RI, values, layout_of([values]), config)
+    rules.evaluate(RI, values, layout_of([values]), config)
     assert math.isinf(values[0])
 
 
@@ -234,7 +234,7 @@ def test_quantiles_equal_numpys_to_the_last_bit(weighted):
     q = [0.0, 0.05, 0.25, 0.5, 0.777, 1.0]
     everything = np.concatenate([np.tile(d, c) for d, c in zip(documents, counts, strict=True)]).astype(np.float64)
     expected = np.quantile(everything[~np.isnan(everything)], q)
-    np.testing.assert_array_equal(segments.dataset_quantiles(flat, layout, q), expected)
-    per_document = segments.document_quantiles(flat, layout, q)
+    np.testing.assert_array_equal(ragged.dataset_quantiles(flat, layout, q), expected)
+    per_document = ragged.document_quantiles(flat, layout, q)
     for column, document in zip(per_document.T, documents, strict=True):
         np.testing.assert_array_equal(column, np.quantile(document[~np.isnan(document)].astype(np.float64), q))

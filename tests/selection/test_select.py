@@ -1,4 +1,4 @@
-"""From fired rules to keep flags and reasons: combine, force, protection, control, floor; and what must not matter."""
+"""From fired rules to keep flags and reasons: combine, force, protection, control, floor; independence of order."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.made_scores import ALL_ON, KN, RI, TR, scores_of, taken, with_scores
+from tests.made_scores import ALL_OFF, ALL_ON, KN, RI, TR, scores_of, taken, with_scores
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.data import ragged as segments
+from xtf_plugin.data import ragged
 from xtf_plugin.errors import XTFError
 from xtf_plugin.selection.select import BITS, CONTROL, FLOOR, FORCED, PROTECTED, reason_text, select
 
@@ -90,44 +90,54 @@ def test_force_and_protection():
     assert chosen.reasons.tolist() == [FORCED, REASONING, PROTECTED, REASONING | PROTECTED, 0]
 
 
-def test_floor_brings_back_the_most_novel():
-    scores = from_bits(*[REASONING] * 4)
-    scores.logprobs[:] = [-1.0, -3.0, NAN, -2.0]
-    for min_kept, kept in [(0, []), (1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]:
-        chosen = select(scores, config(min_kept=min_kept))
-        assert np.flatnonzero(chosen.keep).tolist() == kept
-        assert np.flatnonzero(chosen.reasons & FLOOR).tolist() == kept
+@pytest.mark.parametrize("name", [RI, KN, TR, "first"])
+def test_floor_keeps_what_the_first_score_rates_highest(name):
+    """Whatever the score is called: a slot with a scorer that finds noise must not rescue the worst noise."""
+    part = {"scorer": "typicality", "drop": {"below": 9}}
+    scores = with_scores(from_bits(*[0] * 5), **{name: [2, 7, NAN, 5, 7], "second": [1, 0, 9, 0, 0]})
+    scores = replace(scores, logprobs=np.float32([-1, -3, -1, -2, -2]))
+    block = {name: part} if name in ALL_ON else {"selectors": {name: part, "second": part}}
+    for min_kept, kept in [(1, []), (2, [4]), (3, [1, 4]), (4, [1, 3, 4]), (5, [0, 1, 3, 4]), (9, [0, 1, 3, 4])]:
+        chosen = select(scores, XTFConfig.parse({"preset": "none", **block, "min_kept": min_kept}))
+        assert np.flatnonzero(chosen.reasons & FLOOR).tolist() == kept and chosen.best.tolist() == [4]
+        assert np.flatnonzero(chosen.keep).tolist() == sorted([2, *kept]), "an undefined score drops nothing"
+
+
+def test_the_floor_ranks_by_selectors_before_slots():
+    scores = with_scores(from_bits(*[REASONING] * 3), low=[1, 3, 2])
+    block = config(selectors={"low": {"scorer": "log_probability", "drop": {"below": 9}}}, min_kept=1)
+    assert select(scores, block).keep.tolist() == [False, True, False]
 
 
 def test_floor_counts_trainable_tokens_only():
     scores = from_bits(0, REASONING, REASONING, first=0)
     chosen = select(scores, config(min_kept=1))
-    assert chosen.keep.tolist() == [True, False, True], "the kept token at position 0 is never trained on"
-    protected = select(scores, config(min_kept=1), np.asarray([False, True, False]))
-    assert protected.keep.tolist() == [True, True, False], "a protected token fills the floor"
+    assert chosen.keep.tolist() == [True, True, False], "the kept token at position 0 is never trained on"
+    protected = select(scores, config(min_kept=1), np.asarray([False, False, True]))
+    assert protected.keep.tolist() == [True, False, True], "a protected token fills the floor"
 
 
 def test_floor_and_best_without_logprobs():
-    scores = from_bits(*[REASONING] * 4)
-    scores = with_scores(scores, logprobs=None, task_relevance=[0.9, 0.8, NAN, 0.9])
+    scores = with_scores(from_bits(*[REASONING] * 4), logprobs=None, task_relevance=[0.9, 0.8, NAN, 0.9])
     scores.positions[0] = 0
-    relevance = {"drop": {"below": 0.0}}  # which no score is
-    chosen = select(scores, config(knowledge_novelty=False, task_relevance=relevance, min_kept=2))
-    assert np.flatnonzero(chosen.keep).tolist() == [1, 3] and chosen.best.tolist() == [3]
-    block = config(knowledge_novelty=False, task_relevance=False, min_kept=2)
-    chosen = select(replace(scores, task_relevance=None), block)
+    relevance = {"drop": {"below": 1.0}}
+    block = config(reasoning_importance=False, knowledge_novelty=False, task_relevance=relevance, min_kept=1)
+    assert select(scores, block).best.tolist() == [3]
+    block = config(knowledge_novelty=False, task_relevance=False, min_kept=2)  # all of one reasoning importance
+    chosen = select(with_scores(scores, task_relevance=None), block)
     assert np.flatnonzero(chosen.keep).tolist() == [1, 2] and chosen.best.tolist() == [1]
 
 
-def test_best_is_the_most_novel_trainable_token():
+@pytest.mark.parametrize("name", [RI, KN, TR])
+def test_best_is_the_trainable_token_that_the_first_score_rates_highest(name):
     scores = random_scores([5, 0, 1, 9, 12], seed=3)
     scores.positions[5] = 0  # the only token of document 2
-    chosen = select(scores, config())
+    chosen = select(scores, config(**{**ALL_OFF, name: True}))
     expected = []
     for low, high in zip(scores.offsets[:-1], scores.offsets[1:], strict=True):
-        rank = [(scores.logprobs[i], i - low) for i in range(low, high) if scores.positions[i] > 0]
-        rank = [(p, i) for p, i in rank if not math.isnan(p)]
-        expected.append(min(rank)[1] if rank else -1)
+        rank = [(-chosen.seen[name][i], -scores.logprobs[i], i - low) for i in range(low, high) if scores.positions[i]]
+        rank = [(s, math.inf if math.isnan(p) else p, i) for s, p, i in rank if not math.isnan(s)]
+        expected.append(min(rank)[2] if rank else -1)
     assert chosen.best.tolist() == expected
     assert -1 in expected
 
@@ -138,7 +148,7 @@ def test_control_drops_as_many_as_the_rules_would(seed):
     protected = np.random.default_rng(seed).random(len(scores.token_ids)) < 0.2
     plain = select(scores, config(min_kept=1), protected)
     control = select(scores, config(min_kept=1, control="random", seed=5), protected)
-    layout = segments.Layout(scores.offsets, scores.counts)
+    layout = ragged.Layout(scores.offsets, scores.counts)
     np.testing.assert_array_equal(layout.count(control.keep), layout.count(plain.keep))
     assert (control.keep != plain.keep).any()
     assert control.keep[protected].all()
@@ -149,7 +159,7 @@ def test_control_drops_as_many_as_the_rules_would(seed):
     assert (other.keep != control.keep).any()
 
 
-def test_control_is_uniform_and_knows_nothing_of_the_scores():
+def test_control_is_uniform_and_independent_of_the_scores():
     documents, length = 4000, 10
     scores = random_scores([length] * documents)
     scores = replace(scores, positions=scores.positions + 1)  # every token trains
@@ -229,7 +239,7 @@ def test_chunks_do_not_matter(monkeypatch, block):
     rng = np.random.default_rng(1)
     protected, forced = rng.random((2, len(scores.token_ids))) < 0.1
     whole = select(scores, config(**block), protected, forced)
-    monkeypatch.setattr(segments, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(ragged, "CHUNK_TOKENS", 8)
     cut = select(scores, config(**block), protected, forced)
     np.testing.assert_array_equal(cut.keep, whole.keep)
     np.testing.assert_array_equal(cut.reasons, whole.reasons)
@@ -255,7 +265,7 @@ def test_everything_dropped_and_nothing_given():
 
 def test_what_does_not_fit_together_is_refused():
     scores = from_bits(0, 0)
-    with pytest.raises(XTFError, match="knowledge_novelty is on, but the documents were not scored for it"):
+    with pytest.raises(XTFError, match="knowledge_novelty is on, but the documents have no scores for it"):
         select(with_scores(scores, knowledge_novelty=None), config())
     for wrong in (with_scores(scores, task_relevance=[0.5]), replace(scores, logprobs=np.zeros(3, np.float32))):
         with pytest.raises(XTFError, match=r"(task_relevance|logprobs) has the shape \((1|3),\)"):
@@ -278,10 +288,10 @@ def test_a_selection_keeps_what_the_rules_saw():
     starts = np.asarray([0, 8, 20, 33, 51])
     block = {"preset": "none", RI: {"unit": "line"}, KN: {"window": 3}, TR: True}
     chosen = select(scores, config(**block), segments={"line": starts})
-    layout = segments.Layout(scores.offsets, scores.counts)
+    layout = ragged.Layout(scores.offsets, scores.counts)
     expected = {
-        RI: segments.segment_means(scores.values[RI], layout, starts),
-        KN: -np.expm1(segments.windowed(scores.logprobs, layout, 3)),
+        RI: ragged.segment_means(scores.values[RI], layout, starts),
+        KN: -np.expm1(ragged.windowed(scores.logprobs, layout, 3)),
         TR: scores.values[TR],
     }
     assert list(chosen.seen) == list(ALL_ON)

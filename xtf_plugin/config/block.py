@@ -1,11 +1,12 @@
-"""The `xtf:` block: the only source of its keys, defaults, presets, documentation and JSON schema.
+"""The `xtf:` block: its keys, their defaults and how a block is read.
 
-The same block stands in a TRL recipe, in `--xtf '{...}'` and in `XTFConfig(...)`. docs/config.md, the schema and the
-legal values in error messages are all derived from these models.
+The same block stands in a TRL recipe, in `--xtf '{...}'` and in `XTFConfig(...)`. docs/config.md, the JSON schema and
+the legal values in error messages are derived from these models.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -16,104 +17,62 @@ import yaml
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from ..errors import XTFUserError
-from ..fields import (
-    Block,
-    ByText,
-    Calibration,
-    Count,
-    PathText,
-    Patterns,
-    Positive,
-    Problems,
-    ReferenceConfig,
-    Whole,
-)
+from ..fields import Block, ByText, Calibration, Count, PathText, Patterns, Positive, Problems, ReferenceConfig, Whole
 from ..scorers import ScoreConfig
-from .scores import SLOTS, Selectors, Slot, selectors_over_preset, slot_over_preset
-
-# Where a preset is silent, a key has its field's default. Key by key, a block wins over its preset.
-# The default drops lines and sentences that are out of place, by how they begin; docs/evidence.md has the comparison
-# with the paper's attributes.
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {
-        "selectors": {
-            "out_of_place": {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -4.0}},
-        },
-    },
-    "none": {},  # for a block that names all of its own rules
-    "paper": {
-        "reasoning_importance": {"layers": "last", "drop": {"fence": 1.0}},
-        "knowledge_novelty": {"drop": {"known_above": 0.95}},
-        "task_relevance": {"drop": {"cluster": 2, "of": 5}},
-        "protect": {"special_tokens": False},
-        "min_kept": 0,
-    },
-    "official": {
-        "reasoning_importance": {"layers": "first", "drop": {"fence": 1.5}, "max_fraction": 0.05},
-        "knowledge_novelty": {"drop": {"known_above": 0.95}, "max_fraction": 0.05},
-        "task_relevance": {"embedding": "output", "drop": {"cluster": 2, "of": 5}, "max_fraction": 0.05},
-        "protect": {"special_tokens": False},
-        "min_kept": 0,
-    },
-}
+from .messages import explain, shown
+from .scores import PRESETS, SLOTS, Selectors, Slot, complete, over_preset
 
 
 class ProtectConfig(Block):
     """Tokens that no rule may drop."""
 
     special_tokens: StrictBool = Field(default=True, description="Keep EOS, end-of-turn and all other special tokens.")
-    patterns: Patterns = Field(
-        default=[], description="Regexes over the decoded completion; keep what overlaps a match."
-    )
+    patterns: Patterns = Field(default=[], description="Regexes over the decoded completion; matches are kept.")
 
 
 class AtLeast(Block):
-    """Drop a token when at least this many scores say so."""
+    """Drop a token if the rules of at least this many scores fire on it."""
 
     at_least: Positive = Field(description="Number of scores whose rules must fire.")
 
 
 class XTFConfig(Block):
-    """The whole block; `XTFConfig()` is what `xtf: true` means.
+    """The `xtf:` block; `XTFConfig()` equals `xtf: true`.
 
-    Built from keywords as from YAML: presets are merged in, the nested parts may be mappings or booleans, and wrong
-    values raise `XTFUserError` with every problem on a line. (Pydantic's own entrances, such as `model_validate`, raise
-    its `ValidationError` around the same text.)
+    Keywords are read as YAML is: the preset is merged in, and nested parts may be mappings or booleans.
+
+    Raises:
+        XTFUserError: wrong keys or values; the message has a line for each of them.
     """
 
     preset: Literal["default", "none", "paper", "official"] = Field(
         default="default",
         description="Settings to start from; every other key of the block wins over its preset. none: no rule at all.",
     )
-    reference: ReferenceConfig = Field(default=ReferenceConfig(), description="Whose scores decide.")
+    reference: ReferenceConfig = Field(default=ReferenceConfig(), description="Model that scores the tokens.")
     reasoning_importance: Slot = Field(
         default=False, description="What the answer's reasoning rests on; Eqs. (2) and (5) of the paper."
     )
-    knowledge_novelty: Slot = Field(
-        default=False, description="What the reference does not know yet; Eqs. (3) and (6)."
-    )
+    knowledge_novelty: Slot = Field(default=False, description="What the reference does not know; Eqs. (3) and (6).")
     task_relevance: Slot = Field(default=False, description="What belongs to the task; Eqs. (4) and (7).")
     selectors: Selectors = Field(
-        default={},
-        description="Further scores, added to the preset's: names of your choice, each with a scorer.",
+        default={}, description="Further scores, added to the preset's: names of your choice, each with a scorer."
     )
     combine: ByText[Literal["union", "intersection", "majority"], AtLeast] = Field(
-        default="union",
-        description="Of how many scores the rule must fire for a token to be dropped: any (Eq. (1)), all, most, or k.",
+        default="union", description="How many scores' rules must fire to drop a token: any (Eq. (1)), all, most, or k."
     )
     protect: ProtectConfig = Field(default=ProtectConfig(), description="What no rule may drop.")
     force_drop: Patterns = Field(
-        default=[],
-        description="Regexes over the decoded completion; tokens of a match are always dropped. Protection wins.",
+        default=[], description="Regexes over the decoded completion; matches are dropped unless protected."
     )
     min_kept: Count = Field(
         default=1,
-        description="Tokens per document that survive whatever the rules say: those that the first selector scores "
-        "highest; without selectors, the most novel. With 0, an empty batch still keeps one, counted and reported.",
+        description="Trained tokens per document that are kept whatever the rules say: those that the first score "
+        "rates highest (selectors come before slots), of equal ones the most probable. With 0, an empty batch still "
+        "keeps one, counted and reported.",
     )
     control: Literal["random"] | None = Field(
-        default=None,
-        description="random: drop as many tokens per document as the rules would, but at random; a control run.",
+        default=None, description="random: drop as many tokens of each document as the rules would, but at random."
     )
     seed: Whole = Field(default=0, description="Seed of `control: random`; nothing else is random.")
     cache_dir: PathText | None = Field(
@@ -126,33 +85,27 @@ class XTFConfig(Block):
     )
     calibration: Calibration = Field(
         default=1000,
-        description="Streamed data only: the stream's first so many documents are scored before training, and what "
-        "depends on a whole dataset (its quantiles, classes and domain) is taken from them.",
+        description="Streamed data only: this many documents are scored before training; quantiles, classes and the "
+        "domain, which depend on a dataset, are computed from them.",
     )
     report: ByText[PathText, StrictBool] = Field(
         default=True,
-        description="true: write report.html, summary.json and scores.parquet to `output_dir`/xtf; a path: to that "
-        "folder; false: none of them.",
+        description="true: write report.html, summary.json and scores.parquet to `output_dir`/xtf; a path: there.",
     )
-    dry_run: StrictBool = Field(
-        default=False, description="Score, report, then end the run before the first optimizer step."
-    )
+    dry_run: StrictBool = Field(default=False, description="Score, report, then end the run before the first step.")
 
     def __init__(self, /, **block: Any) -> None:
-        """Validate the keys of a block; see the class."""
         try:
             super().__init__(**over_preset(plain(block)))
         except ValidationError as error:
-            from .messages import explain
-
-            raise XTFUserError(explain(error)) from None
+            raise XTFUserError(explain(error, _schema())) from None
 
     @classmethod
     def parse(cls, value: XTFConfig | Mapping[str, Any] | str | bool | None) -> XTFConfig | None:
-        """Read what stands under `xtf:`, or after `--xtf`; the input is left as it is.
+        """Read the value of `xtf:`, or the text after `--xtf`; the input is not changed.
 
-        Equals `XTFConfig(**value)` for a mapping. True is the defaults; None and False are None: no filtering. Text is
-        read as JSON, else as YAML, of one of these. An XTFConfig is returned as it is.
+        Equals `XTFConfig(**value)` for a mapping. True gives the defaults, None and False give None: no filtering. Text
+        is read as JSON, else as YAML. An XTFConfig is returned as it is.
 
         Raises:
             XTFUserError: anything else, or a block with wrong keys or values; the message has a line for each of them.
@@ -164,8 +117,6 @@ class XTFConfig(Block):
         if value is None or value is False:
             return None
         if value is not True and not isinstance(value, Mapping):
-            from .messages import shown
-
             hint = f" For the preset write {{preset: {value}}}." if isinstance(value, str) and value in PRESETS else ""
             raise XTFUserError(
                 f"xtf: {shown(value)} is not a block.{hint} Legal: a mapping of settings, true (the defaults) or false "
@@ -175,15 +126,14 @@ class XTFConfig(Block):
 
     @property
     def scores(self) -> dict[str, ScoreConfig]:
-        """Every score that is on, by name: the slots in the order of `SLOTS`, then selectors as the block has them."""
+        """The scores that are on, by name: slots in the order of `SLOTS`, then selectors in the order of the block."""
         slots = {name: part for name in SLOTS if isinstance(part := getattr(self, name), ScoreConfig)}
         return {**slots, **self.selectors}
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as plain JSON values; `XTFConfig.parse` turns it back into an equal config.
 
-        A selector of the preset that is off is written as false. The key is left out where it would be empty, as in
-        configs that were written before there were selectors.
+        A selector of the preset that is off is written as false. Without selectors the key is left out.
         """
         settings = self.model_dump(mode="json")
         off = PRESETS[self.preset].get("selectors", {}).keys() - self.selectors.keys()
@@ -193,73 +143,47 @@ class XTFConfig(Block):
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """JSON schema (2020-12) of what may stand under `xtf:`, the booleans included."""
-        from .messages import complete
-
         return complete(cls.model_json_schema())
 
     def resolved_cache_dir(self) -> Path:
         """Where scores are kept: `cache_dir`, else $XTF_CACHE, else the platform's user cache folder. Not created."""
-        chosen = self.cache_dir or os.environ.get("XTF_CACHE")
-        if chosen:
-            return Path(os.path.expanduser(chosen))
         from platformdirs import user_cache_dir
 
-        return Path(user_cache_dir("xtf-plugin"))
+        chosen = self.cache_dir or os.environ.get("XTF_CACHE")
+        return Path(os.path.expanduser(chosen) if chosen else user_cache_dir("xtf-plugin"))
 
     @model_validator(mode="after")
-    def _something_can_go(self) -> XTFConfig:
-        """Refuse a block that could drop nothing, or that asks for more votes than it has scores."""
+    def _can_drop(self) -> XTFConfig:
+        """Refuse a block that could drop nothing, or that needs more scores than it has."""
         number = len(self.scores)
         problems: list[tuple[str, Any, str]] = []
         if not number and not self.force_drop:
-            why = (
-                "is empty, every attribute is off and there is no selector, so nothing could be dropped; switch one "
-                "on, add a selector, or write xtf: false"
-            )
+            why = "is empty and every score is off, so nothing could be dropped; switch a score on, or write xtf: false"
             problems.append(("force_drop", self.force_drop, why))
             if self.control is not None:
-                problems.append(("control", self.control, "has no drop rate to match; switch an attribute on"))
+                problems.append(("control", self.control, "has no drop rate to match; switch a score on"))
         if isinstance(self.combine, AtLeast) and self.combine.at_least > number:
-            why = f"is more than there are scores ({number}); lower it, switch an attribute on or add a selector"
+            why = f"is more than there are scores ({number}); lower it, or switch a score on"
             problems.append(("combine.at_least", self.combine.at_least, why))
         if problems:
             raise Problems(*problems)
         return self
 
 
-def over_preset(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The block over its preset: mappings key by key, `drop` as a whole; `true` keeps a slot as the preset has it."""
-    name = block.get("preset", "default")
-    preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
-    merged = {**preset, **block}
-    for key in ("reference", "protect"):
-        if isinstance(given := merged.get(key), Mapping):
-            merged[key] = {**preset.get(key, {}), **given}
-    for key in SLOTS:
-        if key in merged:
-            merged[key] = slot_over_preset(key, merged[key], preset.get(key))
-    if "selectors" in block:
-        merged["selectors"] = selectors_over_preset(block["selectors"], preset.get("selectors", {}))
-    return merged
+@functools.cache
+def _schema() -> dict[str, Any]:
+    return XTFConfig.json_schema()
 
 
 def plain(value: Any, depth: int = 5) -> Any:
-    """Mappings of any kind as dicts with text keys, as deep as a block goes (YAML aliases can make one endless)."""
+    """Mappings as dicts with text keys, to the depth of a block (a YAML alias can make a mapping contain itself)."""
     if not isinstance(value, Mapping) or depth == 0:
         return value
-    return {key_text(key): plain(item, depth - 1) for key, item in value.items()}
-
-
-def key_text(key: Any) -> str:
-    """`str(key)`, also of whole numbers with more digits than Python writes out."""
-    try:
-        return str(key)
-    except ValueError:
-        return f"{key:#x}"[:20] + "..." if isinstance(key, int) else f"<{type(key).__name__}>"
+    return {key if isinstance(key, str) else shown(key): plain(item, depth - 1) for key, item in value.items()}
 
 
 def read(text: str) -> Any:
-    """JSON or YAML text as a value; empty text is refused, because it would switch the filter off in silence."""
+    """JSON or YAML text as a value; empty text is refused, because it would switch the filter off without a warning."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

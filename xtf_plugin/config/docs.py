@@ -1,6 +1,6 @@
-"""docs/config.md, written from the models of the `xtf:` block.
+"""Writes docs/config.md from the models of the `xtf:` block.
 
-`python -m xtf_plugin.config.docs` writes the page; with `--check` it fails if the page is not current.
+`python -m xtf_plugin.config.docs` writes the page; with `--check` it fails if the page is out of date.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..scorers import ScoreConfig
-from .block import PRESETS, XTFConfig
+from .block import XTFConfig
 from .messages import Schema, legal, mapping, sections, shown
-from .scores import SLOTS, schemas
+from .scores import PRESETS, SLOTS, schemas
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 _HEADER = """<!-- Generated from xtf_plugin/config by `python -m xtf_plugin.config.docs`. Edit that. -->
@@ -23,19 +23,19 @@ _HEADER = """<!-- Generated from xtf_plugin/config by `python -m xtf_plugin.conf
 The same block stands in a recipe, in `XTFConfig(...)`, and as JSON or YAML text after `--xtf`. `xtf: true` or `xtf: {}`
 takes the `default` preset; `xtf: false`, or no block, is stock training. Unknown keys are refused.
 
-A *score* gives one number to every completion token, and its rule drops tokens of low numbers. Three scores have a slot
-of their own: `reasoning_importance`, `knowledge_novelty` and `task_relevance`. A slot takes a mapping, `true` (on, as
-the preset has it, else with the defaults of its scorer) or `false` (off: neither scored nor used). `selectors` holds
-further scores by names of your choice; they are added to the preset's. `false` in place of a selector takes one of the
-preset's out, `selectors: false` all of them. A `drop` mapping holds exactly one rule and replaces the preset's rule as
-a whole.
+A *score* gives one number to every completion token, and its rule drops tokens with low numbers. Three scores have a
+slot: `reasoning_importance`, `knowledge_novelty` and `task_relevance`. A slot takes a mapping, `true` (on, as in the
+preset, else with the defaults of its scorer) or `false` (off: neither scored nor used). `selectors` holds further
+scores under names of your choice and adds them to the preset's. `false` as a selector removes one of the preset's,
+`selectors: false` removes all of them. Keys that a score does not set come from the preset's score of that name, if
+both use the same scorer. A `drop` mapping holds exactly one rule and replaces the preset's rule.
 """
-_SCORE = """All scores share these keys; the sections after this one list what a scorer adds or changes. A slot without
-`scorer` has the paper's: """
+_SCORE = """All scores share these keys; the sections after this one list the keys that a scorer adds or changes. A slot
+without `scorer` has the paper's: """
 
 
 def render_markdown() -> str:
-    """docs/config.md: a table per part of the block and per scorer, and what the presets set."""
+    """The page: a table per part of the block and per scorer, and the settings of the presets."""
     root = XTFConfig.json_schema()
     parts = [_HEADER]
     for path, section in sections(root):
@@ -58,12 +58,10 @@ def render_markdown() -> str:
 
 
 def _section(title: str, section: Schema, root: Schema, about: str = "") -> str:
-    """A heading, what the part is, and a table of its keys."""
+    """A heading, a description and a table of the keys."""
     about = about or ("" if title == "xtf" else section.get("description", "").splitlines()[0])
-    rows = [
-        [f"`{key}`", _default(schema, root), legal(schema, root), schema.get("description", "")]
-        for key, schema in section["properties"].items()
-    ]
+    keys = section["properties"].items()
+    rows = [[f"`{key}`", _default(one, root), legal(one, root), one.get("description", "")] for key, one in keys]
     heading = {"xtf": "Top level", "A score": "A score"}.get(title, f"`{title}`")
     table = "" if not rows else _table(["key", "default", "legal values", "meaning"], rows)
     return f"## {heading}\n\n{about}{chr(10) * 2 if about else ''}{table}"
@@ -78,15 +76,11 @@ def _default(schema: Schema, root: Schema) -> str:
 
 
 def _preset_rows() -> list[list[str]]:
-    """A row for each key that some preset sets; the others show the default."""
-    defaults = {name: field.default for name, field in XTFConfig.model_fields.items()}
-    settings = {name: dict(_flat(preset)) for name, preset in PRESETS.items()}
-    rows = []
-    for key in dict.fromkeys(key for preset in settings.values() for key in preset):
-        part = defaults[key.split(".")[0]]
-        usual = getattr(part, key.split(".")[-1], "") if "." in key else part
-        rows.append([f"`{key}`", *(_code(preset.get(key, usual)) for preset in settings.values())])
-    return rows
+    """A row for each key that some preset sets; presets that do not set it show the default."""
+    defaults = dict(_flat(XTFConfig.model_construct().model_dump()))
+    settings = {name: {**defaults, **dict(_flat(preset))} for name, preset in PRESETS.items()}
+    keys = dict.fromkeys(key for preset in PRESETS.values() for key, _ in _flat(preset))
+    return [[f"`{key}`", *(_code(preset.get(key, "")) for preset in settings.values())] for key in keys]
 
 
 def _code(value: Any) -> str:
@@ -113,7 +107,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> str | None:
-    """Write docs/config.md; with `--check`, return a message if it is not what would be written."""
+    """Write docs/config.md; with `--check`, return a message if it is out of date."""
     if list(arguments) not in ([], ["--check"]):
         return "usage: python -m xtf_plugin.config.docs [--check]"
     if not PAGE.parent.is_dir():
@@ -121,7 +115,7 @@ def main(arguments: Sequence[str]) -> str | None:
     if not arguments:
         PAGE.write_text(render_markdown(), encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != render_markdown():
-        return f"{PAGE} is stale. Run: python -m xtf_plugin.config.docs"
+        return f"{PAGE} is out of date. Run: python -m xtf_plugin.config.docs"
     return None
 
 

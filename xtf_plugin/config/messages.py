@@ -1,12 +1,11 @@
 """Error messages of the `xtf:` block: dotted key, value, what is wrong, the legal values.
 
-Legal values are read off the JSON schema of the models, so a key, a bound or a default is written once.
+Legal values come from the JSON schema of the models, so that each is written once.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,8 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..fields import TAGS, Problems
-from .block import XTFConfig
-from .scores import MOST, PartProblems, completed
+from .scores import MOST, PartProblems
 
 Schema = Mapping[str, Any]
 _NEXT = "See docs/config.md, or run `xtf check --schema`."
@@ -23,19 +21,8 @@ _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 _TEXTS = {"path": "path", "file-path": "path of a text file", "regex": "regular expression"}
 
 
-def complete(schema: dict[str, Any]) -> dict[str, Any]:
-    """Add what is read before the models see a block: `true`, `false` and null in its place, and parts by scorer."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **completed(schema),
-        "title": "The xtf: block",
-        "description": "A mapping of settings; true: the defaults; false or null: off.",
-        "type": ["object", "boolean", "null"],
-    }
-
-
 def _options(schema: Schema, root: Schema) -> list[Schema]:
-    """The alternatives a schema offers, with references followed and nested unions flattened."""
+    """The alternatives of a schema, with references resolved and nested unions flattened."""
     if "$ref" in schema:
         return _options(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
     choices = schema.get("oneOf") or (schema.get("anyOf") if "properties" not in schema else None)
@@ -45,7 +32,7 @@ def _options(schema: Schema, root: Schema) -> list[Schema]:
 
 
 def mapping(schema: Schema, root: Schema) -> Schema | None:
-    """The alternative that is a mapping with keys, None if there is none."""
+    """The alternative that is a mapping with fixed keys, or None."""
     return next((option for option in _options(schema, root) if "properties" in option), None)
 
 
@@ -84,7 +71,7 @@ def _legal_mapping(schema: Schema, root: Schema) -> str:
 
 
 class _Short(reprlib.Repr):
-    """`reprlib` with longer texts, and with whole numbers of more digits than Python writes out."""
+    """`reprlib` with longer texts, and long whole numbers, which `repr` refuses, in hexadecimal and cut."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,14 +93,9 @@ def shown(value: Any, quote: bool = True) -> str:
     return " ".join(_SHORT.repr(value).split())
 
 
-@functools.cache
-def _root() -> Schema:
-    return XTFConfig.json_schema()
-
-
-def explain(error: ValidationError) -> str:
-    """One message, a line for every problem (dotted key, value, what is wrong, the legal values), then what to do."""
-    lines = list(dict.fromkeys(line for found in error.errors(include_url=False) for line in _lines(found, _root())))
+def explain(error: ValidationError, root: Schema) -> str:
+    """The message of an error: a line for each problem (dotted key, value, problem, legal values) and the next step."""
+    lines = list(dict.fromkeys(line for found in error.errors(include_url=False) for line in _lines(found, root)))
     if len(lines) == 1:
         return f"{lines[0]} {_NEXT}"
     return "\n".join([f"the xtf: block has {len(lines)} problems:", *(f"  {line}" for line in lines), _NEXT])
@@ -122,7 +104,7 @@ def explain(error: ValidationError) -> str:
 def _lines(found: Mapping[str, Any], root: Schema, start: str = "xtf") -> Iterator[str]:
     kind, value = found["type"], found["input"]
     keys = found["loc"]
-    unknown = keys[-1:] if kind == "extra_forbidden" else ()  # may look like a tag, and must be named all the same
+    unknown = keys[-1:] if kind == "extra_forbidden" else ()  # to be named even if it looks like a tag
     location = [*(key for key in keys[: len(keys) - len(unknown)] if key not in TAGS), *unknown]
     path, parent, schema = _follow(location, root, start)
     cause = found.get("ctx", {}).get("error")
@@ -143,7 +125,7 @@ def _lines(found: Mapping[str, Any], root: Schema, start: str = "xtf") -> Iterat
 
 
 def _follow(location: Sequence[str | int], root: Schema, start: str) -> tuple[str, Schema, Schema]:
-    """Dotted path, schema of the mapping that holds the last key, schema of the value; both empty once unknown."""
+    """Dotted path, schema of the mapping that holds the last key, schema of the value; empty if unknown."""
     path, parent, schema = start, root, root
     for key in location:
         if isinstance(key, int):
@@ -157,7 +139,7 @@ def _follow(location: Sequence[str | int], root: Schema, start: str) -> tuple[st
 
 
 def _values(schema: Schema, root: Schema) -> Schema:
-    """What a mapping with names of the user's choice holds; empty for any other."""
+    """Schema of the values of a mapping whose names the user chooses; empty for any other."""
     found = (option.get("additionalProperties") for option in _options(schema, root))
     return next((values for values in found if isinstance(values, dict)), {})
 
@@ -176,15 +158,12 @@ def _nearest_key(key: str, parent: Schema, root: Schema) -> str:
     keys = list(parent["properties"])
     homes = [path for path, section in sections(root) if key in section["properties"] and section is not parent]
     near = _nearest(key, keys)
-    if homes:
-        hint = f"It belongs under {' or '.join(homes)}. "
-    else:
-        hint = f"Did you mean {near}? " if near else ""
+    hint = f"It belongs under {' or '.join(homes)}. " if homes else f"Did you mean {near}? " if near else ""
     return f"{hint}Legal keys: {', '.join(keys)}."
 
 
 def sections(root: Schema, path: str = "xtf", section: Schema | None = None) -> Iterator[tuple[str, Schema]]:
-    """Every mapping of the block with its dotted path, each before those inside it."""
+    """Every mapping of the block with its dotted path, outer ones first."""
     section = section or root
     yield path, section
     for key, schema in section["properties"].items():

@@ -1,7 +1,8 @@
-"""The scores of a block: three named slots and selectors, each a scorer with its keys and a rule.
+"""The scores of a block: three named slots and selectors, each a scorer with its keys and a rule; and the presets.
 
 Which keys a score takes depends on its scorer: the registry gives the scorer's config class, and that class checks the
-part. Errors of a part are kept together with their class, so that `messages` can explain them from its schema.
+score's part of the block. Errors of a part are kept together with its class, so that `messages` can explain them from
+the schema of the class.
 """
 
 from __future__ import annotations
@@ -23,10 +24,30 @@ SLOTS = {
     "knowledge_novelty": "novelty",
     "task_relevance": "embedding_similarity",
 }
+# Where a preset sets no value, a key has its field's default. docs/evidence.md compares `default` with `paper`.
+_OUT_OF_PLACE = {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -4.0}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"selectors": {"out_of_place": _OUT_OF_PLACE}},
+    "none": {},  # for a block that names all of its own rules
+    "paper": {
+        "reasoning_importance": {"layers": "last", "drop": {"fence": 1.0}},
+        "knowledge_novelty": {"drop": {"known_above": 0.95}},
+        "task_relevance": {"drop": {"cluster": 2, "of": 5}},
+        "protect": {"special_tokens": False},
+        "min_kept": 0,
+    },
+    "official": {
+        "reasoning_importance": {"layers": "first", "drop": {"fence": 1.5}, "max_fraction": 0.05},
+        "knowledge_novelty": {"drop": {"known_above": 0.95}, "max_fraction": 0.05},
+        "task_relevance": {"embedding": "output", "drop": {"cluster": 2, "of": 5}, "max_fraction": 0.05},
+        "protect": {"special_tokens": False},
+        "min_kept": 0,
+    },
+}
 MOST = 8  # selectors
 SWITCH = {"const": False, "type": "boolean"}
 NAME = re.compile(r"[a-z][a-z0-9_]*")
-# What a reason, a metric or a column of the score table is called already.
+# Names that reasons, metrics or columns of the score table already have.
 RESERVED = frozenset(
     "row document position token_id token kept reason protected forced log_probability floor control".split()
 ) | set(SLOTS)
@@ -40,22 +61,8 @@ class PartProblems(ValueError):
         self.model, self.error = model, error
 
 
-class NothingToTakeOut:
-    """Stands for a `false` under a name that the preset does not have, so that the message can say which it has."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-
-    def __repr__(self) -> str:
-        """What the user wrote."""
-        return "false"
-
-
 def _part(value: Any, default: str | None = None) -> ScoreConfig:
     """A part of the block, checked by the config class of the scorer that it names, or of `default`."""
-    if isinstance(value, NothingToTakeOut):
-        has = f"has {', '.join(value.names)}" if value.names else "has no selector"
-        raise ValueError(f"takes a selector of the preset out, but that {has}; remove the key or correct its name")
     if isinstance(value, ScoreConfig):
         value = value.model_dump()
     if not isinstance(value, Mapping):
@@ -77,14 +84,16 @@ def _part(value: Any, default: str | None = None) -> ScoreConfig:
 def _slot(value: Any, _: Any, info: ValidationInfo) -> Any:
     if value is False:
         return False
-    if value is True:
-        value = {}
-    if not isinstance(value, Mapping | ScoreConfig):
+    if value is not True and not isinstance(value, Mapping | ScoreConfig):
         raise ValueError("is neither a mapping nor true or false")
-    return _part(value, SLOTS[str(info.field_name)])
+    return _part({} if value is True else value, SLOTS[str(info.field_name)])
 
 
-def _selector(value: Any, _: Any) -> ScoreConfig:
+def _selector(value: Any, _: Any, info: ValidationInfo) -> ScoreConfig:
+    if value is False:  # `over_preset` has removed those that the preset has
+        names = PRESETS.get(info.data.get("preset", ""), {}).get("selectors", {})
+        has = f"has {', '.join(names)}" if names else "has no selector"
+        raise ValueError(f"takes a selector of the preset out, but that {has}; remove the key or correct its name")
     return _part(value)
 
 
@@ -117,45 +126,45 @@ Selectors = Annotated[
 ]
 
 
-def slot_over_preset(name: str, given: Any, preset: Any) -> Any:
-    """A slot of the block over the preset's: key by key where both use the same scorer, else as given."""
-    base = preset or {}  # off in the preset: what is given stands alone
-    if given is True:
-        return base or True
-    if not isinstance(given, Mapping):
-        return given
-    same = given.get("scorer", SLOTS[name]) == base.get("scorer", SLOTS[name]) or "scorer" not in given
-    return {**base, **given} if same else given
+def over_preset(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The block over its preset.
 
-
-def selectors_over_preset(given: Any, preset: Mapping[str, Any]) -> Any:
-    """The block's selectors over the preset's: by name, and key by key where both use the same scorer.
-
-    `false` takes one of the preset's out; `selectors: false` takes out all of them.
+    `reference`, `protect` and `selectors` are merged key by key, and so is a score whose scorer is the preset's; its
+    `drop` is one value. A score with another scorer takes nothing of the preset. `true` keeps a slot as the preset has
+    it, `false` takes a selector of the preset out, `selectors: false` takes out all of them.
     """
-    if given is False:
-        return {}
-    if not isinstance(given, Mapping):
-        return given
-    merged = {name: preset.get(name) for name in (*given, *preset)}  # the block's order, then what it does not name
-    for name, part in given.items():
-        base = preset.get(name)
-        if part is False:
-            merged[name] = NothingToTakeOut(tuple(preset))
-            if base is not None:
-                del merged[name]
-        elif isinstance(part, Mapping) and base is not None and part.get("scorer", base["scorer"]) == base["scorer"]:
-            merged[name] = {**base, **part}
-        else:
-            merged[name] = part
+    name = block.get("preset", "default")
+    preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
+    merged = {**preset, **block}
+    for key in ("reference", "protect"):
+        if isinstance(given := merged.get(key), Mapping):
+            merged[key] = {**preset.get(key, {}), **given}
+    for key in SLOTS.keys() & block.keys():
+        base = preset.get(key)
+        merged[key] = (base or True) if block[key] is True else _over(block[key], base, SLOTS[key])
+    if isinstance(given := block.get("selectors"), Mapping):
+        base = preset.get("selectors", {})
+        names = dict.fromkeys((*given, *base))  # the block's order, then those that it does not name
+        parts = {name: _over(given.get(name, {}), base.get(name)) for name in names}
+        merged["selectors"] = {name: part for name, part in parts.items() if part is not False or name not in base}
+    elif given is False:
+        merged["selectors"] = {}
     return merged
 
 
+def _over(given: Any, base: Mapping[str, Any] | None, usual: str | None = None) -> Any:
+    """A score of the block over the preset's: key by key where both use the same scorer, else as given."""
+    if base is None or not isinstance(given, Mapping):
+        return given
+    usual = base.get("scorer", usual)
+    return {**base, **given} if given.get("scorer", usual) == usual else given
+
+
 def check_streamed(scores: Mapping[str, ScoreConfig]) -> None:
-    """Refuse, by name, scores that cannot be had of streamed data.
+    """Refuse scores that cannot be computed for streamed data.
 
     Raises:
-        XTFUserError: a scorer needs the whole dataset, or has a reference of its own.
+        XTFUserError: a scorer needs the whole dataset, or has a reference of its own; names the score.
     """
     for name, part in scores.items():
         scorer = registry.find(part.scorer)
@@ -174,39 +183,34 @@ def check_streamed(scores: Mapping[str, ScoreConfig]) -> None:
 
 def schemas() -> dict[str, dict[str, Any]]:
     """JSON schema of each built-in scorer's part, by scorer name, with definitions of its own."""
-    return {name: _with_const(name, scorer.Config.model_json_schema()) for name, scorer in registry.BUILTIN.items()}
+    made = {name: scorer.Config.model_json_schema() for name, scorer in registry.BUILTIN.items()}
+    for name, schema in made.items():
+        schema["properties"]["scorer"]["const"] = name
+    return made
 
 
-def _with_const(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    own = {**schema["properties"]["scorer"], "const": name}
-    return {**schema, "properties": {**schema["properties"], "scorer": own}}
+def complete(schema: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of the block's model, plus what is read before the model checks a block.
 
-
-def completed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The block's schema with what a score may hold: the common keys, and by scorer the built-in ones' own.
-
-    Scores of other packages' scorers are checked for the common keys alone; their keys are known once they are loaded.
+    That is `true`, `false` and null in place of the block, switches in place of scores, and the keys of a score by its
+    scorer. Scores of other packages' scorers are checked for the common keys alone.
     """
-    definitions = dict(schema["$defs"])
+    definitions, parts = dict(schema["$defs"]), schemas()
     common = definitions.pop("ScoreConfig")
-    cases = {}
-    for name, part in schemas().items():
-        definitions |= part.pop("$defs")
-        definitions[part["title"]] = part
-        cases[name] = {"$ref": f"#/$defs/{part['title']}"}
+    for part in parts.values():
+        definitions |= {**part.pop("$defs"), part["title"]: part}
     # not required: beside a preset a part may change single keys of the preset's score
     loose = {key: value for key, value in common.items() if key not in ("additionalProperties", "required")}
 
     def part_of(default: str | None) -> dict[str, Any]:
         """What a slot with this default scorer, or a selector, may hold."""
-        keys = loose["properties"]
+        keys, tests = loose["properties"], []
         if default is not None:
-            keys = definitions[cases[default]["$ref"].rpartition("/")[2]]["properties"]
-            keys = {**keys, "scorer": {**loose["properties"]["scorer"], "default": default}}
-        tests = []
-        for name, case in cases.items():
+            keys = {**parts[default]["properties"], "scorer": {**keys["scorer"], "default": default}}
+        for name, part in parts.items():
             test: dict[str, Any] = {"properties": {"scorer": {"const": name}}}
-            tests.append({"if": test if name == default else {**test, "required": ["scorer"]}, "then": case})
+            test |= {} if name == default else {"required": ["scorer"]}
+            tests.append({"if": test, "then": {"$ref": f"#/$defs/{part['title']}"}})
         return {**loose, "properties": keys, "allOf": tests}
 
     properties = dict(schema["properties"])
@@ -216,4 +220,12 @@ def completed(schema: dict[str, Any]) -> dict[str, Any]:
     for name, default in SLOTS.items():
         about = {key: properties[name][key] for key in ("description", "default")}
         properties[name] = {**about, "oneOf": [part_of(default), {"type": "boolean"}]}
-    return {**schema, "$defs": definitions, "properties": properties}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "$defs": definitions,
+        "properties": properties,
+        "title": "The xtf: block",
+        "description": "A mapping of settings; true: the defaults; false or null: off.",
+        "type": ["object", "boolean", "null"],
+    }

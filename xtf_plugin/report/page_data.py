@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config.block import PRESETS, XTFConfig
+from ..config.block import XTFConfig
+from ..config.scores import PRESETS
 from ..data.token_text import characters
 from ..report import whatif
 from ..selection.select import DECISIONS, rule_bits

@@ -1,4 +1,4 @@
-"""Reasoning importance as the paper has it: the attention that a token receives from later tokens, Eq. (2)."""
+"""Reasoning importance as in the paper: the attention that a token receives from later tokens, Eq. (2)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from ..fields import Drop, Layers
 from .base import ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
-    from .base import Floats
+    from ..data.ragged import Floats
 
 
 class AttentionReceivedConfig(ScoreConfig):
     """Scorer `attention_received`: the mean attention from later tokens; 1.0 is uniform attention."""
 
     layers: Layers = Field(
-        default="all",
-        description="Layers whose attention is averaged. Numbers count from 0; negative ones, from the last.",
+        default="all", description="Layers whose attention is averaged; numbers count from 0, negative from the last."
     )
     drop: Drop = Field(default=Drop(quantile=0.05), description="Which tokens are dropped: exactly one rule.")
     scope: Literal["document", "dataset"] = Field(
-        default="document",
-        description="Whose quantiles a fence or a quantile uses: each document's own, or the dataset's.",
+        default="document", description="Whose quantiles a fence or a quantile uses: the document's, or the dataset's."
     )
 
 

@@ -1,7 +1,7 @@
 """The interface of a scorer: a config, a function from documents to one score per completion token, and its context.
 
-Other packages depend on this module, so it is small. A scorer returns numbers; unit, window, rule, cap, protection,
-`min_kept` and report are the same for all scores. Imports no torch, so that a block is validated without it.
+Other packages depend on this module. A scorer returns numbers; unit, window, rule, cap, protection, `min_kept` and
+report are the same for all scores. Imports no torch, so that a block is validated without it.
 """
 
 from __future__ import annotations
@@ -19,49 +19,40 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..data.documents import DocumentSet
-
-    Floats = NDArray[np.float32]
-    Bools = NDArray[np.bool_]
-    Ints = NDArray[np.int64]
+    from ..data.ragged import Bools, Floats, Ints
 
 T = TypeVar("T", bound="np.generic")
 
 
 class ScoreConfig(Block):
-    """A score: a scorer with its own keys, the unit that is judged as a whole, and the rule that drops.
-
-    A scorer with keys of its own derives from this class and adds them as fields.
-    """
+    """A score: a scorer, the unit that gets one number, and the rule; scorers derive from it to add keys as fields."""
 
     scorer: Name = Field(description="Name of a registered scorer.")
     drop: Drop = Field(description="Which tokens are dropped: exactly one rule. Low scores are dropped.")
     unit: Literal["token", "sentence", "line"] = Field(
-        default="token", description="What is judged as a whole: scores are averaged over it before the rule."
+        default="token", description="Scores are averaged over it before the rule, which drops or keeps all of it."
     )
     window: Window = Field(
         default=1, description="Before the rule, scores are averaged over this many (odd) neighbouring tokens."
     )
     scope: Literal["document", "dataset"] = Field(
-        default="dataset",
-        description="Whose quantiles a fence or a quantile uses: each document's own, or the dataset's.",
+        default="dataset", description="Whose quantiles a fence or a quantile uses: the document's, or the dataset's."
     )
     scale: Literal["linear", "log"] = Field(default="linear", description="What a fence's quartiles are taken over.")
     max_fraction: Share | None = Field(
-        default=None,
-        description="Never drop more than this share of a document's completion through this score; null: no cap.",
+        default=None, description="Largest share of a document's completion that this score may drop; null: no cap."
     )
 
     @model_validator(mode="after")
     def _every_key_acts(self) -> ScoreConfig:
         idle: list[tuple[str, Any, str]] = []
+        none = f"has no effect on drop: {self.drop}; remove it, or use {{fence: k}}"
         if self.scale == "log" and self.drop.fence is None:
-            idle.append(("scale", self.scale, f"has no effect on drop: {self.drop}; remove it, or use {{fence: k}}"))
+            idle.append(("scale", self.scale, none))
         if self.scope != type(self).model_fields["scope"].default and self.drop.fence is self.drop.quantile:
-            why = f"has no effect on drop: {self.drop}; remove it, or use {{fence: k}} or {{quantile: q}}"
-            idle.append(("scope", self.scope, why))
+            idle.append(("scope", self.scope, f"{none} or {{quantile: q}}"))
         if self.window > 1 and self.unit != "token":
-            why = f"has no effect beside `unit: {self.unit}`, which is averaged as a whole; remove one of them"
-            idle.append(("window", self.window, why))
+            idle.append(("window", self.window, f"has no effect beside `unit: {self.unit}`; remove one of them"))
         if idle:
             raise Problems(*idle)
         return self
@@ -72,7 +63,7 @@ class Predictions(Protocol):
 
     Attributes:
         logprobs: log-probability of the token.
-        entropy: mean surprisal of a token drawn from the reference's own distribution there.
+        entropy: mean surprisal of a token drawn from the reference's distribution there.
         deviation: standard deviation of that surprisal.
     """
 
@@ -85,7 +76,7 @@ class Predictions(Protocol):
 
 
 class ScoreSource(Protocol):
-    """Where a context gets what depends on a model or a text; `scoring.cached_scores` implements it."""
+    """Provides a context with what depends on a model or a text; `scoring.cached_scores` implements it."""
 
     def predictions(self, reference: ReferenceConfig | None) -> Predictions: ...  # noqa: D102
     def predictions_without(  # noqa: D102
@@ -99,19 +90,24 @@ class ScoreSource(Protocol):
 
 
 class ScoringContext:
-    """What a scorer reads: the dataset's distinct documents, and what a reference says about them.
+    """The input of a scorer: the dataset's distinct documents and a reference's predictions.
 
-    M completion tokens of N documents lie in flat arrays, document after document. All arrays are read-only.
+    The M completion tokens of N documents lie in flat read-only arrays, document after document.
 
     Args:
         documents: the distinct documents, prompts included.
         tokenizer: the training tokenizer.
-        source: answers what depends on a model or a text.
-        protected: (M,) completion tokens that no rule may drop; forced: (M,) those that are always dropped unless
-            protected. None: none.
+        source: provides what depends on a model or a text.
+        protected, forced: see below; None: no token.
 
     Attributes:
-        warnings: what `warn` was given.
+        token_ids: ids of the completion tokens, (M,).
+        positions: index of each within its document, prompt included, (M,); nothing predicts index 0.
+        offsets: document `i` holds the completion tokens `offsets[i]` up to `offsets[i + 1]`, (N + 1,).
+        counts: how often each document occurs in the dataset, (N,); it is scored once.
+        protected: flags of tokens that no rule may drop, (M,); see `protect` in the block.
+        forced: flags of tokens that are dropped whatever the scores are, unless protected, (M,); see `force_drop`.
+        warnings: texts that were passed to `warn`.
     """
 
     def __init__(
@@ -122,47 +118,33 @@ class ScoringContext:
         protected: Bools | None = None,
         forced: Bools | None = None,
     ) -> None:
+        import numpy as np  # not at the top: a block is read without NumPy
+
         self.documents, self.tokenizer, self.source = documents, tokenizer, source
+        self.token_ids: NDArray[np.int32] = _read_only(documents.input_ids[documents.completion])
+        self.positions: NDArray[np.int32] = _read_only(documents.completion_positions)
+        self.offsets: Ints = _read_only(documents.completion_offsets)
+        self.counts: Ints = _read_only(documents.counts)
+        none = np.zeros(len(self.token_ids), dtype=bool)
+        self.protected: Bools = _read_only(none if protected is None else protected)
+        self.forced: Bools = _read_only(none if forced is None else forced)
         self.warnings: list[str] = []
-        self._protected, self._forced = protected, forced
-        self._token_ids = documents.input_ids[documents.completion]
-
-    @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """Ids of the completion tokens, (M,)."""
-        return _read_only(self._token_ids)
-
-    @property
-    def positions(self) -> NDArray[np.int32]:
-        """Place of each completion token within its document, prompt included, (M,); nothing predicts place 0."""
-        return _read_only(self.documents.completion_positions)
-
-    @property
-    def offsets(self) -> Ints:
-        """Document `i` holds the completion tokens `offsets[i]` up to `offsets[i + 1]`, (N + 1,)."""
-        return _read_only(self.documents.completion_offsets)
-
-    @property
-    def counts(self) -> Ints:
-        """How often each document occurs in the dataset, (N,); its tokens are scored once."""
-        return _read_only(self.documents.counts)
 
     @property
     def logprobs(self) -> Floats:
-        """Log-probabilities under the run's own reference; the same as `log_probabilities()`."""
+        """Log-probabilities under the run's own reference: `log_probabilities()`."""
         return self.log_probabilities()
 
     def log_probabilities(self, reference: ReferenceConfig | None = None) -> Floats:
         """Natural-log probability of every completion token under a reference, (M,) float32; NaN: undefined.
 
-        Stored by content: a second run does not load the reference. A separate model is loaded for the scoring pass and
-        freed before training.
+        Stored by content, so a second run does not load the reference. A separate model is freed before training.
 
         Args:
             reference: as in the block; None, or one without a `model`: the run's own reference.
 
         Raises:
-            XTFUserError: the reference cannot be loaded, or its tokenizer is another one.
+            XTFUserError: the reference cannot be loaded, or has another tokenizer.
             XTFError: it gives no finite log-probability at all.
         """
         return _read_only(self.predictions(reference).logprobs)
@@ -174,14 +156,14 @@ class ScoringContext:
     def predictions_without(
         self, hidden: Bools, starts: Ints, wanted: Ints, reference: ReferenceConfig | None = None
     ) -> Predictions:
-        """What a reference predicts in some segments when it has not read certain tokens before them.
+        """What a reference predicts in some segments with certain tokens before them removed.
 
         Equals, per wanted segment: `predictions` for a document of all tokens before the segment that are not hidden,
-        and the segment. Prompts and other turns stay, and so does the line break of a line of which something stays.
-        Each segment takes a forward over that document; results are stored by content.
+        and the segment. Prompts are kept, and so is the line break of a line of which a token is kept. Each segment
+        takes a forward over that document; results are stored by content.
 
         Args:
-            hidden: (M,) completion tokens to leave out; in the segment itself they stay.
+            hidden: (M,) completion tokens to remove before later segments.
             starts: (S,) first completion token of each segment, ascending from 0, as from `segments`; none spans two
                 documents or turns.
             wanted: (W,) indices into `starts`.
@@ -214,41 +196,26 @@ class ScoringContext:
         """Context-free vectors of token ids from the run's own reference, (n, D) float32.
 
         Args:
-            token_ids: (n,) token ids.
+            token_ids: (n,).
             kind: `input`: rows of the embedding layer; `output`: the last hidden state of the token alone.
         """
         return self.source.embeddings(token_ids, kind)
 
     def vocabulary_table(self, key: str, compute: Callable[[], Floats]) -> Floats:
-        """A table that `compute` makes from `embeddings`, (n,) float32; stored under `key` with the reference's scores.
+        """A table computed from `embeddings`, (n,) float32; stored under `key` with the reference's scores.
 
         Args:
             key: hex digest of everything besides the reference that the table depends on.
-            compute: makes the table; called only if no rank has it stored.
+            compute: computes the table; called only if no rank has it stored.
         """
         return _read_only(self.source.vocabulary_table(key, compute))
-
-    @property
-    def protected(self) -> Bools:
-        """Completion tokens that no rule may drop, special tokens among them, (M,); see `protect` in the block."""
-        return self._flags(self._protected)
-
-    @property
-    def forced(self) -> Bools:
-        """Completion tokens that are dropped whatever the scores say, unless protected, (M,); see `force_drop`."""
-        return self._flags(self._forced)
-
-    def _flags(self, flags: Bools | None) -> Bools:
-        import numpy as np
-
-        return _read_only(np.zeros(len(self._token_ids), dtype=bool) if flags is None else flags)
 
     def warn(self, text: str) -> None:
         """Warn the user: in the terminal and in summary.json, under the score's name."""
         self.warnings.append(text)
 
     def segments(self, unit: Literal["sentence", "line"]) -> Ints:
-        """Index of the first completion token of every sentence or line, (S,) ascending from 0; see docs/method.md."""
+        """Indices of the first completion token of every sentence or line, (S,) from 0; see docs/method.md."""
         return _read_only(self.source.segments(unit))
 
 
@@ -261,16 +228,15 @@ class Scorer:
 
     Args:
         name: what the block names, and under which the entry point registers it.
-        score: `score(context, config)` -> (M,) float32, one per completion token: low means drop; NaN is undefined and
-            never dropped. Deterministic: the same masks have to come out in every process and after a restart.
+        score: `score(context, config)` -> (M,) float32, one per completion token: low scores are dropped, NaN is
+            undefined and never dropped. Deterministic, so that every rank and every restart gets the same masks.
         Config: its part of the block, `ScoreConfig` or a class derived from it.
         version: whole number, raised when the same inputs get other scores; reported in summary.json.
-        per_document: a document's scores depend on nothing but the document and the options, so that streams can be
-            scored; `testing.check_scorer` checks it.
-        first: reads attention received, so it runs before the others and one pass serves all.
-        seen: averaged scores -> what the rule sees; None: as they are.
-        frozen: `frozen(context, config)` -> a `score` for later documents of a stream, with what the dataset of
-            `context` decides; None: none is needed, or streams are refused.
+        per_document: a document's scores depend on the document and the options alone, so streams can be scored.
+        first: reads attention received; it runs before the others, so that one pass of the reference serves all.
+        seen: maps averaged scores to what the rule sees; None: they are not changed.
+        frozen: `frozen(context, config)` -> a `score` for later documents of a stream, using statistics of the
+            documents of `context`. None: `per_document` scorers need none; others are refused for streams.
     """
 
     name: str
@@ -284,27 +250,17 @@ class Scorer:
 
 
 def scorer(name: str, config: type[ScoreConfig] = ScoreConfig, **options: Any) -> Callable[[Score], Scorer]:
-    """Decorator that makes a `Scorer` of a function `score(context, config)`.
-
-    Args:
-        name: see `Scorer`.
-        config: the scorer's part of the block.
-        options: `version`, `per_document`, `first`, `seen`, `frozen`; see `Scorer`.
-    """
-
-    def made(score: Score) -> Scorer:
-        return Scorer(name, score, config, **options)
-
-    return made
+    """Decorator that makes a `Scorer` of a function `score(context, config)`; `options` are further fields of it."""
+    return lambda score: Scorer(name, score, config, **options)
 
 
 def _named(reference: ReferenceConfig | None) -> ReferenceConfig | None:
-    """The reference itself, or None for the run's own: one without a model."""
+    """The reference, or None for the run's own, which has no model name."""
     return reference if reference is not None and reference.model else None
 
 
 def _read_only(array: NDArray[T]) -> NDArray[T]:
-    """A view that cannot be written to: every scorer sees the same arrays, and selection uses them after it."""
+    """A read-only view: all scorers share these arrays, and selection uses them afterwards."""
     view: NDArray[T] = array.view()
     view.flags.writeable = False
     return view

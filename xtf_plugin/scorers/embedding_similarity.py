@@ -1,7 +1,7 @@
-"""Task relevance as the paper has it: how close a token's embedding is to the domain's, Eq. (4).
+"""Task relevance as in the paper: how close a token's embedding is to the domain's, Eq. (4).
 
 The domain vector is the mean embedding of the dataset's own tokens, or of expert words. The score depends on the token
-alone, so it is one table over the vocabulary; the finished table is stored by everything that it depends on.
+alone, so a table over the vocabulary is computed and stored.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from .base import Floats, Score
+    from ..data.ragged import Floats, Ints
+    from .base import Score
 
 VOCABULARY_CHUNK = 4_096
-DENSE = 1 << 22  # token ids below it may index an array; no vocabulary is that large, but a broken dataset may be
+DENSE = 1 << 22  # ids below it may index an array; no vocabulary is larger, but a broken dataset may have such ids
 
 
 class EmbeddingSimilarityConfig(ScoreConfig):
@@ -33,7 +34,7 @@ class EmbeddingSimilarityConfig(ScoreConfig):
 
     domain: Domain = Field(
         default="dataset",
-        description="What the domain is: the dataset's own tokens, expert words, or a file with a word a line.",
+        description="What the domain is: the dataset's own tokens, expert words, or a file with one word per line.",
     )
     embedding: Literal["input", "output"] = Field(
         default="input",
@@ -53,47 +54,27 @@ def _frozen(context: ScoringContext, config: EmbeddingSimilarityConfig) -> Score
 @scorer("embedding_similarity", EmbeddingSimilarityConfig, frozen=_frozen)
 def embedding_similarity(context: ScoringContext, config: EmbeddingSimilarityConfig) -> Floats:
     """One minus the min-max normalised cosine distance to the domain, (M,) float32 in [0, 1]; low is dropped."""
-    import numpy as np
-
     domain = _Domain(context, config)
     table = context.vocabulary_table(domain.key, domain.relevance)
-    if domain.scored_ids[-1] >= DENSE:
-        return table[np.searchsorted(domain.scored_ids, context.token_ids)]
-    by_id = np.empty(int(domain.scored_ids[-1]) + 1, dtype=np.float32)
-    by_id[domain.scored_ids] = table
-    return by_id[context.token_ids]
+    scores: Floats = table[_places(domain.scored_ids, context.token_ids)]
+    return scores
 
 
-def domain_words(domain: str | Sequence[str]) -> list[str] | None:
-    """Expert words of a `domain` setting: None for `dataset`, else the list, or the lines of the file it names.
+def _word_pieces(tokenizer: Any, domain: str | Sequence[str]) -> list[list[int]]:
+    """Token ids of expert words, with and without a leading space; two entries per word.
 
     Raises:
-        XTFUserError: the file that the block was validated with is gone or has changed for the worse.
+        XTFUserError: the tokenizer has no token for a word, or the file of words changed since the block was read.
     """
-    if not isinstance(domain, str):
-        return list(domain)
-    if domain == "dataset":
-        return None
     try:
-        return read_words(Path(domain))
+        words = read_words(Path(domain)) if isinstance(domain, str) else domain
     except ValueError as error:
         raise XTFUserError(f"domain: {domain} {error}") from error
-
-
-def word_pieces(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
-    """Token ids of each word, with and without a leading space, as two entries per word.
-
-    Raises:
-        XTFUserError: a word that the tokenizer turns into nothing.
-    """
-    pieces = []
-    for word in words:
-        for form in (word, " " + word):
-            ids = tokenizer(form, add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise XTFUserError(f"domain: the tokenizer has no token for {word!r}; remove it.")
-            pieces.append(list(ids))
-    return pieces
+    pieces = [tokenizer(form, add_special_tokens=False)["input_ids"] for word in words for form in (word, " " + word)]
+    for index, ids in enumerate(pieces):
+        if not ids:
+            raise XTFUserError(f"domain: the tokenizer has no token for {words[index // 2]!r}; remove it.")
+    return [list(ids) for ids in pieces]
 
 
 class _Domain:
@@ -102,24 +83,22 @@ class _Domain:
     def __init__(self, context: ScoringContext, config: EmbeddingSimilarityConfig) -> None:
         import numpy as np
 
-        documents = context.documents
         self.context, self.embedding = context, config.embedding
-        self.weights: NDArray[np.int64] | None = None
-        words = domain_words(config.domain)
-        self.pieces = None if words is None else word_pieces(context.tokenizer, words)
+        self.ids: NDArray[Any]
         self.scored_ids = _distinct(context.token_ids)
-        if self.pieces is not None:
-            self.ids = np.unique(np.concatenate([np.asarray(p, dtype=np.int64) for p in self.pieces]))
-            return
-        self.ids = _distinct(documents.input_ids)
-        dense = self.ids[-1] < DENSE
-        places = documents.input_ids if dense else np.searchsorted(self.ids, documents.input_ids)
-        totals = np.bincount(places, weights=np.repeat(documents.counts, documents.lengths)).astype(np.int64)
-        self.weights = totals[totals > 0]
+        self.pieces: list[list[int]] | None = None
+        self.weights: Ints | None = None
+        if config.domain == "dataset":
+            ids, repeats = context.documents.input_ids, context.documents.lengths
+            self.ids = _distinct(ids)
+            self.weights = np.bincount(_places(self.ids, ids), np.repeat(context.counts, repeats)).astype(np.int64)
+        else:
+            self.pieces = _word_pieces(context.tokenizer, config.domain)
+            self.ids = np.unique(np.concatenate([np.asarray(piece, dtype=np.int64) for piece in self.pieces]))
 
     @property
     def key(self) -> str:
-        """Everything the table depends on besides the reference, as hex."""
+        """Hex digest of everything that the table depends on besides the reference."""
         import xxhash
 
         parts = [self.scored_ids, self.ids, *([] if self.weights is None else [self.weights])]
@@ -133,7 +112,7 @@ class _Domain:
     def over_vocabulary(self) -> Floats:
         """Relevance of every token of the vocabulary, (V,): `relevance` for the scored ids, the others on their scale.
 
-        A token that is closer to the domain than every scored one, or farther, gets a value above 1, or below 0.
+        Tokens closer to the domain than all scored ones get values above 1, tokens farther away values below 0.
         """
         import numpy as np
         import torch
@@ -141,11 +120,11 @@ class _Domain:
         scored, domain = self._vectors()
         among = cosine_distance(scored, domain)
         found = np.empty(self.context.vocabulary_size, dtype=np.float32)
-        for low in range(0, len(found), VOCABULARY_CHUNK):  # all vectors of a large vocabulary would take gigabytes
+        for low in range(0, len(found), VOCABULARY_CHUNK):  # all vectors at once would take gigabytes
             ids = np.arange(low, min(len(found), low + VOCABULARY_CHUNK))
             vectors = torch.from_numpy(self.context.embeddings(ids, self.embedding))
             found[ids] = task_relevance(vectors, domain, among).numpy()
-        found[self.scored_ids] = task_relevance(scored, domain).numpy()  # to the last bit as in `relevance`
+        found[self.scored_ids] = task_relevance(scored, domain).numpy()  # exactly as in `relevance`
         return found
 
     def _vectors(self) -> tuple[Tensor, Tensor]:
@@ -172,15 +151,12 @@ class _Domain:
 
 
 def task_relevance(vectors: Tensor, domain: Tensor, among: Tensor | None = None) -> Tensor:
-    """Task relevance of each distinct completion token, Eq. (4): one minus its min-max normalised cosine distance.
-
-    Equals `1 - (d - d.min()) / (d.max() - d.min())` with `d = 1 - cos(vectors, domain)`.
+    """Task relevance, Eq. (4): `1 - (d - d.min()) / (d.max() - d.min())` with `d = 1 - cos(vectors, domain)`.
 
     Args:
         vectors: (N, D) context-free embeddings of the distinct completion tokens.
         domain: (D,) domain vector.
-        among: cosine distances of other tokens, whose smallest and largest take the place of d.min() and d.max(): a
-            token outside them gets a relevance below 0 or above 1.
+        among: distances whose minimum and maximum replace those of d; the relevance may then lie outside [0, 1].
 
     Returns:
         (N,) float32 in [0, 1]; NaN throughout where all distances are equal, and for a token whose vector is zero.
@@ -206,9 +182,21 @@ def cosine_distance(vectors: Tensor, domain: Tensor) -> Tensor:
 
 
 def _distinct(token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
-    """`np.unique(token_ids)` by counting, which takes a tenth of the time for ids that are a vocabulary's."""
+    """`np.unique(token_ids)` by counting, in a tenth of the time."""
     import numpy as np
 
     if not len(token_ids) or int(token_ids.max()) >= DENSE:
         return np.unique(token_ids)
     return np.flatnonzero(np.bincount(token_ids)).astype(np.int32)
+
+
+def _places(distinct: NDArray[Any], token_ids: NDArray[Any]) -> Ints:
+    """`np.searchsorted(distinct, token_ids)` by table; `distinct` holds all of the ids."""
+    import numpy as np
+
+    if not len(distinct) or int(distinct[-1]) >= DENSE:
+        return np.searchsorted(distinct, token_ids)
+    places = np.zeros(int(distinct[-1]) + 1, dtype=np.int64)
+    places[distinct] = np.arange(len(distinct))
+    found: Ints = places[token_ids]
+    return found

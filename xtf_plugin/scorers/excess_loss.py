@@ -1,6 +1,6 @@
 """Excess loss (Rho-1) and the influence of Token Cleaning: how much more probable a better model finds the token.
 
-Both are the same difference of log-probabilities. They run before training, while Rho-1 chooses tokens in each batch.
+Both are the same difference of log-probabilities.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..fields import Problems, ReferenceConfig
 from .base import ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
-    from .base import Floats
+    from ..data.ragged import Floats
 
 
 class ExcessLossConfig(ScoreConfig):
@@ -40,7 +40,7 @@ class TokenCleaningConfig(ExcessLossConfig):
     @classmethod
     def _no_self_evolving(cls, part: Any) -> Any:
         if isinstance(part, dict) and part.get("mode") == "self_evolving":
-            why = "is gone; remove it and name a `reference`, a model that was trained on clean data"
+            why = "was removed; remove it and name a `reference`, a model that was trained on clean data"
             raise Problems(("mode", "self_evolving", why))
         return part
 
@@ -49,9 +49,9 @@ class TokenCleaningConfig(ExcessLossConfig):
 def excess_loss(context: ScoringContext, config: ExcessLossConfig) -> Floats:
     """`log P_reference(token) - log P_base(token)`, (M,) float32 in nats; low is not worth training on, and dropped.
 
-    Source: arXiv 2404.07965 ("selective language modeling"); `drop: {quantile: 0.4}` keeps the top 60 %. Where this
-    differs: the paper takes the loss of the model being trained at each step and ranks the tokens of a batch. Here the
-    base is the model before training, and the ranking is over the dataset or, with `scope: document`, each document.
+    Source: arXiv 2404.07965 ("selective language modeling"); `drop: {quantile: 0.4}` keeps the top 60 %. The paper
+    takes the loss of the model being trained at each step and ranks the tokens of a batch. Here the base is the model
+    before training, and the ranking is over the dataset or, with `scope: document`, each document.
     """
     return context.log_probabilities(config.reference) - context.logprobs
 

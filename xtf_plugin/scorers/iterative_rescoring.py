@@ -1,8 +1,8 @@
-"""Second looks: what would be dropped is scored again with the dropped text before it removed, until stable.
+"""Scores flagged pieces of text again with the dropped text before them removed, until nothing changes.
 
-The definition is a loop over a document's pieces in order, each scored after what was kept before it. A few rounds over
-all pieces of all documents at once give the same verdicts: a piece's verdict is final once all before it are. Rounds
-send whole batches through the reference.
+The definition is a loop over a document's pieces in order, each scored after the text that was kept before it. A few
+rounds over all flagged pieces of all documents give the same result, because a piece is final once all before it are,
+and they send full batches through the reference.
 """
 
 from __future__ import annotations
@@ -11,26 +11,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..data.ragged import Bools, Floats, Ints
 from .typicality import typicality_of
 
 if TYPE_CHECKING:
     from ..fields import ReferenceConfig
     from .base import ScoringContext
 
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
-
-# Both limit the cost of documents of which nearly everything would be dropped; a warning says what they leave out. The
-# budget is in lengths of the document's completion, so that a long prompt, which every look reads, does not use it up.
+# They limit the cost of documents of which most is dropped; a warning reports what they leave out. The budget is in
+# lengths of the completion, so that a long prompt does not use it up.
 ROUNDS = 6
 BUDGET = 16
 
 
 class IterativeRescoring:
-    """Scores the pieces of all documents; flagged ones again, with the dropped text before them removed.
+    """Scores the pieces of all documents, and flagged ones again with the dropped text before them removed.
 
     Args:
         context: what the scorer is given.
@@ -44,8 +40,7 @@ class IterativeRescoring:
         self.lengths = np.diff(starts, append=context.offsets[-1])
         self.document = np.searchsorted(context.offsets, starts, side="right") - 1
         self.left = BUDGET * np.diff(context.offsets)
-        # a piece of protected tokens alone is kept in any case
-        self.matters = np.logical_or.reduceat(~context.protected, starts)
+        self.droppable = np.logical_or.reduceat(~context.protected, starts)
         self.left_out = np.zeros(len(starts), dtype=bool)
 
     def scores(self, typical: Floats, judge: Callable[[Floats, Bools], Floats]) -> Floats:
@@ -54,52 +49,53 @@ class IterativeRescoring:
         An undefined second score drops nothing.
 
         Args:
-            typical: (M,) typicality of all tokens in the whole document.
-            judge: typicality of all tokens, and which to leave out before a piece within its sentence or line -> score
-                of all tokens, equal throughout a piece.
+            typical: (M,) typicality of all tokens in the complete document.
+            judge: computes (M,) scores, equal within a piece, from the typicality of all tokens and the tokens that do
+                not count before a piece within its sentence or line.
         """
         nothing = np.zeros(len(typical), dtype=bool)
         once = judge(typical, nothing)
-        suspect = self._below(once)
+        flagged = self._below(once)
         scores, again, before = once, typical, nothing
-        gone = self._gone(suspect)
+        gone = self._gone(flagged)
         for _ in range(ROUNDS):
-            again = self._look(suspect, gone, before, typical, again)
-            scores = np.where(suspect, np.maximum(once, judge(again, gone)), once)
+            again = self._rescored(flagged, gone, before, typical, again)
+            scores = np.where(flagged, np.maximum(once, judge(again, gone)), once)
             before, gone = gone, self._gone(self._below(scores))
             if np.array_equal(before, gone):
                 break
         else:
-            changing = int((before ^ gone)[self.starts].sum())
-            self.context.warn(f"{changing} verdicts still changed after {ROUNDS} rounds of second looks; they stand")
+            number = int((before ^ gone)[self.starts].sum())
+            self.context.warn(f"rescoring ended after {ROUNDS} rounds while {number} sentences or lines still changed")
         if self.left_out.any():
             self.context.warn(
-                f"{int(self.left_out.sum())} second looks were left out, beyond {BUDGET} lengths of a completion; "
-                "their verdicts stand. The rule drops most of such documents: loosen it, or look whether the reference "
-                "knows this kind of text"
+                f"{int(self.left_out.sum())} sentences or lines were not scored again, because rescoring had read "
+                f"{BUDGET} times the length of their completion. The rule drops most of these documents: loosen it, or "
+                "check that the reference knows this kind of text"
             )
         return scores
 
     def _below(self, scores: Floats) -> Bools:
-        """Compared as in the rule: in double precision; NaN, undefined, is not below."""
+        """Compared as the rule does, in double precision; NaN is not below."""
         below: Bools = scores.astype(np.float64) < self.limit
         return below
 
     def _gone(self, below: Bools) -> Bools:
-        """What this selector and `force_drop` drop."""
-        return (below | self.context.forced) & ~self.context.protected
+        """What this score and `force_drop` drop."""
+        gone: Bools = (below | self.context.forced) & ~self.context.protected
+        return gone
 
-    def _look(self, suspect: Bools, gone: Bools, before: Bools, typical: Floats, again: Floats) -> Floats:
-        """`again` with new values for the pieces before which another selection of tokens is dropped than last time."""
+    def _rescored(self, flagged: Bools, gone: Bools, before: Bools, typical: Floats, again: Floats) -> Floats:
+        """`again` with new values for the flagged pieces before which `gone` differs from the last round's `before`."""
         hidden = self._preceding(gone)
-        changed = suspect[self.starts] & self.matters & (self._preceding(gone ^ before) > 0)
+        changed = flagged[self.starts] & self.droppable & (self._preceding(gone ^ before) > 0)
         wanted = self._affordable(np.flatnonzero(changed & (hidden > 0)), hidden)
-        seen = self.context.predictions_without(gone, self.starts, wanted, self.reference)
-        looked = np.zeros(len(self.starts), dtype=bool)
-        looked[wanted] = True
-        found = np.where(np.repeat(looked, self.lengths), typicality_of(seen), again)
-        # nothing before it is dropped any more
-        return np.where(np.repeat(changed & (hidden == 0), self.lengths), typical, found)
+        found = self.context.predictions_without(gone, self.starts, wanted, self.reference)
+        scored = np.zeros(len(self.starts), dtype=bool)
+        scored[wanted] = True
+        values = np.where(np.repeat(scored, self.lengths), typicality_of(found), again)
+        unhidden = np.repeat(changed & (hidden == 0), self.lengths)  # nothing before them is dropped any more
+        return np.where(unhidden, typical, values)
 
     def _preceding(self, marks: Bools) -> Ints:
         """How many of the marked tokens (M,) stand before each piece in its document, (S,)."""
@@ -108,7 +104,7 @@ class IterativeRescoring:
         return before
 
     def _affordable(self, wanted: Ints, hidden: Ints) -> Ints:
-        """The first of each document's wanted pieces, within its budget; the others keep their verdict."""
+        """The first of each document's wanted pieces, within its budget; the others keep their score."""
         place = self.starts[wanted] - self.context.offsets[self.document[wanted]]  # completion tokens before
         tokens = place - hidden[wanted] + self.lengths[wanted]
         document = self.document[wanted]

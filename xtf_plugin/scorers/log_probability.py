@@ -1,4 +1,4 @@
-"""Perplexity filters: the token's log-probability. The shortest scorer, to read first."""
+"""Perplexity filters: the token's log-probability. The shortest scorer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..fields import ReferenceConfig
 from .base import ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
-    from .base import Floats
+    from ..data.ragged import Floats
 
 
 class LogProbabilityConfig(ScoreConfig):

@@ -1,8 +1,8 @@
-"""The scorer behind the `default` preset: sentences and lines that are out of place, told by how they begin.
+"""The scorer of the `default` preset: finds sentences and lines that are out of place by how they begin.
 
-A sentence that does not belong, however fluent, stands out where it begins: its later tokens follow from its first
-ones, and averaging over them hides what gave it away. A good sentence behind it stands out too, because the reference
-has just read something that does not belong; so what would be dropped is looked at again without it.
+A sentence that does not belong, however fluent, is unlikely where it begins. Its later tokens follow from its first
+ones, so an average over all of them hides the beginning. A good sentence after it is unlikely too, because the
+reference has just read text that does not belong; so flagged sentences are scored again without that text.
 """
 
 from __future__ import annotations
@@ -16,15 +16,8 @@ from .base import ScoringContext, scorer
 from .typicality import TypicalityConfig, typicality_of
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from ..data.ragged import Bools, Doubles, Floats, Ints
 
-    from .base import Floats
-
-    Bools = NDArray[np.bool_]
-    Ints = NDArray[np.int64]
-
-CHUNK_TOKENS = 1 << 21  # temporaries of some hundred MB, whatever the size of the dataset
 UNITS: dict[str, tuple[Literal["sentence", "line"], ...]] = {
     "sentence": ("sentence",),
     "line": ("line",),
@@ -33,44 +26,42 @@ UNITS: dict[str, tuple[Literal["sentence", "line"], ...]] = {
 
 
 class OpeningConfig(TypicalityConfig):
-    """Scorer `opening`: how typical a sentence or line begins, for all of its tokens, in nats."""
+    """Scorer `opening`: mean typicality of a sentence or line, its first tokens weighing most, in nats."""
 
     unit: Literal["sentence", "line", "both"] = Field(  # type: ignore[assignment]  # a unit of its own
         default="sentence",
-        description="What is judged as a whole by how it begins; both: the worse of the sentence and of its line up to "
-        "the sentence's end.",
+        description="What gets one score; both: the lower of the sentence's and of its line's up to the sentence's "
+        "end.",
     )
     clip: NonNegative = Field(
         default=8.0,
-        description="Nats below 0 beyond which a single token counts no further, so that one odd token condemns no "
-        "sentence.",
+        description="A token's typicality counts as at least minus this many nats, so that one odd token does not "
+        "drop a sentence.",
     )
     context: Literal["document", "kept"] = Field(
         default="document",
-        description="What stands before a sentence or line when it is judged. document: all of it. kept: what would be "
-        "dropped is looked at again behind what this selector and force_drop leave, so that what follows noise is not "
-        "taken for noise. Needs `drop: {below: x}`.",
+        description="What the reference reads before a sentence or line. document: everything before it. kept: "
+        "flagged ones are scored again after the text that this score and force_drop keep, so that good text after "
+        "noise is kept. Needs `drop: {below: x}`.",
     )
 
     @model_validator(mode="after")
     def _can_fire(self) -> OpeningConfig:
         if self.drop.below is not None and self.drop.below <= -self.clip:
-            why = f"keeps every score at or above {-self.clip:g}, so that {self.drop} can never fire; raise it"
+            why = f"keeps every score at or above {-self.clip:g}, so {self.drop} can never fire; raise it"
             raise Problems(("clip", self.clip, why))
         return self
 
     @model_validator(mode="after")
-    def _verdicts_are_the_rules(self) -> OpeningConfig:
-        if self.context == "document":
-            return self
-        if self.drop.below is None:
+    def _rescoring_knows_the_rule(self) -> OpeningConfig:
+        if self.context == "kept" and self.drop.below is None:
             why = (
-                "does not go with `context: kept`, which the default preset has: what is kept must follow from the "
-                "document alone; use {below: x}, or add `context: document`"
+                "has a threshold that depends on other documents, which `context: kept` (the default preset's) does "
+                "not allow; use {below: x}, or add `context: document`"
             )
             raise Problems(("drop", self.drop.model_dump(), why))
-        if self.max_fraction is not None:
-            why = "does not go with `context: kept`: other tokens would go than were left out; use context: document"
+        if self.context == "kept" and self.max_fraction is not None:
+            why = "would keep text that `context: kept` leaves out when it scores; remove it, or use context: document"
             raise Problems(("max_fraction", self.max_fraction, why))
         return self
 
@@ -80,21 +71,19 @@ def opening(context: ScoringContext, config: OpeningConfig) -> Floats:
     """`sum_i w_i max(t_i, -clip) / sum_i w_i` over a sentence or line, `w_i = 1 / (i + 1)`, in nats; low is dropped.
 
     t_i is the typicality of the unit's token i = 0, 1, ..., and all tokens of the unit get the same score. With `unit:
-    both` a sentence's score is the lower of its own and of its line's up to the sentence's end: what follows an odd
-    beginning in a line is dropped with it, and nothing is judged by what comes later. A special token is a unit of its
-    own. An undefined token counts nowhere; the score is NaN where no token of the unit is defined.
+    both` a sentence's score is the lower of its own and of its line's up to the sentence's end, so no score depends on
+    later text. A special token is a unit of its own. Undefined tokens are left out; the score is NaN if all are.
 
-    With `context: kept`, in order of the document: a unit is dropped if its score is below the threshold, and still is
-    when only what was kept stands before it, for the reference and in the unit's line. (Prompts and protected tokens
-    are always kept; so is the line break of a line of which something is kept.) Its score is the higher of the two. A
-    unit before which nothing is dropped is not scored again: nothing would change.
+    With `context: kept`, in the order of the document: a unit whose score is below the threshold is scored again after
+    the text that was kept before it, for the reference and within its line, and gets the higher of the two scores.
+    Prompts and protected tokens are always kept; so is the line break of a line of which a token is kept. A unit
+    before which nothing is dropped is not scored again: nothing would change.
 
-    Ours: boilerplate and digressions are fluent, so a good reference finds most of their tokens likely once they have
-    begun; what it does not find likely is that they begin. Broken text is unlikely throughout. Weights that fall with
-    the distance from the beginning find both; docs/evidence.md compares them with plain averages over sentences, lines
-    and windows, and shows which good sentences rescoring spares.
+    Source: ours. Boilerplate and digressions are fluent: once they have begun, a good reference finds most of their
+    tokens likely. Broken text is unlikely throughout. Weights that fall with the distance from the beginning find both;
+    docs/evidence.md compares them with plain averages.
     """
-    import numpy as np  # reading a block needs no NumPy
+    import numpy as np  # not at the top: a block is read without NumPy
 
     from .iterative_rescoring import IterativeRescoring
 
@@ -114,28 +103,36 @@ def opening(context: ScoringContext, config: OpeningConfig) -> Floats:
 
 
 def _judged(typical: Floats, gone: Bools, levels: list[Ints], pieces: Ints, offsets: Ints, clip: float) -> Floats:
-    """The score of every token, (M,): the lowest over the levels; some documents at a time, to bound memory."""
+    """The score of every token, (M,): the lowest over the levels."""
     import numpy as np
 
-    scores, low = np.empty(len(typical), dtype=np.float32), 0
-    while low < len(offsets) - 1:
-        high = max(low + 1, int(np.searchsorted(offsets, offsets[low] + CHUNK_TOKENS, side="right")) - 1)
-        a, b = int(offsets[low]), int(offsets[high])
-        low = high
-        if a == b:
-            continue
-        here, *parts = (starts[(starts >= a) & (starts < b)] - a for starts in (pieces, *levels))
-        found = [_openings(typical[a:b], gone[a:b], starts, here, clip) for starts in parts]
-        worst = found[0] if len(found) == 1 else np.fmin(*found)
-        scores[a:b] = np.repeat(worst, np.diff(here, append=b - a))
+    from ..data.ragged import Layout
+
+    scores = np.empty(len(typical), dtype=np.float32)
+    for tokens, _, part in Layout(offsets, np.ones_like(offsets[1:])).chunks():
+        size = int(part.offsets[-1])
+        if size:
+            here, *parts = (_within(starts, tokens) for starts in (pieces, *levels))
+            found = [_openings(typical[tokens], gone[tokens], starts, here, clip) for starts in parts]
+            worst = found[0] if len(found) == 1 else np.fmin(*found)
+            scores[tokens] = np.repeat(worst, np.diff(here, append=size))
     return scores
 
 
-def _openings(typical: Floats, gone: Bools, starts: Ints, pieces: Ints, clip: float) -> NDArray[np.float64]:
-    """Weighted mean of clipped typicality from a unit's beginning to each piece's end, (S,); NaN without any.
+def _within(starts: Ints, tokens: slice) -> Ints:
+    """The starts within a run of tokens, counted from its first token."""
+    import numpy as np
 
-    Of what stands before the piece in its unit, only what is not gone counts, and only that is counted along. Each
-    piece is summed by itself: a running sum over the dataset would round by where a document stands in it.
+    low, high = np.searchsorted(starts, [tokens.start, tokens.stop])
+    inside: Ints = starts[low:high] - tokens.start
+    return inside
+
+
+def _openings(typical: Floats, gone: Bools, starts: Ints, pieces: Ints, clip: float) -> Doubles:
+    """Weighted mean of clipped typicality from a unit's beginning to each piece's end, (S,); NaN: none is defined.
+
+    Tokens before the piece that are gone neither count nor advance i. Sums are taken per piece: the rounding of a
+    running sum would depend on the order of the documents.
     """
     import numpy as np
 
@@ -149,10 +146,10 @@ def _openings(typical: Floats, gone: Bools, starts: Ints, pieces: Ints, clip: fl
     own = known / (np.arange(size) - np.repeat(pieces - ahead, lengths) + 1.0)
     bounds = np.stack([begins, pieces], axis=1).reshape(-1)
 
-    def summed(before: NDArray[np.float64], within: NDArray[np.float64]) -> NDArray[np.float64]:
+    def summed(before: Doubles, within: Doubles) -> Doubles:
         past = np.where(begins < pieces, np.add.reduceat(before, bounds)[::2], 0.0)
         return past + np.add.reduceat(within, pieces)
 
     total, weight = summed(clipped * earlier, clipped * own), summed(earlier, own)
-    mean: NDArray[np.float64] = np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), np.nan)
+    mean: Doubles = np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), np.nan)
     return mean

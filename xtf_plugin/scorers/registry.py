@@ -10,62 +10,38 @@ import inspect
 from importlib import metadata
 
 from ..errors import XTFUserError
-from ..scorers import (
-    attention_received,
-    embedding_similarity,
-    excess_loss,
-    log_probability,
-    novelty,
-    opening,
-    typicality,
-)
+from .attention_received import attention_received
 from .base import ScoreConfig, Scorer
+from .embedding_similarity import embedding_similarity
+from .excess_loss import excess_loss, token_cleaning
+from .log_probability import log_probability
+from .novelty import novelty
+from .opening import opening
+from .typicality import typicality
 
 GROUP = "xtf_plugin.scorers"
-_BUILTIN = (
-    attention_received.attention_received,
-    novelty.log_probability,
-    embedding_similarity.embedding_similarity,
-    typicality.typicality,
-    opening.opening,
-    log_probability.log_probability,
-    excess_loss.excess_loss,
-    excess_loss.token_cleaning,
-)
-BUILTIN: dict[str, Scorer] = {each.name: each for each in _BUILTIN}
+_PAPER = (attention_received, novelty, embedding_similarity)
+_OTHERS = (typicality, opening, log_probability, excess_loss, token_cleaning)
+BUILTIN: dict[str, Scorer] = {each.name: each for each in (*_PAPER, *_OTHERS)}
 _HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/selectors.md"
-# What importing a stranger's module may raise short of ending the process.
-_IMPORT_ERRORS = (
-    ImportError,
-    AttributeError,
-    SyntaxError,
-    NameError,
-    TypeError,
-    ValueError,
-    LookupError,
-    RuntimeError,
-    OSError,
-)
-
-
-def names() -> list[str]:
-    """Every registered name, built-in ones first; imports no package."""
-    return [*BUILTIN, *sorted({entry.name for entry in metadata.entry_points(group=GROUP)} - BUILTIN.keys())]
+# The errors that importing another package's module raises; others, such as KeyboardInterrupt, end the process.
+_IMPORT_ERRORS: tuple[type[Exception], ...] = (ImportError, AttributeError, SyntaxError, NameError, TypeError)
+_IMPORT_ERRORS += (ValueError, LookupError, RuntimeError, OSError)
 
 
 def find(name: str) -> Scorer:
     """The scorer registered under a name.
 
     Raises:
-        XTFUserError: no such name, two packages claim it, its package cannot be imported, or it does not
-            conform. The message goes on from the name: "is no registered scorer ...".
+        XTFUserError: no such name, two packages claim it, its package cannot be imported, or it does not conform. The
+            text follows the name in the message: "is no registered scorer ...".
     """
     entries = list(metadata.entry_points(group=GROUP, name=name))
     entries = list({(entry.value, _package(entry)): entry for entry in entries}.values())  # a folder twice on sys.path
     if name in BUILTIN and not entries:
         return BUILTIN[name]
     if not entries:
-        known = names()
+        known = [*BUILTIN, *sorted({entry.name for entry in metadata.entry_points(group=GROUP)} - BUILTIN.keys())]
         near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise XTFUserError(f"is no registered scorer. {hint}Registered: {', '.join(known)}; {_HOW}")
@@ -88,22 +64,20 @@ def _package(entry: metadata.EntryPoint) -> str:
 def _loaded(entry: metadata.EntryPoint) -> Scorer:
     owner = f"of the package {_package(entry)} ({entry.value})"
     try:
-        found = entry.load()
+        found: Scorer = entry.load()
     except _IMPORT_ERRORS as error:
-        raise XTFUserError(
-            f"{owner} cannot be imported: {type(error).__name__}: {error}. Repair or update that package"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise XTFUserError(f"{owner} cannot be imported: {why}. Repair or update that package") from error
     problems = complaints(found)
     if not problems and found.name != entry.name:
         problems = [f"its `name` is {found.name!r}"]
     if problems:
         raise XTFUserError(f"{owner} is not a usable scorer: {'; '.join(problems)}. Ask that package's authors")
-    conforming: Scorer = found
-    return conforming
+    return found
 
 
 def complaints(found: object) -> list[str]:
-    """What keeps an object from being a scorer, none if it is one."""
+    """Why an object is no scorer; empty if it is one."""
     if not isinstance(found, Scorer):
         return [f"{found!r} is not made by the decorator xtf_plugin.scorers.scorer"]
     problems = []

@@ -1,7 +1,7 @@
-"""Typicality: whether the reference is more surprised by a token than it expected to be.
+"""Typicality: whether a token is more surprising to the reference than the reference expected.
 
-A low probability alone says little: where anything could come, every token is improbable. What the reference expects to
-be surprised by at a place is the entropy of its own prediction there, and noise is what goes beyond that.
+A low probability alone says little: where any token may follow, every token is improbable. The surprise that the
+reference expects at a place is the entropy of its prediction there; noise is what exceeds it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from ..fields import ReferenceConfig
 from .base import ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
-    from .base import Floats, Predictions
+    from ..data.ragged import Floats
+    from .base import Predictions
 
 
 class TypicalityConfig(ScoreConfig):
@@ -29,9 +30,8 @@ class TypicalityConfig(ScoreConfig):
 def typicality(context: ScoringContext, config: TypicalityConfig) -> Floats:
     """`log P(token) + H`, (M,) float32 in nats, with H the entropy of the prediction at that place; low is dropped.
 
-    H is the surprisal that the reference itself expects, so 0 is as surprising as expected and -4 is 4 nats more: a
-    token of 1/55 of the probability that a typical one has there. Under the reference's own distribution the mean is 0
-    at every place, however uncertain it is, so one threshold fits all places.
+    H is the mean surprisal under the reference's own distribution: 0 is as surprising as expected, -4 is 4 nats more.
+    Under that distribution the mean is 0 at every place, however uncertain it is, so one threshold fits all places.
 
     Source: typical sets (Shannon 1948); as a rule for choosing tokens, "locally typical sampling", arXiv 2202.00666,
     which uses the absolute value. Here tokens that are less surprising than expected are no noise.
@@ -40,8 +40,8 @@ def typicality(context: ScoringContext, config: TypicalityConfig) -> Floats:
 
 
 def typicality_of(found: Predictions) -> Floats:
-    """Log-probability plus entropy, (M,) float32; NaN where one of them is infinite: undefined, as everywhere."""
-    import numpy as np  # reading a block needs no NumPy
+    """Log-probability plus entropy, (M,) float32; NaN where one of them is infinite."""
+    import numpy as np  # not at the top: a block is read without NumPy
 
     values = found.logprobs + found.entropy
     return np.where(np.isfinite(values), values, np.float32(np.nan))

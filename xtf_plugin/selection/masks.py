@@ -1,7 +1,4 @@
-"""Keep flags of documents, found by content: what the collator looks up in dataloader workers.
-
-Read-only, one bit per token, and cheap to pickle.
-"""
+"""Keep flags of documents, looked up by content in dataloader workers: one bit per token, and cheap to pickle."""
 
 from __future__ import annotations
 
@@ -11,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.documents import KEY_BYTES
-
-COPIED = 1 << 20  # keep flags that are put in order at once
+from ..data.ragged import Layout
 
 
 @dataclass(frozen=True)
@@ -23,8 +19,8 @@ class MaskTable:
         keys: (N, 2) big-endian uint64 halves of the document keys, sorted.
         offsets: (N + 1,) first bit of each document.
         bits: packed keep flags, one bit per completion token.
-        best: (N,) index among the document's completion tokens of the one to keep when a batch would lose all; -1:
-            none.
+        best: (N,) the token to keep when a batch would lose all labels, as an index among the document's completion
+            tokens; -1: none.
     """
 
     keys: NDArray[np.uint64]
@@ -43,12 +39,9 @@ class MaskTable:
         sizes = np.diff(offsets)[order]
         ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         flags = np.empty(ends[-1], dtype=bool)
-        low = 0
-        while low < len(order):  # a part at a time: an index of all tokens at once would take eight times the flags
-            high = max(low + 1, int(np.searchsorted(ends, ends[low] + COPIED, side="right")) - 1)
-            first = offsets[:-1][order[low:high]] - ends[low:high]
-            flags[ends[low] : ends[high]] = keep[np.repeat(first, sizes[low:high]) + np.arange(ends[low], ends[high])]
-            low = high
+        first = offsets[:-1][order] - ends[:-1]
+        for tokens, run, part in Layout(ends, sizes).chunks():  # an index of all tokens would take 8 times the flags
+            flags[tokens] = keep[part.spread(first[run]) + np.arange(tokens.start, tokens.stop)]
         return cls(halves[order], ends, np.packbits(flags), best[order].astype(np.int64))
 
     def lookup(self, key: bytes) -> tuple[NDArray[np.bool_], int] | None:

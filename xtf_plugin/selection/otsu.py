@@ -1,7 +1,7 @@
-"""Exact Multi-Otsu: the thresholds behind Eq. (7).
+"""Exact Multi-Otsu: the thresholds of Eq. (7).
 
-Image libraries search a 256-bin histogram; scores of tokens are neither integers nor evenly spread, and there the bins
-decide which class a token falls into. Here the classes are the best ones over the distinct values themselves.
+Image libraries search a histogram of 256 bins. Scores are not evenly spread, so bins would decide the class of a token;
+here the split is exact over the distinct values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 
 
 class UndefinedSplit(ValueError):
-    """There are fewer distinct values than classes, so there is nothing to split."""
+    """There are fewer distinct values than classes."""
 
 
 def multi_otsu(values: ArrayLike, weights: ArrayLike | None = None, classes: int = 5) -> Floats:
@@ -28,17 +28,17 @@ def multi_otsu(values: ArrayLike, weights: ArrayLike | None = None, classes: int
     Equals: try every way to cut the sorted distinct values into `classes` non-empty runs, and keep the one with the
     smallest weighted sum of squared distances to the class means. Done by dynamic programming in O(classes * n log n)
     for n distinct values. More than 65,536 distinct values are first put into 65,536 equal bins between the smallest
-    and the largest, each standing at the largest value it holds; the split is exact over those. Among equally good
-    splits the lowest last threshold wins, then the lowest one before it.
+    and the largest, each represented by its largest value. Among equally good splits the lowest last threshold wins,
+    then the lowest one before it.
 
     Args:
         values: (M,) finite numbers.
-        weights: (M,) numbers above 0, how often each value occurs; None: once each.
+        weights: (M,) positive numbers, how often each value occurs; None: once each.
         classes: number of classes, at least 2.
 
     Returns:
-        (classes - 1,) ascending float64 thresholds `t`, each the largest value of its class: class `c`, counted from 0,
-        holds the values with `t[c - 1] < value <= t[c]`, so `np.searchsorted(t, value)` is the class of a value.
+        (classes - 1,) ascending float64 thresholds `t`, each the largest value of its class; the class of a value, from
+        0, is `np.searchsorted(t, value)`.
 
     Raises:
         UndefinedSplit: fewer distinct values (or non-empty bins) than classes.
@@ -56,7 +56,7 @@ def multi_otsu(values: ArrayLike, weights: ArrayLike | None = None, classes: int
 
 
 def _tally(values: NDArray[np.generic], weights: NDArray[np.generic] | None) -> tuple[Floats, Floats]:
-    """Distinct values, ascending, and the weight of each; slice by slice, so that temporaries stay small."""
+    """Distinct values, ascending, and the weight of each; slice by slice, to bound memory."""
     points: Floats = np.zeros(0)
     mass: Floats = np.zeros(0)
     for piece in chunks(len(values), _SLICE):
@@ -75,7 +75,7 @@ def _tally(values: NDArray[np.generic], weights: NDArray[np.generic] | None) -> 
 
 
 def _histogram(values: NDArray[np.generic], weights: NDArray[np.generic] | None) -> tuple[Floats, Floats]:
-    """The same over equal bins: the largest value of each non-empty bin, and the bin's weight."""
+    """The largest value of each non-empty bin, and the bin's weight."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(high - low):
         raise ValueError("a split needs finite values; leave NaN and infinity out")
@@ -118,11 +118,11 @@ def _cuts(points: Floats, mass: Floats, classes: int) -> Ints:
 def _layer(previous: Floats, S: Floats, W: Floats, low: int, high: int) -> tuple[Floats, Ints]:
     """One more class: for every `j` in low..high, the best `previous[i] + gain of the class i..j-1`, and its `i`.
 
-    The best `i` never falls as `j` grows, so it is found for every other `j` first and bounds the search for those
-    between: each round of halving looks at O(n) pairs.
+    The best `i` never decreases as `j` grows, so those of every other `j` bound the search for the ones between: each
+    round of halving checks O(n) pairs.
     """
     size = high - low + 1
-    found = np.full(size + 2, low - 1, dtype=np.int64)  # the best i of j = low - 1 + m sits at m, between two sentinels
+    found = np.full(size + 2, low - 1, dtype=np.int64)  # the best i of j = low - 1 + m is at m, between two sentinels
     found[-1] = high - 1
     best = np.full(len(previous), -np.inf)
     step = 1 << size.bit_length()

@@ -1,8 +1,8 @@
-"""The rule of a score: from scores as the scorer gave them to the tokens that it drops, over a whole dataset.
+"""Applies the rule of a score: from the scorer's numbers to the tokens that the rule fires on, over a dataset.
 
-All scores take the same way: average over the unit or window, map to what the rule sees, fire the rule, cap. Low scores
-are dropped, except by `unknown_below`, which drops high novelty. An undefined score (NaN) fires no rule. A rule that is
-set up sensibly and yet fires on nothing looks like a run that went well, so it is warned of here.
+The steps are the same for all scores: average over the unit or window, map to what the rule sees, fire the rule, cap.
+Low scores are dropped, except by `unknown_below`, which drops high novelty. An undefined score (NaN) fires no rule. A
+rule that fires on nothing or on most tokens gives a warning, because the run would look successful all the same.
 """
 
 from __future__ import annotations
@@ -14,28 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ..data.ragged import (
-    UNDEFINED_KEY,
-    Bools,
-    Doubles,
-    Floats,
-    Ints,
-    Layout,
-    Scale,
-    dataset_quantiles,
-    document_quantiles,
-    identity,
-    lowest,
-    ordered,
-    segment_means,
-    unordered,
-    windowed,
-)
+from ..data import ragged
+from ..data.ragged import UNDEFINED_KEY, Bools, Doubles, Floats, Ints, Layout, Scale, identity, lowest, ordered
 from ..errors import XTFError
 from ..scorers import ScoreConfig, registry
 from .otsu import UndefinedSplit, multi_otsu
 
-MOST = 0.5  # share of the dataset's completion tokens beyond which a rule is warned of for firing too often
+MOST = 0.5  # a rule that fires on more than this share of the dataset's completion tokens gives a warning
 Limits = list[Doubles]
 Segments = Mapping[str, Ints]
 Test = Callable[[Floats, Layout], tuple[Bools, Doubles | None]]
@@ -50,8 +35,8 @@ class Rule:
     Args:
         name: as in the block, "fence: 1.0".
         test: (scores, layout) -> the tokens it fires on, and each document's own threshold where it has one.
-        drops: what it drops, in units of the attribute's score: `below` and `above` are exclusive, `up_to` inclusive;
-            None: no such bound, or one per document.
+        drops: what it drops, in units of the score: `below` and `above` are exclusive, `up_to` inclusive; None: no such
+            bound, or one per document.
     """
 
     name: str
@@ -61,11 +46,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules of one score with their thresholds worked out, ready for any chunk of documents.
+    """The rules of one score with their thresholds, ready for any chunk of documents.
 
     Args:
-        rules: most scores have one; `known_above` beside `unknown_below` are two.
-        rank: in which order `max_fraction` lets tokens through, lowest first.
+        rules: one for most scores; two for `known_above` beside `unknown_below`.
+        rank: the order in which `max_fraction` lets tokens through, lowest first.
         facts: what else to report.
         warnings: about the thresholds.
     """
@@ -78,14 +63,15 @@ class Rules:
 
 @dataclass(frozen=True)
 class RuleResult:
-    """What the rules of one score come to.
+    """What the rules of one score drop.
 
     Args:
-        mask: (M,) the tokens they fire on; fired: their number in the dataset.
+        mask: (M,) the tokens they fire on.
+        fired: the number of these tokens in the dataset.
         thresholds: what to report of the rule, in units of `seen`.
         warnings: for the user.
-        rules: to fire on other documents with the same thresholds.
-        seen: (M,) the scores that the rules saw: averaged, in the unit of the table and the report.
+        rules: to apply to other documents with the same thresholds.
+        seen: (M,) the scores that the rules saw.
     """
 
     mask: Bools
@@ -106,7 +92,7 @@ def evaluate(
     *,
     averaged: bool = False,
 ) -> RuleResult:
-    """Apply the rule of one score to the whole dataset: unit and window, then rule, then `max_fraction`.
+    """Apply the rule of one score to the dataset: unit or window, then rule, then `max_fraction`.
 
     Args:
         name: of the score in the block.
@@ -114,30 +100,27 @@ def evaluate(
         layout: of the documents' completion tokens.
         config: the score's part of the block.
         segments: the first tokens of the sentences and lines, by unit; needed if the unit is one.
-        rules: with thresholds from elsewhere, for a part of a stream; how often they fire here is then no reason to
-            warn. None: thresholds are taken from these scores.
-        averaged: the values are as the rule sees them.
+        rules: use these thresholds, and do not warn of how often they fire; for a part of a stream. None: thresholds
+            are computed from these scores.
+        averaged: the values are already what the rule sees.
 
     Raises:
         XTFError: the unit is a sentence or line, and their first tokens are not given.
     """
     values, warnings = _finite(name, values, layout)
-    seen = values if averaged else _seen(values, layout, config, segments)
-    found = prepare(seen, layout, config) if rules is None else rules
+    seen = values if averaged else _seen(name, values, layout, config, segments)
+    found = _prepared(seen, layout, config) if rules is None else rules
     mask, hits, limits = _apply(found, seen, layout, config.max_fraction)
-    fired = layout.occurrences(mask)
-    drops = _described(found.rules, limits)
+    fired, drops = layout.occurrences(mask), _described(found.rules, limits)
     thresholds = {
         "scorer": config.scorer,
-        "rule": config.drop.model_dump(mode="json", exclude_none=True),
-        "unit": config.unit,
-        "window": config.window,
-        "max_fraction": config.max_fraction,
+        "rule": config.drop.model_dump(),
+        **config.model_dump(include={"unit", "window", "max_fraction"}),
         **found.facts,
         "drops": drops,
     }
     if rules is None:
-        off = f"remove it (`{name}: false` if it is an attribute or the preset's)"
+        off = f"remove it (`{name}: false` if it is a slot or the preset's)"
         warnings += [f"{name}: {warning}" for warning in found.warnings]
         for rule, hit in zip(found.rules, hits, strict=True):
             if hit == 0:
@@ -152,20 +135,14 @@ def evaluate(
 
 
 def fires(config: ScoreConfig, seen: Floats, layout: Layout) -> tuple[Bools, dict[str, Any]]:
-    """Where the rule of one score fires, (M,), on scores as it sees them, and the thresholds it comes to."""
-    found = prepare(seen, layout, config)
+    """Where the rule of one score fires, (M,), on scores as it sees them, and its thresholds."""
+    found = _prepared(seen, layout, config)
     mask, _, limits = _apply(found, seen, layout, config.max_fraction)
     return mask, _described(found.rules, limits)
 
 
-def prepare(seen: Floats, layout: Layout, config: ScoreConfig) -> Rules:
-    """The rules of one score with their dataset-level thresholds worked out.
-
-    Args:
-        seen: (M,) scores as the rule sees them; NaN: undefined.
-        layout: of the documents' completion tokens.
-        config: the score's part of the block.
-    """
+def _prepared(seen: Floats, layout: Layout, config: ScoreConfig) -> Rules:
+    """The rules of one score with their thresholds over the dataset."""
     drop = config.drop
     if drop.cluster is not None:
         return _cluster(seen, layout, drop.cluster, drop.of)
@@ -174,17 +151,18 @@ def prepare(seen: Floats, layout: Layout, config: ScoreConfig) -> Rules:
         return Rules([_fence(seen, layout, drop.fence, config)], facts=facts)
     if drop.quantile is not None:
         return Rules([_quantile(seen, layout, drop.quantile, config.scope)], facts={"scope": config.scope})
-    bounds = {key: (side, value, getattr(drop, key)) for key, side, value in drop.bounds()}
-    rules = []
-    for key, (side, value, written) in bounds.items():
-        # compared as a float32 score would hold the threshold: a probability on it is neither above nor below
+    rules, bounds = [], {}
+    for key, side, value in drop.bounds():
+        # compared as a float32 score holds the threshold: a probability equal to it is neither above nor below
         limit = value if key == "below" else float(np.float32(value))
-        rules.append(Rule(f"{key}: {written}", _under(limit) if side == "below" else _over(limit), {side: value}))
-    return Rules(rules, _rank({side: value for side, value, _ in bounds.values()}))
+        test = _under(limit) if side == "below" else _over(limit)
+        rules.append(Rule(f"{key}: {getattr(drop, key)}", test, {side: value}))
+        bounds[side] = value
+    return Rules(rules, _rank(bounds))
 
 
 def _rank(bounds: Mapping[str, float]) -> Callable[[Floats], Floats]:
-    """Most extreme first, whichever bound a score lies beyond."""
+    """The rank of scores beyond a bound, the most extreme first."""
     below, above = bounds.get("below"), bounds.get("above")
     if above is None:
         return lambda scores: scores
@@ -192,7 +170,7 @@ def _rank(bounds: Mapping[str, float]) -> Callable[[Floats], Floats]:
         return lambda scores: -scores
 
     def rank(scores: Floats) -> Floats:
-        """What is left of the way from each threshold to the end of [0, 1]."""
+        """The distance to the nearer end of [0, 1], as a share of the threshold's distance to that end."""
         exact = scores.astype(np.float64)
         return np.minimum(exact / max(below, _TINY), (1 - exact) / max(1 - above, _TINY)).astype(np.float32)
 
@@ -208,49 +186,41 @@ def _over(limit: float) -> Test:
 
 
 def _log(values: Doubles) -> Doubles:
-    return np.log(np.maximum(values, _TINY))  # 0 is far below every other score, not infinitely so
+    return np.log(np.maximum(values, _TINY))  # a score of 0 is finite, and far below all others
 
 
 def _fence(seen: Floats, layout: Layout, k: float, config: ScoreConfig) -> Rule:
     """Eq. (5), `S < Q1 - k * (Q3 - Q1)`, over each document or the dataset, on a linear or logarithmic scale."""
-    name = f"fence: {k}"
     scale, unscale = (_log, np.exp) if config.scale == "log" else (identity, identity)
+
+    def of_document(scores: Floats, layout: Layout) -> tuple[Bools, Doubles]:
+        q1, q3 = ragged.document_quantiles(scores, layout, [0.25, 0.75], scale)
+        fence = q1 - k * (q3 - q1)
+        return scale(scores.astype(np.float64)) < layout.spread(fence), unscale(fence)
+
     if config.scope == "document":
-        return Rule(name, _document_fence(k, scale, unscale), {"below": None})
-    q1, q3 = dataset_quantiles(seen, layout, [0.25, 0.75], scale)
+        return Rule(f"fence: {k}", of_document, {"below": None})
+    q1, q3 = ragged.dataset_quantiles(seen, layout, [0.25, 0.75], scale)
     fence = q1 - k * (q3 - q1)
-    return Rule(name, _under(float(fence), scale), {"below": float(unscale(fence))})
+    return Rule(f"fence: {k}", _under(float(fence), scale), {"below": float(unscale(fence))})
 
 
 def _quantile(seen: Floats, layout: Layout, share: float, scope: str) -> Rule:
     """The lowest share of each document's scores, or of the dataset's."""
-    name = f"quantile: {share}"
-    if scope == "document":
-        return Rule(name, _lowest_share(share), {"up_to": None})
-    limit = float(dataset_quantiles(seen, layout, [share])[0])
-    return Rule(name, _under(limit), {"below": limit})
 
-
-def _document_fence(k: float, scale: Scale, unscale: Scale) -> Test:
-    def test(scores: Floats, layout: Layout) -> tuple[Bools, Doubles]:
-        q1, q3 = document_quantiles(scores, layout, [0.25, 0.75], scale)
-        fence = q1 - k * (q3 - q1)
-        return scale(scores.astype(np.float64)) < layout.spread(fence), unscale(fence)
-
-    return test
-
-
-def _lowest_share(share: float) -> Test:
-    def test(scores: Floats, layout: Layout) -> tuple[Bools, Doubles]:
+    def of_document(scores: Floats, layout: Layout) -> tuple[Bools, Doubles]:
         number = np.floor(share * layout.count(~np.isnan(scores))).astype(np.int64)
         fires, keys = lowest(ordered(scores), layout, number)
-        return fires, unordered(keys)
+        return fires, ragged.unordered(keys)
 
-    return test
+    if scope == "document":
+        return Rule(f"quantile: {share}", of_document, {"up_to": None})
+    limit = float(ragged.dataset_quantiles(seen, layout, [share])[0])
+    return Rule(f"quantile: {share}", _under(limit), {"below": limit})
 
 
 def _cluster(seen: Floats, layout: Layout, cluster: int, of: int) -> Rules:
-    """Eq. (7): one class of a Multi-Otsu split over all occurrences."""
+    """Eq. (7): one class of a Multi-Otsu split of all scores, each counted as often as it occurs."""
     name = f"cluster: {cluster}, of: {of}"
     undefined = np.isnan(seen)
     known = ~undefined if undefined.any() else slice(None)  # a view, not a copy of the dataset
@@ -276,57 +246,40 @@ def _within(low: float | None, high: float | None) -> Test:
 
 def _class_sizes(scores: Floats, layout: Layout, cuts: Doubles) -> list[int]:
     """Occurrences in the dataset of each class's tokens."""
-    edges = [None, *cuts.tolist(), None]
-    tests = [_within(low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
-    sizes = np.zeros(len(tests), dtype=np.int64)
+    sizes = np.zeros(len(cuts) + 1)
     for tokens, _, part in layout.chunks():
-        sizes += [int(part.count(test(scores[tokens], part)[0]) @ part.counts) for test in tests]
+        known = ~np.isnan(scores[tokens])
+        classes = np.searchsorted(cuts, scores[tokens][known].astype(np.float64))
+        sizes += np.bincount(classes, part.spread(part.counts)[known], len(sizes))
     return [int(size) for size in sizes]
 
 
-def _greedy(name: str, fired: int, layout: Layout, off: str) -> list[str]:
-    """The warning about a rule that fires on most of the dataset."""
-    total = int(layout.lengths @ layout.counts)
-    if fired <= MOST * total:
-        return []
-    return [
-        f"{name}: fires on {fired / total:.0%} of all completion tokens. Noise is seldom the larger part: the "
-        "reference may not know this kind of text (other language or domain), or the threshold does not suit it. Look "
-        f"at `xtf show`; choose another threshold, a `max_fraction` or another `reference.model`, or {off}"
-    ]
-
-
-def _seen(values: Floats, layout: Layout, config: ScoreConfig, segments: Segments | None) -> Floats:
-    """Scores as the rule sees them: after unit and window. A unit of the scorer's own (`both`) is averaged by it."""
+def _seen(name: str, values: Floats, layout: Layout, config: ScoreConfig, segments: Segments | None) -> Floats:
+    """Scores as the rule sees them, after unit and window; a unit of the scorer's own (`both`) is averaged by it."""
     if config.unit not in ("sentence", "line"):
-        means = windowed(values, layout, config.window)
+        means = ragged.windowed(values, layout, config.window)
     elif segments is None or config.unit not in segments:
-        raise XTFError(f"selection: unit: {config.unit} needs the first token of every {config.unit}")
+        raise XTFError(f"selection: {name}.unit: {config.unit} needs the first token of every {config.unit}.")
     else:
-        means = segment_means(values, layout, segments[config.unit])
+        means = ragged.segment_means(values, layout, segments[config.unit])
     mapping = registry.find(config.scorer).seen
     return means if mapping is None else mapping(means)
 
 
 def _finite(name: str, values: Floats, layout: Layout) -> tuple[Floats, list[str]]:
     """Infinite scores as NaN, with a warning that counts them."""
-    infinite, scores = 0, values
-    for tokens, _, part in layout.chunks():
-        wild = np.isinf(values[tokens])
-        if wild.any():
-            scores = values.copy() if scores is values else scores
-            scores[tokens][wild] = np.nan
-            infinite += int(part.count(wild) @ part.counts)
-    if not infinite:
-        return scores, []
-    total = int(layout.lengths @ layout.counts)
-    return scores, [f"{name}: {infinite} of {total} scores are infinite; {name} never drops these tokens"]
+    infinite = np.isinf(values)
+    if not infinite.any():
+        return values, []
+    counts = f"{layout.occurrences(infinite)} of {layout.lengths @ layout.counts}"
+    warning = f"{name}: {counts} scores are infinite; {name} never drops these tokens"
+    return np.where(infinite, np.float32(np.nan), values), [warning]
 
 
 def _apply(
     found: Rules, scores: Floats, layout: Layout, max_fraction: float | None
 ) -> tuple[Bools, list[int], list[Limits]]:
-    """Fire the rules chunk by chunk: the tokens, each rule's hits in the dataset, each rule's document thresholds."""
+    """Apply rules chunk by chunk: the tokens, each rule's hits in the dataset, each rule's thresholds per document."""
     mask = np.zeros(len(scores), dtype=bool)
     hits, limits = [0] * len(found.rules), [Limits() for _ in found.rules]
     for tokens, _, part in layout.chunks():
@@ -360,34 +313,32 @@ def _described(rules: Sequence[Rule], limits: Sequence[Limits]) -> dict[str, Any
     """The rules' thresholds as plain numbers; those of single documents as their median, smallest and largest."""
     result: dict[str, Any] = {}
     for rule, own in zip(rules, limits, strict=True):
-        numbers = np.concatenate(own) if own else np.zeros(0)
-        numbers = numbers[np.isfinite(numbers)]  # the report is JSON, which has no others
         for bound, value in rule.drops.items():
             if own:
-                result[bound] = _spread(numbers) if len(numbers) else None
-            else:
+                numbers = np.concatenate(own)
+                result[bound] = _spread(numbers[np.isfinite(numbers)])
+            else:  # JSON, which the report is, has finite numbers only
                 result[bound] = None if value is None or not math.isfinite(value) else float(value)
     return result
 
 
-def _spread(numbers: Doubles) -> dict[str, float]:
-    median = 2 * float(np.median(numbers / 2))  # the sum of two in the middle could exceed every number
+def _spread(numbers: Doubles) -> dict[str, float] | None:
+    if not len(numbers):
+        return None
+    median = 2 * float(np.median(numbers / 2))  # the sum of the two middle numbers could overflow
     return {"median": median, "min": float(numbers.min()), "max": float(numbers.max())}
 
 
-def _inert(
-    name: str, rule: Rule, drops: Mapping[str, Any], scores: Floats, layout: Layout, off: str
-) -> str:
+def _inert(name: str, rule: Rule, drops: Mapping[str, Any], scores: Floats, layout: Layout, off: str) -> str:
     """The warning about a rule that fires on nothing, with the scores it saw."""
-    values = dataset_quantiles(scores, layout, list(_SHARES.values()))
+    values = ragged.dataset_quantiles(scores, layout, list(_SHARES.values()))
     if np.isnan(values).all():
-        return f"{name}: the rule {{{rule.name}}} drops nothing, because no score is defined"
-    spread = ", ".join(f"{name} {value:.4g}" for name, value in zip(_SHARES, values, strict=True))
+        return f"{name}: the rule {{{rule.name}}} drops nothing, because no score is defined; {off}"
+    spread = ", ".join(f"{share} {value:.4g}" for share, value in zip(_SHARES, values, strict=True))
     bounds = ", ".join(f"{bound} {_number(drops[bound])}" for bound in rule.drops if drops[bound] is not None)
     return (
-        f"{name}: the rule {{{rule.name}}} fires on nothing in the whole dataset. Scores: {spread}; the rule asks "
-        f"for: {bounds or 'less than one token of any document'}. Choose a threshold within the scores, or "
-        f"{off}"
+        f"{name}: the rule {{{rule.name}}} fires on nothing in the dataset. Scores: {spread}; the rule drops: "
+        f"{bounds or 'less than one token of any document'}. Choose a threshold within the scores, or {off}"
     )
 
 
@@ -395,3 +346,15 @@ def _number(value: float | Mapping[str, float]) -> str:
     if isinstance(value, Mapping):
         return f"{value['median']:.4g} (median over documents, {value['min']:.4g} to {value['max']:.4g})"
     return f"{value:.4g}"
+
+
+def _greedy(name: str, fired: int, layout: Layout, off: str) -> list[str]:
+    """The warning about a rule that fires on most of the dataset."""
+    total = int(layout.lengths @ layout.counts)
+    if fired <= MOST * total:
+        return []
+    return [
+        f"{name}: fires on {fired / total:.0%} of all completion tokens. Noise is seldom the larger part: the "
+        "reference may not know this kind of text (other language or domain), or the threshold does not suit it. Look "
+        f"at `xtf show`; choose another threshold, a `max_fraction` or another `reference.model`, or {off}"
+    ]

@@ -1,13 +1,12 @@
-"""Scores become a keep flag and a reason for every completion token; pure NumPy.
+"""Computes a keep flag and a reason for every completion token from scores; pure NumPy.
 
-Thresholds are choices, so this runs again whenever one changes, on stored scores. What happens to a document follows
-from its own scores, the configuration, and (where a rule says so) the dataset's distribution; never from its place
-among the others.
+It runs on stored scores, so other thresholds need no reference. The result of a document depends on its own scores, the
+configuration and, for some rules, the dataset's distribution; never on the order of the documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,39 +27,33 @@ Reasons = NDArray[np.uint8] | NDArray[np.uint16]
 
 
 def rule_bits(config: XTFConfig) -> dict[str, int]:
-    """The reason bit of every score that is on, as the block orders them."""
+    """The reason bit of every score that is on, in the order of `config.scores`."""
     own = {name: 2 * CONTROL << place for place, name in enumerate(config.selectors)}
     return {name: own[name] if name in own else BITS[name] for name in config.scores}
 
 
 def reason_text(bits: int, rules: Mapping[str, int] = BITS) -> str:
-    """Names of the bits of a reason as in the score table: "reasoning_importance,protected"; empty for 0.
-
-    Args:
-        bits: of one token.
-        rules: bits of scores, see `rule_bits`.
-    """
+    """Names of the bits of a token's reason, as in the score table; `rules` are the scores' bits, see `rule_bits`."""
     return ",".join(name for name, bit in {**rules, **DECISIONS}.items() if bits & bit)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What is known about the completion tokens of N distinct documents, M tokens in all.
+    """Scores of the M completion tokens of N distinct documents.
 
     Args:
         keys: (N, 16) uint8, document keys.
         offsets: (N + 1,) int64; document `i` holds the tokens `offsets[i]` up to `offsets[i + 1]` of the flat arrays.
         counts: (N,) int64, how often the document occurs; weighs every statistic over the dataset.
         token_ids: (M,) int32.
-        positions: (M,) int32, place within the document; 0 is the document's first token: never predicted nor
-            trained.
+        positions: (M,) int32, index within the document; the token at 0 is neither predicted nor trained.
         values: by name of the score, (M,) float32 as its scorer gave them; NaN: undefined.
         logprobs: (M,) float32 natural-log probabilities under the run's own reference; None: not scored.
     """
 
     keys: NDArray[np.uint8]
-    offsets: NDArray[np.int64]
-    counts: NDArray[np.int64]
+    offsets: Ints
+    counts: Ints
     token_ids: NDArray[np.int32]
     positions: NDArray[np.int32]
     values: Mapping[str, Floats] = field(default_factory=dict)
@@ -69,28 +62,26 @@ class Scores:
 
 @dataclass(frozen=True)
 class Selection:
-    """What to train on, and why.
+    """The tokens to train on, and the reasons.
 
     Args:
         keep: (M,) False where the label becomes -100.
         reasons: (M,) bits: every score whose rule fired (see `rule_bits`), and PROTECTED, FLOOR, FORCED or CONTROL
             where that decided. 8 bits wide, 16 with selectors.
-        thresholds: by score, its rule and the numbers it came to; plain JSON values, in units of `seen`.
-        fired: by score, on how many completion tokens of the dataset its rule fired (a document counts as often as it
-            occurs).
+        thresholds: by score, its rule and the resulting thresholds; plain JSON values, in units of `seen`.
+        fired: by score, on how many completion tokens of the dataset its rule fired.
         warnings: for the user.
-        best: (N,) index among its completion tokens of the token that a document would keep last; -1 if it has none
-            that trains.
+        best: (N,) the trained token that `min_kept` keeps first, as an index among the completion tokens; -1: none.
         rules: by score, its rules with the thresholds that were used.
         seen: by score, (M,) float32 as its rule saw them.
     """
 
-    keep: NDArray[np.bool_]
+    keep: Bools
     reasons: Reasons
     thresholds: dict[str, Any]
     fired: dict[str, int]
     warnings: list[str]
-    best: NDArray[np.int64]
+    best: Ints
     rules: Mapping[str, Rules] = field(default_factory=dict)
     seen: Mapping[str, Floats] = field(default_factory=dict)
 
@@ -98,8 +89,8 @@ class Selection:
 def select(
     scores: Scores,
     config: XTFConfig,
-    protected: NDArray[np.bool_] | None = None,
-    forced: NDArray[np.bool_] | None = None,
+    protected: Bools | None = None,
+    forced: Bools | None = None,
     segments: Segments | None = None,
     frozen: Mapping[str, Rules] | None = None,
     seen: Mapping[str, Floats] | None = None,
@@ -111,13 +102,11 @@ def select(
         config: the block.
         protected: (M,) tokens that are never dropped; forced: (M,) tokens that are dropped unless protected.
         segments: the first tokens of the sentences and lines, by unit; needed if some score has one.
-        frozen: the rules of another selection, for a part of a stream: thresholds are its, not those of `scores`.
-        seen: scores as their rules see them, (M,) by name, in place of `scores.values`; what another `Selection` has
-            under this name.
+        frozen: `rules` of another selection, whose thresholds are used instead of those of `scores`; for streams.
+        seen: `seen` of another selection, used instead of `scores.values`.
 
     Raises:
-        XTFError: arrays that do not fit together, a score that was not scored, or segments that are needed and not
-            given.
+        XTFError: arrays of wrong shapes, a missing score, or missing segments.
     """
     layout = Layout(scores.offsets, scores.counts)
     values = scores.values if seen is None else seen
@@ -132,13 +121,13 @@ def select(
         results[name] = evaluate(name, values[name], layout, score, segments, given, averaged=seen is not None)
         reasons |= results[name].mask * reasons.dtype.type(bits[name])
     warnings = [warning for result in results.values() for warning in result.warnings]
-    order = rescue_order(scores.logprobs, {name: result.seen for name, result in results.items()}, config)
+    first = next((results[name].seen for name in (*config.selectors, *results)), None)
     for tokens, documents, part in layout.chunks():
         chunk = _Chunk(
             part,
             scores.keys[documents],
             scores.positions[tokens] > 0,
-            order(tokens),
+            _rescue_order(first, scores.logprobs, tokens),
             np.zeros(part.offsets[-1], dtype=bool) if protected is None else protected[tokens],
             np.zeros(part.offsets[-1], dtype=bool) if forced is None else forced[tokens],
         )
@@ -166,24 +155,23 @@ def _check(
     scores: Scores, values: Mapping[str, Floats], config: XTFConfig, protected: Bools | None, forced: Bools | None
 ) -> None:
     size, number = len(scores.token_ids), len(scores.counts)
-    arrays = {"positions": scores.positions, **values, "protected": protected, "forced": forced}
-    arrays["logprobs"] = scores.logprobs
-    for name, array in arrays.items():
+    arrays = {"positions": scores.positions, "logprobs": scores.logprobs, "protected": protected, "forced": forced}
+    for name, array in {**values, **arrays}.items():
         if array is not None and array.shape != (size,):
-            raise XTFError(f"selection: {name} has the shape {array.shape}, but there are {size} completion tokens")
+            raise XTFError(f"selection: {name} has the shape {array.shape}, but there are {size} completion tokens.")
     if len(scores.offsets) != number + 1 or scores.keys.shape != (number, 16) or scores.offsets[-1] != size:
         raise XTFError(
             f"selection: {len(scores.keys)} keys, {number} counts and {len(scores.offsets)} offsets up to "
-            f"{scores.offsets[-1:]} do not describe documents with {size} completion tokens"
+            f"{scores.offsets[-1:]} do not describe documents with {size} completion tokens."
         )
     for name in config.scores:
         if name not in values:
-            raise XTFError(f"selection: {name} is on, but the documents were not scored for it")
+            raise XTFError(f"selection: {name} is on, but the documents have no scores for it.")
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A run of whole documents; `order` sorts tokens by who is brought back first, see `rescue_order`."""
+    """A run of complete documents; tokens of lower `order` are rescued first."""
 
     layout: Layout
     keys: NDArray[np.uint8]
@@ -193,40 +181,22 @@ class _Chunk:
     forced: Bools
 
 
-def rescue_order(
-    logprobs: Floats | None, seen: Mapping[str, Floats], config: XTFConfig
-) -> Callable[[slice], Hashes]:
-    """Sort keys of what `min_kept` brings back first, for any run of tokens; NaN comes last.
+def _rescue_order(first: Floats | None, logprobs: Floats | None, tokens: slice) -> Hashes:
+    """Sort keys: the tokens that `min_kept` keeps first have the lowest.
 
-    Args:
-        logprobs, seen: (M,) as in `Scores` and `Selection`.
-        config: the block.
-
-
-    With selectors: what the first of them scores highest, of equal ones the most probable, because to a rule that finds
-    noise the most novel token may be the worst noise. Without: lowest log-probability; then highest task relevance.
+    They have the highest score of the block's first score, selectors before slots; among equal scores, which a unit's
+    tokens have, the highest log-probability. NaN comes last.
     """
-    first = next(iter(config.selectors), None)
-    by = [(logprobs, 1), (seen.get("task_relevance"), -1)]
-    if first is not None:
-        by = [(seen[first], -1), (logprobs, -1)]
-
-    def order(tokens: slice) -> Hashes:
-        halves = []
-        for values, sign in by:
-            if values is None:
-                halves.append(np.full(tokens.stop - tokens.start, UNDEFINED_KEY))
-            else:
-                here = values[tokens] * np.float32(sign)
-                halves.append(ordered(np.where(np.isinf(here), np.float32(np.nan), here)))
-        keys: Hashes = (halves[0].astype(np.uint64) << np.uint64(32)) | halves[1]
-        return keys
-
-    return order
+    halves = []
+    for values in (first, logprobs):
+        here = -values[tokens] if values is not None else np.full(tokens.stop - tokens.start, np.nan, np.float32)
+        halves.append(ordered(np.where(np.isinf(here), np.float32(np.nan), here)))
+    keys: Hashes = (halves[0].astype(np.uint64) << np.uint64(32)) | halves[1]
+    return keys
 
 
 def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, bits_of_rules: list[int]) -> tuple[Bools, Reasons]:
-    """Keep flags and complete reasons of a chunk, from the bits of the rules that fired."""
+    """Keep flags and final reasons of a chunk, from the bits of the rules that fired."""
     by_rules = _combined(reasons, config, bits_of_rules)
     wanted = by_rules | chunk.forced
     dropped = wanted & ~chunk.protected
@@ -245,21 +215,17 @@ def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, bits_of_rules: l
 
 
 def _combined(reasons: Reasons, config: XTFConfig, bits: list[int]) -> Bools:
-    """Where the rules of enough scores have fired."""
-    votes = np.zeros(len(reasons), dtype=np.int8)
+    """Where the rules of as many scores fired as `combine` asks for."""
+    fired = np.zeros(len(reasons), dtype=np.int8)
     for bit in bits:
-        votes += (reasons & bit) > 0
-    return votes >= votes_needed(config, len(bits))
-
-
-def votes_needed(config: XTFConfig, number: int) -> int:
-    """Of how many of `number` scores the rule must fire to drop a token."""
-    named = {"union": 1, "intersection": number, "majority": number // 2 + 1}
-    return max(1, named[config.combine] if isinstance(config.combine, str) else config.combine.at_least)
+        fired += (reasons & bit) > 0
+    named = {"union": 1, "intersection": len(bits), "majority": len(bits) // 2 + 1}
+    needed = named[config.combine] if isinstance(config.combine, str) else config.combine.at_least
+    return fired >= max(1, needed)
 
 
 def _rescued(chunk: _Chunk, dropped: Bools, min_kept: int) -> Bools:
-    """Dropped tokens that the floor brings back: trainable ones in order, until a document keeps `min_kept`."""
+    """Dropped tokens to keep after all: trainable ones in order, until the document keeps `min_kept`."""
     rescued = np.zeros(len(dropped), dtype=bool)
     lacking = min(min_kept, 1 << 62) - chunk.layout.count(chunk.trainable & ~dropped)
     if not (lacking > 0).any():
@@ -274,9 +240,9 @@ def _rescued(chunk: _Chunk, dropped: Bools, min_kept: int) -> Bools:
 
 
 def _drawn(chunk: _Chunk, planned: Bools, seed: int) -> Bools:
-    """As many unprotected tokens of each document as were to be dropped, drawn uniformly without replacement.
+    """As many unprotected trainable tokens of each document as were planned, drawn uniformly without replacement.
 
-    Only tokens that train count and are drawn; one in position 0, which nothing predicts, stays as planned.
+    A token in position 0, which nothing predicts, does not count and is treated as planned.
     """
     keys = np.minimum(random_keys(chunk.keys, chunk.layout, seed), UNDEFINED_KEY - np.uint32(1))
     keys[chunk.protected | ~chunk.trainable] = UNDEFINED_KEY
@@ -285,17 +251,11 @@ def _drawn(chunk: _Chunk, planned: Bools, seed: int) -> Bools:
 
 
 def _best(chunk: _Chunk) -> Ints:
-    """Index among its completion tokens of each document's first trainable token in order, (N,); -1: it has none."""
-    number = chunk.layout.count(chunk.trainable)
-    best = np.full(len(number), -1, dtype=np.int64)
-    some = number > 0
-    if not some.any():
-        return best
-    tokens = np.flatnonzero(chunk.trainable)
-    starts = (np.cumsum(number) - number)[some]
-    order = chunk.order[tokens]
-    least = np.repeat(np.minimum.reduceat(order, starts), number[some])
-    winners = np.flatnonzero(order == least)
-    first = winners[np.searchsorted(winners, starts)]
-    best[some] = tokens[first] - chunk.layout.offsets[:-1][some]
+    """Index of each document's first trainable token in order among its completion tokens, (N,); -1: none."""
+    number, tokens = chunk.layout.count(chunk.trainable), np.flatnonzero(chunk.trainable)
+    best, some = np.full(len(number), -1, dtype=np.int64), number > 0
+    if len(tokens):
+        starts, order = (np.cumsum(number) - number)[some], chunk.order[tokens]
+        winners = np.flatnonzero(order == np.repeat(np.minimum.reduceat(order, starts), number[some]))
+        best[some] = tokens[winners[np.searchsorted(winners, starts)]] - chunk.layout.offsets[:-1][some]
     return best

@@ -1,4 +1,4 @@
-"""What the text decides, whatever the scores: protected and force-dropped tokens, sentences and lines."""
+"""What depends on the text and not on scores: protected and force-dropped tokens, sentences and lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..data import sentences, token_text
 from ..data.documents import DocumentSet
@@ -19,11 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextRules:
-    """All that a block asks of the text of a set of documents.
+    """What a block reads from the text of a set of documents.
 
     Args:
-        protected: (M,) completion tokens that are never dropped; forced: (M,) those that go unless protected.
-        segments: first tokens of the sentences and lines that some score asks for, by unit.
+        protected: (M,) completion tokens that are never dropped.
+        forced: (M,) completion tokens that are dropped unless protected; None: none.
+        segments: first tokens of the sentences and lines that are some score's unit, by unit.
     """
 
     protected: Bools
@@ -32,49 +32,35 @@ class TextRules:
 
     @classmethod
     def find(cls, config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> TextRules:
-        """Those of the documents."""
-        protected, forced = marked_tokens(config, documents, tokenizer)
-        return cls(protected, forced, text_segments(config, documents, tokenizer))
+        """Match the block's regexes and special tokens, and split the text into the units that scores use."""
+        token_ids, runs = documents.input_ids[documents.completion], completion_runs(documents)
+        protected = np.zeros(len(token_ids), dtype=bool)
+        if config.protect.special_tokens:
+            protected |= np.isin(token_ids, special_ids(tokenizer))
+        if config.protect.patterns:
+            protected |= token_text.match_spans(tokenizer, token_ids, runs, config.protect.patterns)
+        forced = None
+        if config.force_drop:
+            forced = token_text.match_spans(tokenizer, token_ids, runs, config.force_drop)
+        units = sorted({part.unit for part in config.scores.values()} & {"sentence", "line"})
+        return cls(protected, forced, {unit: segment_starts(documents, tokenizer, unit) for unit in units})
 
 
-def marked_tokens(config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> tuple[Bools, Bools | None]:
-    """Protected and force-dropped completion tokens, (M,) each: special tokens and regex matches."""
-    token_ids = documents.input_ids[documents.completion]
-    protected = np.zeros(len(token_ids), dtype=bool)
-    if config.protect.special_tokens:
-        protected |= np.isin(token_ids, special_ids(tokenizer))
-    runs = completion_runs(documents)
-    if config.protect.patterns:
-        protected |= token_text.match_spans(tokenizer, token_ids, runs, config.protect.patterns)
-    forced = None
-    if config.force_drop:
-        forced = token_text.match_spans(tokenizer, token_ids, runs, config.force_drop)
-    return protected, forced
-
-
-def text_segments(config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> dict[str, Ints]:
-    """First completion tokens of the sentences or lines that some score asks for, by unit."""
-    units = {part.unit for part in config.scores.values()} & {"sentence", "line"}
-    return {unit: segment_starts(documents, tokenizer, unit) for unit in sorted(units)}
-
-
-def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> NDArray[np.int64]:
+def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> Ints:
     """First completion tokens of the sentences or lines, among all completion tokens."""
     token_ids, runs = documents.input_ids[documents.completion], completion_runs(documents)
     return sentences.segment_starts(unit, tokenizer, token_ids, runs, special_ids(tokenizer))
 
 
-def special_ids(tokenizer: Any) -> NDArray[np.int64]:
-    """EOS, end-of-turn and every other token that the tokenizer marks as special."""
+def special_ids(tokenizer: Any) -> Ints:
+    """Ids of EOS, end-of-turn and every other token that the tokenizer marks as special, ascending."""
     ids = set(tokenizer.all_special_ids)
     ids |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return np.asarray(sorted(ids), dtype=np.int64)
 
 
-def completion_runs(documents: DocumentSet) -> NDArray[np.int64]:
-    """(R + 1,) offsets of maximal runs of adjacent completion tokens (one answer, or one turn each) among all of
-    them.
-    """
+def completion_runs(documents: DocumentSet) -> Ints:
+    """Offsets of runs of adjacent completion tokens (an answer, a turn) among all completion tokens, (R + 1,)."""
     flat = np.flatnonzero(documents.completion)
     breaks = np.zeros(len(flat), dtype=bool)
     breaks[1:] = np.diff(flat) > 1

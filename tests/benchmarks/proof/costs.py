@@ -1,4 +1,4 @@
-"""What second looks cost: tokens and time beside the one pass that scoring takes anyway, by world and noise rate."""
+"""The cost of rescoring: tokens and time relative to the scoring pass, by world and noise rate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _plan(bench: Bench, block: dict[str, Any]) -> tuple[Any, float]:
 
 
 def measure(world: str, rate: float, folder: Path) -> dict[str, Any]:
-    """Tokens of the excerpts over tokens of the pass, and seconds of the whole plan with and without second looks."""
+    """Tokens of the excerpts over tokens of the pass, and seconds of the whole plan with and without rescoring."""
     bench = Bench(Setting(world, world, rate), folder)
     _plan(bench, ONCE)  # the first pass of a process also pays for starting up
     _, once = _plan(bench, ONCE)

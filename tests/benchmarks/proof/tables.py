@@ -151,13 +151,13 @@ def forms_table(settings: Sequence[dict[str, Any]]) -> str:
 
 
 def costs_table(costs: Sequence[dict[str, Any]]) -> str:
-    """What second looks cost beside the pass."""
+    """The cost of rescoring relative to the pass."""
     head = ["world", "rate", "sentences looked at again", "their tokens / the pass's", "seconds of the plan, ratio"]
     rows = [
         [one["world"], f"{one['rate']:.0%}", str(one["sentences"]), f"{one['tokens']:.2f}", f"{one['seconds']:.2f}"]
         for one in costs
     ]
-    return f"### What second looks cost\n\n{table(head, rows)}\n"
+    return f"### Cost of rescoring\n\n{table(head, rows)}\n"
 
 
 def rivals_table(scale: Scale, results: Results) -> str:

@@ -1,6 +1,6 @@
 """Three public fine-tuning sets become prompts and completions with known parts, split once and for all by content.
 
-A record knows where its final answer and its calculator annotations are, so that losses and drops can be told apart
+A record knows where its final answer and its calculator annotations are, so that losses and drops can be separated
 by what a token is for. Which part a record belongs to follows from its prompt alone: never from its place in the file.
 """
 

@@ -19,7 +19,7 @@ class Scale:
     """Sizes; the defaults fit one CPU core and three quarters of an hour.
 
     Args:
-        rows: of a data set that one fine-tuning run trains on, drawn anew for each seed.
+        rows: of a data set that one fine-tuning run trains on, drawn again for each seed.
         held_out: rows of a data set that a run is measured on, the first ones.
         prompt: longest prompt in fine-tuning, in tokens; None: as long as the context allows. Abstracts make up nine
             tenths of PubMedQA's tokens, and a model this small cannot read them.
