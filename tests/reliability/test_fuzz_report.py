@@ -42,8 +42,8 @@ from xtf_plugin.report import page, score_table, terminal
 from xtf_plugin.report.page_data import page_data
 from xtf_plugin.report.summary import described
 from xtf_plugin.scoring.batching import ScoringStats
-from xtf_plugin.selection import select
-from xtf_plugin.selection.text_rules import Marks
+from xtf_plugin.selection.select import select
+from xtf_plugin.selection.text_rules import TextRules
 from xtf_plugin.store.records import StoredScores
 
 NASTY = """</script> <script>owned=1</script> <!-- --> <img/src=x/onerror=owned=1> &lt; &#x1b; ]]> </SCRIPT $data
@@ -92,14 +92,16 @@ def plan_of(number: int, tokenizer: Any, block: dict[str, Any], name: str) -> Pl
     config = XTFConfig.parse(block)
     assert config is not None
     size = int(documents.completion_offsets[-1])
-    noise = rng.exponential(size=(5, size)).astype(np.float32)
+    noise = rng.exponential(size=(4, size)).astype(np.float32)
     stored = StoredScores(np.ones(len(documents), dtype=bool), -noise[0], noise[1], noise[2], noise[3])
-    scores = scores_of(documents, stored, noise[4] / 10, {selector: -noise[1] for selector in config.selectors})
-    marks = Marks.find(config, documents, tokenizer)
-    selection = select(scores, config, marks.protected, marks.forced, marks.segments)
-    about = {"scorers": {}, "references": []} if config.selectors else {}
+    values = {"knowledge_novelty": -noise[0], "reasoning_importance": noise[3]}
+    values |= {selector: -noise[1] for selector in config.selectors}
+    scores = scores_of(documents, stored, values)
+    text = TextRules.find(config, documents, tokenizer)
+    selection = select(scores, config, text.protected, text.forced, text.segments)
+    about = {"scores": {}, "references": []}
     parts = (documents, scores, selection, {"name": name, "source": name}, ScoringStats(), 0, [name], about)
-    return Plan(config, *parts, marks=marks)
+    return Plan(config, *parts, text=text)
 
 
 RULES = {"preset": "none", "knowledge_novelty": {"drop": {"known_above": 0.5}}, "reasoning_importance": True}
@@ -118,7 +120,7 @@ def plans(draw: Any) -> tuple[Plan, Any, list[bytes]]:
     patterns = [re.escape(text) for text in draw(st.lists(texts, max_size=2)) if text]
     block = {**RULES, "force_drop": patterns, "protect": {"patterns": patterns[1:]}}
     if draw(st.integers(0, 3)) == 3:
-        block["selectors"] = {"constructor": {"scorer": "log_probability", "drop": {"quantile": 0.2}, "window": "line"}}
+        block["selectors"] = {"constructor": {"scorer": "log_probability", "drop": {"quantile": 0.2}, "unit": "line"}}
     return plan_of(len(known), tokenizer, block, told), tokenizer, known
 
 

@@ -95,13 +95,13 @@ SLIDERS = (
 )
 
 
-@pytest.mark.parametrize(("voter", "key"), SLIDERS)
-def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, voter, key):
+@pytest.mark.parametrize(("score", "key"), SLIDERS)
+def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, score, key):
     plan, _ = run
-    number_of_stops = int(page.get_attribute(f"input[data-voter={voter}][data-key={key}]", "max")) + 1
+    number_of_stops = int(page.get_attribute(f"input[data-score={score}][data-key={key}]", "max")) + 1
     seen = set()
     for place in range(number_of_stops):
-        put(page, voter, key, place)
+        put(page, score, key, place)
         block = yaml.safe_load(page.text_content("#yaml"))["xtf"]
         if page.is_visible("#illegal"):
             with pytest.raises(ValueError):
@@ -113,14 +113,14 @@ def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, v
     assert len(seen) > 2
 
 
-@pytest.mark.parametrize(("voter", "key"), SLIDERS)
-def test_a_moved_threshold_keeps_its_line(run, page, voter, key):
+@pytest.mark.parametrize(("score", "key"), SLIDERS)
+def test_a_moved_threshold_keeps_its_line(run, page, score, key):
     """Where a run with it would have it; where every document has its own, at their median, and told so."""
     plan, folder = run
-    edges = json.loads((folder / "summary.json").read_text())["distributions"][voter]["edges"]
+    edges = json.loads((folder / "summary.json").read_text())["distributions"][score]["edges"]
     for place in range(1, 4):
-        put(page, voter, key, place)
-        drops = selected(plan, XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])).thresholds[voter][
+        put(page, score, key, place)
+        drops = selected(plan, XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])).thresholds[score][
             "drops"
         ]
         numbers = [
@@ -128,12 +128,12 @@ def test_a_moved_threshold_keeps_its_line(run, page, voter, key):
         ]
         places = [320 * (number - edges[0]) / (edges[-1] - edges[0]) for number in numbers]
         drawn = page.eval_on_selector_all(
-            f"#histogram-{voter} line", "all => all.map((e) => Number(e.getAttribute('x1')))"
+            f"#histogram-{score} line", "all => all.map((e) => Number(e.getAttribute('x1')))"
         )
         assert sorted(drawn) == pytest.approx(sorted(min(319, max(1, place)) for place in places), abs=0.1)
-        assert ("each document has its own threshold" in page.inner_text(f"#histogram-{voter}")) == (key == "quantile")
-    put(page, voter, key, 0)
-    assert page.locator(f"#histogram-{voter} line").count() == (1 if voter == "knowledge_novelty" else 0)
+        assert ("each document has its own threshold" in page.inner_text(f"#histogram-{score}")) == (key == "quantile")
+    put(page, score, key, 0)
+    assert page.locator(f"#histogram-{score} line").count() == (1 if score == "knowledge_novelty" else 0)
 
 
 @pytest.mark.parametrize("combine", ["majority", "intersection"])

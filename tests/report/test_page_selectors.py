@@ -39,11 +39,11 @@ def test_every_stop_gives_the_block_that_is_counted(browser, tmp_path, name):
     opened = browser.new_page()
     opened.goto((tmp_path / "out/xtf/report.html").as_uri())
     legal = set()
-    for voter in plan.config.voters:
-        (key,) = plan.config.part(voter).drop.model_dump(mode="json", exclude_none=True)
-        stops = int(opened.get_attribute(f"input[data-voter={voter}][data-key={key}]", "max")) + 1
+    for score in plan.config.scores:
+        (key,) = plan.config.scores[score].drop.model_dump(mode="json", exclude_none=True)
+        stops = int(opened.get_attribute(f"input[data-score={score}][data-key={key}]", "max")) + 1
         for place in range(stops):
-            put(opened, voter, key, place)
+            put(opened, score, key, place)
             block = yaml.safe_load(opened.text_content("#yaml"))["xtf"]
             if opened.is_visible("#illegal"):
                 with pytest.raises(ValueError):
@@ -52,7 +52,7 @@ def test_every_stop_gives_the_block_that_is_counted(browser, tmp_path, name):
             config = XTFConfig.parse(block)
             keep = selected(plan, config).keep if is_moved(opened) else plan.selection.keep
             assert shown(opened) == weigh(plan, keep), block
-            legal.add(len(config.voters))
+            legal.add(len(config.scores))
         opened.click("#reset")
     assert len(legal) == (2 if name in ("one's own beside it", "one's own alone") else 1)
     opened.close()
@@ -68,7 +68,7 @@ def test_no_name_of_a_selector_is_taken_for_something_else(browser, tmp_path):
     opened, errors = browser.new_page(), []
     opened.on("pageerror", lambda error: errors.append(str(error)))
     opened.goto((tmp_path / "out/xtf/report.html").as_uri())
-    assert [text for text in opened.locator(".voter h3").all_inner_texts()] == list(names)
+    assert [text for text in opened.locator(".score h3").all_inner_texts()] == list(names)
     for place, name in enumerate(names):
         opened.select_option("#reason", f"rule:{name}")
         fired = opened.evaluate("view.list.map((doc) => doc.key)")
@@ -102,10 +102,10 @@ def test_the_legend_names_every_rule_with_its_line(browser, three):
     opened = browser.new_page()
     opened.goto(three.as_uri())
     drawn = opened.eval_on_selector_all("#rules .token", "all => all.map((e) => [e.textContent, e.className])")
-    voters = opened.evaluate("voters.map((voter) => named(voter.name))")
-    assert [text for text, _ in drawn][: len(voters)] == voters
-    assert [name for _, name in drawn][: len(voters)] == [f"token rule-{i % 6}" for i in range(len(voters))]
-    assert (drawn[-1] == ["several", "token rules"]) == (len(voters) > 1)
+    scores = opened.evaluate("scores.map((score) => named(score.name))")
+    assert [text for text, _ in drawn][: len(scores)] == scores
+    assert [name for _, name in drawn][: len(scores)] == [f"token rule-{i % 6}" for i in range(len(scores))]
+    assert (drawn[-1] == ["several", "token rules"]) == (len(scores) > 1)
     opened.close()
 
 

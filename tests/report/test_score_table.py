@@ -21,7 +21,7 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.report import score_table
 from xtf_plugin.report.whatif import reselect
-from xtf_plugin.selection import select
+from xtf_plugin.selection.select import select
 from xtf_plugin.selection.select import FLOOR
 
 # Contract 3, written out: tools of other people rely on it.
@@ -44,7 +44,7 @@ TYPICAL = {"scorer": "typicality", "drop": {"below": -1}}
 BLOCK = {
     **ATTRIBUTES_ON,
     "reasoning_importance": {"drop": {"quantile": 0.1}, "window": 3},
-    "selectors": {"odd": {**TYPICAL, "window": "sentence"}},
+    "selectors": {"odd": {**TYPICAL, "unit": "sentence"}},
     "protect": {"patterns": ["answer is \\d+"]},
     "force_drop": ["happy"],
     "min_kept": 15,
@@ -80,7 +80,7 @@ def test_columns_and_values(plan, path):
     assert held["row"].to_pylist() == [row for row, _, _ in spots]
     assert held["document"].to_pylist() == [documents.keys[document].tobytes().hex() for _, document, _ in spots]
     seen = {"kept": selection.keep, "position": scores.positions, "token_id": scores.token_ids, **selection.seen}
-    for name, values in {**seen, "log_probability": scores.logprobs, "protected": plan.marks.protected}.items():
+    for name, values in {**seen, "log_probability": scores.logprobs, "protected": plan.text.protected}.items():
         np.testing.assert_array_equal(held[name].to_numpy(), values[where], err_msg=name)
     assert held["reasoning_importance"].null_count == np.isnan(selection.seen["reasoning_importance"][where]).sum() > 0
     names = {name for text in held["reason"].to_pylist() for name in text.split(",")}
@@ -171,13 +171,13 @@ def test_the_own_block_selects_the_same_again(tmp_path, name):
     [
         {"reasoning_importance": {"drop": {"fence": 0.5}, "scope": "dataset", "window": 3}},
         {"knowledge_novelty": {"drop": {"unknown_below": 0.01}, "max_fraction": 0.2}, "min_kept": 3},
-        {"selectors": {"odd": {**TYPICAL, "window": "sentence", "drop": {"quantile": 0.4}}}, "combine": "majority"},
+        {"selectors": {"odd": {**TYPICAL, "unit": "sentence", "drop": {"quantile": 0.4}}}, "combine": "majority"},
         {"task_relevance": False, "selectors": {}},
     ],
 )
 def test_other_thresholds_select_as_a_run_with_them(plan, path, changed):
     config, found = XTFConfig.parse({**BLOCK, **changed}), score_table.read(path)
-    expected = select(plan.scores, config, plan.marks.protected, plan.marks.forced, plan.marks.segments)
+    expected = select(plan.scores, config, plan.text.protected, plan.text.forced, plan.text.segments)
     where = same(found, table_of(plan))
     again = reselect(found, config)
     assert (expected.reasons != plan.selection.reasons).any()
@@ -189,7 +189,7 @@ def test_other_thresholds_select_as_a_run_with_them(plan, path, changed):
     ("changed", "name"),
     [
         ({"reasoning_importance": {"drop": {"quantile": 0.1}, "window": 5}}, "reasoning_importance: not"),
-        ({"selectors": {"odd": {**TYPICAL, "window": "line"}}}, "odd: not"),
+        ({"selectors": {"odd": {**TYPICAL, "unit": "line"}}}, "odd: not"),
         ({"selectors": {"new": TYPICAL}}, "new: not"),
         ({"force_drop": []}, "force_drop: not"),
         ({"protect": {"patterns": []}}, "protect: not"),

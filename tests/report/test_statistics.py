@@ -46,8 +46,8 @@ def test_every_key_is_documented(run):
         set(summary) | {f"totals.{key}" for key in summary["totals"]} | {f"tokens.{key}" for key in summary["tokens"]}
     )
     for key in found - {"totals", "tokens"}:
-        assert {key, f"{key}.<voter>"} & documented, key
-    assert set(next(iter(summary["totals"]["attributes"].values()))) <= documented
+        assert {key, f"{key}.<score>"} & documented, key
+    assert set(next(iter(summary["totals"]["scores"].values()))) <= documented
     assert (
         {"edges", "tokens", "median", "undefined"} == set(next(iter(summary["distributions"].values()))) <= documented
     )
@@ -178,18 +178,18 @@ def test_totals_are_those_of_the_table(run):
     plan, summary, table = run
     reasons = [set(row["reason"].split(",")) for row in table]
     gone = [not row["kept"] for row in table]
-    rules = set(plan.config.voters)
+    rules = set(list(plan.config.scores))
     found = Verdicts(plan.config, plan.selection, plan.weights).totals()
     assert found.items() <= summary["totals"].items() and found["dropped_tokens"] == sum(gone)
-    for name, counts in found["attributes"].items():
+    for name, counts in found["scores"].items():
         assert counts["fired"] == sum(name in reason for reason in reasons)
         assert counts["dropped"] == sum(name in reason and lost for reason, lost in zip(reasons, gone, strict=True))
         alone = sum(reason & rules == {name} and lost for reason, lost in zip(reasons, gone, strict=True))
         assert counts["dropped_alone"] == alone
-    first, second = plan.config.voters[:2]
-    assert found["attributes"][first]["dropped_alone"] > 0
+    first, second = list(plan.config.scores)[:2]
+    assert found["scores"][first]["dropped_alone"] > 0
     both = sum({first, second} <= reason for reason in reasons)
-    smaller = min(found["attributes"][name]["fired"] for name in (first, second))
+    smaller = min(found["scores"][name]["fired"] for name in (first, second))
     assert found["overlap_of_the_smaller_set"][f"{first} & {second}"] == both / smaller
     assert found["decided_by"]["protected"] == sum("protected" in reason for reason in reasons)
 

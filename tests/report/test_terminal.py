@@ -64,7 +64,7 @@ def test_documents_are_cut_at_rows_keys_and_positions():
 
 def test_nothing_found_is_an_error_only_if_something_was_wanted():
     console = Console(file=io.StringIO())
-    assert terminal.render_documents([], "", console) == 0
+    terminal.render_documents([], "", console)
     with pytest.raises(XTFUserError, match="no document of the score table has row 1;"):
         terminal.render_documents([], "row 1", console)
 
@@ -103,7 +103,7 @@ def test_totals_print_as_shares():
     counts = {"documents": 4, "completion_tokens": 8, "kept_tokens": 4, "dropped_tokens": 4}
     decided = {"protected": 1, "floor": 0, "forced": 0, "control": 0}
     stream = io.StringIO()
-    totals = {**counts, "attributes": {"knowledge_novelty": rule, "mine": rule}, "decided_by": decided}
+    totals = {**counts, "scores": {"knowledge_novelty": rule, "mine": rule}, "decided_by": decided}
     Console(file=stream, width=120).print(terminal.totals_table(totals))
     text = stream.getvalue()
     assert "4 documents, 8 completion tokens" in text and "50.00 %" in text
@@ -111,7 +111,7 @@ def test_totals_print_as_shares():
     assert all([name, "3", "37.50", "%", "2", "1"] in lines for name in ("knowledge_novelty", "mine"))
     assert "kept by protection" in text and "min_kept" not in text
     nothing = dict.fromkeys(counts, 0)
-    Console(file=io.StringIO()).print(terminal.totals_table({**nothing, "attributes": {}, "decided_by": {}}))
+    Console(file=io.StringIO()).print(terminal.totals_table({**nothing, "scores": {}, "decided_by": {}}))
 
 
 KEYS = ["aa00", "bb11", "aa22", "cc33"]

@@ -12,7 +12,7 @@ from tests.selection.test_select import random_scores
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.ragged import Layout
 from xtf_plugin.report import whatif
-from xtf_plugin.selection import select
+from xtf_plugin.selection.select import select
 from xtf_plugin.selection.select import rule_bits
 
 LENGTHS = [1, 2, 3, 5, 8, 40, 1, 17, 0, 33, 9, 4]
@@ -56,10 +56,10 @@ def moved(block: XTFConfig, sliders, at) -> XTFConfig | None:
     settings = block.to_dict()
     for slider, place in zip(sliders, at, strict=True):
         if slider.key:
-            settings[slider.voter]["drop"][slider.key] = slider.stops[place]
-    for voter in block.voters:
-        if all(value is None for key, value in settings[voter]["drop"].items() if key != "of"):
-            settings[voter] = False
+            settings[slider.score]["drop"][slider.key] = slider.stops[place]
+    for score in block.scores:
+        if all(value is None for key, value in settings[score]["drop"].items() if key != "of"):
+            settings[score] = False
     try:
         return XTFConfig.parse(settings)
     except ValueError:
@@ -83,11 +83,11 @@ def test_every_stop_fires_where_a_run_with_it_would(name, seed):
         if other is None:
             continue
         reasons = select(scores, other).reasons
-        for voter, bit in rule_bits(other).items():
-            mine = [(slider, place) for slider, place in zip(found.sliders, at, strict=True) if slider.voter == voter]
+        for score, bit in rule_bits(other).items():
+            mine = [(slider, place) for slider, place in zip(found.sliders, at, strict=True) if slider.score == score]
             fires = np.logical_or.reduce([slider.patterns[slider.codes, place] for slider, place in mine])
-            np.testing.assert_array_equal(fires, (reasons & bit) > 0, err_msg=f"{voter} {at}")
-            different.add((voter, int(fires.sum())))
+            np.testing.assert_array_equal(fires, (reasons & bit) > 0, err_msg=f"{score} {at}")
+            different.add((score, int(fires.sum())))
         checked += 1
     assert (checked > 3 and len(different) >= 3) or name == "capped schools"
 
@@ -112,14 +112,14 @@ def test_every_stop_has_the_thresholds_of_a_run_with_it(name):
     sliders, checked = whatif.build(given).sliders, 0
     for at in settings(sliders):
         other = moved(given.config, sliders, at)
-        for voter in () if other is None else other.voters:
-            drops = select(scores, other).thresholds[voter]["drops"].values()
+        for score in () if other is None else other.scores:
+            drops = select(scores, other).thresholds[score]["drops"].values()
             own = any(isinstance(value, dict) for value in drops)
             expected = [value["median"] if own else value for value in drops if value is not None]
-            here = [(slider, stop) for slider, stop in zip(sliders, at, strict=True) if slider.voter == voter]
+            here = [(slider, stop) for slider, stop in zip(sliders, at, strict=True) if slider.score == score]
             limits = [limit for slider, stop in here for limit in slider.limits[stop]]
             assert sorted(limits) == pytest.approx(sorted(expected), rel=1e-4)
-            assert own == here[0][0].own or not limits
+            assert own == here[0][0].per_document or not limits
             checked += len(limits)
     assert checked > 5 or name == "capped schools"
 
@@ -151,7 +151,7 @@ def test_further_rules_stay_as_they_are():
     block = XTFConfig.parse({"preset": "none", "selectors": {f"s{i}": scorer for i in range(6)}})
     scores, rng = random_scores(LENGTHS, 4, COUNTS), np.random.default_rng(4)
     values = {f"s{i}": rng.normal(size=len(scores.token_ids)).astype(np.float32) for i in range(6)}
-    result = select(replace(scores, selectors=values), block)
+    result = select(replace(scores, values=values), block)
     sliders = whatif.make_sliders(block, result.seen, Layout(scores.offsets, scores.counts))
     assert [slider.key for slider in sliders] == ["below"] * 4 + [""] * 2
     for slider, bit in zip(sliders, rule_bits(block).values(), strict=True):

@@ -1,11 +1,12 @@
-"""Statistics of a score table: totals, spread of scores, combinations of rules, tokens that go or hardly stay.
+"""Statistics of a score table: totals, distributions of scores, combinations of rules, dropped and borderline tokens.
 
-Counts are occurrences in the dataset. Examples are taken from the first document, by key, that has one, so they do not
-depend on the order of rows.
+Counts are occurrences in the dataset. An example comes from the first document, by key, that has the token, so it does
+not depend on the order of rows.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -25,20 +26,20 @@ from .whatif import Slider
 BINS = 40
 TOP = 25
 AROUND = 6  # tokens of context on each side of an example
-_ENDS = 0.002  # shares of the scores beyond the outermost bins' edges
+_ENDS = 0.002  # share of the scores beyond each end of a histogram
 
 
-def share(part: float, whole: float) -> float:
-    """A part of a whole; 0 of nothing."""
-    return float(part) / float(whole) if whole else 0.0
+def share(part: float, total: float) -> float:
+    """`part / total`; 0 if the total is 0."""
+    return float(part) / float(total) if total else 0.0
 
 
 class Verdicts:
-    """How many tokens of the dataset met each verdict: all counts of fired rules and dropped tokens are sums over it.
+    """Number of tokens by reason and keep flag; counts of fired rules and dropped tokens are sums over it.
 
     Args:
         config: the block.
-        reasons: (M,) bits; keep: (M,).
+        selection: its `reasons` and `keep`, (M,), are read.
         weights: (M,) occurrences in the dataset.
     """
 
@@ -50,7 +51,7 @@ class Verdicts:
         self.rules = sum(self.bits.values())
 
     def count(self, all_of: int = 0, none_of: int = 0, kept: bool | None = None) -> int:
-        """Tokens whose reason has all of some bits and none of others; None: kept and dropped ones."""
+        """Tokens whose reason has all bits of `all_of` and none of `none_of`; `kept` None: kept and dropped tokens."""
         return sum(
             tokens
             for reason, flag, tokens in self.found
@@ -58,7 +59,7 @@ class Verdicts:
         )
 
     def totals(self) -> dict[str, Any]:
-        """Completion tokens: kept, dropped, by attribute or selector, by decision; overlaps."""
+        """Completion tokens: kept, dropped, by score, by decision; overlaps of rules."""
         tokens, kept = self.count(), self.count(kept=True)
         fired = {name: self.count(bit) for name, bit in self.bits.items()}
         dropped = {name: self.count(bit, kept=False) for name, bit in self.bits.items()}
@@ -67,7 +68,7 @@ class Verdicts:
             "kept_tokens": kept,
             "dropped_tokens": tokens - kept,
             "kept_fraction": share(kept, tokens),
-            "attributes": {
+            "scores": {
                 name: {
                     "fired": fired[name],
                     "dropped": dropped[name],
@@ -85,19 +86,17 @@ class Verdicts:
         }
 
     def combinations(self) -> list[dict[str, Any]]:
-        """How many tokens each combination of rules fired on, the largest first; those of no rule are last."""
-        sums: dict[int, int] = {}
+        """Number of tokens that each set of rules fired on, largest first; tokens without a rule come last."""
+        sums = Counter[int]()
         for reason, _, tokens in self.found:
-            sums[reason & self.rules] = sums.get(reason & self.rules, 0) + tokens
-        found = [
-            {"rules": [name for name, bit in self.bits.items() if value & bit], "tokens": tokens}
-            for value, tokens in sums.items()
-        ]
-        return sorted(found, key=lambda each: (not each["rules"], -each["tokens"]))
+            sums[reason & self.rules] += tokens
+        named = [([name for name, bit in self.bits.items() if fired & bit], count) for fired, count in sums.items()]
+        named.sort(key=lambda each: (not each[0], -each[1]))
+        return [{"rules": rules, "tokens": count} for rules, count in named]
 
 
 def distributions(table: ScoreTable) -> dict[str, Any]:
-    """A histogram of each score, as its rule saw it. The outermost bins hold everything beyond them, too."""
+    """A histogram of each score as its rule saw it; the outermost bins include everything beyond them."""
     return {name: _histogram(values, table.layout, table.weights) for name, values in table.scores.items()}
 
 
@@ -121,10 +120,10 @@ def _histogram(values: Floats, layout: Layout, weights: Ints) -> dict[str, Any]:
 
 
 def token_tables(table: ScoreTable, sliders: Sequence[Slider]) -> dict[str, list[dict[str, Any]]]:
-    """Which tokens are dropped most often, and which kept ones lie nearest to a threshold.
+    """The tokens that are dropped most often, and the kept tokens nearest to a threshold.
 
-    A kept token is on the border if its rule fires on it within the slider's next two stops. Classes (`cluster`) are
-    not stops of one threshold, so that slider counts for nothing here.
+    A kept token is on the border if its rule fires on it within the slider's next two stops. `cluster` is excluded: its
+    stops are classes and not thresholds in order.
     """
     border = np.zeros(len(table.keep), dtype=bool)
     for slider in (each for each in sliders if each.key != "cluster"):
@@ -133,6 +132,7 @@ def token_tables(table: ScoreTable, sliders: Sequence[Slider]) -> dict[str, list
 
 
 def _most(table: ScoreTable, marks: Bools) -> list[dict[str, Any]]:
+    """The `TOP` token ids with the most marked occurrences."""
     ids, weights = table.token_ids, table.weights
     distinct, places = np.unique(ids, return_inverse=True)
     places = places.reshape(-1)
@@ -141,8 +141,10 @@ def _most(table: ScoreTable, marks: Bools) -> list[dict[str, Any]]:
     order = np.lexsort((distinct, -marked))[:TOP]
     order = order[marked[order] > 0]
     where = np.flatnonzero(marks & np.isin(ids, distinct[order]))
-    by_key = where[np.lexsort((where, _rank_of_documents(table)[where]))]
-    firsts = {int(ids[at]): int(at) for at in by_key[::-1]}
+    ranks = np.empty(len(table.keys), dtype=np.int64)
+    ranks[by_key(table)] = np.arange(len(ranks))
+    where = where[np.lexsort((where, table.layout.spread(ranks)[where]))]
+    firsts = {int(ids[at]): int(at) for at in where[::-1]}
     return [
         {
             "token_id": int(distinct[place]),
@@ -156,21 +158,12 @@ def _most(table: ScoreTable, marks: Bools) -> list[dict[str, Any]]:
 
 
 def by_key(table: ScoreTable) -> Ints:
-    """The documents in the order of their keys, which are hashes: chance, and the same for the same data."""
+    """Indices of the documents in the order of their keys; keys are hashes, so this order is random but fixed."""
     return np.argsort(np.ascontiguousarray(table.keys).view("S16").reshape(-1), kind="stable")
 
 
-def _rank_of_documents(table: ScoreTable) -> Ints:
-    """For each completion token, the place of its document among all by key."""
-    ranks = np.empty(len(table.keys), dtype=np.int64)
-    ranks[by_key(table)] = np.arange(len(ranks))
-    return table.layout.spread(ranks)
-
-
 def _example(table: ScoreTable, at: int) -> dict[str, Any]:
-    """A token with the completion tokens around it, all within its document; of a character that is spread over several
-    tokens, the whole.
-    """
+    """A token with the completion tokens around it; a character spread over several tokens is shown complete."""
     document = int(np.searchsorted(table.offsets, at, side="right")) - 1
     reach = AROUND + SPREAD
     low, high = max(int(table.offsets[document]), at - reach), min(int(table.offsets[document + 1]), at + reach + 1)
@@ -183,23 +176,22 @@ def _example(table: ScoreTable, at: int) -> dict[str, Any]:
 
 
 def endings(table: ScoreTable, documents: DocumentSet, special: NDArray[np.int64]) -> dict[str, Any]:
-    """Special tokens among the completions, kept and dropped, and documents whose last token is none.
+    """Special tokens among the completions, kept and dropped, and documents whose last token is not special.
 
-    A document that does not end in one was cut off (`max_length`, `sequence_len`), or its template writes none. White
-    space behind the last token does not count: many templates end a turn with a line break.
+    Such a document was cut off (`max_length`, `sequence_len`), or its template writes no special token. Trailing
+    whitespace is ignored: many templates end a turn with a line break.
     """
     ids, weights, found = table.token_ids, table.weights, []
     for token in np.intersect1d(ids, special).tolist():
         marks = ids == token
-        total, gone = int(weights[marks].sum()), int(weights[marks & ~table.keep].sum())
-        found.append({"token_id": token, "token": text_of(table.pieces[token]), "labelled": total, "dropped": gone})
+        total, dropped = int(weights[marks].sum()), int(weights[marks & ~table.keep].sum())
+        found.append({"token_id": token, "token": text_of(table.pieces[token]), "labelled": total, "dropped": dropped})
     blank = np.asarray([i for i, piece in table.pieces.items() if piece and not piece.strip()], dtype=np.int64)
     starts, ends = documents.offsets[:-1], documents.offsets[1:].copy()
-    while True:
+    trailing = np.ones(len(ends), dtype=bool)
+    while trailing.any():
         trailing = (ends > starts) & np.isin(documents.input_ids[np.maximum(ends - 1, 0)], blank)
-        if not trailing.any():
-            break
         ends[trailing] -= 1
     last = np.maximum(ends - 1, 0)
-    open_end = (ends > starts) & documents.completion[last] & ~np.isin(documents.input_ids[last], special)
-    return {"special_tokens": found, "documents_ending_without_one": int(documents.counts[open_end].sum())}
+    cut_off = (ends > starts) & documents.completion[last] & ~np.isin(documents.input_ids[last], special)
+    return {"special_tokens": found, "documents_ending_without_one": int(documents.counts[cut_off].sum())}

@@ -1,10 +1,9 @@
-"""What a plan amounts to, in numbers: the facts of summary.json, metrics for the trackers, lines for the terminal."""
+"""A plan in numbers: the content of summary.json, metrics for the trackers, lines for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from rich.console import Console
 
 from .. import __version__
 from ..data.ragged import Layout
+from ..environment import installed_version
 from ..plan import Plan
-from ..report import statistics, terminal, whatif
 from ..selection.text_rules import special_ids
+from . import statistics, terminal, whatif
 from .score_table import ScoreTable, plain
 from .statistics import Verdicts, share
 from .whatif import WhatIf
@@ -24,26 +24,18 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions of this package and of those whose behaviour decides scores and masks."""
-    found: dict[str, str | None] = {"xtf-plugin": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    """Installed versions of this package and of those that scores and masks depend on; None: not installed."""
+    return {"xtf-plugin": __version__, **{name: installed_version(name) for name in _PACKAGES}}
 
 
 def metrics(plan: Plan) -> dict[str, float]:
-    """`xtf/kept_fraction`, `xtf/dropped_by/<attribute or selector>`: shares of the dataset's completion tokens, 0 to 1.
+    """`xtf/kept_fraction` and `xtf/dropped_by/<score>`: shares of the dataset's completion tokens, 0 to 1.
 
-    A token that two rules fire on counts for both; a rule that fired on a kept token counts for neither.
+    A token that the rules of two scores fire on counts for both, if it is dropped.
     """
     facts = totals(plan)
-    result = {"xtf/kept_fraction": facts["kept_fraction"]}
-    for name, counts in facts["attributes"].items():
-        result[f"xtf/dropped_by/{name}"] = counts["dropped_fraction"]
-    return result
+    dropped = {f"xtf/dropped_by/{name}": counts["dropped_fraction"] for name, counts in facts["scores"].items()}
+    return {"xtf/kept_fraction": facts["kept_fraction"], **dropped}
 
 
 def totals(plan: Plan) -> dict[str, Any]:
@@ -73,12 +65,12 @@ def described(plan: Plan, tokenizer: Any) -> tuple[ScoreTable, WhatIf]:
 
 
 def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything in summary.json, see docs/report.md; plain JSON values. Keys are stable.
+    """Everything in summary.json, as plain JSON values; docs/report.md describes the keys.
 
     Args:
         plan: of the run.
         tokenizer: the training tokenizer.
-        found: statistics of the score table; without them those keys are left out.
+        found: statistics of the score table; None leaves their keys out.
     """
     special = np.isin(plan.scores.token_ids, special_ids(tokenizer))
     stats, keep, weights = plan.stats, plan.selection.keep, plan.weights
@@ -111,28 +103,8 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
     return dict(plain(facts))
 
 
-def _scorer_lines(plan: Plan) -> list[str]:
-    """A line for each score, each further reference, and rescoring."""
-    lines = [
-        f"{name}: {scorer['scorer']} version {scorer['version']} ({scorer['package']})"
-        for name, scorer in plan.scorers["scores"].items()
-    ]
-    lines += [
-        f"reference {p['name']} ({p['source']}): scored {p['documents']:,} documents in {p['seconds']:.1f} s, "
-        f"{p['stored_documents']:,} came from the store"
-        for p in plan.scorers["references"]
-    ]
-    if "excerpts" in plan.scorers:
-        found = plan.scorers["excerpts"]
-        lines.append(
-            f"rescoring: scored {found['documents']:,} excerpts of {found['tokens']:,} tokens in "
-            f"{found['seconds']:.1f} s, {found['stored_documents']:,} came from the store"
-        )
-    return lines
-
-
 def show(plan: Plan, written: list[Path]) -> None:
-    """Print the plan to the terminal (standard error): shares, the rules' warnings, where the files are."""
+    """Print the plan to the terminal (standard error): shares, scorers, cost, warnings, and the files written."""
     stats = plan.stats
     Console(stderr=True, soft_wrap=True).print(terminal.totals_table(totals(plan)))
     print_lines(
@@ -152,9 +124,24 @@ def show(plan: Plan, written: list[Path]) -> None:
 def _streaming_line(plan: Plan) -> list[str]:
     if not plan.streaming:
         return []
-    number, whole = plan.streaming["documents"], plan.streaming["whole_stream"]
-    which = "all there are" if whole else "not the whole stream"
-    return [f"calibration sample: the first {number:,} documents of the stream, {which}; all figures here are of it"]
+    number, complete = plan.streaming["documents"], plan.streaming["whole_stream"]
+    which = "the whole stream" if complete else "not the whole stream"
+    return [f"calibration sample: the first {number:,} documents of the stream, {which}; all figures are of this sample"]
+
+
+def _scorer_lines(plan: Plan) -> list[str]:
+    """A line for each score, each further reference, and rescoring."""
+    lines = [
+        f"{name}: {scorer['scorer']} version {scorer['version']} ({scorer['package']})"
+        for name, scorer in plan.scorers["scores"].items()
+    ]
+    cost = "in {seconds:.1f} s, {stored_documents:,} came from the store"
+    line = "reference {name} ({source}): scored {documents:,} documents " + cost
+    lines += [line.format(**reference) for reference in plan.scorers["references"]]
+    if "excerpts" in plan.scorers:
+        line = "rescoring: scored {documents:,} excerpts of {tokens:,} tokens " + cost
+        lines.append(line.format(**plan.scorers["excerpts"]))
+    return lines
 
 
 def print_lines(lines: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The report as one HTML page: its parts are files of this folder, its data is put in by `render`."""
+"""The report as one HTML page: its parts are the files of this folder, and `render` inserts its data."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SCRIPTS = ("model.js", "words.js", "view.js", "sliders.js", "documents.js")
 
 
 def title(path: Path) -> str:
-    """What a page is called, by the run's folder that it lies in: `<output_dir>/xtf/report.html`."""
+    """The title of a page, from the run's folder: `<output_dir>/xtf/report.html`."""
     folder = path.absolute().parent
     return f"xtf report: {(folder.parent if folder.name == 'xtf' else folder).name or folder.name}"
 
 
 def render(data: Mapping[str, Any], title: str) -> str:
-    """One self-contained page: it loads nothing, and its policy lets nothing run but its own script.
+    """One self-contained page. It loads nothing, and its content security policy allows only its own script.
 
     Args:
         data: of `page_data.page_data`.
@@ -31,7 +31,7 @@ def render(data: Mapping[str, Any], title: str) -> str:
     """
     script = "".join(_part(name) for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return Template(_part("page.html")).substitute(  # what is put in is not looked at again
+    return Template(_part("page.html")).substitute(  # replaces nothing in what it inserts
         hash=f"sha256-{digest}",
         title=html.escape(title.encode(errors="replace").decode()),
         style=_part("page.css"),
@@ -41,7 +41,7 @@ def render(data: Mapping[str, Any], title: str) -> str:
 
 
 def _harmless(text: str) -> str:
-    """JSON that cannot end the script element it stands in, nor hold what editors and pipes stumble over."""
+    """JSON that cannot end the script element around it, and that is valid UTF-8 without exotic line ends."""
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text.encode("utf-8", errors="replace").decode()
