@@ -114,7 +114,7 @@ def show(
     extra: ExtraArgument = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many documents.")] = 5,
     row: Annotated[int | None, typer.Option("--row", min=0, help="All documents of one dataset row.")] = None,
-    document: Annotated[str | None, typer.Option("--document", help="One document: the first digits of its key.")] = None,
+    document: Annotated[str | None, typer.Option("--document", help="Documents whose key begins so.")] = None,
     grep: Annotated[str | None, typer.Option("--grep", help="Documents whose completion this regex matches.")] = None,
     reason: Annotated[
         str | None,
@@ -124,7 +124,7 @@ def show(
     """Print documents with kept and dropped tokens and reasons; scores first if there is no current table."""
     from .report import score_table, terminal
 
-    wanted = terminal.Wanted.parse(row=row, document=document, grep=grep, reason=reason)
+    wanted = terminal.Wanted(row, document, grep, reason)
     path = _table_path(target, extra or [])
     found = terminal.find(score_table.open_file(path), wanted, n, path)
     terminal.render_documents(found, wanted.described(), Console())

@@ -110,7 +110,8 @@ def test_check_says_what_will_happen(xtf, write):
     path = write(xtf={"preset": "paper", "task_relevance": False})
     code, out, _ = xtf("check", path)
     assert code == 0
-    for expected in ("ok", "trl", "paper", "reasoning_importance, knowledge_novelty", "adapters off", "scores.parquet"):
+    scores = "reasoning_importance (attention_received), knowledge_novelty (novelty)"
+    for expected in ("ok", "trl", "paper", scores, "adapters off", "scores.parquet"):
         assert expected in out
     assert "task_relevance" not in out
 

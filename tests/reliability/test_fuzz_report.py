@@ -39,7 +39,6 @@ from xtf_plugin.data.documents import collect
 from xtf_plugin.data.token_text import byte_alphabet
 from xtf_plugin.plan import Plan, scores_of
 from xtf_plugin.report import page, score_table, terminal
-from xtf_plugin.report.page_data import page_data
 from xtf_plugin.report.summary import described
 from xtf_plugin.scoring.batching import ScoringStats
 from xtf_plugin.selection.select import select
@@ -132,7 +131,7 @@ def replaced(value: Any) -> Any:
 @cache
 def report_of_a_run() -> dict[str, Any]:
     tokenizer = Spelled(["a", "b", " c", "."])
-    return page_data(described(plan_of(4, tokenizer, RULES, "tiny"), tokenizer)[0])
+    return page.page_data(described(plan_of(4, tokenizer, RULES, "tiny"), tokenizer)[0])
 
 
 def check_page(text: str, data: Any, title: str) -> None:
@@ -184,7 +183,7 @@ def test_what_tokens_hold_is_text_in_the_page_and_in_the_terminal(tmp_path: Path
     def holds(made: tuple[Plan, Any, list[bytes]], title: str) -> None:
         plan, tokenizer, known = made
         table = described(plan, tokenizer)[0]
-        data = json.loads(json.dumps(page_data(table)))
+        data = json.loads(json.dumps(page.page_data(table)))
         check_page(page.render(data, title), data, title)
         for shown, piece in zip(data["tokens"], known, strict=True):
             check_token(shown, piece)
@@ -297,7 +296,7 @@ def test_a_browser_shows_the_same_texts_and_runs_nothing(browser, tmp_path: Path
     tokenizer = byte_level(known)
     plan = plan_of(len(known), tokenizer, {**RULES, "force_drop": ["</script>"]}, NASTY[1])
     table = described(plan, tokenizer)[0]
-    data = page_data(table)
+    data = page.page_data(table)
     opened, noise = browser.new_page(), []
     opened.on("console", lambda message: noise.append(message.text))
     opened.on("pageerror", lambda error: noise.append(str(error)))

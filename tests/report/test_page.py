@@ -84,7 +84,7 @@ def test_the_page_counts_its_start_as_the_run_did(run, page):
     counts = {"kept": counted["tokens"] - counted["dropped"], "dropped": counted["dropped"]}
     assert counts == weigh(plan, without.keep) != weigh(plan, plan.selection.keep)
     assert counted["fired"] == plan.selection.fired
-    assert "without the tokens that min_kept brings back" in page.text_content("#promise")
+    assert "without the tokens that only min_kept keeps" in page.text_content("#promise")
 
 
 SLIDERS = (

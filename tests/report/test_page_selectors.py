@@ -155,5 +155,5 @@ def test_what_cannot_be_moved_says_so(browser, tmp_path):
         opened.goto((tmp_path / name / "out/xtf/report.html").as_uri())
         found[name] = opened.inner_text("#what-if")
         opened.close()
-    assert "a run with another would look anew" in found["looks"] and "Move a threshold" in found["looks"]
+    assert "a run with another threshold rescores" in found["looks"] and "Move a threshold" in found["looks"]
     assert "No threshold of this block can be moved" in found["control"] and "draws the tokens" in found["control"]

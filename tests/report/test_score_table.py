@@ -21,8 +21,7 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.report import score_table
 from xtf_plugin.report.whatif import reselect
-from xtf_plugin.selection.select import select
-from xtf_plugin.selection.select import FLOOR
+from xtf_plugin.selection.select import FLOOR, select
 
 # Contract 3, written out: tools of other people rely on it.
 COLUMNS = {

@@ -17,8 +17,8 @@ from tests import tiny
 from tests.report.tables import table_of
 from tests.training.test_callback import trainer
 from xtf_plugin import attach
-from xtf_plugin.report import page, page_data, terminal
-from xtf_plugin.report.statistics import AROUND, TOP, Verdicts
+from xtf_plugin.report import page, terminal
+from xtf_plugin.report.summary import AROUND, TOP, Verdicts
 
 ROOT = Path(__file__).parents[2]
 BLOCK = {
@@ -157,19 +157,19 @@ def test_a_token_of_100000_characters_is_shown_by_its_beginning():
 
 def test_characters_over_several_tokens_are_put_together():
     pieces = [b"a", b"\xf0\x9f", b"\x98", b"\x80", b"b", b"\xff", "漢".encode()[:2], "漢".encode()[2:]]
-    assert page_data._joined(pieces) == [(1, 3, "😀"), (6, 2, "漢")]
+    assert page._joined(pieces) == [(1, 3, "😀"), (6, 2, "漢")]
 
 
 def test_the_sample_is_bounded_and_the_same_for_the_same_data(run, monkeypatch):
     table = table_of(run[0])
-    first = page_data.page_data(table)["documents"]
-    assert first == page_data.page_data(table)["documents"]
-    assert {document["why"] for document in first} == {"loses most", "by chance"}
-    monkeypatch.setattr(page_data, "room_for", lambda scores, sliders: 500)
-    fewer = page_data.page_data(table)["documents"]
+    first = page.page_data(table)["documents"]
+    assert first == page.page_data(table)["documents"]
+    assert {document["why"] for document in first} == {"loses most", "at random"}
+    monkeypatch.setattr(page, "room_for", lambda scores, sliders: 500)
+    fewer = page.page_data(table)["documents"]
     assert 0 < len(fewer) < len(first) and sum(document["length"] for document in fewer) <= 500
-    monkeypatch.setattr(page_data, "LONGEST", 5)
-    for document in page_data.page_data(table)["documents"]:
+    monkeypatch.setattr(page, "LONGEST", 5)
+    for document in page.page_data(table)["documents"]:
         assert len(base64.b64decode(document["flags"])) == min(5, document["length"])
 
 
@@ -205,6 +205,6 @@ def test_nothing_of_the_data_ends_the_script_element():
 
 def test_numbers_that_json_lacks_do_not_stop_a_run(run):
     odd = dataclasses.replace(run[0], reference={"name": float("nan"), "source": float("inf")})
-    data = page_data.page_data(table_of(odd))
+    data = page.page_data(table_of(odd))
     assert data["summary"]["reference"] == {"name": None, "source": None}
     assert "NaN" not in page.render(data, "odd").split('id="data">')[1].split("</script>")[0]

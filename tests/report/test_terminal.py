@@ -136,7 +136,7 @@ def file(tmp_path):
 
 def found(path, n=9, **wanted):
     given = {"row": None, "document": None, "grep": None, "reason": None, **wanted}
-    return list(find(open_file(path), Wanted.parse(**given), n, path))
+    return list(find(open_file(path), Wanted(**given), n, path))
 
 
 def keys(path, n=9, **wanted):

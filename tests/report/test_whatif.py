@@ -12,8 +12,7 @@ from tests.selection.test_select import random_scores
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.ragged import Layout
 from xtf_plugin.report import whatif
-from xtf_plugin.selection.select import select
-from xtf_plugin.selection.select import rule_bits
+from xtf_plugin.selection.select import rule_bits, select
 
 LENGTHS = [1, 2, 3, 5, 8, 40, 1, 17, 0, 33, 9, 4]
 COUNTS = [1, 3, 1, 2, 1, 1, 5, 1, 2, 1, 1, 4]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,14 +141,15 @@ def write(table: ScoreTable, documents: DocumentSet, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     own = {str(token): piece.hex() for token, piece in table.pieces.items() if not token_text.is_text(piece)}
     about = json.dumps(plain({**table.about, "format": FORMAT, "bytes": own})).encode()
-    schema = _schema([*SCHEMA.names, *table.config.selectors]).with_metadata({METADATA: about, CHECKSUM: _sum(about)})
+    schema = _schema(table.config).with_metadata({METADATA: about, CHECKSUM: _sum(about)})
     files.remove_stale(path.parent)
     temporary = files.temporary_path(path)
     try:
         with pa.OSFile(os.fsencode(temporary), "wb") as sink:
-            options = {"use_dictionary": ["document", "token", "reason"], "dictionary_pagesize_limit": _DICTIONARY_BYTES}
             # without page checksums some flipped bits would be read as scores
-            with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True, **options) as writer:
+            options = {"use_dictionary": ["document", "token", "reason"], "write_page_checksum": True}
+            options |= {"dictionary_pagesize_limit": _DICTIONARY_BYTES, "compression": "zstd"}
+            with pq.ParquetWriter(sink, schema, **options) as writer:
                 for chunk in _chunks(table, documents, schema):
                     writer.write_table(chunk, row_group_size=_ROW_GROUP)
         with temporary.open("r+b") as handle:
@@ -216,8 +217,8 @@ def read(path: Path) -> ScoreTable:
         config = XTFConfig.parse(about["config"])
         if config is None:
             raise ValueError("its block is off")
-        columns = _schema([*SCHEMA.names, *config.selectors])
-        held = pa.concat_tables([columns.empty_table(), *batches(file, columns.names, path)])
+        schema = _schema(config)
+        held = pa.concat_tables([schema.empty_table(), *batches(file, schema, path)])
         return _table(about, config, held)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         why = str(error).removeprefix(f"{path} ")
@@ -287,19 +288,18 @@ def metadata(file: Any, path: Path) -> dict[str, Any]:
     if held.get(CHECKSUM, _sum(text)) != _sum(text):
         raise XTFUserError(f"the metadata of the score table {path} is damaged. {ADVICE}")
     try:
-        about = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        about = json.loads(text)
     except (ValueError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}
 
 
-def batches(file: Any, columns: Iterable[str], path: Path) -> Iterator[Any]:
-    """Columns of an open file batch by batch, in the types of the schema.
+def batches(file: Any, schema: Any, path: Path) -> Iterator[Any]:
+    """The columns of a schema from an open file, batch by batch.
 
     Raises:
         XTFUserError: a column is missing, cannot be read, has another type, or lacks values.
     """
-    schema = _schema(columns)
     missing = [name for name in schema.names if name not in file.schema_arrow.names]
     if missing:
         raise XTFUserError(f"{path} is no score table of xtf: it has no column {', '.join(missing)}. {ADVICE}")
@@ -335,21 +335,13 @@ def _codes(column: Any) -> tuple[NDArray[np.int32], list[str]]:
     return np.concatenate(indices), encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
 
 
-def _schema(names: Iterable[str]) -> Any:
-    """Schema of columns by name; a name that is not in `SCHEMA` is a selector's."""
-    return pa.schema([SCHEMA.field(name) if name in SCHEMA.names else (name, pa.float32()) for name in names])
+def _schema(config: XTFConfig) -> Any:
+    """`SCHEMA` with a column for each selector."""
+    return pa.schema([*SCHEMA, *((name, pa.float32()) for name in config.selectors)])
 
 
 def _sum(text: bytes) -> bytes:
     return xxhash.xxh3_64_hexdigest(text).encode()
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _finite(digits: str) -> float:
-    return number if math.isfinite(number := float(digits)) else _refuse(digits)  # such as 1e999
 
 
 def plain(value: Any) -> Any:

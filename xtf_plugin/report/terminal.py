@@ -25,9 +25,12 @@ from ..data.token_text import characters
 from ..errors import XTFUserError, escaped
 from . import score_table
 
-COLUMNS = ("row", "document", "position", "token_id", "token", "kept", "reason")
+SCHEMA = pa.schema(
+    [score_table.SCHEMA.field(n) for n in ("row", "document", "position", "token_id", "token", "kept", "reason")]
+)
 LONGEST_TEXT = 400  # characters of one token
 SHORT_NAMES = {"reasoning_importance": "RI", "knowledge_novelty": "KN", "task_relevance": "TR"}
+FULL_NAMES = {short: name for name, short in SHORT_NAMES.items()}
 DECISIONS = {
     "protected": "kept by protection",
     "floor": "kept by min_kept",
@@ -80,15 +83,10 @@ class Document:
 
     @classmethod
     def read(cls, row: int, key: str, part: pa.Table, pieces: Mapping[int, bytes]) -> Document:
-        """From its rows of a score table.
+        """From its rows of a score table; `pieces` are the bytes of tokens that are not UTF-8 by themselves.
 
         A character spread over several tokens is shown with the first of them. A later one with another decision or
         reason is shown as `◌`.
-
-        Args:
-            row, key: of the document.
-            part: its rows.
-            pieces: by token id, the bytes of tokens that are not UTF-8 by themselves.
         """
         ids, texts, kept, reasons = (part[name].to_pylist() for name in ("token_id", "token", "kept", "reason"))
         own = [pieces.get(i, (text or "").encode()) for i, text in zip(ids, texts, strict=True)]
@@ -108,44 +106,40 @@ class Wanted:
     Args:
         row: of the dataset.
         document: the first hex digits of the key.
-        grep: matches somewhere in the completion.
-        reason: a score whose rule fired in it, or what decided (`protected`, `floor`, `forced`, `control`).
+        grep: a regular expression that matches somewhere in the completion.
+        reason: a score whose rule fired in it (`RI`, `KN`, `TR` are names too), or what decided (see `DECISIONS`).
+
+    Raises:
+        XTFUserError: a key that is not hexadecimal, or a pattern that is not a regular expression.
     """
 
     row: int | None = None
     document: str | None = None
-    grep: re.Pattern[str] | None = None
+    grep: str | None = None
     reason: str | None = None
 
-    @classmethod
-    def parse(cls, row: int | None, document: str | None, grep: str | None, reason: str | None) -> Wanted:
-        """From the command line; `RI`, `KN` and `TR` are accepted as reasons.
-
-        Raises:
-            XTFUserError: a key that is not hexadecimal, or a pattern that is not a regular expression.
-        """
-        if document is not None and not re.fullmatch(r"[0-9a-fA-F]{1,32}", document):
-            raise XTFUserError(f"--document {document!r} is no document key: give its first hex digits, as shown.")
+    def __post_init__(self) -> None:
+        if self.document is not None and not re.fullmatch(r"[0-9a-fA-F]{1,32}", self.document):
+            raise XTFUserError(f"--document {self.document!r} is no document key: give its first hex digits, as shown.")
         try:
-            pattern = None if grep is None else re.compile(grep)
+            re.compile(self.grep or "")
         except re.error as error:
-            raise XTFUserError(f"--grep {grep!r} is no regular expression: {error}.") from error
-        names = {short: name for name, short in SHORT_NAMES.items()}
-        return cls(row, None if document is None else document.lower(), pattern, names.get(reason or "", reason))
+            raise XTFUserError(f"--grep {self.grep!r} is no regular expression: {error}.") from error
 
     def described(self) -> str:
         """For messages: "row 3, reason task_relevance"; empty if any document matches."""
-        pattern = None if self.grep is None else repr(self.grep.pattern)
+        pattern = None if self.grep is None else repr(self.grep)
         parts = {"row": self.row, "document": self.document, "text that matches": pattern, "reason": self.reason}
         return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
 
     def matches(self, document: Document) -> bool:
         """Whether to show a document."""
+        reason = FULL_NAMES.get(self.reason or "", self.reason)
         return (
             (self.row is None or document.row == self.row)
-            and (self.document is None or document.key.startswith(self.document))
-            and (self.grep is None or self.grep.search(document.text) is not None)
-            and (self.reason is None or any(self.reason in token.reason.split(",") for token in document.tokens))
+            and (self.document is None or document.key.startswith(self.document.lower()))
+            and (self.grep is None or re.search(self.grep, document.text) is not None)
+            and (reason is None or any(reason in token.reason.split(",") for token in document.tokens))
         )
 
 
@@ -159,7 +153,7 @@ def find(file: Any, wanted: Wanted, n: int, path: Path) -> Iterator[Document]:
     """
     selectors = [name for name in file.schema_arrow.names if name not in score_table.SCHEMA.names]
     legal = [*SHORT_NAMES, *selectors, *DECISIONS]
-    if wanted.reason not in (None, *legal):
+    if wanted.reason not in (None, *legal, *FULL_NAMES):
         raise XTFUserError(f"--reason {wanted.reason!r} is no rule of this table. Legal: {', '.join(legal)}.")
     found = filter(wanted.matches, _documents(file, wanted, path))
     return islice(found, n if wanted.row is None and wanted.document is None else None)
@@ -168,7 +162,7 @@ def find(file: Any, wanted: Wanted, n: int, path: Path) -> Iterator[Document]:
 def _documents(file: Any, wanted: Wanted, path: Path) -> Iterator[Document]:
     """Documents in order. The last one of a batch may continue in the next batch, so it is read with that."""
     rest, pieces = list[tuple[int, str, Any]](), _pieces(file, path)
-    for batch in score_table.batches(file, COLUMNS, path):
+    for batch in score_table.batches(file, SCHEMA, path):
         if wanted.row is not None:
             batch = batch.filter(pc.equal(batch["row"], wanted.row))
         parts = list(score_table.iter_documents(pa.concat_tables([*(part for *_, part in rest), batch])))

@@ -31,9 +31,12 @@ OFF = None
 _RULE_KEYS = {"drop", "max_fraction", "scope", "scale"}  # scores do not depend on them
 _SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 _ALL_SHARES = (0.0005, 0.001, 0.0025, *_SHARES)
-_KNOWN = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999)
-_UNKNOWN = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
-_FENCES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+_USUAL = {
+    "quantile": _SHARES,
+    "fence": (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0),
+    "known_above": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999),
+    "unknown_below": (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1),
+}
 _DESCENDING = ("fence", "known_above")  # a larger number drops less
 _CAPPED = "This score has two thresholds under one max_fraction, which no single slider can show."
 _TOO_MANY = f"The page has at most {MAX_SLIDERS} sliders; this rule cannot be moved."
@@ -178,62 +181,47 @@ def thinned(slider: Slider) -> Slider:
 
 def _fixed(name: str, part: ScoreConfig, scores: Floats, layout: Layout, note: str) -> Slider:
     mask, drops = fires(part, scores, layout)
+    limits, per_document = _limits(drops)
     patterns = np.asarray([[False], [True]])
-    return Slider(name, "", [OFF], 0, patterns, mask.astype(np.uint8), [_limits(drops)], _per_document(drops), note)
+    return Slider(name, "", [OFF], 0, patterns, mask.astype(np.uint8), [limits], per_document, note)
 
 
 def _slider(name: str, key: str, part: ScoreConfig, scores: Floats, layout: Layout) -> Slider:
     own = getattr(part.drop, key)
+    others = {other: None for other in type(part.drop).model_fields if other not in (key, "of")}
     stops = [OFF, *_stops(key, own, part, scores, layout)]
     bits = np.zeros(len(scores), dtype=np.uint32)
-    limits, per_document = [list[float]()], False
+    limits, own_limits = [list[float]()], False
     for index, stop in enumerate(stops[1:], start=1):
-        mask, drops = fires(_at(part, key, stop), scores, layout)
+        drop = part.drop.model_copy(update={**others, key: stop})
+        mask, drops = fires(part.model_copy(update={"drop": drop}), scores, layout)
         bits |= mask.astype(np.uint32) << np.uint32(index)
-        limits.append(_limits(drops))
-        per_document |= _per_document(drops)
+        numbers, per_document = _limits(drops)
+        limits.append(numbers)
+        own_limits |= per_document
     found, codes = np.unique(bits, return_inverse=True)
     patterns = (found[:, None] >> np.arange(len(stops), dtype=np.uint32)) & 1 > 0
     note = _RESCORED if getattr(part, "context", None) == "kept" else ""
-    return Slider(name, key, stops, stops.index(own), patterns, codes.astype(np.uint8), limits, per_document, note)
+    return Slider(name, key, stops, stops.index(own), patterns, codes.astype(np.uint8), limits, own_limits, note)
 
 
-def _limits(drops: Mapping[str, Any]) -> list[float]:
-    """Thresholds as numbers; the median where documents have their own."""
+def _limits(drops: Mapping[str, Any]) -> tuple[list[float], bool]:
+    """Thresholds as numbers; the median where documents have their own, and whether they have."""
+    per_document = any(isinstance(value, Mapping) for value in drops.values())
     numbers = (value["median"] if isinstance(value, Mapping) else value for value in drops.values())
-    return [float(f"{value:.5g}") for value in numbers if value is not None and math.isfinite(value)]
-
-
-def _per_document(drops: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, Mapping) for value in drops.values())
-
-
-def _at(part: ScoreConfig, key: str, stop: Stop) -> ScoreConfig:
-    """The score's part of the block with one key of `drop` at a stop, and no other rule."""
-    others = {name: None for name in type(part.drop).model_fields if name not in (key, "of")}
-    return part.model_copy(update={"drop": part.drop.model_copy(update={**others, key: stop})})
+    return [float(f"{value:.5g}") for value in numbers if value is not None and math.isfinite(value)], per_document
 
 
 def _stops(key: str, own: float, part: ScoreConfig, scores: Floats, layout: Layout) -> list[Any]:
     """Values of a key, the run's own among them; fixed thresholds are chosen by the share of tokens that they drop."""
     if key == "cluster":
         return list(range(1, part.drop.of + 1))
-    stops: tuple[float, ...] = {"quantile": _SHARES, "fence": _FENCES, "known_above": _KNOWN}.get(key, ())
-    if key == "below":
-        stops = _quantiles(scores, layout, _ALL_SHARES)
-    elif key == "known_above":
-        stops += _probabilities(scores, layout, _ALL_SHARES)
-    elif key == "unknown_below":
-        stops = _UNKNOWN + _probabilities(scores, layout, [1 - share for share in _ALL_SHARES])
+    stops = set(_USUAL.get(key, ()))
+    if key in ("below", "known_above", "unknown_below"):
+        shares = [1 - share for share in _ALL_SHARES] if key == "unknown_below" else _ALL_SHARES
+        limits = dataset_quantiles(scores, layout, shares)
+        if key == "below":
+            stops |= {float(f"{value:.3g}") for value in limits if math.isfinite(value)}
+        else:  # a probability, of which the novelty is the complement
+            stops |= {value for value in (float(f"{1 - limit:.3g}") for limit in limits) if 0 < value < 1}
     return sorted({*stops, own}, reverse=key in _DESCENDING)
-
-
-def _quantiles(scores: Floats, layout: Layout, shares: Sequence[float]) -> tuple[float, ...]:
-    """Finite quantiles of the scores, to three digits."""
-    return tuple(float(f"{value:.3g}") for value in dataset_quantiles(scores, layout, shares) if np.isfinite(value))
-
-
-def _probabilities(novelty: Floats, layout: Layout, shares: Sequence[float]) -> tuple[float, ...]:
-    """One minus quantiles of the novelty, as far as a rule allows them."""
-    found = (float(f"{1 - value:.3g}") for value in dataset_quantiles(novelty, layout, shares))
-    return tuple(value for value in found if 0 < value < 1)

@@ -14,7 +14,6 @@ from ..errors import XTFUserError
 from ..files import write_whole
 from ..plan import Plan
 from . import page, score_table
-from .page_data import page_data
 from .score_table import ScoreTable
 from .summary import described, summary
 from .terminal import totals_table
@@ -42,18 +41,17 @@ def write(plan: Plan, tokenizer: Any, folder: Path, *, whole: bool = False) -> l
         table, html = _table_and_page(plan, tokenizer, folder / PAGE)
     facts = summary(plan, tokenizer) if table is None else table.about
     try:
-        write_whole(folder / "summary.json", (json.dumps(facts, indent=2) + "\n").encode())
-        written.append(folder / "summary.json")
-        if html is None:
-            (folder / PAGE).unlink(missing_ok=True)  # the report of an earlier run
-        else:
-            write_whole(folder / PAGE, html)
-            written.append(folder / PAGE)
+        for name, data in (("summary.json", (json.dumps(facts, indent=2) + "\n").encode()), (PAGE, html)):
+            if data is None:
+                (folder / name).unlink(missing_ok=True)  # of an earlier run
+            else:
+                write_whole(folder / name, data)
+                written.append(folder / name)
         if table is None:
             (folder / TABLE).unlink(missing_ok=True)
             logger.warning("xtf: %d tokens: no report and no score table; `xtf score` writes them", number)
-            return written
-        written.append(score_table.write(table, plan.documents, folder / TABLE))
+        else:
+            written.append(score_table.write(table, plan.documents, folder / TABLE))
     except OSError as error:
         logger.warning("xtf: %s cannot be written (%s); training goes on without a report", folder, error)
     return written
@@ -73,7 +71,7 @@ def _table_and_page(plan: Plan, tokenizer: Any, path: Path) -> tuple[ScoreTable,
     """Score table and page; the page is None if it cannot be made, because a report must not stop a correct run."""
     try:
         table, moved = described(plan, tokenizer)
-        return table, page.render(page_data(table, moved), page.title(path)).encode()
+        return table, page.render(page.page_data(table, moved), page.title(path)).encode()
     except Exception:
         logger.warning("xtf: report.html could not be made; training goes on without it", exc_info=True)
         return replace(ScoreTable.of_plan(plan, tokenizer), about=summary(plan, tokenizer)), None
@@ -87,7 +85,7 @@ def write_report(table: ScoreTable, path: Path) -> Table:
     """
     try:
         shares = totals_table(table.about["totals"])
-        html = page.render(page_data(table), page.title(path)).encode()
+        html = page.render(page.page_data(table), page.title(path)).encode()
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise XTFUserError(
