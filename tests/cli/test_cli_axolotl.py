@@ -55,7 +55,7 @@ def test_check_and_score_refuse_with_one_message(xtf, write, host, installed, da
         assert message in err and err.startswith("xtf: error: ")
 
 
-def test_check_needs_axolotl_and_tells_of_a_hook_that_is_off(xtf, write, installed, monkeypatch):
+def test_check_needs_axolotl_and_reports_a_disabled_hook(xtf, write, installed, monkeypatch):
     path = write(**AXOLOTL)
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     code, out, _ = xtf("check", path)

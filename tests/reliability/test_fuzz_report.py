@@ -115,12 +115,12 @@ def plans(draw: Any) -> tuple[Plan, Any, list[bytes]]:
     else:
         known = list(dict.fromkeys(draw(st.lists(pieces, min_size=1, max_size=8))))
         tokenizer = byte_level(known)
-    told = "".join(draw(st.lists(st.sampled_from(NASTY) | surrogates, max_size=9)))
+    name = "".join(draw(st.lists(st.sampled_from(NASTY) | surrogates, max_size=9)))
     patterns = [re.escape(text) for text in draw(st.lists(texts, max_size=2)) if text]
     block = {**RULES, "force_drop": patterns, "protect": {"patterns": patterns[1:]}}
     if draw(st.integers(0, 3)) == 3:
         block["selectors"] = {"constructor": {"scorer": "log_probability", "drop": {"quantile": 0.2}, "unit": "line"}}
-    return plan_of(len(known), tokenizer, block, told), tokenizer, known
+    return plan_of(len(known), tokenizer, block, name), tokenizer, known
 
 
 def replaced(value: Any) -> Any:
@@ -206,7 +206,7 @@ def test_what_tokens_hold_is_text_in_the_page_and_in_the_terminal(tmp_path: Path
 
 @st.composite
 def tables(draw: Any) -> Any:
-    """A score table by other hands: right columns, anything in them."""
+    """A score table of other tools: the right columns, any content."""
     size = draw(st.integers(1, 4))
 
     def column(values: Any) -> Any:
@@ -229,7 +229,7 @@ def tables(draw: Any) -> Any:
     return table.replace_schema_metadata({b"xtf": draw(about)})
 
 
-def test_a_table_by_other_hands_acts_on_no_terminal(tmp_path: Path) -> None:
+def test_a_table_of_other_tools_does_not_act_on_the_terminal(tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
 
     @inputs(60, 500)

@@ -1,4 +1,4 @@
-"""The report of blocks with selectors: what is switched off gives a block that a run takes, or it says why not."""
+"""The report of blocks with selectors: every stop gives a block that a run accepts, or the page says why not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_stop_gives_the_block_that_is_counted(browser, tmp_path, name):
     opened.close()
 
 
-def test_no_name_of_a_selector_is_taken_for_something_else(browser, tmp_path):
+def test_selector_names_collide_with_nothing(browser, tmp_path):
     """Filters are called `dropped` and `emptied` too, and every object of the page has a `constructor`."""
     names = ("dropped", "emptied", "constructor", "preset")
     made = trainer(tmp_path, rows=tiny.problems(24), max_steps=1)
@@ -85,20 +85,38 @@ def test_no_name_of_a_selector_is_taken_for_something_else(browser, tmp_path):
     opened.close()
 
 
-def test_a_token_under_a_window_tells_that_the_rule_takes_a_mean(browser, tmp_path):
+def test_words_follow_scorer_and_unit(browser, tmp_path):
+    """A score is described by its scorer, not by its slot; and thresholds of two scores are no pair."""
     made = trainer(tmp_path, rows=tiny.problems(12), max_steps=1)
-    block = {"preset": "none", "selectors": {"mine": {**OWN, "window": 3}, "other": OWN}}
+    block = {
+        "preset": "none",
+        "knowledge_novelty": {"scorer": "log_probability", "drop": {"quantile": 0.1}},
+        "selectors": {
+            "known": {"scorer": "novelty", "drop": {"known_above": 0.5}},
+            "unknown": {"scorer": "novelty", "drop": {"unknown_below": 0.9}},
+            "mine": {**OWN, "window": 3},
+            "other": OWN,
+            "lines": {**OWN, "unit": "line"},
+        },
+        "combine": "majority",
+    }
     attach(made, {"cache_dir": str(tmp_path / "cache"), **block})
     made.train()
     opened = browser.new_page()
     opened.goto((tmp_path / "out/xtf/report.html").as_uri())
     opened.hover(".document .token >> nth=3")
-    mine, other = (line for line in opened.inner_text("#tip").splitlines() if "mine: " in line or "other: " in line)
-    assert "(mean over 3 tokens)" in mine and "mean" not in other
+    lines = [line.split(": ") for line in opened.inner_text("#tip").splitlines()[1:]]
+    words = {name.lstrip("✗· "): text for name, text in lines}
+    assert words["knowledge novelty"].startswith("score -") and words["known"].startswith("the model gives it ")
+    assert words["mine"].endswith("(mean over 3 tokens)") and words["lines"].endswith("(mean over its line)")
+    assert "surprising than the model expected" in words["other"]
+    assert "mean" not in words["other"] + words["known"] + words["knowledge novelty"]
+    put(opened, "knowledge_novelty", "quantile", 1)
+    assert not opened.is_visible("#illegal") and is_moved(opened)
     opened.close()
 
 
-def test_the_legend_names_every_rule_with_its_line(browser, three):
+def test_the_legend_shows_every_rule_with_its_underline(browser, three):
     opened = browser.new_page()
     opened.goto(three.as_uri())
     drawn = opened.eval_on_selector_all("#rules .token", "all => all.map((e) => [e.textContent, e.className])")
@@ -110,7 +128,7 @@ def test_the_legend_names_every_rule_with_its_line(browser, three):
 
 
 def test_words_of_several_tokens_read_from_right_to_left(browser, three):
-    """Where a script does: tokens are no islands to the order of letters."""
+    """In scripts that do; the token's elements do not change the order of letters."""
     opened = browser.new_page()
     opened.goto(three.as_uri())
     script = """(parts) => {
@@ -142,10 +160,10 @@ def test_large_numbers_and_long_names_fit_a_phone(browser, three, tmp_path, widt
 
 
 def test_what_cannot_be_moved_says_so(browser, tmp_path):
-    """Of the default's second looks the sliders know nothing; with a random control there are none to move."""
+    """Rescoring is not in the counts; with a random control there is no slider."""
     found = {}
     for name, block in (
-        ("looks", {"selectors": {"out_of_place": {"drop": {"below": -2}}}}),
+        ("rescored", {"selectors": {"out_of_place": {"drop": {"below": -2}}}}),
         ("control", {"preset": "paper", "control": "random"}),
     ):
         made = trainer(tmp_path / name, rows=tiny.problems(24), max_steps=1)
@@ -155,5 +173,5 @@ def test_what_cannot_be_moved_says_so(browser, tmp_path):
         opened.goto((tmp_path / name / "out/xtf/report.html").as_uri())
         found[name] = opened.inner_text("#what-if")
         opened.close()
-    assert "a run with another threshold rescores" in found["looks"] and "Move a threshold" in found["looks"]
+    assert "a run with another threshold rescores" in found["rescored"] and "Move a threshold" in found["rescored"]
     assert "No threshold of this block can be moved" in found["control"] and "draws the tokens" in found["control"]

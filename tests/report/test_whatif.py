@@ -106,7 +106,7 @@ def test_cells_hold_every_token_once(name):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_stop_has_the_thresholds_of_a_run_with_it(name):
-    """In units of the score; where documents have thresholds of their own, the median."""
+    """In units of the score; the median where every document has its own."""
     given, scores = table(name, 5)
     sliders, checked = whatif.build(given).sliders, 0
     for at in settings(sliders):
@@ -138,14 +138,14 @@ def test_thinned_sliders_fire_the_same(seed):
 
 def test_a_large_table_is_thinned(monkeypatch):
     given, _ = table("absolute", 3)
-    whole = whatif.build(given)
+    full = whatif.build(given)
     monkeypatch.setattr(whatif, "MAX_CELLS", 20)
     found = whatif.build(given)
-    assert found.weights.sum() == whole.weights.sum()
-    assert sum(len(slider.stops) for slider in found.sliders) < 30 < sum(len(slider.stops) for slider in whole.sliders)
+    assert found.weights.sum() == full.weights.sum()
+    assert sum(len(slider.stops) for slider in found.sliders) < 30 < sum(len(slider.stops) for slider in full.sliders)
 
 
-def test_further_rules_stay_as_they_are():
+def test_rules_beyond_the_fourth_slider_are_fixed():
     scorer = {"scorer": "typicality", "drop": {"below": -1}}
     block = XTFConfig.parse({"preset": "none", "selectors": {f"s{i}": scorer for i in range(6)}})
     scores, rng = random_scores(LENGTHS, 4, COUNTS), np.random.default_rng(4)

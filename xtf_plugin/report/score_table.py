@@ -189,15 +189,13 @@ def _chunks(table: ScoreTable, documents: DocumentSet, schema: Any) -> Iterator[
 def _occurrences(documents: DocumentSet, offsets: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
     """(row, document, flat index) of every completion token in dataset order, some dataset rows at a time."""
     rows = np.repeat(np.arange(len(documents.row_offsets) - 1), np.diff(documents.row_offsets))
-    sizes = np.diff(offsets)[documents.row_documents]
-    ends = np.cumsum(sizes)
+    lengths = np.diff(offsets)[documents.row_documents]
+    ends = np.cumsum(lengths)
     low = 0
     while low < len(rows):
-        base = ends[low] - sizes[low]
-        high = max(low + 1, int(np.searchsorted(ends, base + CHUNK_TOKENS, side="right")))
-        part, repeat = documents.row_documents[low:high], sizes[low:high]
-        starts = np.repeat(offsets[:-1][part] - (ends[low:high] - repeat - base), repeat)
-        yield np.repeat(rows[low:high], repeat), np.repeat(part, repeat), starts + np.arange(repeat.sum())
+        high = max(low + 1, int(np.searchsorted(ends, ends[low] - lengths[low] + CHUNK_TOKENS, side="right")))
+        part, size = documents.row_documents[low:high], lengths[low:high]
+        yield np.repeat(rows[low:high], size), np.repeat(part, size), stretches(offsets[part], size)
         low = high
 
 

@@ -71,8 +71,8 @@ def described(plan: Plan, tokenizer: Any) -> tuple[ScoreTable, WhatIf]:
     table = ScoreTable.of_plan(plan, tokenizer)
     moved = whatif.build(table)
     found = {
-        "distributions": distributions(table),
-        "combinations": Verdicts(plan.config, plan.selection, plan.weights).combinations(),
+        "distributions": {n: histogram(values, table.layout, table.weights) for n, values in table.scores.items()},
+        "combinations": Verdicts(table.config, table, table.weights).combinations(),
         "tokens": token_tables(table, moved.sliders),
         "endings": endings(table, plan.documents, special_ids(tokenizer)),
     }
@@ -228,22 +228,21 @@ class Verdicts:
         return [{"rules": rules, "tokens": count} for rules, count in named]
 
 
-def distributions(table: ScoreTable) -> dict[str, Any]:
-    """A histogram of each score as its rule saw it; the outermost bins include everything beyond them."""
-    return {name: _histogram(values, table.layout, table.weights) for name, values in table.scores.items()}
+def histogram(values: Floats, layout: Layout, weights: Ints) -> dict[str, Any]:
+    """A histogram of a score; the outermost bins include everything beyond them.
 
-
-def _histogram(values: Floats, layout: Layout, weights: Ints) -> dict[str, Any]:
+    Args:
+        values: (M,) as its rule saw them.
+        layout: of the documents; weights: (M,) occurrences.
+    """
     low, middle, high = (float(v) for v in dataset_quantiles(values, layout, [_ENDS, 0.5, 1 - _ENDS]))
     undefined = int(weights[np.isnan(values)].sum())
     if not np.isfinite([low, high]).all():
         return {"edges": [], "tokens": [], "undefined": undefined, "median": None}
     if high <= low:
         high = low + max(abs(low), 1.0) * 1e-3
-    edges = np.linspace(low, high, BINS + 1)
     known = ~np.isnan(values)
-    places = np.clip(np.searchsorted(edges, values[known], side="right") - 1, 0, BINS - 1)
-    counts = np.bincount(places, weights=weights[known], minlength=BINS)
+    counts, edges = np.histogram(np.clip(values[known], low, high), BINS, (low, high), weights=weights[known])
     return {
         "edges": [float(f"{edge:.5g}") for edge in edges],
         "tokens": [int(count) for count in counts],
