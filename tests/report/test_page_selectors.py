@@ -105,8 +105,8 @@ def test_words_follow_scorer_and_unit(browser, tmp_path):
     opened = browser.new_page()
     opened.goto((tmp_path / "out/xtf/report.html").as_uri())
     opened.hover(".document .token >> nth=3")
-    lines = [line.split(": ") for line in opened.inner_text("#tip").splitlines()[1:]]
-    words = {name.lstrip("✗· "): text for name, text in lines}
+    lines = opened.locator("#tip p:not(.verdict)").all_inner_texts()
+    words = {name.lstrip("✗· "): text for name, text in (line.split(": ") for line in lines)}
     assert words["knowledge novelty"].startswith("score -") and words["known"].startswith("the model gives it ")
     assert words["mine"].endswith("(mean over 3 tokens)") and words["lines"].endswith("(mean over its line)")
     assert "surprising than the model expected" in words["other"]

@@ -247,7 +247,7 @@ def test_excess_loss_against_a_reference_of_its_own(tmp_path):
     np.testing.assert_allclose(plan.scores.selectors["rho"], excess, atol=2e-4)
     facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())
     assert 0.3 < facts["totals"]["scores"]["rho"]["fired_fraction"] < 0.5
-    assert [entry["name"] for entry in facts["selectors"]["references"]] == [str(tmp_path / "other")]
+    assert [entry["name"] for entry in facts["scorers"]["references"]] == [str(tmp_path / "other")]
     assert made.state.log_history[0]["xtf/dropped_by/rho"] > 0
     table = pq.read_table(tmp_path / "out/xtf/scores.parquet").to_pydict()
     np.testing.assert_allclose(table["rho"], plan.scores.selectors["rho"])

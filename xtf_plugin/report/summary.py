@@ -242,7 +242,8 @@ def histogram(values: Floats, layout: Layout, weights: Ints) -> dict[str, Any]:
     if high <= low:
         high = low + max(abs(low), 1.0) * 1e-3
     known = ~np.isnan(values)
-    counts, edges = np.histogram(np.clip(values[known], low, high), BINS, (low, high), weights=weights[known])
+    inside = np.clip(values[known].astype(np.float64), low, high)
+    counts, edges = np.histogram(inside, BINS, (low, high), weights=weights[known])
     return {
         "edges": [float(f"{edge:.5g}") for edge in edges],
         "tokens": [int(count) for count in counts],
