@@ -31,10 +31,10 @@ def shown(page) -> dict[str, int]:
     return {name: number(page.text_content(f"#now-{name}")) for name in ("kept", "dropped")}
 
 
-def put(page, voter, key, place) -> None:
+def put(page, score, key, place) -> None:
     """Move a slider as a hand would."""
     script = "(input, place) => { input.value = place; input.dispatchEvent(new Event('input')); }"
-    page.eval_on_selector(f"input[data-voter={voter}][data-key={key}]", script, place)
+    page.eval_on_selector(f"input[data-score={score}][data-key={key}]", script, place)
 
 
 def is_moved(page) -> bool:

@@ -216,7 +216,7 @@ def test_stock_command_writes_what_the_readme_names(trained):
     for code in named:
         assert (trained.folder / code.replace("<output_dir>", "out")).is_file(), code
     summary = json.loads((trained.folder / "out/xtf/summary.json").read_text())
-    assert list(summary["totals"]["attributes"]) == list(XTFConfig().scores)
+    assert list(summary["totals"]["scores"]) == list(XTFConfig().scores)
     assert summary["totals"]["completion_tokens"] > 0
 
 

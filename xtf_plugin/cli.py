@@ -1,8 +1,8 @@
-"""The `xtf` command: check a recipe, score it, look at what would be dropped, tend the cache.
+"""The `xtf` command: check a recipe, score it, show what would be dropped, manage the score cache.
 
-It runs the host's own stock command as a subprocess and reads what that leaves behind; it never trains and loads no
-model itself. Exit codes: 0 fine, 2 the user's input is wrong (one message, no traceback), 1 anything else.
-Heavy imports live inside the commands, so `xtf --help` and `xtf check` answer at once.
+It runs the host's own command as a subprocess and reads the files that this writes; it loads no model itself.
+Exit codes: 0 success, 2 wrong user input (one message, no traceback), 1 any other error.
+Heavy imports are inside the commands, so that `xtf --help` and `xtf check` start fast.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ CacheOption = Annotated[Path | None, typer.Option("--cache-dir", help="Default: 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and end the process with the documented exit code."""
+    """Run the command line; always raises SystemExit with the documented exit code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # an ASCII pipe must not turn a mark into a traceback
+            stream.reconfigure(errors="backslashreplace")  # an ASCII pipe cannot encode every mark
     try:
         app(args=None if argv is None else list(argv), prog_name="xtf")
     except XTFError as error:
@@ -69,7 +69,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Hold the options that come before a command."""
+    """Options before a command."""
 
 
 @app.command()
@@ -77,7 +77,7 @@ def check(
     recipe: Annotated[Path | None, _RECIPE] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the `xtf:` block.")] = False,
 ) -> None:
-    """Validate block, host, hook and versions, without loading a model."""
+    """Validate block, host, hook and versions without loading a model."""
     from .config.block import XTFConfig
 
     if schema:
@@ -92,7 +92,7 @@ def check(
     hook = check_environment(loaded)
     typer.echo(f"{recipe}: ok")
     for name, value in _facts(loaded, config, hook).items():
-        typer.echo(f"{name:<12}{value}")  # no frame: paths stay whole, to be copied
+        typer.echo(f"{name:<12}{value}")  # no table, which could break paths
 
 
 @app.command()
@@ -101,7 +101,7 @@ def score(
     extra: ExtraArgument = None,
     output: Annotated[Path | None, typer.Option("--output", help="Also write the score table here.")] = None,
 ) -> None:
-    """Run the host's own pipeline up to the first optimizer step: score, write table and report, end."""
+    """Run the host's own pipeline up to the first optimizer step; write score table and report."""
     path, code = score_recipe(load_recipe(recipe), extra or [], output)
     if code == 0:
         typer.echo(f"scores: {path}")
@@ -114,17 +114,17 @@ def show(
     extra: ExtraArgument = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many documents.")] = 5,
     row: Annotated[int | None, typer.Option("--row", min=0, help="All documents of one dataset row.")] = None,
-    document: Annotated[str | None, typer.Option("--document", help="One document: how its key begins.")] = None,
+    document: Annotated[str | None, typer.Option("--document", help="Documents whose key begins so.")] = None,
     grep: Annotated[str | None, typer.Option("--grep", help="Documents whose completion this regex matches.")] = None,
     reason: Annotated[
         str | None,
-        typer.Option("--reason", help="Documents where it fired or decided: an attribute, selector, or `protected`."),
+        typer.Option("--reason", help="Documents where it fired or decided: a score's name, or `protected`."),
     ] = None,
 ) -> None:
-    """Print documents with what is kept, what is dropped and why; scores first if there is no current table."""
+    """Print documents with kept and dropped tokens and reasons; scores first if there is no current table."""
     from .report import score_table, terminal
 
-    wanted = terminal.Wanted.parse(row=row, document=document, grep=grep, reason=reason)
+    wanted = terminal.Wanted(row, document, grep, reason)
     path = _table_path(target, extra or [])
     found = terminal.find(score_table.open_file(path), wanted, n, path)
     terminal.render_documents(found, wanted.described(), Console())
@@ -156,7 +156,7 @@ def cache_list(cache_dir: CacheOption = None) -> None:
         typer.echo(f"{root}: no cached scores.")
         return
     table = Table(title=str(root), title_justify="left")
-    table.add_column("reference", no_wrap=True)  # whole, since `prune --reference` asks for it
+    table.add_column("reference", no_wrap=True)  # to be copied into `prune --reference`
     table.add_column("model", overflow="fold")
     table.add_column("layers", overflow="fold")
     for heading in ("documents", "tokens", "MiB", "written"):
@@ -173,23 +173,19 @@ def cache_list(cache_dir: CacheOption = None) -> None:
 def cache_prune(
     older_than_days: Annotated[float | None, typer.Option(help="Only scores older than this many days.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Only this reference: its fingerprint, or how it begins.")
+        str | None, typer.Option(help="Only this reference: its fingerprint, or its first digits.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All cached scores.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; delete nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be deleted; delete nothing.")] = False,
     cache_dir: CacheOption = None,
 ) -> None:
     """Delete cached scores; they are computed again when a run needs them."""
     from .store.admin import prune_cache
 
+    root, verb = _cache_root(cache_dir), "would remove" if dry_run else "removed"
     result = prune_cache(
-        _cache_root(cache_dir),
-        older_than_days=older_than_days,
-        reference=reference,
-        everything=everything,
-        dry_run=dry_run,
+        root, older_than_days=older_than_days, reference=reference, everything=everything, dry_run=dry_run
     )
-    verb = "would remove" if result.dry_run else "removed"
     typer.echo(f"{verb} {len(result.removed)} files, {result.bytes / 2**20:,.1f} MiB")
     for path, why in result.refused:
         typer.echo(f"xtf: left {path}: {why}", err=True)
@@ -206,25 +202,23 @@ def _facts(recipe: Recipe, config: XTFConfig, hook: str) -> dict[str, str]:
     names = ("axolotl", *_DISTRIBUTIONS) if recipe.host == "axolotl" else _DISTRIBUTIONS
     versions = [f"{name} {environment.installed_version(name) or 'not installed'}" for name in names]
     reference = config.reference
-    selectors = ", ".join(f"{name} ({part.scorer})" for name, part in config.selectors.items())
     return {
         "host": f"{recipe.host} ({COMMANDS[recipe.host]})",
         "hook": hook,
         "versions": ", ".join([f"xtf-plugin {__version__}", *versions]),
         "preset": config.preset,
-        "attributes": ", ".join(config.scores) or "none",
-        **({"selectors": selectors} if selectors else {}),
+        "scores": ", ".join(f"{name} ({part.scorer})" for name, part in config.scores.items()) or "none",
         "reference": "the model being trained, adapters off"
         if reference.model is None
         else f"{reference.model} ({reference.quantization})",
         **({"data": f"streamed; its first {config.calibration} documents calibrate"} if recipe.streamed else {}),
         "cache": str(config.resolved_cache_dir()),
-        "scores": str(recipe.scores_path()),
+        "table": str(recipe.scores_path()),
     }
 
 
 def _table_path(target: Path, extra: Sequence[str]) -> Path:
-    """Return a target's score table; score a recipe first if its table is missing or older, or `extra` is given."""
+    """The score table of a target; scores a recipe first if its table is missing or outdated, or `extra` is given."""
     if target.suffix == ".parquet":
         return target
     recipe = load_recipe(target)
@@ -238,7 +232,7 @@ def _table_path(target: Path, extra: Sequence[str]) -> Path:
 
 
 def _is_current(path: Path, target: Path, recipe: Recipe) -> bool:
-    """Whether a score table is of this format, younger than its recipe, and made with the recipe's block."""
+    """Whether a score table has this format, is younger than its recipe, and was made with the recipe's block."""
     from .config.block import XTFConfig
     from .report import score_table
 

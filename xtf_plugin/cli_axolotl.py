@@ -1,7 +1,7 @@
-"""`axolotl xtf ...`: the `xtf` command as a subcommand of Axolotl's, which asks its entry points for a click command.
+"""`axolotl xtf ...`: the `xtf` command as a subcommand of Axolotl, which loads click commands from entry points.
 
-Everything is handed on unread. Typer's own command would not do: newer releases of it bring a click of their own, whose
-commands are none to Axolotl.
+All arguments are passed on unparsed. The Typer command itself does not fit: newer releases of Typer contain their own
+copy of click, and Axolotl does not accept its commands.
 """
 
 from __future__ import annotations
@@ -19,5 +19,5 @@ from .cli import main
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def xtf(words: tuple[str, ...]) -> None:
-    """Check, score and inspect the `xtf:` block of a recipe; the words are those of the command `xtf`."""
+    """Check, score and inspect the `xtf:` block of a recipe, with the arguments of `xtf`."""
     main(words)

@@ -1,7 +1,7 @@
 """The `xtf` command: exit codes and messages, what it starts, what it reads. No model, no training.
 
-The host's command is replaced by a few lines of Python that note their arguments; that the real `trl sft` refuses a
-wrong block before it launches anything is run once, for real.
+A few lines of Python that note their arguments replace the host's command. One test runs the real `trl sft`, which
+refuses a wrong block before it launches anything.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def xtf(capsys):
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    """A host command that notes what it was given, writes a score table, and exits as told."""
+    """A host command that notes what it was given, writes a score table, and exits with a code."""
     note = tmp_path / "note.json"
     pq.write_table(TABLE, tmp_path / "source.parquet")
 
@@ -110,7 +110,8 @@ def test_check_says_what_will_happen(xtf, write):
     path = write(xtf={"preset": "paper", "task_relevance": False})
     code, out, _ = xtf("check", path)
     assert code == 0
-    for expected in ("ok", "trl", "paper", "reasoning_importance, knowledge_novelty", "adapters off", "scores.parquet"):
+    scores = "reasoning_importance (attention_received), knowledge_novelty (novelty)"
+    for expected in ("ok", "trl", "paper", scores, "adapters off", "scores.parquet"):
         assert expected in out
     assert "task_relevance" not in out
 

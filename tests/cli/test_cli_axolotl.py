@@ -7,6 +7,7 @@ import os
 import pytest
 
 from tests.cli.test_cli import calm_environment, host, write, xtf  # noqa: F401 (fixtures)
+from tests.report.tables import plan_of, saved
 from xtf_plugin import environment
 from xtf_plugin.hosts import recipes
 
@@ -54,7 +55,7 @@ def test_check_and_score_refuse_with_one_message(xtf, write, host, installed, da
         assert message in err and err.startswith("xtf: error: ")
 
 
-def test_check_needs_axolotl_and_tells_of_a_hook_that_is_off(xtf, write, installed, monkeypatch):
+def test_check_needs_axolotl_and_reports_a_disabled_hook(xtf, write, installed, monkeypatch):
     path = write(**AXOLOTL)
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     code, out, _ = xtf("check", path)
@@ -79,9 +80,10 @@ def test_score_runs_axolotls_own_command_as_a_dry_run(xtf, write, host, tmp_path
     assert code == 2 and "Axolotl's command has no `--xtf`" in err
 
 
-def test_show_and_report_score_a_recipe_once(xtf, write, host):
-    path = write(**AXOLOTL)
-    assert "dog" in xtf("show", path)[1]
+def test_show_and_report_score_a_recipe_once(xtf, write, host, tmp_path):
+    path = write(**AXOLOTL, xtf={"cache_dir": str(tmp_path / "cache")})
+    saved(plan_of(tmp_path), tmp_path / "source.parquet")  # as a run with this block writes it
+    assert "answer·is" in xtf("show", path)[1]
     host.forget()
     assert xtf("report", path)[0] == 0
     assert host.started() is None

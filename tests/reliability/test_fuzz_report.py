@@ -39,11 +39,10 @@ from xtf_plugin.data.documents import collect
 from xtf_plugin.data.token_text import byte_alphabet
 from xtf_plugin.plan import Plan, scores_of
 from xtf_plugin.report import page, score_table, terminal
-from xtf_plugin.report.page_data import page_data
 from xtf_plugin.report.summary import described
 from xtf_plugin.scoring.batching import ScoringStats
-from xtf_plugin.selection import select
-from xtf_plugin.selection.text_rules import Marks
+from xtf_plugin.selection.select import select
+from xtf_plugin.selection.text_rules import TextRules
 from xtf_plugin.store.records import StoredScores
 
 NASTY = """</script> <script>owned=1</script> <!-- --> <img/src=x/onerror=owned=1> &lt; &#x1b; ]]> </SCRIPT $data
@@ -92,14 +91,16 @@ def plan_of(number: int, tokenizer: Any, block: dict[str, Any], name: str) -> Pl
     config = XTFConfig.parse(block)
     assert config is not None
     size = int(documents.completion_offsets[-1])
-    noise = rng.exponential(size=(5, size)).astype(np.float32)
+    noise = rng.exponential(size=(4, size)).astype(np.float32)
     stored = StoredScores(np.ones(len(documents), dtype=bool), -noise[0], noise[1], noise[2], noise[3])
-    scores = scores_of(documents, stored, noise[4] / 10, {selector: -noise[1] for selector in config.selectors})
-    marks = Marks.find(config, documents, tokenizer)
-    selection = select(scores, config, marks.protected, marks.forced, marks.segments)
-    about = {"scorers": {}, "references": []} if config.selectors else {}
+    values = {"knowledge_novelty": -noise[0], "reasoning_importance": noise[3]}
+    values |= {selector: -noise[1] for selector in config.selectors}
+    scores = scores_of(documents, stored, values)
+    text = TextRules.find(config, documents, tokenizer)
+    selection = select(scores, config, text.protected, text.forced, text.segments)
+    about = {"scores": {}, "references": []}
     parts = (documents, scores, selection, {"name": name, "source": name}, ScoringStats(), 0, [name], about)
-    return Plan(config, *parts, marks=marks)
+    return Plan(config, *parts, text=text)
 
 
 RULES = {"preset": "none", "knowledge_novelty": {"drop": {"known_above": 0.5}}, "reasoning_importance": True}
@@ -114,12 +115,12 @@ def plans(draw: Any) -> tuple[Plan, Any, list[bytes]]:
     else:
         known = list(dict.fromkeys(draw(st.lists(pieces, min_size=1, max_size=8))))
         tokenizer = byte_level(known)
-    told = "".join(draw(st.lists(st.sampled_from(NASTY) | surrogates, max_size=9)))
+    name = "".join(draw(st.lists(st.sampled_from(NASTY) | surrogates, max_size=9)))
     patterns = [re.escape(text) for text in draw(st.lists(texts, max_size=2)) if text]
     block = {**RULES, "force_drop": patterns, "protect": {"patterns": patterns[1:]}}
     if draw(st.integers(0, 3)) == 3:
-        block["selectors"] = {"constructor": {"scorer": "log_probability", "drop": {"quantile": 0.2}, "window": "line"}}
-    return plan_of(len(known), tokenizer, block, told), tokenizer, known
+        block["selectors"] = {"constructor": {"scorer": "log_probability", "drop": {"quantile": 0.2}, "unit": "line"}}
+    return plan_of(len(known), tokenizer, block, name), tokenizer, known
 
 
 def replaced(value: Any) -> Any:
@@ -130,7 +131,7 @@ def replaced(value: Any) -> Any:
 @cache
 def report_of_a_run() -> dict[str, Any]:
     tokenizer = Spelled(["a", "b", " c", "."])
-    return page_data(described(plan_of(4, tokenizer, RULES, "tiny"), tokenizer)[0])
+    return page.page_data(described(plan_of(4, tokenizer, RULES, "tiny"), tokenizer)[0])
 
 
 def check_page(text: str, data: Any, title: str) -> None:
@@ -182,7 +183,7 @@ def test_what_tokens_hold_is_text_in_the_page_and_in_the_terminal(tmp_path: Path
     def holds(made: tuple[Plan, Any, list[bytes]], title: str) -> None:
         plan, tokenizer, known = made
         table = described(plan, tokenizer)[0]
-        data = json.loads(json.dumps(page_data(table)))
+        data = json.loads(json.dumps(page.page_data(table)))
         check_page(page.render(data, title), data, title)
         for shown, piece in zip(data["tokens"], known, strict=True):
             check_token(shown, piece)
@@ -205,7 +206,7 @@ def test_what_tokens_hold_is_text_in_the_page_and_in_the_terminal(tmp_path: Path
 
 @st.composite
 def tables(draw: Any) -> Any:
-    """A score table by other hands: right columns, anything in them."""
+    """A score table of other tools: the right columns, any content."""
     size = draw(st.integers(1, 4))
 
     def column(values: Any) -> Any:
@@ -228,7 +229,7 @@ def tables(draw: Any) -> Any:
     return table.replace_schema_metadata({b"xtf": draw(about)})
 
 
-def test_a_table_by_other_hands_acts_on_no_terminal(tmp_path: Path) -> None:
+def test_a_table_of_other_tools_does_not_act_on_the_terminal(tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
 
     @inputs(60, 500)
@@ -295,7 +296,7 @@ def test_a_browser_shows_the_same_texts_and_runs_nothing(browser, tmp_path: Path
     tokenizer = byte_level(known)
     plan = plan_of(len(known), tokenizer, {**RULES, "force_drop": ["</script>"]}, NASTY[1])
     table = described(plan, tokenizer)[0]
-    data = page_data(table)
+    data = page.page_data(table)
     opened, noise = browser.new_page(), []
     opened.on("console", lambda message: noise.append(message.text))
     opened.on("pageerror", lambda error: noise.append(str(error)))

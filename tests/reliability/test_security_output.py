@@ -58,15 +58,11 @@ def test_no_shell_and_no_code_from_text(tmp_path):
     assert len(unsafe_calls([tmp_path / "planted.py"])) == 7
 
 
-# What bandit finds in the package and the boot file, and why it stays; pyproject.toml has the answers that hold for all
-# of the package.
+# Findings of bandit in the package and the boot file that are no problem, and why; pyproject.toml has those that hold
+# for the complete package.
 ANSWERED = {
-    ("B105", "xtf_plugin/report/statistics.py"): "the text before, in and after an example token; no password",
-    ("B603", "xtf_plugin/hosts/run.py"): "the host's own script and the user's own words, as a list, without a shell",
-    (
-        "B615",
-        "xtf_plugin/providers.py",
-    ): "`revision` is given in **options, the user chooses it, the commit is in the key",
+    ("B105", "xtf_plugin/report/summary.py"): "the text before, in and after an example token; no password",
+    ("B615", "xtf_plugin/scoring/providers.py"): "`revision` is in **options; the user chooses it, and the key has it",
 }
 
 
@@ -76,12 +72,12 @@ def test_bandit_finds_nothing_that_is_not_answered():
         pytest.skip("bandit is not installed (a dev dependency)")
     words = ["-q", "-f", "json", "-c", str(ROOT / "pyproject.toml"), "-r", str(PACKAGE), str(BOOT)]
     ended = subprocess.run([sys.executable, "-m", "bandit", *words], capture_output=True, text=True)
-    told = json.loads(ended.stdout)
-    assert not told["errors"] and told["metrics"]["_totals"]["loc"] > 5_000 and str(BOOT) in told["metrics"]
-    found = {(each["test_id"], Path(each["filename"]).relative_to(ROOT).as_posix()) for each in told["results"]}
+    report = json.loads(ended.stdout)
+    assert not report["errors"] and report["metrics"]["_totals"]["loc"] > 5_000 and str(BOOT) in report["metrics"]
+    found = {(each["test_id"], Path(each["filename"]).relative_to(ROOT).as_posix()) for each in report["results"]}
     assert found - ANSWERED.keys() == set(), "find an answer, or mend it"
     assert ANSWERED.keys() - found == set(), "an answer that nothing asks for any more"
-    record("bandit", lines=told["metrics"]["_totals"]["loc"], findings=len(told["results"]))
+    record("bandit", lines=report["metrics"]["_totals"]["loc"], findings=len(report["results"]))
 
 
 DOMAIN = "photosynthesis"
@@ -110,7 +106,7 @@ def revealed(folder: Path) -> set[str]:
 def written(folder: Path, **block):
     """A cache and all that a run writes."""
     (folder / "words.txt").write_text(f"apples\n{DOMAIN}\n")
-    again = {"out_of_place": {"drop": {"below": 0.5}, "context": "kept"}}  # second looks, which are stored too
+    again = {"out_of_place": {"drop": {"below": 0.5}, "context": "kept"}}  # rescoring, whose scores are stored too
     block = {"preset": "default", "selectors": again, "task_relevance": {"domain": str(folder / "words.txt")}, **block}
     config = XTFConfig.parse({**ATTRIBUTES_ON, "cache_dir": str(folder / "cache"), **block})
     plan = make_plan(config, collect(rows()), Provider(), tiny.tokenizer(), progress=False)

@@ -11,7 +11,6 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import Plan, make_plan
 from xtf_plugin.report import page, score_table
-from xtf_plugin.report.page_data import page_data
 from xtf_plugin.report.score_table import ScoreTable
 from xtf_plugin.report.summary import described
 
@@ -31,5 +30,5 @@ def saved(plan: Plan, path: Path, tokenizer: Any = None) -> Path:
 
 def page_of(table: ScoreTable, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page.render(page_data(table), page.title(path)), encoding="utf-8")
+    path.write_text(page.render(page.page_data(table), page.title(path)), encoding="utf-8")
     return path

@@ -1,5 +1,5 @@
-"""report.html in a real Chromium: it loads quietly and alone, its numbers are those of summary.json and of the table,
-and its sliders count what `select` computes for their thresholds.
+"""report.html in a real Chromium: it loads nothing and logs nothing, its numbers are those of summary.json and the
+table, and its sliders count what `select` computes for their thresholds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, run):
-    """The report, opened; it must say nothing to the console and ask for nothing."""
+    """The report, opened; it must log nothing and load nothing."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     opened = context.new_page()
     noise = []
@@ -78,13 +78,13 @@ def test_totals_are_those_of_summary_and_table(run, page):
 
 
 def test_the_page_counts_its_start_as_the_run_did(run, page):
-    """Not only shown: worked out anew by the page's own code, which leaves out the floor."""
+    """The page's own count leaves out the floor."""
     plan, _ = run
     counted, without = page.evaluate("count(start, S.config.combine)"), selected(plan, plan.config)
     counts = {"kept": counted["tokens"] - counted["dropped"], "dropped": counted["dropped"]}
     assert counts == weigh(plan, without.keep) != weigh(plan, plan.selection.keep)
     assert counted["fired"] == plan.selection.fired
-    assert "without the tokens that min_kept brings back" in page.text_content("#promise")
+    assert "without the tokens that only min_kept keeps" in page.text_content("#promise")
 
 
 SLIDERS = (
@@ -95,13 +95,13 @@ SLIDERS = (
 )
 
 
-@pytest.mark.parametrize(("voter", "key"), SLIDERS)
-def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, voter, key):
+@pytest.mark.parametrize(("score", "key"), SLIDERS)
+def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, score, key):
     plan, _ = run
-    number_of_stops = int(page.get_attribute(f"input[data-voter={voter}][data-key={key}]", "max")) + 1
+    number_of_stops = int(page.get_attribute(f"input[data-score={score}][data-key={key}]", "max")) + 1
     seen = set()
     for place in range(number_of_stops):
-        put(page, voter, key, place)
+        put(page, score, key, place)
         block = yaml.safe_load(page.text_content("#yaml"))["xtf"]
         if page.is_visible("#illegal"):
             with pytest.raises(ValueError):
@@ -113,14 +113,14 @@ def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, v
     assert len(seen) > 2
 
 
-@pytest.mark.parametrize(("voter", "key"), SLIDERS)
-def test_a_moved_threshold_keeps_its_line(run, page, voter, key):
-    """Where a run with it would have it; where every document has its own, at their median, and told so."""
+@pytest.mark.parametrize(("score", "key"), SLIDERS)
+def test_the_line_is_at_the_threshold_of_each_stop(run, page, score, key):
+    """At the threshold of a run with this stop; at the median, with a note, where every document has its own."""
     plan, folder = run
-    edges = json.loads((folder / "summary.json").read_text())["distributions"][voter]["edges"]
+    edges = json.loads((folder / "summary.json").read_text())["distributions"][score]["edges"]
     for place in range(1, 4):
-        put(page, voter, key, place)
-        drops = selected(plan, XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])).thresholds[voter][
+        put(page, score, key, place)
+        drops = selected(plan, XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])).thresholds[score][
             "drops"
         ]
         numbers = [
@@ -128,12 +128,12 @@ def test_a_moved_threshold_keeps_its_line(run, page, voter, key):
         ]
         places = [320 * (number - edges[0]) / (edges[-1] - edges[0]) for number in numbers]
         drawn = page.eval_on_selector_all(
-            f"#histogram-{voter} line", "all => all.map((e) => Number(e.getAttribute('x1')))"
+            f"#histogram-{score} line", "all => all.map((e) => Number(e.getAttribute('x1')))"
         )
         assert sorted(drawn) == pytest.approx(sorted(min(319, max(1, place)) for place in places), abs=0.1)
-        assert ("each document has its own threshold" in page.inner_text(f"#histogram-{voter}")) == (key == "quantile")
-    put(page, voter, key, 0)
-    assert page.locator(f"#histogram-{voter} line").count() == (1 if voter == "knowledge_novelty" else 0)
+        assert ("each document has its own threshold" in page.inner_text(f"#histogram-{score}")) == (key == "quantile")
+    put(page, score, key, 0)
+    assert page.locator(f"#histogram-{score} line").count() == (1 if score == "knowledge_novelty" else 0)
 
 
 @pytest.mark.parametrize("combine", ["majority", "intersection"])
@@ -169,7 +169,7 @@ def test_documents_are_shaded_as_a_run_would_decide(run, page):
         assert drawn == (~np.concatenate(parts)).tolist()
 
 
-def test_a_token_tells_its_scores_in_words(run, page):
+def test_the_tip_describes_a_tokens_scores(run, page):
     plan, _ = run
     page.hover(".document .token >> nth=2")
     tip = page.inner_text("#tip")
@@ -186,7 +186,7 @@ def test_a_token_tells_its_scores_in_words(run, page):
     assert page.evaluate("percent", 0.98) == "98 %" and page.evaluate("percent", 1e-9) == "less than 0.01 %"
 
 
-def test_keys_go_from_token_to_token(page):
+def test_keys_move_from_token_to_token(page):
     page.focus(".document >> nth=0")
     assert page.is_visible("#tip")
     page.keyboard.press("ArrowRight")
@@ -199,8 +199,8 @@ def test_keys_go_from_token_to_token(page):
     assert not page.is_visible("#tip")
 
 
-def test_a_mouse_that_rests_leaves_the_keyboard_its_token(page):
-    """What scrolls along beneath it is not pointed at; one that moves points, and gives way again when it leaves."""
+def test_a_mouse_at_rest_does_not_change_the_token(page):
+    """Tokens that scroll beneath it are ignored. A moving mouse selects, until it leaves the documents."""
     box = page.locator(".document >> nth=1").bounding_box()
     page.evaluate("y => scrollTo(0, y)", box["y"] - 300)
     box = page.locator(".document >> nth=1").bounding_box()
@@ -240,7 +240,7 @@ def test_filters_and_search(page):
     assert page.locator("article").count() == 2 * everything
 
 
-def test_tokens_from_strangers_are_only_text(run, page):
+def test_untrusted_tokens_are_text(run, page):
     page.fill("#search", "evil")
     text = page.inner_text(".document")
     assert "<script>" in text and "</script>" in text and '"quotes"' in text and "onerror" in text
@@ -266,8 +266,8 @@ def test_it_fits_every_width_and_scheme(browser, run, scheme, width, tmp_path):
     context.close()
 
 
-def test_nothing_is_left_to_a_page_that_may_not_run(run):
-    """Its policy names the one script by its hash, and nothing else."""
+def test_the_policy_allows_only_the_pages_script(run):
+    """The content security policy names the script by its hash, and nothing else."""
     text = (run[1] / "report.html").read_text()
     assert "default-src 'none'" in text and "script-src 'sha256-" in text and "script-src 'unsafe" not in text
 
@@ -283,7 +283,7 @@ def test_a_table_alone_gives_the_same_report(run, tmp_path, capsys):
     assert str(tmp_path / "again.html") in printed.replace("\n", "")
 
 
-def test_where_a_prompt_stands_is_shown_by_its_length(run, page):
+def test_a_prompt_is_shown_by_its_length(run, page):
     plan, _ = run
     prompts = page.locator(".document .prompt").all_inner_texts()
     lengths = {int((~plan.documents.document(i)[1]).sum()) for i in range(len(plan.documents))}

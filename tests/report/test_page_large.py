@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import yaml
 
@@ -14,7 +16,6 @@ from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import Plan, scores_of
 from xtf_plugin.scoring.batching import ScoringStats
 from xtf_plugin.selection.select import select
-from xtf_plugin.store.records import StoredScores
 
 MANY = {
     **BLOCK,
@@ -36,18 +37,14 @@ def large_plan(lengths, block=MANY, spread=4.0) -> Plan:
     documents = collect(rows)
     size = int(documents.completion_offsets[-1])
     config = XTFConfig.parse(block)
-    scores = scores_of(
-        documents,
-        StoredScores(
-            found=np.ones(len(documents), dtype=bool),
-            logprobs=-spread * rng.exponential(size=size).astype(np.float32),
-            entropy=rng.exponential(size=size).astype(np.float32),
-            deviation=rng.exponential(size=size).astype(np.float32),
-            attention=rng.lognormal(size=size).astype(np.float32),
-        ),
-        rng.random(len(tiny.tokenizer())).astype(np.float32)[documents.input_ids[documents.completion]],
-        {},
-    )
+    ids = documents.input_ids[documents.completion]
+    logprobs = -spread * rng.exponential(size=size).astype(np.float32)
+    values = {
+        "reasoning_importance": rng.lognormal(size=size).astype(np.float32),
+        "knowledge_novelty": logprobs,
+        "task_relevance": rng.random(len(tiny.tokenizer())).astype(np.float32)[ids],
+    }
+    scores = replace(scores_of(documents, None, values), logprobs=logprobs)
     selection = select(scores, config, np.zeros(size, dtype=bool))
     return Plan(config, documents, scores, selection, {"name": "none", "source": "made up"}, ScoringStats(), 0)
 

@@ -1,4 +1,4 @@
-"""The report of blocks with selectors: what is switched off gives a block that a run takes, or it says why not."""
+"""The report of blocks with selectors: every stop gives a block that a run accepts, or the page says why not."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def test_every_stop_gives_the_block_that_is_counted(browser, tmp_path, name):
     opened = browser.new_page()
     opened.goto((tmp_path / "out/xtf/report.html").as_uri())
     legal = set()
-    for voter in plan.config.voters:
-        (key,) = plan.config.part(voter).drop.model_dump(mode="json", exclude_none=True)
-        stops = int(opened.get_attribute(f"input[data-voter={voter}][data-key={key}]", "max")) + 1
+    for score in plan.config.scores:
+        (key,) = plan.config.scores[score].drop.model_dump(mode="json", exclude_none=True)
+        stops = int(opened.get_attribute(f"input[data-score={score}][data-key={key}]", "max")) + 1
         for place in range(stops):
-            put(opened, voter, key, place)
+            put(opened, score, key, place)
             block = yaml.safe_load(opened.text_content("#yaml"))["xtf"]
             if opened.is_visible("#illegal"):
                 with pytest.raises(ValueError):
@@ -52,13 +52,13 @@ def test_every_stop_gives_the_block_that_is_counted(browser, tmp_path, name):
             config = XTFConfig.parse(block)
             keep = selected(plan, config).keep if is_moved(opened) else plan.selection.keep
             assert shown(opened) == weigh(plan, keep), block
-            legal.add(len(config.voters))
+            legal.add(len(config.scores))
         opened.click("#reset")
     assert len(legal) == (2 if name in ("one's own beside it", "one's own alone") else 1)
     opened.close()
 
 
-def test_no_name_of_a_selector_is_taken_for_something_else(browser, tmp_path):
+def test_selector_names_collide_with_nothing(browser, tmp_path):
     """Filters are called `dropped` and `emptied` too, and every object of the page has a `constructor`."""
     names = ("dropped", "emptied", "constructor", "preset")
     made = trainer(tmp_path, rows=tiny.problems(24), max_steps=1)
@@ -68,7 +68,7 @@ def test_no_name_of_a_selector_is_taken_for_something_else(browser, tmp_path):
     opened, errors = browser.new_page(), []
     opened.on("pageerror", lambda error: errors.append(str(error)))
     opened.goto((tmp_path / "out/xtf/report.html").as_uri())
-    assert [text for text in opened.locator(".voter h3").all_inner_texts()] == list(names)
+    assert [text for text in opened.locator(".score h3").all_inner_texts()] == list(names)
     for place, name in enumerate(names):
         opened.select_option("#reason", f"rule:{name}")
         fired = opened.evaluate("view.list.map((doc) => doc.key)")
@@ -85,32 +85,50 @@ def test_no_name_of_a_selector_is_taken_for_something_else(browser, tmp_path):
     opened.close()
 
 
-def test_a_token_under_a_window_tells_that_the_rule_takes_a_mean(browser, tmp_path):
+def test_words_follow_scorer_and_unit(browser, tmp_path):
+    """A score is described by its scorer, not by its slot; and thresholds of two scores are no pair."""
     made = trainer(tmp_path, rows=tiny.problems(12), max_steps=1)
-    block = {"preset": "none", "selectors": {"mine": {**OWN, "window": 3}, "other": OWN}}
+    block = {
+        "preset": "none",
+        "knowledge_novelty": {"scorer": "log_probability", "drop": {"quantile": 0.1}},
+        "selectors": {
+            "known": {"scorer": "novelty", "drop": {"known_above": 0.5}},
+            "unknown": {"scorer": "novelty", "drop": {"unknown_below": 0.9}},
+            "mine": {**OWN, "window": 3},
+            "other": OWN,
+            "lines": {**OWN, "unit": "line"},
+        },
+        "combine": "majority",
+    }
     attach(made, {"cache_dir": str(tmp_path / "cache"), **block})
     made.train()
     opened = browser.new_page()
     opened.goto((tmp_path / "out/xtf/report.html").as_uri())
     opened.hover(".document .token >> nth=3")
-    mine, other = (line for line in opened.inner_text("#tip").splitlines() if "mine: " in line or "other: " in line)
-    assert "(mean over 3 tokens)" in mine and "mean" not in other
+    lines = opened.locator("#tip p:not(.verdict)").all_inner_texts()
+    words = {name.lstrip("✗· "): text for name, text in (line.split(": ") for line in lines)}
+    assert words["knowledge novelty"].startswith("score -") and words["known"].startswith("the model gives it ")
+    assert words["mine"].endswith("(mean over 3 tokens)") and words["lines"].endswith("(mean over its line)")
+    assert "surprising than the model expected" in words["other"]
+    assert "mean" not in words["other"] + words["known"] + words["knowledge novelty"]
+    put(opened, "knowledge_novelty", "quantile", 1)
+    assert not opened.is_visible("#illegal") and is_moved(opened)
     opened.close()
 
 
-def test_the_legend_names_every_rule_with_its_line(browser, three):
+def test_the_legend_shows_every_rule_with_its_underline(browser, three):
     opened = browser.new_page()
     opened.goto(three.as_uri())
     drawn = opened.eval_on_selector_all("#rules .token", "all => all.map((e) => [e.textContent, e.className])")
-    voters = opened.evaluate("voters.map((voter) => named(voter.name))")
-    assert [text for text, _ in drawn][: len(voters)] == voters
-    assert [name for _, name in drawn][: len(voters)] == [f"token rule-{i % 6}" for i in range(len(voters))]
-    assert (drawn[-1] == ["several", "token rules"]) == (len(voters) > 1)
+    scores = opened.evaluate("scores.map((score) => named(score.name))")
+    assert [text for text, _ in drawn][: len(scores)] == scores
+    assert [name for _, name in drawn][: len(scores)] == [f"token rule-{i % 6}" for i in range(len(scores))]
+    assert (drawn[-1] == ["several", "token rules"]) == (len(scores) > 1)
     opened.close()
 
 
 def test_words_of_several_tokens_read_from_right_to_left(browser, three):
-    """Where a script does: tokens are no islands to the order of letters."""
+    """In scripts that do; the token's elements do not change the order of letters."""
     opened = browser.new_page()
     opened.goto(three.as_uri())
     script = """(parts) => {
@@ -142,10 +160,10 @@ def test_large_numbers_and_long_names_fit_a_phone(browser, three, tmp_path, widt
 
 
 def test_what_cannot_be_moved_says_so(browser, tmp_path):
-    """Of the default's second looks the sliders know nothing; with a random control there are none to move."""
+    """Rescoring is not in the counts; with a random control there is no slider."""
     found = {}
     for name, block in (
-        ("looks", {"selectors": {"out_of_place": {"drop": {"below": -2}}}}),
+        ("rescored", {"selectors": {"out_of_place": {"drop": {"below": -2}}}}),
         ("control", {"preset": "paper", "control": "random"}),
     ):
         made = trainer(tmp_path / name, rows=tiny.problems(24), max_steps=1)
@@ -155,5 +173,5 @@ def test_what_cannot_be_moved_says_so(browser, tmp_path):
         opened.goto((tmp_path / name / "out/xtf/report.html").as_uri())
         found[name] = opened.inner_text("#what-if")
         opened.close()
-    assert "a run with another would look anew" in found["looks"] and "Move a threshold" in found["looks"]
+    assert "a run with another threshold rescores" in found["rescored"] and "Move a threshold" in found["rescored"]
     assert "No threshold of this block can be moved" in found["control"] and "draws the tokens" in found["control"]

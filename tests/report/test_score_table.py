@@ -1,4 +1,4 @@
-"""The score table: fixed columns, whole or not there, read back as it was, and enough to select again."""
+"""The score table: fixed columns, never partial, read back unchanged, and enough to select again."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.report import score_table
 from xtf_plugin.report.whatif import reselect
-from xtf_plugin.selection import select
-from xtf_plugin.selection.select import FLOOR
+from xtf_plugin.selection.select import FLOOR, select
 
-# Contract 3, written out: tools of other people rely on it.
+# Written out: other tools read these columns.
 COLUMNS = {
     "row": pa.int64(),
     "document": pa.string(),
@@ -44,7 +43,7 @@ TYPICAL = {"scorer": "typicality", "drop": {"below": -1}}
 BLOCK = {
     **ATTRIBUTES_ON,
     "reasoning_importance": {"drop": {"quantile": 0.1}, "window": 3},
-    "selectors": {"odd": {**TYPICAL, "window": "sentence"}},
+    "selectors": {"odd": {**TYPICAL, "unit": "sentence"}},
     "protect": {"patterns": ["answer is \\d+"]},
     "force_drop": ["happy"],
     "min_kept": 15,
@@ -52,7 +51,7 @@ BLOCK = {
 
 
 def data():
-    """Documents of which some recur, one of them right behind itself."""
+    """Some documents occur several times, one of them twice in a row."""
     made = rows()
     return [*made, made[3], made[3], *rows(2, seed=5), made[0]]
 
@@ -80,7 +79,7 @@ def test_columns_and_values(plan, path):
     assert held["row"].to_pylist() == [row for row, _, _ in spots]
     assert held["document"].to_pylist() == [documents.keys[document].tobytes().hex() for _, document, _ in spots]
     seen = {"kept": selection.keep, "position": scores.positions, "token_id": scores.token_ids, **selection.seen}
-    for name, values in {**seen, "log_probability": scores.logprobs, "protected": plan.marks.protected}.items():
+    for name, values in {**seen, "log_probability": scores.logprobs, "protected": plan.text.protected}.items():
         np.testing.assert_array_equal(held[name].to_numpy(), values[where], err_msg=name)
     assert held["reasoning_importance"].null_count == np.isnan(selection.seen["reasoning_importance"][where]).sum() > 0
     names = {name for text in held["reason"].to_pylist() for name in text.split(",")}
@@ -154,7 +153,7 @@ PRESETS = {
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_own_block_selects_the_same_again(tmp_path, name):
+def test_the_same_block_selects_the_same(tmp_path, name):
     plan = plan_of(tmp_path, data(), **PRESETS[name])
     found = score_table.read(saved(plan, tmp_path / "scores.parquet"))
     again = reselect(found, found.config)
@@ -171,13 +170,13 @@ def test_the_own_block_selects_the_same_again(tmp_path, name):
     [
         {"reasoning_importance": {"drop": {"fence": 0.5}, "scope": "dataset", "window": 3}},
         {"knowledge_novelty": {"drop": {"unknown_below": 0.01}, "max_fraction": 0.2}, "min_kept": 3},
-        {"selectors": {"odd": {**TYPICAL, "window": "sentence", "drop": {"quantile": 0.4}}}, "combine": "majority"},
+        {"selectors": {"odd": {**TYPICAL, "unit": "sentence", "drop": {"quantile": 0.4}}}, "combine": "majority"},
         {"task_relevance": False, "selectors": {}},
     ],
 )
 def test_other_thresholds_select_as_a_run_with_them(plan, path, changed):
     config, found = XTFConfig.parse({**BLOCK, **changed}), score_table.read(path)
-    expected = select(plan.scores, config, plan.marks.protected, plan.marks.forced, plan.marks.segments)
+    expected = select(plan.scores, config, plan.text.protected, plan.text.forced, plan.text.segments)
     where = same(found, table_of(plan))
     again = reselect(found, config)
     assert (expected.reasons != plan.selection.reasons).any()
@@ -189,7 +188,7 @@ def test_other_thresholds_select_as_a_run_with_them(plan, path, changed):
     ("changed", "name"),
     [
         ({"reasoning_importance": {"drop": {"quantile": 0.1}, "window": 5}}, "reasoning_importance: not"),
-        ({"selectors": {"odd": {**TYPICAL, "window": "line"}}}, "odd: not"),
+        ({"selectors": {"odd": {**TYPICAL, "unit": "line"}}}, "odd: not"),
         ({"selectors": {"new": TYPICAL}}, "new: not"),
         ({"force_drop": []}, "force_drop: not"),
         ({"protect": {"patterns": []}}, "protect: not"),
@@ -238,18 +237,18 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
     saved(plan, folder / "out" / "s.parquet")
 except OSError as error:
-    print("told:", error)
+    print("raised:", error)
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX")
 @pytest.mark.parametrize("documents", [1, 60], ids=["in the footer", "in the data"])
-def test_a_disk_that_fills_while_writing_is_told_once_and_left_clean(tmp_path, documents):
+def test_a_disk_that_fills_while_writing_raises_once_and_leaves_no_file(tmp_path, documents):
     command = [sys.executable, "-c", LIMITED, str(tmp_path), str(documents)]
     repository = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([repository, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.startswith("told:") and "Exception" not in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.startswith("raised:") and "Exception" not in done.stderr and "Traceback" not in done.stderr
     assert os.listdir(tmp_path / "out") == []
 
 
@@ -272,7 +271,8 @@ ODD = {
     "row": (lambda table, path: changed(table, "row", pa.array([["a"]] * table.num_rows)), "cannot be read"),
     "block": (lambda table, path: table.replace_schema_metadata(about(path, config={"preset": "x"})), "xtf.preset"),
     "bytes": (lambda table, path: table.replace_schema_metadata(about(path, bytes=[])), "not what this"),
-    "number": (lambda table, path: table.replace_schema_metadata({b"xtf": b'{"format": 2, "a": 1e999}'}), "no score"),
+    "empty": (lambda table, path: table.replace_schema_metadata({b"xtf": b'{"format": 2}'}), "not what this"),
+    "number": (lambda table, path: table.replace_schema_metadata(about(path, config={"seed": 1e999})), "xtf.seed"),
     "damaged": (
         lambda table, path: table.replace_schema_metadata({**table.schema.metadata, b"xtf": b'{"format": 2}'}),
         "damaged",

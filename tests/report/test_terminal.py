@@ -1,5 +1,5 @@
-"""The terminal view: what was dropped reads without colour, and no token's text can act on the terminal; `xtf show`
-finds documents wherever they lie in a table.
+"""The terminal view: drops are legible without colour, no token's text acts on the terminal, and `xtf show` finds
+documents anywhere in a table.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_documents_are_cut_at_rows_keys_and_positions():
 
 def test_nothing_found_is_an_error_only_if_something_was_wanted():
     console = Console(file=io.StringIO())
-    assert terminal.render_documents([], "", console) == 0
+    terminal.render_documents([], "", console)
     with pytest.raises(XTFUserError, match="no document of the score table has row 1;"):
         terminal.render_documents([], "row 1", console)
 
@@ -103,7 +103,7 @@ def test_totals_print_as_shares():
     counts = {"documents": 4, "completion_tokens": 8, "kept_tokens": 4, "dropped_tokens": 4}
     decided = {"protected": 1, "floor": 0, "forced": 0, "control": 0}
     stream = io.StringIO()
-    totals = {**counts, "attributes": {"knowledge_novelty": rule, "mine": rule}, "decided_by": decided}
+    totals = {**counts, "scores": {"knowledge_novelty": rule, "mine": rule}, "decided_by": decided}
     Console(file=stream, width=120).print(terminal.totals_table(totals))
     text = stream.getvalue()
     assert "4 documents, 8 completion tokens" in text and "50.00 %" in text
@@ -111,7 +111,7 @@ def test_totals_print_as_shares():
     assert all([name, "3", "37.50", "%", "2", "1"] in lines for name in ("knowledge_novelty", "mine"))
     assert "kept by protection" in text and "min_kept" not in text
     nothing = dict.fromkeys(counts, 0)
-    Console(file=io.StringIO()).print(terminal.totals_table({**nothing, "attributes": {}, "decided_by": {}}))
+    Console(file=io.StringIO()).print(terminal.totals_table({**nothing, "scores": {}, "decided_by": {}}))
 
 
 KEYS = ["aa00", "bb11", "aa22", "cc33"]
@@ -136,23 +136,23 @@ def file(tmp_path):
 
 def found(path, n=9, **wanted):
     given = {"row": None, "document": None, "grep": None, "reason": None, **wanted}
-    return list(find(open_file(path), Wanted.parse(**given), n, path))
+    return list(find(open_file(path), Wanted(**given), n, path))
 
 
 def keys(path, n=9, **wanted):
     return [document.key for document in found(path, n, **wanted)]
 
 
-def test_documents_are_whole_across_batches(file):
-    whole = open_file(file)
+def test_documents_are_complete_across_batches(file):
+    opened = open_file(file)
 
     class Small:
-        schema_arrow = whole.schema_arrow
+        schema_arrow = opened.schema_arrow
 
         def iter_batches(self, columns):
-            return whole.iter_batches(batch_size=2, columns=columns)
+            return opened.iter_batches(batch_size=2, columns=columns)
 
-    for source in (whole, Small()):
+    for source in (opened, Small()):
         shown = list(find(source, Wanted(), 9, file))
         assert [document.key for document in shown] == KEYS
         assert [len(document.tokens) for document in shown] == [5] * 4
@@ -186,11 +186,11 @@ def show(path):
 
 
 class TestText:
-    """Texts that tokens share, and tokens that are long."""
+    """Characters spread over several tokens, and long tokens."""
 
     @pytest.fixture
     def split(self, tmp_path):
-        """Two documents of "a😀b" in five tokens, of which the emoji takes three; in the second its tokens part."""
+        """Two documents of "a😀b" in five tokens, three for the emoji; in the second one of the three is dropped."""
         smile = "😀".encode()
         pieces = {11: smile[:2], 12: smile[2:3], 13: smile[3:]}
         wide = table_like(
@@ -207,7 +207,7 @@ class TestText:
         pq.write_table(wide.replace_schema_metadata({b"xtf": about.encode()}), path)
         return path
 
-    def test_characters_are_whole(self, split, capsys):
+    def test_characters_are_complete(self, split, capsys):
         show(split)
         printed = capsys.readouterr().out
         assert "a😀b" in printed and "a[-😀|KN-]◌b" in printed and "\ufffd" not in printed
@@ -222,7 +222,7 @@ class TestText:
         (shown,) = found(saved(plan, tmp_path / "scores.parquet"))
         assert "😀 and שלום" in shown.text and "😀" in "".join(token.text for token in shown.tokens)
 
-    def test_a_long_token_is_cut_and_searched_whole(self, tmp_path, capsys):
+    def test_a_long_token_is_cut_but_searched_completely(self, tmp_path, capsys):
         token = "x" * 100_000 + "y"
         wide = table_like(row=[0], document=["aa00"], position=[0], token=[token], kept=[True], reason=[""])
         pq.write_table(wide, tmp_path / "scores.parquet")
@@ -266,7 +266,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_tables_of_other_hands_are_told_in_one_line(tmp_path, name, capsys):
+def test_tables_of_other_tools_are_refused_in_one_line(tmp_path, name, capsys):
     changed, message = BROKEN[name]
     columns = {"row": [0], "document": ["aa00"], "position": [0], "token": ["a"], "kept": [True], "reason": [""]}
     wide = table_like(**columns)

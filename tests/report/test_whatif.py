@@ -12,8 +12,7 @@ from tests.selection.test_select import random_scores
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.ragged import Layout
 from xtf_plugin.report import whatif
-from xtf_plugin.selection import select
-from xtf_plugin.selection.select import rule_bits
+from xtf_plugin.selection.select import rule_bits, select
 
 LENGTHS = [1, 2, 3, 5, 8, 40, 1, 17, 0, 33, 9, 4]
 COUNTS = [1, 3, 1, 2, 1, 1, 5, 1, 2, 1, 1, 4]
@@ -56,10 +55,10 @@ def moved(block: XTFConfig, sliders, at) -> XTFConfig | None:
     settings = block.to_dict()
     for slider, place in zip(sliders, at, strict=True):
         if slider.key:
-            settings[slider.voter]["drop"][slider.key] = slider.stops[place]
-    for voter in block.voters:
-        if all(value is None for key, value in settings[voter]["drop"].items() if key != "of"):
-            settings[voter] = False
+            settings[slider.score]["drop"][slider.key] = slider.stops[place]
+    for score in block.scores:
+        if all(value is None for key, value in settings[score]["drop"].items() if key != "of"):
+            settings[score] = False
     try:
         return XTFConfig.parse(settings)
     except ValueError:
@@ -83,11 +82,11 @@ def test_every_stop_fires_where_a_run_with_it_would(name, seed):
         if other is None:
             continue
         reasons = select(scores, other).reasons
-        for voter, bit in rule_bits(other).items():
-            mine = [(slider, place) for slider, place in zip(found.sliders, at, strict=True) if slider.voter == voter]
+        for score, bit in rule_bits(other).items():
+            mine = [(slider, place) for slider, place in zip(found.sliders, at, strict=True) if slider.score == score]
             fires = np.logical_or.reduce([slider.patterns[slider.codes, place] for slider, place in mine])
-            np.testing.assert_array_equal(fires, (reasons & bit) > 0, err_msg=f"{voter} {at}")
-            different.add((voter, int(fires.sum())))
+            np.testing.assert_array_equal(fires, (reasons & bit) > 0, err_msg=f"{score} {at}")
+            different.add((score, int(fires.sum())))
         checked += 1
     assert (checked > 3 and len(different) >= 3) or name == "capped schools"
 
@@ -107,19 +106,19 @@ def test_cells_hold_every_token_once(name):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_stop_has_the_thresholds_of_a_run_with_it(name):
-    """In units of the score; where documents have thresholds of their own, the median."""
+    """In units of the score; the median where every document has its own."""
     given, scores = table(name, 5)
     sliders, checked = whatif.build(given).sliders, 0
     for at in settings(sliders):
         other = moved(given.config, sliders, at)
-        for voter in () if other is None else other.voters:
-            drops = select(scores, other).thresholds[voter]["drops"].values()
+        for score in () if other is None else other.scores:
+            drops = select(scores, other).thresholds[score]["drops"].values()
             own = any(isinstance(value, dict) for value in drops)
             expected = [value["median"] if own else value for value in drops if value is not None]
-            here = [(slider, stop) for slider, stop in zip(sliders, at, strict=True) if slider.voter == voter]
+            here = [(slider, stop) for slider, stop in zip(sliders, at, strict=True) if slider.score == score]
             limits = [limit for slider, stop in here for limit in slider.limits[stop]]
             assert sorted(limits) == pytest.approx(sorted(expected), rel=1e-4)
-            assert own == here[0][0].own or not limits
+            assert own == here[0][0].per_document or not limits
             checked += len(limits)
     assert checked > 5 or name == "capped schools"
 
@@ -139,19 +138,19 @@ def test_thinned_sliders_fire_the_same(seed):
 
 def test_a_large_table_is_thinned(monkeypatch):
     given, _ = table("absolute", 3)
-    whole = whatif.build(given)
+    full = whatif.build(given)
     monkeypatch.setattr(whatif, "MAX_CELLS", 20)
     found = whatif.build(given)
-    assert found.weights.sum() == whole.weights.sum()
-    assert sum(len(slider.stops) for slider in found.sliders) < 30 < sum(len(slider.stops) for slider in whole.sliders)
+    assert found.weights.sum() == full.weights.sum()
+    assert sum(len(slider.stops) for slider in found.sliders) < 30 < sum(len(slider.stops) for slider in full.sliders)
 
 
-def test_further_rules_stay_as_they_are():
+def test_rules_beyond_the_fourth_slider_are_fixed():
     scorer = {"scorer": "typicality", "drop": {"below": -1}}
     block = XTFConfig.parse({"preset": "none", "selectors": {f"s{i}": scorer for i in range(6)}})
     scores, rng = random_scores(LENGTHS, 4, COUNTS), np.random.default_rng(4)
     values = {f"s{i}": rng.normal(size=len(scores.token_ids)).astype(np.float32) for i in range(6)}
-    result = select(replace(scores, selectors=values), block)
+    result = select(replace(scores, values=values), block)
     sliders = whatif.make_sliders(block, result.seen, Layout(scores.offsets, scores.counts))
     assert [slider.key for slider in sliders] == ["below"] * 4 + [""] * 2
     for slider, bit in zip(sliders, rule_bits(block).values(), strict=True):

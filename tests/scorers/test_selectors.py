@@ -322,7 +322,7 @@ class TestShown:
         reasons = table["reason"].to_pylist()
         fired = sum("low" in reason.split(",") for reason in reasons)
         facts = json.loads(written[0].read_text())
-        assert facts["totals"]["attributes"]["low"]["fired"] == fired > 0
+        assert facts["totals"]["scores"]["low"]["fired"] == fired > 0
         assert "low & never" in facts["totals"]["overlap_of_the_smaller_set"]
         assert facts["scorers"]["scores"]["low"]["version"] == 1
         assert facts["thresholds"]["low"]["scorer"] == "log_probability"

@@ -216,7 +216,7 @@ def test_every_attribute_can_be_switched_off(tmp_path, block, capsys):
     made, seen = run(tmp_path, block, max_steps=1, rows=[*tiny.problems(8), {"prompt": "Who?", "completion": "x"}])
     facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())["totals"]
     assert 0 < facts["dropped_tokens"] < facts["completion_tokens"]
-    assert set(facts["attributes"]).isdisjoint(name for name, value in block.items() if value is False)
+    assert set(facts["scores"]).isdisjoint(name for name, value in block.items() if value is False)
     assert "not comparable" in capsys.readouterr().err and seen
 
 
@@ -245,7 +245,7 @@ def test_excess_loss_against_a_reference_of_its_own(tmp_path):
     excess = logprobs(tiny.model(seed=7), plan.documents) - logprobs(tiny.model(), plan.documents)
     np.testing.assert_allclose(plan.scores.values["rho"], excess, atol=2e-4)
     facts = json.loads((tmp_path / "out/xtf/summary.json").read_text())
-    assert 0.3 < facts["totals"]["attributes"]["rho"]["fired_fraction"] < 0.5
+    assert 0.3 < facts["totals"]["scores"]["rho"]["fired_fraction"] < 0.5
     assert [entry["name"] for entry in facts["scorers"]["references"]] == [str(tmp_path / "other")]
     assert made.state.log_history[0]["xtf/dropped_by/rho"] > 0
     table = pq.read_table(tmp_path / "out/xtf/scores.parquet").to_pydict()

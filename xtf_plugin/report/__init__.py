@@ -1,4 +1,4 @@
-"""What a run reports: summary.json, the score table, report.html, lines in the terminal.
+"""Reports of a run: summary.json, the score table, report.html, and lines in the terminal.
 
-Read `score_table.py` first: its arrays are what statistics, page and terminal are made from.
+Read `score_table.py` first: statistics, page and terminal are made from its arrays.
 """

@@ -1,16 +1,15 @@
 """The score table: scores and decision of every completion token, as arrays in memory and as a Parquet file.
 
-Report and selection with other thresholds work from these arrays alone, whether they come from a run or from its file:
-no model, no tokenizer. The file has a fixed schema and appears whole or not at all.
+The report and a selection with other thresholds need these arrays alone, no model or tokenizer; a run has them, and its
+file gives them back. The file has a fixed schema. A write that fails leaves no partial file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from .. import files
 from ..config.block import XTFConfig
 from ..data import token_text
-from ..data.ragged import Bools, Floats, Ints, Layout
+from ..data.ragged import Bools, Floats, Ints, Layout, stretches
 from ..errors import XTFUserError
 from ..selection.select import DECISIONS, Reasons, reason_text, rule_bits
 
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 FORMAT = 2
-METADATA = b"xtf"  # key in the Parquet metadata of a JSON with all of summary.json, `format` and `bytes`
-CHECKSUM = b"xtf_checksum"  # of that JSON: Parquet's own cover the columns alone
+METADATA = b"xtf"  # key in the Parquet metadata; its JSON holds all of summary.json, `format` and `bytes`
+CHECKSUM = b"xtf_checksum"  # of that JSON: Parquet's own checksums cover the columns alone
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -53,27 +52,27 @@ SCHEMA = pa.schema(
     ]
 )
 CHUNK_TOKENS = 500_000
-_ADVICE = "Make it again: xtf score RECIPE"
-_REQUIRED = ("row", "document", "position", "token_id", "kept", "protected", "forced")  # null in no row
+ADVICE = "Make it again: xtf score RECIPE"
+_REQUIRED = ("row", "document", "position", "token_id", "kept", "protected", "forced")  # never null
 _ROW_GROUP = 1 << 18
-_DICTIONARY_BYTES = 1 << 23  # beyond it Parquet repeats every string in full: 36 bytes of document key for each token
+_DICTIONARY_BYTES = 1 << 23  # beyond it Parquet writes every string in full: 36 bytes of document key for each token
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """N distinct documents, their M completion tokens, and what was decided for each.
+    """N distinct documents, their M completion tokens, and the decision for each token.
 
     Args:
-        about: all that summary.json holds.
+        about: the content of summary.json.
         config: the block.
         keys: (N, 16) uint8, document keys.
         offsets: (N + 1,) document `i` holds the tokens `offsets[i]` up to `offsets[i + 1]`.
         counts: (N,) how often each document occurs in the dataset.
         rows: (N,) first dataset row of each document.
         token_ids: (M,); positions: (M,) place within the document, prompt included.
-        scores: (M,) float32 by attribute and selector, as its rule saw them: after window and unit; NaN: undefined.
+        scores: (M,) float32 by name, as the rule saw them: after unit and window; NaN: undefined.
         logprobs: (M,) float32 natural-log probabilities; None: not scored.
-        keep: (M,); reasons: (M,) bits, see `selection.rule_bits`; protected, forced: (M,).
+        keep: (M,); reasons: (M,) bits, see `selection.select.rule_bits`; protected, forced: (M,).
         pieces: bytes of each token id.
     """
 
@@ -109,7 +108,7 @@ class ScoreTable:
             rows=np.searchsorted(documents.row_offsets, first, side="right") - 1,
             token_ids=scores.token_ids,
             positions=scores.positions,
-            scores={name: selection.seen[name] for name in plan.config.scores if name in selection.seen},
+            scores=selection.seen,
             logprobs=scores.logprobs,
             keep=selection.keep,
             reasons=selection.reasons,
@@ -120,7 +119,7 @@ class ScoreTable:
 
     @property
     def layout(self) -> Layout:
-        """Where the documents lie, and how often each occurs."""
+        """Offsets and counts of the documents."""
         return Layout(self.offsets, self.counts)
 
     @property
@@ -137,31 +136,22 @@ def write(table: ScoreTable, documents: DocumentSet, path: Path) -> Path:
     """Write one row per completion token in dataset order, and return the path.
 
     Raises:
-        OSError: the file cannot be written; one that was there stays as it was.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     own = {str(token): piece.hex() for token, piece in table.pieces.items() if not token_text.is_text(piece)}
     about = json.dumps(plain({**table.about, "format": FORMAT, "bytes": own})).encode()
-    schema = _schema([*SCHEMA.names, *table.config.selectors]).with_metadata({METADATA: about, CHECKSUM: _sum(about)})
+    schema = _schema(table.config).with_metadata({METADATA: about, CHECKSUM: _sum(about)})
     files.remove_stale(path.parent)
     temporary = files.temporary_path(path)
     try:
         with pa.OSFile(os.fsencode(temporary), "wb") as sink:
-            writer = pq.ParquetWriter(
-                sink,
-                schema,
-                compression="zstd",
-                use_dictionary=["document", "token", "reason"],
-                dictionary_pagesize_limit=_DICTIONARY_BYTES,
-                write_page_checksum=True,  # else some flipped bits would be shown as scores
-            )
-            try:
+            # without page checksums some flipped bits would be read as scores
+            options = {"use_dictionary": ["document", "token", "reason"], "write_page_checksum": True}
+            options |= {"dictionary_pagesize_limit": _DICTIONARY_BYTES, "compression": "zstd"}
+            with pq.ParquetWriter(sink, schema, **options) as writer:
                 for chunk in _chunks(table, documents, schema):
                     writer.write_table(chunk, row_group_size=_ROW_GROUP)
-                writer.close()
-            finally:
-                with contextlib.suppress(OSError):  # raised above already
-                    writer.close()
         with temporary.open("r+b") as handle:
             os.fsync(handle.fileno())
         files.publish(temporary, path)
@@ -171,14 +161,14 @@ def write(table: ScoreTable, documents: DocumentSet, path: Path) -> Path:
 
 
 def _chunks(table: ScoreTable, documents: DocumentSet, schema: Any) -> Iterator[Any]:
-    """The rows of the file, some dataset rows at a time."""
+    """The rows of the file in chunks of about `CHUNK_TOKENS`."""
     distinct = np.asarray(sorted(table.pieces))
     texts = pa.array([table.pieces[token].decode(errors="replace") for token in distinct.tolist()], pa.string())
     bits = rule_bits(table.config)
     reasons = pa.array([reason_text(value, bits) for value in range(np.iinfo(table.reasons.dtype).max + 1)])
     keys = pa.array([table.key(document) for document in range(len(table.keys))], pa.string())
-    nothing = np.full(len(table.token_ids), np.nan, dtype=np.float32)
-    floats = {"log_probability": table.logprobs, **table.scores}
+    off = np.full(len(table.token_ids), np.nan, dtype=np.float32)
+    floats = {**table.scores, "log_probability": off if table.logprobs is None else table.logprobs}
     for row, document, where in _occurrences(documents, table.offsets):
         columns = {
             "row": row,
@@ -192,23 +182,20 @@ def _chunks(table: ScoreTable, documents: DocumentSet, schema: Any) -> Iterator[
             "forced": table.forced[where],
         }
         for name in set(schema.names) - columns.keys():
-            values = floats.get(name)
-            columns[name] = pa.array((nothing if values is None else values)[where], pa.float32(), from_pandas=True)
+            columns[name] = pa.array(floats.get(name, off)[where], pa.float32(), from_pandas=True)
         yield pa.table(columns).select(schema.names).cast(schema)
 
 
 def _occurrences(documents: DocumentSet, offsets: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
-    """(row, document, flat index) of every completion token in dataset order, some rows at a time."""
+    """(row, document, flat index) of every completion token in dataset order, some dataset rows at a time."""
     rows = np.repeat(np.arange(len(documents.row_offsets) - 1), np.diff(documents.row_offsets))
-    sizes = np.diff(offsets)[documents.row_documents]
-    ends = np.cumsum(sizes)
+    lengths = np.diff(offsets)[documents.row_documents]
+    ends = np.cumsum(lengths)
     low = 0
     while low < len(rows):
-        base = ends[low] - sizes[low]
-        high = max(low + 1, int(np.searchsorted(ends, base + CHUNK_TOKENS, side="right")))
-        part, repeat = documents.row_documents[low:high], sizes[low:high]
-        starts = np.repeat(offsets[:-1][part] - (ends[low:high] - repeat - base), repeat)
-        yield np.repeat(rows[low:high], repeat), np.repeat(part, repeat), starts + np.arange(repeat.sum())
+        high = max(low + 1, int(np.searchsorted(ends, ends[low] - lengths[low] + CHUNK_TOKENS, side="right")))
+        part, size = documents.row_documents[low:high], lengths[low:high]
+        yield np.repeat(rows[low:high], size), np.repeat(part, size), stretches(offsets[part], size)
         low = high
 
 
@@ -216,24 +203,24 @@ def read(path: Path) -> ScoreTable:
     """The arrays of a file; documents in the order of the dataset.
 
     Raises:
-        XTFUserError: no such file, no score table of this format, or one that does not fit together.
+        XTFUserError: there is no such file, or it is no score table of this format, or its parts are inconsistent.
     """
     file = open_file(path)
     about = metadata(file, path)
     if (found := about.get("format")) != FORMAT:
         what = f"a score table of format {found}" if isinstance(found, int) else "no score table of xtf"
-        advice = "Upgrade it." if isinstance(found, int) and found > FORMAT else _ADVICE
+        advice = "Upgrade it." if isinstance(found, int) and found > FORMAT else ADVICE
         raise XTFUserError(f"{path} is {what}; this xtf-plugin reads format {FORMAT}. {advice}")
     try:
         config = XTFConfig.parse(about["config"])
         if config is None:
             raise ValueError("its block is off")
-        columns = _schema([*SCHEMA.names, *config.selectors])
-        held = pa.concat_tables([columns.empty_table(), *batches(file, columns.names, path)])
+        schema = _schema(config)
+        held = pa.concat_tables([schema.empty_table(), *batches(file, schema, path)])
         return _table(about, config, held)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         why = str(error).removeprefix(f"{path} ")
-        raise XTFUserError(f"{path} is not what this xtf-plugin writes: {why} {_ADVICE}") from error
+        raise XTFUserError(f"{path} is not what this xtf-plugin writes: {why} {ADVICE}") from error
 
 
 def _table(about: Mapping[str, Any], config: XTFConfig, held: Any) -> ScoreTable:
@@ -244,13 +231,13 @@ def _table(about: Mapping[str, Any], config: XTFConfig, held: Any) -> ScoreTable
     order = np.argsort(first)  # distinct documents as they first occur
     first, counts = first[order], counts[order]
     offsets = np.concatenate([[0], np.cumsum(lengths[first])])
-    where = np.arange(offsets[-1]) + np.repeat(begins[first] - offsets[:-1], lengths[first])
+    where = stretches(begins[first], lengths[first])
 
     def column(name: str) -> NDArray[Any]:
         return np.asarray(held[name].to_numpy()[where])
 
     bits = {**rule_bits(config), **DECISIONS}
-    fates, names = _codes(held["reason"].fill_null(""))
+    reasons, names = _codes(held["reason"].fill_null(""))
     values = np.asarray([sum(bits[name] for name in text.split(",") if name) for text in names], dtype=np.uint16)
     distinct, at = np.unique(held["token_id"].to_numpy(), return_index=True)
     texts = held["token"].take(pa.array(at)).to_pylist()
@@ -270,7 +257,7 @@ def _table(about: Mapping[str, Any], config: XTFConfig, held: Any) -> ScoreTable
         scores={name: column(name) for name in config.scores},
         logprobs=None if np.isnan(logprobs).all() else logprobs,
         keep=column("kept"),
-        reasons=values[fates][where].astype(np.uint16 if config.selectors else np.uint8),
+        reasons=values[reasons][where].astype(np.uint16 if config.selectors else np.uint8),
         protected=column("protected"),
         forced=column("forced"),
         pieces=pieces,
@@ -278,7 +265,7 @@ def _table(about: Mapping[str, Any], config: XTFConfig, held: Any) -> ScoreTable
 
 
 def open_file(path: Path) -> Any:
-    """A Parquet file, open. Raises XTFUserError: it is none."""
+    """Open a Parquet file. Raises XTFUserError if it cannot be read as one."""
     try:
         return pq.ParquetFile(files.for_arrow(path), page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
@@ -289,32 +276,31 @@ def open_file(path: Path) -> Any:
 
 
 def metadata(file: Any, path: Path) -> dict[str, Any]:
-    """What the metadata of an open file says of its run; empty if the file is no score table.
+    """The JSON in the metadata of an open file; empty if the file is no score table.
 
     Raises:
-        XTFUserError: it is damaged.
+        XTFUserError: the metadata is damaged.
     """
     held = file.schema_arrow.metadata or {}
     text = held.get(METADATA, b"")
     if held.get(CHECKSUM, _sum(text)) != _sum(text):
-        raise XTFUserError(f"the metadata of the score table {path} is damaged. {_ADVICE}")
+        raise XTFUserError(f"the metadata of the score table {path} is damaged. {ADVICE}")
     try:
-        about = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        about = json.loads(text)
     except (ValueError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}
 
 
-def batches(file: Any, columns: Iterable[str], path: Path) -> Iterator[Any]:
-    """Columns of an open file piece by piece, in the types of the schema.
+def batches(file: Any, schema: Any, path: Path) -> Iterator[Any]:
+    """The columns of a schema from an open file, batch by batch.
 
     Raises:
-        XTFUserError: a column is missing, or cannot be read to its end or in its type, or lacks values.
+        XTFUserError: a column is missing, cannot be read, has another type, or lacks values.
     """
-    schema = _schema(columns)
     missing = [name for name in schema.names if name not in file.schema_arrow.names]
     if missing:
-        raise XTFUserError(f"{path} is no score table of xtf: it has no column {', '.join(missing)}. {_ADVICE}")
+        raise XTFUserError(f"{path} is no score table of xtf: it has no column {', '.join(missing)}. {ADVICE}")
     try:
         for batch in file.iter_batches(columns=schema.names):
             piece = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
@@ -323,7 +309,7 @@ def batches(file: Any, columns: Iterable[str], path: Path) -> Iterator[Any]:
                 raise ValueError(f"rows without {', '.join(empty)}")
             yield piece
     except (OSError, LookupError, ValueError, pa.ArrowException) as error:
-        raise XTFUserError(f"{path} cannot be read: {error}. {_ADVICE}") from error
+        raise XTFUserError(f"{path} cannot be read: {error}. {ADVICE}") from error
 
 
 def iter_documents(held: Any) -> Iterator[tuple[int, str, Any]]:
@@ -334,38 +320,30 @@ def iter_documents(held: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def _starts(held: Any) -> Ints:
-    """Where documents begin: where row or key changes, or the position does not grow (one may be packed twice)."""
+    """Where documents begin: row or key changes, or the position does not grow (a row may hold a document twice)."""
     rows, positions, keys = held["row"].to_numpy(), held["position"].to_numpy(), _codes(held["document"])[0]
     begins = (np.diff(rows) != 0) | (np.diff(keys) != 0) | (np.diff(positions) <= 0)
     return np.flatnonzero(np.concatenate([np.ones(min(1, len(rows)), dtype=bool), begins]))
 
 
 def _codes(column: Any) -> tuple[NDArray[np.int32], list[str]]:
-    """A column of strings as numbers, and the string of each."""
+    """A column of strings as indices, and the distinct strings."""
     encoded = column.dictionary_encode().unify_dictionaries()
     indices = [np.zeros(0, dtype=np.int32), *(chunk.indices.to_numpy() for chunk in encoded.chunks)]
     return np.concatenate(indices), encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
 
 
-def _schema(names: Iterable[str]) -> Any:
-    """Fields of the fixed columns by name; every other name is a selector's."""
-    return pa.schema([SCHEMA.field(name) if name in SCHEMA.names else (name, pa.float32()) for name in names])
+def _schema(config: XTFConfig) -> Any:
+    """`SCHEMA` with a column for each selector."""
+    return pa.schema([*SCHEMA, *((name, pa.float32()) for name in config.selectors)])
 
 
 def _sum(text: bytes) -> bytes:
     return xxhash.xxh3_64_hexdigest(text).encode()
 
 
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _finite(digits: str) -> float:
-    return number if math.isfinite(number := float(digits)) else _refuse(digits)  # such as 1e999
-
-
 def plain(value: Any) -> Any:
-    """`value` with only what JSON knows in it."""
+    """`value` as strict JSON has it: NaN and infinities become null, arrays lists, anything else strings."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,49 +1,56 @@
-"""What a plan amounts to, in numbers: the facts of summary.json, metrics for the trackers, lines for the terminal."""
+"""A plan in numbers: the content of summary.json, metrics for the trackers, lines for the terminal.
+
+Counts are occurrences in the dataset. An example of a token comes from the first document, by key, that has it, so it
+does not depend on the order of rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from .. import __version__
-from ..data.ragged import Layout
+from ..config.block import XTFConfig
+from ..data.documents import DocumentSet
+from ..data.ragged import Bools, Floats, Ints, Layout, dataset_quantiles
+from ..data.token_text import SPREAD, characters
+from ..environment import installed_version
 from ..plan import Plan
-from ..report import statistics, terminal, whatif
+from ..selection.select import DECISIONS, Selection, rule_bits
 from ..selection.text_rules import special_ids
+from . import whatif
 from .score_table import ScoreTable, plain
-from .statistics import Verdicts, share
-from .whatif import WhatIf
+from .terminal import text_of, totals_table
+from .whatif import Slider, WhatIf
 
+BINS = 40
+TOP = 25
+AROUND = 6  # tokens of context on each side of an example
+_ENDS = 0.002  # share of the scores beyond each end of a histogram
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions of this package and of those whose behaviour decides scores and masks."""
-    found: dict[str, str | None] = {"xtf-plugin": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    """Installed versions of this package and of those that scores and masks depend on; None: not installed."""
+    return {"xtf-plugin": __version__, **{name: installed_version(name) for name in _PACKAGES}}
 
 
 def metrics(plan: Plan) -> dict[str, float]:
-    """`xtf/kept_fraction`, `xtf/dropped_by/<attribute or selector>`: shares of the dataset's completion tokens, 0 to 1.
+    """`xtf/kept_fraction` and `xtf/dropped_by/<score>`: shares of the dataset's completion tokens, 0 to 1.
 
-    A token that two rules fire on counts for both; a rule that fired on a kept token counts for neither.
+    A token that the rules of two scores fire on counts for both, if it is dropped.
     """
     facts = totals(plan)
-    result = {"xtf/kept_fraction": facts["kept_fraction"]}
-    for name, counts in facts["attributes"].items():
-        result[f"xtf/dropped_by/{name}"] = counts["dropped_fraction"]
-    return result
+    dropped = {f"xtf/dropped_by/{name}": counts["dropped_fraction"] for name, counts in facts["scores"].items()}
+    return {"xtf/kept_fraction": facts["kept_fraction"], **dropped}
 
 
 def totals(plan: Plan) -> dict[str, Any]:
@@ -64,21 +71,21 @@ def described(plan: Plan, tokenizer: Any) -> tuple[ScoreTable, WhatIf]:
     table = ScoreTable.of_plan(plan, tokenizer)
     moved = whatif.build(table)
     found = {
-        "distributions": statistics.distributions(table),
-        "combinations": Verdicts(plan.config, plan.selection, plan.weights).combinations(),
-        "tokens": statistics.token_tables(table, moved.sliders),
-        "endings": statistics.endings(table, plan.documents, special_ids(tokenizer)),
+        "distributions": {n: histogram(values, table.layout, table.weights) for n, values in table.scores.items()},
+        "combinations": Verdicts(table.config, table, table.weights).combinations(),
+        "tokens": token_tables(table, moved.sliders),
+        "endings": endings(table, plan.documents, special_ids(tokenizer)),
     }
     return replace(table, about=summary(plan, tokenizer, found)), moved
 
 
 def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything in summary.json, see docs/report.md; plain JSON values. Keys are stable.
+    """Everything in summary.json, as plain JSON values; docs/report.md describes the keys.
 
     Args:
         plan: of the run.
         tokenizer: the training tokenizer.
-        found: statistics of the score table; without them those keys are left out.
+        found: statistics of the score table; None leaves their keys out.
     """
     special = np.isin(plan.scores.token_ids, special_ids(tokenizer))
     stats, keep, weights = plan.stats, plan.selection.keep, plan.weights
@@ -111,33 +118,17 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
     return dict(plain(facts))
 
 
-def _scorer_lines(plan: Plan) -> list[str]:
-    """A line for each score, each further reference, and rescoring."""
-    lines = [
-        f"{name}: {scorer['scorer']} version {scorer['version']} ({scorer['package']})"
-        for name, scorer in plan.scorers["scores"].items()
-    ]
-    lines += [
-        f"reference {p['name']} ({p['source']}): scored {p['documents']:,} documents in {p['seconds']:.1f} s, "
-        f"{p['stored_documents']:,} came from the store"
-        for p in plan.scorers["references"]
-    ]
-    if "excerpts" in plan.scorers:
-        found = plan.scorers["excerpts"]
-        lines.append(
-            f"rescoring: scored {found['documents']:,} excerpts of {found['tokens']:,} tokens in "
-            f"{found['seconds']:.1f} s, {found['stored_documents']:,} came from the store"
-        )
-    return lines
-
-
 def show(plan: Plan, written: list[Path]) -> None:
-    """Print the plan to the terminal (standard error): shares, the rules' warnings, where the files are."""
-    stats = plan.stats
-    Console(stderr=True, soft_wrap=True).print(terminal.totals_table(totals(plan)))
+    """Print the plan to the terminal (standard error): shares, scorers, cost, warnings, and the files written."""
+    stats, lines = plan.stats, []
+    if plan.streaming:
+        which = "the whole stream" if plan.streaming["whole_stream"] else "not the whole stream"
+        sample = f"calibration sample: the first {plan.streaming['documents']:,} documents of the stream, {which}"
+        lines.append(f"{sample}; all figures are of this sample")
+    Console(stderr=True, soft_wrap=True).print(totals_table(totals(plan)))
     print_lines(
         [
-            *_streaming_line(plan),
+            *lines,
             f"reference {plan.reference.get('name')} ({plan.reference.get('source')})",
             f"scored {stats.documents:,} documents in {stats.seconds:.1f} s "
             f"({share(stats.tokens, stats.seconds):,.0f} tokens/s), {plan.reused:,} came from the store",
@@ -149,12 +140,19 @@ def show(plan: Plan, written: list[Path]) -> None:
     )
 
 
-def _streaming_line(plan: Plan) -> list[str]:
-    if not plan.streaming:
-        return []
-    number, whole = plan.streaming["documents"], plan.streaming["whole_stream"]
-    which = "all there are" if whole else "not the whole stream"
-    return [f"calibration sample: the first {number:,} documents of the stream, {which}; all figures here are of it"]
+def _scorer_lines(plan: Plan) -> list[str]:
+    """A line for each score, each further reference, and rescoring."""
+    lines = [
+        f"{name}: {scorer['scorer']} version {scorer['version']} ({scorer['package']})"
+        for name, scorer in plan.scorers["scores"].items()
+    ]
+    cost = "in {seconds:.1f} s, {stored_documents:,} came from the store"
+    line = "reference {name} ({source}): scored {documents:,} documents " + cost
+    lines += [line.format(**reference) for reference in plan.scorers["references"]]
+    if "excerpts" in plan.scorers:
+        line = "rescoring: scored {documents:,} excerpts of {tokens:,} tokens " + cost
+        lines.append(line.format(**plan.scorers["excerpts"]))
+    return lines
 
 
 def print_lines(lines: list[str]) -> None:
@@ -162,3 +160,171 @@ def print_lines(lines: list[str]) -> None:
     console = Console(stderr=True, soft_wrap=True)
     for line in lines:
         console.print(f"xtf: {line}", markup=False, highlight=False)
+
+
+def share(part: float, total: float) -> float:
+    """`part / total`; 0 if the total is 0."""
+    return float(part) / float(total) if total else 0.0
+
+
+class Verdicts:
+    """Number of tokens by reason and keep flag; counts of fired rules and dropped tokens are sums over it.
+
+    Args:
+        config: the block.
+        selection: its `reasons` and `keep`, (M,), are read.
+        weights: (M,) occurrences in the dataset.
+    """
+
+    def __init__(self, config: XTFConfig, selection: Selection | ScoreTable, weights: Ints) -> None:
+        """Count each pair of reason and keep flag once."""
+        self.bits = rule_bits(config)
+        sums = np.bincount(selection.reasons.astype(np.int64) * 2 + selection.keep, weights)
+        self.found = [(at >> 1, bool(at & 1), int(sums[at])) for at in np.flatnonzero(sums).tolist()]
+        self.rules = sum(self.bits.values())
+
+    def count(self, all_of: int = 0, none_of: int = 0, kept: bool | None = None) -> int:
+        """Tokens whose reason has all bits of `all_of` and none of `none_of`; `kept` None: kept and dropped tokens."""
+        return sum(
+            tokens
+            for reason, flag, tokens in self.found
+            if reason & all_of == all_of and not reason & none_of and kept in (None, flag)
+        )
+
+    def totals(self) -> dict[str, Any]:
+        """Completion tokens: kept, dropped, by score, by decision; overlaps of rules."""
+        tokens, kept = self.count(), self.count(kept=True)
+        fired = {name: self.count(bit) for name, bit in self.bits.items()}
+        dropped = {name: self.count(bit, kept=False) for name, bit in self.bits.items()}
+        return {
+            "completion_tokens": tokens,
+            "kept_tokens": kept,
+            "dropped_tokens": tokens - kept,
+            "kept_fraction": share(kept, tokens),
+            "scores": {
+                name: {
+                    "fired": fired[name],
+                    "dropped": dropped[name],
+                    "dropped_alone": self.count(bit, self.rules - bit, kept=False),
+                    "fired_fraction": share(fired[name], tokens),
+                    "dropped_fraction": share(dropped[name], tokens),
+                }
+                for name, bit in self.bits.items()
+            },
+            "decided_by": {name: self.count(bit) for name, bit in DECISIONS.items()},
+            "overlap_of_the_smaller_set": {
+                f"{first} & {second}": share(self.count(a | b), min(fired[first], fired[second]))
+                for (first, a), (second, b) in combinations(self.bits.items(), 2)
+            },
+        }
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Number of tokens that each set of rules fired on, largest first; tokens without a rule come last."""
+        sums = Counter[int]()
+        for reason, _, tokens in self.found:
+            sums[reason & self.rules] += tokens
+        named = [([name for name, bit in self.bits.items() if fired & bit], count) for fired, count in sums.items()]
+        named.sort(key=lambda each: (not each[0], -each[1]))
+        return [{"rules": rules, "tokens": count} for rules, count in named]
+
+
+def histogram(values: Floats, layout: Layout, weights: Ints) -> dict[str, Any]:
+    """A histogram of a score; the outermost bins include everything beyond them.
+
+    Args:
+        values: (M,) as its rule saw them.
+        layout: of the documents; weights: (M,) occurrences.
+    """
+    low, middle, high = (float(v) for v in dataset_quantiles(values, layout, [_ENDS, 0.5, 1 - _ENDS]))
+    undefined = int(weights[np.isnan(values)].sum())
+    if not np.isfinite([low, high]).all():
+        return {"edges": [], "tokens": [], "undefined": undefined, "median": None}
+    if high <= low:
+        high = low + max(abs(low), 1.0) * 1e-3
+    known = ~np.isnan(values)
+    inside = np.clip(values[known].astype(np.float64), low, high)
+    counts, edges = np.histogram(inside, BINS, (low, high), weights=weights[known])
+    return {
+        "edges": [float(f"{edge:.5g}") for edge in edges],
+        "tokens": [int(count) for count in counts],
+        "undefined": undefined,
+        "median": float(f"{middle:.5g}"),
+    }
+
+
+def token_tables(table: ScoreTable, sliders: Sequence[Slider]) -> dict[str, list[dict[str, Any]]]:
+    """The tokens that are dropped most often, and the kept tokens nearest to a threshold.
+
+    A kept token is on the border if its rule fires on it within the slider's next two stops. `cluster` is excluded: its
+    stops are classes and not thresholds in order.
+    """
+    border = np.zeros(len(table.keep), dtype=bool)
+    for slider in (each for each in sliders if each.key != "cluster"):
+        border |= slider.patterns[slider.codes, slider.at + 1 : slider.at + 3].any(axis=1)
+    return {"most_dropped": _most(table, ~table.keep), "borderline_kept": _most(table, table.keep & border)}
+
+
+def _most(table: ScoreTable, marks: Bools) -> list[dict[str, Any]]:
+    """The `TOP` token ids with the most marked occurrences."""
+    ids, weights = table.token_ids, table.weights
+    distinct, places = np.unique(ids, return_inverse=True)
+    places = places.reshape(-1)
+    marked = np.bincount(places[marks], weights=weights[marks], minlength=len(distinct)).astype(np.int64)
+    everywhere = np.bincount(places, weights=weights, minlength=len(distinct)).astype(np.int64)
+    order = np.lexsort((distinct, -marked))[:TOP]
+    order = order[marked[order] > 0]
+    where = np.flatnonzero(marks & np.isin(ids, distinct[order]))
+    ranks = np.empty(len(table.keys), dtype=np.int64)
+    ranks[by_key(table)] = np.arange(len(ranks))
+    where = where[np.lexsort((where, table.layout.spread(ranks)[where]))]
+    firsts = {int(ids[at]): int(at) for at in where[::-1]}
+    return [
+        {
+            "token_id": int(distinct[place]),
+            "token": text_of(table.pieces[int(distinct[place])]),
+            "tokens": int(marked[place]),
+            "of": int(everywhere[place]),
+            "example": _example(table, firsts[int(distinct[place])]),
+        }
+        for place in order.tolist()
+    ]
+
+
+def by_key(table: ScoreTable) -> Ints:
+    """Indices of the documents in the order of their keys; keys are hashes, so this order is random but fixed."""
+    return np.argsort(np.ascontiguousarray(table.keys).view("S16").reshape(-1), kind="stable")
+
+
+def _example(table: ScoreTable, at: int) -> dict[str, Any]:
+    """A token with the completion tokens around it; a character spread over several tokens is shown complete."""
+    document = int(np.searchsorted(table.offsets, at, side="right")) - 1
+    reach = AROUND + SPREAD
+    low, high = max(int(table.offsets[document]), at - reach), min(int(table.offsets[document + 1]), at + reach + 1)
+    texts = {"before": "", "token": "", "after": ""}
+    for first, number, text in characters([table.pieces[int(i)] for i in table.token_ids[low:high]]):
+        begin, end = low + first, low + first + number
+        if end > at - AROUND and begin <= at + AROUND:
+            texts["before" if end <= at else "after" if begin > at else "token"] += text_of(text)
+    return {"document": table.key(document), **texts}
+
+
+def endings(table: ScoreTable, documents: DocumentSet, special: NDArray[np.int64]) -> dict[str, Any]:
+    """Special tokens among the completions, kept and dropped, and documents whose last token is not special.
+
+    Such a document was cut off (`max_length`, `sequence_len`), or its template writes no special token. Trailing
+    whitespace is ignored: many templates end a turn with a line break.
+    """
+    ids, weights, found = table.token_ids, table.weights, []
+    for token in np.intersect1d(ids, special).tolist():
+        marks = ids == token
+        total, dropped = int(weights[marks].sum()), int(weights[marks & ~table.keep].sum())
+        found.append({"token_id": token, "token": text_of(table.pieces[token]), "labelled": total, "dropped": dropped})
+    blank = np.asarray([i for i, piece in table.pieces.items() if piece and not piece.strip()], dtype=np.int64)
+    starts, ends = documents.offsets[:-1], documents.offsets[1:].copy()
+    trailing = np.ones(len(ends), dtype=bool)
+    while trailing.any():
+        trailing = (ends > starts) & np.isin(documents.input_ids[np.maximum(ends - 1, 0)], blank)
+        ends[trailing] -= 1
+    last = np.maximum(ends - 1, 0)
+    cut_off = (ends > starts) & documents.completion[last] & ~np.isin(documents.input_ids[last], special)
+    return {"special_tokens": found, "documents_ending_without_one": int(documents.counts[cut_off].sum())}

@@ -1,4 +1,4 @@
-"""Writes what a run leaves in `<output_dir>/xtf`: summary.json, report.html and the score table."""
+"""Writes the files of a run in `<output_dir>/xtf`: summary.json, report.html and the score table."""
 
 from __future__ import annotations
 
@@ -13,80 +13,83 @@ from rich.table import Table
 from ..errors import XTFUserError
 from ..files import write_whole
 from ..plan import Plan
-from ..report import page, score_table
-from .page_data import page_data
+from . import page, score_table
 from .score_table import ScoreTable
 from .summary import described, summary
 from .terminal import totals_table
 
 logger = logging.getLogger(__name__)
 
-TABLE_LIMIT = 20_000_000  # completion tokens up to which a training run writes score table and report by itself
+TABLE_LIMIT = 20_000_000  # completion tokens up to which every training run writes score table and report
 PAGE, TABLE = "report.html", "scores.parquet"
 
 
 def write(plan: Plan, tokenizer: Any, folder: Path, *, whole: bool = False) -> list[Path]:
-    """Write summary.json, and report and score table unless the dataset is very large (or `whole` asks for them),
-    below `folder`; return what was written.
+    """Write summary.json, report and score table into `folder`; return the paths written.
 
-    A folder that cannot be written is logged, not fatal: the masks do not depend on it.
+    If a file cannot be written, logs a warning and goes on: the masks do not depend on it.
+
+    Args:
+        plan: of the run.
+        tokenizer: the training tokenizer.
+        folder: is created if it is missing.
+        whole: write report and score table beyond `TABLE_LIMIT` completion tokens, too.
     """
     written: list[Path] = []
     number, table, html = len(plan.scores.token_ids), None, None
     if number <= TABLE_LIMIT or whole:
-        table, html = _reported(plan, tokenizer, folder / PAGE)
+        table, html = _table_and_page(plan, tokenizer, folder / PAGE)
     facts = summary(plan, tokenizer) if table is None else table.about
     try:
-        write_whole(folder / "summary.json", (json.dumps(facts, indent=2) + "\n").encode())
-        written.append(folder / "summary.json")
-        if html is None:
-            (folder / PAGE).unlink(missing_ok=True)  # an earlier run's would pass for this one's
-        else:
-            write_whole(folder / PAGE, html)
-            written.append(folder / PAGE)
+        for name, data in (("summary.json", (json.dumps(facts, indent=2) + "\n").encode()), (PAGE, html)):
+            if data is None:
+                (folder / name).unlink(missing_ok=True)  # of an earlier run
+            else:
+                write_whole(folder / name, data)
+                written.append(folder / name)
         if table is None:
             (folder / TABLE).unlink(missing_ok=True)
             logger.warning("xtf: %d tokens: no report and no score table; `xtf score` writes them", number)
-            return written
-        written.append(score_table.write(table, plan.documents, folder / TABLE))
+        else:
+            written.append(score_table.write(table, plan.documents, folder / TABLE))
     except OSError as error:
         logger.warning("xtf: %s cannot be written (%s); training goes on without a report", folder, error)
     return written
 
 
 def write_again(plan: Plan, tokenizer: Any, written: list[Path], path: Path) -> Path:
-    """Put the score table at another path too: a copy of the one that was `written`, if one was. Raises OSError."""
+    """Write the score table to another path too; copies the one among `written`, if there is one. Raises OSError."""
     made = next((file for file in written if file.name == TABLE), None)
     if made is None:
-        table, _ = _reported(plan, tokenizer, path)
+        table, _ = _table_and_page(plan, tokenizer, path)
         return score_table.write(table, plan.documents, path)
     write_whole(path, made.read_bytes())
     return path
 
 
-def _reported(plan: Plan, tokenizer: Any, path: Path) -> tuple[ScoreTable, bytes | None]:
-    """Table and page; no page if that fails: a report explains a run, and must not end one whose masks are right."""
+def _table_and_page(plan: Plan, tokenizer: Any, path: Path) -> tuple[ScoreTable, bytes | None]:
+    """Score table and page; the page is None if it cannot be made, because a report must not stop a correct run."""
     try:
         table, moved = described(plan, tokenizer)
-        return table, page.render(page_data(table, moved), page.title(path)).encode()
+        return table, page.render(page.page_data(table, moved), page.title(path)).encode()
     except Exception:
         logger.warning("xtf: report.html could not be made; training goes on without it", exc_info=True)
         return replace(ScoreTable.of_plan(plan, tokenizer), about=summary(plan, tokenizer)), None
 
 
 def write_report(table: ScoreTable, path: Path) -> Table:
-    """Make report.html of a score table's file; return its totals, to print.
+    """Write report.html of a score table; return its totals to print.
 
     Raises:
-        XTFUserError: the file holds what no run writes, or the page cannot be written.
+        XTFUserError: the table holds what no run writes, or the page cannot be written.
     """
     try:
         shares = totals_table(table.about["totals"])
-        html = page.render(page_data(table), page.title(path)).encode()
+        html = page.render(page.page_data(table), page.title(path)).encode()
     except (LookupError, TypeError, ValueError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
         raise XTFUserError(
-            f"the score table is not what this xtf-plugin writes ({type(error).__name__}: {error}). Make it again: "
-            "xtf score RECIPE"
+            f"the score table is not what this xtf-plugin writes ({why}). {score_table.ADVICE}"
         ) from error
     try:
         write_whole(path, html)

@@ -1,7 +1,8 @@
-// Documents as text: each completion token shaded by what became of it, with its scores in words.
+// Documents as text: completion tokens shaded as kept or dropped, and the scores of one token in words.
 "use strict";
 
-// `current` is the token that is told of; `held` the one that the keyboard is at, which the mouse gives way to again.
+// `current`: the token that the tip describes. `held`: the token chosen by keyboard or click; the tip returns to it when the
+// mouse leaves.
 const view = {reason: "", text: "", order: "given", shown: PAGE, current: null, held: null, pointer: "", list: []};
 
 function matches(doc) {
@@ -12,7 +13,7 @@ function matches(doc) {
   if (view.reason === "emptied") return found.every((token) => !token.kept);
   const [kind, name] = view.reason.split(":");
   if (kind === "decided") return found.some((token) => token.why === name);
-  const place = voters.findIndex((voter) => voter.name === name);
+  const place = scores.findIndex((score) => score.name === name);
   return found.some((token) => token.bits >> place & 1);
 }
 
@@ -41,7 +42,7 @@ function article(doc) {
     "aria-label": `document of row ${doc.row}: use the arrow keys to go from token to token`});
   doc.shown.forEach((shown, i) => {
     if (doc.gaps.has(i)) text.append(make("span", {class: "prompt"}, `⟨prompt: ${number(doc.gaps.get(i))} tokens⟩ `));
-    if (shown.startsWith("·")) text.append(make("wbr", {})); // a shown space is no place to break a line at, else
+    if (shown.startsWith("·")) text.append(make("wbr", {}));  // browsers do not break lines at a "·"
     const token = make("span", {class: "token"}, shown);
     token.dataset.token = i;
     text.append(token);
@@ -54,11 +55,11 @@ function article(doc) {
     make("small", {}, ` · document ${doc.key.slice(0, 12)} · ${doc.why}${often} · `, make("span", {class: "kept-count"}))), text);
 }
 
-// Which underline is whose.
+// Which underline belongs to which rule.
 function legend() {
-  const names = voters.map((voter, i) => make("span", {class: `token rule-${i % 6}`}, named(voter.name)));
-  if (voters.length > 1) names.push(make("span", {class: "token rules"}, "several"));
-  put("rules", "The line below a token is its rule's: ", make("span", {class: "text"}, ...names));
+  const names = scores.map((score, i) => make("span", {class: `token rule-${i % 6}`}, named(score.name)));
+  if (scores.length > 1) names.push(make("span", {class: "token rules"}, "several"));
+  put("rules", "The underline shows which rule fired: ", make("span", {class: "text"}, ...names));
 }
 
 function shade() {
@@ -69,7 +70,7 @@ function shade() {
       const token = found[span.dataset.token], names = ["token"];
       if (!token.kept) names.push("dropped");
       else if (token.bits) names.push("spared");
-      const rules = voters.findIndex((_, i) => token.bits >> i & 1);
+      const rules = scores.findIndex((_, i) => token.bits >> i & 1);
       if (rules >= 0 && ones(token.bits) === 1) names.push(`rule-${rules % 6}`);
       else if (rules >= 0) names.push("rules");
       span.className = names.join(" ");
@@ -83,10 +84,10 @@ function shade() {
 function describe(span) {
   const text = span.closest(".document"), doc = text.doc, i = Number(span.dataset.token), token = text.found[i];
   const lines = [make("p", {class: "verdict"}, make("span", {class: "text"}, span.textContent), " ", verdict(token))];
-  for (const voter of voters) {
-    if (!Object.hasOwn(doc.scores, voter.name)) continue;
-    const hit = token.bits >> voters.indexOf(voter) & 1;
-    lines.push(make("p", {class: hit ? "hit" : ""}, `${hit ? "✗ " : "· "}${named(voter.name)}: ${inWords(voter.name, doc.scores[voter.name][i])}${averaged(voter.name)}`));
+  for (const score of scores) {
+    if (!Object.hasOwn(doc.scores, score.name)) continue;
+    const hit = token.bits >> scores.indexOf(score) & 1;
+    lines.push(make("p", {class: hit ? "hit" : ""}, `${hit ? "✗ " : "· "}${named(score.name)}: ${inWords(score.name, doc.scores[score.name][i])}${averaged(score.name)}`));
   }
   const tip = document.getElementById("tip");
   tip.replaceChildren(...lines);
@@ -111,7 +112,7 @@ function hold(span) {
   point(span);
 }
 
-// Only a mouse that is moved points: one that rests is not to take over what scrolls along beneath it.
+// Ignores a mouse at rest while the page scrolls beneath it.
 function follow(event) {
   const pointer = `${event.screenX} ${event.screenY}`, moved = view.pointer !== pointer;
   view.pointer = pointer;
@@ -138,7 +139,7 @@ function walk(event) {
 
 function startDocuments() {
   const reasons = [["", "all"], ["dropped", "that lose tokens"], ["emptied", "dropped in full"],
-    ...voters.map((voter) => [`rule:${voter.name}`, `where ${named(voter.name)} fired`]),
+    ...scores.map((score) => [`rule:${score.name}`, `where ${named(score.name)} fired`]),
     ...Object.entries(DECISIONS).map(([name, text]) => [`decided:${name}`, text])];
   const select = document.getElementById("reason");
   select.replaceChildren(...reasons.map(([value, text]) => make("option", {value}, text)));

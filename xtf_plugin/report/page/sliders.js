@@ -9,19 +9,19 @@ function drawn(tag, properties) {
   return element;
 }
 
-// The scores' histogram with the thresholds that the sliders have come to, as lines.
-function histogram(voter) {
-  const data = lookup(S.distributions, voter);
+// The histogram of a score; lines are the thresholds at the sliders' stops.
+function histogram(score) {
+  const data = lookup(S.distributions, score);
   if (!data || !data.edges.length) return make("p", {}, "no scores");
   const width = 320, height = 70, most = Math.max(...data.tokens, 1), step = width / data.tokens.length;
   const low = data.edges[0], high = data.edges[data.edges.length - 1];
-  const label = `${named(voter)}: from ${short(low)} to ${short(high)}, median ${short(data.median)}`;
+  const label = `${named(score)}: from ${short(low)} to ${short(high)}, median ${short(data.median)}`;
   const picture = drawn("svg", {viewBox: `0 0 ${width} ${height}`, class: "histogram", role: "img", "aria-label": label});
   data.tokens.forEach((tokens, i) => {
     const tall = tokens ? Math.max(1, height * Math.sqrt(tokens / most)) : 0;
     picture.append(drawn("rect", {x: i * step + 0.5, y: height - tall, width: step - 1, height: tall}));
   });
-  const own = sliders.map((slider, i) => ({...slider, place: state.at[i]})).filter((slider) => slider.voter === voter);
+  const own = sliders.map((slider, i) => ({...slider, place: state.at[i]})).filter((slider) => slider.score === score);
   const limits = own.flatMap((slider) => slider.limits[slider.place]);
   for (const limit of limits) {
     const x = Math.min(width - 1, Math.max(1, (limit - low) / (high - low) * width));
@@ -29,29 +29,29 @@ function histogram(voter) {
   }
   const lacks = (slider) => slider.stops[slider.place] !== null && !slider.limits[slider.place].length;
   const outside = limits.some((limit) => limit < low || limit > high);
-  const caption = own.some(lacks) ? "this stop comes to no threshold" : outside ? "a threshold lies outside" : "heights: square root";
+  const caption = own.some(lacks) ? "no threshold at this stop" : outside ? "a threshold lies outside" : "heights: square root";
   return make("figure", {}, picture, make("figcaption", {}, make("span", {}, short(low)), make("span", {}, caption),
     make("span", {}, short(high))),
-    own.some((slider) => slider.own) ? make("p", {class: "note"}, "each document has its own threshold; the line is their median") : null);
+    own.some((slider) => slider.per_document) ? make("p", {class: "note"}, "each document has its own threshold; the line is their median") : null);
 }
 
 function showSliders() {
-  const boxes = voters.map((voter) => {
-    const parts = voter.sliders.map((index) => {
+  const boxes = scores.map((score) => {
+    const parts = score.sliders.map((index) => {
       const slider = sliders[index], id = `slider-${index}`;
       if (slider.key === "") return make("p", {class: "note"}, slider.note);
       const output = make("output", {for: id, id: `${id}-text`});
       const input = make("input", {type: "range", id, min: 0, max: slider.stops.length - 1, step: 1, value: start[index],
-        "data-voter": slider.voter, "data-key": slider.key, oninput: (event) => move(index, Number(event.target.value))});
+        "data-score": slider.score, "data-key": slider.key, oninput: (event) => move(index, Number(event.target.value))});
       return make("div", {class: "slider"}, make("label", {for: id}, `drop: ${slider.key}`), input, output,
         slider.note ? make("p", {class: "note"}, slider.note) : null);
     });
-    return make("section", {class: "voter"}, make("h3", {}, named(voter.name)),
-      make("div", {id: `histogram-${voter.name}`}), ...parts, make("p", {id: `counts-${voter.name}`, class: "counts"}));
+    return make("section", {class: "score"}, make("h3", {}, named(score.name)),
+      make("div", {id: `histogram-${score.name}`}), ...parts, make("p", {id: `counts-${score.name}`, class: "counts"}));
   });
   put("sliders", ...boxes);
   put("promise", sliders.some((slider) => slider.key)
-    ? "Move a threshold: counts of the whole dataset and the documents below follow, without the tokens that min_kept brings back."
+    ? "Move a threshold: counts of the whole dataset and the documents below follow, without the tokens that only min_kept keeps."
     : "No threshold of this block can be moved.");
   const combine = document.getElementById("combine"), own = S.config.combine;
   const choices = ["union", "majority", "intersection"];
@@ -60,7 +60,7 @@ function showSliders() {
     typeof choice === "string" ? choice : `at least ${choice.at_least}`)));
   combine.value = JSON.stringify(own);
   combine.disabled = Boolean(S.config.control);
-  combine.parentElement.hidden = voters.length < 2;
+  combine.parentElement.hidden = scores.length < 2;
   combine.addEventListener("change", () => { state.combine = JSON.parse(combine.value); refresh(); });
   document.getElementById("reset").addEventListener("click", reset);
   document.getElementById("copy").addEventListener("click", copy);
@@ -95,36 +95,39 @@ async function copy() {
 
 function refresh() {
   const before = count(start, S.config.combine), now = count(state.at, state.combine);
-  const dropped = moved() ? now.dropped : S.totals.dropped_tokens;  // the run's own count has control and floor in it
+  const dropped = moved() ? now.dropped : S.totals.dropped_tokens;  // the run's own count includes control and floor
   sliders.forEach((slider, i) => {
     const input = document.getElementById(`slider-${i}`), text = stopText(slider, slider.stops[state.at[i]]);
     if (!input) return;
     input.setAttribute("aria-valuetext", text);
     document.getElementById(`slider-${i}-text`).textContent = text + (state.at[i] === start[i] ? " (this run)" : "");
   });
-  voters.forEach((voter) => {
-    put(`histogram-${voter.name}`, histogram(voter.name));
-    put(`counts-${voter.name}`, `fires on ${number(now.fired[voter.name])} tokens (${share(now.fired[voter.name], now.tokens)})`);
+  scores.forEach((score) => {
+    put(`histogram-${score.name}`, histogram(score.name));
+    put(`counts-${score.name}`, `fires on ${number(now.fired[score.name])} tokens (${share(now.fired[score.name], now.tokens)})`);
   });
   put("now-dropped", number(dropped));
   put("now-kept", number(now.tokens - dropped));
   put("now-share", share(now.tokens - dropped, now.tokens));
   const change = now.dropped - before.dropped;
-  put("change", !moved() ? "as in the run" : `${change < 0 ? "−" : "+"}${number(Math.abs(change))} dropped against the run`);
+  put("change", !moved() ? "as in the run" : `${change < 0 ? "−" : "+"}${number(Math.abs(change))} dropped, compared with the run`);
   put("yaml", block());
   put("illegal", illegal());
   document.getElementById("illegal").hidden = !illegal();
   document.body.classList.toggle("moved", moved());
-  if (view.reason || view.order !== "given") listDocuments();  // what it shows may have changed
+  if (view.reason || view.order !== "given") listDocuments();  // other documents may match now
   else shade();
 }
 
-// Why a run would refuse the block, "" if it would not.
+// Why a run would refuse the block; "" if it would not.
 function illegal() {
-  const stop = (key) => sliders.map((s, i) => [s.key, s.stops[state.at[i]]]).find(([k]) => k === key)?.[1] ?? null;
-  const known = stop("known_above"), unknown = stop("unknown_below"), active = activeVoters(state.at);
-  if (known !== null && unknown !== null && unknown >= known) {
-    return "A run refuses this pair: unknown_below must be smaller than known_above.";
+  const active = activeScores(state.at);
+  for (const score of scores) {
+    const stop = (key) => score.sliders.filter((i) => sliders[i].key === key).map((i) => sliders[i].stops[state.at[i]])[0] ?? null;
+    const known = stop("known_above"), unknown = stop("unknown_below");
+    if (known !== null && unknown !== null && unknown >= known) {
+      return "A run refuses this pair: unknown_below must be smaller than known_above.";
+    }
   }
   if (!active && !S.config.force_drop.length) return "No rule is left: a run refuses this block. Write xtf: false.";
   if (typeof state.combine !== "string" && state.combine.at_least > active) {

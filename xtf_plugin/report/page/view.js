@@ -1,4 +1,4 @@
-// The page: everything is made of elements and text nodes, never of markup, since tokens come from strangers.
+// Tables and elements of the page. Tokens are untrusted: everything is inserted as elements and text nodes, never as markup.
 "use strict";
 
 const PAGE = 20;
@@ -49,7 +49,7 @@ function showTotals() {
   const totals = S.totals, all = totals.completion_tokens, rows = [];
   rows.push(["kept", bar(totals.kept_tokens, all, "kept"), number(totals.kept_tokens), share(totals.kept_tokens, all), "", ""]);
   rows.push(["dropped", bar(totals.dropped_tokens, all, "dropped"), number(totals.dropped_tokens), share(totals.dropped_tokens, all), "", ""]);
-  for (const [name, facts] of Object.entries(totals.attributes)) {
+  for (const [name, facts] of Object.entries(totals.scores)) {
     rows.push([named(name), bar(facts.fired, all, `${named(name)} fired`), number(facts.fired), share(facts.fired, all),
       number(facts.dropped), number(facts.dropped_alone)]);
   }
@@ -73,17 +73,17 @@ function example(entry) {
 function showTokens() {
   const heads = ["token", "dropped", "of", "for example"];
   const rows = (entries) => entries.map((e) => [make("span", {class: "text"}, e.token), number(e.tokens), number(e.of), example(e)]);
-  const none = (text) => make("p", {}, text);
-  const {most_dropped: gone, borderline_kept: border} = S.tokens;
-  put("gone", gone.length ? table(heads, rows(gone), "Most often dropped") : none("Nothing is dropped."));
+  const note = (text) => make("p", {}, text);
+  const {most_dropped: dropped, borderline_kept: border} = S.tokens;
+  put("dropped", dropped.length ? table(heads, rows(dropped), "Most often dropped") : note("Nothing is dropped."));
   heads[1] = "on the border";
   put("border", border.length ? table(heads, rows(border), "Kept, but near a threshold: within two stops of a slider")
-    : none("No kept token is within two stops of a threshold."));
+    : note("No kept token is within two stops of a threshold."));
   const ends = S.endings;
   put("endings", ends.special_tokens.length ? table(["special token", "labelled", "dropped"], ends.special_tokens.map((e) =>
-    [make("span", {class: "text"}, e.token), number(e.labelled), number(e.dropped)])) : none("No special token carries a label."),
-    none(`${number(ends.documents_ending_without_one)} of ${number(S.totals.documents)} documents end in a completion token that ` +
-      "is no special token: they were cut off (max_length), or their template writes none, and the model learns no end from them."));
+    [make("span", {class: "text"}, e.token), number(e.labelled), number(e.dropped)])) : note("No special token carries a label."),
+    note(`${number(ends.documents_ending_without_one)} of ${number(S.totals.documents)} documents end in a completion token that ` +
+      "is not special: they were cut off (max_length), or their template writes none. The model learns no end from them."));
 }
 
 function showRun() {

@@ -1,11 +1,11 @@
 // Scores and decisions in words.
 "use strict";
 
-const ATTRIBUTES = {
+const SLOTS = {
   reasoning_importance: "reasoning importance", knowledge_novelty: "knowledge novelty", task_relevance: "task relevance",
 };
 const DECISIONS = {
-  protected: "kept: protected", floor: "kept: the document's floor (min_kept)", forced: "dropped: force_drop",
+  protected: "kept: protected", floor: "kept: min_kept", forced: "dropped: force_drop",
   control: "decided by the random control",
 };
 const FRACTIONS = [[0.1, "a tenth of"], [0.2, "a fifth of"], [0.25, "a quarter of"], [1 / 3, "a third of"], [0.5, "half of"]];
@@ -13,10 +13,10 @@ const FRACTIONS = [[0.1, "a tenth of"], [0.2, "a fifth of"], [0.25, "a quarter o
 const number = (value) => value.toLocaleString("en-US");
 const share = (part, whole) => (whole ? 100 * part / whole : 0).toFixed(2) + " %";
 const short = (value) => String(Number(value.toPrecision(3)));
-// Selectors are called what their users like, `constructor` included: only what an object holds itself is looked up.
+// A selector may have any name, `constructor` included, so only own properties are looked up.
 const lookup = (mapping, name) => (mapping && Object.hasOwn(mapping, name) ? mapping[name] : undefined);
-const named = (voter) => lookup(ATTRIBUTES, voter) || voter;
-const selector = (voter) => lookup(S.config.selectors, voter);
+const named = (score) => lookup(SLOTS, score) || score;
+const partOf = (score) => lookup(S.config.selectors, score) || S.config[score];
 
 function percent(probability) {
   const value = 100 * probability;
@@ -38,27 +38,26 @@ function surprise(value) {
   return `${short(Math.abs(value))} nats ${less} surprising than the model expected`;
 }
 
-function inWords(voter, value) {
+function inWords(score, value) {
   if (Number.isNaN(value)) return "no score";
-  if (voter === "reasoning_importance") return attention(value);
-  if (voter === "knowledge_novelty") return `the model gives it ${percent(1 - value)}`;
-  if (voter === "task_relevance") return `relevance ${short(value)} (0 to 1)`;
-  const {scorer, unit} = selector(voter) || {};
-  if (scorer === "typicality") return surprise(value);
-  if (scorer === "opening") {
-    return `its ${unit === "both" ? "sentence or line" : unit || "sentence"} begins ${surprise(value)}`;
-  }
-  return `score ${short(value)}`;
+  const {scorer, unit} = partOf(score);
+  const texts = {
+    attention_received: () => attention(value), novelty: () => `the model gives it ${percent(1 - value)}`,
+    embedding_similarity: () => `relevance ${short(value)} (0 to 1)`, typicality: () => surprise(value),
+    opening: () => `its ${unit === "both" ? "sentence or line" : unit} begins ${surprise(value)}`,
+  };
+  return (lookup(texts, scorer) || (() => `score ${short(value)}`))();
 }
 
-// Of a rule with a window, the score is the mean of several tokens.
-function averaged(voter) {
-  const {window} = selector(voter) || S.config[voter];
-  return window === 1 ? "" : ` (mean over ${typeof window === "string" ? `its ${window}` : `${window} tokens`})`;
+// The tokens that the score is a mean over; an opening has one value for its unit anyway.
+function averaged(score) {
+  const {scorer, unit, window} = partOf(score);
+  if (scorer !== "opening" && unit !== "token") return ` (mean over its ${unit})`;
+  return window === 1 ? "" : ` (mean over ${window} tokens)`;
 }
 
 function verdict(token) {
-  const rules = voters.filter((_, place) => token.bits >> place & 1).map((voter) => named(voter.name));
+  const rules = scores.filter((_, place) => token.bits >> place & 1).map((score) => named(score.name));
   const fired = rules.length ? ` (fired: ${rules.join(", ")})` : "";
   if (token.why) return DECISIONS[token.why] + fired;
   if (token.kept) return rules.length ? `kept: too few rules fired${fired}` : "kept";
@@ -68,7 +67,7 @@ function verdict(token) {
 function stopText(slider, stop) {
   if (slider.key === "") return "as in the run";
   if (stop === null) return "off";
-  const name = named(slider.voter);
+  const name = named(slider.score);
   const texts = {
     below: () => `${name} below ${short(stop)}`, quantile: () => `the lowest ${short(100 * stop)} % of ${name}`,
     fence: () => `below Q1 − ${short(stop)} · IQR`, known_above: () => `given more than ${short(100 * stop)} % by the model`,

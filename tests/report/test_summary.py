@@ -1,4 +1,4 @@
-"""What summary.json and the report tell, against the score table that the same run wrote, counted by other means."""
+"""summary.json and the report's data against the score table of the same run, counted by other means."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests import tiny
 from tests.report.tables import table_of
 from tests.training.test_callback import trainer
 from xtf_plugin import attach
-from xtf_plugin.report import page, page_data, terminal
-from xtf_plugin.report.statistics import AROUND, TOP, Verdicts
+from xtf_plugin.report import page, terminal
+from xtf_plugin.report.summary import AROUND, TOP, Verdicts
 
 ROOT = Path(__file__).parents[2]
 BLOCK = {
@@ -46,8 +46,8 @@ def test_every_key_is_documented(run):
         set(summary) | {f"totals.{key}" for key in summary["totals"]} | {f"tokens.{key}" for key in summary["tokens"]}
     )
     for key in found - {"totals", "tokens"}:
-        assert {key, f"{key}.<voter>"} & documented, key
-    assert set(next(iter(summary["totals"]["attributes"].values()))) <= documented
+        assert {key, f"{key}.<score>"} & documented, key
+    assert set(next(iter(summary["totals"]["scores"].values()))) <= documented
     assert (
         {"edges", "tokens", "median", "undefined"} == set(next(iter(summary["distributions"].values()))) <= documented
     )
@@ -56,8 +56,8 @@ def test_every_key_is_documented(run):
 def test_combinations_add_up(run):
     _, summary, table = run
     own = Counter(tuple(n for n in row["reason"].split(",") if n and n != "protected") for row in table)
-    told = {tuple(entry["rules"]): entry["tokens"] for entry in summary["combinations"]}
-    assert told == own and len(told) > 3
+    reported = {tuple(entry["rules"]): entry["tokens"] for entry in summary["combinations"]}
+    assert reported == own and len(reported) > 3
     assert summary["combinations"][-1]["rules"] == []
 
 
@@ -75,14 +75,14 @@ def test_distributions_hold_every_token(run):
 
 def test_tables_of_tokens_count_occurrences(run):
     _, summary, table = run
-    gone = Counter(row["token_id"] for row in table if not row["kept"])
+    dropped = Counter(row["token_id"] for row in table if not row["kept"])
     everywhere = Counter(row["token_id"] for row in table)
-    told = summary["tokens"]["most_dropped"]
-    assert len(told) == min(TOP, len(gone)) > 5
-    assert [entry["tokens"] for entry in told] == sorted(gone.values(), reverse=True)[: len(told)]
+    reported = summary["tokens"]["most_dropped"]
+    assert len(reported) == min(TOP, len(dropped)) > 5
+    assert [entry["tokens"] for entry in reported] == sorted(dropped.values(), reverse=True)[: len(reported)]
     texts = {row["token_id"]: row["token"] for row in table}
-    for entry in told:
-        assert entry["tokens"] == gone[entry["token_id"]] and entry["of"] == everywhere[entry["token_id"]]
+    for entry in reported:
+        assert entry["tokens"] == dropped[entry["token_id"]] and entry["of"] == everywhere[entry["token_id"]]
         assert entry["token"] == texts[entry["token_id"]].replace(" ", "·").replace("\n", "↵\n")
         document = [row for row in table if row["document"] == entry["example"]["document"]]
         whole = "".join(row["token"] for row in document).replace(" ", "·")
@@ -92,7 +92,7 @@ def test_tables_of_tokens_count_occurrences(run):
 
 
 def test_examples_show_characters_that_are_spread_over_several_tokens(tmp_path):
-    """The character as a whole, before, behind and around the token that is told of."""
+    """The complete character, before, after and at the token itself."""
     rows = [{**row, "completion": " 漢字 5 €" + row["completion"] + " 30 €, 漢."} for row in tiny.problems(8)]
     made = trainer(tmp_path, rows=rows, max_steps=1, max_length=None)
     attach(made, {"cache_dir": str(tmp_path / "cache"), "force_drop": [" 5", "30", "€,"], "min_kept": 0})
@@ -106,14 +106,14 @@ def test_examples_show_characters_that_are_spread_over_several_tokens(tmp_path):
     assert any("漢字" in text for text in found) and any("漢." in text for text in found)
 
 
-def test_borderline_tokens_are_kept_and_would_go_next(run):
+def test_borderline_tokens_are_kept(run):
     plan, summary, table = run
     border = summary["tokens"]["borderline_kept"]
     kept = Counter(row["token_id"] for row in table if row["kept"])
     assert border and all(entry["tokens"] <= kept[entry["token_id"]] for entry in border)
 
 
-def test_endings_tell_of_documents_that_were_cut_off(run):
+def test_endings_count_documents_that_were_cut_off(run):
     _, summary, table = run
     last = {}
     for row in table:
@@ -124,15 +124,15 @@ def test_endings_tell_of_documents_that_were_cut_off(run):
     assert eos["token"] == "<|endoftext|>" and eos["labelled"] == len(last) - cut and eos["dropped"] == 0
 
 
-def test_a_line_break_behind_the_end_of_a_turn_is_no_cut(tmp_path):
+def test_a_line_break_after_the_end_of_a_turn_is_no_cut(tmp_path):
     """ChatML's turns end in one; here all of the conversation has labels."""
     made = trainer(tmp_path, rows=tiny.conversations(6), max_steps=1, max_length=None)
     attach(made, {"cache_dir": str(tmp_path / "cache"), **BLOCK})
     made.train()
     plan = made._xtf_hooks.on_batch.__self__.plan
     assert {plan.documents.document(i)[0][-1] for i in range(6)} != {tiny.tokenizer().eos_token_id}
-    told = json.loads((tmp_path / "out/xtf/summary.json").read_text())["endings"]
-    assert told["documents_ending_without_one"] == 0 and "<|im_end|>" in {e["token"] for e in told["special_tokens"]}
+    found = json.loads((tmp_path / "out/xtf/summary.json").read_text())["endings"]
+    assert found["documents_ending_without_one"] == 0 and "<|im_end|>" in {e["token"] for e in found["special_tokens"]}
 
 
 @pytest.mark.parametrize(
@@ -157,19 +157,19 @@ def test_a_token_of_100000_characters_is_shown_by_its_beginning():
 
 def test_characters_over_several_tokens_are_put_together():
     pieces = [b"a", b"\xf0\x9f", b"\x98", b"\x80", b"b", b"\xff", "漢".encode()[:2], "漢".encode()[2:]]
-    assert page_data._joined(pieces) == [(1, 3, "😀"), (6, 2, "漢")]
+    assert page._joined(pieces) == [(1, 3, "😀"), (6, 2, "漢")]
 
 
 def test_the_sample_is_bounded_and_the_same_for_the_same_data(run, monkeypatch):
     table = table_of(run[0])
-    first = page_data.page_data(table)["documents"]
-    assert first == page_data.page_data(table)["documents"]
-    assert {document["why"] for document in first} == {"loses most", "by chance"}
-    monkeypatch.setattr(page_data, "room_for", lambda scores, sliders: 500)
-    fewer = page_data.page_data(table)["documents"]
+    first = page.page_data(table)["documents"]
+    assert first == page.page_data(table)["documents"]
+    assert {document["why"] for document in first} == {"loses most", "at random"}
+    monkeypatch.setattr(page, "room_for", lambda scores, sliders: 500)
+    fewer = page.page_data(table)["documents"]
     assert 0 < len(fewer) < len(first) and sum(document["length"] for document in fewer) <= 500
-    monkeypatch.setattr(page_data, "LONGEST", 5)
-    for document in page_data.page_data(table)["documents"]:
+    monkeypatch.setattr(page, "LONGEST", 5)
+    for document in page.page_data(table)["documents"]:
         assert len(base64.b64decode(document["flags"])) == min(5, document["length"])
 
 
@@ -177,19 +177,19 @@ def test_totals_are_those_of_the_table(run):
     """Of every rule alone and of pairs, counted row by row."""
     plan, summary, table = run
     reasons = [set(row["reason"].split(",")) for row in table]
-    gone = [not row["kept"] for row in table]
-    rules = set(plan.config.voters)
+    dropped = [not row["kept"] for row in table]
+    rules = set(list(plan.config.scores))
     found = Verdicts(plan.config, plan.selection, plan.weights).totals()
-    assert found.items() <= summary["totals"].items() and found["dropped_tokens"] == sum(gone)
-    for name, counts in found["attributes"].items():
+    assert found.items() <= summary["totals"].items() and found["dropped_tokens"] == sum(dropped)
+    for name, counts in found["scores"].items():
         assert counts["fired"] == sum(name in reason for reason in reasons)
-        assert counts["dropped"] == sum(name in reason and lost for reason, lost in zip(reasons, gone, strict=True))
-        alone = sum(reason & rules == {name} and lost for reason, lost in zip(reasons, gone, strict=True))
+        assert counts["dropped"] == sum(name in reason and lost for reason, lost in zip(reasons, dropped, strict=True))
+        alone = sum(reason & rules == {name} and lost for reason, lost in zip(reasons, dropped, strict=True))
         assert counts["dropped_alone"] == alone
-    first, second = plan.config.voters[:2]
-    assert found["attributes"][first]["dropped_alone"] > 0
+    first, second = list(plan.config.scores)[:2]
+    assert found["scores"][first]["dropped_alone"] > 0
     both = sum({first, second} <= reason for reason in reasons)
-    smaller = min(found["attributes"][name]["fired"] for name in (first, second))
+    smaller = min(found["scores"][name]["fired"] for name in (first, second))
     assert found["overlap_of_the_smaller_set"][f"{first} & {second}"] == both / smaller
     assert found["decided_by"]["protected"] == sum("protected" in reason for reason in reasons)
 
@@ -205,6 +205,6 @@ def test_nothing_of_the_data_ends_the_script_element():
 
 def test_numbers_that_json_lacks_do_not_stop_a_run(run):
     odd = dataclasses.replace(run[0], reference={"name": float("nan"), "source": float("inf")})
-    data = page_data.page_data(table_of(odd))
+    data = page.page_data(table_of(odd))
     assert data["summary"]["reference"] == {"name": None, "source": None}
     assert "NaN" not in page.render(data, "odd").split('id="data">')[1].split("</script>")[0]
