@@ -26,8 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.benchmarks import bench_authors, bench_reference, bench_run, bench_step, reach
 from tests.benchmarks.bench_scoring import floor, make_documents, make_model, xtf
 from tests.benchmarks.common import device, in_turn, peak_allocated, rounds
-from xtf_plugin.scoring.kernels import dispatch as kernels
-from xtf_plugin.scoring.kernels import triton_dispatch
+from xtf_plugin.scoring.kernels import dispatch, triton_dispatch
 from xtf_plugin.scoring.kernels.eager import AttentionSpec
 
 BF16 = torch.bfloat16
@@ -208,8 +207,8 @@ def attention(sizes: Sizes, repeats: int, until: float) -> Rows:
         query = torch.randn(B, sizes.H, T, sizes.D, **where)
         key, value = (torch.randn(B, sizes.K, T, sizes.D, **where) for _ in range(2))
         lengths, scaling = torch.full((B,), T, device=device()), sizes.D**-0.5
-        logsumexp = kernels.attention_and_logsumexp(query, key, value, AttentionSpec(scaling))[1]
-        received = partial(kernels.attention_received, query, key, lengths, AttentionSpec(scaling), logsumexp=logsumexp)
+        logsumexp = dispatch.attention_and_logsumexp(query, key, value, AttentionSpec(scaling))[1]
+        received = partial(dispatch.attention_received, query, key, lengths, AttentionSpec(scaling), logsumexp=logsumexp)
         yield from pair(f"attention received, B {B}, T {T}", received, repeats, until)
 
 
@@ -218,7 +217,7 @@ def moments(sizes: Sizes, repeats: int, until: float) -> Rows:
     head = nn.Linear(sizes.hidden, sizes.V, bias=False, device=device(), dtype=BF16).requires_grad_(False)
     hidden = torch.randn(sizes.N, sizes.hidden, device=device(), dtype=BF16)
     targets = torch.randint(sizes.V, (sizes.N,), device=device())
-    predictions = partial(kernels.predictions, hidden, head, targets)
+    predictions = partial(dispatch.predictions, hidden, head, targets)
     yield from pair(f"head and moments, N {sizes.N}, V {sizes.V}", predictions, repeats, until)
 
 

@@ -31,6 +31,7 @@ from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.report import writer
+from xtf_plugin.scoring import cached_scores
 from xtf_plugin.scoring.distributed import ALONE, Ranks
 from xtf_plugin.store.records import Records
 from xtf_plugin.store.store import ScoreStore
@@ -112,7 +113,7 @@ def run(folder: str, cache: str, options: dict[str, Any]) -> None:
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     _Told.log = place / "scored.log"
-    pipeline.ScoreStore = partial(_Told, shard_tokens=SHARD_TOKENS)
+    cached_scores.ScoreStore = partial(_Told, shard_tokens=SHARD_TOKENS)
     block = {**ATTRIBUTES_ON, "cache_dir": cache, "batch_tokens": BATCH_TOKENS, **options.get("block", {})}
     data = ragged(DOCUMENTS, only=options["only"]) if "only" in options else documents()
     provider = Rounding(pause=options.get("pause", 0.0))

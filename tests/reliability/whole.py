@@ -34,10 +34,11 @@ from tests import tiny
 from tests.reliability import scoring
 from tests.test_plan import ATTRIBUTES_ON
 from xtf_plugin import files
-from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet
+from xtf_plugin.plan import Plan, make_plan
 from xtf_plugin.report import score_table, summary, writer
+from xtf_plugin.scoring import cached_scores
 from xtf_plugin.store.records import Records
 from xtf_plugin.store.store import ScoreStore
 
@@ -132,14 +133,12 @@ def unsynced() -> Iterator[None]:
         yield
 
 
-def plan(cache: Path, scored: list[bytes], seed: int = 0, model: int = 0, **block: object) -> pipeline.Plan:
+def plan(cache: Path, scored: list[bytes], seed: int = 0, model: int = 0, **block: object) -> Plan:
     """Score what is missing of the dataset `seed` with the reference `model`, noting it in `scored`; and select."""
     keys = {**ATTRIBUTES_ON, "cache_dir": str(cache), "batch_tokens": scoring.BATCH_TOKENS, **block}
     store = type("Noted", (_Noted,), {"scored": scored})
-    with mock.patch.object(pipeline, "ScoreStore", partial(store, shard_tokens=SHARD_TOKENS)):
-        return pipeline.make_plan(
-            XTFConfig.parse(keys), documents(seed), provider(model), tiny.tokenizer(), progress=False
-        )
+    with mock.patch.object(cached_scores, "ScoreStore", partial(store, shard_tokens=SHARD_TOKENS)):
+        return make_plan(XTFConfig.parse(keys), documents(seed), provider(model), tiny.tokenizer(), progress=False)
 
 
 def run(cache: Path, table: Path, **options: object) -> Outcome:
@@ -155,12 +154,12 @@ def run(cache: Path, table: Path, **options: object) -> Outcome:
     return Outcome(masks_hash(made), found, tuple(scored), tuple(told))
 
 
-def masks_hash(made: pipeline.Plan) -> str:
+def masks_hash(made: Plan) -> str:
     masks = made.masks()
     return hashlib.sha256(masks.bits.tobytes() + masks.keys.tobytes() + masks.best.tobytes()).hexdigest()
 
 
-def write(made: pipeline.Plan, folder: Path) -> list[Path]:
+def write(made: Plan, folder: Path) -> list[Path]:
     """All that a run leaves in its output folder."""
     with mock.patch.object(summary, "versions", versions):
         return writer.write(made, tiny.tokenizer(), folder)

@@ -23,7 +23,7 @@ WRITER = f"""
 import itertools, os, signal, sys
 from pathlib import Path
 from tests.store.test_kill import document
-from xtf_plugin.store import ScoreStore
+from xtf_plugin.store.store import ScoreStore
 
 store = ScoreStore(Path(sys.argv[1]), "{REFERENCE}", "0", shard_tokens=1)
 start, count = int(sys.argv[2]), int(sys.argv[3])

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from xtf_plugin.store import shard_format as shards
+from xtf_plugin.store import shard_format
 from xtf_plugin.store.records import COLUMNS, Records
 from xtf_plugin.store.store import ScoreStore, layers_tag
 
@@ -175,7 +175,7 @@ def test_a_shard_is_named_after_its_bytes_and_written_once(tmp_path):
     for _ in range(2):
         fill(tmp_path)
     (path,) = shard_files(tmp_path)
-    assert shards.xxhash.xxh3_128_hexdigest(path.read_bytes()) == path.stem
+    assert shard_format.xxhash.xxh3_128_hexdigest(path.read_bytes()) == path.stem
     assert path.parent == tmp_path / "v2" / REFERENCE / "layers-0_1"
 
 
