@@ -1,4 +1,4 @@
-"""Sentences and lines as units: where segments begin, the means over them, and whole odd sentences dropped."""
+"""Sentences and lines as units: first tokens, means, and dropped sentences."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_rules_see_the_means():
 
 
 @pytest.mark.parametrize("unit", ["sentence", "line"])
-def test_the_plan_drops_whole_segments(plan, unit):  # noqa: F811
+def test_the_plan_drops_complete_segments(plan, unit):  # noqa: F811
     def whole(unit_of_rule):
         part = {"drop": {"quantile": 0.4}, "unit": unit_of_rule}
         made = plan({**ALL_OFF, KN: part, "protect": {"special_tokens": False}, "min_kept": 0})
@@ -210,7 +210,7 @@ def test_the_plan_drops_whole_segments(plan, unit):  # noqa: F811
     assert whole(unit) and not whole("token")
 
 
-def test_segments_are_looked_for_only_if_a_unit_asks(plan, monkeypatch):  # noqa: F811
+def test_segments_are_computed_only_if_a_unit_needs_them(plan, monkeypatch):  # noqa: F811
     monkeypatch.setattr(sentences, "segment_starts", None)
     plan({RI: {"window": 5}})
     with pytest.raises(TypeError):
@@ -221,7 +221,7 @@ SCORERS = ["attention_received", "novelty", "embedding_similarity", "typicality"
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_every_scorer_may_be_judged_by_whole_lines(plan, scorer):  # noqa: F811
+def test_every_scorer_may_use_lines_as_units(plan, scorer):  # noqa: F811
     part = {"scorer": scorer, "drop": {"quantile": 0.5}, "scope": "dataset", "unit": "line"}
     made = plan({**ALL_OFF, "selectors": {"it": part}, "protect": {"special_tokens": False}, "min_kept": 0})
     starts = made.text.segments["line"]

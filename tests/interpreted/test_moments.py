@@ -131,7 +131,7 @@ def test_vocabularies_of_any_size(V):
     assert (moments(rows, targets) - exact(rows, targets)).abs().max() < 1e-5
 
 
-def test_layouts_are_read_as_they_lie_and_left_so():
+def test_any_layout_is_read_and_not_changed():
     torch.manual_seed(0)
     rows, targets = torch.randn(301, 6), torch.randint(301, (12,))
     before = rows.clone()

@@ -1,4 +1,4 @@
-"""The Triton kernel of attention received against the definition, by the parity rule of `tests/scoring/test_kernels.py`."""
+"""The Triton kernel of attention received against the definition, by the parity rule of `test_kernels.py`."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_splits_are_even():
 
 
 @pytest.mark.parametrize("fill", [50.0, float("nan")])
-def test_padding_has_no_say(fill):
+def test_padding_changes_nothing(fill):
     query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
     logsumexp = dispatch.attention_and_logsumexp(query, key, key, AttentionSpec(scaling))[1]
     before = triton_attention.attention_received(query, key, lengths, AttentionSpec(scaling), logsumexp)
@@ -97,7 +97,7 @@ def test_padding_has_no_say(fill):
     assert same_values(before, after, 0)
 
 
-def test_layouts_are_read_as_they_lie():
+def test_any_layout_is_read():
     query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
     expected = ours(query, key, lengths, scaling=scaling)
     tokens_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key)]
@@ -201,5 +201,5 @@ class TestChoiceOfBlocks:
         finally:
             torch.use_deterministic_algorithms(before)
 
-    def test_a_new_length_is_not_timed_anew(self):
+    def test_a_new_length_is_not_timed_again(self):
         assert triton_attention._received.keys == ["D_PADDED", "WINDOWED", "reach"]

@@ -1,4 +1,4 @@
-"""Whatever becomes of a file of the cache, a run tells it, scores again what is lost, and comes to the same bytes."""
+"""Damaged cache files: a run warns, scores again what is lost, and has the same masks and scores."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_damaged_shard_is_set_aside_and_scored_again(cache, kind):
         path = cache.in_copy(source)
         path.write_bytes(changed)
         outcome = cache.check(f"a shard: {kind}", [path], [path])
-        if "later xtf-plugin" not in outcome.told[0]:  # a flipped bit can turn one format into a later one
+        if "later xtf-plugin" not in outcome.warnings[0]:  # a flipped bit can turn one format into a later one
             assert path.with_name(path.name + ".damaged").read_bytes() == changed
             assert not path.exists() or path in whole.shards(cache.copy)
     cache.check_settled()
@@ -66,8 +66,8 @@ def test_a_damaged_relevance_table_is_made_again(cache, kind):
         cache.relevance.write_bytes(changed)
         outcome = cache.run(f"a relevance table: {kind}")
         assert not outcome.scored
-        if not ("flipped" in kind or kind == "bytes added") or outcome.told:  # some of a Parquet file says nothing
-            assert [cache.relevance.name in told for told in outcome.told] == [True]
+        if not ("flipped" in kind or kind == "bytes added") or outcome.warnings:  # some of a Parquet file says nothing
+            assert [cache.relevance.name in text for text in outcome.warnings] == [True]
             assert cache.relevance.read_bytes() == source.read_bytes()
     cache.check_settled()
 
@@ -180,7 +180,7 @@ def test_something_else_in_the_place_of_a_file(cache, kind):
         looked_through(cache.copy)
         cache.check(f"{kind} for a file", {path} & set(cache.shards), {path} - {cache.description})
         assert not list(cache.copy.rglob(".xtf-*"))
-        if "directory" not in kind or path != cache.relevance:  # which no file can replace, as is told in every run
+        if "directory" not in kind or path != cache.relevance:  # which no file can replace: every run warns
             cache.check_settled()
 
 
@@ -193,8 +193,8 @@ def test_something_else_in_the_place_of_a_folder(cache, kind, level):
     assert not looked_through(cache.copy) or level == 0
     outcome = cache.run(f"{kind} for a folder")
     assert set(outcome.scored) == set().union(*cache.shards.values())
-    told = sum("scores cannot be written" in message and str(path) in message for message in outcome.told)
-    assert told == (kind != "a directory"), outcome.told
+    count = sum("scores cannot be written" in message and str(path) in message for message in outcome.warnings)
+    assert count == (kind != "a directory"), outcome.warnings
 
 
 @pytest.mark.parametrize("level", range(4))
@@ -244,9 +244,9 @@ def test_a_folder_without_rights(cache, level, bits):
         outcome = cache.run("a folder without rights")
     assert set(outcome.scored) == set().union(*(cache.shards[shard] for shard in lost))
     if bits == 0 or level == 0:  # nothing can be written there
-        assert sum("scores cannot be written" in told and str(path) in told for told in outcome.told) == 1
+        assert sum("scores cannot be written" in text and str(path) in text for text in outcome.warnings) == 1
     else:
-        assert all("cannot be listed" in told for told in outcome.told)
+        assert all("cannot be listed" in text for text in outcome.warnings)
 
 
 def looked_at(path: Path) -> list[tuple[int, str, str]]:

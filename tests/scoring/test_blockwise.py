@@ -1,4 +1,4 @@
-"""How attention on a CPU is cut into blocks and shared out to threads: results stay, and so do the limits of memory."""
+"""Blocks of attention on a CPU: their sizes and threads do not change results, and memory limits hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xtf_plugin.scoring.kernels.eager import AttentionSpec
 )
 @pytest.mark.parametrize("options", [{}, {"start": 3}, {"window": 9, "softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_shared_out_to_threads_change_nothing(shape, threads, heads, options, dtype, monkeypatch):
+def test_heads_repeated_for_threads_change_nothing(shape, threads, heads, options, dtype, monkeypatch):
     query, key, lengths, scaling = planted(shape, dtype=dtype)
     value = torch.randn(*key.shape[:3], 10, generator=torch.Generator().manual_seed(3)).to(dtype)
     seen = []

@@ -90,7 +90,7 @@ class TestAttentionReceived:
         naive_map = scores.masked_fill(~eager.visible(shape[3], None), float("-inf")).softmax(-1)
         parity(truth, fast, received_from_map(naive_map, lengths), slack=5e-4)
 
-    def test_padding_has_no_say(self):
+    def test_padding_changes_nothing(self):
         query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
         before = dispatch.attention_received(query, key, lengths, AttentionSpec(scaling))
         query[1, :, int(lengths[1]) :] = 50.0

@@ -1,4 +1,4 @@
-"""What the LM head says before each target: hand-made cases, and the optimised implementation against the definition.
+"""Statistics of the LM head's predictions: cases by hand, and the optimised implementation against the definition.
 
 Parity rule: see tests/scoring/test_kernels.py.
 """

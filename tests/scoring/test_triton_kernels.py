@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: right in the interpreter, compiled for absent GPUs, unused if they fail."""
+"""The Triton kernels without a GPU: run by the interpreter, compiled for several GPUs, replaced if they fail."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class TestCompiled:
         assert len(launched) == 4
         assert all("mma" in kernel.asm["ptx"] for kernel in launched)  # tensor cores
 
-    def test_a_new_length_or_number_of_documents_is_not_compiled_anew(self, compiled):
+    def test_a_new_length_or_number_of_documents_is_not_compiled_again(self, compiled):
         implementations, launched = compiled
         for B, T in [(1, 64), (2, 65), (3, 130), (2, 6)]:
             query, key, lengths, scaling = planted((B, 4, 2, T, 64), dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What the score cache holds is listed, and what is asked for is deleted, and nothing else."""
+"""The score cache is listed and pruned, and no other file is deleted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that must not be believed, and folders that cannot be written: told, never fatal, never a wrong score."""
+"""Invalid shards and folders that cannot be written: they are logged, and never give an error or a wrong score."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LENGTHS = (3, 5, 1)
 
 
 def forge(path: Path, change) -> Path:
-    """A shard changed by someone who also gives it the right name: only what is inside can give it away."""
+    """A changed shard under the name that matches its bytes."""
     table = change(pq.read_table(path))
     path.unlink()
     pq.write_table(table, path)
@@ -108,7 +108,7 @@ def damaged(kind: str, path: Path) -> Path:
 
 
 def test_a_forgery_that_changes_nothing_passes(tmp_path):
-    """Otherwise the forgeries below could be found out by how they are made."""
+    """Otherwise the forgeries below could be detected by how they are written."""
     keys = fill(tmp_path, LENGTHS).keys
     forge(shard_files(tmp_path)[0], header())
     assert ScoreStore(tmp_path, REFERENCE, "0,1").load(keys, np.array(LENGTHS)).found.all()
@@ -117,7 +117,7 @@ def test_a_forgery_that_changes_nothing_passes(tmp_path):
 @pytest.mark.parametrize(
     "kind", ["zero-byte", "truncated", "half", "text", "directory", "pipe", "foreign name", *FORGERIES]
 )
-def test_a_bad_file_is_told_and_set_aside(tmp_path, caplog, kind):
+def test_a_bad_file_is_logged_and_set_aside(tmp_path, caplog, kind):
     keys = fill(tmp_path, LENGTHS).keys
     (good,) = shard_files(tmp_path)
     bad = damaged(kind, good)

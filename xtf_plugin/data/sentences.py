@@ -6,7 +6,6 @@ Each distinct token is decoded once, into one byte of flags; everything else is 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,7 @@ Flags = NDArray[np.uint8]
 
 CHUNK_TOKENS = 1 << 20  # bounds temporaries to a few MB
 SPECIAL, BLANK, EMPTY, SPACED, NEWLINE, CLOSED, OPEN = (np.uint8(1 << bit) for bit in range(7))
-_CLOSED = re.compile(r"[.!?]\s")
-_OPEN = re.compile(r"[.!?]\Z")
+_CLOSED, _OPEN = re.compile(r"[.!?]\s"), re.compile(r"[.!?]\Z")  # a sentence's end with and without its whitespace
 
 
 def segment_starts(
@@ -66,25 +64,17 @@ def line_breaks(tokenizer: Any, token_ids: ArrayLike) -> Bools:
     return marked
 
 
-def token_flags(pieces: Sequence[bytes]) -> Flags:
-    """Flags of each token's bytes, (n,) uint8.
-
-    BLANK: whitespace alone, or empty. EMPTY: empty. SPACED: begins with whitespace. NEWLINE: contains a line feed.
-    CLOSED: contains `.`, `!` or `?` followed by whitespace. OPEN: ends with `.`, `!` or `?`.
-    """
-    flags = np.zeros(len(pieces), dtype=np.uint8)
-    for index, piece in enumerate(pieces):
-        text = piece.decode("utf-8", errors="replace")
-        facts = {
-            BLANK: not text or text.isspace(),
-            EMPTY: not text,
-            SPACED: text[:1].isspace(),
-            NEWLINE: "\n" in text,
-            CLOSED: _CLOSED.search(text) is not None,
-            OPEN: _OPEN.search(text) is not None,
-        }
-        flags[index] = sum(int(flag) for flag, holds in facts.items() if holds)
-    return flags
+def _flags_of(text: str) -> int:
+    """The flags of a token's text."""
+    facts = {
+        BLANK: not text.strip(),
+        EMPTY: not text,
+        SPACED: text[:1].isspace(),
+        NEWLINE: "\n" in text,
+        CLOSED: _CLOSED.search(text) is not None,
+        OPEN: _OPEN.search(text) is not None,
+    }
+    return sum(int(flag) for flag, holds in facts.items() if holds)
 
 
 def _vocabulary_flags(tokenizer: Any, ids: NDArray[Any], special_ids: NDArray[Any]) -> Flags:
@@ -94,7 +84,8 @@ def _vocabulary_flags(tokenizer: Any, ids: NDArray[Any], special_ids: NDArray[An
         seen[ids[part]] = True
     distinct = np.flatnonzero(seen)
     flags = np.zeros(len(seen), dtype=np.uint8)
-    flags[distinct] = token_flags(token_bytes(tokenizer, distinct.tolist()))
+    pieces = token_bytes(tokenizer, distinct.tolist())
+    flags[distinct] = [_flags_of(piece.decode("utf-8", errors="replace")) for piece in pieces]
     flags[distinct[np.isin(distinct, special_ids)]] = SPECIAL
     return flags
 
