@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..kernels import blockwise, logit_stats, packing, triton_dispatch
+from . import blockwise, logit_stats, packing, triton_dispatch
 from .eager import AttentionSpec
 
 SHORT = 1024  # tokens up to which PyTorch's fused CPU kernel is slower than plain blocks
