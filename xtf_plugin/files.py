@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, whenever the process is killed.
+"""Atomic file writes: a file is complete or absent, whenever the process is killed.
 
-They are written under a temporary name in the same folder, synced, and renamed. The temporary name identifies its
-process, so that what a killed process leaves behind can be removed while a live one writes.
+Data is written under a temporary name in the same folder, synced and renamed. The temporary name identifies its
+process, so that files left by a killed process can be removed while another process writes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ import xxhash
 
 STALE_SECONDS = 86_400.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # drawn at random when the machine starts
-
-# .here: by which earlier versions marked a folder that they worked in
-_OURS = re.compile(r"\.xtf-(?P<host>[0-9a-f]{16})-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}\.(tmp|here)")
+_TEMPORARY = re.compile(r"\.xtf-(?P<host>[0-9a-f]{16})-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}\.tmp")
 
 
 def digest(facts: Mapping[str, Any]) -> str:
@@ -36,8 +34,9 @@ def digest(facts: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=1)
 def host_tag() -> str:
-    """Hex tag of where our process ids mean something: this host since it was started and, in a container, its pid
-    namespace. Host names are not unique, and the first pid namespace has one number everywhere.
+    """Hex tag of the host since it was started and, in a container, of the pid namespace.
+
+    Process ids can be compared under one tag only: host names repeat, and so do the numbers of pid namespaces.
     """
     name = socket.gethostname()
     with contextlib.suppress(OSError):
@@ -53,7 +52,7 @@ def temporary_path(target: Path) -> Path:
 
 
 def write_whole(target: Path, data: bytes | memoryview) -> None:
-    """Equals `target.write_bytes(data)`, but a kill at any instant leaves the old file or the new. Raises OSError."""
+    """Atomic `target.write_bytes(data)`: a killed process leaves the old file or the new one. Raises OSError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(target)
     try:
@@ -67,7 +66,7 @@ def write_whole(target: Path, data: bytes | memoryview) -> None:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Give a finished, synced file its name, and make the name outlast a power cut. Raises OSError."""
+    """Rename a complete, synced file and sync its folder, so that the name survives a power cut. Raises OSError."""
     os.replace(temporary, target)
     if os.name != "posix":
         return
@@ -82,13 +81,13 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 def discard(temporary: Path) -> None:
-    """Delete a temporary file if it is still there; what cannot be deleted now is stale later."""
+    """Delete a temporary file if it exists; an error is ignored, because `remove_stale` deletes it later."""
     with contextlib.suppress(OSError):
         temporary.unlink()
 
 
 def for_arrow(path: Path) -> Any:
-    """A file to be read as pyarrow takes it: of names that are not UTF-8 it knows nothing."""
+    """A path as pyarrow can open it for reading: an open file if the name is not UTF-8."""
     import pyarrow
 
     try:
@@ -99,7 +98,7 @@ def for_arrow(path: Path) -> Any:
 
 
 def set_aside(path: Path) -> str:
-    """Take a file that must not be believed out of the way; return what became of it."""
+    """Rename a damaged file to `<name>.damaged`; return a phrase for the log that says what was done."""
     try:
         os.replace(path, path.with_name(path.name + ".damaged"))
     except OSError as error:
@@ -108,7 +107,7 @@ def set_aside(path: Path) -> str:
 
 
 def remove_stale(folder: Path) -> None:
-    """Delete the temporary files in `folder` that nobody writes any more, see `is_stale`. Never raises OSError."""
+    """Delete the stale temporary files in `folder`, see `is_stale`. Never raises OSError."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if is_stale(path):
@@ -116,16 +115,16 @@ def remove_stale(folder: Path) -> None:
 
 
 def is_stale(path: Path) -> bool:
-    """Whether a file is one of our temporary files and its process is gone.
+    """Whether a file is one of our temporary files and its process has ended.
 
-    That is: it ran on this host and is dead, or it ran elsewhere and the file is older than a day.
+    A process of another host counts as ended if the file is older than a day.
     """
-    match = _OURS.fullmatch(path.name)
+    match = _TEMPORARY.fullmatch(path.name)
     if match is None:
         return False
     try:
         status = path.lstat()
-    except OSError:  # gone: its writer has just finished
+    except OSError:  # its process has just renamed it
         return False
     if not stat.S_ISREG(status.st_mode):
         return False
@@ -139,6 +138,6 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # it lives, as another user's
-        return True
+    except PermissionError:  # a process of another user
+        pass
     return True

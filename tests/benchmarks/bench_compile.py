@@ -1,4 +1,4 @@
-"""Whether `torch.compile` would pay for a scoring pass: what compiling takes, what it saves, and when that is even.
+"""`torch.compile` for a scoring pass: the time to compile, the time saved, and the tokens at which they are equal.
 
     python -m tests.benchmarks.bench_compile [--dtype bf16] [--write docs/benchmarks.md]
 

@@ -1,12 +1,11 @@
-"""Everything that only a GPU can tell about the cost of scoring, in one command of less than ten minutes.
+"""The cost of scoring on a GPU, in one command of less than ten minutes.
 
     python -m tests.benchmarks.bench_gpu [--minutes 8] [--write docs/benchmarks.md]
 
 Triton's kernels against those of torch, the scoring pass against the floor, the published procedure, a training
 step, a whole run, weights in 4 bits, and other references (`gpu_parts`), the most important first. Each part has a
-time limit; one that hits it, or fails, says so in its row, and the next one begins; the exit code is 1 then. Parts
-that are left when all of the time is used up are not measured, and say so. Without a GPU every row says that nothing
-was measured; `--smoke` runs tiny sizes on whatever device there is.
+time limit. A part that exceeds it or fails is reported in its row, and the exit code is 1. Parts left when the time is
+used up, and all parts without a GPU, are reported as not measured. `--smoke` runs tiny sizes on any device.
 """
 
 from __future__ import annotations
@@ -51,11 +50,11 @@ REACHES = {
     "attention received": str(reach.TRITON),
     "head and moments": str(reach.TRITON),
 }
-LEAST = 0.02  # of the time: with less a part is not begun
+LEAST = 0.02  # share of the time; with less left, a part is not started
 
 
 class OutOfTime(BaseException):
-    """The time is over. No Exception: what is caught when a kernel fails to compile must not catch this."""
+    """The time is over. No Exception, so that the handler of failed kernels does not catch it."""
 
 
 @contextmanager
@@ -97,7 +96,7 @@ def measure(sizes: Sizes, repeats: int, total: float, rows: list[list[str]] | No
             with limit(seconds):
                 for row in section(sizes, repeats, now + 0.6 * seconds):
                     rows.append(row)
-                    print(*row, sep=" | ", file=sys.stderr, flush=True)  # what is there, should the process be ended
+                    print(*row, sep=" | ", file=sys.stderr, flush=True)  # in case the process is killed
         except (OutOfTime, Exception) as error:
             traceback.print_exc()
             what = (str(error).splitlines() or [type(error).__name__])[0]

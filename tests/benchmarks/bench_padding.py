@@ -1,13 +1,12 @@
-"""How much of what a scoring pass reads is padding, with the batches that the scorer makes.
+"""The share of padding in the batches of a scoring pass.
 
     python -m tests.benchmarks.bench_padding [--data FOLDER] [--write docs/benchmarks.md]
 
 Lengths are those of a generated log-normal mix and, with a folder that holds the data sets of `real_text.records`, of
-their documents under a byte-level BPE of 4,096 tokens trained on them. Nothing here depends on a device. A CPU has
-batches of a fixed size, and they are padded. A GPU packs documents one behind the other, without padding, unless
-packed rows are refused for a model or its weights are split between ranks; then its batches are padded as well: of a
-fixed size where weights are split and in streams, else of what memory allows, up to the largest here. Beside it:
-batches that are filled in order, which is what a budget alone asks for.
+their documents under a byte-level BPE of 4,096 tokens trained on them. Nothing depends on a device. A CPU has padded
+batches of a fixed size. A GPU packs documents in rows without padding, unless a model refuses packed rows or its
+weights are split between ranks. Its batches are then padded: of a fixed size for split weights and in streams, else as
+large as memory allows, up to the largest size here. For comparison: batches that are filled in order.
 """
 
 from __future__ import annotations

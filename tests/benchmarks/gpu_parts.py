@@ -1,4 +1,4 @@
-"""What `bench_gpu` measures, part by part: each gives rows of its table, on sizes that it is given.
+"""The parts of `bench_gpu`: each measures the sizes it is given and yields rows of the table.
 
 A random Llama of about a billion parameters in bfloat16 for what can be compared with a floor; kernels alone; and the
 benchmarks of a training step, of a whole run and of other references, on that model where size matters.
@@ -26,8 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.benchmarks import bench_authors, bench_reference, bench_run, bench_step, reach
 from tests.benchmarks.bench_scoring import floor, make_documents, make_model, xtf
 from tests.benchmarks.common import device, in_turn, peak_allocated, rounds
-from xtf_plugin.scoring.kernels import dispatch as kernels
-from xtf_plugin.scoring.kernels import triton_dispatch
+from xtf_plugin.scoring.kernels import dispatch, triton_dispatch
 from xtf_plugin.scoring.kernels.eager import AttentionSpec
 
 BF16 = torch.bfloat16
@@ -36,7 +35,7 @@ Rows = Iterator[list[str]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured on; `SMOKE` shows that it runs, and nothing else."""
+    """Sizes of all measurements; `SMOKE` only checks that they run."""
 
     lengths: tuple[int, ...] = (512, 2_048, 8_192)
     tokens: int = 16_384  # of a batch
@@ -83,7 +82,7 @@ def large_model(sizes: Sizes) -> LlamaForCausalLM:
 
 
 def of(count: int, wanted: int) -> str:
-    """What to say where time was short."""
+    """A note for fewer repeats than wanted."""
     return "" if count == wanted else f", median of {count}"
 
 
@@ -129,7 +128,7 @@ def step(sizes: Sizes, repeats: int, until: float) -> Rows:
 
 
 def run(sizes: Sizes, repeats: int, until: float) -> Rows:
-    """A whole QLoRA run without XTF and with; in this process, so that imports take no time of it."""
+    """A QLoRA run without XTF and with it, in this process, so that the time includes no imports."""
     with tempfile.TemporaryDirectory() as name:
         kept = Path(name)
         large_model(sizes).save_pretrained(kept / "model")
@@ -153,7 +152,7 @@ def run(sizes: Sizes, repeats: int, until: float) -> Rows:
 
 
 def quantise(model: LlamaForCausalLM) -> None:
-    """Put 4-bit layers in the place of the decoder's, as loading with `load_in_4bit` does."""
+    """Replace the decoder's linear layers by 4-bit ones, as loading with `load_in_4bit` does."""
     for module in list(model.model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Linear):
@@ -183,13 +182,13 @@ def quantised(sizes: Sizes, repeats: int, until: float) -> Rows:
 
 
 def without_triton(procedure: Callable[[], Any]) -> None:
-    """A procedure, with torch in the place of Triton's implementations."""
+    """Run a procedure with PyTorch instead of Triton."""
     with mock.patch.object(triton_dispatch, "usable", lambda tensor: False):
         procedure()
 
 
 def pair(what: str, procedure: Callable[[], Any], repeats: int, until: float) -> Rows:
-    """A kernel as it comes and in torch alone."""
+    """A kernel with Triton and with PyTorch alone."""
     found = in_turn({"Triton": procedure, "torch": partial(without_triton, procedure)}, repeats, until, warm_up=2)
     if not triton_dispatch.usable(torch.zeros(1, device=device(), dtype=BF16)):
         yield ["kernels", f"{what}, torch", f"{found['torch'] * 1e3:.2f}", "–", "no Triton here"]
@@ -207,9 +206,9 @@ def attention(sizes: Sizes, repeats: int, until: float) -> Rows:
         B, where = max(1, sizes.tokens // T), {"device": device(), "dtype": BF16}
         query = torch.randn(B, sizes.H, T, sizes.D, **where)
         key, value = (torch.randn(B, sizes.K, T, sizes.D, **where) for _ in range(2))
-        lengths, scaling = torch.full((B,), T, device=device()), sizes.D**-0.5
-        logsumexp = kernels.attention_and_logsumexp(query, key, value, AttentionSpec(scaling))[1]
-        received = partial(kernels.attention_received, query, key, lengths, AttentionSpec(scaling), logsumexp=logsumexp)
+        lengths, spec = torch.full((B,), T, device=device()), AttentionSpec(sizes.D**-0.5)
+        logsumexp = dispatch.attention_and_logsumexp(query, key, value, spec)[1]
+        received = partial(dispatch.attention_received, query, key, lengths, spec, logsumexp=logsumexp)
         yield from pair(f"attention received, B {B}, T {T}", received, repeats, until)
 
 
@@ -218,7 +217,7 @@ def moments(sizes: Sizes, repeats: int, until: float) -> Rows:
     head = nn.Linear(sizes.hidden, sizes.V, bias=False, device=device(), dtype=BF16).requires_grad_(False)
     hidden = torch.randn(sizes.N, sizes.hidden, device=device(), dtype=BF16)
     targets = torch.randint(sizes.V, (sizes.N,), device=device())
-    predictions = partial(kernels.predictions, hidden, head, targets)
+    predictions = partial(dispatch.predictions, hidden, head, targets)
     yield from pair(f"head and moments, N {sizes.N}, V {sizes.V}", predictions, repeats, until)
 
 
@@ -234,6 +233,6 @@ def references(sizes: Sizes, repeats: int, until: float) -> Rows:
     for what, _, rule, own, full, same, low in found:
         dropped, agree = f"drops {own}, the full one {full}", f"Jaccard {same}, lowest 10 % {low}"
         yield ["references", f"{what}, {rule}", "–", f"{dropped}; {agree}", "–"]
-    for told in times:
-        what, _, took = told.rpartition(": ")
+    for line in times:
+        what, _, took = line.rpartition(": ")
         yield ["references", f"{what}, time of the pass", "–", f"{took} the full one's", "–"]

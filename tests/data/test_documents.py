@@ -1,4 +1,4 @@
-"""Rows become documents that are found again by content: shuffled, packed, or among other rows."""
+"""Rows are cut into documents that are found by content: shuffled, packed, or among other rows."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_row_without_boundaries_is_one_document():
         ({"input_ids": [1, 2**40], "labels": [1, 2]}, "token id 1099511627776"),
     ],
 )
-def test_lying_rows_are_refused(bad, message):
+def test_inconsistent_rows_are_refused(bad, message):
     with pytest.raises(XTFUserError, match=message):
         collect([bad])
 

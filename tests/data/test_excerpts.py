@@ -1,4 +1,4 @@
-"""Excerpts: a segment behind what is left of its document, and the way back."""
+"""Excerpts: a segment after the rest of its document, and its predictions at their places."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xtf_plugin.data import excerpts
 from xtf_plugin.data.documents import collect
 
 
-def test_they_are_what_is_left_and_the_segment():
+def test_an_excerpt_is_the_visible_context_and_the_segment():
     documents = collect(
         [
             {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [-100, 2, 3, -100, 5, 6]},
@@ -38,7 +38,7 @@ def test_values_come_back_to_their_places():
     np.testing.assert_array_equal(found.deviation, expected + 200)
 
 
-def test_nothing_wanted_asks_no_reference():
+def test_no_wanted_segment_needs_no_reference():
     documents = collect([{"input_ids": [1, 2], "labels": [1, 2]}])
     none = np.zeros(0, dtype=np.int64)
     hidden = np.zeros(2, dtype=bool)

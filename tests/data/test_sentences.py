@@ -1,4 +1,4 @@
-"""Sentences and lines as units: where segments begin, the means over them, and whole odd sentences dropped."""
+"""Sentences and lines as units: first tokens, means, and dropped sentences."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from tests.made_scores import ALL_OFF, KN, RI, TR, scores_of
 from tests.selection.test_rules import layout_of
 from tests.test_plan import plan  # noqa: F401, a fixture
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.data import ragged as segments
-from xtf_plugin.data import sentences
+from xtf_plugin.data import ragged, sentences
 from xtf_plugin.data.ragged import segment_means
 from xtf_plugin.errors import XTFError
-from xtf_plugin.selection import rules as firing
+from xtf_plugin.selection import rules
 from xtf_plugin.selection.select import select
 from xtf_plugin.selection.text_rules import completion_runs, special_ids
 
@@ -133,7 +132,7 @@ def random_scores(rng, lengths):
 
 @pytest.mark.parametrize("chunk", [1 << 17, 25])
 def test_means_equal_a_loop(monkeypatch, chunk):
-    monkeypatch.setattr(segments, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(ragged, "CHUNK_TOKENS", chunk)
     scores, layout, starts = random_scores(np.random.default_rng(0), [30, 0, 1, 17, 2, 640, 5, 0, 40, 3, 0])
     found = segment_means(scores, layout, starts)
     for low, high in zip(starts, [*starts[1:], len(scores)], strict=True):
@@ -189,7 +188,7 @@ def test_rules_see_the_means():
 
     def fire(values, **settings):
         config = XTFConfig.parse({RI: {**importance, **settings}}).reasoning_importance
-        return firing.evaluate(RI, values, layout, config, {"line": starts}).mask
+        return rules.evaluate(RI, values, layout, config, {"line": starts}).mask
 
     averaged = fire(scores, unit="line")
     np.testing.assert_array_equal(averaged, fire(segment_means(scores, layout, starts)))
@@ -197,7 +196,7 @@ def test_rules_see_the_means():
 
 
 @pytest.mark.parametrize("unit", ["sentence", "line"])
-def test_the_plan_drops_whole_segments(plan, unit):  # noqa: F811
+def test_the_plan_drops_complete_segments(plan, unit):  # noqa: F811
     def whole(unit_of_rule):
         part = {"drop": {"quantile": 0.4}, "unit": unit_of_rule}
         made = plan({**ALL_OFF, KN: part, "protect": {"special_tokens": False}, "min_kept": 0})
@@ -211,7 +210,7 @@ def test_the_plan_drops_whole_segments(plan, unit):  # noqa: F811
     assert whole(unit) and not whole("token")
 
 
-def test_segments_are_looked_for_only_if_a_unit_asks(plan, monkeypatch):  # noqa: F811
+def test_segments_are_computed_only_if_a_unit_needs_them(plan, monkeypatch):  # noqa: F811
     monkeypatch.setattr(sentences, "segment_starts", None)
     plan({RI: {"window": 5}})
     with pytest.raises(TypeError):
@@ -222,11 +221,11 @@ SCORERS = ["attention_received", "novelty", "embedding_similarity", "typicality"
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_every_scorer_may_be_judged_by_whole_lines(plan, scorer):  # noqa: F811
+def test_every_scorer_may_use_lines_as_units(plan, scorer):  # noqa: F811
     part = {"scorer": scorer, "drop": {"quantile": 0.5}, "scope": "dataset", "unit": "line"}
     made = plan({**ALL_OFF, "selectors": {"it": part}, "protect": {"special_tokens": False}, "min_kept": 0})
     starts = made.text.segments["line"]
-    seen = segment_means(made.scores.values["it"], segments.Layout(made.scores.offsets, made.scores.counts), starts)
+    seen = segment_means(made.scores.values["it"], ragged.Layout(made.scores.offsets, made.scores.counts), starts)
     seen = -np.expm1(seen) if scorer == "novelty" else seen
     np.testing.assert_array_equal(made.selection.seen["it"], seen)
     known = [~np.isnan(each) for each in np.split(seen, starts[1:])]

@@ -19,7 +19,7 @@ def interpreter(monkeypatch):
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from xtf_plugin.scoring.kernels import triton_attention as triton_kernels
+    from xtf_plugin.scoring.kernels import triton_attention
 
     def widened(x):
         if x.dtype != tl.bfloat16:
@@ -30,4 +30,4 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(
         InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
     )
-    monkeypatch.setattr(triton_kernels._received, "configs", [Config({"BLOCK_Q": 64, "BLOCK_K": 64})])
+    monkeypatch.setattr(triton_attention._received, "configs", [Config({"BLOCK_Q": 64, "BLOCK_K": 64})])

@@ -9,23 +9,12 @@ import torch
 from triton import knobs
 
 from tests.scoring.test_predictions import head_of
-from xtf_plugin.scoring.kernels import (
-    eager as attributes,
-)
-from xtf_plugin.scoring.kernels import (
-    logit_stats as heads,
-)
-from xtf_plugin.scoring.kernels import (
-    triton_attention as triton_kernels,
-)
-from xtf_plugin.scoring.kernels import (
-    triton_logit_stats as triton_moments,
-)
+from xtf_plugin.scoring.kernels import eager, logit_stats, triton_attention, triton_logit_stats
 
 if not knobs.runtime.interpret:
     pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
 
-moments = triton_kernels.moments
+moments = triton_attention.moments
 
 
 def exact(logits, targets, scale=1.0, softcap=None):
@@ -40,12 +29,12 @@ def exact(logits, targets, scale=1.0, softcap=None):
 
 
 def definition(logits, targets, **options):
-    return attributes.predictions(logits, lambda x: x, targets, **options)
+    return eager.predictions(logits, lambda x: x, targets, **options)
 
 
 @pytest.fixture(params=[64, 4096])
 def block(monkeypatch, request):
-    monkeypatch.setattr(triton_moments, "VOCABULARY_BLOCK", request.param)
+    monkeypatch.setattr(triton_logit_stats, "VOCABULARY_BLOCK", request.param)
 
 
 @pytest.mark.usefixtures("block")
@@ -59,7 +48,7 @@ def test_parity(dtype, options):
     low = logits * options.get("scale", 1.0)
     if "softcap" in options:
         low = options["softcap"] * torch.tanh(low / options["softcap"])
-    naive = heads.moments(low.clone(), targets) if dtype is torch.float32 else naive_moments(low, targets)
+    naive = logit_stats.moments(low.clone(), targets) if dtype is torch.float32 else naive_moments(low, targets)
     error, naive_error = ((x - truth).abs().amax(-1) for x in (moments(logits, targets, **options), naive))
     assert (error <= naive_error + 1e-5).all(), (error, naive_error)
     assert (error < 5e-5).all(), error
@@ -142,7 +131,7 @@ def test_vocabularies_of_any_size(V):
     assert (moments(rows, targets) - exact(rows, targets)).abs().max() < 1e-5
 
 
-def test_layouts_are_read_as_they_lie_and_left_so():
+def test_any_layout_is_read_and_not_changed():
     torch.manual_seed(0)
     rows, targets = torch.randn(301, 6), torch.randint(301, (12,))
     before = rows.clone()

@@ -1,4 +1,4 @@
-"""Whatever becomes of a file of the cache, a run tells it, scores again what is lost, and comes to the same bytes."""
+"""Damaged cache files: a run warns, scores again what is lost, and has the same masks and scores."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from tests.reliability import amount, record, whole
 from tests.store.test_damage import forge, header
 from xtf_plugin import cli
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.report import score_table as tables
-from xtf_plugin.store import admin as caches
-from xtf_plugin.store import shard_format as shards
+from xtf_plugin.report import score_table
+from xtf_plugin.store import admin, shard_format
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and modes as POSIX has them")
 
@@ -53,7 +52,7 @@ def test_a_damaged_shard_is_set_aside_and_scored_again(cache, kind):
         path = cache.in_copy(source)
         path.write_bytes(changed)
         outcome = cache.check(f"a shard: {kind}", [path], [path])
-        if "later xtf-plugin" not in outcome.told[0]:  # a flipped bit can turn one format into a later one
+        if "later xtf-plugin" not in outcome.warnings[0]:  # a flipped bit can turn one format into a later one
             assert path.with_name(path.name + ".damaged").read_bytes() == changed
             assert not path.exists() or path in whole.shards(cache.copy)
     cache.check_settled()
@@ -67,19 +66,19 @@ def test_a_damaged_relevance_table_is_made_again(cache, kind):
         cache.relevance.write_bytes(changed)
         outcome = cache.run(f"a relevance table: {kind}")
         assert not outcome.scored
-        if not ("flipped" in kind or kind == "bytes added") or outcome.told:  # some of a Parquet file says nothing
-            assert [cache.relevance.name in told for told in outcome.told] == [True]
+        if not ("flipped" in kind or kind == "bytes added") or outcome.warnings:  # some of a Parquet file says nothing
+            assert [cache.relevance.name in text for text in outcome.warnings] == [True]
             assert cache.relevance.read_bytes() == source.read_bytes()
     cache.check_settled()
 
 
-def looked_through(root: Path) -> list[caches.CacheEntry]:
+def looked_through(root: Path) -> list[admin.CacheEntry]:
     """What `xtf cache list` and the search for scores of the same model made otherwise find."""
     with whole.within(20):
-        caches.warn_of_unused_scores(root, "f" * 32, {"name": "tiny"})
+        admin.warn_of_unused_scores(root, "f" * 32, {"name": "tiny"})
         with contextlib.suppress(XTFUserError):  # nothing is deleted through a link
-            caches.prune_cache(root, older_than_days=None, reference=None, everything=True, dry_run=True)
-        return caches.list_cache(root)
+            admin.prune_cache(root, older_than_days=None, reference=None, everything=True, dry_run=True)
+        return admin.list_cache(root)
 
 
 @pytest.mark.parametrize("kind", [*whole.DAMAGES, "nested without end", "a number without end"])
@@ -117,7 +116,7 @@ FORGERIES = {
     "an earlier format": header(format=1),
     "a later format": header(format=9),
     "a format without end": header(format=float("inf")),
-    "a header nested without end": lambda t: t.replace_schema_metadata({shards.HEADER: b"[" * 200_000}),
+    "a header nested without end": lambda t: t.replace_schema_metadata({shard_format.HEADER: b"[" * 200_000}),
     "another reference": header(reference="f" * 32),
     "layers without end": header(layers="9" * 5_000),
     "other layers": header(layers="0"),
@@ -181,7 +180,7 @@ def test_something_else_in_the_place_of_a_file(cache, kind):
         looked_through(cache.copy)
         cache.check(f"{kind} for a file", {path} & set(cache.shards), {path} - {cache.description})
         assert not list(cache.copy.rglob(".xtf-*"))
-        if "directory" not in kind or path != cache.relevance:  # which no file can replace, as is told in every run
+        if "directory" not in kind or path != cache.relevance:  # which no file can replace: every run warns
             cache.check_settled()
 
 
@@ -194,8 +193,8 @@ def test_something_else_in_the_place_of_a_folder(cache, kind, level):
     assert not looked_through(cache.copy) or level == 0
     outcome = cache.run(f"{kind} for a folder")
     assert set(outcome.scored) == set().union(*cache.shards.values())
-    told = sum("scores cannot be written" in message and str(path) in message for message in outcome.told)
-    assert told == (kind != "a directory"), outcome.told
+    count = sum("scores cannot be written" in message and str(path) in message for message in outcome.warnings)
+    assert count == (kind != "a directory"), outcome.warnings
 
 
 @pytest.mark.parametrize("level", range(4))
@@ -245,9 +244,9 @@ def test_a_folder_without_rights(cache, level, bits):
         outcome = cache.run("a folder without rights")
     assert set(outcome.scored) == set().union(*(cache.shards[shard] for shard in lost))
     if bits == 0 or level == 0:  # nothing can be written there
-        assert sum("scores cannot be written" in told and str(path) in told for told in outcome.told) == 1
+        assert sum("scores cannot be written" in text and str(path) in text for text in outcome.warnings) == 1
     else:
-        assert all("cannot be listed" in told for told in outcome.told)
+        assert all("cannot be listed" in text for text in outcome.warnings)
 
 
 def looked_at(path: Path) -> list[tuple[int, str, str]]:
@@ -266,26 +265,26 @@ def looked_at(path: Path) -> list[tuple[int, str, str]]:
     return found
 
 
-def facts(table: tables.ScoreTable) -> list[object]:
+def facts(table: score_table.ScoreTable) -> list[object]:
     """All that a table holds, to compare."""
     held = [getattr(table, each.name) for each in dataclasses.fields(table)]
     return [value.tobytes() if isinstance(value, np.ndarray) else str(value) for value in held]
 
 
 @pytest.fixture(scope="module")
-def score_table(cache, tmp_path_factory):
+def written(cache, tmp_path_factory):
     """A score table with its report, and what the commands make of it undamaged."""
     folder = tmp_path_factory.mktemp("table")
     whole.write(whole.plan(cache.source, []), folder)
     path = folder / "scores.parquet"
     known = looked_at(path)
     assert [code for code, _, _ in known] == [0, 0] and all(len(said) > 1_000 for _, said, _ in known)
-    return path, path.read_bytes(), known, facts(tables.read(path))
+    return path, path.read_bytes(), known, facts(score_table.read(path))
 
 
 @pytest.mark.parametrize("kind", whole.DAMAGES)
-def test_a_damaged_score_table_is_shown_as_it_was_or_refused(cache, score_table, kind, tmp_path):
-    path, data, known, columns = score_table
+def test_a_damaged_score_table_is_shown_as_it_was_or_refused(cache, written, kind, tmp_path):
+    path, data, known, columns = written
     source = tmp_path / "table"
     source.write_bytes(data)
     for _, changed in whole.damaged(kind, [source], *amount((3, 10), (20, 150))):
@@ -294,5 +293,5 @@ def test_a_damaged_score_table_is_shown_as_it_was_or_refused(cache, score_table,
             refused = code == 2 and path.name in errors and errors.count("xtf: error") == 1
             assert (code, said, errors) == expected or (refused and "Traceback" not in errors), errors
         with contextlib.suppress(XTFUserError):
-            assert facts(tables.read(path)) == columns, kind
+            assert facts(score_table.read(path)) == columns, kind
         cache.tried[f"a score table: {kind}"] += 1

@@ -1,7 +1,7 @@
-"""A disk that fails at any file operation of a run: the run goes on with the same masks, and says so once.
+"""A disk that fails at any file operation of a run: the run finishes with the same masks and warns once.
 
-Errors are put in the way of the plugin's own file operations, one after the other; where the system lets a test do so,
-a disk is really full and a file really may not grow.
+Errors are raised by the plugin's own file operations, one after the other. Where the system allows it, a disk is full
+or the size of files is limited.
 """
 
 from __future__ import annotations
@@ -113,17 +113,17 @@ def failing(number: int) -> Callable[[], None]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What a run comes to on a good disk, and how many operations it makes in its cache."""
+    """The results of a run on a good disk, and the number of its file operations in the cache."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with Disk(folder / "cache", 0, lambda: None, lasts=False).at_work() as disk:
         outcome = whole.run(folder / "cache", folder / "table.parquet")
-    assert len(outcome.scored) == whole.DOCUMENTS and not outcome.told and disk.done > 50
+    assert len(outcome.scored) == whole.DOCUMENTS and not outcome.warnings and disk.done > 50
     return outcome, disk.done
 
 
 @pytest.fixture
 def run(tmp_path, undisturbed):
-    """Runs on a bad disk: what one came to, always the same with each warning told once; and the shards before."""
+    """Runs on a bad disk: what one came to, always the same with each warning once; and the shards before."""
     cache, table = tmp_path / "cache", tmp_path / "table.parquet"
 
     def run(at: int, act: Callable[[], None], lasts: bool) -> tuple[whole.Outcome, dict[Path, set[bytes]]]:
@@ -138,7 +138,7 @@ def run(tmp_path, undisturbed):
             outcome = whole.run(cache, table)
         assert before and outcome.bytes == undisturbed[0].bytes
         assert sorted(outcome.scored) == sorted(undisturbed[0].scored)
-        assert len(outcome.told) == len(set(outcome.told)), outcome.told
+        assert len(outcome.warnings) == len(set(outcome.warnings)), outcome.warnings
         links = [path.readlink() for path in Path("/proc/self/fd").glob("*") if path.is_symlink()]
         assert not [link for link in links if str(link).startswith(str(cache))], "a file is left open"
         return outcome, before[0]
@@ -148,11 +148,11 @@ def run(tmp_path, undisturbed):
 
 
 def check_later(run: Any, expected: whole.Outcome) -> int:
-    """A later run on a good disk scores what is not stored, comes to the same and tidies up; how many it scored."""
+    """A later run on a good disk scores what is not stored and has the same results; return how many it scored."""
     whole.ended(run.cache)
     stored = set().union(*whole.shards(run.cache).values())
     later = whole.run(run.cache, run.table)
-    assert later.bytes == expected.bytes and not later.told
+    assert later.bytes == expected.bytes and not later.warnings
     assert sorted(later.scored) == sorted(set(expected.scored) - stored)
     assert not list(run.cache.rglob(".xtf-*")) and not list(run.cache.rglob("*.damaged"))
     return len(later.scored)
@@ -167,9 +167,9 @@ def test_the_disk_of_the_cache_fails(run, undisturbed, lasts):
             outcome, before = run(at, failing(number), lasts)
             after = whole.shards(run.cache)
             assert before.items() <= after.items(), "stored scores are gone"
-            unwritten = [told for told in outcome.told if f"scores cannot be written to {run.cache}" in told]
+            unwritten = [text for text in outcome.warnings if f"scores cannot be written to {run.cache}" in text]
             kept = set(expected.scored) <= set().union(*after.values())
-            assert len(unwritten) == 1 or (kept and not unwritten), outcome.told
+            assert len(unwritten) == 1 or (kept and not unwritten), outcome.warnings
             tried, again = tried + 1, again + check_later(run, expected)
     record(f"disk: the cache fails {WHEN[lasts]}", tried=tried, documents_a_later_run_scored=again)
 
@@ -195,12 +195,12 @@ def test_the_disk_of_the_output_folder_fails(tmp_path, plans, monkeypatch, lasts
     for at in range(1, disk.done + 1, amount(4, 1)):
         number = ERRORS[at % len(ERRORS)]
         whole.write(plans[0], folder)
-        with whole.warnings_told() as told, Disk(folder, at, failing(number), lasts).at_work():
+        with whole.recorded_warnings() as warnings, Disk(folder, at, failing(number), lasts).at_work():
             written = whole.write(plans[1], folder)
         tried += 1
         whole.ended(folder)
-        assert len(told) == (len(written) < 3), told
-        assert not told or (str(folder) in told[0] and os.strerror(number) in told[0])
+        assert len(warnings) == (len(written) < 3), warnings
+        assert not warnings or (str(folder) in warnings[0] and os.strerror(number) in warnings[0])
         found = {name: what for name, what in whole.contents(folder).items() if not name.startswith(".xtf-")}
         assert found.keys() == new.keys() and all(found[path.name] == new[path.name] for path in written)
         assert all(found[name] in (old[name], new[name]) for name in found), "half a file"
@@ -236,14 +236,14 @@ def test_a_slow_folder(run, undisturbed):
 
 
 def check_place(place: Path, facts: dict[str, Any], expected: whole.Outcome) -> None:
-    """A run there told what it could not write, and a later one, now that it can be written, does the rest."""
+    """A run there warned of what it could not write; a later run on a good disk writes the rest."""
     missing = whole.DOCUMENTS - len(set().union(*whole.shards(place / "cache").values()))
     assert facts["masks"] == expected.masks and facts["scored"] == whole.DOCUMENTS
-    assert len(facts["told"]) == len(set(facts["told"])) <= 3
-    assert sum("scores cannot be written" in told for told in facts["told"]) == (missing > 0), facts["told"]
-    assert sum("without a report" in told for told in facts["told"]) == (facts["written"] < 3), facts["told"]
+    assert len(facts["warnings"]) == len(set(facts["warnings"])) <= 3
+    assert sum("scores cannot be written" in text for text in facts["warnings"]) == (missing > 0), facts["warnings"]
+    assert sum("without a report" in text for text in facts["warnings"]) == (facts["written"] < 3), facts["warnings"]
     later = whole.run_in(place)
-    assert later == {"masks": expected.masks, "scored": missing, "told": [], "written": 3}
+    assert later == {"masks": expected.masks, "scored": missing, "warnings": [], "written": 3}
     assert scoring.table_hash(place / "out" / "scores.parquet") == expected.table
     assert not list(place.rglob(".xtf-*"))
 
@@ -269,7 +269,7 @@ def test_files_that_may_not_grow(tmp_path, undisturbed):
         process.join(120)
         assert process.exitcode == 0
         facts = json.loads((place / "facts.json").read_text())
-        assert size > 30_000 or facts["told"]
+        assert size > 30_000 or facts["warnings"]
         check_place(place, facts, undisturbed[0])
     record("disk: a limit to the size of files", tried=len(sizes))
 
@@ -283,7 +283,7 @@ def test_a_disk_that_is_really_full(tmp_path, undisturbed):
             pytest.skip("this user may mount no file system")
         try:
             facts = whole.run_in(tmp_path)
-            assert size > 64 or facts["told"]
+            assert size > 64 or facts["warnings"]
             subprocess.run(["mount", "-o", "remount,size=16m", str(tmp_path)], check=True)
             check_place(tmp_path, facts, undisturbed[0])
         finally:

@@ -1,5 +1,6 @@
-"""Datasets far larger in one direction than any other test's: a row of millions of tokens, a packed row of very many
-documents, one row very often. Each comes out as a few operations on whole arrays say, in a time that grows as it does.
+"""Large datasets: a row of millions of tokens, a packed row of very many documents, one row repeated very often.
+
+Results equal those of a few array operations, and the time is bounded.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def check_labels(data: list[Row], documents: DocumentSet, made: Selection) -> No
 
 
 @pytest.mark.parametrize("made", [one_long_row, many_packed_documents, many_duplicates])
-def test_what_is_huge_is_as_what_is_small(made: Callable[[], list[Row]]) -> None:
+def test_large_datasets_give_the_same_results(made: Callable[[], list[Row]]) -> None:
     data = made()
     begun = time.monotonic()
     documents = collect(data)

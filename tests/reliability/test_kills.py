@@ -1,4 +1,4 @@
-"""A scoring process that is killed at any instant loses the shard in flight and nothing else."""
+"""A scoring process that is killed at any time loses at most the shard being written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whole planning runs in the test's own process, small enough that thousands of them can be made and compared.
+"""Planning runs in the test's own process, small enough to make and compare thousands of them.
 
-A run scores into a cache and selects; what is compared are its masks, every byte of its score table's columns, which
-documents it scored and what it said. Only tests that are about syncing sync.
+A run scores into a cache and selects. Tests compare its masks, every byte of its score table's columns, the documents
+it scored and its warnings. `os.fsync` is replaced except in tests about syncing.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from tests import tiny
 from tests.reliability import scoring
 from tests.test_plan import ATTRIBUTES_ON
 from xtf_plugin import files
-from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet
+from xtf_plugin.plan import Plan, make_plan
 from xtf_plugin.report import score_table, summary, writer
+from xtf_plugin.scoring import cached_scores
 from xtf_plugin.store.records import Records
 from xtf_plugin.store.store import ScoreStore
 
@@ -60,22 +61,22 @@ def provider(seed: int = 0) -> scoring.Rounding:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. `scored`: keys of the documents that it scored, in order; `told`: its warnings."""
+    """The results of a run. `scored`: keys of the documents that it scored, in order."""
 
     masks: str
     table: str
     scored: tuple[bytes, ...]
-    told: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @property
     def bytes(self) -> tuple[str, str]:
-        """What no damage and no bad disk may change."""
+        """What no damage and no failing disk may change."""
         return self.masks, self.table
 
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Without root's right to read and write everything, which nobody else has anyway."""
+    """Without root's right to read and write everything."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(NOBODY)
@@ -88,10 +89,10 @@ def unprivileged() -> Iterator[None]:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Ends what waits for ever, as reading a pipe that nobody writes does."""
+    """Fail if the body takes longer, as reading a pipe without a writer does."""
 
     def end(*_: object) -> None:
-        raise AssertionError(f"not done after {seconds} s")  # no OSError, which what waits may survive
+        raise AssertionError(f"not done after {seconds} s")  # no OSError: the code under test catches it
 
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -113,54 +114,52 @@ class _Noted(ScoreStore):
 
 
 @contextmanager
-def warnings_told() -> Iterator[list[str]]:
+def recorded_warnings() -> Iterator[list[str]]:
     """The plugin's warnings, in order."""
-    told: list[str] = []
+    warnings: list[str] = []
     logger, handler = logging.getLogger("xtf_plugin"), logging.Handler(logging.WARNING)
-    handler.emit = lambda record: told.append(record.getMessage())
+    handler.emit = lambda record: warnings.append(record.getMessage())
     logger.addHandler(handler)
     try:
-        yield told
+        yield warnings
     finally:
         logger.removeHandler(handler)
 
 
 @contextmanager
 def unsynced() -> Iterator[None]:
-    """No power is cut here, and on a busy disk syncing takes longer than all the rest."""
+    """Without syncing, which matters only for power cuts and is slow on a busy disk."""
     with mock.patch.object(os, "fsync", lambda descriptor: None):
         yield
 
 
-def plan(cache: Path, scored: list[bytes], seed: int = 0, model: int = 0, **block: object) -> pipeline.Plan:
+def plan(cache: Path, scored: list[bytes], seed: int = 0, model: int = 0, **block: object) -> Plan:
     """Score what is missing of the dataset `seed` with the reference `model`, noting it in `scored`; and select."""
     keys = {**ATTRIBUTES_ON, "cache_dir": str(cache), "batch_tokens": scoring.BATCH_TOKENS, **block}
     store = type("Noted", (_Noted,), {"scored": scored})
-    with mock.patch.object(pipeline, "ScoreStore", partial(store, shard_tokens=SHARD_TOKENS)):
-        return pipeline.make_plan(
-            XTFConfig.parse(keys), documents(seed), provider(model), tiny.tokenizer(), progress=False
-        )
+    with mock.patch.object(cached_scores, "ScoreStore", partial(store, shard_tokens=SHARD_TOKENS)):
+        return make_plan(XTFConfig.parse(keys), documents(seed), provider(model), tiny.tokenizer(), progress=False)
 
 
 def run(cache: Path, table: Path, **options: object) -> Outcome:
     """`plan`, and its score table, written to `table` and deleted again."""
     scored: list[bytes] = []
-    with warnings_told() as told:
+    with recorded_warnings() as warnings:
         made = plan(cache, scored, **options)
     with ExitStack() as stack:
         stack.enter_context(unsynced())
         score_table.write(score_table.ScoreTable.of_plan(made, tiny.tokenizer()), made.documents, table)
     found = scoring.table_hash(table)
     table.unlink()
-    return Outcome(masks_hash(made), found, tuple(scored), tuple(told))
+    return Outcome(masks_hash(made), found, tuple(scored), tuple(warnings))
 
 
-def masks_hash(made: pipeline.Plan) -> str:
+def masks_hash(made: Plan) -> str:
     masks = made.masks()
     return hashlib.sha256(masks.bits.tobytes() + masks.keys.tobytes() + masks.best.tobytes()).hexdigest()
 
 
-def write(made: pipeline.Plan, folder: Path) -> list[Path]:
+def write(made: Plan, folder: Path) -> list[Path]:
     """All that a run leaves in its output folder."""
     with mock.patch.object(summary, "versions", versions):
         return writer.write(made, tiny.tokenizer(), folder)
@@ -169,14 +168,14 @@ def write(made: pipeline.Plan, folder: Path) -> list[Path]:
 def run_in(place: Path) -> dict[str, Any]:
     """A run with its cache and its output in one place."""
     scored: list[bytes] = []
-    with warnings_told() as told:
+    with recorded_warnings() as warnings:
         made = plan(place / "cache", scored)
         written = write(made, place / "out")
-    return {"masks": masks_hash(made), "scored": len(scored), "told": told, "written": len(written)}
+    return {"masks": masks_hash(made), "scored": len(scored), "warnings": warnings, "written": len(written)}
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What tells one run's output from another's, of files that are whole."""
+    """A comparable value of each output file of a run."""
     found: dict[str, Any] = {}
     for path in folder.iterdir():
         if path.name == "scores.parquet":
@@ -189,7 +188,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def ended(folder: Path) -> None:
-    """What a process left has the number of one that is no more, as if it had ended here."""
+    """Rename this process's temporary files as if their process had ended."""
     child = subprocess.Popen([sys.executable, "-S", "-c", ""])
     child.wait()
     for path in folder.rglob(f".xtf-{files.host_tag()}-{os.getpid()}-*"):
@@ -197,7 +196,7 @@ def ended(folder: Path) -> None:
 
 
 def shards(cache: Path) -> dict[Path, set[bytes]]:
-    """The whole shards of a cache, whose names are the hashes of their bytes, and the keys in each."""
+    """The intact shards of a cache, whose names match their bytes, and the keys in each."""
     found = {}
     for path in sorted(cache.rglob("*.parquet")):
         data = path.read_bytes() if path.is_file() else b""
@@ -221,7 +220,7 @@ def flip(data: bytes, at: int, rng: random.Random) -> bytes:
     return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
 
 
-# What becomes of a file's bytes, given a place in them.
+# Damage of a file's bytes, given a place in them.
 DAMAGES: dict[str, Damage] = {
     "truncated": lambda data, at, rng: data[:at],
     "a bit flipped": flip,
@@ -257,7 +256,8 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.source, self.copy, self.table = folder / "source", folder / "copy", folder / "table.parquet"
         first, self.expected = (run(self.source, self.table) for _ in range(2))
-        assert first.bytes == self.expected.bytes and not (first.told or self.expected.told or self.expected.scored)
+        assert first.bytes == self.expected.bytes and not self.expected.scored
+        assert not (first.warnings or self.expected.warnings)
         self.shards = {self.in_copy(path): keys for path, keys in shards(self.source).items()}
         (self.relevance,) = map(self.in_copy, self.source.rglob("relevance-*.parquet"))
         self.description = self.relevance.with_name("reference.json")
@@ -281,18 +281,18 @@ class Cache:
         self.wrong += outcome.bytes != self.expected.bytes
         assert outcome.bytes == self.expected.bytes, f"{kind}: other masks or scores"
         assert len(outcome.scored) == len(set(outcome.scored))
-        assert len(outcome.told) == len(set(outcome.told)), f"{kind}: told twice"
+        assert len(outcome.warnings) == len(set(outcome.warnings)), f"{kind}: a warning twice"
         return outcome
 
     def check(self, kind: str, lost: Iterable[Path], named: Iterable[Path]) -> Outcome:
         """A run on the damaged copy scores what the `lost` shards held and names each of the files `named` once."""
         outcome, named = self.run(kind), list(named)
         assert set(outcome.scored) == set().union(*(self.shards[path] for path in lost)), kind
-        assert [sum(path.name in told for told in outcome.told) for path in named] == [1] * len(named), outcome.told
-        assert len(outcome.told) == len(named), outcome.told
+        assert [sum(path.name in text for text in outcome.warnings) for path in named] == [1] * len(named)
+        assert len(outcome.warnings) == len(named), outcome.warnings
         return outcome
 
     def check_settled(self) -> None:
-        """The next run has all scores and nothing to tell."""
+        """The next run scores nothing and warns of nothing."""
         again = self.run("afterwards")
-        assert not again.scored and not again.told
+        assert not again.scored and not again.warnings

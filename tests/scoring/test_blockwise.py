@@ -1,4 +1,4 @@
-"""How attention on a CPU is cut into blocks and shared out to threads: results stay, and so do the limits of memory."""
+"""Blocks of attention on a CPU: their sizes and threads do not change results, and memory limits hold."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from tests.scoring.test_kernels import planted, same_values
-from xtf_plugin.scoring.kernels import blockwise
-from xtf_plugin.scoring.kernels import dispatch as kernels
-from xtf_plugin.scoring.kernels import eager as attributes
+from xtf_plugin.scoring.kernels import blockwise, dispatch, eager
 from xtf_plugin.scoring.kernels.eager import AttentionSpec
 
 
@@ -18,7 +16,7 @@ from xtf_plugin.scoring.kernels.eager import AttentionSpec
 )
 @pytest.mark.parametrize("options", [{}, {"start": 3}, {"window": 9, "softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_shared_out_to_threads_change_nothing(shape, threads, heads, options, dtype, monkeypatch):
+def test_heads_repeated_for_threads_change_nothing(shape, threads, heads, options, dtype, monkeypatch):
     query, key, lengths, scaling = planted(shape, dtype=dtype)
     value = torch.randn(*key.shape[:3], 10, generator=torch.Generator().manual_seed(3)).to(dtype)
     seen = []
@@ -27,9 +25,9 @@ def test_heads_shared_out_to_threads_change_nothing(shape, threads, heads, optio
     found = {}
     for count in (1, threads):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
-        given = {"scaling": scaling, **options}
-        output, received = kernels.attention_and_received(query, key, value, lengths, AttentionSpec(**given))
-        found[count] = output.float(), received, kernels.attention_received(query, key, lengths, AttentionSpec(**given))
+        spec = AttentionSpec(scaling, **options)
+        output, received = dispatch.attention_and_received(query, key, value, lengths, spec)
+        found[count] = output.float(), received, dispatch.attention_received(query, key, lengths, spec)
         assert set(seen) == {shape[2] if count == 1 else heads}  # of five on two threads it would not pay
         seen.clear()
     for alone, shared in zip(*found.values(), strict=True):
@@ -44,12 +42,12 @@ SIZES = [{}, {"FEW_ROWS": 0}, {"ALONE_ELEMENTS": 1}, {"SCORE_ELEMENTS": 1}, {"QU
 def test_sizes_of_blocks_change_nothing(sizes, window, monkeypatch):
     query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
     options = {"scaling": scaling, "window": window}
-    output, received = attributes.attention_and_received(query, key, key, lengths, AttentionSpec(**options))
+    output, received = eager.attention_and_received(query, key, key, lengths, AttentionSpec(**options))
     for name, value in sizes.items():
         monkeypatch.setattr(blockwise, name, value)
-    ours = kernels.attention_and_received(query, key, key, lengths, AttentionSpec(**options))
+    ours = dispatch.attention_and_received(query, key, key, lengths, AttentionSpec(**options))
     assert torch.allclose(output, ours[0], atol=1e-5) and same_values(received, ours[1], 1e-5)
-    assert same_values(received, kernels.attention_received(query, key, lengths, AttentionSpec(**options)), 1e-5)
+    assert same_values(received, dispatch.attention_received(query, key, lengths, AttentionSpec(**options)), 1e-5)
 
 
 @pytest.mark.parametrize("T", [700, 2_000])  # an unrecorded layer takes PyTorch's kernel for the latter
@@ -57,8 +55,8 @@ def test_sizes_of_blocks_change_nothing(sizes, window, monkeypatch):
 def test_float16_does_not_overflow_where_attention_is_even(T, recorded):
     query = torch.zeros(1, 2, T, 8, dtype=torch.float16)
     value, lengths = torch.full_like(query, 100.0), torch.tensor([T])
-    found = kernels.attention_and_received(query, query, value, lengths, AttentionSpec(1.0)) if recorded else None
-    output = kernels.attention(query, query, value, AttentionSpec(1.0)) if found is None else found[0]
+    found = dispatch.attention_and_received(query, query, value, lengths, AttentionSpec(1.0)) if recorded else None
+    output = dispatch.attention(query, query, value, AttentionSpec(1.0)) if found is None else found[0]
     assert torch.allclose(output.float(), torch.tensor(100.0), rtol=2e-3)
 
 
@@ -81,7 +79,7 @@ def test_blocks_hold_every_query_once_within_their_limits(shape, window, start):
 @pytest.mark.parametrize("heads", [2, 4])
 def test_no_documents_are_no_error(heads):
     query, key = torch.empty(0, 4, 9, 8), torch.empty(0, heads, 9, 8)
-    output, received = kernels.attention_and_received(query, key, key, torch.empty(0, dtype=int), AttentionSpec(1.0))
+    output, received = dispatch.attention_and_received(query, key, key, torch.empty(0, dtype=int), AttentionSpec(1.0))
     assert output.shape == query.shape and received.shape == (0, 9)
 
 
@@ -89,7 +87,7 @@ def test_no_documents_are_no_error(heads):
 def test_pytorchs_kernel_gives_the_same(shape, monkeypatch):
     """What unrecorded layers of long documents take."""
     query, key, _, scaling = planted(shape)
-    blocks = kernels.attention(query, key, key, AttentionSpec(scaling))
-    monkeypatch.setattr(kernels, "SHORT", 0)
+    blocks = dispatch.attention(query, key, key, AttentionSpec(scaling))
+    monkeypatch.setattr(dispatch, "SHORT", 0)
     monkeypatch.setattr(blockwise, "attention", None)
-    assert torch.allclose(kernels.attention(query, key, key, AttentionSpec(scaling)), blocks, atol=1e-5)
+    assert torch.allclose(dispatch.attention(query, key, key, AttentionSpec(scaling)), blocks, atol=1e-5)

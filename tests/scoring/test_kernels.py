@@ -9,9 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xtf_plugin.scoring.kernels import dispatch as kernels
-from xtf_plugin.scoring.kernels import eager as attributes
-from xtf_plugin.scoring.kernels import packing
+from xtf_plugin.scoring.kernels import dispatch, eager, packing
 from xtf_plugin.scoring.kernels.eager import AttentionSpec
 
 # B, H, K, T, D: aligned and ragged
@@ -52,13 +50,13 @@ def parity(truth, fast, naive, slack):
 class TestAttentionReceived:
     def test_uniform_attention_reads_one(self):
         query = torch.zeros(1, 2, 9, 4)
-        received = attributes.attention_received(query, query, torch.tensor([9]), AttentionSpec(0.5))
+        received = eager.attention_received(query, query, torch.tensor([9]), AttentionSpec(0.5))
         assert torch.allclose(received[0, :8], torch.ones(8))
         assert received[0, 8].isnan()
 
     def test_planted_token_wins_and_its_neighbours_do_not(self):
         query, key, lengths, scaling = planted((1, 4, 2, 150, 16))
-        received = kernels.attention_received(query, key, lengths, AttentionSpec(scaling))
+        received = dispatch.attention_received(query, key, lengths, AttentionSpec(scaling))
         assert int(received[0].nan_to_num().argmax()) == PLANTED
         assert received[0, PLANTED] > 5 * received[0, PLANTED + 1]
 
@@ -67,7 +65,7 @@ class TestAttentionReceived:
         mean.
         """
         query, key, _, scaling = planted((1, 4, 2, 50, 16))
-        A = attributes.attention_map(query, key, AttentionSpec(scaling))
+        A = eager.attention_map(query, key, AttentionSpec(scaling))
         assert torch.allclose(A.mean(1).mean(-1), torch.full((1, 50), 1 / 50))
 
     @pytest.mark.parametrize("shape", SHAPES)
@@ -77,27 +75,27 @@ class TestAttentionReceived:
     def test_parity_float32(self, shape, window, softcap, start):
         query, key, lengths, scaling = planted(shape)
         options = {"scaling": scaling, "window": window, "softcap": softcap, "start": start}
-        truth = attributes.attention_received(query, key, lengths, AttentionSpec(**options))
-        fast = kernels.attention_received(query, key, lengths, AttentionSpec(**options))
+        truth = eager.attention_received(query, key, lengths, AttentionSpec(**options))
+        fast = dispatch.attention_received(query, key, lengths, AttentionSpec(**options))
         assert same_values(truth, fast, 1e-5)
 
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_parity_low_precision(self, shape, dtype):
         query, key, lengths, scaling = planted(shape)
-        truth = attributes.attention_received(query, key, lengths, AttentionSpec(scaling))
+        truth = eager.attention_received(query, key, lengths, AttentionSpec(scaling))
         low = [x.to(dtype) for x in (query, key)]
-        fast = kernels.attention_received(*low, lengths, AttentionSpec(scaling))
+        fast = dispatch.attention_received(*low, lengths, AttentionSpec(scaling))
         scores = low[0] @ low[1].repeat_interleave(shape[1] // shape[2], 1).transpose(-1, -2) * scaling
-        naive_map = scores.masked_fill(~attributes.visible(shape[3], None), float("-inf")).softmax(-1)
+        naive_map = scores.masked_fill(~eager.visible(shape[3], None), float("-inf")).softmax(-1)
         parity(truth, fast, received_from_map(naive_map, lengths), slack=5e-4)
 
-    def test_padding_has_no_say(self):
+    def test_padding_changes_nothing(self):
         query, key, lengths, scaling = planted((3, 4, 2, 150, 16))
-        before = kernels.attention_received(query, key, lengths, AttentionSpec(scaling))
+        before = dispatch.attention_received(query, key, lengths, AttentionSpec(scaling))
         query[1, :, int(lengths[1]) :] = 50.0
         key[1, :, int(lengths[1]) :] = 50.0
-        after = kernels.attention_received(query, key, lengths, AttentionSpec(scaling))
+        after = dispatch.attention_received(query, key, lengths, AttentionSpec(scaling))
         assert same_values(before, after, 0)
 
 
@@ -116,7 +114,7 @@ def packed(lengths=LENGTHS, tail=5, H=4, K=2, D=16):
 class TestPacked:
     OPTIONS = [{}, {"window": 9}, {"softcap": 2.0}, {"window": 60, "softcap": 2.0}]
 
-    @pytest.mark.parametrize("module", [attributes, kernels])
+    @pytest.mark.parametrize("module", [eager, dispatch])
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     @pytest.mark.parametrize("starts", [None, STARTS])
     def test_each_document_as_if_alone(self, module, options, starts):
@@ -129,7 +127,7 @@ class TestPacked:
         for i, length in enumerate(LENGTHS):
             part = slice(int(offsets[i]), int(offsets[i + 1]))
             start = 2 if starts is None else int(starts[i])
-            alone = attributes.attention_received(
+            alone = eager.attention_received(
                 query[:, :, part], key[:, :, part], torch.tensor([length]), AttentionSpec(**options, start=start)
             )
             assert same_values(alone, row[:, part], 1e-5)
@@ -139,13 +137,13 @@ class TestPacked:
     def test_attention(self, lengths, options):
         query, key, offsets, scaling = packed(lengths)
         value = torch.randn(*key.shape[:3], 24, generator=torch.Generator().manual_seed(3))
-        output, logsumexp = kernels.attention_and_logsumexp(
+        output, logsumexp = dispatch.attention_and_logsumexp(
             query, key, value, AttentionSpec(scaling, offsets=offsets, **options)
         )
         assert output.shape == (*query.shape[:3], 24) and logsumexp.dtype is torch.float32
         assert not output[:, :, offsets[-1] :].any() and not logsumexp[:, :, offsets[-1] :].any()
         for part in (slice(low, high) for low, high in zip(offsets[:-1], offsets[1:], strict=True) if high > low):
-            alone = kernels.attention_and_logsumexp(
+            alone = dispatch.attention_and_logsumexp(
                 *(x[:, :, part] for x in (query, key, value)), AttentionSpec(scaling, **options)
             )
             assert torch.allclose(alone[0], output[:, :, part], atol=1e-5)
@@ -154,11 +152,11 @@ class TestPacked:
     @pytest.mark.parametrize("kernel", ["flash", "efficient"])
     def test_fused_kernels_return_what_is_expected(self, monkeypatch, kernel):
         """Shapes only: torch's own description of the kernels stands in for a GPU."""
-        monkeypatch.setattr(kernels, "_fused_kernel", lambda query: kernel)
+        monkeypatch.setattr(dispatch, "_fused_kernel", lambda query: kernel)
         query, key, offsets, _ = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in packed())
         rows = [{"offsets": offsets, "longest": longest} for longest in (None, 70) if kernel == "flash"]
         for row in ({}, *rows):
-            output, logsumexp = kernels.attention_and_logsumexp(query, key, key, AttentionSpec(1.0, **row))
+            output, logsumexp = dispatch.attention_and_logsumexp(query, key, key, AttentionSpec(1.0, **row))
             assert output.shape == query.shape and logsumexp.shape == query.shape[:3]
             assert logsumexp.dtype is torch.float32
 
@@ -169,7 +167,7 @@ class TestPacked:
         assert sum(group.inside.numel() for group in found) < 2 * int(lengths.sum())
         assert sorted(i for group in found for i in group.members.tolist()) == lengths.nonzero()[:, 0].tolist()
 
-    @pytest.mark.parametrize("module", [attributes, kernels])
+    @pytest.mark.parametrize("module", [eager, dispatch])
     def test_more_than_one_row_is_refused(self, module):
         query, key, lengths, scaling = planted(SHAPES[1])
         with pytest.raises(ValueError, match="packed in one row; these tensors have 3"):
@@ -193,8 +191,8 @@ class TestAttention:
     def test_output_and_logsumexp(self, shape, window, softcap):
         query, key, _, scaling = planted(shape)
         value = torch.randn(key.shape, generator=torch.Generator().manual_seed(3))
-        A = attributes.attention_map(query, key, AttentionSpec(scaling, window, softcap))
-        output, logsumexp = kernels.attention_and_logsumexp(
+        A = eager.attention_map(query, key, AttentionSpec(scaling, window, softcap))
+        output, logsumexp = dispatch.attention_and_logsumexp(
             query, key, value, AttentionSpec(scaling, window=window, softcap=softcap)
         )
         assert torch.allclose(output, A @ value.repeat_interleave(shape[1] // shape[2], 1), atol=1e-5)
@@ -213,8 +211,8 @@ class TestAttentionAndReceived:
         query, key, lengths, scaling = planted(shape)
         value = torch.randn(*key.shape[:3], 10, generator=torch.Generator().manual_seed(3))
         options = {"scaling": scaling, "window": window, "softcap": softcap, "start": start}
-        output, received = attributes.attention_and_received(query, key, value, lengths, AttentionSpec(**options))
-        ours, ours_received = kernels.attention_and_received(query, key, value, lengths, AttentionSpec(**options))
+        output, received = eager.attention_and_received(query, key, value, lengths, AttentionSpec(**options))
+        ours, ours_received = dispatch.attention_and_received(query, key, value, lengths, AttentionSpec(**options))
         assert torch.allclose(output, ours, atol=1e-5)
         assert same_values(received, ours_received, 1e-5)
 
@@ -223,13 +221,13 @@ class TestAttentionAndReceived:
     def test_parity_low_precision(self, shape, dtype):
         query, key, lengths, scaling = planted(shape)
         value = torch.randn(key.shape, generator=torch.Generator().manual_seed(3))
-        truth = attributes.attention_and_received(query, key, value, lengths, AttentionSpec(scaling))
+        truth = eager.attention_and_received(query, key, value, lengths, AttentionSpec(scaling))
         low = [x.to(dtype) for x in (query, key, value)]
-        fast = kernels.attention_and_received(*low, lengths, AttentionSpec(scaling))
+        fast = dispatch.attention_and_received(*low, lengths, AttentionSpec(scaling))
         assert fast[0].dtype is dtype and fast[1].dtype is torch.float32
         groups = shape[1] // shape[2]
         scores = low[0] @ low[1].repeat_interleave(groups, 1).transpose(-1, -2) * scaling
-        A = scores.masked_fill(~attributes.visible(shape[3], None), float("-inf")).softmax(-1)
+        A = scores.masked_fill(~eager.visible(shape[3], None), float("-inf")).softmax(-1)
         naive = A @ low[2].repeat_interleave(groups, 1), received_from_map(A, lengths)
         for ours, theirs, exact, slack in zip(fast, naive, truth, (2e-3, 5e-4), strict=True):
             parity(exact, ours.float(), theirs.float(), slack)
@@ -238,22 +236,7 @@ class TestAttentionAndReceived:
         query, key, _, scaling = planted((1, 4, 2, 150, 16))
         offsets = torch.tensor([0, 1, 60, 61, 150])
         given = query, key, key, offsets.diff()
-        packed = kernels.attention_and_received(*given, AttentionSpec(scaling, offsets=offsets))
-        truth = attributes.attention_and_received(*given, AttentionSpec(scaling, offsets=offsets))
+        packed = dispatch.attention_and_received(*given, AttentionSpec(scaling, offsets=offsets))
+        truth = eager.attention_and_received(*given, AttentionSpec(scaling, offsets=offsets))
         for ours, exact in zip(packed, truth, strict=True):
             assert torch.allclose(ours, exact, atol=1e-5, equal_nan=True)
-
-
-class TestTaskRelevance:
-    def test_closest_is_one_and_farthest_zero(self):
-        vectors = torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
-        scores = attributes.task_relevance(vectors, torch.tensor([2.0, 0.0]))
-        assert torch.allclose(scores, torch.tensor([1.0, (2**-0.5 + 1) / 2, 0.0]))
-
-    def test_zero_vector_is_undefined_and_does_not_spoil_the_others(self):
-        vectors = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
-        scores = attributes.task_relevance(vectors, torch.tensor([1.0, 0.0]))
-        assert scores[1].isnan() and scores[0] == 1 and scores[2] == 0
-
-    def test_all_alike_is_undefined(self):
-        assert attributes.task_relevance(torch.ones(3, 2), torch.ones(2)).isnan().all()

@@ -1,4 +1,4 @@
-"""What the LM head says before each target: hand-made cases, and the optimised implementation against the definition.
+"""Statistics of the LM head's predictions: cases by hand, and the optimised implementation against the definition.
 
 Parity rule: see tests/scoring/test_kernels.py.
 """
@@ -10,9 +10,7 @@ import math
 import pytest
 import torch
 
-from xtf_plugin.scoring.kernels import dispatch as kernels
-from xtf_plugin.scoring.kernels import eager as attributes
-from xtf_plugin.scoring.kernels import logit_stats as heads
+from xtf_plugin.scoring.kernels import dispatch, eager, logit_stats
 
 
 def head_of(N, V=301, D=24):
@@ -36,28 +34,28 @@ class TestPredictions:
     @pytest.mark.parametrize("N", [1, 63, 64, 65, 300])
     @pytest.mark.parametrize("scale,softcap", [(1.0, None), (0.25, None), (1.0, 5.0)])
     def test_parity_float32(self, monkeypatch, N, scale, softcap):
-        monkeypatch.setattr(kernels, "LOGIT_ELEMENTS", 5_000)  # several chunks and a partial last one
-        monkeypatch.setattr(heads, "MOMENT_ELEMENTS", 1_000)  # and several pieces of each
+        monkeypatch.setattr(dispatch, "LOGIT_ELEMENTS", 5_000)  # several chunks and a partial last one
+        monkeypatch.setattr(logit_stats, "MOMENT_ELEMENTS", 1_000)  # and several pieces of each
         given = head_of(N)
-        truth = attributes.predictions(*given, scale=scale, softcap=softcap)
-        fast = kernels.predictions(*given, scale=scale, softcap=softcap)
+        truth = eager.predictions(*given, scale=scale, softcap=softcap)
+        fast = dispatch.predictions(*given, scale=scale, softcap=softcap)
         assert truth.shape == fast.shape == (3, N) and fast.dtype is torch.float32 and fast.isfinite().all()
         assert torch.allclose(truth, fast, atol=2e-5)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_parity_low_precision(self, dtype):
         hidden, head, targets = head_of(300)
-        truth = attributes.predictions(hidden, head, targets)
+        truth = eager.predictions(hidden, head, targets)
         low = hidden.to(dtype), head, targets
         logp = head(low[0]).log_softmax(-1)
         p, surprisal = logp.exp(), -logp.masked_fill(logp.isinf(), 0)
         mean = (p * surprisal).sum(-1)
         deviation = (p * (surprisal - mean[:, None]) ** 2).sum(-1).sqrt()
         naive = torch.stack([logp.gather(-1, targets[:, None])[:, 0], mean, deviation]).float()
-        error = (kernels.predictions(*low) - truth).abs().amax(-1)
+        error = (dispatch.predictions(*low) - truth).abs().amax(-1)
         assert (error <= (naive - truth).abs().amax(-1) + 1e-5).all()
 
-    @pytest.mark.parametrize("module", [attributes, kernels])
+    @pytest.mark.parametrize("module", [eager, dispatch])
     def test_a_sure_row_a_uniform_row_and_one_with_impossible_tokens(self, module):
         logprobs, entropy, deviation = module.predictions(*head_of(5))
         assert logprobs[0] == 0 and entropy[0] < 1e-6 and deviation[0] < 1e-6
@@ -69,12 +67,12 @@ class TestPredictions:
     def test_two_tokens_by_hand(self):
         """p = 1/4, 3/4: the surprisals are log 4 and log 4/3."""
         logits = torch.tensor([[0.25, 0.75]]).log()
-        found = kernels.predictions(logits, lambda x: x, torch.tensor([0]))[:, 0].double()
+        found = dispatch.predictions(logits, lambda x: x, torch.tensor([0]))[:, 0].double()
         mean = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
         deviation = math.sqrt(0.25 * math.log(4) ** 2 + 0.75 * math.log(4 / 3) ** 2 - mean**2)
         assert found.tolist() == pytest.approx([-math.log(4), mean, deviation], abs=1e-6)
 
-    @pytest.mark.parametrize("module", [attributes, kernels])
+    @pytest.mark.parametrize("module", [eager, dispatch])
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_undefined_together(self, module, value):
         logits = torch.randn(4, 9)
@@ -84,31 +82,31 @@ class TestPredictions:
 
     def test_a_target_that_cannot_come(self):
         logits = torch.tensor([[0.0, 0.0, -math.inf]])
-        found = kernels.predictions(logits, lambda x: x, torch.tensor([2]))[:, 0]
+        found = dispatch.predictions(logits, lambda x: x, torch.tensor([2]))[:, 0]
         assert found[0] == -math.inf and found[1:].tolist() == pytest.approx([math.log(2), 0.0])
 
     def test_the_head_is_asked_and_its_logits_are_left_as_they_are(self):
         logits = torch.randn(5, 9)
         before = logits.clone()
-        kernels.predictions(logits, lambda x: x, torch.zeros(5, dtype=torch.long))
+        dispatch.predictions(logits, lambda x: x, torch.zeros(5, dtype=torch.long))
         assert torch.equal(logits, before)
 
     def test_no_targets(self):
         none = torch.zeros(0, dtype=torch.long)
-        assert kernels.predictions(torch.zeros(0, 4), torch.nn.Linear(4, 9), none).shape == (3, 0)
+        assert dispatch.predictions(torch.zeros(0, 4), torch.nn.Linear(4, 9), none).shape == (3, 0)
 
 
 class TestReusedLogits:
     def test_a_plain_head_gives_the_same_in_one_buffer(self, monkeypatch):
         torch.manual_seed(0)
         head, hidden, targets = torch.nn.Linear(24, 301, bias=False), torch.randn(70, 24), torch.randint(301, (70,))
-        monkeypatch.setattr(kernels, "REUSED_ELEMENTS", 301 * 20)
+        monkeypatch.setattr(dispatch, "REUSED_ELEMENTS", 301 * 20)
         with torch.no_grad():
-            product = heads.reusing(head, hidden)
+            product = logit_stats.reusing(head, hidden)
             assert product(hidden[:20]).data_ptr() == product(hidden[20:30]).data_ptr()
-            ours = kernels.predictions(hidden, head, targets)
-            assert torch.allclose(ours, attributes.predictions(hidden, head, targets), atol=2e-5)
-            assert torch.equal(ours, kernels.predictions(hidden, lambda x: head(x), targets))
+            ours = dispatch.predictions(hidden, head, targets)
+            assert torch.allclose(ours, eager.predictions(hidden, head, targets), atol=2e-5)
+            assert torch.equal(ours, dispatch.predictions(hidden, lambda x: head(x), targets))
 
     def test_a_head_that_does_more_is_called_itself(self):
         hidden = torch.randn(3, 4)
@@ -116,17 +114,17 @@ class TestReusedLogits:
         hooked.register_forward_hook(lambda module, given, result: 2 * result)
         replaced.forward = lambda x: x @ torch.ones(4, 5)
         with torch.no_grad():
-            assert heads.reusing(plain, hidden) is not plain
+            assert logit_stats.reusing(plain, hidden) is not plain
             for head in (biased, hooked, replaced, lambda x: x):
-                assert heads.reusing(head, hidden) is head
-            assert heads.reusing(plain, hidden.bfloat16()) is plain
+                assert logit_stats.reusing(head, hidden) is head
+            assert logit_stats.reusing(plain, hidden.bfloat16()) is plain
             with torch.autocast("cpu"):
-                assert heads.reusing(plain, hidden) is plain
-        assert heads.reusing(plain, hidden) is plain  # gradients are wanted
+                assert logit_stats.reusing(plain, hidden) is plain
+        assert logit_stats.reusing(plain, hidden) is plain  # gradients are wanted
 
     @pytest.mark.parametrize("scale,softcap", [(1.0, None), (0.5, None), (1.0, 5.0)])
     def test_hidden_states_that_the_head_hands_on_stay_what_they_are(self, scale, softcap):
         logits = torch.randn(70, 9)
         before = logits.clone()
-        kernels.predictions(logits, lambda x: x, torch.zeros(70, dtype=torch.long), scale=scale, softcap=softcap)
+        dispatch.predictions(logits, lambda x: x, torch.zeros(70, dtype=torch.long), scale=scale, softcap=softcap)
         assert torch.equal(logits, before)

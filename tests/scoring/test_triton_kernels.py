@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: right in the interpreter, compiled for absent GPUs, unused if they fail."""
+"""The Triton kernels without a GPU: run by the interpreter, compiled for several GPUs, replaced if they fail."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import xtf_plugin
 from tests.reliability import amount
 from tests.scoring.test_kernels import SHAPES, packed, planted
 from tests.scoring.test_predictions import head_of
-from xtf_plugin.scoring.kernels import dispatch as kernels
-from xtf_plugin.scoring.kernels import eager as attributes
-from xtf_plugin.scoring.kernels import triton_dispatch
+from xtf_plugin.scoring import kernels
+from xtf_plugin.scoring.kernels import dispatch, eager, triton_dispatch
 from xtf_plugin.scoring.kernels.eager import AttentionSpec
 
 ROOT = Path(__file__).parents[2]
@@ -58,8 +56,7 @@ class TestCompiled:
         """The kernels that our functions launch, in order, compiled and not run."""
         from triton.runtime import driver
 
-        from xtf_plugin.scoring.kernels import triton_attention as triton_kernels
-        from xtf_plugin.scoring.kernels import triton_logit_stats as triton_moments
+        from xtf_plugin.scoring.kernels import triton_attention, triton_logit_stats
 
         device = SimpleNamespace(
             get_current_device=lambda: 0,
@@ -78,9 +75,9 @@ class TestCompiled:
                 return lambda *a, **k: launched.append(self.kernel.warmup(*a, grid=(1,), **k, **self.constants))
 
         tile = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
-        monkeypatch.setattr(triton_kernels, "_received", Launch(triton_kernels._received.fn, **tile))
-        monkeypatch.setattr(triton_moments, "_row_moments", Launch(triton_moments._row_moments))
-        return triton_kernels, launched
+        monkeypatch.setattr(triton_attention, "_received", Launch(triton_attention._received.fn, **tile))
+        monkeypatch.setattr(triton_logit_stats, "_row_moments", Launch(triton_logit_stats._row_moments))
+        return triton_attention, launched
 
     def test_attention_received(self, compiled):
         implementations, launched = compiled
@@ -94,7 +91,7 @@ class TestCompiled:
         assert len(launched) == 4
         assert all("mma" in kernel.asm["ptx"] for kernel in launched)  # tensor cores
 
-    def test_a_new_length_or_number_of_documents_is_not_compiled_anew(self, compiled):
+    def test_a_new_length_or_number_of_documents_is_not_compiled_again(self, compiled):
         implementations, launched = compiled
         for B, T in [(1, 64), (2, 65), (3, 130), (2, 6)]:
             query, key, lengths, scaling = planted((B, 4, 2, T, 64), dtype=torch.bfloat16)
@@ -119,11 +116,11 @@ class TestDispatch:
 
         def moments(logits, targets, **options):
             calls.append(len(logits))
-            return attributes.predictions(logits, lambda x: x, targets, **options)
+            return eager.predictions(logits, lambda x: x, targets, **options)
 
         def attention_received(*given):
             calls.append(given[-1].shape)
-            return attributes.attention_received(*given)
+            return eager.attention_received(*given)
 
         implementations = SimpleNamespace(
             calls=calls, moments=moments, attention_received=attention_received, FAILURES=(RuntimeError, OSError)
@@ -141,16 +138,16 @@ class TestDispatch:
         assert triton_dispatch.attempt("moments", torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)) is None
 
     def test_implementations_are_used_and_get_larger_chunks(self, implementations, monkeypatch):
-        monkeypatch.setattr(kernels, "TRITON_LOGIT_ELEMENTS", 301 * 100)
+        monkeypatch.setattr(dispatch, "TRITON_LOGIT_ELEMENTS", 301 * 100)
         given = head_of(300)
-        assert torch.allclose(kernels.predictions(*given), attributes.predictions(*given), atol=2e-5)
+        assert torch.allclose(dispatch.predictions(*given), eager.predictions(*given), atol=2e-5)
         assert implementations.calls == [64, 100, 100, 36]
 
     def test_the_log_sum_exp_is_always_given(self, implementations):
         query, key, offsets, scaling = packed()
-        kernels.attention_received(query, key, None, AttentionSpec(scaling, offsets=offsets))
+        dispatch.attention_received(query, key, None, AttentionSpec(scaling, offsets=offsets))
         query, key, lengths, scaling = planted(SHAPES[0])
-        kernels.attention_received(query, key, lengths, AttentionSpec(scaling))
+        dispatch.attention_received(query, key, lengths, AttentionSpec(scaling))
         assert implementations.calls == [(1, 4, 138), (1, 4, 64)]
 
     @pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), OSError("ptxas")])
@@ -165,7 +162,7 @@ class TestDispatch:
         given = head_of(300)
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
-                assert torch.allclose(kernels.predictions(*given), attributes.predictions(*given), atol=2e-5)
+                assert torch.allclose(dispatch.predictions(*given), eager.predictions(*given), atol=2e-5)
         assert len(tried) == 1
         assert [str(error) in record.getMessage() for record in caplog.records] == [True]
 
@@ -176,11 +173,11 @@ class TestDispatch:
         monkeypatch.setattr(implementations, "moments", full)
         for _ in range(2):  # and does not count as broken
             with pytest.raises(torch.OutOfMemoryError):
-                kernels.predictions(*head_of(3))
+                dispatch.predictions(*head_of(3))
 
     def test_without_triton_one_warning(self, monkeypatch, caplog):
         monkeypatch.setitem(sys.modules, "xtf_plugin.scoring.kernels.triton_attention", None)
-        monkeypatch.delattr(xtf_plugin, "triton_kernels", raising=False)
+        monkeypatch.delattr(kernels, "triton_attention", raising=False)
         triton_dispatch._triton.cache_clear()
         try:
             with caplog.at_level(logging.WARNING):

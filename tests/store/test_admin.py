@@ -1,4 +1,4 @@
-"""What the score cache holds is listed, and what is asked for is deleted, and nothing else."""
+"""The score cache is listed and pruned, and no other file is deleted."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pytest
 
 from tests.store.test_store import OTHER, REFERENCE, fill, shard_files
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.store import admin as cache
+from xtf_plugin.store import admin
 
 
 def test_cache_list(tmp_path):
-    assert cache.list_cache(tmp_path / "nowhere") == []
+    assert admin.list_cache(tmp_path / "nowhere") == []
     fill(tmp_path, (3, 5), layers="0,1", description={"model": "tiny", "dtype": "bfloat16"})
     fill(tmp_path, (2,), layers=None)
     fill(tmp_path, (9,), layers="7", reference=OTHER)
     (tmp_path / "v2" / OTHER / f"relevance-{'a' * 32}.parquet").write_bytes(b"x" * 100)
-    listed = cache.list_cache(tmp_path)
+    listed = admin.list_cache(tmp_path)
     facts = [(e.reference, e.layers, e.documents, e.tokens, e.description.get("model")) for e in listed]
     assert facts == [(REFERENCE, "0,1", 2, 8, "tiny"), (REFERENCE, None, 1, 2, "tiny"), (OTHER, "7", 1, 9, None)]
     assert sum(e.bytes for e in listed) == sum(p.stat().st_size for p in shard_files(tmp_path))
@@ -26,7 +26,7 @@ def test_cache_list(tmp_path):
 
 
 def prune(root, older=None, reference=None, everything=False, dry_run=False):
-    return cache.prune_cache(root, older_than_days=older, reference=reference, everything=everything, dry_run=dry_run)
+    return admin.prune_cache(root, older_than_days=older, reference=reference, everything=everything, dry_run=dry_run)
 
 
 def test_prune_by_age_and_reference(tmp_path):

@@ -1,4 +1,4 @@
-"""Files that must not be believed, and folders that cannot be written: told, never fatal, never a wrong score."""
+"""Invalid shards and folders that cannot be written: they are logged, and never give an error or a wrong score."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import xxhash
 
 from tests.store.test_store import OTHER, REFERENCE, fill, records, shard_files
 from xtf_plugin import files
-from xtf_plugin.store import shard_format as shards
+from xtf_plugin.store import shard_format
 from xtf_plugin.store.store import ScoreStore
 
 LENGTHS = (3, 5, 1)
 
 
 def forge(path: Path, change) -> Path:
-    """A shard changed by someone who also gives it the right name: only what is inside can give it away."""
+    """A changed shard under the name that matches its bytes."""
     table = change(pq.read_table(path))
     path.unlink()
     pq.write_table(table, path)
@@ -33,8 +33,8 @@ def forge(path: Path, change) -> Path:
 
 def header(**changes):
     def change(table):
-        facts = json.loads(table.schema.metadata[shards.HEADER]) | changes
-        return table.replace_schema_metadata({shards.HEADER: json.dumps(facts)})
+        facts = json.loads(table.schema.metadata[shard_format.HEADER]) | changes
+        return table.replace_schema_metadata({shard_format.HEADER: json.dumps(facts)})
 
     return change
 
@@ -71,8 +71,8 @@ FORGERIES = {
     "the format before this": header(format=1),
     "a format of no form": header(format="x"),
     "no header": lambda table: table.replace_schema_metadata(None),
-    "a header that is no JSON": lambda table: table.replace_schema_metadata({shards.HEADER: b"\xff{"}),
-    "a header that is a list": lambda table: table.replace_schema_metadata({shards.HEADER: b"[1]"}),
+    "a header that is no JSON": lambda table: table.replace_schema_metadata({shard_format.HEADER: b"\xff{"}),
+    "a header that is a list": lambda table: table.replace_schema_metadata({shard_format.HEADER: b"[1]"}),
     "a shortened list": column("logprobs", cut_first_list),
     "attention cut elsewhere": column("attention", lambda v: relist(v, [0, 2, 8, 9])),
     "entropy cut elsewhere": column("entropy", lambda v: relist(v, [0, 2, 8, 9])),
@@ -108,7 +108,7 @@ def damaged(kind: str, path: Path) -> Path:
 
 
 def test_a_forgery_that_changes_nothing_passes(tmp_path):
-    """Otherwise the forgeries below could be found out by how they are made."""
+    """Otherwise the forgeries below could be detected by how they are written."""
     keys = fill(tmp_path, LENGTHS).keys
     forge(shard_files(tmp_path)[0], header())
     assert ScoreStore(tmp_path, REFERENCE, "0,1").load(keys, np.array(LENGTHS)).found.all()
@@ -117,7 +117,7 @@ def test_a_forgery_that_changes_nothing_passes(tmp_path):
 @pytest.mark.parametrize(
     "kind", ["zero-byte", "truncated", "half", "text", "directory", "pipe", "foreign name", *FORGERIES]
 )
-def test_a_bad_file_is_told_and_set_aside(tmp_path, caplog, kind):
+def test_a_bad_file_is_logged_and_set_aside(tmp_path, caplog, kind):
     keys = fill(tmp_path, LENGTHS).keys
     (good,) = shard_files(tmp_path)
     bad = damaged(kind, good)
@@ -180,13 +180,13 @@ def test_shards_of_the_format_before_this_are_read(tmp_path, caplog):
 
 def test_a_later_format_is_left_alone(tmp_path, caplog):
     keys = fill(tmp_path, LENGTHS).keys
-    path = forge(shard_files(tmp_path)[0], header(format=shards.FORMAT + 1))
+    path = forge(shard_files(tmp_path)[0], header(format=shard_format.FORMAT + 1))
     store = ScoreStore(tmp_path, REFERENCE, "0,1")
     for _ in range(2):
         assert not store.load(keys, np.array(LENGTHS)).found.any()
     assert path.exists()
     (warning,) = caplog.messages
-    assert path.name in warning and f"format {shards.FORMAT + 1}" in warning
+    assert path.name in warning and f"format {shard_format.FORMAT + 1}" in warning
 
 
 def test_a_file_that_cannot_be_read_now_is_left_alone(tmp_path, caplog, monkeypatch):
@@ -236,7 +236,7 @@ def test_a_cache_below_a_file(tmp_path, caplog):
     check_kept_in_memory(ScoreStore(tmp_path / "file" / "cache", REFERENCE, "0", shard_tokens=1), caplog)
 
 
-@pytest.mark.parametrize("where", [(os, "replace"), (os, "fsync"), (Path, "open"), (shards.pq, "write_table")])
+@pytest.mark.parametrize("where", [(os, "replace"), (os, "fsync"), (Path, "open"), (shard_format.pq, "write_table")])
 def test_a_full_disk(tmp_path, caplog, monkeypatch, where):
     store = ScoreStore(tmp_path, REFERENCE, "0", shard_tokens=1)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""A killed writer loses at most the shard in flight and leaves nothing behind; two writers lose nothing."""
+"""A killed writer loses at most the shard being written; its temporary files are deleted; two writers lose nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WRITER = f"""
 import itertools, os, signal, sys
 from pathlib import Path
 from tests.store.test_kill import document
-from xtf_plugin.store import ScoreStore
+from xtf_plugin.store.store import ScoreStore
 
 store = ScoreStore(Path(sys.argv[1]), "{REFERENCE}", "0", shard_tokens=1)
 start, count = int(sys.argv[2]), int(sys.argv[3])
@@ -37,7 +37,7 @@ for counter in itertools.count(start) if count < 0 else range(start, start + cou
 
 
 def document(index):
-    """One document and its scores, told by its number."""
+    """One document and its scores, made from its number."""
     key = np.frombuffer(index.to_bytes(16, "little"), dtype=np.uint8).reshape(1, 16)
     values = np.arange(LENGTH, dtype=np.float32) + index
     return Records(key, np.array([0, LENGTH]), -values, values, values, values)

@@ -1,4 +1,4 @@
-"""The score store: what is added is found again, by document and reference, and by nothing else."""
+"""The score store: scores are found by document and reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from xtf_plugin.store import shard_format as shards
+from xtf_plugin.store import shard_format
 from xtf_plugin.store.records import COLUMNS, Records
 from xtf_plugin.store.store import ScoreStore, layers_tag
 
@@ -53,6 +53,16 @@ def test_what_was_added_is_found_in_any_order(tmp_path):
     assert found.found.all()
     for name, values in added.columns.items():
         np.testing.assert_array_equal(getattr(found, name), values[expected])
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_records_are_serialised_without_loss(attention):
+    sent = records((3, 0, 5), attention=attention)
+    received = Records.from_bytes(sent.to_bytes())
+    assert list(received.columns) == list(sent.columns)
+    for name in ("keys", "offsets", *sent.columns):
+        np.testing.assert_array_equal(getattr(received, name), getattr(sent, name))
+        assert getattr(received, name).dtype == getattr(sent, name).dtype
 
 
 def test_unknown_documents_and_other_lengths_are_not_found(tmp_path):
@@ -141,8 +151,8 @@ def test_shards_are_written_by_size_and_by_time(tmp_path):
     assert len(shard_files(tmp_path)) == 3
 
 
-def test_a_full_shard_leaves_no_crumb_behind(tmp_path):
-    """A batch that overshoots the size by a little is one shard, not one and a remainder of a few documents."""
+def test_a_full_shard_leaves_no_small_remainder(tmp_path):
+    """A batch slightly larger than a shard is one shard."""
     store = ScoreStore(tmp_path, REFERENCE, "0", shard_tokens=100)
     for seed in range(11):
         store.add(records((10, 1), seed=seed))
@@ -175,7 +185,7 @@ def test_a_shard_is_named_after_its_bytes_and_written_once(tmp_path):
     for _ in range(2):
         fill(tmp_path)
     (path,) = shard_files(tmp_path)
-    assert shards.xxhash.xxh3_128_hexdigest(path.read_bytes()) == path.stem
+    assert shard_format.xxhash.xxh3_128_hexdigest(path.read_bytes()) == path.stem
     assert path.parent == tmp_path / "v2" / REFERENCE / "layers-0_1"
 
 

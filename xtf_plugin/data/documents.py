@@ -1,8 +1,8 @@
-"""Rows of a dataset become documents: what is scored once, and found again by content.
+"""Turns dataset rows into documents, the units that are scored once and found again by content.
 
-A document is a maximal stretch of tokens that attends only to itself: a whole row, or one of the pieces of a packed
-row. Its key is a hash of its token ids and of which of them carry a label, so it is found again after shuffling,
-packing, sharding and a prepared-dataset cache, and adding rows to a dataset adds documents without touching the others.
+A document is a maximal run of tokens that attend only to each other: a row, or one of the pieces of a packed row. Its
+key is a hash of its token ids and of which of them carry a label. So it is found again after shuffling, packing,
+sharding or reloading a prepared dataset, and adding rows to a dataset leaves the keys of the other documents unchanged.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ Mask = NDArray[np.bool_]
 
 
 def document_key(input_ids: Ids, completion: Mask) -> bytes:
-    """128-bit key of a document.
-
-    Equals `xxh3_128(int64 little-endian token ids + packed label mask)`, 16 bytes.
+    """128-bit key of a document: `xxh3_128(int64 little-endian token ids + packed label mask)`, 16 bytes.
 
     Args:
         input_ids: (T,) token ids.
@@ -42,11 +40,11 @@ def document_key(input_ids: Ids, completion: Mask) -> bytes:
 
 
 def split_row(row: Mapping[str, Any]) -> list[tuple[slice, Ids, Mask]]:
-    """Cut a dataset row into its documents: (where in the row, token ids, label mask) each.
+    """Cut a dataset row into its documents: (slice of the row, token ids, label mask) each.
 
-    A row with `seq_lengths` is packed (TRL `bfd`, `bfd_split`); one with `position_ids` is cut where they restart; any
-    other row is one document. TRL's `wrapped` packing keeps no boundaries: its rows are scored as they are trained on.
-    What `attention_mask` marks as padding belongs to no document.
+    A row with `seq_lengths` is packed (TRL `bfd`, `bfd_split`); one with `position_ids` is cut where they restart at 0;
+    any other row is one document. TRL's `wrapped` packing records no boundaries, so its rows are one document each.
+    Tokens that `attention_mask` marks as padding belong to no document.
 
     Raises:
         XTFUserError: no `labels`, labels of another length, labels on padding, or `seq_lengths` that do not add up.
@@ -54,8 +52,7 @@ def split_row(row: Mapping[str, Any]) -> list[tuple[slice, Ids, Mask]]:
     if row.get("labels") is None:
         raise XTFUserError(
             "the training rows carry no `labels`, so xtf cannot tell completion from prompt. Let the trainer prepare "
-            "the "
-            "dataset (no skip_prepare_dataset), or add a `labels` column with -100 outside the completion."
+            "the dataset (no skip_prepare_dataset), or add a `labels` column with -100 outside the completion."
         )
     ids, labels = numbers(row, "input_ids"), numbers(row, "labels")
     if len(ids) != len(labels):
@@ -69,10 +66,13 @@ def split_row(row: Mapping[str, Any]) -> list[tuple[slice, Ids, Mask]]:
 
 
 def numbers(row: Mapping[str, Any], name: str, kinds: str = "iu") -> NDArray[Any]:
-    """A column of a row as a flat array: int64, unless `kinds` allows other kinds of numbers (NumPy's letters).
+    """A column of a row as a flat array; integers as int64.
+
+    Args:
+        kinds: allowed kinds of NumPy dtypes; by default integers, as a fraction would be cut to another token id.
 
     Raises:
-        XTFUserError: anything else; a fraction or a number beyond 64 bits would come out as another token.
+        XTFUserError: the column is missing, is not a flat list of such numbers, or has integers beyond 64 bits.
     """
     given = row.get(name)
     if given is None:
@@ -80,7 +80,7 @@ def numbers(row: Mapping[str, Any], name: str, kinds: str = "iu") -> NDArray[Any
     try:
         found = np.asarray(given)
         if found.dtype == object and found.ndim == 1:
-            found = np.asarray(found.tolist())  # whole numbers that came as objects
+            found = np.asarray(found.tolist())  # integers stored as objects
     except (TypeError, ValueError, OverflowError, RuntimeError):  # ragged lists; tensors that NumPy does not take
         found = np.asarray(None)
     if found.ndim == 1 and not len(found):
@@ -98,7 +98,7 @@ def numbers(row: Mapping[str, Any], name: str, kinds: str = "iu") -> NDArray[Any
 
 
 def _without_padding(row: Mapping[str, Any], completion: Mask) -> tuple[int, int]:
-    """Where a row's tokens begin and end, by its `attention_mask`: many datasets are padded before they get here."""
+    """Begin and end of a row's tokens without its padding, from its `attention_mask`."""
     if row.get("attention_mask") is None:
         return 0, len(completion)
     real = numbers(row, "attention_mask", "biuf") != 0
@@ -118,7 +118,7 @@ def _without_padding(row: Mapping[str, Any], completion: Mask) -> tuple[int, int
 
 
 def _bounds(row: Mapping[str, Any], start: int, end: int) -> list[int]:
-    """Where the documents between `start` and `end` of a row begin, counted from `start`; and the end of the last."""
+    """Offsets, counted from `start`, of the documents between `start` and `end` of a row."""
     length = end - start
     if row.get("seq_lengths") is not None:
         lengths = numbers(row, "seq_lengths")
@@ -142,7 +142,7 @@ def _bounds(row: Mapping[str, Any], start: int, end: int) -> list[int]:
 
 @dataclass(frozen=True)
 class DocumentSet:
-    """The distinct documents of a dataset, flattened, and which rows they came from.
+    """The distinct documents of a dataset in flat arrays, and the documents of each row.
 
     Args:
         keys: (N, 16) uint8.
@@ -176,9 +176,8 @@ class DocumentSet:
     @cached_property
     def completion_positions(self) -> NDArray[np.int32]:
         """Position of every completion token within its document, (M,)."""
-        flat = np.flatnonzero(self.completion)
         starts = np.repeat(self.offsets[:-1], np.diff(self.completion_offsets))
-        return (flat - starts).astype(np.int32)
+        return (np.flatnonzero(self.completion) - starts).astype(np.int32)
 
     def document(self, index: int) -> tuple[NDArray[np.int32], Mask]:
         """Token ids and label mask of one document."""
@@ -190,13 +189,11 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
     """Collect the distinct documents of a dataset in order of first appearance.
 
     Raises:
-        XTFUserError: see `split_row`; also token ids that are negative or beyond 32 bits, and no completion token at
-            all.
+        XTFUserError: as in `split_row`; a token id is negative or beyond 32 bits; no row has a completion token.
     """
     index: dict[bytes, int] = {}
     ids: list[NDArray[np.int32]] = []
     masks: list[Mask] = []
-    counts: list[int] = []
     row_sizes: list[int] = []
     row_documents: list[int] = []
     for row in rows:
@@ -204,29 +201,26 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
         row_sizes.append(len(documents))
         for _, tokens, completion in documents:
             key = document_key(tokens, completion)
-            at = index.get(key)
-            if at is None:
-                at = index[key] = len(ids)
+            if key not in index:
+                index[key] = len(ids)
                 ids.append(_to_int32(tokens))
                 masks.append(completion)
-                counts.append(0)
-            counts[at] += 1
-            row_documents.append(at)
+            row_documents.append(index[key])
     if not any(mask.any() for mask in masks):
         raise XTFUserError(
             f"none of the {len(row_sizes)} training rows has a completion token (a label other than -100): there is "
-            "nothing "
-            "to score or to train on. Check completion_only_loss / assistant_only_loss, the chat template and "
+            "nothing to score or to train on. Check completion_only_loss / assistant_only_loss, the chat template and "
             "max_length."
         )
+    found = np.asarray(row_documents, dtype=np.int64)
     return DocumentSet(
         keys=np.frombuffer(b"".join(index), dtype=np.uint8).reshape(-1, KEY_BYTES),
-        counts=np.asarray(counts, dtype=np.int64),
+        counts=np.bincount(found).astype(np.int64),
         offsets=_offsets([len(i) for i in ids]),
         input_ids=np.concatenate(ids),
         completion=np.concatenate(masks),
         row_offsets=_offsets(row_sizes),
-        row_documents=np.asarray(row_documents, dtype=np.int64),
+        row_documents=found,
     )
 
 

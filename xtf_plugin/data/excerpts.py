@@ -1,33 +1,26 @@
-"""Excerpts of documents: a sentence behind another past than the one it stands behind.
+"""Excerpts: a sentence or line after a shortened context.
 
-What follows noise looks like noise itself, because the reference has just read noise. To ask what it says without, a
-document is made of what is left before the sentence, and of the sentence. It is scored and stored by content as any
-other, so every model that can score can do this, and a second run finds the answers.
+Text that follows noise has a low probability because the reference has just read noise. To measure it without, an
+excerpt is made: what is left of the document before the segment, and the segment. Excerpts are documents, so they are
+scored and stored like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .documents import IGNORE_INDEX, DocumentSet, collect
-from .ragged import stretches
-
-if TYPE_CHECKING:
-    from ..scorers.base import Predictions
-
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
+from .predictions import Predictions
+from .ragged import Bools, Floats, Ints, stretches
 
 
 @dataclass(frozen=True)
 class Excerpted:
-    """What a reference predicts at the completion tokens of some segments, (M,) each; NaN at all others."""
+    """What a reference predicts at the completion tokens of some segments, (M,) each; NaN elsewhere."""
 
     logprobs: Floats
     entropy: Floats
@@ -35,31 +28,31 @@ class Excerpted:
 
 
 def excerpts(documents: DocumentSet, hidden: Bools, starts: Ints, wanted: Ints, breaks: Bools) -> DocumentSet:
-    """One document for each wanted segment: all before it in its document that is not hidden, then the segment.
+    """One document per wanted segment: the tokens before it in its document that are not hidden, then the segment.
 
-    Equals, per segment, `[t for t in before if not hidden(t)] + segment`, of which the segment alone carries labels. A
-    hidden token that ends a line stays where something before it in the line does: the segment would else be glued to
-    what is left of a line that it does not belong to, and look odd for that.
+    Equals, per segment, `[t for t in before if not hidden(t)] + segment`, with labels on the segment alone. A hidden
+    token that ends a line is kept if an earlier token of the line is visible; otherwise the segment would be joined to
+    the rest of a line that it does not belong to.
 
     Args:
         documents: N documents with M completion tokens.
-        hidden: (M,) completion tokens to leave out; what is no completion always stays.
-        breaks: (M,) completion tokens that end a line.
+        hidden: (M,) completion tokens to leave out; prompts are never left out.
         starts: (S,) first completion token of each segment, ascending from 0; no segment spans two documents or turns.
         wanted: (W,) indices into `starts`.
+        breaks: (M,) completion tokens that end a line.
 
     Returns:
-        the distinct documents; `row_documents` (W,) tells which belongs to which segment.
+        the distinct documents; `row_documents` (W,) has the document of each segment.
     """
     flat = np.flatnonzero(documents.completion)
     visible = np.ones(len(documents.input_ids), dtype=bool)
     visible[flat[hidden & ~_needed_breaks(documents, hidden, breaks)]] = False
     ends = np.append(starts[1:], len(flat))
-    first, behind = flat[starts[wanted]], flat[ends[wanted] - 1] + 1
+    first, stop = flat[starts[wanted]], flat[ends[wanted] - 1] + 1
     begins = documents.offsets[np.searchsorted(documents.offsets, first, side="right") - 1]
 
     def rows() -> Iterator[dict[str, Any]]:
-        for begin, a, b in zip(begins, first, behind, strict=True):
+        for begin, a, b in zip(begins, first, stop, strict=True):
             past = documents.input_ids[begin:a][visible[begin:a]]
             own = documents.input_ids[a:b]
             labels = np.concatenate([np.full(len(past), IGNORE_INDEX), own])
@@ -69,7 +62,7 @@ def excerpts(documents: DocumentSet, hidden: Bools, starts: Ints, wanted: Ints, 
 
 
 def _needed_breaks(documents: DocumentSet, hidden: Bools, breaks: Bools) -> Bools:
-    """Hidden line ends of lines of which something before them is visible, (M,)."""
+    """Hidden ends of lines that have a visible token, (M,)."""
     if not (hidden & breaks).any():
         return np.zeros(len(hidden), dtype=bool)
     begins = np.zeros(len(hidden) + 1, dtype=bool)
@@ -89,7 +82,7 @@ def predictions_without(
     breaks: Bools,
     predict: Callable[[DocumentSet], Predictions],
 ) -> Excerpted:
-    """What a reference predicts in the wanted segments when it has not read the hidden tokens before them.
+    """What a reference predicts in the wanted segments if the hidden tokens before them are left out.
 
     Args:
         documents, hidden, starts, wanted, breaks: as in `excerpts`.

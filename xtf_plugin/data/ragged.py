@@ -1,8 +1,8 @@
-"""Arithmetic on flat per-token arrays that are cut into documents: vectorised, chunk by chunk, whatever the chunks.
+"""Vectorised arithmetic on flat per-token arrays that are cut into documents.
 
-Nothing here may depend on which documents share a chunk, nor on their order: a mask has to come out equal for one
-document alone and for a million. So sums over tokens are integers, or taken over a fixed pattern of neighbours; never
-differences of a running floating-point sum.
+No result depends on the other documents or on their order, so a document has the same mask alone and among a million.
+Sums over tokens are therefore integers, or taken over a fixed pattern of neighbours, and never differences of a running
+floating-point sum.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK_TOKENS = 1 << 17  # temporaries that fit the processor's cache; larger ones take up to half as long again
+CHUNK_TOKENS = 1 << 17  # temporaries fit the processor's cache; larger ones take up to half as long again
 UNDEFINED_KEY = np.uint32(0xFFFFFFFF)
 
 Bools = NDArray[np.bool_]
@@ -28,21 +28,21 @@ Scale = Callable[[Doubles], Doubles]
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:
-    """Slices of `size` items, the last one maybe shorter, that cover `total` items in order."""
+    """Slices of `size` items that cover `total` items in order; the last one may be shorter."""
     return (slice(low, min(low + size, total)) for low in range(0, total, size))
 
 
 def identity(values: Doubles) -> Doubles:
-    """The scale that changes nothing."""
+    """The linear scale."""
     return values
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where documents lie in a flat array of M tokens, and how often each occurs in the dataset.
+    """The documents of a flat array of M tokens, and how often each occurs in the dataset.
 
     Args:
-        offsets: (N + 1,) int64; document `i` holds the tokens `offsets[i]` up to `offsets[i + 1]`, possibly none.
+        offsets: (N + 1,) int64; document `i` is the tokens `offsets[i]` up to `offsets[i + 1]`, possibly none.
         counts: (N,) int64, the weight of each document in statistics over the dataset.
     """
 
@@ -55,10 +55,10 @@ class Layout:
         return np.diff(self.offsets)
 
     def chunks(self, padding: int = 0) -> Iterator[tuple[slice, slice, Layout]]:
-        """Cut into runs of whole documents of about 131,000 tokens: (tokens, documents, layout of the run) each.
+        """Group consecutive documents into runs of about 131,000 tokens: (tokens, documents, layout of the run) each.
 
         Args:
-            padding: tokens that a document costs beyond its own.
+            padding: tokens that each document counts for beyond its own.
         """
         cost = self.offsets + padding * np.arange(len(self.offsets))
         low, n = 0, len(self.counts)
@@ -70,28 +70,28 @@ class Layout:
             low = high
 
     def spread(self, per_document: NDArray[T]) -> NDArray[T]:
-        """Repeat one number per document over its tokens, (N,) -> (M,)."""
+        """Repeat one value per document over its tokens, (N,) -> (M,)."""
         return np.repeat(per_document, self.lengths)
 
     def count(self, flags: Bools) -> Ints:
-        """Marked tokens per document, (M,) -> (N,)."""
+        """Number of marked tokens per document, (M,) -> (N,)."""
         return np.diff(np.searchsorted(np.flatnonzero(flags), self.offsets))
 
     def occurrences(self, flags: Bools) -> int:
-        """How many tokens of the dataset are marked, (M,) -> a number; a document counts as often as it occurs."""
+        """Number of marked tokens in the dataset; each document counts as often as it occurs."""
         return sum(int(part.count(flags[tokens]) @ part.counts) for tokens, _, part in self.chunks())
 
 
 def ordered(scores: Floats) -> Keys:
     """Integers that sort like the scores, (M,) uint32; NaN sorts last, as `UNDEFINED_KEY`."""
-    bits = (scores + np.float32(0)).view(np.uint32)  # adding 0 turns -0.0, which would sort below 0.0, into 0.0
+    bits = (scores + np.float32(0)).view(np.uint32)  # -0.0 + 0 is 0.0; -0.0 would sort below it
     keys: Keys = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
     keys[np.isnan(scores)] = UNDEFINED_KEY
     return keys
 
 
 def unordered(keys: Keys) -> Doubles:
-    """The scores that `ordered` made the keys from, as float64."""
+    """Inverse of `ordered`, in float64."""
     bits = np.where(keys >> 31, keys & np.uint32(0x7FFFFFFF), ~keys).astype(np.uint32)
     scores = bits.view(np.float32).astype(np.float64)
     scores[keys == UNDEFINED_KEY] = np.nan
@@ -108,7 +108,7 @@ def windowed(scores: Floats, layout: Layout, window: int) -> Floats:
     result = np.empty_like(scores)
     half = window // 2
     for tokens, _, part in layout.chunks(padding=half):
-        # `half` zeros before every document and behind the last keep the sums apart; a sum then starts at `first`
+        # `half` zeros around every document keep their sums apart; a window then starts at `first`
         first = np.arange(int(part.offsets[-1])) + part.spread(np.arange(len(part.counts)) * half)
         size = int(part.offsets[-1]) + (len(part.counts) + 1) * half
         values, defined = np.zeros(size), np.zeros(size)
@@ -123,11 +123,10 @@ def windowed(scores: Floats, layout: Layout, window: int) -> Floats:
 def segment_means(scores: Floats, layout: Layout, starts: Ints) -> Floats:
     """Replace every defined score by the mean of its segment's defined scores, (M,) -> (M,).
 
-    Equals `np.nanmean(scores[starts[s] : starts[s + 1]])` for each token of segment `s` that is not NaN itself. Sums
-    are taken in float64 over the segment's own tokens, so what else is in the dataset changes no bit.
+    Equals `np.nanmean(scores[starts[s] : starts[s + 1]])` for each token of segment `s` that is not NaN itself.
 
     Args:
-        starts: (S,) strictly ascending first tokens of the segments; every document that is not empty begins one.
+        starts: (S,) strictly ascending first tokens of the segments; every non-empty document begins one.
     """
     result = np.empty_like(scores)
     for tokens, _, _ in layout.chunks():
@@ -145,7 +144,7 @@ def segment_means(scores: Floats, layout: Layout, starts: Ints) -> Floats:
 
 
 def _sliding_sum(values: Doubles, window: int) -> Doubles:
-    """`values[i : i + window].sum()` at every i, added up by doubling: the same order of additions at every place."""
+    """`values[i : i + window].sum()` at every i by doubling, which adds in the same order everywhere."""
     total, power, done, width = np.zeros_like(values), values, 0, 1
     while width <= window:
         if window & width:
@@ -163,12 +162,10 @@ def _shifted(values: Doubles, by: int) -> Doubles:
 
 
 def lowest(keys: Keys, layout: Layout, number: Ints) -> tuple[Bools, Keys]:
-    """Mark the `number[i]` smallest keys of each document; of equal ones the earliest.
-
-    Equals `np.argsort(keys_of_document, kind="stable")[:number]`, document by document.
+    """Mark the `number[i]` smallest keys of document `i`: `np.argsort(keys_of_document, kind="stable")[:number[i]]`.
 
     Returns:
-        The marks, (M,), and the largest key marked in each document, (N,); `UNDEFINED_KEY` where none is.
+        the marks, (M,), and the largest marked key of each document, (N,); `UNDEFINED_KEY` where none is marked.
     """
     limits = np.full(len(number), UNDEFINED_KEY, dtype=np.uint32)
     some = number > 0
@@ -183,7 +180,7 @@ def lowest(keys: Keys, layout: Layout, number: Ints) -> tuple[Bools, Keys]:
     below, ties = keys < limit, keys == limit
     equal = np.flatnonzero(ties)
     document = np.searchsorted(inner.offsets, equal, side="right") - 1
-    place = np.arange(len(equal)) - np.searchsorted(equal, inner.offsets)[document]  # among its document's equal keys
+    place = np.arange(len(equal)) - np.searchsorted(equal, inner.offsets)[document]  # among its document's ties
     below[equal[place < (number - inner.count(below))[document]]] = True
     marks[wanted] = below
     return marks, limits
@@ -192,14 +189,14 @@ def lowest(keys: Keys, layout: Layout, number: Ints) -> tuple[Bools, Keys]:
 def sorted_keys(keys: Keys, layout: Layout) -> Keys:
     """Sort the keys within each document, (M,) -> (M,)."""
     packed: NDArray[np.uint64] = layout.spread(np.arange(len(layout.counts), dtype=np.uint64) << np.uint64(32)) | keys
-    packed.sort()  # one sort of plain integers; a lexsort or argsort takes five times as long
+    packed.sort()  # lexsort or argsort takes five times as long
     return packed.astype(np.uint32)  # the lower half
 
 
 def document_quantiles(scores: Floats, layout: Layout, q: Sequence[float], scale: Scale = identity) -> Doubles:
     """Quantiles of each document's defined scores, (len(q), N); NaN for a document without any.
 
-    Equals `np.quantile(scale(scores_of_document), q)` for a growing `scale`.
+    Equals `np.quantile(scale(scores_of_document), q)` for an increasing `scale`.
     """
     keys = sorted_keys(ordered(scores), layout)
     number = layout.count(~np.isnan(scores))
@@ -217,8 +214,8 @@ def document_quantiles(scores: Floats, layout: Layout, q: Sequence[float], scale
 def dataset_quantiles(scores: Floats, layout: Layout, q: Sequence[float], scale: Scale = identity) -> Doubles:
     """Quantiles of all defined scores, each counted as often as its document occurs, (len(q),); NaN if there is none.
 
-    Equals `np.quantile(scale(np.repeat(scores, occurrences)), q)` for a growing `scale`. Two passes of counting by the
-    upper and the lower half of the sort key: exact, and without a sorted copy of the dataset.
+    Equals `np.quantile(scale(np.repeat(scores, occurrences)), q)` for an increasing `scale`. Two passes count by the
+    upper and the lower half of the sort key, so the dataset is not sorted.
     """
     upper = np.zeros(1 << 16, dtype=np.int64)
     for keys, weights in _weighted_keys(scores, layout):
@@ -260,19 +257,17 @@ def _tally(index: NDArray[np.generic], weights: Doubles | None, size: int) -> In
 
 
 def _between(low: Doubles, high: Doubles, share: Doubles) -> Doubles:
-    """Linear interpolation with NumPy's own rounding, so that its quantiles come out to the last bit."""
+    """Linear interpolation with NumPy's rounding, so that quantiles equal NumPy's to the last bit."""
     return np.where(share < 0.5, low + (high - low) * share, high - (high - low) * (1 - share))
 
 
 def random_keys(documents: NDArray[np.uint8], layout: Layout, seed: int) -> Keys:
-    """A random number per token: SplitMix64 seeded by (seed, document key), whatever other documents there are, (M,).
+    """A random number per token, (M,): SplitMix64 seeded by `seed`, any integer, and the key of the token's document.
 
     Args:
-        documents: (N, 16), the keys of the documents.
-        layout: of their tokens.
-        seed: any whole number.
+        documents: (N, 16) keys of the documents of `layout`.
     """
-    halves = np.ascontiguousarray(documents).view("<u8").astype(np.uint64)  # (N, 2)
+    halves = np.ascontiguousarray(documents).view("<u8").astype(np.uint64)
     start = _mix(_mix(halves[:, 0] ^ _mix(np.asarray([seed % (1 << 64)], dtype=np.uint64))) ^ halves[:, 1])
     step = np.arange(1, layout.offsets[-1] + 1) - layout.spread(layout.offsets[:-1])
     state = layout.spread(start) + step.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -289,6 +284,6 @@ def _mix(state: Hashes) -> Hashes:
 
 
 def stretches(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices start, start + 1, ..., start + length - 1 of every span, one after the other."""
+    """Concatenated `np.arange(start, start + length)` of every span."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))

@@ -1,8 +1,8 @@
-"""Text of tokens, byte by byte, and which tokens a regular expression over the completion touches.
+"""The bytes of each token, and the tokens that a regular expression over the completion matches.
 
-A token is not a string: one character may be spread over several byte tokens, and decoding tokens one by one loses
-leading spaces. So each token is turned into the bytes that it stands for; a completion is their concatenation, decoded
-so that no byte is lost (`surrogateescape`), and a match in it is brought back to bytes, and from there to tokens.
+One character may be spread over several tokens, and decoding tokens one by one loses leading spaces. So each token is
+turned into its bytes. A completion is their concatenation, decoded with `surrogateescape` so that no byte is lost; a
+match in it is mapped back to bytes, and from there to tokens.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import XTFUserError
+from .ragged import Bools, Ints
 
 SPREAD = 8  # tokens that one character may be spread over
-Ints = NDArray[np.int64]
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE (GPT-2) writes for each byte.
+    """Byte of each character of byte-level BPE (GPT-2).
 
-    Bytes that are visible in Latin-1 stand for themselves; the others, in ascending order, for U+0100, U+0101 and so
-    on.
+    Bytes that are visible in Latin-1 are written as themselves, the others in ascending order as U+0100, U+0101, ...
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -37,20 +36,16 @@ def byte_alphabet() -> dict[str, int]:
 def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
     """The bytes that each token contributes to a text, in the order of `ids`.
 
-    Equals `tokenizer.decode([id]).encode()`, except that leading spaces and incomplete characters survive. Byte-level
-    BPE and SentencePiece-style vocabularies are read exactly, added and special tokens are their literal content; any
-    other decoder is asked token by token. An id that the tokenizer does not know contributes nothing.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        ids: token ids, best each only once.
+    Equals `tokenizer.decode([id]).encode()`, except that leading spaces and incomplete characters are kept. Byte-level
+    BPE and SentencePiece-style vocabularies are read exactly, added and special tokens are their literal content, and
+    other vocabularies are decoded token by token. An id that the tokenizer does not know has no bytes.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return [_decoded(tokenizer, int(i)) for i in ids]
     backend = tokenizer.backend_tokenizer
     state = json.loads(backend.to_str())
     to_bytes = _piece_decoder(state.get("decoder"))
-    # ordinary added pieces of SentencePiece vocabularies are spelt like the others (Gemma's runs of spaces)
+    # ordinary added tokens of SentencePiece vocabularies are written like the others (Gemma's runs of spaces)
     literal = {int(t["id"]) for t in state["added_tokens"] if t["special"] or to_bytes in (None, _byte_level)}
     result = []
     for i in map(int, ids):
@@ -65,7 +60,7 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
 
 
 def characters(pieces: Sequence[bytes]) -> Iterator[tuple[int, int, bytes]]:
-    """The tokens in order, those that one character is spread over together: (first token, number of tokens, bytes)."""
+    """Group tokens that share a character: (first token, number of tokens, bytes) of each group, in order."""
     place = 0
     while place < len(pieces):
         reaches = (b"".join(pieces[place : place + number]) for number in range(1, SPREAD + 1))
@@ -75,7 +70,7 @@ def characters(pieces: Sequence[bytes]) -> Iterator[tuple[int, int, bytes]]:
 
 
 def is_text(span: bytes) -> bool:
-    """Whether bytes are whole characters."""
+    """Whether bytes are valid UTF-8."""
     try:
         span.decode()
     except UnicodeDecodeError:
@@ -85,11 +80,11 @@ def is_text(span: bytes) -> bool:
 
 def match_spans(
     tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, patterns: Sequence[str]
-) -> NDArray[np.bool_]:
+) -> Bools:
     """Mark the tokens that a match of any pattern overlaps by at least one byte.
 
-    Equals `re.finditer` over the decoded text of each run, every match marking the tokens its characters come from. An
-    empty match marks nothing. A run is searched by itself: `^` and `$` are its ends, and no match spans two runs.
+    Equals `re.finditer` over the decoded text of each run. An empty match marks nothing. Each run is searched by
+    itself: `^` and `$` are its ends, and no match spans two runs.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -101,7 +96,7 @@ def match_spans(
         (M,) bool.
 
     Raises:
-        XTFUserError: a pattern that is not a regular expression.
+        XTFUserError: a pattern is not a regular expression.
     """
     compiled = [_compiled(pattern) for pattern in patterns]
     ids, offsets = np.asarray(token_ids), np.asarray(run_offsets, dtype=np.int64)
@@ -135,22 +130,20 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 def _byte_spans(text: str, size: int, spans: Sequence[tuple[int, int]]) -> Ints:
     """Character spans as byte spans, (n, 2)."""
     chars = np.asarray(spans, dtype=np.int64)
-    if len(text) == size:  # a byte a character
+    if len(text) == size:  # one byte per character
         return chars
     codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
     width = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
-    width[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1  # a byte that belongs to no character
+    width[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1  # an escaped byte
     return np.concatenate([[0], np.cumsum(width)])[chars]
 
 
-def _touched(spans: Ints, sizes: Ints) -> NDArray[np.bool_]:
+def _touched(spans: Ints, sizes: Ints) -> Bools:
     """Which of the consecutive tokens of these sizes share a byte with a span."""
     ends = np.cumsum(sizes)
-    first = np.searchsorted(ends, spans[:, 0], side="right")
-    behind = np.searchsorted(ends - sizes, spans[:, 1], side="left")
     change = np.zeros(len(sizes) + 1, dtype=np.int64)
-    np.add.at(change, first, 1)
-    np.add.at(change, behind, -1)
+    np.add.at(change, np.searchsorted(ends, spans[:, 0], side="right"), 1)
+    np.add.at(change, np.searchsorted(ends - sizes, spans[:, 1], side="left"), -1)
     return (np.cumsum(change[:-1]) > 0) & (sizes > 0)
 
 
@@ -163,29 +156,28 @@ def _decoded(tokenizer: Any, index: int) -> bytes:
 
 
 def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A decoder's parts in order, sequences unrolled."""
-    if decoder is not None:
-        if decoder["type"] == "Sequence":
-            for inner in decoder["decoders"]:
-                yield from _steps(inner)
-        else:
-            yield decoder
+    """The steps of a decoder, nested sequences flattened."""
+    if decoder is not None and decoder["type"] == "Sequence":
+        for inner in decoder["decoders"]:
+            yield from _steps(inner)
+    elif decoder is not None:
+        yield decoder
 
 
 def _piece_decoder(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes] | None:
-    """How to turn a vocabulary entry into bytes, read off the tokenizer's decoder; None: only the decoder knows."""
+    """A function from vocabulary entries to bytes; None: the tokenizer's decoder is of no known kind."""
     steps = list(_steps(decoder))
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
         return _byte_level
-    spaces = [step["replacement"] for step in steps if step["type"] == "Metaspace"]
     swaps = [(step["pattern"], step["content"]) for step in steps if step["type"] == "Replace"]
-    # Strip removes the space at the very start of a text, Fuse joins pieces: neither changes what a piece stands for
+    # Strip removes the space at the start of a text and Fuse joins pieces: neither changes the bytes of a piece
     if not kinds - {"Fuse", "Strip"} or kinds - {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}:
         return None
     if not all("String" in pattern for pattern, _ in swaps):
         return None
-    spelling = [(space, " ") for space in spaces] + [(pattern["String"], content) for pattern, content in swaps]
+    spelling = [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
+    spelling += [(pattern["String"], content) for pattern, content in swaps]
 
     def to_bytes(piece: str) -> bytes:
         byte = _BYTE_PIECE.fullmatch(piece) if "ByteFallback" in kinds else None
@@ -202,7 +194,7 @@ _ALPHABET = byte_alphabet()
 
 
 def _byte_level(piece: str) -> bytes:
-    """Undo byte-level BPE's spelling; a piece that is not spelt so stands for itself, as in the tokenizers library."""
+    """Bytes of a piece of byte-level BPE; a piece with other characters is literal, as in the tokenizers library."""
     try:
         return bytes([_ALPHABET[char] for char in piece])
     except KeyError:

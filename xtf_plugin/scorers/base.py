@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, model_validator
 
+from ..data.predictions import Predictions as Predictions
 from ..fields import Block, Drop, Layers, Name, Problems, ReferenceConfig, Share, Window
 
 if TYPE_CHECKING:
@@ -56,23 +57,6 @@ class ScoreConfig(Block):
         if idle:
             raise Problems(*idle)
         return self
-
-
-class Predictions(Protocol):
-    """What a reference predicts at every completion token, (M,) float32 each, in nats; NaN where undefined.
-
-    Attributes:
-        logprobs: log-probability of the token.
-        entropy: mean surprisal of a token drawn from the reference's distribution there.
-        deviation: standard deviation of that surprisal.
-    """
-
-    @property
-    def logprobs(self) -> Floats: ...  # noqa: D102
-    @property
-    def entropy(self) -> Floats: ...  # noqa: D102
-    @property
-    def deviation(self) -> Floats: ...  # noqa: D102
 
 
 class ScoreSource(Protocol):

@@ -24,8 +24,7 @@ from ..scorers import ScoreConfig, Scorer, ScoringContext, registry
 from ..selection.text_rules import TextRules, segment_starts
 from ..store.admin import warn_of_unused_scores
 from ..store.records import Records, StoredScores
-from ..store.store import Index, ScoreStore, reference_folder
-from ..store.vocabulary_tables import cached_table, store_table, table_name
+from ..store.store import Index, ScoreStore, cached_table, reference_folder, store_table, table_name
 from .batching import ScoringStats
 from .distributed import ALONE, Ranks, open_on_all, pool
 from .engine import gather_vectors, score

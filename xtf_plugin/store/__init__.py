@@ -1,1 +1,1 @@
-"""Scores on disk, found by content: read `store.py` first."""
+"""The score cache on disk: read `store.py` first."""

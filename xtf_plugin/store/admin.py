@@ -1,7 +1,7 @@
-"""`xtf cache list` and `xtf cache prune`: what the score cache holds, and how it gets smaller.
+"""`xtf cache list` and `xtf cache prune`: list the score cache, and delete from it.
 
-Only files that bear one of our names are ever deleted, only below the version folder (`<root>/v2`), and no symbolic
-link is followed there: a cache folder set to a wrong place must not cost anybody a file.
+Only files with names of ours are deleted, only below the version folder (`<root>/v2`), and no symbolic link is followed
+there, so that a wrong cache folder loses no other file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from .. import files
 from ..errors import XTFUserError, harmless
-from ..store import shard_format
+from . import shard_format
 from .store import DESCRIPTION, REFERENCE, VERSION_FOLDER, entries, layer_folders
 
 logger = logging.getLogger(__name__)
@@ -35,10 +35,10 @@ _CONTENT = re.compile(r"(relevance-)?[0-9a-f]{32}\.parquet(\.damaged)?")
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One score folder: a reference and the layers its attention received is averaged over.
+    """One score folder: a reference and the layers that attention received is averaged over.
 
-    `documents` and `tokens` count records, so a document scored twice counts twice. `bytes` over all entries add up to
-    what the cache takes: a reference's relevance tables are counted with its first entry. `modified`: POSIX seconds.
+    `documents` and `tokens` count records: a document that was scored twice counts twice. `bytes` of the first entry of
+    a reference includes its relevance tables. `modified` is in POSIX seconds.
     """
 
     reference: str
@@ -52,7 +52,7 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What `prune_cache` removed (or, in a dry run, would remove), and what it would not touch, with the reason."""
+    """What `prune_cache` removed (in a dry run: would remove), and the paths it refused, each with the reason."""
 
     removed: tuple[Path, ...]
     bytes: int
@@ -61,7 +61,7 @@ class PruneResult:
 
 
 def list_cache(root: Path) -> list[CacheEntry]:
-    """Every score folder below `root`, by reference; a missing cache is an empty one. Reads no scores."""
+    """Every score folder below `root`, by reference; a missing cache is empty. Reads no scores."""
     listed = []
     for folder in _reference_folders(root):
         description = _description(folder)
@@ -72,14 +72,10 @@ def list_cache(root: Path) -> list[CacheEntry]:
 
 
 def warn_of_unused_scores(root: Path, reference: str, description: Mapping[str, Any]) -> None:
-    """Warn if the cache holds scores of the same model made otherwise, with the difference.
-
-    Else scores that were made elsewhere, to be used here, would be made again unnoticed.
+    """Warn if the cache holds scores of the same model with other settings; the warning names the difference.
 
     Args:
-        root: the cache folder.
-        reference: fingerprint of the reference that is about to score.
-        description: its description.
+        reference, description: of the reference that is about to score.
     """
     for folder in _reference_folders(root):
         other = _description(folder)
@@ -87,44 +83,44 @@ def warn_of_unused_scores(root: Path, reference: str, description: Mapping[str, 
             continue
         names = [name for name in description if name not in ("fingerprint", "name", "source")]
         unlike = [f"{name} {other[name]}" for name in names if name in other and other[name] != description[name]]
-        here = ", ".join(f"{name} {description[name]}" for name in names)
         logger.warning(
-            "xtf: the cache holds scores of %s that do not count for this run: they were made with %s; this run has "
-            "%s. To score elsewhere for this run, score with its settings.",
+            "xtf: the cache holds scores of %s that this run cannot use: they were made with %s; this run has %s. "
+            "To score elsewhere for this run, score with its settings.",
             description.get("name"),
             harmless(", ".join(unlike)) or "other files or another version",
-            here,
+            ", ".join(f"{name} {description[name]}" for name in names),
         )
 
 
 def _last(description: Mapping[str, Any]) -> str:
-    """A model's name without the folder it lies in, which may be another one on another machine."""
+    """A model's name without its folder, which differs between machines."""
     return Path(str(description.get("name", ""))).name
 
 
 def prune_cache(
     root: Path, *, older_than_days: float | None, reference: str | None, everything: bool, dry_run: bool
 ) -> PruneResult:
-    """Delete cached scores: older than so many days, of one reference (given both, both must hold), or everything.
+    """Delete cached scores: those of an age, of a reference, or both; or everything.
 
-    A file's age is counted from when it was written. Temporary files of live processes stay; so does every file that
-    does not bear one of our names. A run that is scoring right now loses what is deleted under it.
+    Temporary files of live processes and files with other names are never deleted. A run that is scoring at the same
+    time loses the scores that are deleted.
 
     Args:
+        older_than_days: days since a file was written.
         reference: fingerprint, or an unambiguous start of one.
 
     Raises:
-        XTFUserError: nothing or a contradiction is asked for, an unknown reference, or a cache folder that is a link.
+        XTFUserError: neither or both of `everything` and the others, an unknown reference, or a cache that is a link.
     """
     if everything == (older_than_days is not None or reference is not None):
-        raise XTFUserError("say what to prune: an age in days and/or a reference, or else everything.")
+        raise XTFUserError("say what to prune: an age in days, a reference or both; or else everything.")
     if older_than_days is not None and not 0 <= older_than_days < float("inf"):
         raise XTFUserError(f"the age to prune from is {older_than_days} days; it must be 0 or more.")
     if os.path.islink(root / VERSION_FOLDER):
         raise XTFUserError(f"{root / VERSION_FOLDER} is a symbolic link; xtf deletes nothing through links.")
     folders = _reference_folders(root)
     if reference is not None:
-        folders = _matching(folders, reference)
+        folders = [_matching(folders, reference)]
     cutoff = float("inf") if older_than_days is None else time.time() - 86_400.0 * older_than_days
     removed: list[Path] = []
     refused: list[tuple[Path, str]] = []
@@ -149,7 +145,7 @@ def prune_cache(
 
 
 def _doomed(folder: Path, cutoff: float) -> tuple[list[_File], list[Path]]:
-    """What to delete of one reference, and the links in it; its description goes with the last of its content."""
+    """Files of one reference to delete, and links; its description is deleted with the last of its content."""
     inner = [path for path in layer_folders(folder) if not os.path.islink(path)]
     own = [found for each in (folder, *inner) for found in _own_files(each)]
     content = [file for kind, file in own if kind == "content"]
@@ -162,11 +158,11 @@ def _doomed(folder: Path, cutoff: float) -> tuple[list[_File], list[Path]]:
 
 
 def _own_files(folder: Path) -> Iterator[tuple[str, _File]]:
-    """Our own files in a folder and the links in their places, each as `content`, `stale` or `link`."""
+    """Our files in a folder, and links, each as `content`, `stale` or `link`."""
     for path in entries(folder):
         try:
             status = path.lstat()
-        except OSError:  # another process may tidy up at the same time
+        except OSError:  # deleted by another process
             continue
         if stat.S_ISLNK(status.st_mode):
             yield "link", (path, status)
@@ -194,7 +190,7 @@ def _entry(reference: str, description: Mapping[str, Any], own: list[_File]) -> 
 
 
 def _header(path: Path) -> tuple[int, int, str | None]:
-    """Documents, tokens and layers by a shard's header; nothing if it cannot be read (loading it logs why)."""
+    """Documents, tokens and layers of a shard's header; 0, 0 and None if it cannot be read."""
     try:
         metadata = pq.read_metadata(files.for_arrow(path))
         header = json.loads((metadata.metadata or {}).get(shard_format.HEADER, b"{}"))
@@ -206,7 +202,7 @@ def _header(path: Path) -> tuple[int, int, str | None]:
 def _description(folder: Path) -> Mapping[str, Any]:
     path = folder / DESCRIPTION
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # a pipe would block for ever
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # a pipe would block
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -220,18 +216,18 @@ def _reference_folders(root: Path) -> list[Path]:
     ]
 
 
-def _matching(folders: list[Path], reference: str) -> list[Path]:
+def _matching(folders: list[Path], reference: str) -> Path:
     """The folder of one reference."""
     hits = [path for path in folders if path.name.startswith(reference)] if reference else []
     hits = [path for path in hits if path.name == reference] or hits
     if len(hits) != 1:
         known = ", ".join(path.name for path in hits or folders) or "none"
-        problem = "fits several references" if hits else "is no reference in the cache"
-        raise XTFUserError(f"{reference!r} {problem}. There: {known}. See `xtf cache list`.")
-    return hits
+        problem = "matches several references" if hits else "is no reference in the cache"
+        raise XTFUserError(f"{reference!r} {problem}. Known: {known}. See `xtf cache list`.")
+    return hits[0]
 
 
 def _remove_empty(folder: Path) -> None:
     for path in (*layer_folders(folder), folder):
-        with contextlib.suppress(OSError):  # not empty, or a link: stays
+        with contextlib.suppress(OSError):  # not empty, or a link
             path.rmdir()

@@ -1,11 +1,12 @@
-"""The score cache: what a reference said about a document is stored and found again by content.
+"""The score cache: scores of documents, stored on disk and found by content.
 
-The key is the document and the reference and nothing else: changing a threshold reads scores and never makes them.
-Shards are only added. A kill loses at most the shard being written. A damaged file is logged, set aside and scored
-again. A folder that cannot be written costs the next run time, never this run its scores.
+The key is the document and the reference alone, so a new threshold needs no scoring. Shards are added and never
+changed. A killed process loses at most the shard being written. A damaged file is logged and set aside, and its
+documents are scored again. If a folder cannot be written, scores stay in memory.
 
-    <root>/v2/<reference>/reference.json          what the reference is, for `xtf cache list`
-    <root>/v2/<reference>/<layers>/<hash>.parquet a shard, see shard_format.py; with `.damaged` appended: set aside
+    <root>/v2/<reference>/reference.json          description of the reference, for `xtf cache list`
+    <root>/v2/<reference>/<layers>/<hash>.parquet a shard, see shard_format.py; `.damaged` is appended if set aside
+    <root>/v2/<reference>/relevance-<hash>.parquet a table over the vocabulary, so that a second run needs no model
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ import time
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
 from .. import files
 from ..data.documents import KEY_BYTES
 from ..errors import harmless
-from ..store import shard_format
+from . import shard_format
 from .records import Lookup, Records, StoredScores, column_names, identities, merge
 from .shard_format import BadShard, NewerShard
 
@@ -44,21 +46,23 @@ Index = dict[Path, NDArray[np.bytes_]]  # `records.identities` of the documents 
 
 
 class ScoreStore:
-    """A dictionary from document to its scores, see `records.Records`, that outlives the process.
+    """A persistent dictionary from documents to their scores, see `records.Records`.
+
+    Opening a store deletes stale temporary files of the reference.
 
     Args:
-        root: the cache folder; made when the first shard is written.
+        root: the cache folder; created when the first shard is written.
         reference: hex fingerprint of the scoring reference, see fingerprint.py.
-        layers: the layers that attention is averaged over, as in "0,1,2,3"; None: no attention, and log-probabilities
-            stored beside any attention will do.
+        layers: the layers that attention is averaged over, as in "0,1,2,3"; None: no attention is needed, so shards of
+            any layers are read.
         description: of the reference, for `xtf cache list`; no text of the data.
-        shard_tokens: a shard is written when this many tokens have come in ...
-        shard_seconds: ... or when the oldest of them has waited this long.
-        index: filled with what the shards that are read or written hold. A shard in it is read again only for a
-            document that it has, so stores that share an index do not read a cache twice.
+        shard_tokens: a shard is written as soon as this many tokens were added ...
+        shard_seconds: ... or the oldest of them were added so long ago.
+        index: filled with the documents of all shards that are read or written. A shard in it is read again only for a
+            document that it holds, so stores that share an index read each shard once.
 
     Attributes:
-        directory: where the shards go.
+        directory: the folder of new shards.
         persistent: False while scores are held in memory because the folder cannot be written.
 
     Raises:
@@ -76,26 +80,21 @@ class ScoreStore:
         shard_seconds: float = 60.0,
         index: Index | None = None,
     ) -> None:
-        """Open the store and tidy up after killed processes; touches nothing else on disk."""
         self.root, self.reference, self.layers, self.description = Path(root), reference, layers, description
         self.shard_tokens, self.shard_seconds = shard_tokens, shard_seconds
         self.directory = reference_folder(root, reference) / layers_tag(layers)
         self.persistent = True
         self._index: Index = {} if index is None else index
         self._buffer: list[Records] = []
-        self._since = 0.0  # when the oldest record in the buffer came in
+        self._since = 0.0  # when the oldest record in the buffer was added
         self._warned: set[Path] = set()
         for folder in (self.directory.parent, *layer_folders(self.directory.parent)):
             files.remove_stale(folder)
 
     def __enter__(self) -> ScoreStore:
-        """Return the store itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Write what is left, also when the block ends with an error. The store stays usable."""
+    def __exit__(self, *_: object) -> None:
         self.flush()
 
     def load(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64]) -> StoredScores:
@@ -103,10 +102,10 @@ class ScoreStore:
         return self.lookup(keys, lengths).scores
 
     def lookup(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64]) -> Lookup:
-        """Find scores on disk and among those added to this store.
+        """Find scores on disk and in memory.
 
-        A record counts only if its key and its number of completion tokens agree. Of several, the first one in sorted
-        file order wins. A file that fails a check is logged and set aside, and its documents count as not found.
+        A record is found if its key and its number of completion tokens match. Of several, the first one in sorted file
+        order is used. A file that fails a check is logged and set aside, and its documents are not found.
 
         Args:
             keys: (N, 16) uint8 document keys. lengths: (N,) completion tokens of each.
@@ -126,13 +125,15 @@ class ScoreStore:
         return found
 
     def add(self, records: Records) -> None:
-        """Take in scores of documents; they are copied, and written a shard at a time.
+        """Copy scores of documents, and write them as soon as there are enough for a shard.
+
+        A folder that cannot be written is logged once, and no error is raised.
 
         Args:
-            records: offsets from 0; attention exactly if the store has layers.
+            records: offsets from 0; with attention if and only if the store has layers.
 
         Raises:
-            ValueError: arrays that do not fit together. A folder that cannot be written is logged once, never raised.
+            ValueError: the arrays do not match.
         """
         records = _checked(records, self.layers)
         if not len(records.keys):
@@ -140,14 +141,12 @@ class ScoreStore:
         if not self._buffer:
             self._since = time.monotonic()
         self._buffer.append(records)
-        if self.persistent and (
-            sum(len(records.logprobs) for records in self._buffer) >= self.shard_tokens
-            or time.monotonic() - self._since >= self.shard_seconds
-        ):
+        full = sum(len(records.logprobs) for records in self._buffer) >= self.shard_tokens
+        if self.persistent and (full or time.monotonic() - self._since >= self.shard_seconds):
             self.flush()
 
     def flush(self) -> None:
-        """Write what has come in; what cannot be written stays in memory, and the next flush tries again."""
+        """Write the scores in memory. What cannot be written stays in memory until the next flush."""
         if not self._buffer:
             return
         pending = list(_cut(self._buffer, self.shard_tokens))
@@ -163,8 +162,8 @@ class ScoreStore:
         except OSError as error:
             if self.persistent:
                 logger.warning(
-                    "xtf: scores cannot be written to %s (%s). They are kept in memory: this run goes on, the next "
-                    "one scores again. Name a writable folder with free space under xtf `cache_dir`, or in XTF_CACHE.",
+                    "xtf: scores cannot be written to %s (%s). This run keeps them in memory; the next run scores "
+                    "again. Set xtf `cache_dir` or XTF_CACHE to a writable folder with free space.",
                     self.directory,
                     error.strerror or error,
                 )
@@ -174,13 +173,13 @@ class ScoreStore:
 
     def _candidates(self) -> Iterator[Path]:
         folders = [self.directory]
-        if self.layers is None:  # the folder that this store writes to comes first
+        if self.layers is None:  # shards of any layers have the log-probabilities
             folders += [folder for folder in layer_folders(self.directory.parent) if folder != self.directory]
         for folder in folders:
             yield from (path for path in entries(folder) if path.suffix == shard_format.SUFFIX)
 
     def read(self, path: Path) -> Records | None:
-        """The records of a shard; None: the reason is logged, and a file that is itself at fault is set aside."""
+        """The records of a shard. None: the reason is logged, and an invalid file is set aside."""
         try:
             layers, records = shard_format.read(path, self.reference)
             if layers_tag(layers) != path.parent.name or (records.attention is None) != (layers is None):
@@ -188,25 +187,25 @@ class ScoreStore:
             return records
         except FileNotFoundError:  # set aside or pruned by another process since it was listed
             if path.is_symlink():
-                self._warn(path, "a link to a file that is not there; ignored")
+                self._warn(path, "a broken link; ignored")
             return None
         except BadShard as error:
             self._warn(path, f"{error}; {files.set_aside(path)}")
         except (NewerShard, OSError) as error:
-            # a permission or a network file system's hiccup says nothing against the file: it stays where it is
+            # the file may be valid: it is not set aside
             self._warn(path, f"{error}; ignored")
         return None
 
     def _warn(self, path: Path, what: str) -> None:
         if path not in self._warned:
             self._warned.add(path)
-            logger.warning("xtf: score file %s. Its documents count as not scored.", harmless(f"{path}: {what}"))
+            logger.warning("xtf: score file %s. Its documents are scored again.", harmless(f"{path}: {what}"))
 
 
 def _checked(added: Records, layers: str | None) -> Records:
-    """Own copies of what was added."""
+    """Copies of the arrays; raises ValueError if they do not match."""
     if (added.attention is None) != (layers is None):
-        raise ValueError(f"attention must be given exactly if the store has layers; the store has {layers}")
+        raise ValueError(f"attention must be given if and only if the store has layers; the store has {layers}")
     records = Records(
         keys=np.array(added.keys, dtype=np.uint8),
         offsets=np.array(added.offsets, dtype=np.int64),
@@ -216,39 +215,39 @@ def _checked(added: Records, layers: str | None) -> Records:
     fits = records.keys.shape == (n, KEY_BYTES) and records.offsets.shape == (n + 1,)
     fits = fits and records.offsets[0] == 0 and records.offsets[-1] == m and bool((records.lengths >= 0).all())
     if not fits or any(values.shape != (m,) for values in records.columns.values()):
-        raise ValueError(f"keys {records.keys.shape}, offsets and scores ({m},) do not fit together")
+        raise ValueError(f"keys {records.keys.shape}, offsets and scores ({m},) do not match")
     return records
 
 
 def _cut(added: list[Records], shard_tokens: int) -> Iterator[Records]:
-    """Shards of at least `shard_tokens` tokens, the last one aside, each of whole additions.
+    """Merge additions into shards of at least `shard_tokens` tokens; the last one may have fewer.
 
-    An addition is a scoring batch. Stored whole or not at all, it is scored again in the same company after a kill, and
-    its scores are the same to the last bit.
+    An addition is a scoring batch and is never split: after a kill the same batch is scored again, so that its scores
+    are equal to the last bit.
     """
-    begun: list[Records] = []
+    parts: list[Records] = []
     for records in added:
-        begun.append(records)
-        if sum(len(part.logprobs) for part in begun) >= shard_tokens:
-            yield merge(begun)
-            begun = []
-    if begun:
-        yield merge(begun)
+        parts.append(records)
+        if sum(len(part.logprobs) for part in parts) >= shard_tokens:
+            yield merge(parts)
+            parts = []
+    if parts:
+        yield merge(parts)
 
 
 def _describe(folder: Path, description: Mapping[str, Any]) -> None:
-    """Write a reference's description, unless there is one; a failure is logged, not fatal."""
+    """Write a reference's description unless there is one; a failure is logged."""
     target = folder / DESCRIPTION
     if target.exists():
         return
     try:
         files.write_whole(target, json.dumps(dict(description), default=str, indent=2).encode())
     except OSError as error:
-        logger.info("xtf: %s cannot be written (%s); `xtf cache list` will not know the name", target, error)
+        logger.info("xtf: %s cannot be written (%s); `xtf cache list` will not show the name", target, error)
 
 
 def reference_folder(root: Path, reference: str) -> Path:
-    """Folder of a reference; ValueError if `reference` is no lower-case hex string (it becomes a path)."""
+    """Folder of a reference; ValueError if `reference` is no lower-case hex string."""
     if not REFERENCE.fullmatch(reference):
         raise ValueError(f"a reference fingerprint is 8 to 128 lower-case hex digits, not {reference!r}")
     return Path(root) / VERSION_FOLDER / reference
@@ -271,7 +270,7 @@ def layers_tag(layers: str | None) -> str:
 
 
 def entries(folder: Path) -> list[Path]:
-    """The content of a folder, sorted by name; empty if there is none or (logged) if it cannot be listed."""
+    """Paths in a folder, sorted by name; none if the folder is missing or (logged once) cannot be listed."""
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -283,10 +282,52 @@ def entries(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=1024)
 def _warn_unlisted(folder: Path, why: str) -> None:
-    """Log this once: a run lists a folder several times."""
-    logger.warning("xtf: %s cannot be listed (%s); what it holds counts as not there", folder, why)
+    logger.warning("xtf: %s cannot be listed (%s); its files are ignored", folder, why)
 
 
 def layer_folders(folder: Path) -> list[Path]:
     """The score folders of a reference, sorted by name."""
     return [path for path in entries(folder) if LAYER_FOLDER.fullmatch(path.name) and os.path.isdir(path)]
+
+
+def cached_table(path: Path, reference: str) -> NDArray[np.float32] | None:
+    """The table that `store_table` wrote to `path`; None if it is missing, damaged or of another reference (logged)."""
+    try:
+        if not path.is_file():
+            if os.path.lexists(path):
+                logger.warning("xtf: %s: no regular file; %s; it is computed again", path, files.set_aside(path))
+            return None
+        table = pq.read_table(files.for_arrow(path), memory_map=False)
+        values: NDArray[np.float32] = table.column("relevance").to_numpy().astype(np.float32)
+        checksum = (table.schema.metadata or {}).get(b"checksum", b"").decode()
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        logger.warning("xtf: %s cannot be read (%s); it is computed again", path, error)
+        return None
+    if checksum != _checksum(path, reference, values):
+        logger.warning("xtf: %s does not match its checksum; it is computed again", path)
+        return None
+    return values
+
+
+def store_table(path: Path, reference: str, values: NDArray[np.float32]) -> None:
+    """Write a table; a folder that cannot be written is logged."""
+    metadata = {"checksum": _checksum(path, reference, values)}
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({"relevance": values}).replace_schema_metadata(metadata), buffer)
+    try:
+        files.write_whole(path, memoryview(buffer.getvalue()))
+    except OSError as error:
+        logger.warning("xtf: %s cannot be written (%s); the next run computes it again", path, error)
+
+
+def _checksum(path: Path, reference: str, values: NDArray[np.float32]) -> str:
+    """Digest of values, name and reference, which a table of another reference does not match."""
+    content = xxhash.xxh3_128_hexdigest(values.tobytes())
+    return files.digest({"table": path.name, "reference": reference, "values": content})
+
+
+def table_name(key: str) -> str:
+    """File name of a stored table; `key` is hex."""
+    if not re.fullmatch(r"[0-9a-f]{32}", key):
+        raise ValueError(f"not a table key: {key!r}")
+    return f"relevance-{key}.parquet"

@@ -1,1 +1,1 @@
-"""The definitions, in `eager.py`, and their optimised implementations, in `dispatch.py`. Read them in that order."""
+"""Attention and LM-head statistics: read the definitions in `eager.py` first, then `dispatch.py`."""

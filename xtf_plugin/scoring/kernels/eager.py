@@ -1,7 +1,6 @@
-"""The three attributes of XTF in plain eager PyTorch: the definition that optimised implementations are tested against.
+"""Definitions in plain eager PyTorch, against which the optimised implementations in `dispatch.py` are tested.
 
-Written to be read next to the paper (arXiv 2602.14536), not to be fast: full attention maps and full logits are built.
-`dispatch.py` has the optimised implementations under the same names.
+They follow the paper (arXiv 2602.14536) and are not fast: full attention maps and full logits are built.
 
 Dimensions: B batch, T tokens, H query heads, K key/value heads, D head or hidden size, V vocabulary, N picked tokens.
 """
@@ -18,18 +17,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What causal attention does between query and key, and which of the attention received is wanted.
+    """The form of a causal attention layer, and the documents and columns to compute.
 
     Args:
         scaling: factor on the scores before the soft cap, usually `D ** -0.5`.
-        window: a query sees this many last keys, itself included; None: all.
+        window: a query sees the last `window` keys up to its own; None: all.
         softcap: scores become `softcap * tanh(scores / softcap)`; None: unchanged.
         start: attention received is not computed for columns before it.
-        offsets: (n + 1,) integers, ascending from 0 to at most T, if the row holds n documents packed one behind the
-            other: document i has the tokens from `offsets[i]` to `offsets[i + 1]`, attends to no other document, and
-            counts its positions from 0. B is 1 then, and lengths are not used.
-        starts: (n,) a `start` for each packed document, counted within it; None: `start` for all.
-        longest: tokens of the longest packed document, if known on the CPU: saves a wait for the device.
+        offsets: (n + 1,) integers, ascending from 0 to at most T, if n documents are packed in one row: document i is
+            the tokens from `offsets[i]` to `offsets[i + 1]`, attends to itself alone, and its positions count from 0.
+            B is 1 then, and `lengths` is not used.
+        starts: (n,) `start` of each packed document, counted within it; None: `start` for all.
+        longest: tokens of the longest packed document, if known on the CPU; avoids a wait for the device.
     """
 
     scaling: float
@@ -46,12 +45,12 @@ class AttentionSpec:
             raise ValueError(f"documents given by `offsets` are packed in one row; these tensors have {len(query)}")
 
     def unpacked(self, start: int = 0) -> AttentionSpec:
-        """The same for documents that are not packed, with this `start`."""
+        """This layer for documents that are not packed."""
         return replace(self, start=start, offsets=None, starts=None, longest=None)
 
 
 def visible(T: int, window: int | None, device: torch.device | None = None) -> Tensor:
-    """Causal (and sliding-window) visibility: `visible[q, k]` is True where query `q` may attend to key `k`, (T, T)."""
+    """Causal and sliding-window mask, (T, T): True where query `q` may attend to key `k`."""
     q = torch.arange(T, device=device)[:, None]
     k = torch.arange(T, device=device)[None, :]
     mask = k <= q
@@ -59,7 +58,7 @@ def visible(T: int, window: int | None, device: torch.device | None = None) -> T
 
 
 def attention_map(query: Tensor, key: Tensor, spec: AttentionSpec) -> Tensor:
-    """Causal softmax attention in float32, of rows that are one document each.
+    """Causal softmax attention of unpacked rows, in float32.
 
     Args:
         query: (B, H, T, D); key: (B, K, T, D) with K a divisor of H (grouped-query attention).
@@ -84,17 +83,17 @@ def attention_received(
 
         r[k] = mean over q in k+1 .. length-1 of (q + 1) * A[q, k]
 
-    Eq. (2) of the paper with two choices made explicit: what counts is the attention a token *receives* (averaging the
-    softmax rows over keys gives the constant 1/T), and the factor `q + 1` divides by what uniform attention would give,
-    so that 0.1 reads "a tenth of uniform" at any length and position. A token's attention to itself is left out.
+    This is Eq. (2) of the paper with two choices: columns are averaged, because the average of a softmax row is the
+    constant 1/T; and the factor `q + 1` divides by uniform attention, so that 0.1 means a tenth of uniform at any
+    length and position. A token's attention to itself is left out.
 
     Args:
         query: (B, H, T, D); key: (B, K, T, D).
-        lengths: (B,) tokens per document; what lies behind (right padding) is ignored.
-        logsumexp: (B, H, T) row log-sum-exps, which save optimised implementations a pass; unused here.
+        lengths: (B,) tokens per document; right padding is ignored.
+        logsumexp: (B, H, T) log-sum-exps of the score rows, for optimised implementations; unused here.
 
     Returns:
-        (B, T) float32, >= 0; NaN where undefined: before `start`, the last token of a document, and padding.
+        (B, T) float32, >= 0; NaN before `start`, at the last token of a document, and on padding.
 
     Raises:
         ValueError: documents are packed, and B is not 1.
@@ -121,9 +120,7 @@ def attention_received(
 def attention_and_received(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """Attention output, and `attention_received`, of a layer.
-
-    Equals `(attention_map(query, key, spec) @ value, attention_received(query, key, lengths, spec))`, per document.
+    """Per document, `(attention_map(query, key, spec) @ value, attention_received(query, key, lengths, spec))`.
 
     Args:
         value: (B, K, T, D'). The others: see `attention_received`.
@@ -149,15 +146,13 @@ def predictions(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """What the LM head predicts before each target token: the target's log-probability, and what was to be expected.
+    """Log-probability of each target token, and entropy and deviation of the distribution it is drawn from.
 
     With `logp = softcap(head(hidden) * scale).float().log_softmax(-1)` and `p = exp(logp)`, the rows are
 
         0. logp at the target; knowledge novelty, Eq. (3), is 1 - exp of it
-        1. H = -sum p logp: the entropy, which is the mean surprisal of a token drawn from p
-        2. sqrt(sum p (logp)^2 - H^2): the standard deviation of that surprisal (its square is known as varentropy)
-
-    Rows 1 and 2 tell a target that was improbable although the model was sure from one where anything could come.
+        1. H = -sum p logp: the entropy, the mean surprisal of a token drawn from p
+        2. sqrt(sum p (logp)^2 - H^2): the standard deviation of that surprisal (the square root of the varentropy)
 
     Args:
         hidden: (N, D) last hidden states at the positions that predict the targets.
@@ -167,15 +162,15 @@ def predictions(
         softcap: final logit soft cap (Gemma 2).
 
     Returns:
-        (3, N) float32, in nats: <= 0, 0 to log V, >= 0. NaN in all three where the softmax is undefined (a logit NaN or
-        positively infinite). A logit of minus infinity is a token that cannot come: it adds nothing to rows 1 and 2.
+        (3, N) float32, in nats: <= 0, 0 to log V, >= 0. NaN in all three where a logit is NaN or +inf. A logit of -inf
+        has probability 0 and adds nothing to rows 1 and 2.
     """
     logits = head(hidden).float() * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logp = logits.log_softmax(-1)  # (N, V)
     p = logp.exp()
-    logp_or_0 = torch.where(p == 0, 0.0, logp)  # 0 * log 0 is 0 in the limit, and NaN in floating point
+    logp_or_0 = torch.where(p == 0, 0.0, logp)  # 0 * log 0 would be NaN
     entropy = -(p * logp_or_0).sum(-1)
-    variance = (p * (logp_or_0 + entropy[:, None]) ** 2).sum(-1)  # centred: the formula's difference would cancel
+    variance = (p * (logp_or_0 + entropy[:, None]) ** 2).sum(-1)  # centred, to avoid cancellation
     return torch.stack([logp.gather(-1, targets[:, None])[:, 0], entropy, variance.sqrt()])

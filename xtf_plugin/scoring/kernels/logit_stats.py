@@ -1,7 +1,7 @@
-"""Statistics of a chunk of logits, with as few allocations as possible.
+"""Statistics of a chunk of logits with few allocations.
 
-On a CPU a freed block of megabytes goes back to the system, and a new one is mapped page by page. For a chunk of logits
-that takes up to a fifth of the product's time. So products go into one buffer, and sums are taken in place.
+On a CPU, allocating a chunk of logits takes up to a fifth of the time of the product. So products share one buffer, and
+sums are taken in place.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from torch import Tensor, nn
 
 from ...data.ragged import chunks
 
-MOMENT_ELEMENTS = 1 << 19  # logits that a CPU's cache holds through several passes
-ELEMENTS = 8 << 20  # elsewhere
-LOG2E = 1.4426950408889634  # on a CPU exp2 takes a third of exp's time; on a GPU exp is made of it
-IMPOSSIBLE = -1e4  # nats below the most probable token: exp of it is 0 in float32
+MOMENT_ELEMENTS = 1 << 19  # logits that fit a CPU's cache
+ELEMENTS = 8 << 20  # on other devices
+LOG2E = 1.4426950408889634  # on a CPU exp2 takes a third of the time of exp
+IMPOSSIBLE = -1e4  # nats below the most probable token; exp of it is 0 in float32
 
 Head = Callable[[Tensor], Tensor]
 
 
 def reusing(head: Head, hidden: Tensor) -> Head:
-    """The same head, but its results share one buffer: each call overwrites the last result.
+    """The same head with one result buffer, which each call overwrites.
 
-    Replaces only a plain linear layer on a CPU: no bias, no hooks, no forward on the instance (accelerate, PEFT and
+    Replaces a plain linear layer on a CPU alone: no bias, no hooks, no forward on the instance (accelerate, PEFT and
     quantisation set theirs), no autocast. Any other head is returned unchanged.
 
     Args:
-        head: (n, D) -> (n, V); hidden: (N, D), whose parts it will be called with.
+        head: (n, D) -> (n, V).
+        hidden: (N, D); the head will be called with parts of it.
     """
     if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
         return head
-    # private, as PyTorch has no public way to ask for hooks; without them this raises, and tests/scoring/test_predictions.py
+    # private: PyTorch has no public access to hooks; tests/scoring/test_predictions.py fails if this changes
     if head._forward_hooks or head._forward_pre_hooks:
         return head
     weight = head.weight
@@ -52,10 +53,7 @@ def reusing(head: Head, hidden: Tensor) -> Head:
 
 
 def moments(logits: Tensor, targets: Tensor, *, scale: float = 1.0, softcap: float | None = None) -> Tensor:
-    """`eager.predictions` from rows of logits (n, V) instead of hidden states; (3, n) float32.
-
-    Overwrites logits in float32. The implementation in Triton is `triton_moments.moments`.
-    """
+    """`eager.predictions` of rows of logits (n, V), (3, n) float32. Overwrites logits in float32."""
     elements, parts = MOMENT_ELEMENTS if logits.device.type == "cpu" else ELEMENTS, []
     for part in chunks(len(targets), max(1, elements // logits.shape[-1])):
         exact = logits[part].float()
@@ -68,11 +66,10 @@ def moments(logits: Tensor, targets: Tensor, *, scale: float = 1.0, softcap: flo
 
 
 def _moments(logits: Tensor, targets: Tensor) -> Tensor:
-    """`moments` of float32 logits, which are overwritten: allocating a copy would take longer than the sums.
+    """`moments` of float32 logits, which are overwritten.
 
-    With x a logit's distance to the row's maximum and Z = sum e^x, log p = x - log Z; so the entropy is log Z - mean x,
-    and the variance mean x^2 - (mean x)^2, where "mean" weighs with e^x / Z. With distances to the maximum one
-    exponential gives all three; and the mean of -x is at most the entropy, so that little cancels in the variance.
+    With x a logit minus the row's maximum and Z = sum e^x, log p is x - log Z. So the entropy is log Z - mean x and
+    the variance mean x^2 - (mean x)^2, with weights e^x / Z. The mean of -x is at most the entropy, so little cancels.
     """
     peak = logits.amax(-1, keepdim=True)
     picked = logits.gather(-1, targets[:, None])[:, 0] - peak[:, 0]
@@ -83,8 +80,8 @@ def _moments(logits: Tensor, targets: Tensor) -> Tensor:
     mean = p.mul_(x).sum(-1) / total
     deviation = (p.mul_(x).sum(-1) / total - mean * mean).clamp_(min=0).sqrt_()
     moments = torch.stack([picked - log_total, log_total - mean, deviation])
-    impossible = mean.isnan()  # 0 * -inf where a token cannot come, or a row that is undefined
+    impossible = mean.isnan()  # from 0 * -inf at tokens of probability 0, or an undefined row
     if bool(impossible.any()) and bool(x.isneginf().any()):
-        rest = x[impossible].clamp_(min=IMPOSSIBLE)  # e^x is 0 all the same, and 0 * x stays 0
+        rest = x[impossible].clamp_(min=IMPOSSIBLE)  # e^x is still 0, and 0 * x is 0
         moments[1:, impossible] = _moments(rest, targets[impossible])[1:]
     return moments

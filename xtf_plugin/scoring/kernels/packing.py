@@ -1,7 +1,6 @@
-"""Documents packed one behind the other in a row, as padded batches and back: for code that takes padded batches only.
+"""Packed documents, and their conversion to padded batches and back for code that does not take packed rows.
 
-Documents of similar length share a batch. A single batch would be as wide as the longest document: one of 4,000 tokens
-among two hundred of 20 would take a hundred times the memory of the row.
+Documents of similar length share a batch; a single batch would be as wide as the longest document.
 
 Dimensions: n documents, L tokens of the longest, H heads, T tokens of the row.
 """
@@ -21,13 +20,13 @@ from .eager import AttentionSpec
 
 @dataclass(frozen=True)
 class Packed:
-    """Documents one behind the other in one row.
+    """Documents packed in one row.
 
     Args:
-        offsets: (n + 1,) int64, where each begins, on the row's device.
-        starts: (n,) int64, each one's first column of attention received that is wanted.
-        bounds: `offsets` on the CPU, where looking at one waits for no device.
-        whole: refuse attention that cannot take the row as it is, but would split it into batches again.
+        offsets: (n + 1,) int64, as in `AttentionSpec`, on the row's device.
+        starts: (n,) int64, as in `AttentionSpec`.
+        bounds: `offsets` on the CPU.
+        whole: refuse attention that would split the row into batches.
     """
 
     offsets: Tensor
@@ -48,9 +47,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Group:
-    """Some documents of a row: their numbers (n,), their lengths (n,), where their tokens lie, and which of these are
-    not padding, both (n, L).
-    """
+    """Some documents of a row: their indices (n,), lengths (n,), token positions (n, L), and which are real (n, L)."""
 
     members: Tensor
     lengths: Tensor
@@ -58,17 +55,17 @@ class Group:
     inside: Tensor
 
     def gather(self, row: Tensor) -> Tensor:
-        """This group out of a row (1, H, T, ...), as (n, H, L, ...); 0 on padding."""
+        """This group of a row (1, H, T, ...), as (n, H, L, ...); 0 on padding."""
         padded = row[0][:, self.index].transpose(0, 1)
         return padded.masked_fill(~self.inside.view(len(padded), 1, -1, *[1] * (row.dim() - 3)), 0)
 
     def scatter(self, padded: Tensor, row: Tensor) -> None:
-        """Write (n, H, L, ...) to where this group lies in a row (1, H, T, ...); padding goes nowhere."""
+        """Write (n, H, L, ...) without padding to this group's positions in a row (1, H, T, ...)."""
         row[0][:, self.index[self.inside]] = padded.transpose(0, 1)[:, self.inside]
 
 
 def groups(offsets: Tensor) -> list[Group]:
-    """The documents from `offsets[i]` to `offsets[i + 1]`, (n + 1,), in groups whose padding is under half of them."""
+    """Groups of documents of similar length; less than half of each group is padding."""
     lengths = offsets.diff()
     by_size: dict[int, list[int]] = {}
     for i, length in enumerate(lengths.tolist()):
@@ -87,7 +84,7 @@ def groups(offsets: Tensor) -> list[Group]:
 def attention(
     padded: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exps of packed documents; `padded(query, key, value)` computes them for a batch."""
+    """Output and log-sum-exps of packed documents, from `padded(query, key, value)` for a padded batch."""
     output = query.new_zeros(*query.shape[:3], value.shape[-1])
     logsumexp = query.new_zeros(query.shape[:3], dtype=torch.float32)
     for group in groups(offsets):
@@ -100,7 +97,7 @@ def attention(
 def received(
     padded: Callable[..., Tensor], query: Tensor, key: Tensor, logsumexp: Tensor, spec: AttentionSpec
 ) -> Tensor:
-    """Attention received in packed documents; `padded(query, key, lengths, spec, logsumexp)` is called for a batch."""
+    """Attention received of packed documents, from `padded(query, key, lengths, spec, logsumexp)` for a batch."""
     assert spec.offsets is not None
     starts = torch.full_like(spec.offsets[1:], spec.start) if spec.starts is None else spec.starts
     found = torch.full((1, 1, query.shape[2]), float("nan"), device=query.device)

@@ -1,18 +1,16 @@
-"""`dispatch.attention_received` in Triton for CUDA devices: no score ever leaves the chip.
+"""`dispatch.attention_received` in Triton for CUDA devices, without writing scores to memory.
 
-In PyTorch blocks of scores are written to memory and read again several times; on a GPU that traffic, and not the
-arithmetic, would be the cost of scoring all layers. Importing this module imports Triton; `triton_dispatch` does so.
+Importing this module imports Triton; `triton_dispatch` imports it on demand.
 
-Every sum is taken in one order that depends on shapes and block sizes alone, without atomics: the same call gives the
-same bits. The best block sizes depend on head size, dtype, window and GPU. They are timed once for each of these and a
-rough length, not for every length, and cached on disk: other block sizes add in another order and so give other last
-bits.
+Results are deterministic: the order of every sum depends on shapes and block sizes alone, and there are no atomics. The
+block sizes are tuned once per head size, dtype, window, rough length and GPU, and cached on disk, because other block
+sizes give other last bits.
 
 Dimensions: B batch, T tokens, H query heads, K key/value heads, G = H / K, D head size, n documents.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# (Triton has no types; of its kernels only constants are annotated, because Triton reads those annotations.)
+# (Triton has no types; it reads the annotations of its constants.)
 
 from __future__ import annotations
 
@@ -31,25 +29,25 @@ from .triton_logit_stats import moments, tanh
 
 __all__ = ["attention_received", "moments"]
 
-FAILURES = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)  # of compilers and of what they need
+FAILURES = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)  # of compilation
 LOG2E = tl.constexpr(1.4426950408889634)
-LOOKUP = tl.constexpr(128)  # documents looked through at a time for the one that a program works on
-PROGRAMS_PER_PROCESSOR = 4  # fewer would leave processors idle: heads are then split between programs
-TILE_BYTES = 96 << 10  # shared memory that the tiles may take; consumer GPUs have 99 KB
+LOOKUP = tl.constexpr(128)  # documents that `_locate` reads at a time
+PROGRAMS_PER_PROCESSOR = 4  # with fewer, heads are split between programs to keep processors busy
+TILE_BYTES = 96 << 10  # shared memory of the tiles; consumer GPUs have 99 KB
 
-# block sizes of queries and keys, warps, pipeline stages; the last one fits everywhere, the first is taken untimed
+# block sizes of queries and keys, warps, pipeline stages; the last fits every GPU, the first is used without tuning
 TILES = [(64, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3), (128, 128, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
 
 
 @triton.jit
 def _locate(program, lengths, starts, documents, BLOCK_K: tl.constexpr):
-    """The document that a program works on, how many blocks earlier documents have, and how many there are.
+    """The document of a program, the number of blocks of earlier documents, and of all documents.
 
-    Programs are numbered through all documents' blocks of wanted columns. How many a document has only the device
-    knows, and nothing waits for it: each program looks up where it belongs.
+    Programs are numbered over the blocks of wanted columns of all documents. The numbers of blocks are known on the
+    device alone, so each program looks up its document.
     """
     document = tl.full((), 0, tl.int32)
-    before = 0  # blocks of earlier documents
+    before = 0
     total = 0
     for low in range(0, documents, LOOKUP):
         each = low + tl.arange(0, LOOKUP)
@@ -65,14 +63,14 @@ def _locate(program, lengths, starts, documents, BLOCK_K: tl.constexpr):
 
 
 def reach(length: int) -> int:
-    """The rough length by which block sizes are cached; up to 128: the one document that a model is checked on."""
+    """The rough length for which block sizes are tuned."""
     return sum(length > bound for bound in (128, 512, 2048))
 
 
 def fitting(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
     """The configs that fit; only the first of them under `torch.use_deterministic_algorithms`."""
     size = arguments["query"].element_size()
-    if size == 4:  # exact float32 products have no tensor cores: larger tiles spill registers
+    if size == 4:  # exact float32 products use no tensor cores; larger tiles spill registers
         return configs[-1:]
 
     def tiles(config: Any) -> int:
@@ -84,7 +82,7 @@ def fitting(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> 
 
 
 def milliseconds(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
-    """The median of five runs, for every quantile: Triton's own timer takes 256 MB, which a GPU in use may not have."""
+    """The median of five runs, for every quantile; Triton's own timer needs 256 MB of free GPU memory."""
     call()
     times = []
     for _ in range(5):
@@ -99,7 +97,7 @@ def milliseconds(call: Callable[[], None], quantiles: tuple[float, ...]) -> list
 
 @triton.autotune(
     [triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=warps, num_stages=stages) for q, k, warps, stages in TILES],
-    key=["D_PADDED", "WINDOWED", "reach"],  # and, by Triton, all dtypes
+    key=["D_PADDED", "WINDOWED", "reach"],  # Triton adds all dtypes
     prune_configs_by={"early_config_prune": fitting},
     do_bench=milliseconds,
     cache_results=True,
@@ -117,35 +115,18 @@ def _received(
     sums,  # (splits, B, T) float32
     lengths,  # (n,)
     begins,  # (n,) where documents begin in their row
-    starts,  # (n,) first columns wanted, counted from there
+    starts,  # (n,) first wanted columns, counted within the document
     documents,  # n
-    window,
-    heads,
-    kv_heads,
+    window, heads, kv_heads,
     kv_share,  # key/value heads of one program
     group_share,  # query heads of one program per key/value head
     group_splits,
-    reach,  # rough length, for the choice of blocks only
-    factor,
-    cap,
-    query_b,
-    query_h,
-    query_t,
-    key_b,
-    key_h,
-    key_t,
-    lse_b,
-    lse_h,
-    lse_t,
-    sums_s,
-    sums_b,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    reach,  # rough length, for tuning alone
+    factor, cap,
+    query_b, query_h, query_t, key_b, key_h, key_t, lse_b, lse_h, lse_t, sums_s, sums_b,  # strides
+    G: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     program = tl.program_id(0)
     document, before, total = _locate(program, lengths, starts, documents, BLOCK_K)
@@ -154,7 +135,7 @@ def _received(
     begin = tl.load(begins + document)
     length = tl.load(lengths + document).to(tl.int32)
     left = (program - before) * BLOCK_K + tl.load(starts + document).to(tl.int32)
-    right = length  # queries behind it see none of the columns
+    right = length  # later queries see none of the columns
     if WINDOWED:
         right = tl.minimum(length, left + BLOCK_K - 1 + window)
     row = document.to(tl.int64)
@@ -203,12 +184,10 @@ def _received(
 
 
 def attention_received(query: Tensor, key: Tensor, lengths: Tensor, spec: AttentionSpec, logsumexp: Tensor) -> Tensor:
-    """Triton implementation of `dispatch.attention_received`; the row log-sum-exps must be given.
+    """Triton implementation of `dispatch.attention_received`; `logsumexp` is required.
 
-    A program owns one block of one document's columns, goes through the queries behind it of all its heads, and writes
-    once. Where that makes too few programs, heads are split between several, whose parts are then added up.
-
-    A last dimension with gaps is copied; any other layout is read as it lies.
+    A program sums over all later queries and heads for one block of columns of a document. If there are too few
+    programs, heads are split between several, and their parts are added up. Only a last dimension with gaps is copied.
     """
     (B, H, T, D), K = query.shape, key.shape[1]
     spec.check_rows(query)
@@ -231,11 +210,11 @@ def attention_received(query: Tensor, key: Tensor, lengths: Tensor, spec: Attent
     if spec.softcap is not None:
         factors = (spec.scaling / spec.softcap, spec.softcap * LOG2E.value)
 
-    def grid(meta: dict[str, Any]) -> tuple[int, int]:  # packed: a document ends in the middle of a block
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:  # packed documents end within a block
         blocks: int = triton.cdiv(columns, meta["BLOCK_K"])
         return blocks + documents if packed else blocks * B, len(sums)
 
-    with torch.cuda.device_of(query):  # Triton launches on the current device, whatever its arguments lie on
+    with torch.cuda.device_of(query):  # Triton launches on the current device
         _received[grid](
             *(query, key, logsumexp, sums, lengths, begins.contiguous(), starts.contiguous()),
             *(documents, spec.window or 0, H, K, K // kv_splits, H // K // group_splits, group_splits),
@@ -248,24 +227,24 @@ def attention_received(query: Tensor, key: Tensor, lengths: Tensor, spec: Attent
             D_PADDED=max(16, triton.next_power_of_2(D)),
             WINDOWED=spec.window is not None,
             CAPPED=spec.softcap is not None,
-            enable_fp_fusion=True,  # Triton's default is about to change, and with it the last bits
+            enable_fp_fusion=True,  # Triton's default may change, and the last bits with it
         )
     return sums[0] if len(sums) == 1 else sums.sum(0)
 
 
 def _splits(programs: int, K: int, G: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts to split the K key/value heads, and the G query heads of each, so that all are kept busy."""
-    wanted = _wanted(device)
-    kv = _parts(K, wanted / max(1, programs))
-    return kv, _parts(G, wanted / max(1, programs * kv))
+    """Into how many parts to split the K key/value heads, and the G query heads of each, to keep the device busy."""
 
+    def parts(heads: int, programs: int) -> int:
+        divisors = (count for count in range(1, heads + 1) if heads % count == 0)
+        return next((count for count in divisors if count >= _wanted(device) / max(1, programs)), heads)
 
-def _parts(heads: int, at_least: float) -> int:
-    """The smallest divisor of `heads` from `at_least` on, or `heads`."""
-    return min((parts for parts in range(1, heads + 1) if parts >= at_least and heads % parts == 0), default=heads)
+    kv = parts(K, programs)
+    return kv, parts(G, programs * kv)
 
 
 def _wanted(device: torch.device) -> int:
+    """Number of programs that keeps a device busy."""
     if device.type != "cuda":
         return 1
     return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,6 +1,6 @@
-"""Runs the Triton implementations on CUDA devices where Triton is installed and compiles; elsewhere PyTorch's run.
+"""Runs the Triton implementations on CUDA devices if Triton is installed and compiles.
 
-A missing compiler costs time, not the run: it is logged as one warning. Running out of memory is raised.
+A failure to compile is logged once, and PyTorch computes the result. Out of memory is raised.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST_HEAD = 1024  # bytes of a head's row: a block of 32 columns and two of 32 queries take 96 KB then
-_broken: set[str] = set()  # implementations that failed in this process, and are not tried again
+LARGEST_HEAD = 1024  # bytes of one head of a token: a block of 32 columns and two of 32 queries then take 96 KB
+_broken: set[str] = set()  # implementations that failed in this process
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether Triton can take this tensor: on older GPUs it may end the process where it should raise."""
+    """Whether Triton takes this tensor; on GPUs before compute capability 8.0 it may abort the process."""
     if tensor.device.type != "cuda" or tensor.dtype not in DTYPES or _triton() is None:
         return False
     return torch.version.cuda is not None and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 
 
 def head_fits(query: Tensor) -> bool:
-    """Whether tiles of this head size fit a GPU's shared memory in the smallest of the block sizes."""
+    """Whether the smallest tiles of this head size fit a GPU's shared memory."""
     padded = 1 << (query.shape[-1] - 1).bit_length()
     return padded * query.element_size() <= LARGEST_HEAD
 
 
 def attempt(name: str, tensor: Tensor, *arguments: Any, **options: Any) -> Tensor | None:
-    """The result of the Triton implementation `name`, or None where PyTorch has to compute it.
+    """The result of the Triton implementation `name`, or None if PyTorch has to compute it.
 
     Raises:
         torch.OutOfMemoryError, RuntimeError: the device is out of memory.
@@ -45,7 +45,7 @@ def attempt(name: str, tensor: Tensor, *arguments: Any, **options: Any) -> Tenso
     try:
         result: Tensor = getattr(implementations, name)(tensor, *arguments, **options)
     except implementations.FAILURES as error:
-        if "out of memory" in str(error).lower() or "CUDA error" in str(error):  # the latter of an earlier kernel
+        if "out of memory" in str(error).lower() or "CUDA error" in str(error):  # "CUDA error": of an earlier kernel
             raise
         _broken.add(name)
         _warn(error)
@@ -56,7 +56,7 @@ def attempt(name: str, tensor: Tensor, *arguments: Any, **options: Any) -> Tenso
 @functools.cache
 def _triton() -> ModuleType | None:
     try:
-        from ..kernels import triton_attention
+        from . import triton_attention
     except (ImportError, AttributeError) as error:  # AttributeError: a Triton older than what torch 2.9 brings
         _warn(error)
         return None
@@ -65,4 +65,4 @@ def _triton() -> ModuleType | None:
 
 def _warn(error: Exception) -> None:
     what = f"{type(error).__name__}: {str(error).strip()[:300]}"
-    logger.warning("xtf: Triton cannot be used (%s); scoring goes on with torch alone, and takes longer.", what)
+    logger.warning("xtf: Triton cannot be used (%s); scoring uses PyTorch instead, and takes longer.", what)
