@@ -27,7 +27,7 @@ from tests import tiny
 from tests.scoring.test_engine import rows
 from tests.scoring.test_kernels import error
 from xtf_plugin.data.documents import collect
-from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring import engine
 from xtf_plugin.scoring.reference import Reference, borrow
 
 FLAGS = {f"lora_{name}_kernel": True for name in ("qkv", "o", "mlp", "embedding")}
@@ -177,11 +177,11 @@ def scores(reference: Reference) -> Scores:
         for index, key in enumerate(records.keys):
             found[key.tobytes()] = records.part(index, index + 1).columns
 
-    scorer.score(DOCUMENTS, np.arange(len(DOCUMENTS)), reference, (0, 1), sink, batch_tokens=150, progress=False)
+    engine.score(DOCUMENTS, np.arange(len(DOCUMENTS)), reference, (0, 1), sink, batch_tokens=150, progress=False)
     in_order = [found[key.tobytes()] for key in DOCUMENTS.keys]
     made = {name: torch.cat([torch.as_tensor(part[name]) for part in in_order]) for name in in_order[0]}
     for kind in ("input", "output"):
-        made[kind] = scorer.gather_vectors(reference, np.arange(4, 60), kind)
+        made[kind] = engine.gather_vectors(reference, np.arange(4, 60), kind)
     assert {"logprobs", "attention", "entropy", "deviation", "input", "output"} == made.keys()
     return made
 

@@ -36,8 +36,7 @@ from tests.benchmarks.bench_scoring import (
     xtf,
 )
 from tests.benchmarks.common import NOT_MEASURED, arguments, publish, settled
-from xtf_plugin.scoring.kernels import dispatch as kernels
-from xtf_plugin.scoring.kernels import logit_stats as heads
+from xtf_plugin.scoring.kernels import dispatch, logit_stats
 
 PRODUCTS, ATTENTION, SUMS, ELEMENTWISE, COPIES, REST = (
     "matrix products",
@@ -50,8 +49,8 @@ PRODUCTS, ATTENTION, SUMS, ELEMENTWISE, COPIES, REST = (
 KINDS = (PRODUCTS, ATTENTION, SUMS, ELEMENTWISE, COPIES, REST)
 HEAD = ["model, dtype, lengths", "procedure", "all, ms", *(f"{kind}, ms" for kind in KINDS)]
 SCOPES = {  # functions whose operations are of one kind, whatever they are called
-    ATTENTION: [(kernels, "attention"), (kernels, "attention_received"), (kernels, "attention_and_received")],
-    SUMS: [(heads, "moments")],
+    ATTENTION: [(dispatch, "attention"), (dispatch, "attention_received"), (dispatch, "attention_and_received")],
+    SUMS: [(logit_stats, "moments")],
 }
 # operations of PyTorch, without "aten::" and the underscore of those in place
 NAMED = {

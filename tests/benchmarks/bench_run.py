@@ -35,11 +35,9 @@ from trl import SFTConfig, SFTTrainer
 from tests import tiny
 from tests.benchmarks import reach
 from tests.benchmarks.common import NOT_MEASURED, arguments, device, publish
-from xtf_plugin import XTFCallback, attach
-from xtf_plugin import plan as pipeline
+from xtf_plugin import XTFCallback, attach, plan
 from xtf_plugin.scorers import embedding_similarity
-from xtf_plugin.scoring import cached_scores as passes
-from xtf_plugin.scoring import providers
+from xtf_plugin.scoring import cached_scores, providers
 from xtf_plugin.training import callback
 from xtf_plugin.training.collator import XTFDataCollator
 
@@ -70,8 +68,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 PARTS = {
     "documents": [(callback, "collect")],
     "fingerprint": [(providers.BorrowedReference, "fingerprint")],
-    "scoring": [(passes, "score"), (embedding_similarity._Domain, "relevance")],
-    "selection": [(pipeline, "select"), (pipeline.Plan, "masks")],
+    "scoring": [(cached_scores, "score"), (embedding_similarity._Domain, "relevance")],
+    "selection": [(plan, "select"), (plan.Plan, "masks")],
     "report": [(XTFCallback, "_report")],
     "collator": [(XTFDataCollator, "_masked"), (XTFDataCollator, "_verify")],
     "checks": [(XTFCallback, "_on_batch")],

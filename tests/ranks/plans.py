@@ -14,7 +14,7 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.plan import make_plan
-from xtf_plugin.scoring import distributed as ranks_module
+from xtf_plugin.scoring import distributed
 from xtf_plugin.scoring.distributed import Ranks
 
 SLOW = 2.0  # seconds
@@ -46,7 +46,7 @@ def other_data_on_one_rank(ranks, folder):
 @case
 def slow_files_on_one_rank(ranks, folder):
     """References whose files one rank reads slowly: no meeting may wait for that, only heartbeats."""
-    ranks_module.BEAT_SECONDS, longest, gather = 0.1, [0.0], Ranks.gather
+    distributed.BEAT_SECONDS, longest, gather = 0.1, [0.0], Ranks.gather
 
     def timed(self, mine):
         start = time.monotonic()
@@ -68,7 +68,7 @@ def slow_files_on_one_rank(ranks, folder):
     documents = collect(rows(6))
     Ranks.gather = timed
     make_plan(config, documents, Slow(), tiny.tokenizer(), references=another, progress=False, ranks=ranks)
-    ranks_module.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    distributed.BEAT_SECONDS, Ranks.gather = 20.0, gather
     return longest[0]
 
 

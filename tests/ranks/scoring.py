@@ -13,8 +13,7 @@ from tests.ranks.fsdp import fsdp, sharded
 from tests.test_plan import rows
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.scoring import distributed as ranks_module
-from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring import distributed, engine
 from xtf_plugin.scoring.distributed import Ranks
 from xtf_plugin.scoring.reference import Reference
 from xtf_plugin.store.store import ScoreStore
@@ -27,10 +26,10 @@ def forbidden():
 @case
 def messages(ranks, folder):
     """Bytes of unequal length go round whole, also in several chunks."""
-    ranks_module.CHUNK_BYTES = 10
+    distributed.CHUNK_BYTES = 10
     mine = bytes(range(7 + 20 * ranks.rank))
     found = ranks.gather(mine), ranks.gather(b""), ranks.first(None), ranks.first(mine if ranks.rank == 1 else None)
-    ranks_module.CHUNK_BYTES = 4 << 20
+    distributed.CHUNK_BYTES = 4 << 20
     whole = [bytes(range(7 + 20 * rank)) for rank in range(ranks.size)]
     column = ranks.broadcast_if_different(np.float32([1, 2, ranks.rank]))
     return {"right": found == (whole, [b""] * ranks.size, None, whole[1]), "column": lines(column)}
@@ -48,7 +47,7 @@ def disagreement(ranks, folder):
 @case
 def work_of_the_main_rank(ranks, folder):
     """Longer than a beat: the others answer meanwhile, and get the result, or learn that there is none."""
-    ranks_module.BEAT_SECONDS, meetings, gather = 0.05, [], Ranks.gather
+    distributed.BEAT_SECONDS, meetings, gather = 0.05, [], Ranks.gather
     Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
 
     def slow():
@@ -64,14 +63,14 @@ def work_of_the_main_rank(ranks, folder):
         told = ""
     except XTFError as error:
         told = str(error)
-    ranks_module.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    distributed.BEAT_SECONDS, Ranks.gather = 20.0, gather
     return {"result": result.decode(), "meetings": count, "told": told}
 
 
 @case
 def work_of_every_rank(ranks, folder):
     """A rank that is through early stays in touch with one that is not; a failure is known to all."""
-    ranks_module.BEAT_SECONDS = 0.05
+    distributed.BEAT_SECONDS = 0.05
 
     def work():
         time.sleep(0.3 * ranks.rank)
@@ -86,7 +85,7 @@ def work_of_every_rank(ranks, folder):
         ranks.run_with_heartbeat(broken)
     except (XTFError, ValueError) as error:
         told = f"{type(error).__name__}: {error}"
-    ranks_module.BEAT_SECONDS = 20.0
+    distributed.BEAT_SECONDS = 20.0
     return {"result": result, "told": told}
 
 
@@ -114,10 +113,10 @@ def scores_handed_on_in_pieces(ranks, folder):
     """Every rank has stored other documents, and what the others lack is more than goes round at once."""
     data, root, reference = rows(13), folder / f"pieces-{ranks.rank}", Reference(tiny.model(), "tiny")
     scored(Ranks(), root, collect(data[ranks.rank :: ranks.size]), lambda: reference)
-    whole, ranks_module.PIECE_TOKENS, meetings, gather = ranks_module.PIECE_TOKENS, 60, [], Ranks.gather
+    whole, distributed.PIECE_TOKENS, meetings, gather = distributed.PIECE_TOKENS, 60, [], Ranks.gather
     Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
     found = scored(ranks, root, collect(data), forbidden)
-    ranks_module.PIECE_TOKENS, Ranks.gather = whole, gather
+    distributed.PIECE_TOKENS, Ranks.gather = whole, gather
     return {**found, "meetings": len(meetings)}
 
 
@@ -133,7 +132,7 @@ def caches_that_differ(ranks, folder):
 @case
 def many_rounds(ranks, folder):
     """Ranks meet between batches, so scores come in pieces."""
-    ranks_module.BEAT_SECONDS, meetings, gather = 0.06, [], Ranks.gather
+    distributed.BEAT_SECONDS, meetings, gather = 0.06, [], Ranks.gather
     Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
     documents = collect(rows(13))
 
@@ -144,7 +143,7 @@ def many_rounds(ranks, folder):
 
     reference = Reluctant(tiny.model(), "tiny")
     found = scored(ranks, folder / f"rounds-{ranks.rank}", documents, lambda: reference)
-    ranks_module.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    distributed.BEAT_SECONDS, Ranks.gather = 20.0, gather
     return {**found, "meetings": len(meetings)}
 
 
@@ -174,7 +173,7 @@ def a_rank_that_fails(ranks, folder):
         documents = collect(rows(9))
         try:
             wanted = np.arange(len(documents))
-            scorer.score(documents, wanted, kind(tiny.model(), "tiny"), (), sink, progress=False, ranks=ranks)
+            engine.score(documents, wanted, kind(tiny.model(), "tiny"), (), sink, progress=False, ranks=ranks)
         except (XTFError, ValueError, MemoryError, OSError) as error:
             return f"{type(error).__name__}: {error}"
 

@@ -14,8 +14,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from tests import eager, tiny
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
-from xtf_plugin.scoring import engine as scorer
-from xtf_plugin.scoring import self_check as trial
+from xtf_plugin.scoring import engine, self_check
 from xtf_plugin.scoring.reference import ADAPTER_INITS, ADAPTERS, Reference, borrow, resolve_layers
 
 
@@ -40,7 +39,7 @@ def run(documents, model, layers, **options):
             found[key.tobytes()] = records.part(index, index + 1)
 
     wanted = np.arange(len(documents))
-    stats = scorer.score(documents, wanted, Reference(model, "tiny"), layers, sink, progress=False, **options)
+    stats = engine.score(documents, wanted, Reference(model, "tiny"), layers, sink, progress=False, **options)
     return found, stats
 
 
@@ -139,7 +138,7 @@ def test_a_single_document_that_does_not_fit_names_the_setting(monkeypatch):
 
     Reference_forward = Reference.forward
     monkeypatch.setattr(Reference, "forward", never)
-    monkeypatch.setattr(trial, "CHECK_TOKENS", 8)
+    monkeypatch.setattr(self_check, "CHECK_TOKENS", 8)
     with pytest.raises(XTFError, match=r"single document of 90 tokens.*max_length"):
         run(collect(rows()), tiny.model(), (1,))
 
@@ -148,7 +147,7 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
     def broken(self, *args, **kwargs):
         raise RuntimeError("planted shape error")
 
-    monkeypatch.setattr(scorer, "_launch", broken)
+    monkeypatch.setattr(engine, "_launch", broken)
     with pytest.raises(RuntimeError, match="planted shape error"):
         run(collect(rows()), tiny.model(), (1,))
 
@@ -277,7 +276,7 @@ def test_borrow_scores_the_base_model_under_a_trained_adapter():
         for index, key in enumerate(records.keys):
             found[key.tobytes()] = records.part(index, index + 1).logprobs
 
-    scorer.score(documents, np.arange(len(documents)), borrow(model), (1,), sink, progress=False)
+    engine.score(documents, np.arange(len(documents)), borrow(model), (1,), sink, progress=False)
     for key, records in plain.items():
         np.testing.assert_allclose(found[key], records.logprobs, atol=1e-5)
     assert not any(p.requires_grad for name, p in model.named_parameters() if name in frozen)

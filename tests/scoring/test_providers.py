@@ -158,7 +158,7 @@ class TestSeparate:
             return load("/no/such/folder" if fails else args[0], **kwargs)
 
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watch)
-        monkeypatch.setattr(Ranks, "each", lambda self, work: ThreadPoolExecutor(1).submit(work).result())
+        monkeypatch.setattr(Ranks, "run_with_heartbeat", lambda self, work: ThreadPoolExecutor(1).submit(work).result())
         block = {"cache_dir": str(tmp_path / "cache"), "dry_run": True, **streams.LOOSE}
         block["reference"] = {"model": str(folder), "quantization": "none"}
         made = streams.attached(tmp_path, streams.trainer(tmp_path, streams.rows()), block)

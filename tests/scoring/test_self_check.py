@@ -12,7 +12,7 @@ from tests.scoring.test_engine import rows, run
 from tests.scoring.test_shortcuts import PACKED
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.scoring import self_check as trial
+from xtf_plugin.scoring import self_check
 from xtf_plugin.scoring.batching import laid_out
 from xtf_plugin.scoring.reference import Reference
 
@@ -27,7 +27,7 @@ class TestRotarySwitch:
         rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "partial_rotary_factor": 1.0}
         return tiny.model("phi3", rope_parameters=rope, original_max_position_embeddings=64)
 
-    @pytest.mark.parametrize("packing", [trial.WHERE_FASTER, PACKED], ids=["padded", "packed"])
+    @pytest.mark.parametrize("packing", [self_check.WHERE_FASTER, PACKED], ids=["padded", "packed"])
     def test_long_documents_stay_among_themselves(self, packing):
         model, documents = self.model("longrope"), collect(rows(sizes=(90, 50, 64, 65, 70, 3)))
         alone, _ = run(documents, model, (0, 1), batch_tokens=1, packing=packing)
@@ -52,7 +52,7 @@ class TestRotarySwitch:
 
 class TestTrial:
     def test_against_its_definition(self, monkeypatch):
-        own = trial.Reference.forward
+        own = self_check.Reference.forward
 
         def half(self, *given, plainly=False, **options):
             hidden, received = own(self, *given, plainly=plainly, **options)
@@ -65,7 +65,7 @@ class TestTrial:
     def test_also_when_it_is_recorded_only_later(self):
         reference, documents = Reference(tiny.model(), "tiny"), collect(rows())
         for layers, checked in (((), {"log-probabilities"}), ((0,), {"log-probabilities", "attention"})):
-            trial.check(documents, np.arange(len(documents)), reference, layers)
+            self_check.check(documents, np.arange(len(documents)), reference, layers)
             assert reference.checked == checked
 
     def test_the_longest_document_is_tried(self):
@@ -73,7 +73,7 @@ class TestTrial:
         tried = []
         own = reference.forward
         reference.forward = lambda ids, *args, **options: tried.append(ids.shape[-1]) or own(ids, *args, **options)
-        trial.check(documents, np.arange(4), reference, ())
+        self_check.check(documents, np.arange(4), reference, ())
         assert reference.narrows and max(tried) == 90
 
 
@@ -105,7 +105,7 @@ class TestRounding:
             for parameter in model.parameters():
                 parameter.normal_(0.0, 0.15)
         with pytest.raises(XTFError, match="log-probabilities differ from the model's own forward"):
-            trial.against_own_forward(self.odd(model, 1.05), torch.arange(5, 60), 1e-3, ())
+            self_check.against_own_forward(self.odd(model, 1.05), torch.arange(5, 60), 1e-3, ())
 
     def test_eight_bits_are_no_excuse_for_something_else(self):
         class Linear8bitLt(torch.nn.Identity):
@@ -114,4 +114,4 @@ class TestRounding:
         model = tiny.model()
         model.model.layers[0].mlp.extra = Linear8bitLt()
         with pytest.raises(XTFError, match="log-probabilities differ from the model's own forward"):
-            trial.against_own_forward(self.odd(model, 1.5), torch.arange(5, 60), 1e-3, ())
+            self_check.against_own_forward(self.odd(model, 1.5), torch.arange(5, 60), 1e-3, ())

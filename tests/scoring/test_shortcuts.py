@@ -20,12 +20,11 @@ from transformers import (
 from tests import eager, tiny
 from tests.scoring.test_engine import gpt_oss, little_memory, rows, run  # noqa: F401 (a fixture)
 from xtf_plugin.data.documents import collect
-from xtf_plugin.scoring import reference as references
-from xtf_plugin.scoring import self_check as trial
+from xtf_plugin.scoring import self_check
 from xtf_plugin.scoring.batching import laid_out
-from xtf_plugin.scoring.reference import Reference
+from xtf_plugin.scoring.reference import Reference, last_feed_forward, only_where
 
-PACKED = trial.Packing(("cpu", "cuda"), apart=True, windows=True)  # on this device too, whatever it costs
+PACKED = self_check.Packing(("cpu", "cuda"), apart=True, windows=True)  # on this device too, whatever it costs
 
 
 def agrees(model, documents, found, layers=(0, 1)):
@@ -114,7 +113,7 @@ class TestPacked:
     def test_rows_are_not_packed_to_be_taken_apart_again(self, caplog):
         """Without an attention that takes them as they are, padding costs less."""
         with caplog.at_level("INFO"):
-            packing = trial.Packing(("cpu", "cuda"))
+            packing = self_check.Packing(("cpu", "cuda"))
             _, stats = run(collect(rows()), tiny.model(), (0, 1), batch_tokens=150, packing=packing)
         assert stats.padded_tokens > stats.tokens
         assert "without packed rows" in caplog.text and "taken apart" in caplog.text
@@ -148,8 +147,8 @@ class TestNarrow:
     def test_the_last_layer_works_for_the_tokens_that_are_read(self, family, monkeypatch):
         model, documents = tiny.model(family), collect(rows())
         reference = Reference(model, "tiny")
-        trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
-        module, seen = references.last_feed_forward(reference.decoder), []
+        self_check.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
+        module, seen = last_feed_forward(reference.decoder), []
         assert module is not None and reference.narrows
         own = module.forward
         monkeypatch.setattr(module, "forward", lambda x: seen.append(x.shape[:-1].numel()) or own(x))
@@ -164,22 +163,22 @@ class TestNarrow:
 
     def test_what_the_module_held_is_put_back(self):
         model = tiny.model()
-        module = references.last_feed_forward(model.model)
+        module = last_feed_forward(model.model)
         for given in (None, lambda x: x):
             if given is not None:
                 module.forward = given
             before = dict(vars(module))
-            with references.only_where(module, torch.arange(4), 4):
+            with only_where(module, torch.arange(4), 4):
                 assert module.forward is not before.get("forward")
             assert vars(module) == before
 
     def test_a_part_that_looks_at_its_neighbours_is_left_whole(self, monkeypatch):
         model, documents = tiny.model(), collect(rows())
-        mlp = type(references.last_feed_forward(model.model))
+        mlp = type(last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.cumsum(1)))
         reference = Reference(model, "tiny")
-        trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
+        self_check.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
         assert not reference.narrows
         found, _ = run(documents, model, (0, 1), batch_tokens=150)
         agrees(model, documents, found)
@@ -188,11 +187,11 @@ class TestNarrow:
     def test_a_part_that_looks_at_one_token_before_is_left_whole(self, monkeypatch, dtype):
         """Of a row of tokens that are read, only the first would come out wrong."""
         model, documents = tiny.model().to(dtype), collect(rows())
-        mlp = type(references.last_feed_forward(model.model))
+        mlp = type(last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.roll(1, 1)))
         reference = Reference(model, "tiny")
-        trial.against_own_forward(reference, torch.arange(5, 60), 0.1, ())
+        self_check.against_own_forward(reference, torch.arange(5, 60), 0.1, ())
         assert not reference.narrows
         if dtype is torch.float32:
             agrees(model, documents, run(documents, model, (0, 1), batch_tokens=1)[0])
@@ -201,28 +200,28 @@ class TestNarrow:
         """What rounding moves is no reason."""
         for family in sorted(tiny.FAMILIES):
             reference = Reference(tiny.model(family).to(torch.bfloat16), "tiny")
-            trial.against_own_forward(reference, torch.arange(5, 60), 0.1, (0, 1))
+            self_check.against_own_forward(reference, torch.arange(5, 60), 0.1, (0, 1))
             assert reference.narrows, family
 
     def test_a_part_that_breaks_is_left_whole(self, monkeypatch):
         """NaN is no agreement: here it comes of rows without a batch of their own length."""
         model = tiny.model()
-        mlp = type(references.last_feed_forward(model.model))
+        mlp = type(last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x) * (1 if x.shape[1] == 55 else float("nan")))
         reference = Reference(model, "tiny")
-        trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
+        self_check.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
         assert not reference.narrows
 
     def test_a_document_too_short_to_try_it_on_tries_nothing(self):
         reference = Reference(tiny.model(), "tiny")
-        trial.against_own_forward(reference, torch.tensor([5]), 1e-3, ())
+        self_check.against_own_forward(reference, torch.tensor([5]), 1e-3, ())
         assert not reference.checked and not reference.narrows
 
     def test_a_part_that_gives_more_than_a_tensor_is_not_narrowed(self, monkeypatch):
         """Each batch would work it out twice. gpt-oss gives its router's scores too."""
         model, seen = gpt_oss(), []
-        mlp = type(references.last_feed_forward(model.model))
+        mlp = type(last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: seen.append(x.shape[:-1].numel()) or own(self, x))
         _, stats = run(collect(rows()), model, (), batch_tokens=150)
@@ -234,7 +233,7 @@ class TestNarrow:
                 return x * 2, x.sum()
 
         module, x = Pair(), torch.randn(2, 3, 4)
-        with references.only_where(module, torch.tensor([0, 3]), 6):
+        with only_where(module, torch.tensor([0, 3]), 6):
             result, total = module(x)
         assert torch.equal(result, x * 2) and total == x.sum()
 
@@ -242,5 +241,5 @@ class TestNarrow:
         module = torch.nn.Linear(4, 4)
         x = torch.randn(1, 3, 4)
         whole = module(x)
-        with references.only_where(module, torch.zeros(0, dtype=torch.long), 3) as state:
+        with only_where(module, torch.zeros(0, dtype=torch.long), 3) as state:
             assert torch.equal(module(x), whole) and not state.happened
