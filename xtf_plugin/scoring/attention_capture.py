@@ -58,10 +58,10 @@ class Recorder:
     def record(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
         """Compute the attention output of a chosen layer, and add its attention received to the sum."""
         starts = None if self.packed is None else self.packed.starts.to(query.device)
-        spec, implementation = replace(spec, start=self.start, starts=starts), eager if self.plainly else dispatch
-        found: tuple[Tensor, Tensor]
-        found = implementation.attention_and_received(query, key, value, self.lengths.to(query.device), spec)
-        output, received = found
+        compute: Callable[..., tuple[Tensor, Tensor]]
+        compute = (eager if self.plainly else dispatch).attention_and_received
+        spec = replace(spec, start=self.start, starts=starts)
+        output, received = compute(query, key, value, self.lengths.to(query.device), spec)
         # layers may be on several devices
         self.received = received if self.received is None else self.received + received.to(self.received.device)
         return output.to(query.dtype)
@@ -119,8 +119,7 @@ def received_attention(
     if window is not None:
         recorder.layer_windows.add(window)
     implementation = recorder.record if index in recorder.layers else dispatch.attention
-    output = implementation(query, key, value, spec)
-    return output.transpose(1, 2).contiguous(), None
+    return implementation(query, key, value, spec).transpose(1, 2).contiguous(), None
 
 
 def received_mask(

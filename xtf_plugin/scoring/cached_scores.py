@@ -105,7 +105,7 @@ class ScoreSource:
         self._attention: dict[tuple[int, ...], Floats] = {}
         self._others: dict[ReferenceConfig, StoredScores] = {}
         self._providers: dict[ReferenceConfig, ReferenceProvider] = {}
-        self._fingerprints: dict[ReferenceProvider, str] = {}
+        self._fingerprints: dict[int, str] = {}  # by id: providers live as long as this object
         self._index: Index = {}
         self._stores: dict[tuple[str, str | None], ScoreStore] = {}
         self._stack = ExitStack()
@@ -180,10 +180,10 @@ class ScoreSource:
 
     def fingerprint(self, provider: ReferenceProvider) -> str:
         """A provider's fingerprint, computed once, since it may read all files of a model; the same on every rank."""
-        if provider not in self._fingerprints:
-            found = self._fingerprints[provider] = self.ranks.run_with_heartbeat(provider.fingerprint)
+        if id(provider) not in self._fingerprints:
+            found = self._fingerprints[id(provider)] = self.ranks.run_with_heartbeat(provider.fingerprint)
             self.ranks.agree(found.encode(), "reference")
-        return self._fingerprints[provider]
+        return self._fingerprints[id(provider)]
 
     def about_excerpts(self) -> dict[str, Any]:
         """Statistics of documents outside the dataset, for the summary; empty if there were none."""

@@ -30,8 +30,6 @@ from .kernels.packing import Packed
 
 T = TypeVar("T")
 
-LAYERS = ("layers", "h", "blocks")
-FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 _KERNELS = "axolotl.kernels.lora"
 _PATCHES = "axolotl.monkeypatch.lora_kernels"
 _PROJECTIONS = {"apply_qkv": "original_apply_qkv_optional_v", "apply_o": "original_apply_o"}
@@ -249,12 +247,10 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 def last_feed_forward(decoder: nn.Module) -> nn.Module | None:
     """The feed-forward module of a decoder's last layer, found by its name in transformers' models, or None."""
-    for name in LAYERS:
-        layers = getattr(decoder, name, None)
-        if isinstance(layers, nn.ModuleList) and len(layers):
-            found = (getattr(layers[-1], part, None) for part in FEED_FORWARD)
-            return next((module for module in found if isinstance(module, nn.Module)), None)
-    return None
+    lists = (getattr(decoder, name, None) for name in ("layers", "h", "blocks"))
+    layers = next((found for found in lists if isinstance(found, nn.ModuleList) and len(found)), [None])
+    modules = (getattr(layers[-1], name, None) for name in ("mlp", "feed_forward", "ffn"))
+    return next((module for module in modules if isinstance(module, nn.Module)), None)
 
 
 @contextmanager
