@@ -1,7 +1,6 @@
-"""An independent float32 computation of the scores, written from the definitions on transformers' own eager attention
-maps.
+"""An independent float32 computation of the scores from transformers' eager attention maps and full logits.
 
-It shares no code with the package: one document at a time, `output_attentions=True`, full logits.
+It shares no code with the package and takes one document at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def scores(model, input_ids, layers) -> tuple[torch.Tensor, torch.Tensor]:
 def expectations(model, input_ids) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the surprisal before each token (NaN for the first), in float64, (T,) each."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # fused attention of early versions leaves out what Gemma 2 asks of it
+    model.set_attn_implementation("eager")  # fused attention of early versions ignores the soft cap of Gemma 2
     logits = model(input_ids=torch.as_tensor(input_ids)[None], use_cache=False).logits[0, :-1].double()
     model.config._attn_implementation = before
     p, surprisal = logits.softmax(-1), -logits.log_softmax(-1)

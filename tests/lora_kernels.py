@@ -1,6 +1,6 @@
-"""Models as Axolotl trains them through its fused LoRA kernels, what XTF's scores of them must be, and how to tell.
+"""Models with Axolotl's fused LoRA kernels, and checks of their scores. Needs Axolotl.
 
-The same on every device: the test on a CPU replaces the CUDA calls, the one on a GPU nothing. Needs Axolotl.
+The checks are the same on every device; tests on a CPU replace the CUDA calls of the kernels.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tests import tiny
 from tests.scoring.test_engine import rows
 from tests.scoring.test_kernels import error
 from xtf_plugin.data.documents import collect
-from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring import engine
 from xtf_plugin.scoring.reference import Reference, borrow
 
 FLAGS = {f"lora_{name}_kernel": True for name in ("qkv", "o", "mlp", "embedding")}
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")] + ["embed_tokens"]
 FUNCTIONS = ("LoRA_QKV", "LoRA_O", "LoRA_MLP", "LoRA_Embedding")
-ATTENTION = {"LoRA_QKV", "LoRA_O"}  # the kernels that scoring runs through
+ATTENTION = {"LoRA_QKV", "LoRA_O"}  # the kernels that scoring uses
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3")
-PRECISIONS = {  # dtype of the computation, and whether the base is in 4 bits; the most used one first
+PRECISIONS = {  # dtype of the computation, and whether the base is in 4 bits; the most common first
     "bfloat16 nf4": (torch.bfloat16, True),
     "bfloat16": (torch.bfloat16, False),
     "nf4": (torch.float32, True),
@@ -62,7 +62,7 @@ class Setting:
     device: str = "cpu"
 
     def folder(self, parent: Path) -> Path:
-        """Where the base model is; written when it is not there."""
+        """The folder of the base model, written if missing."""
         folder = parent / self.family
         if not folder.exists():
             tiny.model(self.family).save_pretrained(folder)
@@ -83,7 +83,7 @@ class Setting:
 
 
 def exact(base: Any, folder: Path, device: str) -> Any:
-    """The same weights in float32, nothing quantised: what a base model is held against."""
+    """The same weights in float32, without quantisation: the truth for a base model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": device})
     weights = dict(base.named_parameters())
     with torch.no_grad():
@@ -95,7 +95,7 @@ def exact(base: Any, folder: Path, device: str) -> Any:
 
 
 def adapted(base: Any) -> PeftModel:
-    """Adapters on every linear layer and the embeddings, as large as the weights: left on, they change everything."""
+    """Adapters on every linear layer and the embeddings, so large that scores change much while they are on."""
     config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     torch.manual_seed(1)
@@ -108,7 +108,7 @@ def adapted(base: Any) -> PeftModel:
 
 @contextmanager
 def attention_patched(folder: Path) -> Iterator[DictDefault]:
-    """Axolotl's patch of the attention class, which it never takes back; here it is taken back."""
+    """Axolotl's patch of the attention class, undone on exit."""
     recipe = DictDefault({"base_model": str(folder), **FLAGS})
     attention = patches.get_attention_cls_from_config(recipe)
     forward = attention.forward
@@ -123,7 +123,7 @@ def attention_patched(folder: Path) -> Iterator[DictDefault]:
 
 @dataclass
 class Calls:
-    """Which kernels ran, and whether they were given the weights of adapters; each time, if gradients were wanted."""
+    """Which kernels ran, and whether they were given adapter weights; each with whether gradients were enabled."""
 
     ran: list[tuple[str, bool]] = field(default_factory=list)
     asked: list[tuple[bool, bool]] = field(default_factory=list)
@@ -170,18 +170,18 @@ IDS = torch.from_numpy(DOCUMENTS.document(0)[0].astype(np.int64))
 
 
 def scores(reference: Reference) -> Scores:
-    """All that XTF takes from a reference: scores of every completion token, and context-free embeddings."""
+    """Everything that XTF computes with a reference: scores of completion tokens, and context-free embeddings."""
     found: dict[bytes, dict[str, Any]] = {}
 
     def sink(records: Any) -> None:
         for index, key in enumerate(records.keys):
             found[key.tobytes()] = records.part(index, index + 1).columns
 
-    scorer.score(DOCUMENTS, np.arange(len(DOCUMENTS)), reference, (0, 1), sink, batch_tokens=150, progress=False)
+    engine.score(DOCUMENTS, np.arange(len(DOCUMENTS)), reference, (0, 1), sink, batch_tokens=150, progress=False)
     in_order = [found[key.tobytes()] for key in DOCUMENTS.keys]
     made = {name: torch.cat([torch.as_tensor(part[name]) for part in in_order]) for name in in_order[0]}
     for kind in ("input", "output"):
-        made[kind] = scorer.gather_vectors(reference, np.arange(4, 60), kind)
+        made[kind] = engine.gather_vectors(reference, np.arange(4, 60), kind)
     assert {"logprobs", "attention", "entropy", "deviation", "input", "output"} == made.keys()
     return made
 
@@ -224,9 +224,9 @@ def gap(one: Tensor, two: Tensor) -> float:
 
 
 def check_rounding(truth: Tensor, found: Tensor, naive: Tensor) -> None:
-    """What is found is no further from the truth than what the base model gives in the same precision.
+    """The error of the scores is no larger than that of the base model in the same precision.
 
-    A little further may be luck: products that add up in another order round otherwise.
+    Slightly larger is allowed, since sums in another order round differently.
     """
     ours, theirs = error(truth, found), error(truth, naive)
     assert ours.mean() <= 1.2 * theirs.mean() + 2e-5
@@ -237,7 +237,7 @@ def check_scores(setting: Setting, parent: Path) -> None:
     """Scores through the kernels are those of the base model, and the next training step is what it was.
 
     Raises:
-        AssertionError: they are not; or nothing here could have told.
+        AssertionError: they are not, or this setting cannot show it.
     """
     folder = setting.folder(parent)
     base = setting.base(folder)
@@ -247,25 +247,25 @@ def check_scores(setting: Setting, parent: Path) -> None:
         patches.apply_lora_kernel_patches(model, recipe)
         with watched() as trained:
             before = step(model)
-        assert trained.names(True) == set(FUNCTIONS) and trained.given(True) == {True}, "training runs past the kernels"
+        assert trained.names(True) == set(FUNCTIONS) and trained.given(True) == {True}, "training ran without kernels"
         assert same(step(model), before), "this step does not repeat on this device"
         with watched() as called:
             found = scores(borrow(model))
-        assert not called.names(True), "scoring wanted gradients"
-        assert called.names(False) == ATTENTION, "scoring runs through other kernels than are thought to be right"
+        assert not called.names(True), "scoring ran with gradients"
+        assert called.names(False) == ATTENTION, "scoring uses kernels that are not known to be right"
         assert called.given(False) == {False}, "a kernel was given the weights of an adapter"
         for name, values in truth.items():
             check_rounding(values, found[name], naive[name])
         adapters_on = scores(Reference(model.get_base_model(), "adapters on"))
         for name in ("logprobs", "input", "output"):
-            assert gap(adapters_on[name], found[name]) > 0.2, f"{name} would not show adapters that are left on"
+            assert gap(adapters_on[name], found[name]) > 0.2, f"{name} does not depend on the adapters"
         assert same(step(model), before), "scoring changed the next training step"
 
 
 def check_adapters_off(setting: Setting, parent: Path) -> None:
-    """All four kernels leave adapters out where PEFT turned them off, whoever calls them.
+    """All four kernels ignore adapters that PEFT has turned off.
 
-    What they give then is the base model, but for Gemma, which is why scoring sets two of them aside.
+    They then compute the base model, except for Gemma, for which scoring bypasses two of them.
     """
     folder = setting.folder(parent)
     base = setting.base(folder)
@@ -279,13 +279,13 @@ def check_adapters_off(setting: Setting, parent: Path) -> None:
     assert called.names(False) == set(FUNCTIONS) and called.given(False) == {False}
     assert gap(on, naive) > 0.2
     if setting.family in SCALED:
-        assert gap(off, naive) > 0.1, "these kernels are right for Gemma now: scoring need not set them aside"
+        assert gap(off, naive) > 0.1, "these kernels are right for Gemma now: scoring need not bypass them"
     else:
         check_rounding(truth, off, naive)
 
 
 def check_separate(setting: Setting, parent: Path) -> None:
-    """A model without kernels, as a separate reference is, in a process whose attention class is patched."""
+    """A model without kernels (a separate reference) in a process whose attention class is patched."""
     folder = setting.folder(parent)
     base = setting.base(folder)
     before = {name: set(vars(module)) for name, module in base.named_modules()}

@@ -1,6 +1,6 @@
-"""Real pretrained models for tests and benchmarks: where they are, text for them, and their scores in full precision.
+"""Real pretrained models for tests and benchmarks, text for them, and their scores in full precision.
 
-`make models` makes the folders (recipes/models.py). What needs one that is missing is skipped and says so.
+`make models` creates their folders (recipes/models.py). Tests of a missing model are skipped with that reason.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def is_made(name: str) -> bool:
 
 
 def needs(name: str) -> pytest.MarkDecorator:
-    """Skips a test where the model is missing."""
+    """Skip a test if the model is missing."""
     return pytest.mark.skipif(not is_made(name), reason=f"needs {MODELS / name}: make models")
 
 
@@ -48,7 +48,7 @@ def load(name: str, precision: str, device: torch.device | str = "cpu", compute:
     """A model in fp32, bf16, or with 4-bit weights (nf4).
 
     Args:
-        compute: the dtype of everything that is not in 4 bits; default: as the precision says, bfloat16 for nf4.
+        compute: dtype of everything outside 4 bits; None: that of the precision, bfloat16 for nf4.
     """
     dtype = compute or DTYPES[precision]
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
@@ -93,7 +93,7 @@ class Scores:
 
 
 def ours(model: Any, of: DocumentSet, layers: tuple[int, ...]) -> Scores:
-    """What the package's scoring pass gives."""
+    """Scores of the package's scoring pass."""
     found: dict[bytes, Any] = {}
 
     def keep(records: Any) -> None:
@@ -129,10 +129,10 @@ def spread(error: torch.Tensor) -> tuple[float, float, float]:
 
 
 def verdict(found: torch.Tensor, naive: torch.Tensor, exact: float) -> str:
-    """Whether errors of the scoring pass keep to the rule: |found - truth| <= |naive - truth| + tolerance.
+    """Whether the errors of the scoring pass satisfy |found - truth| <= |naive - truth| + tolerance, on average.
 
-    Both are rounding of the same size and independent of each other, so single tokens say nothing. Compared are the
-    means; the tolerance is `exact` plus three standard errors of the mean difference.
+    Both are independent rounding errors of the same size, so single tokens are not compared. The tolerance is `exact`
+    plus three standard errors of the mean difference.
     """
     difference = found - naive
     allowed = exact + 3 * float(difference.std()) / len(difference) ** 0.5

@@ -1,6 +1,6 @@
-"""Scoring in a model with Axolotl's fused LoRA kernels, on a CPU: only their CUDA calls are replaced.
+"""Scoring a model with Axolotl's fused LoRA kernels on a CPU: only their CUDA calls are replaced.
 
-tests/gpu/test_gpu_lora_kernels.py does the same with nothing replaced.
+tests/gpu/test_gpu_lora_kernels.py does the same with the CUDA calls.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def watch(patches):
     watched = lora_kernels.watched()
     calls = watched.__enter__()
 
-    def tell():
+    def save():
         watched  # keeps it open
-        told = {str(wanted): [sorted(calls.names(wanted)), sorted(calls.given(wanted))] for wanted in (False, True)}
+        found = {str(wanted): [sorted(calls.names(wanted)), sorted(calls.given(wanted))] for wanted in (False, True)}
         with open(os.environ["CALLS"], "w") as file:
-            json.dump(told, file)
+            json.dump(found, file)
 
-    atexit.register(tell)
+    atexit.register(save)
 
 when_imported("axolotl.kernels.lora", replaced)
 when_imported("axolotl.monkeypatch.lora_kernels", watch)
@@ -67,7 +67,7 @@ def test_scores_are_those_of_the_base_model(parent, family, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kernels_leave_out_adapters_that_are_off(parent, family, precision):
+def test_kernels_ignore_adapters_that_are_off(parent, family, precision):
     lora_kernels.check_adapters_off(Setting(family, *PRECISIONS[precision]), parent)
 
 
@@ -78,14 +78,14 @@ def test_a_separate_reference_in_the_same_process(parent, family):
 
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory):
-    """A folder with trained adapters: new ones are zero, and left on would change nothing."""
+    """A folder with trained adapters: new ones are zero, and would not change the scores if they were on."""
     folder = tmp_path_factory.mktemp("adapter")
     lora_kernels.adapted(AutoModelForCausalLM.from_pretrained(base / "model")).save_pretrained(folder)
     return folder
 
 
 def test_a_stock_run_scores_the_same_with_kernels(base, adapter, tmp_path):
-    """`axolotl train` goes on training adapters in 4-bit QLoRA, with all four kernels and with none."""
+    """`axolotl train` continues to train adapters in 4-bit QLoRA, with all four kernels and without."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(INJECTED)
@@ -121,7 +121,7 @@ def test_a_stock_run_scores_the_same_with_kernels(base, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_stand_in_takes_nf4_apart_as_bitsandbytes_does(dtype):
+def test_the_stand_in_dequantises_nf4_as_bitsandbytes_does(dtype):
     torch.manual_seed(0)
     packed, state = bitsandbytes.functional.quantize_4bit(
         torch.randn(70, 64).to(dtype), quant_type="nf4", compress_statistics=True

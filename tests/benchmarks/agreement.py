@@ -1,10 +1,10 @@
-"""Hold `xtf score` on real text against an independent eager float32 computation, token by token.
+"""Compare `xtf score` on real text with an independent eager float32 computation, token by token.
 
     python -m tests.benchmarks.agreement [DATA.jsonl --prompt question --completion answer] [-n 200] [--model PATH]
 
-Writes the rows as prompt-completion data (without a file, made-up word problems), runs the stock pipeline through
-`xtf score`, recomputes attention received from transformers' own eager maps and log-probabilities from full logits
-(`tests/eager.py`), and prints the largest differences. Ends with 1 if a token differs by more than it may.
+Writes the rows as prompt-completion data (without a file, generated word problems), runs `xtf score`, recomputes
+attention received from transformers' eager maps and log-probabilities from full logits (`tests/eager.py`), and prints
+the largest differences. Exit code 1: a token differs by more than the limit.
 """
 
 from __future__ import annotations

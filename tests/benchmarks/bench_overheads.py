@@ -53,7 +53,7 @@ class Provider:
 
 
 HEAD = ["what", "measured", "reach"]
-# what a plan asks of a tokenizer where no rule looks at text
+# what a plan needs of a tokenizer if no rule reads text
 NO_TEXT = SimpleNamespace(all_special_ids=[], added_tokens_decoder={})
 
 
@@ -92,22 +92,21 @@ def cached_start(documents: DocumentSet, model) -> tuple[float, float, object]:
 def boot_hook(bytecode: bool, repeats: int, after: str = "torch") -> float:
     """Milliseconds of the boot hook (its own import and `install`): the median of fresh processes.
 
-    It is timed where PyTorch calls it: at the end of the import.
+    It is timed where PyTorch calls it, at the end of the import.
 
     Args:
-        bytecode: compiled beforehand, as pip does when it installs a package; without, every process compiles the
-            hook's source again.
+        bytecode: the hook is compiled beforehand, as by pip; otherwise every process compiles its source.
         after: the module that is imported before.
     """
     code = (
         f"import {after}, time; begin = time.perf_counter();"
         "from xtf_plugin.hosts import boot; boot.install(); print(time.perf_counter() - begin)"
     )
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # else the hook has run within the import
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # otherwise the hook runs within the import
     command = [sys.executable, "-c", code]
     found = []
     with tempfile.TemporaryDirectory() as cache:
-        environment["PYTHONPYCACHEPREFIX"] = cache  # not what other runs may have left beside the sources
+        environment["PYTHONPYCACHEPREFIX"] = cache  # no bytecode of other runs
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         if bytecode:
             subprocess.run(command, check=True, capture_output=True, env=environment)
@@ -120,7 +119,7 @@ def boot_hook(bytecode: bool, repeats: int, after: str = "torch") -> float:
 
 
 def collator_share(rows, masks, model, repeats: int) -> tuple[float, float]:
-    """Seconds per batch of 8: what our collator adds to TRL's, and a training step of the model."""
+    """Seconds per batch of 8 that our collator adds to TRL's, and seconds of a training step."""
     inner = DataCollatorForLanguageModeling(pad_token_id=0)
     ours = XTFDataCollator(inner, masks)
     batches = [rows[i : i + 8] for i in range(0, len(rows), 8)]

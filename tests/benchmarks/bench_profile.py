@@ -1,12 +1,11 @@
-"""Where the time of the floor and of the scoring pass goes, by kind of operation.
+"""The time of the floor and of the scoring pass by kind of operation.
 
     python -m tests.benchmarks.bench_profile [--device cuda] [--write docs/benchmarks.md]
 
-On a CPU the 30M model of bench_scoring; on a GPU the model of bench_gpu. PyTorch's profiler gives the time of single
-operations. On a CPU an operation belongs to attention or to the head's sums by where it is called, and else by its
-name; on a GPU kernels are told apart by their names. What no operation accounts for is rest: Python, allocation, views,
-and on a GPU the time in which no kernel runs. The profiler itself takes time, so that totals are not those of other
-tables.
+On a CPU, the 30M model of bench_scoring; on a GPU, the model of bench_gpu. PyTorch's profiler measures single
+operations. On a CPU, an operation is attributed to attention or to the head's sums by its caller, and otherwise by its
+name; on a GPU, kernels are classified by name. The rest is Python, allocation, views, and on a GPU the time without a
+kernel. The profiler takes time itself, so totals differ from those of other tables.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ from tests.benchmarks.bench_scoring import (
     xtf,
 )
 from tests.benchmarks.common import NOT_MEASURED, arguments, publish, settled
-from xtf_plugin.scoring.kernels import dispatch as kernels
-from xtf_plugin.scoring.kernels import logit_stats as heads
+from xtf_plugin.scoring.kernels import dispatch, logit_stats
 
 PRODUCTS, ATTENTION, SUMS, ELEMENTWISE, COPIES, REST = (
     "matrix products",
@@ -49,9 +47,9 @@ PRODUCTS, ATTENTION, SUMS, ELEMENTWISE, COPIES, REST = (
 )
 KINDS = (PRODUCTS, ATTENTION, SUMS, ELEMENTWISE, COPIES, REST)
 HEAD = ["model, dtype, lengths", "procedure", "all, ms", *(f"{kind}, ms" for kind in KINDS)]
-SCOPES = {  # functions whose operations are of one kind, whatever they are called
-    ATTENTION: [(kernels, "attention"), (kernels, "attention_received"), (kernels, "attention_and_received")],
-    SUMS: [(heads, "moments")],
+SCOPES = {  # functions whose operations are of one kind, whatever their names
+    ATTENTION: [(dispatch, "attention"), (dispatch, "attention_received"), (dispatch, "attention_and_received")],
+    SUMS: [(logit_stats, "moments")],
 }
 # operations of PyTorch, without "aten::" and the underscore of those in place
 NAMED = {
@@ -78,7 +76,7 @@ def kind_of_kernel(name: str) -> str:
 
 
 def kind_of_operation(event: Any) -> str:
-    """The kind of a CPU's operation: that of a scope or of attention around it, else its own."""
+    """The kind of a CPU's operation: that of a surrounding scope or attention, otherwise its own."""
     around, own = event, OPERATIONS.get(event.name.rstrip("_"), REST)
     while around is not None:
         if around.name in SCOPES:
@@ -91,7 +89,7 @@ def kind_of_operation(event: Any) -> str:
 
 @contextmanager
 def scopes() -> Iterator[None]:
-    """While it lasts, calls of the functions in SCOPES show in a profile under the name of their kind."""
+    """Within this context, a profile shows calls of the functions in SCOPES under the name of their kind."""
 
     def scoped(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -124,7 +122,7 @@ def parts(procedure: Callable[[], Any], repeats: int, gpu: bool) -> tuple[float,
         elif gpu and event.device_type != DeviceType.CPU and not getattr(event, "is_user_annotation", False):
             found[kind_of_kernel(event.name)] += event.time_range.elapsed_us()
     if not found:
-        raise RuntimeError("the profiler saw nothing on this device")
+        raise RuntimeError("the profiler recorded nothing on this device")
     taken = {kind: found[kind] / 1e3 / repeats for kind in KINDS}
     taken[REST] = whole - sum(taken[kind] for kind in KINDS if kind != REST)
     return whole, taken

@@ -2,17 +2,17 @@
 
     python -m tests.benchmarks.bench_real [--models NAME ...] [--rows 24] [--write docs/benchmarks.md]
 
-On a GPU where there is one, else on the CPU. Text: the demo's question and answer pairs, through each model's own chat
+On a GPU if there is one, otherwise on the CPU. Text: the demo's question and answer pairs in each model's own chat
 template. Two tables:
 
 - Cost. The floor is one no-grad decoder forward plus the LM head on completion positions, in the same batches. The
-  procedures take turns, so only ratios within a row's round are compared. On a GPU also the peak of allocated memory.
+  procedures run in turn, and only ratios within a round are compared. On a GPU also the peak of allocated memory.
 - Agreement. How far log-probability (nats) and attention received (1.0 = uniform) lie from transformers' eager
   attention maps and full logits in float32, for the scoring pass and for the same eager computation in the model's own
   precision ("naive"). The truth of a 4-bit model is the same 4-bit weights, computed in float32.
 
-Models come from `make models`; a missing one says so in its row. Exit code 1: the pass is further from the truth than
-the eager computation.
+`make models` creates the models; the row of a missing one says so. Exit code 1: the pass is further from the truth
+than the eager computation.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SMOKE = "a tiny Llama"
 
 
 def budget() -> int:
-    """Padded tokens of a batch: as in the table of random models, or enough to fill a GPU."""
+    """Padded tokens of a batch: as for random models, or enough to fill a GPU."""
     return 4_096 if device().type == "cpu" else 16_384
 
 
@@ -109,9 +109,9 @@ def measure(
     costs: list[list[str]],
     agreements: list[list[str]],
 ) -> None:
-    """Add the rows of both tables to `costs` and `agreements`, as they come.
+    """Add the rows of both tables to `costs` and `agreements` as they are measured.
 
-    What cannot begin before `end`, a time of `time.perf_counter`, is not measured, and says so.
+    A row that cannot begin before `end`, a time of `time.perf_counter`, is marked as not measured.
     """
     here = [name for name in names if name == SMOKE or real.is_made(name)]
 
@@ -137,7 +137,7 @@ def measure(
 
 
 def collect_first(documents: DocumentSet, count: int) -> DocumentSet:
-    """The first documents alone: eager maps of all of them would take long."""
+    """The first documents: eager maps of all of them would take too long."""
     rows = []
     for index in range(min(count, len(documents))):
         ids, completion = documents.document(index)

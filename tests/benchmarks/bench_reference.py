@@ -1,12 +1,12 @@
-"""What a quantised or a smaller reference saves, and how far its masks are those of the full one.
+"""What a quantised or a smaller reference saves, and how much its masks agree with those of the full one.
 
     python -m tests.benchmarks.bench_reference [--real FOLDER --data FOLDER] [--write docs/benchmarks.md]
 
-The made-up world of sums with planted noise, scored by a base model that was trained on it, in float32, bfloat16 and 4
-bits, and by a base of about a fifth of the weights; with `--real` (a folder that `tests.benchmarks.real_text` left) and
-`--data` also GSM8K by a base that was trained on real text. Base models that are missing are trained, which takes some
-minutes. Two sets of dropped tokens agree by Jaccard's measure: tokens in both over tokens in either. It is taken twice,
-with the rules' own thresholds, and as the lowest tenth of the scores, where two blind draws would agree to 0.05.
+Generated sums with planted noise, scored by a base model trained on such sums in float32, bfloat16 and 4 bits, and by
+one of about a fifth of its size. With `--real` (a folder of `tests.benchmarks.real_text`) and `--data`, also GSM8K,
+scored by a base model trained on real text. Missing base models are trained, which takes some minutes. Agreement is the
+Jaccard index of the dropped tokens, by the rules' own thresholds and of the lowest tenth of the scores, where random
+choice has an index of 0.05.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def lowest(scores: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def drops(bench: Referenced) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """By rule: what it drops, and the lowest tenth of its scores."""
+    """By rule: the tokens it drops, and the lowest tenth of its scores."""
     found = {}
     for name, block in BLOCKS.items():
         plan = bench.plan(block)
@@ -91,7 +91,7 @@ def drops(bench: Referenced) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bo
 def compare(
     what: str, rows: Sequence[Any], base: Path, small: Path | None, repeats: int
 ) -> tuple[list[list[str]], list[str]]:
-    """Rows of the table, and what each reference takes to score."""
+    """Rows of the table, and the time each reference takes to score."""
     table, tokenizer = [], AutoTokenizer.from_pretrained(base)
     with tempfile.TemporaryDirectory() as cache:
         benches = {
@@ -111,7 +111,7 @@ def compare(
 
 
 def bases(folder: Path, smoke: bool) -> tuple[Any, Path, Path]:
-    """The tokenizer of the made-up worlds and two base models, the second the smaller; trained if they are missing."""
+    """The tokenizer of the generated data and two base models, the second smaller; trained if missing."""
     settings = BaseSettings(hidden=64, intermediate=128, layers=2, documents=40, steps=2) if smoke else BaseSettings()
     tokenizer = train_tokenizer()
     base, small = (make_base(name, folder, tokenizer, settings) for name in (WORLD, SMALL))
@@ -124,7 +124,7 @@ def made_up(tokenizer: Any, count: int) -> list[Any]:
 
 
 def gsm8k(folder: Path, base: Path, count: int) -> list[Any]:
-    """Rows of problems that the base has not read."""
+    """Rows of problems outside the training data of the base."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     held_out = records.read(folder)["GSM8K"]["held-out"][:count]
     return encode.encode_all(held_out, tokenizer, tokenizer.model_max_length)

@@ -1,11 +1,11 @@
-"""What XTF adds to a whole QLoRA run of three epochs, and which of its parts take the time.
+"""What XTF adds to a QLoRA run of three epochs, and which of its parts take the time.
 
     python -m tests.benchmarks.bench_run [--rows 96] [--quick] [--write docs/benchmarks.md]
 
 A random Llama of about 7M parameters, its layers in 4 bits, with LoRA on all of them, under TRL's own trainer; rows of
-50 to 300 tokens. Every run is a process of its own, and its time that of `trainer.train()`: from before the documents
-are read to behind the last step. Scoring reads each document once and every epoch reads it again, forwards and
-backwards: how the two compare does not depend much on size, but what small parts weigh does, and here all are small.
+50 to 300 tokens. Every run is a separate process; its time is that of `trainer.train()`, from reading the documents to
+the last step. Scoring reads each document once, and every epoch reads it again, forward and backward. Their ratio
+hardly depends on the size of the model, but the share of the small parts does, and this model is small.
 """
 
 from __future__ import annotations
@@ -35,11 +35,9 @@ from trl import SFTConfig, SFTTrainer
 from tests import tiny
 from tests.benchmarks import reach
 from tests.benchmarks.common import NOT_MEASURED, arguments, device, publish
-from xtf_plugin import XTFCallback, attach
-from xtf_plugin import plan as pipeline
+from xtf_plugin import XTFCallback, attach, plan
 from xtf_plugin.scorers import embedding_similarity
-from xtf_plugin.scoring import cached_scores as passes
-from xtf_plugin.scoring import providers
+from xtf_plugin.scoring import cached_scores, providers
 from xtf_plugin.training import callback
 from xtf_plugin.training.collator import XTFDataCollator
 
@@ -70,8 +68,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 PARTS = {
     "documents": [(callback, "collect")],
     "fingerprint": [(providers.BorrowedReference, "fingerprint")],
-    "scoring": [(passes, "score"), (embedding_similarity._Domain, "relevance")],
-    "selection": [(pipeline, "select"), (pipeline.Plan, "masks")],
+    "scoring": [(cached_scores, "score"), (embedding_similarity._Domain, "relevance")],
+    "selection": [(plan, "select"), (plan.Plan, "masks")],
     "report": [(XTFCallback, "_report")],
     "collator": [(XTFDataCollator, "_masked"), (XTFDataCollator, "_verify")],
     "checks": [(XTFCallback, "_on_batch")],
@@ -126,7 +124,7 @@ def timed(parts: Counter, name: str, owner: Any, attribute: str) -> Any:
 
 
 def run(variant: str, folder: Path, rows: int, steps: int = -1) -> dict[str, float]:
-    """One training run in this process, and where XTF spent its time."""
+    """One training run in this process: its time, and that of XTF's parts."""
     block, parts = VARIANTS[variant], Counter[str]()
     trainer = make_trainer(folder, make_rows(rows), steps)
     if block is not None:
@@ -156,11 +154,11 @@ def measure(
     repeats: int,
     until: float = float("inf"),
 ) -> tuple[dict[str, dict[str, float]], int]:
-    """Medians over runs of every variant, in turn, and how many runs there were of each.
+    """Medians over runs of every variant, in turn, and the number of runs of each.
 
     Args:
         one: runs a variant in a folder; save: puts the model there. Every round has a folder, and no scores stored.
-        until: no new round begins after this time of `time.perf_counter`, once there has been one.
+        until: after this time of `time.perf_counter`, no second or later round begins.
     """
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     for done in range(repeats):

@@ -3,10 +3,10 @@ positions.
 
     python -m tests.benchmarks.bench_scoring [--sizes 30M 150M] [--no-memory] [--write docs/benchmarks.md]
 
-Random Llamas of about 30M and 150M parameters, padded batches of at most 4,096 tokens (the same ones for every
-procedure). Times are medians over repeats that run the procedures in turn, so that a slow minute hits all of them; only
-the ratios travel, and beside each stand the lowest and the highest of the single rounds. Peak memory is what the
-resident set of a process of its own grows by over its state after loading the model, code of libraries left out.
+Random Llamas of about 30M and 150M parameters, in the same padded batches of at most 4,096 tokens for every procedure.
+Times are medians over rounds that run the procedures in turn, so that a slow period affects all of them. Only ratios
+carry over to other machines; the lowest and highest of single rounds are given too. Peak memory is the growth of the
+resident set of a separate process after loading the model, without the code of libraries.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def make_documents(lengths: str | tuple[int, int, int], vocabulary: int = VOCABU
     """Random documents; the completion is the second 40-70 % of each, as in worked word problems.
 
     Args:
-        lengths: a name out of `LENGTHS`, or how many documents and their fewest and most tokens.
+        lengths: a name in `LENGTHS`, or the number of documents and their fewest and most tokens.
     """
     count, low, high = LENGTHS[lengths] if isinstance(lengths, str) else lengths
     rng = np.random.default_rng(0)
@@ -117,7 +117,7 @@ def full_logits(model, documents) -> None:
 
 
 def tried(model, documents) -> Reference:
-    """The model as a reference; its one-off trial is not part of the pass."""
+    """The model as a reference, after its self-check, which is not part of the pass."""
     if not hasattr(model, "tried"):
         reference = model.__dict__["tried"] = Reference(model, "bench")
         ids = torch.from_numpy(documents.document(0)[0][:128].astype(np.int64)).to(model.device)
@@ -133,7 +133,7 @@ def xtf(model, documents, layers, budget: int = BUDGET) -> None:
 
 
 def relevance(reference, documents) -> np.ndarray:
-    """Closeness of the documents' tokens to their own mean."""
+    """Task relevance of the documents' tokens."""
     source = SimpleNamespace(
         embeddings=lambda ids, kind: gather_vectors(reference, ids, kind).numpy(),
         vocabulary_table=lambda key, compute: compute(),
@@ -162,7 +162,7 @@ def times(size: str, dtype: str, lengths: str | tuple[int, int, int], repeats: i
 
 
 def peak(size: str, dtype: str, lengths: str | tuple[int, int, int], name: str, repeats: int) -> float:
-    """MB that a procedure takes at its peak, the median of some runs; in a process that has run nothing else."""
+    """Peak memory of a procedure in MB, the median of several runs, in a process that has run nothing else."""
     model, documents = make_model(size, dtype), make_documents(lengths)
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 8, dtype=torch.long))  # thread pools and scratch buffers of the libraries
@@ -170,14 +170,14 @@ def peak(size: str, dtype: str, lengths: str | tuple[int, int, int], name: str, 
 
 
 def peak_apart(*case: str | int) -> float:
-    """`peak` in a process of its own."""
+    """`peak` in a separate process."""
     words = [sys.executable, "-m", "tests.benchmarks.bench_scoring", "--peak", *map(str, case)]
     output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     return float(json.loads(output.splitlines()[-1]))
 
 
 def rows_of(case: str, reached: str, found: dict[str, list[float]], memory: dict[str, float]) -> list[list[str]]:
-    """Rows of the table for one model, dtype and kind of documents; `reached`: whose figures it is held against."""
+    """Rows of the table for one model, dtype and kind of documents; `reached` names the figures to compare with."""
     base, rows = statistics.median(found[FLOOR]), []
     for name, took in found.items():
         median = statistics.median(took)

@@ -18,8 +18,7 @@ from tests.scoring.test_engine import rows, run
 from tests.scoring.test_kernels import SHAPES, STARTS, error, packed, parity, planted
 from tests.scoring.test_shortcuts import PACKED
 from xtf_plugin.data.documents import collect
-from xtf_plugin.scoring import engine as scorer
-from xtf_plugin.scoring import self_check as trial
+from xtf_plugin.scoring import engine, self_check
 from xtf_plugin.scoring.kernels import dispatch as kernels
 from xtf_plugin.scoring.kernels import eager as attributes
 from xtf_plugin.scoring.kernels import triton_dispatch
@@ -70,7 +69,7 @@ def test_packed_scores_agree_with_the_cpu(family, dtype):
     """Rows that hold several documents: by flash attention over offsets, or where there is none made to."""
     documents = collect(rows(sizes=range(20, 300, 7)))
     cpu, _ = run(documents, tiny.model(family), (0, 1))
-    packing = trial.WHERE_FASTER if (family, dtype) == ("llama", torch.bfloat16) else PACKED
+    packing = self_check.WHERE_FASTER if (family, dtype) == ("llama", torch.bfloat16) else PACKED
     model = tiny.model(family).to("cuda", dtype)
     cuda, stats = run(documents, model, (0, 1), batch_tokens=1_000, packing=packing)
     assert stats.padded_tokens == stats.tokens and stats.batches > 3, "nothing was packed"
@@ -125,7 +124,7 @@ def test_training_has_the_memory_that_it_has_without():
     before, without, found = held(), peak(), []
     documents = collect(rows(sizes=range(20, 300, 7)))
     torch.cuda.reset_peak_memory_stats()
-    scorer.score(documents, np.arange(len(documents)), borrow(model), (0, 1), found.append, progress=False)
+    engine.score(documents, np.arange(len(documents)), borrow(model), (0, 1), found.append, progress=False)
     assert found and torch.cuda.max_memory_allocated() > before
     assert held() == before
     assert peak() == without > 0
@@ -134,7 +133,7 @@ def test_training_has_the_memory_that_it_has_without():
 @pytest.mark.parametrize("late", [False, True], ids=["begun", "waited for"])
 def test_an_error_in_the_third_batch_leaves_the_first_two(tmp_path, monkeypatch, late):
     """Whether it shows when the batch is begun, or when its scores are waited for and the fourth is begun already."""
-    documents, launch, begun = collect(rows(sizes=[60] * 5)), scorer._launch, []
+    documents, launch, begun = collect(rows(sizes=[60] * 5)), engine._launch, []
 
     def broken():
         raise RuntimeError("planted")
@@ -145,10 +144,10 @@ def test_an_error_in_the_third_batch_leaves_the_first_two(tmp_path, monkeypatch,
             return launch(*given, **options)
         return broken if late else broken()
 
-    monkeypatch.setattr(scorer, "_launch", failing)
+    monkeypatch.setattr(engine, "_launch", failing)
     reference = Reference(tiny.model().to("cuda"), "tiny")
     with pytest.raises(RuntimeError, match="planted"), ScoreStore(tmp_path, "0123456789abcdef", "0,1") as store:
-        scorer.score(documents, np.arange(5), reference, (0, 1), store.add, batch_tokens=60, progress=False)
+        engine.score(documents, np.arange(5), reference, (0, 1), store.add, batch_tokens=60, progress=False)
     assert len(begun) == (4 if late else 3), "no batch is begun ahead"
     with ScoreStore(tmp_path, "0123456789abcdef", "0,1") as store:
         found = store.load(documents.keys, np.diff(documents.completion_offsets)).found

@@ -9,14 +9,14 @@ from tests import tiny
 from tests.scoring.test_engine import rows, run
 from xtf_plugin.data.documents import collect
 from xtf_plugin.scoring import batching as batching
-from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring import engine
 from xtf_plugin.scoring.reference import Reference
 
 
 def test_scores_that_are_waited_for_later_are_the_same(monkeypatch):
     model, documents = tiny.model(), collect(rows(sizes=range(10, 60)))
     at_once, _ = run(documents, model, (1,), batch_tokens=400)
-    monkeypatch.setattr(scorer, "LAG", {"cpu": 2})
+    monkeypatch.setattr(engine, "LAG", {"cpu": 2})
     later, stats = run(documents, model, (1,), batch_tokens=400)
     assert stats.batches > 3 and stats.documents == len(later) == len(documents)
     for key, records in at_once.items():
@@ -26,8 +26,8 @@ def test_scores_that_are_waited_for_later_are_the_same(monkeypatch):
 
 def test_an_error_takes_no_batch_with_it_that_was_begun(monkeypatch):
     model, documents, found = tiny.model(), collect(rows(sizes=range(30, 60))), []
-    monkeypatch.setattr(scorer, "LAG", {"cpu": 1})
-    launch, begun = scorer._launch, []
+    monkeypatch.setattr(engine, "LAG", {"cpu": 1})
+    launch, begun = engine._launch, []
 
     def broken(*given, **options):
         if len(begun) == 2:
@@ -35,10 +35,10 @@ def test_an_error_takes_no_batch_with_it_that_was_begun(monkeypatch):
         begun.append(given[1])
         return launch(*given, **options)
 
-    monkeypatch.setattr(scorer, "_launch", broken)
+    monkeypatch.setattr(engine, "_launch", broken)
     wanted = np.arange(len(documents))
     with pytest.raises(RuntimeError, match="illegal"):
-        scorer.score(documents, wanted, Reference(model, "tiny"), (), found.append, batch_tokens=300, progress=False)
+        engine.score(documents, wanted, Reference(model, "tiny"), (), found.append, batch_tokens=300, progress=False)
     assert [len(records.keys) for records in found] == [len(batch) for batch in begun]
 
 
@@ -54,8 +54,8 @@ def test_batches_are_as_large_as_the_memory_of_the_first_says(monkeypatch, free,
         def free(self):
             return free
 
-    monkeypatch.setattr(scorer, "meter", lambda device: Meter())
-    monkeypatch.setattr(scorer, "PROBE_TOKENS", 300)
+    monkeypatch.setattr(engine, "meter", lambda device: Meter())
+    monkeypatch.setattr(engine, "PROBE_TOKENS", 300)
     monkeypatch.setattr(batching, "PROBE_TOKENS", 300)
     documents = collect(rows(sizes=(30,) * 50))
     _, stats = run(documents, tiny.model(), ())

@@ -1,1 +1,1 @@
-"""Cases for several processes: programs that torchrun starts, and the tests that read what their ranks found."""
+"""Cases for several processes, which torchrun starts; tests/scoring/test_distributed.py checks the results."""

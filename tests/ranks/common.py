@@ -1,11 +1,14 @@
-"""What the cases share: where they are listed, and scores of some documents as JSON can hold them."""
+"""The list of cases, and scores of documents as JSON values."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 
-from xtf_plugin.scoring.cached_scores import stored_scores
-from xtf_plugin.store.store import ScoreStore
+from tests import tiny
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.scoring.cached_scores import ScoreSource
 
 FINGERPRINT = "ab" * 8
 CASES = {}
@@ -26,14 +29,34 @@ def lines(array):
     return [None if np.isnan(value) else float(value) for value in np.asarray(array, dtype=np.float64)]
 
 
-def scored(ranks, root, documents, reference, layers=(0, 1), tag="0,1", budget=100):
-    with ScoreStore(root, FINGERPRINT, tag) as store:
-        stored, stats, reused = stored_scores(
-            store, documents, reference, layers, batch_tokens=budget, progress=False, ranks=ranks
-        )
+class Opened:
+    """A provider of the reference that `reference` returns."""
+
+    def __init__(self, reference):
+        self.reference = reference
+
+    def fingerprint(self):
+        return FINGERPRINT
+
+    def description(self):
+        return {"name": "tiny"}
+
+    def text_config(self):
+        return tiny.model().config
+
+    @contextmanager
+    def open(self):
+        yield self.reference()
+
+
+def scored(ranks, root, documents, reference, budget=100):
+    """Scores of both layers from the cache in `root`, missing ones from a pass."""
+    config = XTFConfig.parse({"preset": "none", "cache_dir": str(root), "batch_tokens": budget})
+    with ScoreSource(config, documents, None, Opened(reference), ranks=ranks) as source:
+        attention, stats = source.attention_received([0, 1]), source.stats
     return {
-        "logprobs": lines(stored.logprobs),
-        "attention": lines(stored.attention) if stored.attention is not None else None,
+        "logprobs": lines(source.predictions().logprobs),
+        "attention": lines(attention),
         "stats": [stats.documents, stats.tokens, stats.batches],
-        "reused": reused,
+        "reused": source.reused,
     }

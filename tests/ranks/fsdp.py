@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor
 from tests import tiny
 from tests.test_plan import rows
 from xtf_plugin.data.documents import collect
-from xtf_plugin.scoring import distributed as ranks_module
-from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring import distributed, engine
 from xtf_plugin.scoring.engine import gather_vectors
 from xtf_plugin.scoring.reference import Reference, ShardedReference, borrow
 
@@ -54,8 +53,8 @@ def fsdp(ranks, folder, adapters, scored):
         found = scored(ranks, folder / f"fsdp-{adapters}-{ranks.rank}", documents, lambda: reference, budget=45)
     split = isinstance(reference.embeddings.weight, DTensor)
     lengths = documents.lengths
-    of = ranks_module.share_out(lengths, ranks.size)
-    own = len(list(scorer.plan_batches(lengths[of == ranks.rank], 45)))
+    of = distributed.share_out(lengths, ranks.size)
+    own = len(list(engine.plan_batches(lengths[of == ranks.rank], 45)))
     ids = np.arange(20)
     vectors = gather_vectors(reference, ids, "input"), gather_vectors(reference, ids, "output")
     plain = Reference(tiny.model(), "tiny")

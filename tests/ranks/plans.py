@@ -14,7 +14,7 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.plan import make_plan
-from xtf_plugin.scoring import distributed as ranks_module
+from xtf_plugin.scoring import distributed
 from xtf_plugin.scoring.distributed import Ranks
 
 SLOW = 2.0  # seconds
@@ -45,8 +45,8 @@ def other_data_on_one_rank(ranks, folder):
 
 @case
 def slow_files_on_one_rank(ranks, folder):
-    """References whose files one rank reads slowly: no meeting may wait for that, only heartbeats."""
-    ranks_module.BEAT_SECONDS, longest, gather = 0.1, [0.0], Ranks.gather
+    """One rank reads the files of the references slowly: no collective but heartbeats may wait for it."""
+    distributed.BEAT_SECONDS, longest, gather = 0.1, [0.0], Ranks.gather
 
     def timed(self, mine):
         start = time.monotonic()
@@ -68,13 +68,13 @@ def slow_files_on_one_rank(ranks, folder):
     documents = collect(rows(6))
     Ranks.gather = timed
     make_plan(config, documents, Slow(), tiny.tokenizer(), references=another, progress=False, ranks=ranks)
-    ranks_module.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    distributed.BEAT_SECONDS, Ranks.gather = 20.0, gather
     return longest[0]
 
 
 @case
 def other_blocks_on_one_rank(ranks, folder):
-    """Another threshold, an attribute that only one rank scores, a special token more; and other places for files."""
+    """Another threshold, an attribute of one rank only, another special token, and other places for files."""
     first, second = {"preset": "none", "knowledge_novelty": True}, {"task_relevance": {"drop": {"below": 0.3}}}
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]}, replace_extra_special_tokens=False)
@@ -107,7 +107,7 @@ def a_stream_in_two_processes(ranks, folder):
 
 @case
 def other_masks_on_one_rank(ranks, folder):
-    """Whatever makes them differ, for one another version of a scorer's package."""
+    """Masks may differ for any reason, such as another version of a scorer's package."""
     config = XTFConfig.parse({"preset": "none", "knowledge_novelty": True, "cache_dir": str(folder / "masks")})
     select = pipeline.select
 

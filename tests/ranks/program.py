@@ -1,6 +1,6 @@
-"""Started on every rank by torchrun: runs the cases and writes what this rank found, for tests/scoring/test_distributed.py to judge.
+"""Runs the cases on every rank, started by torchrun, and writes the results for tests/scoring/test_distributed.py.
 
-One launch for all cases: importing torch and transformers twice costs more than the cases do.
+One launch runs all cases, since importing torch and transformers takes longer than the cases.
 """
 
 from __future__ import annotations

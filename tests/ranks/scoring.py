@@ -10,11 +10,12 @@ import torch
 from tests import tiny
 from tests.ranks.common import FINGERPRINT, case, ending, lines, scored
 from tests.ranks.fsdp import fsdp, sharded
-from tests.test_plan import rows
+from tests.test_plan import Provider, rows
+from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.scoring import distributed as ranks_module
-from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring import distributed, engine
+from xtf_plugin.scoring.cached_scores import ScoreSource
 from xtf_plugin.scoring.distributed import Ranks
 from xtf_plugin.scoring.reference import Reference
 from xtf_plugin.store.store import ScoreStore
@@ -26,14 +27,26 @@ def forbidden():
 
 @case
 def messages(ranks, folder):
-    """Bytes of unequal length go round whole, also in several chunks."""
-    ranks_module.CHUNK_BYTES = 10
+    """Bytes of unequal length, in several chunks."""
+    distributed.CHUNK_BYTES = 10
     mine = bytes(range(7 + 20 * ranks.rank))
-    found = ranks.gather(mine), ranks.gather(b""), ranks.first(None), ranks.first(mine if ranks.rank == 1 else None)
-    ranks_module.CHUNK_BYTES = 4 << 20
+    found = ranks.gather(mine), ranks.gather(b"")
+    distributed.CHUNK_BYTES = 4 << 20
     whole = [bytes(range(7 + 20 * rank)) for rank in range(ranks.size)]
     column = ranks.broadcast_if_different(np.float32([1, 2, ranks.rank]))
-    return {"right": found == (whole, [b""] * ranks.size, None, whole[1]), "column": lines(column)}
+    return {"right": found == (whole, [b""] * ranks.size), "column": lines(column)}
+
+
+@case
+def a_table_that_one_rank_has(ranks, folder):
+    """A vocabulary table on the disk of the last rank: no rank computes it, and every rank stores it."""
+    config = XTFConfig.parse({"preset": "none", "cache_dir": str(folder / f"table-{ranks.rank}")})
+    key, values = "ab" * 16, np.float32([1, 2, 3])
+    if ranks.rank == ranks.size - 1:
+        ScoreSource(config, collect(rows(2)), None, Provider()).vocabulary_table(key, lambda: values)
+    for compute in (forbidden, forbidden):
+        found = ScoreSource(config, collect(rows(2)), None, Provider(), ranks=ranks).vocabulary_table(key, compute)
+    return {"table": lines(found), "files": len(list((folder / f"table-{ranks.rank}").rglob("relevance-*.parquet")))}
 
 
 @case
@@ -47,9 +60,9 @@ def disagreement(ranks, folder):
 
 @case
 def work_of_the_main_rank(ranks, folder):
-    """Longer than a beat: the others answer meanwhile, and get the result, or learn that there is none."""
-    ranks_module.BEAT_SECONDS, meetings, gather = 0.05, [], Ranks.gather
-    Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
+    """Work longer than a beat: the others exchange heartbeats, and get the result or an error."""
+    distributed.BEAT_SECONDS, gathers, gather = 0.05, [], Ranks.gather
+    Ranks.gather = lambda self, mine: gathers.append(1) or gather(self, mine)
 
     def slow():
         time.sleep(0.4)
@@ -58,20 +71,20 @@ def work_of_the_main_rank(ranks, folder):
     def broken():
         raise XTFError("the disk is full")
 
-    result, count = ranks.from_main(slow), len(meetings)
+    result, count = ranks.from_main(slow), len(gathers)
     try:
         ranks.from_main(broken)
-        told = ""
+        message = ""
     except XTFError as error:
-        told = str(error)
-    ranks_module.BEAT_SECONDS, Ranks.gather = 20.0, gather
-    return {"result": result.decode(), "meetings": count, "told": told}
+        message = str(error)
+    distributed.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    return {"result": result.decode(), "gathers": count, "error": message}
 
 
 @case
 def work_of_every_rank(ranks, folder):
-    """A rank that is through early stays in touch with one that is not; a failure is known to all."""
-    ranks_module.BEAT_SECONDS = 0.05
+    """A rank that finishes early exchanges heartbeats with the others; all ranks learn of a failure."""
+    distributed.BEAT_SECONDS = 0.05
 
     def work():
         time.sleep(0.3 * ranks.rank)
@@ -81,18 +94,18 @@ def work_of_every_rank(ranks, folder):
         if ranks.rank == 1:
             raise ValueError("no such file")
 
-    result, told = ranks.run_with_heartbeat(work), ""
+    result, message = ranks.run_with_heartbeat(work), ""
     try:
         ranks.run_with_heartbeat(broken)
     except (XTFError, ValueError) as error:
-        told = f"{type(error).__name__}: {error}"
-    ranks_module.BEAT_SECONDS = 20.0
-    return {"result": result, "told": told}
+        message = f"{type(error).__name__}: {error}"
+    distributed.BEAT_SECONDS = 20.0
+    return {"result": result, "error": message}
 
 
 @case
 def scores_without_a_shared_disk(ranks, folder):
-    """Every rank has a cache of its own: it holds what the rank scored, and together they are enough."""
+    """Every rank has its own cache, which holds the documents that it scored; together they hold all."""
     documents, reference, root = collect(rows(13)), Reference(tiny.model(), "tiny"), folder / f"own-{ranks.rank}"
     found = scored(ranks, root, documents, lambda: reference)
     with ScoreStore(root, FINGERPRINT, "0,1") as store:
@@ -111,14 +124,14 @@ def scores_on_a_shared_disk(ranks, folder):
 
 @case
 def scores_handed_on_in_pieces(ranks, folder):
-    """Every rank has stored other documents, and what the others lack is more than goes round at once."""
+    """Every rank has stored other documents, and sends them to the others in several pieces."""
     data, root, reference = rows(13), folder / f"pieces-{ranks.rank}", Reference(tiny.model(), "tiny")
     scored(Ranks(), root, collect(data[ranks.rank :: ranks.size]), lambda: reference)
-    whole, ranks_module.PIECE_TOKENS, meetings, gather = ranks_module.PIECE_TOKENS, 60, [], Ranks.gather
-    Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
+    whole, distributed.PIECE_TOKENS, gathers, gather = distributed.PIECE_TOKENS, 60, [], Ranks.gather
+    Ranks.gather = lambda self, mine: gathers.append(1) or gather(self, mine)
     found = scored(ranks, root, collect(data), forbidden)
-    ranks_module.PIECE_TOKENS, Ranks.gather = whole, gather
-    return {**found, "meetings": len(meetings)}
+    distributed.PIECE_TOKENS, Ranks.gather = whole, gather
+    return {**found, "gathers": len(gathers)}
 
 
 @case
@@ -132,9 +145,9 @@ def caches_that_differ(ranks, folder):
 
 @case
 def many_rounds(ranks, folder):
-    """Ranks meet between batches, so scores come in pieces."""
-    ranks_module.BEAT_SECONDS, meetings, gather = 0.06, [], Ranks.gather
-    Ranks.gather = lambda self, mine: meetings.append(1) or gather(self, mine)
+    """Ranks exchange scores between batches."""
+    distributed.BEAT_SECONDS, gathers, gather = 0.06, [], Ranks.gather
+    Ranks.gather = lambda self, mine: gathers.append(1) or gather(self, mine)
     documents = collect(rows(13))
 
     class Reluctant(Reference):
@@ -144,13 +157,13 @@ def many_rounds(ranks, folder):
 
     reference = Reluctant(tiny.model(), "tiny")
     found = scored(ranks, folder / f"rounds-{ranks.rank}", documents, lambda: reference)
-    ranks_module.BEAT_SECONDS, Ranks.gather = 20.0, gather
-    return {**found, "meetings": len(meetings)}
+    distributed.BEAT_SECONDS, Ranks.gather = 20.0, gather
+    return {**found, "gathers": len(gathers)}
 
 
 @case
 def a_rank_that_fails(ranks, folder):
-    """In a forward, without a word, in the check before the first batch, or where its scores are taken in."""
+    """In a forward, with or without a message, in the check before the first batch, or in the sink."""
 
     class Broken(Reference):
         error, when = ValueError("device-side assert"), True
@@ -160,7 +173,7 @@ def a_rank_that_fails(ranks, folder):
                 raise self.error
             return super().forward(*args, **kwargs)
 
-    class Wordless(Broken):
+    class Silent(Broken):
         error = MemoryError()
 
     class Unchecked(Broken):
@@ -170,22 +183,22 @@ def a_rank_that_fails(ranks, folder):
         if ranks.rank == 1:
             raise OSError("no space left")
 
-    def told(kind, sink):
+    def failed(kind, sink):
         documents = collect(rows(9))
         try:
             wanted = np.arange(len(documents))
-            scorer.score(documents, wanted, kind(tiny.model(), "tiny"), (), sink, progress=False, ranks=ranks)
+            engine.score(documents, wanted, kind(tiny.model(), "tiny"), (), sink, progress=False, ranks=ranks)
         except (XTFError, ValueError, MemoryError, OSError) as error:
             return f"{type(error).__name__}: {error}"
 
-    kinds = {"forward": Broken, "wordless": Wordless, "check": Unchecked}
-    found = {name: told(kind, lambda records: None) for name, kind in kinds.items()}
-    return {**found, "sink": told(Reference, full)}
+    kinds = {"forward": Broken, "silent": Silent, "check": Unchecked}
+    found = {name: failed(kind, lambda records: None) for name, kind in kinds.items()}
+    return {**found, "sink": failed(Reference, full)}
 
 
 @case
 def weights_that_one_rank_did_not_load(ranks, folder):
-    """What transformers leaves empty on all ranks but one, for FSDP: no check of one rank alone can tell it."""
+    """transformers may load weights on one rank only, for FSDP; no check of a single rank can detect it."""
     model = tiny.model()
     if ranks.rank:
         with torch.no_grad():
@@ -211,7 +224,7 @@ def memory_that_runs_out_on_one_rank(ranks, folder):
 
 @ending
 def memory_that_runs_out_in_step(ranks, folder):
-    """The other ranks are inside the same forward, and cannot be told."""
+    """The other ranks are inside the same forward, and receive no message."""
     _, reference = sharded(ranks, False)
     predictions = reference.predictions
 

@@ -1,4 +1,4 @@
-"""How documents are cut into scoring batches: within the budget, with as little padding as there can be."""
+"""How documents are split into scoring batches: within the budget, with as little padding as possible."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import itertools
 import numpy as np
 import pytest
 
-from xtf_plugin.scoring import engine as scorer
+from xtf_plugin.scoring import engine
 from xtf_plugin.scoring.batching import FORWARD_TOKENS, plan_wanted
 
 
 def test_batches_respect_the_budget_and_waste_little():
     lengths = np.random.default_rng(0).integers(50, 300, 5_000)
-    plans = list(scorer.plan_batches(lengths, 4_096))
+    plans = list(engine.plan_batches(lengths, 4_096))
     padded = [len(p) * lengths[p].max() for p in plans]
     assert max(padded) <= 4_096
     assert sorted(np.concatenate(plans)) == list(range(5_000))
@@ -26,10 +26,10 @@ def padded_tokens(plans, lengths):
 
 @pytest.mark.parametrize("budget", [1, 700, 5_000])
 def test_batches_are_the_cheapest_cut(budget):
-    """Against every way to cut a few sorted documents."""
+    """Compared with every split of a few sorted documents."""
     lengths = np.asarray([900, 3, 640, 0, 610, 600, 90, 700, 3, 80])
     order = [0, 7, 2, 4, 5, 6, 9, 1, 8]  # longest first, ties by index, empty ones left out
-    plans = list(scorer.plan_batches(lengths, budget))
+    plans = list(engine.plan_batches(lengths, budget))
     assert np.concatenate(plans).tolist() == order
     costs = []
     for cuts in itertools.product((False, True), repeat=len(order) - 1):
@@ -42,15 +42,15 @@ def test_batches_are_the_cheapest_cut(budget):
 
 def test_few_documents_and_a_large_budget_waste_little_too():
     lengths = np.random.default_rng(0).normal(450, 110, 500).clip(140, 880).astype(np.int64)
-    plans = list(scorer.plan_batches(lengths, 16_384))
+    plans = list(engine.plan_batches(lengths, 16_384))
     assert padded_tokens(plans, lengths) <= 1.03 * lengths.sum()
     assert len(plans) <= 1.3 * lengths.sum() / 16_384
-    assert list(scorer.plan_batches(np.zeros(3, dtype=np.int64), 100)) == []
+    assert list(engine.plan_batches(np.zeros(3, dtype=np.int64), 100)) == []
 
 
 def test_packed_batches_hold_what_the_budget_allows():
     lengths = np.asarray([7, 30, 4, 0, 30, 100, 1])
-    plans = list(scorer.plan_batches(lengths, 64, packed=True))
+    plans = list(engine.plan_batches(lengths, 64, packed=True))
     assert [plan.tolist() for plan in plans] == [[5], [1, 4], [0, 2, 6]]
 
 
@@ -59,13 +59,13 @@ def together(plans):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_is_missing_keeps_the_batches_of_the_whole(packed):
+def test_missing_documents_keep_the_batches_of_a_complete_pass(packed):
     lengths = np.random.default_rng(0).integers(0, 90, 300)
-    plans = list(scorer.plan_batches(lengths, 700, packed=packed))
+    plans = list(engine.plan_batches(lengths, 700, packed=packed))
     everything = np.flatnonzero(lengths)
     assert [p.tolist() for p in plan_wanted(lengths, everything, 700, packed=packed)] == [p.tolist() for p in plans]
     done = plans[1:4] + plans[7:8]
-    broken = plans[5][:2]  # part of a batch is there
+    broken = plans[5][:2]  # part of a batch is done
     wanted = np.setdiff1d(everything, np.concatenate([*done, broken]))
     found = plan_wanted(lengths, wanted, 700, packed=packed)
     assert np.sort(np.concatenate(found)).tolist() == wanted.tolist()
@@ -73,7 +73,7 @@ def test_what_is_missing_keeps_the_batches_of_the_whole(packed):
     assert frozenset(plans[5][2:].tolist()) in together(found)
 
 
-def test_a_few_documents_of_many_are_batched_anew():
+def test_a_few_documents_of_many_share_a_new_batch():
     lengths = np.full(1_000, 10)
     wanted = np.arange(0, 1_000, 50)
     (found,) = plan_wanted(lengths, wanted, 1_000)

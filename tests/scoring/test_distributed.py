@@ -1,4 +1,4 @@
-"""Several processes: scoring is shared out, every rank ends with the masks of a run in one process."""
+"""Several processes divide the scoring, and every rank has the masks of a run in one process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(folder: Path, size: int, *names: str) -> subprocess.CompletedProcess[str]:
-    """One launch of some cases, or of all that do not end it."""
+    """Launch some cases, or all that do not end the launch with an error."""
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(size)]
     command = [*(torchrun if size > 1 else [sys.executable]), "-m", "tests.ranks.program", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -29,7 +30,7 @@ def launch(folder: Path, size: int, *names: str) -> subprocess.CompletedProcess[
 
 
 def launched(folder: Path, size: int, *names: str) -> list[dict]:
-    """What every rank found."""
+    """The results of every rank."""
     result = launch(folder, size, *names)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads((folder / f"rank-{rank}-of-{size}.json").read_text()) for rank in range(size)]
@@ -58,8 +59,12 @@ def close(found, expected):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_bytes_go_round_whole_and_in_order(two):
+def test_messages_are_complete_and_in_order(two):
     assert [rank["messages"] for rank in two] == [{"right": True, "column": [1, 2, 0]}] * 2
+
+
+def test_a_stored_table_of_one_rank_serves_all(two):
+    assert [rank["a_table_that_one_rank_has"] for rank in two] == [{"table": [1, 2, 3], "files": 1}] * 2
 
 
 def test_ranks_with_other_data_are_refused_on_every_rank(two):
@@ -73,31 +78,31 @@ def test_ranks_with_other_data_are_refused_on_every_rank(two):
 )
 def test_ranks_with_other_blocks_are_refused_on_every_rank(two, name, what):
     for rank in two:
-        told = rank["other_blocks_on_one_rank"][name]
-        assert f"do not hold the same {what}: rank 1 differs" in told if what else told == "planned"
+        message = rank["other_blocks_on_one_rank"][name]
+        assert f"do not hold the same {what}: rank 1 differs" in message if what else message == "planned"
 
 
-def test_ranks_that_come_to_other_masks_are_refused_on_every_rank(two):
+def test_ranks_with_other_masks_are_refused_on_every_rank(two):
     for rank in two:
         assert "do not hold the same masks: rank 1 differs" in rank["other_masks_on_one_rank"]
 
 
-def test_no_meeting_waits_for_files_that_one_rank_reads_slowly(two):
+def test_no_collective_waits_for_slow_files_of_one_rank(two):
     assert two[0]["slow_files_on_one_rank"] < 1.5
 
 
-def test_work_of_the_main_rank_keeps_the_others_in_touch(two):
+def test_other_ranks_send_heartbeats_while_the_main_rank_works(two):
     main, other = (rank["work_of_the_main_rank"] for rank in two)
     assert main["result"] == other["result"] == "done"
-    assert main["meetings"] == other["meetings"] > 4
-    assert main["told"] == "the disk is full" and other["told"].startswith("rank 0 failed")
+    assert main["gathers"] == other["gathers"] > 4
+    assert main["error"] == "the disk is full" and other["error"].startswith("rank 0 failed")
 
 
 def test_work_of_every_rank_ends_together(two):
     found = [rank["work_of_every_rank"] for rank in two]
     assert [one["result"] for one in found] == [0, 1]
-    assert found[0]["told"] == "XTFError: rank 1 failed; its own message says why."
-    assert found[1]["told"] == "ValueError: no such file"
+    assert found[0]["error"] == "XTFError: rank 1 failed; its own message says why."
+    assert found[1]["error"] == "ValueError: no such file"
 
 
 def test_scores_are_those_of_one_process(two, alone):
@@ -110,7 +115,7 @@ def test_scores_are_those_of_one_process(two, alone):
 
 
 def test_no_rank_scores_what_another_has(two):
-    """Without a shared disk too: 13 documents are scored once, stored by halves, and known to both afterwards."""
+    """Without a shared disk, 13 documents are scored once, each rank stores its share, and both have all scores."""
     found = [rank["scores_without_a_shared_disk"] for rank in two]
     assert sorted(one["stored_here"] for one in found) == [6, 7]
     for one in found:
@@ -119,14 +124,14 @@ def test_no_rank_scores_what_another_has(two):
         assert one["more"] == 3
 
 
-def test_stored_scores_go_round_in_pieces(two, alone):
+def test_stored_scores_are_sent_in_pieces(two, alone):
     for rank in two:
         found = rank["scores_handed_on_in_pieces"]
         close(found, alone["scores_on_a_shared_disk"])
-        assert found["reused"] == 13 and found["meetings"] >= 8
+        assert found["reused"] == 13 and found["gathers"] >= 8
 
 
-def test_three_ranks_come_to_the_scores_and_masks_of_one(three, alone):
+def test_three_ranks_have_the_scores_and_masks_of_one(three, alone):
     for rank in three:
         assert rank["messages"]["right"] is True
         for name in ("scores_without_a_shared_disk", "scores_handed_on_in_pieces"):
@@ -153,7 +158,7 @@ def test_memory_that_runs_out_on_a_rank_of_a_sharded_model_ends_the_run(tmp_path
     result = launch(tmp_path, 2, "memory_that_runs_out_in_step")
     assert result.returncode != 0
     assert "out of memory while scoring" in result.stderr and "Set xtf `batch_tokens` below 100." in result.stderr
-    assert not list(tmp_path.glob("rank-*.json")), "no rank goes on"
+    assert not list(tmp_path.glob("rank-*.json")), "a rank continued"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -167,21 +172,21 @@ def test_ranks_with_other_scores_plan_with_those_of_the_first(two, alone):
     close(found[0], alone["caches_that_differ"])
 
 
-def test_ranks_meet_while_they_score(two):
-    meetings = [rank["many_rounds"]["meetings"] for rank in two]
-    assert meetings[0] == meetings[1] > 5
+def test_ranks_exchange_scores_while_they_score(two):
+    gathers = [rank["many_rounds"]["gathers"] for rank in two]
+    assert gathers[0] == gathers[1] > 5
 
 
 @pytest.mark.parametrize(
     ("where", "here", "elsewhere"),
     [
         ("forward", "ValueError: device-side assert", "rank 1 failed while scoring: ValueError: device-side assert"),
-        ("wordless", "MemoryError: ", "rank 1 failed while scoring: MemoryError: "),
+        ("silent", "MemoryError: ", "rank 1 failed while scoring: MemoryError: "),
         ("check", "ValueError: device-side assert", "rank 1 failed; its own message says why."),
         ("sink", "OSError: no space left", "rank 1 failed while scoring: OSError: no space left"),
     ],
 )
-def test_a_rank_that_fails_takes_the_others_with_it(two, where, here, elsewhere):
+def test_the_failure_of_a_rank_ends_the_others(two, where, here, elsewhere):
     assert two[0]["a_rank_that_fails"][where] == f"XTFError: {elsewhere}"
     assert two[1]["a_rank_that_fails"][where] == here
 
@@ -198,7 +203,7 @@ def test_memory_may_run_out_on_one_rank_alone(two, alone):
 
 @pytest.mark.parametrize("name", ["fsdp_full", "fsdp_adapters"])
 def test_a_sharded_model_scores_in_step(two, name):
-    """FSDP2 on the CPU: as many forwards on each rank although one has more batches, and scores of the whole model."""
+    """FSDP2 on the CPU: all ranks run equally many forwards, although one has more batches; scores are the model's."""
     from tests import tiny
     from tests.test_plan import rows
     from xtf_plugin.data.documents import collect
@@ -206,8 +211,8 @@ def test_a_sharded_model_scores_in_step(two, name):
 
     first, second = (rank[name] for rank in two)
     assert first["batches"] != second["batches"], "the case must give the ranks unequal work"
-    tries = 3  # by our kernels, by the model itself, by the definition of attention received
-    assert first["forwards"] == second["forwards"] == tries + max(first["batches"], second["batches"])
+    checks = 3  # by our kernels, by the model itself, by the definition of attention received
+    assert first["forwards"] == second["forwards"] == checks + max(first["batches"], second["batches"])
     assert first["logprobs"] == second["logprobs"]
     assert first["vectors"] < 1e-6
     data = rows(4)
@@ -228,8 +233,8 @@ def test_a_sharded_model_scores_in_step(two, name):
 
 
 @pytest.mark.parametrize("name", ["fsdp_full", "fsdp_adapters"])
-def test_training_goes_on_from_the_shards(two, name):
-    """The weights that were gathered for scoring are given up, and the second step sees what the first has changed."""
+def test_training_continues_from_the_shards(two, name):
+    """Weights gathered for scoring are sharded again, and the second step uses the result of the first."""
     for rank in two:
         assert rank[name]["split"] is True
         first, second = rank[name]["losses"]
@@ -242,10 +247,10 @@ def test_plans_are_those_of_one_process(two, alone, name):
     assert 0 < sum(expected["keep"]) < len(expected["keep"])
     for rank in two:
         assert rank["plans"][name] == expected
-    assert name != "default" or expected["excerpts"] > 0, "the case must take second looks"
+    assert name != "default" or expected["excerpts"] > 0, "the case must rescore"
 
 
-class TestSharingOut:
+class TestShareOut:
     @pytest.mark.parametrize("size", [1, 2, 3, 8])
     def test_tokens_are_balanced_to_within_a_document(self, size):
         lengths = np.random.default_rng(0).lognormal(5, 1, 997).astype(np.int64)
@@ -259,13 +264,13 @@ class TestSharingOut:
         assert share_out(np.zeros(0, dtype=np.int64), 4).tolist() == []
 
 
-def test_counts_add_up_and_the_slowest_rank_tells_the_time():
-    told = [[3, 30, 40, 2, 0, 1.5], [4, 31, 41, 3, 1, 2.5]]
-    assert ScoringStats.of_all(told) == ScoringStats(7, 61, 81, 5, 1, 2.5)
+def test_counts_are_summed_and_seconds_are_the_slowest_ranks():
+    ranks = [asdict(ScoringStats(3, 30, 40, 2, 0, 1.5)), asdict(ScoringStats(4, 31, 41, 3, 1, 2.5))]
+    assert ScoringStats.of_all(ranks) == ScoringStats(7, 61, 81, 5, 1, 2.5)
 
 
 @pytest.mark.parametrize("attention", [True, False])
-def test_records_survive_the_way(attention):
+def test_records_are_the_same_after_transport(attention):
     values = np.float32([1, np.nan, 3])
     records = Records(
         np.arange(32, dtype=np.uint8).reshape(2, 16),

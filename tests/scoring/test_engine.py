@@ -1,4 +1,4 @@
-"""The scoring pass against an independent eager computation, and what must leave no trace in the model."""
+"""The scoring pass against an independent eager computation; the model is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from tests import eager, tiny
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
-from xtf_plugin.scoring import engine as scorer
-from xtf_plugin.scoring import self_check as trial
+from xtf_plugin.scoring import engine, self_check
 from xtf_plugin.scoring.reference import ADAPTER_INITS, ADAPTERS, Reference, borrow, resolve_layers
 
 
@@ -40,7 +39,7 @@ def run(documents, model, layers, **options):
             found[key.tobytes()] = records.part(index, index + 1)
 
     wanted = np.arange(len(documents))
-    stats = scorer.score(documents, wanted, Reference(model, "tiny"), layers, sink, progress=False, **options)
+    stats = engine.score(documents, wanted, Reference(model, "tiny"), layers, sink, progress=False, **options)
     return found, stats
 
 
@@ -63,7 +62,7 @@ def test_agrees_with_eager_maps_and_full_logits(family):
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "gemma3"])
 def test_sliding_windows_are_shorter_than_the_documents(family):
-    """Otherwise the test above would say nothing about windows."""
+    """So the test above covers windows."""
     assert tiny.model(family).config.sliding_window < 60
 
 
@@ -77,7 +76,7 @@ def test_layers_change_the_score():
         np.testing.assert_array_equal(first[key].columns[name], last[key].columns[name])
 
 
-def test_batching_changes_nothing_beyond_rounding():
+def test_batching_changes_scores_by_rounding_only():
     model, documents = tiny.model(), collect(rows(sizes=range(2, 60)))
     one, _ = run(documents, model, (1,), batch_tokens=1)
     many, stats = run(documents, model, (1,), batch_tokens=10_000)
@@ -87,13 +86,13 @@ def test_batching_changes_nothing_beyond_rounding():
             np.testing.assert_allclose(values, many[key].columns[name], atol=1e-5)
 
 
-def test_without_layers_no_attention():
+def test_without_layers_no_attention_is_recorded():
     found, _ = run(collect(rows()), tiny.model(), ())
     assert all(list(records.columns) == ["logprobs", "entropy", "deviation"] for records in found.values())
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_model_is_left_as_it_was(implementation):
+def test_the_model_is_unchanged_after_scoring(implementation):
     model = tiny.model(attn_implementation=implementation)
     model.train()
     model.model.layers[0].self_attn.eval()
@@ -125,7 +124,7 @@ def little_memory(monkeypatch):
     monkeypatch.setattr(Reference, "forward", greedy)
 
 
-def test_out_of_memory_halves_and_goes_on(little_memory):
+def test_out_of_memory_halves_the_batches(little_memory):
     model, documents = tiny.model(), collect(rows(sizes=range(10, 60)))
     found, stats = run(documents, model, (1,), batch_tokens=4_000)
     assert len(found) == len(documents) and stats.halvings >= 2
@@ -139,22 +138,21 @@ def test_a_single_document_that_does_not_fit_names_the_setting(monkeypatch):
 
     Reference_forward = Reference.forward
     monkeypatch.setattr(Reference, "forward", never)
-    monkeypatch.setattr(trial, "CHECK_TOKENS", 8)
+    monkeypatch.setattr(self_check, "CHECK_TOKENS", 8)
     with pytest.raises(XTFError, match=r"single document of 90 tokens.*max_length"):
         run(collect(rows()), tiny.model(), (1,))
 
 
-def test_other_errors_are_not_taken_for_memory(monkeypatch):
+def test_other_errors_are_not_treated_as_out_of_memory(monkeypatch):
     def broken(self, *args, **kwargs):
         raise RuntimeError("planted shape error")
 
-    monkeypatch.setattr(scorer, "_launch", broken)
+    monkeypatch.setattr(engine, "_launch", broken)
     with pytest.raises(RuntimeError, match="planted shape error"):
         run(collect(rows()), tiny.model(), (1,))
 
 
 def test_unknown_head_is_refused_by_name():
-
     model = tiny.model()
     original = type(model).forward
 
@@ -195,7 +193,7 @@ def literals(kind):
 
 
 def adapters():
-    """Every adapter type of this PEFT that is taken, with each of its initialisations that is taken."""
+    """Every accepted adapter type of this PEFT with each accepted initialisation."""
     for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items():
         hints = get_type_hints(made)
         field = next((name for name in ADAPTER_INITS if name in hints), None)
@@ -203,13 +201,13 @@ def adapters():
         legal = [value for value in known if field is None or value in ADAPTER_INITS[field]]
         if str(kind.value) in ADAPTERS:
             for value in legal:
-                if (kind.value, value) == ("C3A", None):  # its type says so, and PEFT refuses it
+                if (kind.value, value) == ("C3A", None):  # listed in its type, but PEFT refuses it
                     continue
                 yield pytest.param(str(kind.value), made, field, value, id=f"{kind.value}-{value}")
 
 
 class TestAdapters:
-    SIZES = {  # where a type's own would be too large for the tiny model
+    SIZES = {  # where the default is too large for the tiny model
         "ADALORA": {"total_step": 100},
         "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 1, "target_modules": None},
         "C3A": {"block_size": 16},
@@ -223,7 +221,7 @@ class TestAdapters:
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize(("kind", "made", "field", "value"), list(adapters()))
-    def test_what_is_taken_leaves_the_base_model_as_it_was(self, kind, made, field, value):
+    def test_accepted_adapters_leave_the_base_model_unchanged(self, kind, made, field, value):
         plain, names = tiny.model(), get_type_hints(made)
         options = {"task_type": "CAUSAL_LM", **({field: value} if field else {})}
         if "target_modules" in names:
@@ -240,14 +238,14 @@ class TestAdapters:
             with reference.scoring(record=False):
                 assert torch.equal(reference.model(input_ids=ids).logits, expected)
 
-    @pytest.mark.parametrize("value", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "of tomorrow"])
-    def test_an_initialisation_that_changes_the_base_or_is_unknown_is_refused(self, value):
+    @pytest.mark.parametrize("value", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "unknown"])
+    def test_initialisations_that_change_the_base_or_are_unknown_are_refused(self, value):
         model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj"]))
         model.peft_config["default"].init_lora_weights = value
         with pytest.raises(XTFUserError, match=f"init_lora_weights='{value}'.*Legal: True, False, .*reference.model"):
             borrow(model)
 
-    def test_what_changes_the_base_is_refused_as_peft_makes_it(self):
+    def test_a_pissa_model_is_refused(self):
         model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
         with pytest.raises(XTFUserError, match="pissa"):
             borrow(model)
@@ -279,7 +277,7 @@ def test_borrow_scores_the_base_model_under_a_trained_adapter():
         for index, key in enumerate(records.keys):
             found[key.tobytes()] = records.part(index, index + 1).logprobs
 
-    scorer.score(documents, np.arange(len(documents)), borrow(model), (1,), sink, progress=False)
+    engine.score(documents, np.arange(len(documents)), borrow(model), (1,), sink, progress=False)
     for key, records in plain.items():
         np.testing.assert_allclose(found[key], records.logprobs, atol=1e-5)
     assert not any(p.requires_grad for name, p in model.named_parameters() if name in frozen)
@@ -310,7 +308,7 @@ def test_attention_sinks_are_refused_by_name():
 
 
 def test_a_mask_that_is_not_causal_is_refused_by_name():
-    """A model that lets tokens look ahead (prefix LM) would get wrong scores without a sign."""
+    """A model whose tokens attend to later ones (prefix LM) would get wrong scores without an error."""
     from transformers import masking_utils
     from transformers.models.llama import modeling_llama
 

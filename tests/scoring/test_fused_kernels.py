@@ -1,6 +1,6 @@
 """Forwards that Axolotl's fused LoRA kernels replace, with stand-ins; tests/axolotl/test_lora_kernels.py has the real.
 
-The stand-ins are wrong on purpose: what a scoring pass runs through shows in the scores.
+The stand-ins compute wrong results, so that a scoring pass that calls one has other scores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DOCUMENTS = collect(rows())
 
 @pytest.fixture
 def patches(monkeypatch):
-    """A module by the name of Axolotl's, and attention whose new forward needs a method on each instance."""
+    """A module with the name of Axolotl's, and attention whose new forward needs a method on each instance."""
     module = ModuleType("axolotl.monkeypatch.lora_kernels")
     asked = []
 
@@ -64,7 +64,7 @@ def scores(model):
     return torch.cat([torch.as_tensor(records.logprobs) for records in found.values()]).nan_to_num()
 
 
-def test_kernels_that_are_not_the_base_model_are_bypass_fused_kernels(request):
+def test_kernels_that_do_not_compute_the_base_model_are_bypassed(request):
     model = tiny.model()
     expected = scores(model)
     request.getfixturevalue("patches")
@@ -72,7 +72,7 @@ def test_kernels_that_are_not_the_base_model_are_bypass_fused_kernels(request):
         module.forward = MethodType(fused, module)
     before = held(model)
     assert torch.equal(scores(model), expected)
-    assert held(model) == before, "training goes on through its kernels"
+    assert held(model) == before, "training must use its kernels again"
 
 
 def test_attention_without_kernels_under_a_patched_class(request):
@@ -84,7 +84,7 @@ def test_attention_without_kernels_under_a_patched_class(request):
 
 
 def test_an_instance_keeps_its_own_methods(patches):
-    """Kernels for projections are right with adapters off, and stay."""
+    """Kernels for projections compute the base model with adapters off, and remain."""
     model, own = tiny.model(), []
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -94,7 +94,7 @@ def test_an_instance_keeps_its_own_methods(patches):
     assert own and not patches and held(model) == before
 
 
-def test_a_forward_of_anybody_else_stays():
+def test_other_replaced_forwards_remain():
     model = tiny.model()
     called, mlp = [], model.model.layers[0].mlp
     forward = mlp.forward

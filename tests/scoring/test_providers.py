@@ -1,4 +1,4 @@
-"""Where the reference comes from: the training model in 4 bit with adapters, or a separate model, quantised or not."""
+"""The training model in 4 bits with adapters as the reference, or a separate model, quantised or not."""
 
 from __future__ import annotations
 
@@ -69,22 +69,22 @@ class TestBorrowedQLoRA:
         assert weights_hash(borrow(model).model) == weights, "4-bit weights must not be repacked by scoring"
 
     def test_4bit_layers_never_see_evaluation_mode(self, folder):
-        """In it, bitsandbytes repacks them on some CPUs into a layout without a gradient."""
+        """In evaluation mode, bitsandbytes repacks them on some CPUs into a layout without gradients."""
         reference = borrow(load_4bit(folder))
         with reference.scoring(record=True):
             modes = {type(m).__name__: m.training for m in reference.model.modules()}
         assert modes["Linear4bit"] is True and modes["LlamaMLP"] is False
 
     def test_half_precision_products_around_float32_norms(self, folder):
-        """What `prepare_model_for_kbit_training` makes: the check against the model's own forward must allow for it."""
+        """`prepare_model_for_kbit_training` makes such models; the check of the reference must accept them."""
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
         loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype="float32")
         model = get_peft_model(prepare_model_for_kbit_training(loaded), LoraConfig(r=4, target_modules="all-linear"))
         assert np.isfinite(logprobs(borrow(model), collect(rows()))).all()
 
-    def test_adapters_of_transformers_own_are_refused(self):
+    def test_adapters_without_a_peft_model_are_refused(self):
         model = tiny.model()
-        # what `model.add_adapter` does; it itself refuses to run with a peft older than the newest transformers wants
+        # as `model.add_adapter` does, which refuses older versions of PEFT
         inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), model)
         with pytest.raises(XTFUserError, match="get_peft_model"):
             borrow(model)
@@ -103,8 +103,8 @@ class TestBorrowedQLoRA:
         assert model_facts(plain)["weights"] == model_facts(adapted.get_base_model())["weights"]
         assert model_facts(plain)["weights"] != weights_hash(tiny.model())
 
-    def test_weights_that_are_not_here_are_refused(self):
-        """Hashing nothing would give every model the same scores."""
+    def test_weights_on_the_meta_device_are_refused(self):
+        """All models without weights would have the same hash, and share scores."""
         with pytest.raises(XTFUserError, match="ZeRO-3"):
             weights_hash(tiny.model().to("meta"))
 
@@ -121,7 +121,7 @@ class TestSeparate:
         assert np.array_equal(np.isnan(ours), np.isnan(truth))
         assert np.nanmean(np.abs(ours - truth)) <= tolerance
         if quantization != "none":
-            assert np.nanmean(np.abs(ours - truth)) > 1e-4, "quantisation must have happened"
+            assert np.nanmean(np.abs(ours - truth)) > 1e-4, "the model is not quantised"
 
     def test_fingerprint_follows_weights_and_quantisation(self, folder, tmp_path):
         documents = collect(rows())
@@ -138,7 +138,7 @@ class TestSeparate:
     @pytest.mark.parametrize("before", [None, "true", "false"])
     @pytest.mark.parametrize("fails", [False, True])
     def test_every_rank_loads_all_weights_under_fsdp(self, folder, tmp_path, monkeypatch, before, fails):
-        """transformers leaves them empty on all ranks but one while this variable is on. Threads leave it alone."""
+        """transformers loads them on one rank only while this variable is on. No thread sets it."""
         name, seen = "FSDP_CPU_RAM_EFFICIENT_LOADING", []
         monkeypatch.delenv(name, raising=False)
         if before:
@@ -158,7 +158,7 @@ class TestSeparate:
             return load("/no/such/folder" if fails else args[0], **kwargs)
 
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watch)
-        monkeypatch.setattr(Ranks, "each", lambda self, work: ThreadPoolExecutor(1).submit(work).result())
+        monkeypatch.setattr(Ranks, "run_with_heartbeat", lambda self, work: ThreadPoolExecutor(1).submit(work).result())
         block = {"cache_dir": str(tmp_path / "cache"), "dry_run": True, **streams.LOOSE}
         block["reference"] = {"model": str(folder), "quantization": "none"}
         made = streams.attached(tmp_path, streams.trainer(tmp_path, streams.rows()), block)
@@ -182,14 +182,14 @@ class TestSeparate:
             ("model.safetensors.index.json", "[" * 100_000, "cannot be read"),
         ],
     )
-    def test_weights_that_the_fingerprint_would_not_see_are_refused(self, tmp_path, name, content, match):
+    def test_weights_outside_the_fingerprint_are_refused(self, tmp_path, name, content, match):
         folder = tiny.save_base(tmp_path / "reference")
         held = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(held | content))
         with pytest.raises(XTFUserError, match=match):
             separate(folder, collect(rows())).fingerprint()
 
-    def test_an_index_of_what_lies_beside_it_is_taken(self, tmp_path):
+    def test_an_index_of_weights_in_its_folder_is_accepted(self, tmp_path):
         folder = tiny.save_base(tmp_path / "reference")
         index = {"weight_map": {"lm_head.weight": "./model.safetensors"}}
         (folder / "other.safetensors.index.json").write_text(json.dumps(index))

@@ -1,7 +1,7 @@
 """The stock commands on a real pretrained model: 4-bit QLoRA, chats, `xtf score`, and masks against eager float32.
 
-Tiny random models show that the machinery is right; their text means nothing. Here tokens, templates, sizes and scores
-are those of a real model (tests/real.py). The larger models are scored in `make test-long`.
+Other tests use tiny random models on meaningless text. Here tokens, templates, sizes and scores are those of a real
+model (tests/real.py). `make test-long` scores the larger models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytestmark = real.needs(real.SMOLLM2)
 
 BIN = Path(sys.executable).parent
 COUNT = 8
-BAND = 1e-4  # scores this close to a threshold may fall on either side of it
+BAND = 1e-4  # scores this close to a threshold may be on either side of it
 RECEIVED, PROBABILITY = 0.15, 0.01
 BLOCK = {
     "preset": "none",
@@ -32,13 +32,13 @@ BLOCK = {
 
 
 def pairs() -> list[dict[str, str]]:
-    """Questions and answers of the demo, as they are written."""
+    """Questions and answers of the demo."""
     lines = real.PAIRS.read_text(encoding="utf-8").splitlines()[:COUNT]
     return [{name: row[name] for name in ("prompt", "completion")} for row in map(json.loads, lines)]
 
 
 def chats() -> list[dict[str, list[dict[str, str]]]]:
-    """The same, two questions a chat."""
+    """The same as chats of two questions each."""
     turns = [
         [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair["completion"]}]
         for pair in pairs()
@@ -91,7 +91,7 @@ def table_of(out: Path) -> list[dict[str, np.ndarray]]:
 
 
 def trained_on_the_table(steps, table) -> int:
-    """Hold what the steps were given against the table; how many of its rows were trained on."""
+    """Compare the batches of the training steps with the table; returns how many of its rows were trained on."""
     rows = {tuple(zip(row["position"], row["token_id"], strict=True)): row for row in table}
     seen = set()
     for document in steps:
@@ -106,7 +106,7 @@ def qlora(tmp_path_factory):
     return run(tmp_path_factory.mktemp("qlora"), str(BIN / "trl"), "sft", "--config", rows=pairs())
 
 
-def test_stock_qlora_trains_on_what_the_table_keeps(qlora):
+def test_stock_qlora_trains_on_the_kept_tokens_of_the_table(qlora):
     out, steps = qlora
     facts, table = json.loads((out / "xtf/summary.json").read_text()), table_of(out)
     assert facts["reference"]["quantization"] == "nf4/fp4"
@@ -115,8 +115,8 @@ def test_stock_qlora_trains_on_what_the_table_keeps(qlora):
     assert 0.02 < 1 - facts["totals"]["kept_fraction"] < 0.9
 
 
-def test_a_chat_loses_labels_of_the_assistant_alone(tmp_path):
-    """SmolLM2's own template marks no assistant turns: the user names one that does, as TRL asks for."""
+def test_only_assistant_tokens_of_a_chat_are_dropped(tmp_path):
+    """SmolLM2's template marks no assistant turns, so the user names one that does, as TRL requires."""
     template = tmp_path / "template.jinja"
     template.write_text(tiny.CHAT_TEMPLATE)
     chat = {"chat_template_path": str(template), "assistant_only_loss": True}
@@ -148,4 +148,4 @@ def test_scores_and_masks_equal_an_eager_computation_in_float32(tmp_path):
         assert clear.mean() > 0.95
         np.testing.assert_array_equal(row["kept"][clear], kept[clear])
         dropped += int((~kept).sum())
-    assert dropped > 20, "the rules drop too little for this to say anything"
+    assert dropped > 20, "the rules drop too few tokens for this test"

@@ -1,4 +1,4 @@
-"""What a reference is tried for before it scores, and what in it would make scores depend on other documents."""
+"""The check of a reference before it scores, and references whose scores would depend on other documents."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.scoring.test_engine import rows, run
 from tests.scoring.test_shortcuts import PACKED
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.scoring import self_check as trial
+from xtf_plugin.scoring import self_check
 from xtf_plugin.scoring.batching import laid_out
 from xtf_plugin.scoring.reference import Reference
 
 
 class TestRotarySwitch:
-    """Rotary embeddings that change for a whole batch when one document in it is long."""
+    """Rotary embeddings that change for all documents of a batch when one of them is long."""
 
     def model(self, kind):
         rope = {"rope_type": kind, "rope_theta": 10_000.0}
@@ -27,8 +27,8 @@ class TestRotarySwitch:
         rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "partial_rotary_factor": 1.0}
         return tiny.model("phi3", rope_parameters=rope, original_max_position_embeddings=64)
 
-    @pytest.mark.parametrize("packing", [trial.WHERE_FASTER, PACKED], ids=["padded", "packed"])
-    def test_long_documents_stay_among_themselves(self, packing):
+    @pytest.mark.parametrize("packing", [self_check.WHERE_FASTER, PACKED], ids=["padded", "packed"])
+    def test_long_documents_are_batched_apart(self, packing):
         model, documents = self.model("longrope"), collect(rows(sizes=(90, 50, 64, 65, 70, 3)))
         alone, _ = run(documents, model, (0, 1), batch_tokens=1, packing=packing)
         together, stats = run(documents, model, (0, 1), batch_tokens=10_000, packing=packing)
@@ -41,18 +41,18 @@ class TestRotarySwitch:
         reference = Reference(model, "tiny")
         with reference.scoring(record=False):
             states = [reference.forward(given.ids, given.lengths, ())[0][-1, :50] for given in (mixed, one)]
-        assert not torch.allclose(*states, atol=1e-2), "a test of nothing: the embeddings do not change"
+        assert not torch.allclose(*states, atol=1e-2), "the embeddings must change for this test"
 
-    def test_embeddings_that_follow_the_data_are_refused(self):
+    def test_embeddings_that_depend_on_the_data_are_refused(self):
         model = self.model("dynamic")
         run(collect(rows(sizes=(60, 64))), model, (1,))
         with pytest.raises(XTFError, match="`dynamic`, .* beyond 64 tokens; the longest here has 70.*max_length"):
             run(collect(rows(sizes=(60, 70))), model, (1,))
 
 
-class TestTrial:
-    def test_against_its_definition(self, monkeypatch):
-        own = trial.Reference.forward
+class TestCheck:
+    def test_wrong_attention_received_is_refused(self, monkeypatch):
+        own = self_check.Reference.forward
 
         def half(self, *given, plainly=False, **options):
             hidden, received = own(self, *given, plainly=plainly, **options)
@@ -62,26 +62,26 @@ class TestTrial:
         with pytest.raises(XTFError, match="attention received differs from its definition by 0.5"):
             run(collect(rows()), tiny.model(), (0, 1))
 
-    def test_also_when_it_is_recorded_only_later(self):
+    def test_attention_is_checked_when_it_is_first_recorded(self):
         reference, documents = Reference(tiny.model(), "tiny"), collect(rows())
         for layers, checked in (((), {"log-probabilities"}), ((0,), {"log-probabilities", "attention"})):
-            trial.check(documents, np.arange(len(documents)), reference, layers)
+            self_check.check(documents, np.arange(len(documents)), reference, layers)
             assert reference.checked == checked
 
-    def test_the_longest_document_is_tried(self):
+    def test_the_longest_document_is_checked(self):
         documents, reference = collect(rows(sizes=(2, 3, 90, 60))), Reference(tiny.model(), "tiny")
         tried = []
         own = reference.forward
         reference.forward = lambda ids, *args, **options: tried.append(ids.shape[-1]) or own(ids, *args, **options)
-        trial.check(documents, np.arange(4), reference, ())
+        self_check.check(documents, np.arange(4), reference, ())
         assert reference.narrows and max(tried) == 90
 
 
 class TestRounding:
-    """The trial allows for rounding in 8 bits alone: tests/reliability/test_drift.py has a real model in 8 bits."""
+    """The check allows for rounding in 8 bits only; tests/reliability/test_drift.py has a real model in 8 bits."""
 
     def odd(self, model, factor):
-        """A model whose own forward scales its logits, as an architecture might that is not known."""
+        """A model whose own forward scales its logits, as an unknown architecture might."""
         forward = type(model).forward
 
         class Odd(type(model)):
@@ -93,8 +93,8 @@ class TestRounding:
         model.__class__ = Odd
         return Reference(model, "odd")
 
-    def test_an_attention_that_sdpa_does_otherwise_is_no_excuse(self):
-        """GPT-OSS has sinks, which sdpa leaves out: the two differ by more than rounding."""
+    def test_a_difference_between_eager_and_sdpa_does_not_widen_the_tolerance(self):
+        """sdpa ignores the sinks of GPT-OSS: the two differ by more than rounding."""
         torch.manual_seed(0)
         shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         config = GptOssConfig(
@@ -105,13 +105,13 @@ class TestRounding:
             for parameter in model.parameters():
                 parameter.normal_(0.0, 0.15)
         with pytest.raises(XTFError, match="log-probabilities differ from the model's own forward"):
-            trial.against_own_forward(self.odd(model, 1.05), torch.arange(5, 60), 1e-3, ())
+            self_check.against_own_forward(self.odd(model, 1.05), torch.arange(5, 60), 1e-3, ())
 
-    def test_eight_bits_are_no_excuse_for_something_else(self):
+    def test_other_differences_are_refused_in_eight_bits_too(self):
         class Linear8bitLt(torch.nn.Identity):
             pass
 
         model = tiny.model()
         model.model.layers[0].mlp.extra = Linear8bitLt()
         with pytest.raises(XTFError, match="log-probabilities differ from the model's own forward"):
-            trial.against_own_forward(self.odd(model, 1.5), torch.arange(5, 60), 1e-3, ())
+            self_check.against_own_forward(self.odd(model, 1.5), torch.arange(5, 60), 1e-3, ())

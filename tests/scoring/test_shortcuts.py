@@ -1,6 +1,6 @@
-"""Shortcuts of the scoring pass: documents packed in one row, and a last layer that works for nobody's sake.
+"""Shortcuts of the scoring pass: documents packed into one row, and a last layer that skips unused tokens.
 
-Both have to give what the pass without them gives, and are not taken where a model would not.
+Both must give the scores of the pass without them, and are not used with models where they would not.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from transformers import (
 from tests import eager, tiny
 from tests.scoring.test_engine import gpt_oss, little_memory, rows, run  # noqa: F401 (a fixture)
 from xtf_plugin.data.documents import collect
-from xtf_plugin.scoring import reference as references
-from xtf_plugin.scoring import self_check as trial
+from xtf_plugin.scoring import self_check
 from xtf_plugin.scoring.batching import laid_out
-from xtf_plugin.scoring.reference import Reference
+from xtf_plugin.scoring.reference import Reference, last_feed_forward, only_where
 
-PACKED = trial.Packing(("cpu", "cuda"), apart=True, windows=True)  # on this device too, whatever it costs
+PACKED = self_check.Packing(("cpu", "cuda"), apart=True, windows=True)  # on the CPU too, where it is slower
 
 
 def agrees(model, documents, found, layers=(0, 1)):
@@ -43,7 +42,7 @@ class TestPacked:
     def test_agrees_with_eager_maps_and_full_logits(self, family):
         model, documents = tiny.model(family), collect(rows())
         found, stats = run(documents, model, (0, 1), batch_tokens=150, packing=PACKED)
-        assert stats.padded_tokens == stats.tokens, "nothing was packed"
+        assert stats.padded_tokens == stats.tokens, "no row was packed"
         agrees(model, documents, found)
 
     def test_without_layers_too(self):
@@ -54,7 +53,7 @@ class TestPacked:
         assert model.config._attn_implementation != "xtf_received"
 
     @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral"])
-    def test_windows_reach_over_no_document(self, family):
+    def test_windows_do_not_cross_documents(self, family):
         """Rows longer than the window, of documents shorter and longer than it."""
         model = tiny.model(family)
         documents = collect(rows(sizes=(model.config.sliding_window - 2, model.config.sliding_window + 30, 9)))
@@ -68,8 +67,8 @@ class TestPacked:
         assert len(found) == len(documents) and stats.halvings >= 2 and stats.padded_tokens == stats.tokens
 
     @pytest.mark.parametrize("ignored", [False, True])
-    def test_a_model_that_counts_from_the_row_is_padded(self, monkeypatch, ignored):
-        """GPT-2 has an embedding for each position; rotary ones do not mind where a document begins."""
+    def test_a_model_that_ignores_positions_is_padded(self, monkeypatch, ignored):
+        """GPT-2 has absolute position embeddings; rotary ones do not depend on where a document begins."""
         fast = tiny.tokenizer()
         config = GPT2Config(vocab_size=len(fast), n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
         torch.manual_seed(0)
@@ -101,9 +100,9 @@ class TestPacked:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_model_with_a_state_beside_attention_is_padded(self, dtype):
-        """Falcon-H1 has a state space in every layer, which goes on from one document into the next."""
+        """Falcon-H1 has a state space in every layer, which is not reset between documents."""
         sizes = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
-        sizes["use_cache"] = None  # transformers 5.4 takes its own default for a mistake
+        sizes["use_cache"] = None  # transformers 5.4 refuses its own default
         fast = tiny.tokenizer()
         config = FalconH1Config(**{**tiny.BASE, **sizes, "vocab_size": len(fast), "pad_token_id": 0, "bos_token_id": 0})
         torch.manual_seed(0)
@@ -111,10 +110,10 @@ class TestPacked:
         _, stats = run(collect(rows()), model, (0, 1), batch_tokens=150, packing=PACKED)
         assert stats.padded_tokens > stats.tokens
 
-    def test_rows_are_not_packed_to_be_taken_apart_again(self, caplog):
-        """Without an attention that takes them as they are, padding costs less."""
+    def test_rows_are_not_packed_for_attention_that_splits_them(self, caplog):
+        """Padding is faster where attention cannot take packed rows."""
         with caplog.at_level("INFO"):
-            packing = trial.Packing(("cpu", "cuda"))
+            packing = self_check.Packing(("cpu", "cuda"))
             _, stats = run(collect(rows()), tiny.model(), (0, 1), batch_tokens=150, packing=packing)
         assert stats.padded_tokens > stats.tokens
         assert "without packed rows" in caplog.text and "taken apart" in caplog.text
@@ -126,8 +125,8 @@ class TestPacked:
         padded = [stats.padded_tokens > stats.tokens for stats in passes]
         assert padded == [False, True]
 
-    def test_a_document_between_others_is_tried(self, monkeypatch):
-        """A stranger stands before and behind it: here each token also sees the one before it in the row."""
+    def test_a_leak_between_packed_documents_is_found(self, monkeypatch):
+        """Here each token also reads the one before it in the row."""
         model = tiny.model()
         own = type(model.model.layers[0].self_attn).forward
 
@@ -138,18 +137,18 @@ class TestPacked:
         _, stats = run(collect(rows()), model, (), batch_tokens=150, packing=PACKED)
         assert stats.padded_tokens > stats.tokens
 
-    def test_a_cpu_pads(self):
+    def test_rows_are_padded_on_a_cpu(self):
         _, stats = run(collect(rows()), tiny.model(), (0,), batch_tokens=150)
         assert stats.padded_tokens > stats.tokens
 
 
 class TestNarrow:
     @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
-    def test_the_last_layer_works_for_the_tokens_that_are_read(self, family, monkeypatch):
+    def test_the_last_layer_computes_only_tokens_that_are_read(self, family, monkeypatch):
         model, documents = tiny.model(family), collect(rows())
         reference = Reference(model, "tiny")
-        trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
-        module, seen = references.last_feed_forward(reference.decoder), []
+        self_check.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
+        module, seen = last_feed_forward(reference.decoder), []
         assert module is not None and reference.narrows
         own = module.forward
         monkeypatch.setattr(module, "forward", lambda x: seen.append(x.shape[:-1].numel()) or own(x))
@@ -162,85 +161,85 @@ class TestNarrow:
         others = np.setdiff1d(np.arange(len(whole)), given.read.numpy())
         assert not torch.allclose(narrow[others], whole[others], atol=1e-3)
 
-    def test_what_the_module_held_is_put_back(self):
+    def test_the_module_is_restored(self):
         model = tiny.model()
-        module = references.last_feed_forward(model.model)
+        module = last_feed_forward(model.model)
         for given in (None, lambda x: x):
             if given is not None:
                 module.forward = given
             before = dict(vars(module))
-            with references.only_where(module, torch.arange(4), 4):
+            with only_where(module, torch.arange(4), 4):
                 assert module.forward is not before.get("forward")
             assert vars(module) == before
 
-    def test_a_part_that_looks_at_its_neighbours_is_left_whole(self, monkeypatch):
+    def test_a_module_that_mixes_tokens_is_not_narrowed(self, monkeypatch):
         model, documents = tiny.model(), collect(rows())
-        mlp = type(references.last_feed_forward(model.model))
+        mlp = type(last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.cumsum(1)))
         reference = Reference(model, "tiny")
-        trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
+        self_check.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
         assert not reference.narrows
         found, _ = run(documents, model, (0, 1), batch_tokens=150)
         agrees(model, documents, found)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_a_part_that_looks_at_one_token_before_is_left_whole(self, monkeypatch, dtype):
-        """Of a row of tokens that are read, only the first would come out wrong."""
+    def test_a_module_that_reads_the_previous_token_is_not_narrowed(self, monkeypatch, dtype):
+        """Of consecutive tokens that are read, only the first would be wrong."""
         model, documents = tiny.model().to(dtype), collect(rows())
-        mlp = type(references.last_feed_forward(model.model))
+        mlp = type(last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.roll(1, 1)))
         reference = Reference(model, "tiny")
-        trial.against_own_forward(reference, torch.arange(5, 60), 0.1, ())
+        self_check.against_own_forward(reference, torch.arange(5, 60), 0.1, ())
         assert not reference.narrows
         if dtype is torch.float32:
             agrees(model, documents, run(documents, model, (0, 1), batch_tokens=1)[0])
 
     def test_bfloat16_narrows_too(self):
-        """What rounding moves is no reason."""
+        """Rounding alone does not prevent it."""
         for family in sorted(tiny.FAMILIES):
             reference = Reference(tiny.model(family).to(torch.bfloat16), "tiny")
-            trial.against_own_forward(reference, torch.arange(5, 60), 0.1, (0, 1))
+            self_check.against_own_forward(reference, torch.arange(5, 60), 0.1, (0, 1))
             assert reference.narrows, family
 
-    def test_a_part_that_breaks_is_left_whole(self, monkeypatch):
-        """NaN is no agreement: here it comes of rows without a batch of their own length."""
+    def test_a_module_that_returns_nan_is_not_narrowed(self, monkeypatch):
+        """NaN on one side only is a difference: here for inputs of another length."""
         model = tiny.model()
-        mlp = type(references.last_feed_forward(model.model))
+        mlp = type(last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x) * (1 if x.shape[1] == 55 else float("nan")))
         reference = Reference(model, "tiny")
-        trial.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
+        self_check.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
         assert not reference.narrows
 
-    def test_a_document_too_short_to_try_it_on_tries_nothing(self):
+    def test_a_document_of_one_token_checks_nothing(self):
         reference = Reference(tiny.model(), "tiny")
-        trial.against_own_forward(reference, torch.tensor([5]), 1e-3, ())
+        self_check.against_own_forward(reference, torch.tensor([5]), 1e-3, ())
         assert not reference.checked and not reference.narrows
 
-    def test_a_part_that_gives_more_than_a_tensor_is_not_narrowed(self, monkeypatch):
-        """Each batch would work it out twice. gpt-oss gives its router's scores too."""
+    def test_a_module_that_returns_a_tuple_is_not_narrowed(self, monkeypatch):
+        """Each batch would compute it twice. gpt-oss also returns the scores of its router."""
         model, seen = gpt_oss(), []
-        mlp = type(references.last_feed_forward(model.model))
+        mlp = type(last_feed_forward(model.model))
         own = mlp.forward
         monkeypatch.setattr(mlp, "forward", lambda self, x: seen.append(x.shape[:-1].numel()) or own(self, x))
         _, stats = run(collect(rows()), model, (), batch_tokens=150)
         assert sum(seen[-2 * stats.batches :]) == 2 * stats.padded_tokens  # of two layers
 
-    def test_a_part_that_gives_more_than_a_tensor_is_called_as_ever(self):
+    def test_a_module_that_returns_a_tuple_is_called_unchanged(self):
         class Pair(torch.nn.Module):
             def forward(self, x):
                 return x * 2, x.sum()
 
         module, x = Pair(), torch.randn(2, 3, 4)
-        with references.only_where(module, torch.tensor([0, 3]), 6):
+        with only_where(module, torch.tensor([0, 3]), 6):
             result, total = module(x)
         assert torch.equal(result, x * 2) and total == x.sum()
 
-    def test_nothing_that_is_read(self):
+    def test_without_tokens_to_read_the_module_is_called_unchanged(self):
         module = torch.nn.Linear(4, 4)
         x = torch.randn(1, 3, 4)
         whole = module(x)
-        with references.only_where(module, torch.zeros(0, dtype=torch.long), 3) as state:
-            assert torch.equal(module(x), whole) and not state.happened
+        with only_where(module, torch.zeros(0, dtype=torch.long), 3) as counts:
+            assert torch.equal(module(x), whole) and not counts

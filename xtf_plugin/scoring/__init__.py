@@ -1,1 +1,1 @@
-"""From documents to what a reference says of them: read `engine.py` first, then `reference.py`."""
+"""The scoring pass: read `engine.py` first, then `reference.py`; `cached_scores.py` stores its results."""

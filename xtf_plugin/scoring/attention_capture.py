@@ -1,9 +1,9 @@
-"""Attention received, recorded inside one ordinary decoder forward, whatever attention implementation the run uses.
+"""Attention received, recorded during a decoder forward, whatever attention implementation the run uses.
 
-transformers lets a package register an attention function and its mask function. For the length of a pass the model's
-configs point at ours, which returns the attention output and, on the chosen layers, adds up attention received. Right
-padding plus causality needs no mask, so none is built; a model whose mask is more than "causal, maybe within a sliding
-window" is refused, because ignoring its mask would give wrong scores without an error.
+transformers lets a package register an attention function and a mask function. During a scoring pass, the model's
+configs name ours: it returns the attention output and, on the chosen layers, adds up attention received. With right
+padding, causal attention needs no mask, so none is built. A model whose mask is neither causal nor a causal sliding
+window is refused, since its scores would be wrong without an error.
 """
 
 from __future__ import annotations
@@ -29,9 +29,15 @@ IMPLEMENTATION = "xtf_received"
 
 @dataclass
 class Recorder:
-    """Records one forward: the sum of attention received over the chosen layers.
+    """Records the sum of attention received over the chosen layers in one forward.
 
-    `plainly`: by the definition in `eager`, on short documents only.
+    Args:
+        model: its name, for messages.
+        layers: the chosen layers; may be empty.
+        lengths: (n,) tokens of each document.
+        start: first column of attention received to compute.
+        packed: the documents of a packed row, if they are packed.
+        plainly: use the definition in `eager`; for short documents only.
     """
 
     model: str
@@ -46,24 +52,24 @@ class Recorder:
     mask_windows: set[int] = field(default_factory=set)
 
     def mean(self) -> Tensor | None:
-        """Attention received averaged over the chosen layers, (B, T) float32, or None if no layer was chosen."""
+        """Attention received averaged over the chosen layers, (B, T) float32; None without layers."""
         return None if self.received is None else self.received / len(self.layers)
 
     def record(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
-        """Attention output of a chosen layer; the attention its tokens receive is added to the sum."""
+        """Compute the attention output of a chosen layer, and add its attention received to the sum."""
         starts = None if self.packed is None else self.packed.starts.to(query.device)
-        spec, implementation = replace(spec, start=self.start, starts=starts), eager if self.plainly else dispatch
-        found: tuple[Tensor, Tensor]
-        found = implementation.attention_and_received(query, key, value, self.lengths.to(query.device), spec)
-        output, received = found
-        # layers may lie on several devices
+        compute: Callable[..., tuple[Tensor, Tensor]]
+        compute = (eager if self.plainly else dispatch).attention_and_received
+        spec = replace(spec, start=self.start, starts=starts)
+        output, received = compute(query, key, value, self.lengths.to(query.device), spec)
+        # layers may be on several devices
         self.received = received if self.received is None else self.received + received.to(self.received.device)
         return output.to(query.dtype)
 
     def refuse(self, what: str) -> XTFError:
-        """The error for an attention we would score wrongly."""
+        """The error for attention that would get wrong scores."""
         return XTFError(
-            f"{self.model}: {what}, which attention received is not defined for. Set `reasoning_importance: false`, or "
+            f"{self.model}: {what}, for which attention received is not defined. Set `reasoning_importance: false`, or "
             "name another reference under `reference.model`."
         )
 
@@ -87,7 +93,7 @@ def received_attention(
     """Attention function in transformers' convention: query (B, H, T, D) in, output (B, T, H, D) out."""
     recorder = _recorder.get()
     if recorder is None:
-        raise XTFError("XTF's attention function was called outside a scoring pass; please report this.")
+        raise XTFError("XTF's attention function was called outside a scoring pass. Please report this.")
     if attention_mask is not None:
         raise recorder.refuse("it builds its own attention mask")
     if is_causal is False or query.shape[2] != key.shape[2]:
@@ -97,7 +103,7 @@ def received_attention(
             raise recorder.refuse(f"its attention uses `{name}`")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = value.dtype
-    if torch.is_autocast_enabled(query.device.type):  # as autocast does for stock SDPA: rotary embeddings leave float32
+    if torch.is_autocast_enabled(query.device.type):  # as for SDPA: rotary embeddings return float32
         dtype = torch.get_autocast_dtype(query.device.type)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     packed = recorder.packed
@@ -113,8 +119,7 @@ def received_attention(
     if window is not None:
         recorder.layer_windows.add(window)
     implementation = recorder.record if index in recorder.layers else dispatch.attention
-    output = implementation(query, key, value, spec)
-    return output.transpose(1, 2).contiguous(), None
+    return implementation(query, key, value, spec).transpose(1, 2).contiguous(), None
 
 
 def received_mask(
@@ -124,18 +129,18 @@ def received_mask(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> None:
-    """Mask function: builds nothing, but checks that what the model asked for is causal, maybe within a window."""
+    """Mask function that builds no mask, but checks that the model's is causal or a causal sliding window."""
     recorder = _recorder.get()
     if recorder is None:
         return
     if attention_mask is not None or q_length != kv_length:
         raise recorder.refuse("it was given a padding mask")
     packed = recorder.packed
-    device = recorder.lengths.device if packed is not None else None  # where a packed mask has its documents
+    device = recorder.lengths.device if packed is not None else None  # of the documents of a packed mask
     bounds = np.asarray([0, q_length]) if packed is None else packed.bounds
     last_of_longest = bounds[np.diff(bounds).argmax() + 1] - 1
-    queries = np.unique([0, q_length // 2, q_length - 1, last_of_longest])  # whose rows of the mask are looked at
-    begins = bounds[np.searchsorted(bounds, queries, side="right") - 1]  # of their documents
+    queries = np.unique([0, q_length // 2, q_length - 1, last_of_longest])  # the rows of the mask that are checked
+    begins = bounds[np.searchsorted(bounds, queries, side="right") - 1]  # where their documents begin
     zero, keys = torch.tensor(0, device=device), torch.arange(kv_length, device=device)
     last = torch.from_numpy(queries).to(device)[:, None]
     rows = [mask_function(zero, zero, query[0], keys) for query in last]
@@ -156,10 +161,10 @@ AttentionMaskInterface.register(IMPLEMENTATION, received_mask)
 
 @contextmanager
 def attention_switched(model: nn.Module) -> Iterator[None]:
-    """Point every config below `model` at our attention function; put back exactly what each one held.
+    """Set XTF's attention function in every config of `model`, and restore each one's own on exit.
 
-    Sets `_attn_implementation`, which is private: `set_attn_implementation` is refused by some classes for a name that
-    they do not know. Without the attribute no layer is recorded, and `check_recorded` raises; tests/scoring/test_engine.py.
+    Sets the private `_attn_implementation`, since some classes refuse unknown names in `set_attn_implementation`. If
+    the attribute is renamed, no layer is recorded, `check_recorded` raises, and tests/scoring/test_engine.py fails.
     """
     configs: dict[int, Any] = {}
     for module in model.modules():
@@ -167,7 +172,7 @@ def attention_switched(model: nn.Module) -> Iterator[None]:
         if hasattr(config, "_attn_implementation"):
             parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
             configs |= {id(part): part for part in parts if part is not None}
-    # setting a config also sets its sub-configs, so all are read before any is written, and restored twice
+    # setting a config also sets its sub-configs: all are read before any is set, and restored twice
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
@@ -181,7 +186,7 @@ def attention_switched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Record into `recorder` for the length of one forward."""
+    """Record one forward into `recorder`."""
     token = _recorder.set(recorder)
     try:
         yield
@@ -190,11 +195,11 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 
 def check_recorded(recorder: Recorder, num_layers: int, layer_types: list[str] | None) -> None:
-    """Refuse a forward in which not every layer came through our attention function, once, as the mask described it."""
+    """Raise XTFError unless every layer called our attention function once, with the window of the model's mask."""
     if sorted(recorder.seen) != list(range(num_layers)):
         which = f"only layers {sorted(set(recorder.seen))}" if recorder.seen else "none"
         raise recorder.refuse(
-            f"{which} of {num_layers} layers use transformers' attention interface (the rest have their own, or it was "
+            f"{which} of {num_layers} layers use transformers' attention interface (the others do not, or it was "
             "replaced, as Unsloth does for all models of a class)"
         )
     unused = recorder.mask_windows - recorder.layer_windows

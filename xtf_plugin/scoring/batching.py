@@ -1,4 +1,4 @@
-"""Scoring batches: how documents are cut into them, how many tokens memory allows, and how a forward reads them."""
+"""Scoring batches: how documents are grouped, how many tokens fit into memory, and how they are laid out as tensors."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .kernels.packing import Packed
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 4_096  # tokens of the batch that is measured
-MAX_BATCH_TOKENS = 32_768  # tokens beyond which larger batches are no faster, and only risk memory that others want
-FREE_SHARE = 0.7  # of what is free: later batches are shaped otherwise, and memory is cut into pieces
+MAX_BATCH_TOKENS = 32_768  # larger batches are no faster
+FREE_SHARE = 0.7  # of the free memory: later batches have other shapes, and memory fragments
 
-# What one more forward counts as, in tokens. An estimate on the safe side: kernel launches and a wait for the host are
-# a millisecond or two on a GPU, in which a model of a billion weights reads a few hundred tokens, a larger one fewer.
+# The fixed cost of a forward, in tokens. A cautious estimate: launching its kernels takes a GPU a millisecond or two,
+# in which a model of a billion weights processes a few hundred tokens.
 FORWARD_TOKENS = 512
 
 
 @dataclass
 class ScoringStats:
-    """What a scoring pass did: for the log and the summary."""
+    """What a scoring pass did, for the log and the summary."""
 
     documents: int = 0
     tokens: int = 0
@@ -39,15 +39,16 @@ class ScoringStats:
     seconds: float = 0.0
 
     @classmethod
-    def of_all(cls, ranks: list[list[float]]) -> ScoringStats:
-        """Sums over ranks of what each has in its fields; the seconds are the slowest rank's."""
-        *counts, seconds = zip(*ranks, strict=True)
-        total = cls(*(int(sum(values)) for values in counts))
-        total.seconds = max(seconds)
+    def of_all(cls, ranks: list[dict[str, Any]]) -> ScoringStats:
+        """Sum every rank's values; the seconds are those of the slowest rank."""
+        total = cls()
+        for values in ranks:
+            total.add(cls(**values))
+        total.seconds = max(values["seconds"] for values in ranks)
         return total
 
     def add(self, other: ScoringStats) -> None:
-        """Count another pass in."""
+        """Add the values of another pass."""
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -60,10 +61,10 @@ def plan_wanted(
     packed: bool = False,
     apart: int | None = None,
 ) -> list[NDArray[np.int64]]:
-    """`plan_batches` for the `wanted` documents, with the batches that all documents would have wherever that can be.
+    """`plan_batches` for the `wanted` documents, keeping the batches of a pass over all documents where possible.
 
-    A score depends by a rounding on what else is in its batch. When a killed run goes on, whole batches are missing;
-    they are made again as they would have been, and give the same scores to the last bit.
+    The other documents of a batch change a score by rounding. A run that resumes after a kill lacks complete batches,
+    and scores them with the same bits as an uninterrupted run.
 
     Args:
         lengths: (N,) tokens of each document.
@@ -71,31 +72,30 @@ def plan_wanted(
         packed, apart: see `plan_batches`.
 
     Returns:
-        indices into `lengths`; batches of documents that were together in no missing batch come last.
+        indices into `lengths`: first the batches that are wanted completely, then new batches of the rest.
     """
     chosen = np.zeros(len(lengths), dtype=bool)
     chosen[wanted] = True
     planned = plan_batches(lengths, budget, packed=packed, apart=apart)
-    whole = [batch for batch in planned if chosen[batch].all()]
-    for batch in whole:
+    complete = [batch for batch in planned if chosen[batch].all()]
+    for batch in complete:
         chosen[batch] = False
     rest = np.flatnonzero(chosen)
-    return [*whole, *(rest[part] for part in plan_batches(lengths[rest], budget, packed=packed, apart=apart))]
+    return [*complete, *(rest[part] for part in plan_batches(lengths[rest], budget, packed=packed, apart=apart))]
 
 
 def plan_batches(
     lengths: NDArray[np.int64], budget: int, *, packed: bool = False, apart: int | None = None
 ) -> Iterator[NDArray[np.int64]]:
-    """Cut documents, longest first, into batches of at most `budget` padded tokens (a longer document goes alone).
+    """Split documents, longest first, into batches of at most `budget` padded tokens; a longer document has its own.
 
-    Equals, over all ways to cut the sorted documents that respect the budget: the one with the fewest padded tokens, a
-    forward counted as `FORWARD_TOKENS` more. Filling every batch would put documents of unlike length together where
-    a budget is large and documents are few. Longest first: when memory is too small, that shows early.
+    Equals, of all splits of the sorted documents within the budget, the one that minimises padded tokens plus
+    `FORWARD_TOKENS` per batch. The longest come first, so that a lack of memory shows early.
 
     Args:
         lengths: (N,) tokens per document; empty documents are left out.
-        packed: documents lie one behind the other, so that there is no padding to count.
-        apart: documents longer than this share no batch with others.
+        packed: the documents of a batch share one row without padding.
+        apart: documents longer than this share no batch with shorter ones.
 
     Yields:
         indices into `lengths`, ties in order of index.
@@ -112,7 +112,7 @@ def plan_batches(
 
 
 def _filled(lengths: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
-    """For each document, how many a packed batch holds that begins with it, (N,)."""
+    """For each document, the size of a packed batch that begins with it, (N,)."""
     ends = np.concatenate([[0], np.cumsum(lengths)])
     last = np.searchsorted(ends, ends[:-1] + budget, side="right") - 1
     sizes: NDArray[np.int64] = np.maximum(last - np.arange(len(lengths)), 1)
@@ -120,11 +120,11 @@ def _filled(lengths: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
 
 
 def _cheapest(longest: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
-    """For each document, how many a padded batch holds that begins with it, in the cheapest cut from there on, (N,)."""
+    """For each document, the size of a padded batch that begins with it in the cheapest split of the rest, (N,)."""
     n = len(longest)
     sizes = np.clip(budget // np.maximum(longest, 1), 1, np.arange(n, 0, -1))
     counts = np.arange(1, int(sizes.max(initial=1)) + 1)
-    cost = np.zeros(n + 1, dtype=np.int64)  # of everything from there on
+    cost = np.zeros(n + 1, dtype=np.int64)  # of all documents from this one on
     best = np.ones(n, dtype=np.int64)
     for low in range(n - 1, -1, -1):
         size = int(sizes[low])
@@ -139,33 +139,33 @@ def default_batch_tokens(device: torch.device) -> int:
     return 16_384 if device.type == "cuda" else 4_096
 
 
-def meter(device: torch.device) -> Meter | None:
-    """Measures the device's memory; None for devices other than GPUs."""
-    return Meter(device) if device.type == "cuda" else None
-
-
 @dataclass(frozen=True)
 class Meter:
-    """Memory of a CUDA device, in bytes."""
+    """Measures the memory of a CUDA device, in bytes."""
 
     device: torch.device
 
     def reset(self) -> None:
-        """Begin to measure."""
+        """Start a measurement."""
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def grown(self) -> int:
-        """Bytes taken at the peak since `reset` beyond what is held now."""
+        """Peak memory since `reset`, less what is allocated now."""
         return torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
 
     def free(self) -> int:
-        """Bytes free on the device, or held by PyTorch and not in use."""
+        """Memory that is free on the device or cached by PyTorch."""
         held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(torch.cuda.mem_get_info(self.device)[0]) + held
 
 
+def meter(device: torch.device) -> Meter | None:
+    """A meter of the device's memory; None unless it is a GPU."""
+    return Meter(device) if device.type == "cuda" else None
+
+
 def budget_for(tokens: int, grown: int, free: int) -> int:
-    """Tokens of a batch, after one of `tokens` took `grown` bytes and `free` bytes are left, within the two limits."""
+    """Tokens per batch, between the two limits, after a batch of `tokens` took `grown` bytes and left `free` bytes."""
     fits = MAX_BATCH_TOKENS if grown <= 0 else int(FREE_SHARE * free * tokens / grown)
     found = max(PROBE_TOKENS, min(MAX_BATCH_TOKENS, fits))
     logger.info("xtf: batches of %d tokens: %d took %.2f GB, %.2f GB are free", found, tokens, grown / 1e9, free / 1e9)
@@ -173,24 +173,24 @@ def budget_for(tokens: int, grown: int, free: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward ran out of memory; a CPU's allocator raises a plain RuntimeError."""
+    """Whether the error is a lack of memory; the CPU allocator raises a plain RuntimeError."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
 
 
 def too_little(longest: int, problem: str) -> XTFError:
-    """The error for a device that has no room for a single document; `problem`: the text of the error."""
+    """The error for a document of `longest` tokens that alone does not fit; `problem`: the text of the cause."""
     return XTFError(
-        f"out of memory while scoring a single document of {longest} tokens ({problem}). Lower max_length, or name "
-        "a smaller or more strongly quantised model under xtf `reference.model`."
+        f"out of memory while scoring a single document of {longest} tokens ({problem}). Lower max_length, or set "
+        "xtf `reference.model` to a smaller or more strongly quantised model."
     )
 
 
 def halved(size: int, longest: int, tokens: int, device: torch.device, problem: str) -> int:
-    """The token budget to go on with after a batch of `size` documents did not fit, `tokens` with their padding.
+    """The token budget after a batch of `size` documents and `tokens` padded tokens did not fit.
 
     Raises:
-        XTFError: it was a single document, see `too_little`.
+        XTFError: the batch was a single document; see `too_little`.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -198,28 +198,28 @@ def halved(size: int, longest: int, tokens: int, device: torch.device, problem: 
         raise too_little(longest, problem)
     budget = max(longest, tokens // 2)
     logger.warning(
-        f"xtf: out of memory with {size} documents of up to {longest} tokens; going on with batches of {budget} "
-        f"tokens. Setting `batch_tokens: {budget}` avoids the retry."
+        f"xtf: out of memory with {size} documents of up to {longest} tokens; continuing with batches of "
+        f"{budget} tokens. Setting `batch_tokens: {budget}` avoids the retry."
     )
     return budget
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents on the reference's device: rows with right padding, or one row of documents packed in it.
+    """Documents on the reference's device: one a row with right padding, or all packed into one row.
 
-    M completion tokens, of which P are predicted. They are given as indices: a mask on a GPU would have to be counted
-    there first, and everything would wait for the number.
+    Of M completion tokens, the P that are not a document's first are predicted. Indices replace masks here, since
+    indexing with a mask makes the host wait for a GPU.
 
     Args:
         ids: (B, T) token ids; packed: (1, T).
         lengths: (n,) tokens of each document.
-        completion: (M,) where completion tokens are in the flattened rows.
-        predicted: (P,) where those are that something predicts: not a document's first token.
-        start: the first column of attention received that is wanted, of all rows.
-        offsets: (n + 1,) of the documents among the M completion tokens; places: (P,) of the predicted ones among
-            them. Both on the CPU.
-        packed: where the documents of a packed row are.
+        completion: (M,) indices of completion tokens in the flattened rows.
+        predicted: (P,) indices of predicted tokens in the flattened rows.
+        start: first column for which attention received is computed.
+        offsets: (n + 1,) bounds of the documents among the M completion tokens, on the CPU.
+        places: (P,) indices of the predicted tokens among the M completion tokens, on the CPU.
+        packed: the documents of a packed row.
     """
 
     ids: Tensor
@@ -233,12 +233,12 @@ class Rows:
 
     @property
     def read(self) -> Tensor:
-        """Where the states are that predict: each one token before, (P,)."""
+        """Indices of the states that predict: each one token before the predicted one, (P,)."""
         return self.predicted - 1
 
 
 def laid_out(documents: DocumentSet, batch: NDArray[np.int64], device: torch.device, *, packed: bool = False) -> Rows:
-    """The documents `batch` (n,), in that order, as rows for one forward."""
+    """Lay out the documents `batch` (n,), in that order, for one forward."""
     lengths = documents.lengths[batch]
     shape = (1, int(lengths.sum())) if packed else (len(batch), int(lengths.max()))
     ids, mask = np.zeros(shape[0] * shape[1], dtype=np.int64), np.zeros(shape[0] * shape[1], dtype=bool)

@@ -1,9 +1,8 @@
-"""The processes of one training run: what they exchange while they score, and who scores what.
+"""The processes of one training run: what they exchange while scoring, and which of them scores which documents.
 
-Every rank makes the same plan from the same data; only the forwards are shared out. So ranks must agree on everything
-that the plan depends on. A rank hands its scores round every few seconds: none needs another's disk, and none waits in
-a collective for long, since watchdogs kill a run whose collective is open for minutes. Messages are bytes, never
-pickles, over the process group that the host has set up.
+Every rank makes the same plan from the same data; only the forwards are divided between them. Ranks exchange new scores
+every few seconds, so that no rank needs another's disk, and no collective stays open long enough for a watchdog to end
+the run. Messages are bytes, never pickles, over the process group that the host has set up.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,27 +22,23 @@ from numpy.typing import NDArray
 
 from ..errors import XTFError, XTFUserError
 from ..store.records import Lookup, Records, merge
-from .fingerprint import weights_sample
-
-if TYPE_CHECKING:
-    from .reference import Reference
 
 T = TypeVar("T")
 
-BEAT_SECONDS = 20.0  # ranks exchange messages at least this often, a batch that takes longer aside
-CHUNK_BYTES = 4 << 20  # of all ranks' messages at a time: they go through the accelerator's memory
-LOCKSTEP_BATCHES = 16  # forwards between two exchanges of ranks that go in step anyway
+BEAT_SECONDS = 20.0  # ranks exchange messages at least this often, unless one batch takes longer
+CHUNK_BYTES = 4 << 20  # of all ranks' messages at a time, since they pass through the accelerator's memory
+LOCKSTEP_BATCHES = 16  # forwards between two exchanges of a reference in lockstep
 PIECE_TOKENS = 2_000_000  # stored scores sent at a time
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a run, seen from one of them; without arguments, a run in one process.
+    """The ranks of a run, seen from one of them; by default, a run in one process.
 
     Args:
-        rank: this process, from 0.
-        size: how many there are.
-        device: where the process group moves data: the accelerator's for NCCL, the CPU for gloo.
+        rank: of this process, from 0.
+        size: number of ranks.
+        device: where the process group moves data: the accelerator for NCCL, the CPU for gloo.
     """
 
     rank: int = 0
@@ -55,8 +50,8 @@ class Ranks:
         """The ranks of an accelerate `Accelerator`.
 
         Raises:
-            XTFUserError: several processes that torch.distributed does not connect, or that share one copy of the
-                model or of a batch (tensor, context or sequence parallel).
+            XTFUserError: several processes without torch.distributed, or that split a model or a sequence (tensor,
+                context or sequence parallel).
         """
         if accelerator.num_processes == 1:
             return cls()
@@ -76,11 +71,11 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is the rank that writes files and logs."""
+        """Whether this rank writes files and logs."""
         return self.rank == 0
 
     def gather(self, mine: bytes) -> list[bytes]:
-        """Every rank's bytes, in order of rank; a collective: each rank has to call it as often as the others."""
+        """Every rank's bytes, in order of rank. A collective: all ranks must call it equally often."""
         if self.size == 1:
             return [mine]
         length = torch.tensor([len(mine)], dtype=torch.int64, device=self.device)
@@ -90,30 +85,18 @@ class Ranks:
         found = [bytearray() for _ in lengths]
         share = max(1, CHUNK_BYTES // self.size)
         for low in range(0, max(lengths), share):
-            width = min(share, max(lengths) - low)
-            padded = np.zeros(width, dtype=np.uint8)
-            part = np.frombuffer(mine[low : low + width], dtype=np.uint8)
+            padded = np.zeros(min(share, max(lengths) - low), dtype=np.uint8)
+            part = np.frombuffer(mine[low : low + share], dtype=np.uint8)
             padded[: len(part)] = part
             sent = torch.from_numpy(padded).to(self.device)
             received = [torch.empty_like(sent) for _ in range(self.size)]
             dist.all_gather(received, sent)
-            for rank, whole in enumerate(lengths):
-                if low < whole:
-                    found[rank] += received[rank][: min(width, whole - low)].cpu().numpy().tobytes()
+            for rank, theirs in enumerate(received):
+                found[rank] += theirs[: max(0, lengths[rank] - low)].cpu().numpy().tobytes()
         return [bytes(part) for part in found]
 
-    def first(self, mine: bytes | None) -> bytes | None:
-        """What the lowest rank that has something has; None if none does. A collective."""
-        if self.size == 1:
-            return mine
-        flags = self.gather(b"0" if mine is None else b"1")
-        if b"1" not in flags:
-            return None
-        owner = flags.index(b"1")
-        return self.gather(mine if mine is not None and self.rank == owner else b"")[owner]
-
     def agree(self, facts: bytes, what: str) -> None:
-        """Check that all ranks hold the same. A collective.
+        """Check that all ranks hold the same bytes. A collective.
 
         Raises:
             XTFError: on every rank, naming `what` and the ranks that differ from rank 0.
@@ -127,7 +110,7 @@ class Ranks:
             )
 
     def broadcast_if_different(self, column: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The column itself if all ranks hold the same; else rank 0's. A collective."""
+        """The column itself if all ranks hold the same, otherwise rank 0's. A collective."""
         if self.size == 1:
             return column
         mine = np.ascontiguousarray(column).tobytes()
@@ -137,33 +120,32 @@ class Ranks:
         return theirs
 
     def run_with_heartbeat(self, work: Callable[[], T]) -> T:
-        """Result of `work`; ranks that finish early exchange heartbeats with the others until all do. A collective.
+        """Run `work`, exchanging heartbeats until all ranks have finished; returns this rank's result. A collective.
 
-        For what takes ranks differently long: loading a model, writing files. It runs on a thread of its own.
+        For work of unequal duration, such as loading a model or writing files. It runs in a thread.
 
         Raises:
-            XTFError: `work` failed on another rank. What it raises here is raised once the others have finished.
+            XTFError: `work` failed on another rank. An error of this rank is raised once the others have finished.
         """
         if self.size == 1:
             return work()
-        with ThreadPoolExecutor(1, initializer=self._on_device) as thread:
+        with ThreadPoolExecutor(1, initializer=self._set_device) as thread:
             task = thread.submit(work)
             states = [b"0"]
             while b"0" in states:
                 wait([task], BEAT_SECONDS)
                 states = self.gather(b"0" if not task.done() else b"1" if task.exception() is None else b"!")
-        result = task.result()  # raises what `work` raised
+        result = task.result()
         if b"!" in states:
             raise XTFError(f"rank {states.index(b'!')} failed; its own message says why.")
         return result
 
     def from_main(self, work: Callable[[], bytes]) -> bytes:
         """Rank 0's result of `work`, on every rank; errors as in `run_with_heartbeat`. A collective."""
-        found = self.run_with_heartbeat(work if self.main else bytes)
-        return self.gather(found)[0] if self.size > 1 else found
+        return self.gather(self.run_with_heartbeat(work if self.main else bytes))[0]
 
-    def _on_device(self) -> None:
-        """A new thread begins on the first GPU, whichever is this rank's."""
+    def _set_device(self) -> None:
+        """Use this rank's GPU: a new thread uses the first one."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
@@ -172,7 +154,7 @@ ALONE = Ranks()
 
 
 def share_out(lengths: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """The rank of each document, (n,): tokens are balanced to within one document, and so are lengths.
+    """The rank of each document, (n,), such that the ranks' tokens differ by at most one document.
 
     Equals dealing the documents, longest first, to ranks 0, 1, ..., size - 1, size - 1, ..., 1, 0, 0, 1, ...
     """
@@ -183,46 +165,33 @@ def share_out(lengths: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     return rank
 
 
-def open_on_all(ranks: Ranks, reference: Callable[[], Reference]) -> Reference:
-    """The reference, opened by every rank. A collective.
-
-    Raises:
-        XTFError: its weights differ between ranks, though they agreed on what to load; see `Ranks.run_with_heartbeat`.
-    """
-    opened = ranks.run_with_heartbeat(reference)
-    if ranks.size > 1 and not opened.lockstep:  # in step, each holds a part
-        ranks.agree(weights_sample(opened.model), "weights of the reference")
-    return opened
-
-
 def exchange_results(
     ranks: Ranks,
     own: Iterator[Records],
-    counts: Callable[[], list[float]],
-    take: Callable[[Records, bool], None],
+    sink: Callable[[Records], None],
+    others: Callable[[Records], None],
+    stats: Callable[[], dict[str, float]],
     *,
     lockstep: bool,
-) -> list[list[float]]:
-    """Work through `own` and pass every rank's records to `take`, until all ranks have finished.
-
-    Equals `for records in own: take(records, True)` on every rank, and `take(records, False)` for those of the others.
+) -> list[dict[str, float]]:
+    """Pass this rank's records to `sink` and those of the other ranks to `others`, until all ranks have finished.
 
     Args:
         ranks: of the run.
         own: scores this rank's batches, one after the other.
-        counts: what this rank has done, called before each exchange.
-        take: gets records, and whether they are this rank's own.
+        sink, others: called with records.
+        stats: returns this rank's statistics; called before each exchange.
         lockstep: exchange after a fixed number of batches, not of seconds.
 
     Returns:
-        every rank's counts.
+        every rank's statistics.
 
     Raises:
-        XTFError: another rank failed. What fails here is raised once the others know.
+        XTFError: another rank failed. An error of this rank is raised once it has been sent to the others.
     """
 
     def exchange(finished: bool, failed: str, outbox: list[Records]) -> list[tuple[list[Any], bytes]]:
-        head = json.dumps([finished, failed, counts()]).encode()
+        head = json.dumps([finished, failed, stats()]).encode()
         sent = ranks.gather(head + b"\n" + (merge(outbox).to_bytes() if outbox else b""))
         parts = (message.partition(b"\n") for message in sent)
         return [(json.loads(head), records) for head, _, records in parts]
@@ -234,10 +203,10 @@ def exchange_results(
             try:
                 records = next(own, None)
                 if records is not None:
-                    take(records, True)
+                    sink(records)
             except BaseException as error:
-                if isinstance(error, Exception) and not lockstep:  # in step, the others are inside a forward
-                    # with the type, since a MemoryError has no text of its own
+                if isinstance(error, Exception) and not lockstep:  # in lockstep, the others are inside a forward
+                    # with the type, since a MemoryError has no text
                     exchange(True, f"{type(error).__name__}: {error}", [])
                 raise
             if records is None:
@@ -249,7 +218,7 @@ def exchange_results(
             if failed:
                 raise XTFError(f"rank {rank} failed while scoring: {failed}")
             if rank != ranks.rank and theirs:
-                take(Records.from_bytes(theirs), False)
+                others(Records.from_bytes(theirs))
         if all(done for (done, _, _), _ in received):
             return [theirs for (_, _, theirs), _ in received]
 
@@ -257,7 +226,7 @@ def exchange_results(
 def pool(ranks: Ranks, stored: Lookup) -> None:
     """Add to `stored` the scores that only other ranks have on their disks. A collective.
 
-    Of several ranks that have a document, the lowest sends its scores.
+    If several ranks have a document, the lowest sends its scores.
     """
     if ranks.size == 1:
         return

@@ -1,17 +1,16 @@
-"""Documents in, scores out: length-sorted batches under a token budget, one decoder forward each.
+"""The scoring pass: documents in, scores out, in length-sorted batches with one decoder forward each.
 
-One forward gives reasoning importance, log-probabilities and what the reference expected there together. Results go to
-a sink as they come, so a run that is killed loses no more than the sink's unwritten part. Out of memory halves the
-batches and goes on.
+One forward yields attention received, log-probabilities and the entropy and deviation of the predictions. Each batch's
+scores are passed to a sink at once, so a run that is killed loses only what the sink has not written. A batch that does
+not fit into memory is split.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -41,11 +40,8 @@ from .distributed import ALONE, Ranks, exchange_results, share_out
 from .reference import Reference, rotary_switch
 from .self_check import WHERE_FASTER, Packing, check
 
-logger = logging.getLogger(__name__)
-
 Sink = Callable[[Records], None]
-_Begun = deque[Callable[[], Records]]
-LAG = {"cuda": 1}  # batches that are begun before the scores of one are waited for
+LAG = {"cuda": 1}  # batches in flight per device type: the next one is launched before the last one's scores are read
 
 
 def score(
@@ -62,23 +58,25 @@ def score(
     others: Sink | None = None,
     packing: Packing = WHERE_FASTER,
 ) -> ScoringStats:
-    """Score the `wanted` documents and hand each batch's scores to `sink`.
+    """Score the `wanted` documents and pass each batch's scores to `sink`.
 
-    Equals, per document: run the decoder, `kernels.eager.attention_received` averaged over `layers` and
-    `eager.predictions` at every completion token. Of several ranks each scores its share and receives the rest.
+    Equals, per document: run the decoder, then `kernels.eager.attention_received` averaged over `layers` and
+    `kernels.eager.predictions` at every completion token. Each of several ranks scores a share and receives the rest.
 
     Args:
+        documents: to choose from.
         wanted: (n,) indices into `documents`, the same on every rank.
-        layers: layers for reasoning importance; empty: no attention received.
-        sink: called with the records of each batch of documents.
-        batch_tokens: padded tokens per batch; None: by the device's memory, if it has a meter.
-        progress: show a bar, called by `label`.
+        reference: the model that scores.
+        layers: layers whose attention is recorded; empty: no attention received.
+        sink: called with the records of each batch.
+        batch_tokens: padded tokens per batch; None: measured on a GPU, `default_batch_tokens` elsewhere.
+        progress: show a progress bar, named `label`.
         ranks: of the run.
-        others: called with the records of other ranks; None: `sink`.
-        packing: where documents are packed into one row.
+        others: called with records from other ranks; None: `sink`.
+        packing: when to pack several documents into one row.
 
     Returns:
-        what all ranks did together; the seconds are the slowest one's.
+        the sum over all ranks, with the seconds of the slowest.
 
     Raises:
         XTFError: a single document does not fit into memory; the reference is not supported; another rank failed.
@@ -93,7 +91,7 @@ def score(
     own = wanted[rank_of == ranks.rank]
     name = f"xtf: {label}" if ranks.size == 1 else f"xtf: {label}, rank {ranks.rank} of {ranks.size}"
     bar = tqdm(total=int(documents.lengths[own].sum()), unit="tok", unit_scale=True, desc=name, disable=not progress)
-    work = _Work(documents, reference, layers, bar, ScoringStats(documents=len(own)), packing.windows)
+    work = _Pass(documents, reference, layers, bar, ScoringStats(documents=len(own)), packing.windows)
     with bar, reference.scoring(record=bool(layers) or work.packs):
         if ranks.size == 1:
             for records in work.batches(own, batch_tokens):
@@ -102,60 +100,62 @@ def score(
         if reference.lockstep:
             budget = batch_tokens or default_batch_tokens(reference.device)
             shares = [lengths[rank_of == rank] for rank in range(ranks.size)]
-            by_rank = [len(list(plan_batches(share, budget, apart=work.apart))) for share in shares]
-            batches = work.in_step(own, budget, max(by_rank), wanted[np.argmin(lengths)])
+            forwards = max(len(list(plan_batches(share, budget, apart=work.apart))) for share in shares)
+            batches = work.in_step(own, budget, forwards, wanted[np.argmin(lengths)])
         else:
             batches = work.batches(own, batch_tokens)
-
-        def take(records: Records, mine: bool) -> None:
-            (sink if mine or others is None else others)(records)
-
-        def counts() -> list[float]:
-            return list(asdict(work.stats).values())
-
-        totals = exchange_results(ranks, batches, counts, take, lockstep=reference.lockstep)
-    return ScoringStats.of_all(totals)
+        stats = partial(asdict, work.stats)
+        by_rank = exchange_results(ranks, batches, sink, others or sink, stats, lockstep=reference.lockstep)
+    return ScoringStats.of_all(by_rank)
 
 
-class _Work:
-    """One rank's scoring pass: its batches one after the other, and what they took."""
+@dataclass
+class _Pass:
+    """One rank's scoring pass: its batches and their statistics."""
 
-    def __init__(
-        self,
-        documents: DocumentSet,
-        reference: Reference,
-        layers: tuple[int, ...],
-        bar: Any,
-        stats: ScoringStats,
-        windows: bool,
-    ) -> None:
-        self.documents, self.reference, self.layers, self.bar, self.stats = documents, reference, layers, bar, stats
-        switch, window = rotary_switch(reference.text_config), getattr(reference.text_config, "sliding_window", None)
+    documents: DocumentSet
+    reference: Reference
+    layers: tuple[int, ...]
+    bar: Any
+    stats: ScoringStats
+    windows: bool
+
+    def __post_init__(self) -> None:
+        config, longest = self.reference.text_config, int(self.documents.lengths.max())
+        switch, window = rotary_switch(config), getattr(config, "sliding_window", None)
         self.apart = None if switch is None else switch[1]
-        # attention takes packed rows as they are only where no window cuts a document
-        self.packs = reference.packs and (not window or int(documents.lengths.max()) <= window or windows)
+        # kernels take a packed row directly only if no document is longer than the window
+        self.packs = self.reference.packs and (not window or longest <= window or self.windows)
         self._start = time.perf_counter()
 
     def batches(self, wanted: NDArray[np.int64], budget: int | None) -> Iterator[Records]:
-        """Scores of the `wanted` documents; batches are halved when memory runs out.
+        """Scores of the `wanted` documents; a batch that does not fit into memory is split.
 
-        With `budget` None the first batch is small, and the others are as large as its memory says. An error takes no
-        batch with it that was begun before.
+        With `budget` None on a GPU, the memory of a small first batch decides the size of the others. After an error,
+        batches that were launched before it are yielded first.
         """
-        begun: _Begun = deque()
+        launched: deque[Callable[[], Records]] = deque()
+        failed = None
         try:
-            yield from self._batches(wanted, budget, begun)
-        except (RuntimeError, ValueError):
-            while begun:
-                yield begun.popleft()()
-            raise
+            for _ in self._launches(wanted, budget, launched):
+                if len(launched) > LAG.get(self.reference.device.type, 0):
+                    yield launched.popleft()()
+        except (RuntimeError, ValueError) as error:
+            failed = error
+        while launched:
+            yield launched.popleft()()
+        if failed is not None:
+            raise failed
 
-    def _batches(self, wanted: NDArray[np.int64], budget: int | None, begun: _Begun) -> Iterator[Records]:
+    def _launches(
+        self, wanted: NDArray[np.int64], budget: int | None, launched: deque[Callable[[], Records]]
+    ) -> Iterator[None]:
+        """Launch one batch after the other, and yield after each."""
         lengths, packs = self.documents.lengths, self.packs
         gauge = meter(self.reference.device) if budget is None else None
         budget = budget or (default_batch_tokens(self.reference.device) if gauge is None else PROBE_TOKENS)
-        cut: dict[str, Any] = {"packed": packs, "apart": self.apart}
-        pending = plan_wanted(lengths, wanted, budget, **cut)[::-1]
+        options: dict[str, Any] = {"packed": packs, "apart": self.apart}
+        pending = plan_wanted(lengths, wanted, budget, **options)[::-1]
         while pending:
             batch = pending.pop()
             tokens = int(lengths[batch].sum()) if packs else len(batch) * int(lengths[batch[0]])
@@ -163,37 +163,34 @@ class _Work:
             try:
                 if gauge is not None:
                     gauge.reset()
-                begun.append(self._launch(batch))
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+                launched.append(self._launch(batch))
+            except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                problem = str(error)  # not the error itself, whose traceback holds all tensors of the forward
+                problem = str(error)  # the error's traceback would keep the tensors of the forward alive
             if problem is not None:
                 budget = halved(len(batch), int(lengths[batch[0]]), tokens, self.reference.device, problem)
                 pending.append(batch)
                 self.stats.halvings += 1
             else:
-                if len(begun) > LAG.get(self.reference.device.type, 0):
-                    yield begun.popleft()()
+                yield
                 if gauge is None:
                     continue
                 budget = budget_for(tokens, gauge.grown(), gauge.free())
             gauge = None
             rest = np.concatenate([np.zeros(0, dtype=np.int64), *pending[::-1]])
-            pending = [rest[part] for part in plan_batches(lengths[rest], budget, **cut)][::-1]
-        while begun:
-            yield begun.popleft()()
+            pending = [rest[part] for part in plan_batches(lengths[rest], budget, **options)][::-1]
 
     def in_step(self, wanted: NDArray[np.int64], budget: int, forwards: int, filler: int) -> Iterator[Records]:
-        """The same in exactly `forwards` forwards: the shortest document, `filler`, makes up the number.
+        """Scores of the `wanted` documents in exactly `forwards` forwards: the document `filler` makes up the number.
 
-        Memory that runs out ends the run: the other ranks are in the same forward, and wait for this one.
+        A lack of memory ends the run, since the other ranks wait for this one in the same forward.
         """
         done = 0
         for batch in plan_batches(self.documents.lengths[wanted], budget, apart=self.apart):
             try:
                 records = self._launch(wanted[batch])()
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 raise XTFError(
@@ -206,18 +203,19 @@ class _Work:
             _launch(self.documents, np.asarray([filler]), self.reference, self.layers)()
 
     def _launch(self, batch: NDArray[np.int64]) -> Callable[[], Records]:
-        begun = _launch(self.documents, batch, self.reference, self.layers, packed=self.packs)
-        return partial(self._counted, begun, batch)
+        lengths = self.documents.lengths[batch]
+        collect = _launch(self.documents, batch, self.reference, self.layers, packed=self.packs)
 
-    def _counted(self, collect: Callable[[], Records], batch: NDArray[np.int64]) -> Records:
-        """A batch's scores, when they are there, and what it took."""
-        records, lengths = collect(), self.documents.lengths[batch]
-        self.stats.tokens += (tokens := int(lengths.sum()))
-        self.stats.padded_tokens += tokens if self.packs else len(batch) * int(lengths.max())
-        self.stats.batches += 1
-        self.stats.seconds = time.perf_counter() - self._start  # a bar that is switched off keeps no time
-        self.bar.update(tokens)
-        return records
+        def counted() -> Records:
+            records, tokens = collect(), int(lengths.sum())
+            self.stats.tokens += tokens
+            self.stats.padded_tokens += tokens if self.packs else len(batch) * int(lengths.max())
+            self.stats.batches += 1
+            self.stats.seconds = time.perf_counter() - self._start  # a disabled bar measures no time
+            self.bar.update(tokens)
+            return records
+
+        return counted
 
 
 def _launch(
@@ -227,17 +225,14 @@ def _launch(
     layers: tuple[int, ...],
     packed: bool = False,
 ) -> Callable[[], Records]:
-    """Begin to score one batch of documents; what is returned waits for the scores and gives them, in the order given.
-
-    On a GPU the next batch can be laid out and begun before the last one's scores are waited for.
-    """
+    """Launch the forward of one batch; the function that is returned waits for its scores, in the order of `batch`."""
     rows = laid_out(documents, batch, reference.device, packed=packed)
 
     def run() -> tuple[Tensor, Tensor | None]:
         hidden, received = reference.forward(
             rows.ids, rows.lengths, layers, rows.start, packed=rows.packed, wanted=rows.read
         )
-        states = hidden.flatten(0, 1)[rows.read.to(hidden.device)]  # (P, D): the state before each predicted token
+        states = hidden.flatten(0, 1)[rows.read.to(hidden.device)]  # (P, D)
         found = reference.predictions(states, rows.ids.flatten()[rows.predicted])
         return found, None if received is None else received.flatten()[rows.completion].float()
 
@@ -257,11 +252,13 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
     """Context-free embeddings of token ids, (n, D) float32 on the CPU.
 
     Args:
-        kind: `input`: the row of the input embedding; `output`: the last hidden state of the token run alone.
-        chunk: tokens at a time; halved when memory runs out.
+        reference: the model.
+        token_ids: (n,).
+        kind: `input`: the row of the input embedding; `output`: the last hidden state of the token alone.
+        chunk: tokens at a time; halved on a lack of memory.
 
     Raises:
-        XTFError: a single one does not fit; or see `Reference.check_ids`.
+        XTFError: a single token does not fit into memory; or from `Reference.check_ids`.
     """
     reference.check_ids(int(np.max(token_ids)))
     parts: list[Tensor] = []
@@ -276,10 +273,10 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
                 return reference.forward(ids[:, None], torch.ones_like(ids), ())[0][:, 0]
 
             try:
-                # hooks for gradient checkpointing mark embeddings as needing grad
+                # detach: hooks for gradient checkpointing set requires_grad on embeddings
                 parts.append(reference.with_full_weights(run).detach().float().cpu())
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or reference.lockstep:  # in step, the others are in the same forward
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or reference.lockstep:  # other ranks wait in the same forward
                     raise
                 if len(ids) == 1:
                     raise too_little(1, str(error)) from None

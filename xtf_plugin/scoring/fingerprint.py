@@ -1,7 +1,7 @@
-"""What a score depends on, as one hex string: the key under which scores are stored and found again.
+"""The fingerprint of a reference: a hex digest under which its scores are stored.
 
-Two references get the same fingerprint only if every weight, the quantisation, the numeric precision and the scoring
-code's version agree. Names and paths are not part of it: a renamed folder still finds its scores.
+It covers every weight, the quantisation, the numeric precision and the version of the scoring code, but no names or
+paths: a renamed folder keeps its scores.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from ..errors import XTFUserError
 from ..files import digest
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
-SAMPLED = 1_024  # numbers of a weight
+SAMPLED = 1_024  # values of a weight
 SCORER_VERSION = 1  # raise it when scores of the same model and document change
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"}
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    """Config and weight hash of a loaded model with its adapters left out: equal for a model with and without LoRA."""
+    """Digests of config and base weights of a loaded model: the same with and without adapters."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
     return {"config": digest(config), "weights": weights_hash(model), "scorer": SCORER_VERSION}
 
 
 def weights_hash(model: nn.Module) -> str:
-    """xxh3-128 over name, dtype, shape and bytes of every base parameter and persistent buffer.
+    """xxh3-128 of name, dtype, shape and bytes of every base parameter and persistent buffer.
 
     Raises:
-        XTFUserError: weights that are not here (meta device, DeepSpeed ZeRO-3): two models would get the same hash.
+        XTFUserError: this process does not hold the weights (meta device, DeepSpeed ZeRO-3).
     """
     state = xxhash.xxh3_128()
     for name, tensor in sorted(base_tensors(model), key=lambda item: item[0]):
@@ -52,10 +52,9 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def weights_sample(model: nn.Module) -> bytes:
-    """Hash of name, dtype, shape and first numbers of every unquantised parameter.
+    """Hash of name, dtype, shape and first values of every unquantised parameter.
 
-    At next to no cost it differs for a model whose weights were not loaded. Quantised weights may differ between kinds
-    of devices.
+    A cheap check that a model's weights are loaded. Quantised weights may differ between types of devices.
     """
     state = xxhash.xxh3_128()
     for name, tensor in model.named_parameters():
@@ -67,7 +66,7 @@ def weights_sample(model: nn.Module) -> bytes:
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every parameter and persistent buffer that is no adapter's, 4-bit and 8-bit scales included."""
+    """Name and value of every parameter and persistent buffer outside adapters, and of 4-bit and 8-bit scales."""
     adapters = _adapter_names(model)
     for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
         parts = name.split(".")
@@ -75,20 +74,18 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         plain = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
         yield plain, tensor
-        quant_state = getattr(tensor, "quant_state", None)  # 4-bit weights: the scales live beside the packed integers
+        quant_state = getattr(tensor, "quant_state", None)  # scales of 4-bit weights
         if quant_state is not None:
             for key, value in quant_state.as_dict().items():
                 if isinstance(value, Tensor):
                     yield f"{plain}.{key}", value
-        scales = getattr(tensor, "SCB", None)  # 8-bit weights: likewise
+        scales = getattr(tensor, "SCB", None)  # scales of 8-bit weights
         if isinstance(scales, Tensor):
             yield f"{plain}.SCB", scales
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that a checkpoint holds; the others (rotary frequencies) follow from the config and may change with
-    use.
-    """
+    """Buffers that a checkpoint holds; others, such as rotary frequencies, follow from the config and may change."""
     for prefix, module in model.named_modules():
         for name, tensor in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
@@ -104,17 +101,17 @@ def _adapter_names(model: nn.Module) -> set[str]:
 
 
 def files_facts(model: str, revision: str | None, commit: str | None) -> dict[str, Any]:
-    """Facts about a model that is not loaded: the hub commit, or a hash of the files of a local folder.
+    """Facts that identify a model without loading it: the hub commit, or hashes of the files of a local folder.
 
     Raises:
-        XTFUserError: a local folder without a config or without weights.
+        XTFUserError: a folder without config or weights, or with weights elsewhere; a hub model of unknown commit.
     """
     folder = Path(model)
     if not folder.is_dir():
         if commit is None:
             raise XTFUserError(
-                f"xtf.reference.model: the commit of {model!r} is not known: another revision "
-                "would get its scores. Name a `revision`, or give the folder of a download."
+                f"xtf.reference.model: the commit of {model!r} is unknown, so its scores cannot be stored. Set "
+                "`revision`, or give the folder of a download."
             )
         return {"hub": model, "revision": revision, "commit": commit, "scorer": SCORER_VERSION}
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".py") and p.is_file())
@@ -135,19 +132,19 @@ def files_facts(model: str, revision: str | None, commit: str | None) -> dict[st
 
 
 def _check_named(folder: Path) -> None:
-    """Refuse weights that lie elsewhere, or are in the other format, a pickle: neither is hashed here."""
+    """Refuse a config or index that names weights outside the folder or in the pickle format: they are not hashed."""
     named = [(folder / "config.json", _read(folder / "config.json").get("transformers_weights"))]
     for path in sorted(folder.glob("*.safetensors.index.json")):
         weights = _read(path).get("weight_map")
         if not isinstance(weights, dict):
-            raise XTFUserError(f"xtf.reference.model: {path} is no index of weights. Fetch it again.")
+            raise XTFUserError(f"xtf.reference.model: {path} is no index of weights. Download it again.")
         named += [(path, name) for name in weights.values()]
     for path, name in named:
         plain = os.path.normpath(str(name))
         if name is not None and (Path(plain).name != plain or not plain.endswith(_WEIGHTS)):
             raise XTFUserError(
-                f"xtf.reference.model: {path} names {name!r}; only safetensors beside it are read. Save the model anew "
-                "with `save_pretrained`."
+                f"xtf.reference.model: {path} names {name!r}; only safetensors in its folder are read. Save the model "
+                "again with `save_pretrained`."
             )
 
 
@@ -155,5 +152,5 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise XTFUserError(f"xtf.reference.model: {path} cannot be read: {error}. Fetch it again.") from error
+        raise XTFUserError(f"xtf.reference.model: {path} cannot be read: {error}. Download it again.") from error
     return value if isinstance(value, dict) else {}

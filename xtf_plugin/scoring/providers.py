@@ -1,6 +1,6 @@
-"""Where a trainer's reference comes from: borrowed from training, or loaded, used and freed before the first step.
+"""Where the reference comes from: the model being trained, or a separate model that is freed before the first step.
 
-A provider knows the reference's fingerprint without running it, so a fully cached start neither loads nor runs a model.
+A provider computes the fingerprint without running the reference, so a start with all scores stored runs no model.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _LOADED_ON_ONE_RANK = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-SAMPLE_DOCUMENTS = 32  # tokenised by both tokenizers before a separate reference is trusted
+SAMPLE_DOCUMENTS = 32  # tokenised by both tokenizers to compare them
 
 
 class BorrowedReference:
-    """The model being trained, adapters off. Made when XTF is attached: the weights then are those of the base model.
+    """The model being trained, with its adapters off; it must still have the weights of the base model.
 
     Args:
-        trainer: a finished trainer.
+        trainer: the trainer, before its first step.
         ranks: of the run.
 
     Raises:
-        XTFError: the ranks hold different weights.
+        XTFUserError: the weights or the adapters cannot be used; see `borrow` and `weights_hash`.
     """
 
     def __init__(self, trainer: Any, ranks: Ranks = ALONE) -> None:
@@ -46,7 +46,7 @@ class BorrowedReference:
         self.reference = borrow(trainer.model, trainer.accelerator.autocast)
         self.has_adapters = self.reference.model is not trainer.model
         self.sharded = ranks.size > 1 and bool(getattr(trainer, "is_fsdp_enabled", False))
-        if self.sharded:  # the other ranks may hold empty weights until FSDP hands rank 0's out
+        if self.sharded:  # other ranks may hold empty weights until FSDP distributes rank 0's
             facts = ranks.from_main(lambda: json.dumps(model_facts(self.reference.model)).encode())
             self._facts = json.loads(facts)
         else:
@@ -55,19 +55,19 @@ class BorrowedReference:
         self._stepped = False
 
     def fingerprint(self) -> str:
-        """Hash of the base weights as they were when XTF was attached, and of the run's mixed precision."""
+        """Hash of the base weights when XTF was attached, the run's mixed precision and the device type."""
         return digest({**self._facts, "autocast": self._precision, "device": self._device()})
 
     def note_step(self) -> None:
-        """Remember that an optimizer step has been made; a second training starts to count at 0 again."""
+        """Note that an optimizer step was made: a second training resets `global_step`."""
         self._stepped = True
 
     def _device(self) -> str:
-        """Part of what scores depend on: kernels and 4-bit products round differently."""
+        """Device type; kernels and 4-bit products round differently by device."""
         return str(self.trainer.accelerator.device.type if self.sharded else self.reference.device.type)
 
     def description(self) -> dict[str, Any]:
-        """Name and precision, for the log and the summary."""
+        """Name and precision, for reports."""
         loaded = {bits: getattr(self.reference.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)}
         return {
             "name": self.reference.name,
@@ -84,18 +84,21 @@ class BorrowedReference:
 
     @contextmanager
     def open(self) -> Iterator[Reference]:
-        """The reference, refused once training has changed its weights (full fine-tuning, or adapters with `bias`)."""
+        """The reference.
+
+        Raises:
+            XTFError: training has changed its weights (full fine-tuning, or adapters with `bias`).
+        """
         changed = False
         if not self.sharded:
             changed = weights_hash(self.reference.model) != self._facts["weights"]
-        elif self._stepped or self.trainer.state.global_step:  # nobody holds all weights to look at them
+        elif self._stepped or self.trainer.state.global_step:  # no rank holds all weights
             changed = any(tensor.requires_grad for _, tensor in base_tensors(self.reference.model))
         if changed:
             raise XTFError(
                 "some documents have no stored scores, and the model's weights are no longer those of the base model "
-                "(resumed or second training): scoring with them would give other masks. Restore the score cache of "
-                "the first run (xtf `cache_dir`) and leave the block as it was, or name the base model under xtf "
-                "`reference.model`."
+                "(resumed or second training), so they would give other masks. Restore the score cache of the first "
+                "run (xtf `cache_dir`) and its block, or name the base model under xtf `reference.model`."
             )
         found = self.reference
         if self.sharded:
@@ -105,16 +108,16 @@ class BorrowedReference:
 
 
 class SeparateReference:
-    """A model of its own, usually smaller or more strongly quantised, with the training model's vocabulary.
+    """A separate model with the training model's vocabulary, usually smaller or more strongly quantised.
 
     Args:
         config: the `reference` part of the block, with `model` set.
         tokenizer: the training tokenizer.
-        documents: the training documents, from which a sample is tokenised by both tokenizers.
-        device: where to score.
+        documents: the training documents; both tokenizers tokenise a sample.
+        device: on which to score.
 
     Raises:
-        XTFUserError: config or tokenizer cannot be loaded, or the tokenizers disagree.
+        XTFUserError: config or tokenizer cannot be loaded, or the tokenizers differ.
     """
 
     def __init__(self, config: ReferenceConfig, tokenizer: Any, documents: DocumentSet, device: torch.device) -> None:
@@ -133,7 +136,7 @@ class SeparateReference:
         check_tokenizers(tokenizer, theirs, documents, str(config.model))
 
     def fingerprint(self) -> str:
-        """Hash of the reference's files (or its hub commit), quantisation, precision and device type."""
+        """Hash of the model's files or hub commit, its quantisation, precision and device type."""
         commit = getattr(self._model_config, "_commit_hash", None)
         compute = str(compute_dtype(self.config, self.device))
         precision = {"dtype": self.config.dtype, "device": self.device.type, "compute": compute}
@@ -141,7 +144,7 @@ class SeparateReference:
         return digest({**facts, **precision, "quantization": self.config.quantization})
 
     def description(self) -> dict[str, Any]:
-        """Name and precision, for the log and the summary."""
+        """Name and precision, for reports."""
         return {
             "name": str(self.config.model),
             "source": "a separate model",
@@ -157,21 +160,22 @@ class SeparateReference:
 
     @contextmanager
     def open(self) -> Iterator[Reference]:
-        """Load the model for the length of the scoring pass; its memory is free again before the first step."""
+        """Load the model, and free its memory on exit."""
         reference = load(self.config, self.device)
         try:
             yield reference
         finally:
-            free(reference)
+            del reference.model
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def check_tokenizers(ours: Any, theirs: Any, documents: DocumentSet, name: str) -> None:
-    """Refuse a reference whose token ids mean something else than the training model's.
-
-    Compares the vocabularies, the special tokens, and how both tokenise a sample of the data.
+    """Check that two tokenizers agree: their vocabularies, special tokens, and token ids of a sample of the data.
 
     Raises:
-        XTFUserError: with the first disagreement.
+        XTFUserError: with the first difference.
     """
     hint = "Use a reference of the same model family, with the same tokenizer (and the same added chat tokens)."
     vocabulary, other = ours.get_vocab(), theirs.get_vocab()
@@ -198,7 +202,7 @@ def check_tokenizers(ours: Any, theirs: Any, documents: DocumentSet, name: str) 
 
 
 def compute_dtype(config: ReferenceConfig, device: torch.device) -> torch.dtype:
-    """The precision in which a 4-bit reference multiplies: as configured, else bfloat16 where the device has it."""
+    """The dtype in which a 4-bit reference computes: as configured, else bfloat16 on GPUs that support it."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
@@ -208,13 +212,12 @@ def load(config: ReferenceConfig, device: torch.device) -> Reference:
     """Load the separate reference that `reference.model` names.
 
     Raises:
-        XTFUserError: it cannot be loaded; the message carries the loader's own.
+        XTFUserError: it cannot be loaded; the message includes the loader's.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    quantization: Any = None
+    quantization = None
     if config.quantization in ("nf4", "fp4"):
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -229,9 +232,9 @@ def load(config: ReferenceConfig, device: torch.device) -> Reference:
             revision=config.revision or "main",
             trust_remote_code=config.trust_remote_code,
             quantization_config=quantization,
-            dtype=dtype or "auto",
+            dtype=config.dtype,
             device_map={"": device},
-            use_safetensors=True,  # the other format is a pickle
+            use_safetensors=True,  # the other format is pickle
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise XTFUserError(
@@ -243,26 +246,17 @@ def load(config: ReferenceConfig, device: torch.device) -> Reference:
 
 @contextmanager
 def loading_all_weights() -> Iterator[None]:
-    """Have models that are loaded inside get all their weights on every rank.
+    """Load models with all weights on every rank within this context.
 
-    With FSDP's cpu_ram_efficient_loading, transformers leaves weights empty on all ranks but one, for FSDP to hand them
-    out; FSDP never wraps a separate reference. Transformers reads the setting from the environment alone, which belongs
-    to all threads: enter this on the main thread, before any other that loads.
+    With FSDP's cpu_ram_efficient_loading, transformers loads weights on one rank only, and FSDP, which does not wrap a
+    separate reference, distributes them. transformers reads this setting from the environment, which all threads share:
+    enter this context on the main thread, before starting others that load.
     """
     before = os.environ.get(_LOADED_ON_ONE_RANK)
-    if before is None:  # off
-        yield
-        return
-    os.environ[_LOADED_ON_ONE_RANK] = "false"
+    if before is not None:
+        os.environ[_LOADED_ON_ONE_RANK] = "false"
     try:
         yield
     finally:
-        os.environ[_LOADED_ON_ONE_RANK] = before
-
-
-def free(reference: Reference) -> None:
-    """Drop a separate reference and hand its memory back before the first training step."""
-    del reference.model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        if before is not None:
+            os.environ[_LOADED_ON_ONE_RANK] = before

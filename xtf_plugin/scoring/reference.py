@@ -1,12 +1,11 @@
-"""The reference model that scores: the model being trained with its adapters off, or a separate quantised one.
+"""The reference model: the model being trained with its adapters off, or a separate, possibly quantised model.
 
-`Reference.scoring()` brings a model into the state of a scoring pass and restores every flag it touched, so that the
-first training step afterwards is the one that would have happened without it.
+`Reference.scoring()` prepares a model for a scoring pass and restores every flag afterwards, so that the first training
+step is the same as without the pass.
 
-A `ShardedReference` is split between ranks (FSDP). A rank holds a part of every weight. The wrapper gathers what a
-module needs when that module's forward begins, and what belongs to no wrapped layer (embeddings, last norm, LM head)
-only while its own forward runs. So decoder and head are called there, and each forward is a collective, of which all
-ranks run the same number; see `sharing`.
+A `ShardedReference` is split between ranks by FSDP. The wrapper gathers the weights of a module when that module's
+forward starts, and those outside wrapped layers (embeddings, last norm, LM head) only during its own forward. Decoder
+and head therefore run inside the wrapper's forward. Each forward is a collective: all ranks must run as many.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from peft import PeftModel
@@ -31,14 +30,12 @@ from .kernels.packing import Packed
 
 T = TypeVar("T")
 
-LAYERS = ("layers", "h", "blocks")
-FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 _KERNELS = "axolotl.kernels.lora"
 _PATCHES = "axolotl.monkeypatch.lora_kernels"
 _PROJECTIONS = {"apply_qkv": "original_apply_qkv_optional_v", "apply_o": "original_apply_o"}
 
-# PEFT's adapters that leave the base weights alone, as `test_scorer.TestAdapters` shows of each: with the adapter off,
-# what is left is the base model. Others may not (PiSSA and its like do not), so they are refused.
+# PEFT adapters that leave the base weights unchanged, so that the model with its adapter off is the base model:
+# tests/scoring/test_engine.py, TestAdapters. Others, such as PiSSA, change the base weights.
 ADAPTERS = frozenset(
     "ADALORA ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "
     "LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING PSOFT PVERA "
@@ -55,31 +52,33 @@ ADAPTER_INITS: dict[str, tuple[Any, ...]] = {
 
 @dataclass
 class Reference:
-    """A causal language model that can be scored with.
+    """A causal language model that scores.
 
     Args:
-        model: the bare causal LM (no PEFT, DDP or FSDP wrapper around it).
-        name: what to call it in messages.
-        adapters_off: context that turns the adapters off, if there are any.
+        model: the causal LM itself, without a PEFT, DDP or FSDP wrapper.
+        name: of the model, for messages.
+        adapters_off: context in which adapters are off.
         autocast: context of the trainer's mixed precision.
+
+    Attributes:
+        lockstep: whether every forward is a collective, of which all ranks must run the same number.
+        checked, packs, narrows: results of the self-check: what was checked; whether documents may be packed; whether
+            the last feed-forward module may skip tokens.
+        narrowed: whether the last forward skipped tokens.
     """
 
+    lockstep: ClassVar[bool] = False
     model: Any  # transformers is untyped here
     name: str
     adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    checked: frozenset[str] = field(default=frozenset(), init=False)  # these three: see `trial`
+    checked: frozenset[str] = field(default=frozenset(), init=False)
     packs: bool = field(default=False, init=False)
     narrows: bool = field(default=False, init=False)
-    narrowed: bool = field(default=False, init=False)  # whether the last forward was
-
-    @property
-    def lockstep(self) -> bool:
-        """Whether every forward is a collective of all ranks, which must then run the same number of them."""
-        return False
+    narrowed: bool = field(default=False, init=False)
 
     def with_full_weights(self, run: Callable[[], T]) -> T:
-        """Call `run` where the model's weights are complete; returns its result."""
+        """Call `run` where the model's weights are complete, and return its result."""
         return run()
 
     @property
@@ -89,15 +88,13 @@ class Reference:
 
     @property
     def device(self) -> torch.device:
-        """Where input ids go."""
-        device: torch.device = self.embeddings.weight.device
-        return device
+        """The device of input ids."""
+        return self.embeddings.weight.device  # type: ignore[no-any-return]
 
     @property
     def decoder(self) -> nn.Module:
-        """The stack of layers below the LM head. TRL patches `model.forward`, never this."""
-        decoder: nn.Module = self.model.get_decoder()
-        return decoder
+        """The layers below the LM head. TRL patches `model.forward`, but not the decoder's."""
+        return self.model.get_decoder()  # type: ignore[no-any-return]
 
     @property
     def embeddings(self) -> Any:
@@ -105,22 +102,23 @@ class Reference:
         return self.model.get_input_embeddings()
 
     def check_ids(self, highest: int) -> None:
-        """Raise XTFError if a token id lies beyond the input embeddings."""
+        """Raise XTFError if the token id `highest` has no input embedding."""
         rows = self.embeddings.weight.shape[0]
         if highest >= rows:
             raise XTFError(
-                f"the data holds token id {highest}, but {self.name} has only {rows} embeddings. Tokenizer and model "
-                "do not belong together."
+                f"the data holds token id {highest}, but {self.name} has only {rows} embeddings. Use the model's own "
+                "tokenizer."
             )
 
     @contextmanager
     def scoring(self, record: bool) -> Iterator[None]:
-        """Adapters off, evaluation mode, no gradients, the trainer's autocast; all put back afterwards.
-
-        With `record` attention is ours, so that `forward` can record it; without, the model's own.
+        """Adapters off, evaluation mode, no gradients, the trainer's autocast; everything is restored on exit.
 
         4-bit layers stay in training mode: on CPUs with AVX512-BF16, bitsandbytes repacks their weights in evaluation
-        mode into a layout that has no gradient, and does not repack them back.
+        mode into a layout without gradients, and does not undo it.
+
+        Args:
+            record: use XTF's attention function, which can record attention; otherwise the model's own.
         """
         training = [(module, module.training) for module in self.model.modules()]
         gradients = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -148,34 +146,35 @@ class Reference:
         wanted: Tensor | None = None,
         plainly: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """One decoder forward; call it inside `scoring(record=bool(layers) or packed is not None)`.
+        """One decoder forward, inside `scoring(record=bool(layers) or packed is not None)`.
 
         Args:
-            input_ids: (B, T), right-padded; lengths: (B,) on the same device. Packed: (1, T) and (n,).
-            layers: layers whose attention is recorded, possibly none.
-            start: first column of attention received that is wanted.
-            packed: where the documents of a packed row are; None: each row is one.
-            wanted: (P,) indices into the flattened rows of the states that are read: the others are undefined. None:
-                all are read.
-            plainly: record attention by its definition, on short documents only.
+            input_ids: (B, T), right-padded; packed: (1, T).
+            lengths: (n,) tokens of each document, on the same device.
+            layers: layers whose attention is recorded; may be empty.
+            start: first column of attention received to compute.
+            packed: the documents of a packed row; None: each row is one document.
+            wanted: (P,) indices into the flattened rows of the states that are used; the others may be undefined. None:
+                all.
+            plainly: compute attention received by its definition; for short documents only.
 
         Returns:
             last hidden states (B, T, D); attention received (B, T) float32, or None without layers.
         """
-        feed_forward = last_feed_forward(self.decoder) if self.narrows and wanted is not None else None
-        with ExitStack() as stack:
-            if wanted is not None:
-                narrowing = stack.enter_context(only_where(feed_forward, wanted, input_ids.numel()))
-                stack.callback(lambda: setattr(self, "narrowed", narrowing.happened))
-            if not layers and packed is None:
-                return self._hidden(input_ids), None
-            recorder = Recorder(self.name, frozenset(layers), lengths, start, packed, plainly)
-            stack.enter_context(recording(recorder))
+        narrow = self.narrows and wanted is not None
+        recorder = Recorder(self.name, frozenset(layers), lengths, start, packed, plainly)
+        record = bool(layers) or packed is not None
+        with (
+            only_where(last_feed_forward(self.decoder) if narrow else None, wanted, input_ids.numel()) as narrowed,
+            recording(recorder) if record else nullcontext(),
+        ):
             hidden = self._hidden(input_ids, None if packed is None else packed.positions(input_ids.numel()))
-        check_recorded(recorder, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None))
+        self.narrowed = bool(narrowed)
+        if record:
+            check_recorded(recorder, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None))
         return hidden, recorder.mean()
 
-    def _hidden(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    def _hidden(self, input_ids: Tensor, positions: Tensor | None) -> Tensor:
         given = {} if positions is None else {"position_ids": positions}
         hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False, **given).last_hidden_state
         if hidden.shape[:2] != input_ids.shape:
@@ -187,9 +186,14 @@ class Reference:
         return hidden
 
     def predictions(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities of `targets` (N,) at hidden states (N, D), and what was to be expected; (3, N) float32.
+        """Log-probability of each target, entropy and deviation of its prediction; see `kernels.eager.predictions`.
 
-        Rows: see `kernels.eager.predictions`.
+        Args:
+            hidden: (N, D) the states that predict.
+            targets: (N,) token ids.
+
+        Returns:
+            (3, N) float32.
         """
         scale, softcap = logit_transform(self.text_config)
         head = self.model.get_output_embeddings()
@@ -198,22 +202,18 @@ class Reference:
 
 @dataclass
 class ShardedReference(Reference):
-    """A `Reference` under FSDP.
+    """A `Reference` under FSDP, with a part of every weight on each rank.
 
     Args:
-        root: the outermost wrapper, which gathers the weights; the causal language model itself may be it (FSDP2).
+        root: the outermost wrapper, which gathers the weights; with FSDP2 possibly the causal LM itself.
     """
 
+    lockstep: ClassVar[bool] = True
     root: Any = None
-
-    @property
-    def lockstep(self) -> bool:
-        """Every forward gathers weights from all ranks."""
-        return True
 
     @contextmanager
     def scoring(self, record: bool) -> Iterator[None]:
-        """As any reference's; afterwards no rank keeps the full weights that the root's forward leaves gathered."""
+        """As of any reference; on exit, weights that the root's forward left gathered are sharded again."""
         with super().scoring(record):
             yield
         for module in self.root.modules():
@@ -221,7 +221,7 @@ class ShardedReference(Reference):
                 module.reshard()
 
     def with_full_weights(self, run: Callable[[], T]) -> T:
-        """Call `run` in place of the model's forward, inside the wrapper's forward; returns its result."""
+        """Call `run` in place of the model's forward, inside the wrapper's forward, and return its result."""
         found: list[T] = []
 
         def forward(*_: Any, **__: Any) -> Tensor:
@@ -235,7 +235,7 @@ class ShardedReference(Reference):
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")  # TRL, accelerate and PEFT put theirs on the instance
+    own = vars(module).get("forward")  # TRL, accelerate and PEFT set theirs on the instance
     module.forward = forward
     try:
         yield
@@ -246,35 +246,29 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 def last_feed_forward(decoder: nn.Module) -> nn.Module | None:
-    """The feed-forward module of a decoder's last layer, by the names that transformers' models give it, or None."""
-    for name in LAYERS:
-        layers = getattr(decoder, name, None)
-        if isinstance(layers, nn.ModuleList) and len(layers):
-            found = (getattr(layers[-1], part, None) for part in FEED_FORWARD)
-            return next((module for module in found if isinstance(module, nn.Module)), None)
-    return None
-
-
-@dataclass
-class Narrowed:
-    """Whether any token was left out."""
-
-    happened: bool = False
+    """The feed-forward module of a decoder's last layer, found by its name in transformers' models, or None."""
+    lists = (getattr(decoder, name, None) for name in ("layers", "h", "blocks"))
+    layers = next((found for found in lists if isinstance(found, nn.ModuleList) and len(found)), [None])
+    modules = (getattr(layers[-1], name, None) for name in ("mlp", "feed_forward", "ffn"))
+    return next((module for module in modules if isinstance(module, nn.Module)), None)
 
 
 @contextmanager
-def only_where(module: nn.Module | None, wanted: Tensor, tokens: int) -> Iterator[Narrowed]:
-    """Within this, the module computes only the `wanted` tokens, and returns 0 for the others.
+def only_where(module: nn.Module | None, wanted: Tensor | None, tokens: int) -> Iterator[list[int]]:
+    """Have a module compute only the `wanted` tokens and return 0 for the others; yields their number at each call.
 
-    For the feed-forward part of the last layer, behind which nothing reads the other tokens: two thirds of a layer. A
-    call with anything but one tensor of such tokens, and a module that returns anything but one tensor, run unchanged.
+    For the feed-forward module of the last layer, which is two thirds of that layer; no later layer reads the other
+    tokens. A call with anything but one tensor of `tokens` tokens, or that returns anything but one tensor, runs
+    unchanged.
 
     Args:
-        wanted: (P,) indices into the flattened tokens (B * T,); tokens: B * T.
+        module: None: nothing happens.
+        wanted: (P,) indices into the flattened tokens (B * T,).
+        tokens: B * T.
     """
-    state = Narrowed()
-    if module is None:
-        yield state
+    counts: list[int] = []
+    if module is None or wanted is None:
+        yield counts
         return
     forward = module.forward
 
@@ -286,25 +280,25 @@ def only_where(module: nn.Module | None, wanted: Tensor, tokens: int) -> Iterato
         result = forward(hidden.flatten(0, -2)[at][None])
         if not isinstance(result, Tensor):
             return forward(hidden)
-        state.happened = True
+        counts.append(len(wanted))
         output = torch.zeros(tokens, result.shape[-1], dtype=result.dtype, device=result.device)
         return output.index_copy_(0, at, result[0]).view(*hidden.shape[:-1], -1)
 
     with _forward_replaced(module, narrowed):
-        yield state
+        yield counts
 
 
 @contextmanager
 def bypass_fused_kernels(model: nn.Module) -> Iterator[None]:
-    """Run the model without Axolotl's fused LoRA kernels where they do not give the base model.
+    """Bypass Axolotl's fused LoRA kernels where, with adapters off, they do not compute the base model.
 
-    They replace the forward of feed-forward parts and embeddings on each instance, and that of attention on its class.
-    With adapters off, Gemma's embeddings would lose their factor, its feed-forward parts would get the exact GELU
-    instead of the tanh approximation, and attention of a model without kernels (a separate reference) would lack the
-    two methods that the class's new forward calls. Kernels for the projections of attention are right, and stay.
+    Axolotl replaces the forward of feed-forward modules and embeddings on each instance, and that of attention on its
+    class. With adapters off, Gemma's embeddings lose their factor and its feed-forward modules use the exact GELU
+    instead of the tanh approximation. Attention of a model without kernels (a separate reference) lacks two methods
+    that the class's new forward calls. The kernels for attention projections are correct and remain.
 
-    Knows Axolotl's module and function names, which are private. If they change, scores of fused models differ from
-    those without kernels; tests/axolotl/test_lora_kernels.py.
+    Depends on Axolotl's private module and function names. If they change, scores of fused models differ from those
+    without kernels, and tests/axolotl/test_lora_kernels.py fails.
     """
     patches = sys.modules.get(_PATCHES)
     if patches is None:
@@ -326,7 +320,7 @@ def bypass_fused_kernels(model: nn.Module) -> Iterator[None]:
 def _restore(training: list[tuple[nn.Module, bool]], gradients: list[tuple[nn.Parameter, bool]]) -> None:
     for module, flag in training:
         module.training = flag
-    for parameter, flag in gradients:  # PEFT turns adapters back on with requires_grad=True, also where it was False
+    for parameter, flag in gradients:  # PEFT enables adapters with requires_grad=True, even if it was False before
         if parameter.requires_grad is not flag:
             parameter.requires_grad_(flag)
 
@@ -335,13 +329,11 @@ _Attributes = dict[str, tuple[Any, Tensor | None]]
 
 
 def _rotary_state(model: nn.Module) -> list[tuple[nn.Module, _Attributes]]:
-    """Attributes of rotary embeddings, with copies of the tensors: some types change theirs in every forward, in place,
-    by its longest document.
-    """
-    modules = [module for module in model.modules() if hasattr(module, "rope_type")]
+    """Attributes of rotary embeddings, with copies of tensors: some types change theirs in place in every forward."""
     return [
         (module, {k: (v, v.clone() if isinstance(v, Tensor) else None) for k, v in _attributes(module).items()})
-        for module in modules
+        for module in model.modules()
+        if hasattr(module, "rope_type")
     ]
 
 
@@ -360,7 +352,7 @@ def _restore_rotary(states: list[tuple[nn.Module, _Attributes]]) -> None:
 
 
 def resolve_layers(choice: str | list[int] | tuple[int, ...], text_config: Any) -> tuple[int, ...]:
-    """Turn first | middle | last | all | indices into sorted layer indices; negative ones count from the end.
+    """Sorted layer indices of first | middle | last | all | a list of indices; negative ones count from the end.
 
     Raises:
         XTFUserError: an index beyond the model's layers.
@@ -378,10 +370,10 @@ def resolve_layers(choice: str | list[int] | tuple[int, ...], text_config: Any) 
 
 
 def rotary_switch(text_config: Any) -> tuple[str, int] | None:
-    """Length beyond which rotary embeddings change for a whole batch, and how they do; None: they never do.
+    """Type and length of rotary embeddings that change for a batch with a longer document; None: they do not.
 
-    `longrope`: two sets of frequencies, chosen by the longest document in the batch. `dynamic`: frequencies that follow
-    the longest document so far.
+    `longrope` has two sets of frequencies, chosen by the longest document of the batch. The frequencies of `dynamic`
+    depend on the longest document so far.
     """
     given = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
     for rope in [given, *(part for part in given.values() if isinstance(part, dict))]:
@@ -396,7 +388,7 @@ def rotary_switch(text_config: Any) -> tuple[str, int] | None:
 
 
 def logit_transform(text_config: Any) -> tuple[float, float | None]:
-    """Factor and soft cap between LM head and softmax, from the config keys that transformers' models use for them."""
+    """Factor and soft cap on the logits, from the config keys that transformers' models use."""
     keys = text_config.to_dict()
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -409,8 +401,36 @@ def logit_transform(text_config: Any) -> tuple[float, float | None]:
     return scale, None if softcap is None else float(softcap)
 
 
+def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Reference:
+    """Use the model being trained, with its adapters off, as the reference: it takes no extra memory.
+
+    Args:
+        model: a transformers causal LM or a PEFT model around one, unwrapped from DDP.
+        autocast: the trainer's mixed-precision context.
+
+    Raises:
+        XTFUserError: adapters that cannot be turned off, or that may change the base weights.
+        XTFError: the model has no LM head.
+    """
+    adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
+    base = model
+    if isinstance(model, PeftModel):
+        for adapter in model.peft_config.values():
+            _check_adapter(adapter)
+        base, adapters_off = model.get_base_model(), model.disable_adapter
+    elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise XTFUserError(
+            "xtf: this model has adapters but is no PeftModel (add_adapter, or an adapter folder), so they cannot be "
+            "turned off. Use peft.get_peft_model, or name the base model under xtf `reference.model`."
+        )
+    name = str(getattr(base.config, "name_or_path", "")) or type(base).__name__
+    if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
+        raise XTFError(f"{name} ({type(base).__name__}) has no LM head. Train a causal language model with xtf.")
+    return Reference(base, name, adapters_off, autocast)
+
+
 def _check_adapter(adapter: Any) -> None:
-    """Refuse a PEFT config with a type or initialisation that is not known to leave the base weights alone."""
+    """Refuse a PEFT config whose type or initialisation is not known to leave the base weights unchanged."""
     kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     found = [("peft_type", kind, tuple(sorted(ADAPTERS)))]
     found += [(name, getattr(adapter, name), legal) for name, legal in ADAPTER_INITS.items() if hasattr(adapter, name)]
@@ -421,31 +441,3 @@ def _check_adapter(adapter: Any) -> None:
                 f"then not the base model. Legal: {', '.join(map(str, legal))}. Use one of them, or name the base "
                 "model under xtf `reference.model`."
             )
-
-
-def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Reference:
-    """The model being trained, adapters off, as the reference: no second copy, no extra memory.
-
-    Args:
-        model: a transformers causal LM or a PEFT model around one, unwrapped from DDP.
-        autocast: the trainer's mixed-precision context.
-
-    Raises:
-        XTFError: no LM head, or an adapter of which it is not known that it leaves the base weights alone.
-    """
-    adapters_off: Callable[[], AbstractContextManager[Any]] = nullcontext
-    base = model
-    if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise XTFUserError(
-            "xtf: this model carries adapters but is no PeftModel (add_adapter, or an adapter folder), so that they "
-            "cannot be turned off. Use peft.get_peft_model, or name the base under `reference.model`."
-        )
-    if isinstance(model, PeftModel):
-        for adapter in model.peft_config.values():
-            _check_adapter(adapter)
-        base = model.get_base_model()
-        adapters_off = model.disable_adapter
-    name = str(getattr(base.config, "name_or_path", "")) or type(base).__name__
-    if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
-        raise XTFError(f"{name} ({type(base).__name__}) has no LM head; xtf needs a causal language model.")
-    return Reference(base, name, adapters_off, autocast)

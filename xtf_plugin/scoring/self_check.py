@@ -1,16 +1,14 @@
-"""A reference is tried once before it scores: against its own forward, and for which shortcuts give the same.
+"""Checks of a reference before it scores: against the model's own forward, and which shortcuts preserve its scores.
 
-What an architecture does besides decoder, attention and head cannot be known in advance. So scores that differ from
-the model's own are refused, and a shortcut that changes them is not taken.
+What an architecture computes besides decoder, attention and head is not known in advance. A reference whose scores
+differ from the model's own is refused, and a shortcut that changes them is not used.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,20 +24,20 @@ from .reference import Reference, last_feed_forward, rotary_switch
 
 logger = logging.getLogger(__name__)
 
-CHECK_TOKENS = 128  # length of the document on which the reference is held against its own forward
-ROUNDING = 1e-4  # what scores may move by in any case, and ...
-TIMES = 3.0  # ... by how many times as much as between two forwards that are equal but for rounding
+CHECK_TOKENS = 128  # length of the document of the check
+ROUNDING = 1e-4  # by how much a shortcut may change scores in any case, and ...
+TIMES = 3.0  # ... as a multiple of the difference between two forwards that are equal but for rounding
 CANNOT = (XTFError, TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where documents are packed into one row; elsewhere rows are padded, which costs less there.
+    """When documents are packed into one row; otherwise rows are padded, which is faster there.
 
     Args:
-        devices: types of devices whose attention takes packed rows as they are.
-        apart: also for attention that takes the rows apart again.
-        windows: also documents that are longer than a sliding window.
+        devices: device types whose attention takes packed rows directly.
+        apart: also pack for attention that splits the rows again.
+        windows: also pack documents longer than a sliding window.
     """
 
     devices: tuple[str, ...] = ("cuda",)
@@ -57,14 +55,14 @@ def check(
     layers: tuple[int, ...],
     packing: Packing = WHERE_FASTER,
 ) -> None:
-    """Refuse a reference that cannot score these documents, and hold it against its own forward on the start of one.
+    """Check that a reference can score these documents, and compare it with its own forward on the start of one.
 
     Args:
-        documents, wanted, layers, packing: see `scorer.score`.
+        documents, wanted, reference, layers, packing: see `engine.score`.
 
     Raises:
-        XTFError: ids beyond its vocabulary, rotary embeddings that follow the data, no room for this one document; or
-            see `against_own_forward`.
+        XTFError: token ids beyond the vocabulary; rotary embeddings that depend on other documents; too little memory
+            for one document; or from `against_own_forward`.
     """
     reference.check_ids(int(documents.input_ids.max()))
     switch, longest = rotary_switch(reference.text_config), int(documents.lengths.max())
@@ -76,8 +74,8 @@ def check(
         )
     if _in_8_bits(reference):
         logger.warning(
-            "xtf: %s multiplies in 8 bits (LLM.int8()), where rounding depends on every document of a batch: other "
-            "batches give somewhat other scores. `nf4` and `none` do not do that.",
+            "xtf: %s computes in 8 bits (LLM.int8()), where rounding depends on all documents of a batch: other "
+            "batches give slightly other scores. `nf4` and `none` avoid this.",
             reference.name,
         )
     if len(wanted):
@@ -85,19 +83,19 @@ def check(
         sample = torch.from_numpy(ids[:CHECK_TOKENS].astype(np.int64)).to(reference.device)
         try:
             against_own_forward(reference, sample, 0.1 if _low_precision(reference) else 1e-3, layers, packing)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not is_out_of_memory(error) or isinstance(error, XTFError):
                 raise
             raise too_little(len(sample), str(error)) from None
 
 
 def _in_8_bits(reference: Reference) -> bool:
-    """Whether the model multiplies with LLM.int8() of bitsandbytes."""
+    """Whether the model uses LLM.int8() of bitsandbytes."""
     return any(type(module).__name__ == "Linear8bitLt" for module in reference.model.modules())
 
 
 def _low_precision(reference: Reference) -> bool:
-    """Whether any part of the forward runs in 16 bits; QLoRA keeps norms in float32 around a bfloat16 product."""
+    """Whether any part of the forward runs in 16 bits; QLoRA has float32 norms around bfloat16 products."""
     low = (torch.float16, torch.bfloat16)
     with reference.autocast():
         autocast = torch.is_autocast_enabled(reference.device.type)
@@ -116,65 +114,85 @@ def against_own_forward(
     layers: tuple[int, ...],
     packing: Packing = WHERE_FASTER,
 ) -> None:
-    """Hold our log-probabilities against those of the model's own forward and attention, on one short document, and
-    attention received against its definition.
+    """Compare log-probabilities with the model's own forward, and attention received with its definition.
 
-    Catches a model whose head or attention does something that we do not know of, and kernels that do not give what
-    they should here. Sets the reference's `packs` and `narrows`. Once for a reference, and once more when attention is
-    recorded for the first time.
+    Detects a head or attention of an unknown kind, and kernels that return wrong results here. Sets the reference's
+    `packs`, `narrows` and `checked`. Runs once for a reference, and once more when attention is first recorded.
+
+    Args:
+        reference: the model.
+        input_ids: (T,) of a short document; fewer than 2 tokens: nothing is checked.
+        tolerance: mean absolute difference allowed, in nats, and relative to uniform attention. In 8 bits,
+            log-probabilities may differ by rounding too.
+        layers: whose attention is recorded.
+        packing: see `Packing`.
 
     Raises:
-        XTFError: they differ by more than `tolerance` on average, in nats and in parts of uniform attention, and
-            log-probabilities in 8 bits by more than rounding accounts for; names the model.
+        XTFError: a difference beyond the tolerance, or no logits to compare with; names the model.
     """
     part = "attention" if layers else "log-probabilities"
     if part in reference.checked or len(input_ids) < 2:
         return
-    model = reference.model
     lengths = torch.tensor([len(input_ids)], device=input_ids.device)
 
-    def run(plainly: bool) -> _Given:
+    def run(plainly: bool) -> _Scores:
         hidden, received = reference.forward(input_ids[None], lengths, layers, plainly=plainly)
-        return _Given.of(reference, hidden[0], input_ids, received)
+        return _Scores.of(reference, hidden[0], input_ids, received)
 
-    def own(attention: str = "eager") -> Tensor:
-        with _own_attention(reference, attention):
-            logits = type(model).forward(model, input_ids=input_ids[None], use_cache=False).logits
-        _check_logits(reference, logits, len(input_ids))
-        picked = logits[0, :-1].float().log_softmax(-1)
-        found: Tensor = picked.gather(-1, input_ids[1:, None].to(picked.device))[:, 0]
-        return found
-
-    # In 8 bits a change of the last bit can move a value by a whole step: how far, the model's own forward says.
+    # in 8 bits, rounding can change a value by a full step: the model's own forward shows by how much
     with reference.scoring(record=bool(layers)):
-        ours, theirs = reference.with_full_weights(lambda: (run(False), own()))
+        ours, theirs = reference.with_full_weights(lambda: (run(False), _own_forward(reference, input_ids, "eager")))
         plain = reference.with_full_weights(lambda: run(True)) if layers else ours
-        theirs = theirs.to(ours.logprobs.device)
-        other = reference.with_full_weights(lambda: own("sdpa")) if _in_8_bits(reference) else theirs
+        theirs, other = theirs.to(ours.logprobs.device), theirs
+        if _in_8_bits(reference):
+            other = reference.with_full_weights(lambda: _own_forward(reference, input_ids, "sdpa"))
         rounding = _mean_gap(other.to(theirs.device), theirs)
     _check_log_probabilities(reference, ours.logprobs, theirs, max(tolerance, TIMES * rounding))
     _check_attention(reference, ours.received, plain.received, tolerance)
-    if not reference.lockstep:  # what one rank tries all would have to
-        equal = _Given(theirs, plain.received)  # equal but for rounding: how much it does, it does to shortcuts too
+    if not reference.lockstep:  # all ranks would have to try the same
+        equal = _Scores(theirs, plain.received)  # equal but for rounding, which affects shortcuts as much
         _try_shortcuts(reference, input_ids, ours, ours.gap(equal), layers, packing)
     reference.checked |= {part, "log-probabilities"}
 
 
+def _own_forward(reference: Reference, input_ids: Tensor, attention: str) -> Tensor:
+    """Log-probabilities (T - 1,) by the model's own forward, with an attention implementation of transformers."""
+    config, length = reference.model.config, len(input_ids)
+    before, config._attn_implementation = config._attn_implementation, attention
+    try:
+        logits = type(reference.model).forward(reference.model, input_ids=input_ids[None], use_cache=False).logits
+    finally:
+        config._attn_implementation = before
+    vocabulary = int(getattr(reference.text_config, "vocab_size", 0))
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+    if len(shape) != 3 or shape[:2] != (1, length) or shape[2] < vocabulary:
+        raise XTFError(
+            f"{reference.name} ({type(reference.model).__name__}) gives no logits for its log-probabilities to be "
+            f"compared with: for {length} tokens and a vocabulary of {vocabulary} it gives "
+            f"{shape or type(logits).__name__}. Let its forward return them (in Unsloth the environment variable "
+            "UNSLOTH_RETURN_LOGITS=1, and no UNSLOTH_RETURN_HIDDEN_STATES), or name another reference under "
+            "`reference.model`."
+        )
+    picked = logits[0, :-1].float().log_softmax(-1)
+    found: Tensor = picked.gather(-1, input_ids[1:, None].to(picked.device))[:, 0]
+    return found
+
+
 @dataclass(frozen=True)
-class _Given:
-    """Log-probabilities of all tokens of a document but the first, and the attention that its tokens receive."""
+class _Scores:
+    """Log-probabilities of a document's tokens but the first, (T - 1,), and attention received, (T,) or None."""
 
     logprobs: Tensor
     received: Tensor | None
 
     @classmethod
-    def of(cls, reference: Reference, hidden: Tensor, ids: Tensor, received: Tensor | None) -> _Given:
+    def of(cls, reference: Reference, hidden: Tensor, ids: Tensor, received: Tensor | None) -> _Scores:
         """From states (T, D), token ids (T,) and attention received (1, T)."""
         found = reference.predictions(hidden[:-1], ids[1:])[0]
         return cls(found, None if received is None else received[0].float())
 
-    def gap(self, other: _Given) -> float:
-        """The largest difference; infinite where one is undefined and the other is not."""
+    def gap(self, other: _Scores) -> float:
+        """The largest difference; infinite if a score is undefined on one side only."""
         gap = 0.0
         for one, two in ((self.logprobs, other.logprobs), (self.received, other.received)):
             if one is None or two is None or not len(one):
@@ -207,44 +225,44 @@ def _check_log_probabilities(reference: Reference, ours: Tensor, theirs: Tensor,
 def _check_attention(reference: Reference, ours: Tensor | None, plain: Tensor | None, tolerance: float) -> None:
     if ours is None or plain is None:
         return
-    gap = float((ours - plain)[:-1].abs().mean())  # nothing follows the last token, which receives nothing
+    gap = _mean_gap(ours[:-1], plain[:-1])  # the last token receives no attention
     if not gap <= tolerance:
         raise XTFError(
             f"{reference.name}: attention received differs from its definition by {gap:.2g} on average (1 is uniform "
-            f"attention, allowed: {tolerance:.2g}): a kernel of this PyTorch or device does not give what it should. "
-            "Please report this; `reasoning_importance: false` scores without."
+            f"attention, allowed: {tolerance:.2g}): a kernel of this PyTorch or device returns wrong results. "
+            "Please report this; `reasoning_importance: false` scores without it."
         )
 
 
 def _try_shortcuts(
-    reference: Reference, ids: Tensor, ours: _Given, rounding: float, layers: tuple[int, ...], packing: Packing
+    reference: Reference, ids: Tensor, ours: _Scores, rounding: float, layers: tuple[int, ...], packing: Packing
 ) -> None:
-    """Take the shortcuts that give `ours` of the document `ids` (T,), but for a few times the `rounding`."""
-    stranger = ids.flip(0)  # a document that tells another one nothing, as far as that can be had from it
+    """Set `narrows` and `packs` if they preserve the scores `ours` of the document `ids` (T,) up to rounding."""
+    stranger = ids.flip(0)  # an unrelated document
     length = torch.tensor([len(ids)] * 2, device=ids.device)
 
-    def narrow() -> tuple[_Given, _Given]:
+    def narrow() -> tuple[_Scores, _Scores]:
         rows = torch.stack([ids, stranger])
-        wanted = torch.arange(1, rows.numel() - 1, 3, device=ids.device)  # neighbours of what is read are not read
+        wanted = torch.arange(1, rows.numel() - 1, 3, device=ids.device)  # their neighbours are skipped
         targets, found = rows.flatten()[wanted + 1], []
         for read in (wanted, None):
             hidden, received = reference.forward(rows, length, layers, wanted=read)
             states = hidden.flatten(0, 1)[wanted.to(hidden.device)]
-            found.append(_Given(reference.predictions(states, targets)[0], None if received is None else received[0]))
+            found.append(_Scores(reference.predictions(states, targets)[0], None if received is None else received[0]))
             if read is not None and not reference.narrowed:
-                raise LookupError("its last feed-forward part takes or gives something else than one tensor")
+                raise LookupError("its last feed-forward module takes or returns something else than one tensor")
         return found[0], found[1]
 
-    def pack() -> tuple[_Given, _Given]:
+    def pack() -> tuple[_Scores, _Scores]:
         if any(isinstance(module, _ConvNd) for module in reference.decoder.modules()):
-            raise LookupError("it has convolutions, and maybe a state, that know no documents")
+            raise LookupError("its convolutions, and maybe a state, do not separate documents")
         row = torch.cat([stranger[: 1 + len(ids) // 3], ids, stranger])
         bounds = np.asarray([0, 1 + len(ids) // 3, len(row) - len(ids), len(row)])
         offsets = torch.from_numpy(bounds).to(ids.device)
         packed = Packed(offsets, torch.zeros_like(offsets[1:]), bounds, whole=not packing.apart)
         hidden, received = reference.forward(row[None], offsets.diff(), layers, packed=packed)
         here = slice(int(bounds[1]), int(bounds[2]))
-        return _Given.of(reference, hidden[0, here], ids, None if received is None else received[:, here]), ours
+        return _Scores.of(reference, hidden[0, here], ids, None if received is None else received[:, here]), ours
 
     if last_feed_forward(reference.decoder) is not None:
         reference.narrows = True
@@ -254,9 +272,9 @@ def _try_shortcuts(
 
 
 def _same(
-    reference: Reference, run: Callable[[], tuple[_Given, _Given]], rounding: float, record: bool, what: str
+    reference: Reference, run: Callable[[], tuple[_Scores, _Scores]], rounding: float, record: bool, what: str
 ) -> bool:
-    """Whether a shortcut gives the same, by the largest difference: a leak may show at one token alone."""
+    """Whether a shortcut preserves scores, by the largest difference: an error may affect a single token."""
     try:
         with reference.scoring(record=record):
             found, expected = reference.with_full_weights(run)
@@ -266,31 +284,5 @@ def _same(
     gap, allowed = found.gap(expected), max(ROUNDING, TIMES * rounding)
     if len(found.logprobs) and gap <= allowed:
         return True
-    logger.info("xtf: %s is scored without %s: scores move by %.2g", reference.name, what, gap)
+    logger.info("xtf: %s is scored without %s: scores change by %.2g", reference.name, what, gap)
     return False
-
-
-def _check_logits(reference: Reference, logits: Any, length: int) -> None:
-    """Refuse a forward that leaves its logits out, or puts something else in their place, to save memory."""
-    vocabulary = int(getattr(reference.text_config, "vocab_size", 0))
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
-    if len(shape) != 3 or shape[:2] != (1, length) or shape[2] < vocabulary:
-        raise XTFError(
-            f"{reference.name} ({type(reference.model).__name__}) gives no logits for its log-probabilities to be held "
-            f"against: for {length} tokens and a vocabulary of {vocabulary} it gives "
-            f"{shape or type(logits).__name__}. Let its forward give them (in Unsloth the environment variable "
-            "UNSLOTH_RETURN_LOGITS=1, and no UNSLOTH_RETURN_HIDDEN_STATES), or name another reference under "
-            "`reference.model`."
-        )
-
-
-@contextmanager
-def _own_attention(reference: Reference, attention: str) -> Iterator[None]:
-    """Inside `scoring()`: an implementation of transformers (eager or sdpa) instead of ours."""
-    config = reference.model.config
-    before = config._attn_implementation
-    config._attn_implementation = attention
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
