@@ -117,7 +117,7 @@ test-lowest test-middle: test-%: .venv-%/.installed
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m xtf_plugin.config.docs --check
+	$(BIN)/python -m tests.config_page --check
 
 # The tables of docs/benchmarks.md, which every program prints and puts into the page, between its own marks.
 BENCH = $(BIN)/python -m tests.benchmarks
@@ -175,7 +175,7 @@ proof-gpu: $(STAMP)  ## the same with larger models and more seeds, on a GPU
 	$(BIN)/python -m tests.benchmarks.proof --folder .proof-gpu --scale gpu --minutes 9
 
 docs: $(STAMP)  ## docs/config.md, from the configuration
-	$(BIN)/python -m xtf_plugin.config.docs
+	$(BIN)/python -m tests.config_page
 
 clean:  ## what demo, tests and gpu-kit leave; models, figures and environments stay
 	rm -rf .demo .gpu-kit .reliability.jsonl .pytest_cache .mypy_cache .ruff_cache

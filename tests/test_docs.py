@@ -19,13 +19,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import tiny, unsloth_pattern
+from tests import config_page, tiny, unsloth_pattern
 from tests.benchmarks.worked.texts import EXAMPLES
 from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.hosts.test_other_hosts import with_mask
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, prose, relative_links
 from tests.test_plan import rows as labelled
-from xtf_plugin.config import docs as config_docs
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.hosts import axolotl_checks
 from xtf_plugin.report import terminal
@@ -235,7 +234,7 @@ def test_first_commands_stand_at_the_top_of_the_readme():
 
 
 def test_reference_of_the_block_is_fresh():
-    assert config_docs.main(["--check"]) is None
+    assert config_page.main(["--check"]) is None
 
 
 def test_architecture_names_every_folder_and_top_level_module():

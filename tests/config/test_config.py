@@ -15,7 +15,7 @@ import numpy
 import pytest
 import yaml
 
-from xtf_plugin.config import docs as config_docs
+from tests import config_page
 from xtf_plugin.config.block import AtLeast, ProtectConfig, XTFConfig
 from xtf_plugin.config.scores import PRESETS, SLOTS
 from xtf_plugin.fields import Block
@@ -281,17 +281,17 @@ def test_every_field_is_described():
 
 
 def test_config_page_is_current(monkeypatch, tmp_path):
-    assert config_docs.main(["--check"]) is None, "run: python -m xtf_plugin.config.docs"
-    monkeypatch.setattr(config_docs, "PAGE", tmp_path / "config.md")
-    assert "python -m xtf_plugin.config.docs" in config_docs.main(["--check"])
-    assert config_docs.main([]) is None and config_docs.main(["--check"]) is None
+    assert config_page.main(["--check"]) is None, "run: python -m tests.config_page"
+    monkeypatch.setattr(config_page, "PAGE", tmp_path / "config.md")
+    assert "python -m tests.config_page" in config_page.main(["--check"])
+    assert config_page.main([]) is None and config_page.main(["--check"]) is None
     (tmp_path / "config.md").write_text("old")
-    assert "out of date" in config_docs.main(["--check"])
-    assert "usage" in config_docs.main(["--help"])
+    assert "out of date" in config_page.main(["--check"])
+    assert "usage" in config_page.main(["--help"])
 
 
 def test_config_page_holds_every_key_and_the_presets():
-    page = config_docs.render_markdown()
+    page = config_page.render_markdown()
     sections = page.split("\n## ")
     for key, value in XTFConfig().to_dict().items():
         assert f"\n| `{key}` |" in sections[1]

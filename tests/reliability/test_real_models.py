@@ -1,7 +1,7 @@
 """Scores of real pretrained models against the definitions in float32, in every precision users load them in.
 
-The short form scores SmolLM2 in 4 bits alone (tests/scoring/test_real_models.py has float32, through a stock command). The
-full form adds Gemma 3 (sliding windows, a vocabulary of 262,144, no chat template) and Qwen2.5 (biases, own head).
+The short form scores SmolLM2 in 4 bits alone; tests/scoring/test_real_models.py has float32, through a stock command.
+The full form adds Gemma 3 (sliding windows, a vocabulary of 262,144, no chat template) and Qwen2.5 (biases, own head).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes docs/config.md from the models of the `xtf:` block.
 
-`python -m xtf_plugin.config.docs` writes the page; with `--check` it fails if the page is out of date.
+`python -m tests.config_page` writes the page; with `--check` it fails if the page is out of date.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..scorers import ScoreConfig
-from .block import XTFConfig
-from .messages import Schema, legal, mapping, sections, shown
-from .scores import PRESETS, SLOTS, schemas
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.config.messages import Schema, legal, mapping, sections, shown
+from xtf_plugin.config.scores import PRESETS, SLOTS, schemas
+from xtf_plugin.scorers import ScoreConfig
 
-PAGE = Path(__file__).parents[2] / "docs" / "config.md"
-_HEADER = """<!-- Generated from xtf_plugin/config by `python -m xtf_plugin.config.docs`. Edit that. -->
+PAGE = Path(__file__).parents[1] / "docs" / "config.md"
+_HEADER = """<!-- Generated from xtf_plugin/config by `python -m tests.config_page`. Edit that. -->
 
 # The `xtf:` block
 
@@ -109,13 +109,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main(arguments: Sequence[str]) -> str | None:
     """Write docs/config.md; with `--check`, return a message if it is out of date."""
     if list(arguments) not in ([], ["--check"]):
-        return "usage: python -m xtf_plugin.config.docs [--check]"
+        return "usage: python -m tests.config_page [--check]"
     if not PAGE.parent.is_dir():
         return f"{PAGE.parent} is not a folder: run this from a source checkout."
     if not arguments:
         PAGE.write_text(render_markdown(), encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != render_markdown():
-        return f"{PAGE} is out of date. Run: python -m xtf_plugin.config.docs"
+        return f"{PAGE} is out of date. Run: python -m tests.config_page"
     return None
 
 
