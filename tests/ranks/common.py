@@ -51,7 +51,7 @@ class Opened:
 
 def scored(ranks, root, documents, reference, budget=100):
     """Scores of both layers from the cache in `root`, missing ones from a pass."""
-    config = XTFConfig.parse({"preset": "none", "cache_dir": str(root), "batch_tokens": budget})
+    config = XTFConfig.parse({"cache_dir": str(root), "batch_tokens": budget})
     with ScoreSource(config, documents, None, Opened(reference), ranks=ranks) as source:
         attention, stats = source.attention_received([0, 1]), source.stats
     return {

@@ -40,7 +40,7 @@ def messages(ranks, folder):
 @case
 def a_table_that_one_rank_has(ranks, folder):
     """A vocabulary table on the disk of the last rank: no rank computes it, and every rank stores it."""
-    config = XTFConfig.parse({"preset": "none", "cache_dir": str(folder / f"table-{ranks.rank}")})
+    config = XTFConfig.parse({"cache_dir": str(folder / f"table-{ranks.rank}")})
     key, values = "ab" * 16, np.float32([1, 2, 3])
     if ranks.rank == ranks.size - 1:
         ScoreSource(config, collect(rows(2)), None, Provider()).vocabulary_table(key, lambda: values)
