@@ -202,8 +202,7 @@ def attention_received(query: Tensor, key: Tensor, lengths: Tensor, spec: Attent
         begins = torch.zeros(B, dtype=torch.int64, device=device)
     lengths = lengths.to(device, torch.int64).contiguous()
     starts = torch.full_like(lengths, spec.start) if spec.starts is None else spec.starts.to(device, torch.int64)
-    documents = len(lengths)
-    if columns == 0 or documents == 0:
+    if columns == 0 or (documents := len(lengths)) == 0:
         return sums[0]
 
     factors = (spec.scaling * LOG2E.value, 0.0)
