@@ -111,9 +111,8 @@ def select(
     layout = Layout(scores.offsets, scores.counts)
     values = scores.values if seen is None else seen
     _check(scores, values, config, protected, forced)
-    size = len(scores.token_ids)
-    keep = np.zeros(size, dtype=bool)
-    reasons: Reasons = np.zeros(size, dtype=np.uint16 if config.selectors else np.uint8)
+    keep = np.zeros(len(scores.token_ids), dtype=bool)
+    reasons: Reasons = np.zeros(len(keep), dtype=np.uint16 if config.selectors else np.uint8)
     bits, best = rule_bits(config), np.full(len(scores.counts), -1, dtype=np.int64)
     results = {}
     for name, score in config.scores.items():
