@@ -242,14 +242,14 @@ def test_files_appear_only_where_a_setting_says(tmp_path, monkeypatch, key, sett
         return
     made = make_plan(config, collect(rows(3)), provider, tiny.tokenizer(), progress=False)
     run = SimpleNamespace(args=args, processing_class=tiny.tokenizer())
-    callback.XTFCallback._report(SimpleNamespace(plan=made, config=config, trainer=run), tmp_path / "out", 0)
+    callback.XTFCallback._report(SimpleNamespace(plan=made, config=config, trainer=run), tmp_path / "out")
     found = {p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(tmp_path / "other")}
     if NAMES[setting] is None:
         assert not found
         return
     target = Path(os.path.normpath(tmp_path / "work" / NAMES[setting]))
     assert found and all(path.is_relative_to(target) for path in found)
-    if key == "report":  # the command line looks where the run has written
+    if key == "report":  # the command line reads it where the run writes it
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model_name_or_path": "m", "xtf": block}))
         assert load_recipe(tmp_path / "recipe.yaml").scores_path().resolve() == target / "scores.parquet"
 

@@ -124,6 +124,8 @@ def test_the_legend_shows_every_rule_with_its_underline(browser, three):
     assert [text for text, _ in drawn][: len(scores)] == scores
     assert [name for _, name in drawn][: len(scores)] == [f"token rule-{i % 6}" for i in range(len(scores))]
     assert (drawn[-1] == ["several", "token rules"]) == (len(scores) > 1)
+    colours = "all => all.map((e) => getComputedStyle(e).borderBottomColor)"
+    assert "rgba(0, 0, 0, 0)" not in opened.eval_on_selector_all("#rules .token", colours)
     opened.close()
 
 
