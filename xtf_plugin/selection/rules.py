@@ -263,7 +263,10 @@ def _seen(name: str, values: Floats, layout: Layout, config: ScoreConfig, segmen
     else:
         means = ragged.segment_means(values, layout, segments[config.unit])
     mapping = registry.find(config.scorer).seen
-    return means if mapping is None else mapping(means)
+    if mapping is None:
+        return means
+    mapped = mapping(means)
+    return np.where(np.isinf(mapped), np.float32(np.nan), mapped)
 
 
 def _finite(name: str, values: Floats, layout: Layout) -> tuple[Floats, list[str]]:
