@@ -217,6 +217,12 @@ def test_undefined_scores_never_fire_and_infinite_ones_are_counted():
     assert not nothing.mask.any() and "no score is defined" in nothing.warnings[-1]
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_scores_that_the_mapping_makes_infinite_are_undefined():
+    found = fire(KN, [[3e38, -1.0, -2.0, -0.5]], drop={"cluster": 1, "of": 2})
+    assert found.mask.tolist() == [False, False, False, True] and np.isnan(found.seen[0])
+
+
 def test_the_input_is_left_alone():
     values = np.asarray([math.inf, 1.0, 0.2], dtype=np.float32)
     config = XTFConfig.parse({RI: {"drop": {"below": 0.5}, "window": 3}}).reasoning_importance

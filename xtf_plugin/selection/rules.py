@@ -263,7 +263,8 @@ def _seen(name: str, values: Floats, layout: Layout, config: ScoreConfig, segmen
     else:
         means = ragged.segment_means(values, layout, segments[config.unit])
     mapping = registry.find(config.scorer).seen
-    return means if mapping is None else mapping(means)
+    scores = mapping(means) if mapping else means
+    return np.where(np.isinf(scores), np.float32(np.nan), scores) if mapping else scores
 
 
 def _finite(name: str, values: Floats, layout: Layout) -> tuple[Floats, list[str]]:
