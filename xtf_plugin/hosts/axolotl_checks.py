@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -145,7 +146,7 @@ def _check_loaded(cfg: Any) -> None:
     if held.__module__ == f"{__package__}.axolotl" and held.__name__ == "XTFPlugin":
         return
     try:
-        from . import axolotl  # noqa: F401 for its error
+        import_module(f"{__package__}.axolotl")  # for its error
     except ImportError as error:
         raise XTFUserError(
             f"xtf: the plugin {PLUGIN} cannot be imported here ({type(error).__name__}: {error}), so Axolotl would "
