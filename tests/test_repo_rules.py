@@ -29,7 +29,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|farm|root|home)/|/tmp[/]w")
 CATCH_ALL_ALLOWED = [  # failures here must not end the program
     f"{PACKAGE / 'hosts' / 'boot.py'}: _report_failure",
     f"{PACKAGE / 'report' / 'writer.py'}: _table_and_page",
-    f"{PACKAGE / 'training' / 'trainer.py'}: _attached",
+    f"{PACKAGE / 'training' / 'trainer.py'}: log_report",
     f"{BOOT}: install",
 ]
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -44,7 +44,7 @@ def test_check_says_what_will_happen(xtf, write, installed):
         ({"expert_parallel_size": 2}, "splits a model or a sequence between processes"),
         ({"plugins": ["diffusion.DiffusionPlugin", PLUGIN]}, "also noises its input"),
         ({"streaming": True}, "set streaming: false"),
-        ({"pretraining_dataset": [{"path": "c4"}]}, "`pretraining_dataset:`"),
+        ({"pretraining_dataset": [{"path": "c4"}]}, "`pretraining_dataset`"),
     ],
 )
 def test_check_and_score_refuse_with_one_message(xtf, write, host, installed, data, message):

@@ -230,7 +230,7 @@ def test_keys_that_act_are_not_refused():
 def test_word_files_are_read_before_any_model(tmp_path):
     path = tmp_path / "words.txt"
     path.write_text("# only a comment\n \n", encoding="utf-8")
-    assert str(path) in refusal(relevance(domain=str(path))) and "no word" in refusal(relevance(domain=str(path)))
+    assert path.name in refusal(relevance(domain=str(path))) and "no word" in refusal(relevance(domain=str(path)))
     path.write_bytes(b"caf\xe9")
     assert "not UTF-8" in refusal(relevance(domain=str(path)))
     assert "not a file" in refusal(relevance(domain=str(tmp_path)))

@@ -184,8 +184,8 @@ def plans(undisturbed, tmp_path_factory):
 @pytest.mark.parametrize("lasts", WHEN, ids=WHEN.get)
 def test_the_disk_of_the_output_folder_fails(tmp_path, plans, monkeypatch, lasts):
     folder, tried = tmp_path / "out", 0
-    made = [writer._reported(plan, tiny.tokenizer(), folder / "report.html") for plan in plans]  # slower than writing
-    monkeypatch.setattr(writer, "_reported", lambda plan, tokenizer, path: made[plan is plans[1]])
+    made = [writer._table_and_page(plan, tiny.tokenizer(), folder / "report.html") for plan in plans]
+    monkeypatch.setattr(writer, "_table_and_page", lambda plan, tokenizer, path: made[plan is plans[1]])
     whole.write(plans[1], folder)
     new = whole.contents(folder)
     whole.write(plans[0], folder)
