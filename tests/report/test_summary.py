@@ -15,10 +15,12 @@ import pytest
 
 from tests import tiny
 from tests.report.tables import table_of
+from tests.selection.test_select import REASONING, config, from_bits
 from tests.training.test_callback import trainer
 from xtf_plugin import attach
 from xtf_plugin.report import page, terminal
 from xtf_plugin.report.summary import AROUND, TOP, Verdicts
+from xtf_plugin.selection.select import select
 
 ROOT = Path(__file__).parents[2]
 BLOCK = {
@@ -208,3 +210,13 @@ def test_numbers_that_json_lacks_do_not_stop_a_run(run):
     data = page.page_data(table_of(odd))
     assert data["summary"]["reference"] == {"name": None, "source": None}
     assert "NaN" not in page.render(data, "odd").split('id="data">')[1].split("</script>")[0]
+
+
+def test_a_token_that_protection_keeps_is_fired_on_and_not_dropped():
+    protected = np.asarray([False, True, False])
+    block = config(min_kept=0)
+    found = select(from_bits(REASONING, REASONING, 0), block, protected)
+    counts = Verdicts(block, found, np.asarray([3, 5, 7])).totals()
+    score = counts["scores"]["reasoning_importance"]
+    assert (score["fired"], score["dropped"], score["dropped_alone"]) == (8, 3, 3)
+    assert counts["dropped_tokens"] == 3 and counts["decided_by"]["protected"] == 5

@@ -339,3 +339,11 @@ def test_a_layer_that_bypasses_the_attention_interface_is_refused_by_name(monkey
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", own_attention)
     with pytest.raises(XTFError, match=r"only layers \[0\] of 2"):
         run(collect(rows()), tiny.model(), (0,))
+
+
+def test_the_first_token_id_without_an_embedding_is_refused():
+    reference = Reference(tiny.model(), "tiny")
+    rows = reference.embeddings.weight.shape[0]
+    reference.check_ids(rows - 1)
+    with pytest.raises(XTFError, match=f"token id {rows}, but tiny has only {rows} embeddings"):
+        reference.check_ids(rows)

@@ -120,6 +120,24 @@ def test_a_collator_that_rebuilds_labels_is_refused():
         XTFDataCollator(rebuilding, masks([A], [[False, True]]))([A])
 
 
+def test_a_collator_that_loses_labels_is_refused():
+    def losing(features):
+        batch = DataCollatorForLanguageModeling(pad_token_id=0)(features)
+        batch["labels"][:, -1] = -100
+        return batch
+
+    with pytest.raises(XTFError, match="builds labels of its own"):
+        XTFDataCollator(losing, masks([A], [[True, True]]))([A])
+
+
+def test_lookup_compares_the_complete_key():
+    keys = np.zeros((2, 16), dtype=np.uint8)
+    keys[1, 15] = 2
+    table = MaskTable.build(keys, np.asarray([0, 1, 2]), np.asarray([True, False]), np.zeros(2, dtype=np.int64))
+    assert table.lookup(bytes(15) + b"\x02") is not None
+    assert table.lookup(bytes(15) + b"\x01") is None, "its first half is that of a planned document"
+
+
 def test_without_masks_it_refuses():
     with pytest.raises(XTFError, match="no masks"):
         XTFDataCollator(DataCollatorForLanguageModeling(pad_token_id=0))([A])

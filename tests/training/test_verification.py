@@ -41,6 +41,16 @@ def test_an_unmasked_batch_that_lacks_exactly_one_drop_is_refused():
         verify_batch(planned([A], [1, 0, 1]), batch([A]))
 
 
+def test_the_first_batch_is_checked():
+    with pytest.raises(XTFError, match="does not carry the planned labels"):
+        LabelVerifier(planned([A], [1, 0, 1])).check(batch([A]))
+
+
+def test_a_batch_of_padding_alone_is_refused():
+    with pytest.raises(XTFError):
+        verify_batch(planned([A], [1, 0, 1]), batch([{**A, "labels": [-100] * 4}], attention_mask=torch.zeros(1, 4)))
+
+
 def test_a_restored_label_is_allowed_and_proves_nothing():
     plan = planned([A, B], [0, 0, 0, 0, 0, 0])
     assert verify_batch(plan, batch([masked(A, 1, 3), masked(B, 1, 2, 3)])) == 3, "the other document's three"
