@@ -24,7 +24,7 @@ import xxhash
 
 STALE_SECONDS = 86_400.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # drawn at random when the machine starts
-_TEMPORARY = re.compile(r"\.xtf-(?P<host>[0-9a-f]{16})-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\.xtf-(?P<host>[0-9a-f]{16})-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}\.(tmp|here)")
 
 
 def digest(facts: Mapping[str, Any]) -> str:

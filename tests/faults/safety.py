@@ -7,7 +7,7 @@ from tests.faults import fault
 CLOSED = [
     fault(
         "training-loop-that-goes-past-us-passes",
-        "callback.py",
+        "training/callback.py",
         "if self._verifier is None or not self._verifier.batches:",
         "if False:",
         "test_callback_refusals.py",
@@ -16,14 +16,14 @@ CLOSED = [
     ),
     fault(
         "dropping-everything-passes",
-        "callback.py",
+        "training/callback.py",
         "if not (plan.selection.keep & (plan.scores.positions > 0)).any():",
         "if False:",
         "test_callback_refusals.py",
     ),
     fault(
         "batch-without-labels-passes",
-        "callback.py",
+        "training/callback.py",
         "if labels is None:",
         "if False:",
         "test_callback_refusals.py",
@@ -32,21 +32,21 @@ CLOSED = [
     ),
     fault(
         "document-that-was-not-planned-passes",
-        "verification.py",
+        "training/verification.py",
         "            if (labels != IGNORE_INDEX).any():",
         "            if False:",
         "test_verification.py",
     ),
     fault(
         "labels-that-were-not-planned-pass",
-        "verification.py",
+        "training/verification.py",
         'if verdict.kind == "differs" or',
         "if",
         "test_verification.py",
     ),
     fault(
         "batch-of-nothing-planned-passes",
-        "verification.py",
+        "training/verification.py",
         "    if not found:",
         "    if False:",
         "test_verification.py",
@@ -90,7 +90,7 @@ CLOSED = [
     ),
     fault(
         "nothing-but-nan-passes",
-        "selectors.py",
+        "scoring/cached_scores.py",
         "if total and undefined == total:",
         "if False:",
         "test_plan.py",
@@ -109,14 +109,14 @@ CLOSED = [
 RANKS = [
     fault(
         "ranks-that-differ-go-on",
-        "ranks.py",
+        "scoring/distributed.py",
         "        if others:",
         "        if False:",
         "test_distributed.py",
     ),
     fault(
         "failure-of-another-rank-passes",
-        "ranks.py",
+        "scoring/distributed.py",
         'if b"!" in states:',
         "if False:",
         "test_distributed.py",
@@ -124,7 +124,7 @@ RANKS = [
     ),
     fault(
         "one-rank-scores-everything",
-        "sharing.py",
+        "scoring/distributed.py",
         "place = np.arange(len(lengths)) % (2 * size)",
         "place = np.arange(len(lengths)) * 0",
         "test_distributed.py",
@@ -141,7 +141,7 @@ RANKS = [
 BLOCK = [
     fault(
         "unknown-keys-are-ignored",
-        "config_rules.py",
+        "fields.py",
         'ConfigDict(extra="forbid", frozen=True)',
         'ConfigDict(extra="ignore", frozen=True)',
         "test_config_errors.py",
@@ -149,7 +149,7 @@ BLOCK = [
     ),
     fault(
         "equal-thresholds-drop-everything",
-        "config_rules.py",
+        "scorers/novelty.py",
         "self.unknown_below >= self.known_above",
         "self.unknown_below > self.known_above",
         "test_config.py",
@@ -157,7 +157,7 @@ BLOCK = [
     ),
     fault(
         "empty-text-is-off",
-        "config_input.py",
+        "config/block.py",
         'if value is None and text.strip().lower() not in ("null", "~"):',
         "if False:",
         "test_config.py",
@@ -173,7 +173,7 @@ BLOCK = [
     ),
     fault(
         "environment-wins-over-cache-dir",
-        "config.py",
+        "config/block.py",
         'self.cache_dir or os.environ.get("XTF_CACHE")',
         'os.environ.get("XTF_CACHE") or self.cache_dir',
         "test_config.py",
@@ -182,7 +182,7 @@ BLOCK = [
     ),
     fault(
         "sweep-of-a-rule-with-two-rules-passes",
-        "config_rules.py",
+        "fields.py",
         "any(given == sorted(rule) for rule in self.rules)",
         "any(set(rule) <= set(given) for rule in self.rules)",
         "test_config_errors.py",
@@ -235,7 +235,7 @@ REPORT = [
     ),
     fault(
         "documents-of-a-table-run-together",
-        "table.py",
+        "report/score_table.py",
         "| (np.diff(positions) <= 0)",
         "",
         "test_score_table.py",

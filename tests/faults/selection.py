@@ -7,7 +7,7 @@ from tests.faults import fault
 SELECTION = [
     fault(
         "rule-under-includes-its-limit",
-        "rules.py",
+        "selection/rules.py",
         "(scale(scores.astype(np.float64)) < limit, None)",
         "(scale(scores.astype(np.float64)) <= limit, None)",
         "test_rules.py",
@@ -15,7 +15,7 @@ SELECTION = [
     ),
     fault(
         "rule-over-includes-its-limit",
-        "rules.py",
+        "selection/rules.py",
         "(scores.astype(np.float64) > limit, None)",
         "(scores.astype(np.float64) >= limit, None)",
         "test_rules.py",
@@ -36,7 +36,7 @@ SELECTION = [
     ),
     fault(
         "lowest-share-counts-undefined-scores",
-        "rules.py",
+        "selection/rules.py",
         "layout.count(~np.isnan(scores))).astype(np.int64)\n        fires",
         "layout.lengths).astype(np.int64)\n        fires",
         "test_rules.py",
@@ -44,7 +44,7 @@ SELECTION = [
     ),
     fault(
         "class-leaves-its-upper-edge-out",
-        "rules.py",
+        "selection/rules.py",
         "(exact <= (np.inf if high is None else high))",
         "(exact < (np.inf if high is None else high))",
         "test_rules.py",
@@ -62,14 +62,14 @@ SELECTION = [
     ),
     fault(
         "otsu-takes-the-wrong-class-mean",
-        "otsu.py",
+        "selection/otsu.py",
         "(S[n] - S[last]) ** 2 / (W[n] - W[last])",
         "(S[n] - S[last]) ** 2 / W[n]",
         "test_otsu.py",
     ),
     fault(
         "window-reaches-into-the-next-document",
-        "segments.py",
+        "data/ragged.py",
         "part.spread(np.arange(len(part.counts)) * half)",
         "part.spread(np.arange(len(part.counts)) * 0)",
         "test_select.py",
@@ -77,7 +77,7 @@ SELECTION = [
     ),
     fault(
         "quantile-of-the-dataset-off-by-one",
-        "segments.py",
+        "data/ragged.py",
         "at = (total - 1) * np.asarray(q, dtype=np.float64)",
         "at = (total - 2) * np.asarray(q, dtype=np.float64)",
         "test_rules.py",
@@ -85,7 +85,7 @@ SELECTION = [
     ),
     fault(
         "quantile-ignores-how-often-a-document-occurs",
-        "segments.py",
+        "data/ragged.py",
         "None if (part.counts == 1).all() else part.spread(part.counts).astype(np.float64)",
         "None",
         "test_rules.py",
@@ -103,7 +103,7 @@ SELECTION = [
     ),
     fault(
         "max-fraction-rounds-up",
-        "firing.py",
+        "selection/rules.py",
         "cap = np.floor(max_fraction * layout.lengths)",
         "cap = np.ceil(max_fraction * layout.lengths)",
         "test_rules.py",
@@ -111,7 +111,7 @@ SELECTION = [
     ),
     fault(
         "protection-is-ignored",
-        "selection.py",
+        "selection/select.py",
         "dropped = wanted & ~chunk.protected",
         "dropped = wanted",
         "test_select.py",
@@ -126,14 +126,14 @@ SELECTION = [
     ),
     fault(
         "floor-counts-tokens-that-do-not-train",
-        "selection.py",
+        "selection/select.py",
         "chunk.layout.count(chunk.trainable & ~dropped)",
         "chunk.layout.count(~dropped)",
         "test_select.py",
     ),
     fault(
         "floor-brings-one-too-many-back",
-        "selection.py",
+        "selection/select.py",
         "place < lacking[group]",
         "place <= lacking[group]",
         "test_select.py",
@@ -148,21 +148,21 @@ SELECTION = [
     ),
     fault(
         "control-draws-protected-tokens",
-        "selection.py",
+        "selection/select.py",
         "keys[chunk.protected | ~chunk.trainable] = UNDEFINED_KEY",
         "keys[~chunk.trainable] = UNDEFINED_KEY",
         "test_select.py",
     ),
     fault(
         "control-ignores-its-seed",
-        "selection.py",
+        "selection/select.py",
         "_drawn(chunk, planned, config.seed)",
         "_drawn(chunk, planned, 0)",
         "test_select.py",
     ),
     fault(
         "stream-takes-thresholds-of-its-own",
-        "selection.py",
+        "selection/select.py",
         "None if frozen is None else frozen[name]",
         "None",
         "test_streaming.py",
@@ -170,21 +170,21 @@ SELECTION = [
     ),
     fault(
         "sentence-ends-at-a-decimal-point",
-        "sentences.py",
+        "data/sentences.py",
         r're.compile(r"[.!?]\s")',
         're.compile(r"[.!?]")',
         "test_sentences.py",
     ),
     fault(
         "match-marks-the-token-behind-it",
-        "spans.py",
+        "data/token_text.py",
         'np.searchsorted(ends - sizes, spans[:, 1], side="left")',
         'np.searchsorted(ends - sizes, spans[:, 1], side="right")',
         "test_token_text.py",
     ),
     fault(
         "turns-are-searched-as-one-text",
-        "marks.py",
+        "selection/text_rules.py",
         "np.diff(flat) > 1",
         "np.diff(flat) > 9",
         "test_plan.py",
@@ -193,7 +193,7 @@ SELECTION = [
     ),
     fault(
         "typicality-subtracts-the-entropy",
-        "scorers/typical.py",
+        "scorers/typicality.py",
         "found.logprobs + found.entropy",
         "found.logprobs - found.entropy",
         "test_typicality.py",

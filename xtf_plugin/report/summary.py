@@ -90,7 +90,7 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
     special = np.isin(plan.scores.token_ids, special_ids(tokenizer))
     stats, keep, weights = plan.stats, plan.selection.keep, plan.weights
     facts = {
-        "format": 1,
+        "format": 2,
         "config": plan.config.to_dict(),
         "reference": plan.reference,
         "versions": versions(),

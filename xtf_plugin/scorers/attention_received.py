@@ -25,7 +25,7 @@ class AttentionReceivedConfig(ScoreConfig):
     )
 
 
-@scorer("attention_received", AttentionReceivedConfig, per_document=True, first=True)
+@scorer("attention_received", AttentionReceivedConfig, per_document=True, reads_attention=True)
 def attention_received(context: ScoringContext, config: AttentionReceivedConfig) -> Floats:
     """Attention received from later tokens, averaged over heads and layers, (M,) float32; low is dropped.
 

@@ -53,7 +53,7 @@ class ScoreConfig(Block):
         if self.scope != type(self).model_fields["scope"].default and self.drop.fence is self.drop.quantile:
             idle.append(("scope", self.scope, f"{none} or {{quantile: q}}"))
         if self.window > 1 and self.unit != "token":
-            idle.append(("window", self.window, f"has no effect beside `unit: {self.unit}`; remove one of them"))
+            idle.append(("window", self.window, f"has no effect beside `unit: {self.unit}`; remove it"))
         if idle:
             raise Problems(*idle)
         return self
@@ -217,7 +217,7 @@ class Scorer:
         Config: its part of the block, `ScoreConfig` or a class derived from it.
         version: whole number, raised when the same inputs get other scores; reported in summary.json.
         per_document: a document's scores depend on the document and the options alone, so streams can be scored.
-        first: reads attention received; it runs before the others, so that one pass of the reference serves all.
+        reads_attention: it runs before the others, so that one pass of the reference serves all.
         seen: maps averaged scores to what the rule sees; None: they are not changed.
         frozen: `frozen(context, config)` -> a `score` for later documents of a stream, using statistics of the
             documents of `context`. None: `per_document` scorers need none; others are refused for streams.
@@ -228,7 +228,7 @@ class Scorer:
     Config: type[ScoreConfig] = ScoreConfig
     version: int = 1
     per_document: bool = False
-    first: bool = False
+    reads_attention: bool = False
     seen: Callable[[Floats], Floats] | None = None
     frozen: Callable[[ScoringContext, Any], Score] | None = None
 

@@ -7,9 +7,9 @@ reference has just read text that does not belong; so flagged sentences are scor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..fields import NonNegative, Problems
 from .base import ScoringContext, scorer
@@ -44,6 +44,13 @@ class OpeningConfig(TypicalityConfig):
         "flagged ones are scored again after the text that this score and force_drop keep, so that good text after "
         "noise is kept. Needs `drop: {below: x}`.",
     )
+
+    @field_validator("window", mode="before")
+    @classmethod
+    def _no_window(cls, window: Any) -> Any:
+        if window in ("sentence", "line"):
+            raise ValueError("does not go with `opening`, which scores complete units; remove it (scores change)")
+        return window
 
     @model_validator(mode="after")
     def _can_fire(self) -> OpeningConfig:

@@ -69,8 +69,8 @@ class Recorder:
     def refuse(self, what: str) -> XTFError:
         """The error for attention that would get wrong scores."""
         return XTFError(
-            f"{self.model}: {what}, for which attention received is not defined. Set `reasoning_importance: false`, or "
-            "name another reference under `reference.model`."
+            f"{self.model}: {what}, for which attention received is not defined. Remove the scores with "
+            "`scorer: attention_received` (usual in `reasoning_importance`), or name another `reference.model`."
         )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config.scores import SLOTS
 from ..data.documents import DocumentSet
 from ..data.excerpts import Excerpted, predictions_without
 from ..data.sentences import line_breaks
@@ -310,15 +311,16 @@ def run_scorers(
 
     Raises:
         XTFUserError: a reference or a value in the score's part of the block cannot be used; names the key.
-        XTFError: a scorer returns anything but (M,) float32, or only NaN; names the score and the package.
+        XTFError: a scorer returns anything but (M,) float32, or (the scorers of the paper aside) only NaN;
+            names the score and the package.
     """
     context = ScoringContext(source.documents, source.tokenizer, source, text.protected, text.forced)
     chosen = _scorers(config.scores)
     found = {}
-    for name, (scorer, part) in sorted(chosen.items(), key=lambda item: not item[1][0].first):
+    for name, (scorer, part) in sorted(chosen.items(), key=lambda item: not item[1][0].reads_attention):
         function = (frozen or {}).get(name, scorer.score)
         try:
-            needed = source.whole and name in config.selectors
+            needed = source.whole and scorer.name not in SLOTS.values()  # a rule without scores is warned of
             found[name] = _checked(name, scorer, function(context, part), len(context.token_ids), needed)
         except XTFUserError as error:
             path = f"xtf.selectors.{name}" if name in config.selectors else f"xtf.{name}"

@@ -230,7 +230,7 @@ def _check_attention(reference: Reference, ours: Tensor | None, plain: Tensor | 
         raise XTFError(
             f"{reference.name}: attention received differs from its definition by {gap:.2g} on average (1 is uniform "
             f"attention, allowed: {tolerance:.2g}): a kernel of this PyTorch or device returns wrong results. "
-            "Please report this; `reasoning_importance: false` scores without it."
+            "Please report this; only `attention_received` (usual in `reasoning_importance`) needs it."
         )
 
 

@@ -124,13 +124,13 @@ def evaluate(
         warnings += [f"{name}: {warning}" for warning in found.warnings]
         for rule, hit in zip(found.rules, hits, strict=True):
             if hit == 0:
-                warnings.append(_inert(name, rule, drops, seen, layout, off))
+                warnings.append(_fires_on_nothing(name, rule, drops, seen, layout, off))
         if any(hits) and fired == 0:
             warnings.append(
                 f"{name}: max_fraction {config.max_fraction} lets no token of any document through (the longest "
                 f"completion has {layout.lengths.max()} tokens); raise it, or {off}"
             )
-        warnings += _greedy(name, fired, layout, off)
+        warnings += _fires_on_most(name, fired, layout, off)
     return RuleResult(mask, fired, thresholds, warnings, found, seen)
 
 
@@ -330,7 +330,7 @@ def _spread(numbers: Doubles) -> dict[str, float] | None:
     return {"median": median, "min": float(numbers.min()), "max": float(numbers.max())}
 
 
-def _inert(name: str, rule: Rule, drops: Mapping[str, Any], scores: Floats, layout: Layout, off: str) -> str:
+def _fires_on_nothing(name: str, rule: Rule, drops: Mapping[str, Any], scores: Floats, layout: Layout, off: str) -> str:
     """The warning about a rule that fires on nothing, with the scores it saw."""
     values = ragged.dataset_quantiles(scores, layout, list(_SHARES.values()))
     if np.isnan(values).all():
@@ -349,7 +349,7 @@ def _number(value: float | Mapping[str, float]) -> str:
     return f"{value:.4g}"
 
 
-def _greedy(name: str, fired: int, layout: Layout, off: str) -> list[str]:
+def _fires_on_most(name: str, fired: int, layout: Layout, off: str) -> list[str]:
     """The warning about a rule that fires on most of the dataset."""
     total = int(layout.lengths @ layout.counts)
     if fired <= MOST * total:

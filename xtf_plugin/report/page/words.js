@@ -73,5 +73,6 @@ function stopText(slider, stop) {
     fence: () => `below Q1 − ${short(stop)} · IQR`, known_above: () => `given more than ${short(100 * stop)} % by the model`,
     unknown_below: () => `given less than ${short(100 * stop)} % by the model`, cluster: () => `class ${stop} of ${name}`,
   };
-  return texts[slider.key]();
+  const text = Object.hasOwn(texts, slider.key) ? texts[slider.key] : () => `${name}: ${slider.key} ${short(stop)}`;
+  return text();
 }
