@@ -214,6 +214,7 @@ SCORING = [
         "test_fuzz_scores.py",
         "test_conformance.py",
         "test_streaming.py",
+        "test_embedding_similarity.py",
     ),
     fault(
         "relevance-upside-down",
@@ -221,6 +222,7 @@ SCORING = [
         "1 - (distance - low) / (high - low)",
         "(distance - low) / (high - low)",
         "test_kernels.py",
+        "test_embedding_similarity.py",
     ),
     fault(
         "batch-that-did-not-fit-is-lost",

@@ -19,14 +19,14 @@ STORE = [
         "store/shard_format.py",
         'if header["reference"] != reference:',
         "if False:",
-        "test_damage.py",
+        "store/test_damage.py",
     ),
     fault(
         "shard-of-other-layers-is-believed",
         "store/store.py",
         "if layers_tag(layers) != path.parent.name or",
         "if",
-        "test_damage.py",
+        "store/test_damage.py",
         "test_store.py",
     ),
     fault(
@@ -42,14 +42,14 @@ STORE = [
         "store/store.py",
         "{files.set_aside(path)}",
         "ignored",
-        "test_damage.py",
+        "store/test_damage.py",
     ),
     fault(
         "later-format-counts-as-damage",
         "store/shard_format.py",
         "if version > FORMAT:",
         "if version > FORMAT + 99:",
-        "test_damage.py",
+        "store/test_damage.py",
     ),
     fault(
         "lookup-takes-scores-of-another-length",
@@ -71,7 +71,7 @@ STORE = [
         "self._buffer = pending\n",
         "self._buffer = []\n",
         "test_store.py",
-        "test_damage.py",
+        "store/test_damage.py",
     ),
     fault(
         "error-loses-unwritten-scores",
@@ -87,7 +87,7 @@ STORE = [
         "publish(temporary, target)\n    finally:\n        discard(temporary)",
         "publish(temporary, target)\n    finally:\n        pass",
         "test_store.py",
-        "test_damage.py",
+        "store/test_damage.py",
         "test_disk.py",
     ),
     fault(
