@@ -301,7 +301,7 @@ def gpt_oss():
 
 
 def test_attention_sinks_are_refused_by_name():
-    with pytest.raises(XTFError, match="s_aux.*reasoning_importance: false"):
+    with pytest.raises(XTFError, match="s_aux.*scorer: attention_received"):
         run(collect(rows()), gpt_oss(), (1,))
     found, _ = run(collect(rows()), gpt_oss(), ())
     assert len(found) == 6, "without reasoning importance the model's own attention is used"

@@ -163,7 +163,7 @@ class TestAttentionOfItsOwn:
 
     def test_cannot_be_recorded(self, tmp_path, replaced):
         trainer = attach(sft(tmp_path, data=labelled_rows()), block(tmp_path))
-        message = "none of 2 layers use .*Unsloth.*`reasoning_importance: false`, or name another .*`reference.model`"
+        message = r"none of 2 layers use .*Unsloth.*`reasoning_importance`\), or name another .*`reference.model`"
         with pytest.raises(XTFError, match=message):
             trainer.train()
         assert trainer.state.global_step == 0
