@@ -47,7 +47,7 @@ def test_the_first_batch_is_checked():
 
 
 def test_a_batch_of_padding_alone_is_refused():
-    with pytest.raises(XTFError):
+    with pytest.raises(XTFError, match="holds no planned document"):
         verify_batch(planned([A], [1, 0, 1]), batch([{**A, "labels": [-100] * 4}], attention_mask=torch.zeros(1, 4)))
 
 
