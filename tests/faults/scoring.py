@@ -174,10 +174,10 @@ SCORING = [
         "test_conformance.py",
     ),
     fault(
-        "any-shortcut-is-taken",
+        "packed-rows-are-taken-whatever-they-change",
         "scoring/self_check.py",
-        "if len(found.logprobs) and gap <= allowed:",
-        "if len(found.logprobs):",
+        "if gap <= max(ROUNDING, TIMES * rounding):",
+        "if gap <= 1e9:",
         "test_shortcuts.py",
         "test_self_check.py",
     ),

@@ -74,7 +74,12 @@ class TestCheck:
         own = reference.forward
         reference.forward = lambda ids, *args, **options: tried.append(ids.shape[-1]) or own(ids, *args, **options)
         self_check.check(documents, np.arange(4), reference, ())
-        assert reference.narrows and max(tried) == 90
+        assert max(tried) == 90
+
+    def test_a_document_of_one_token_checks_nothing(self):
+        reference = Reference(tiny.model(), "tiny")
+        self_check.against_own_forward(reference, torch.tensor([5]), 1e-3, ())
+        assert not reference.checked
 
 
 class TestRounding:

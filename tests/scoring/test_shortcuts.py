@@ -1,7 +1,4 @@
-"""Shortcuts of the scoring pass: documents packed into one row, and a last layer that skips unused tokens.
-
-Both must give the scores of the pass without them, and are not used with models where they would not.
-"""
+"""Documents packed into one row, which gives the scores of padded rows, and no packing where a model gives others."""
 
 from __future__ import annotations
 
@@ -10,19 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    FalconH1Config,
-    FalconH1ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import FalconH1Config, FalconH1ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tests import eager, tiny
-from tests.scoring.test_engine import gpt_oss, little_memory, rows, run  # noqa: F401 (a fixture)
+from tests.scoring.test_engine import little_memory, rows, run  # noqa: F401 (a fixture)
 from xtf_plugin.data.documents import collect
 from xtf_plugin.scoring import self_check
-from xtf_plugin.scoring.batching import laid_out
-from xtf_plugin.scoring.reference import Reference, last_feed_forward, only_where
 
 PACKED = self_check.Packing(("cpu", "cuda"), apart=True, windows=True)  # on the CPU too, where it is slower
 
@@ -140,106 +130,3 @@ class TestPacked:
     def test_rows_are_padded_on_a_cpu(self):
         _, stats = run(collect(rows()), tiny.model(), (0,), batch_tokens=150)
         assert stats.padded_tokens > stats.tokens
-
-
-class TestNarrow:
-    @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
-    def test_the_last_layer_computes_only_tokens_that_are_read(self, family, monkeypatch):
-        model, documents = tiny.model(family), collect(rows())
-        reference = Reference(model, "tiny")
-        self_check.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
-        module, seen = last_feed_forward(reference.decoder), []
-        assert module is not None and reference.narrows
-        own = module.forward
-        monkeypatch.setattr(module, "forward", lambda x: seen.append(x.shape[:-1].numel()) or own(x))
-        given = laid_out(documents, np.arange(len(documents)), reference.device)
-        with reference.scoring(record=False):
-            narrow = reference.forward(given.ids, given.lengths, (), wanted=given.read)[0].flatten(0, 1)
-            whole = reference.forward(given.ids, given.lengths, ())[0].flatten(0, 1)
-        assert seen == [len(given.read), given.ids.numel()]
-        assert torch.allclose(narrow[given.read], whole[given.read], atol=1e-5)
-        others = np.setdiff1d(np.arange(len(whole)), given.read.numpy())
-        assert not torch.allclose(narrow[others], whole[others], atol=1e-3)
-
-    def test_the_module_is_restored(self):
-        model = tiny.model()
-        module = last_feed_forward(model.model)
-        for given in (None, lambda x: x):
-            if given is not None:
-                module.forward = given
-            before = dict(vars(module))
-            with only_where(module, torch.arange(4), 4):
-                assert module.forward is not before.get("forward")
-            assert vars(module) == before
-
-    def test_a_module_that_mixes_tokens_is_not_narrowed(self, monkeypatch):
-        model, documents = tiny.model(), collect(rows())
-        mlp = type(last_feed_forward(model.model))
-        own = mlp.forward
-        monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.cumsum(1)))
-        reference = Reference(model, "tiny")
-        self_check.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
-        assert not reference.narrows
-        found, _ = run(documents, model, (0, 1), batch_tokens=150)
-        agrees(model, documents, found)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_a_module_that_reads_the_previous_token_is_not_narrowed(self, monkeypatch, dtype):
-        """Of consecutive tokens that are read, only the first would be wrong."""
-        model, documents = tiny.model().to(dtype), collect(rows())
-        mlp = type(last_feed_forward(model.model))
-        own = mlp.forward
-        monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x + x.roll(1, 1)))
-        reference = Reference(model, "tiny")
-        self_check.against_own_forward(reference, torch.arange(5, 60), 0.1, ())
-        assert not reference.narrows
-        if dtype is torch.float32:
-            agrees(model, documents, run(documents, model, (0, 1), batch_tokens=1)[0])
-
-    def test_bfloat16_narrows_too(self):
-        """Rounding alone does not prevent it."""
-        for family in sorted(tiny.FAMILIES):
-            reference = Reference(tiny.model(family).to(torch.bfloat16), "tiny")
-            self_check.against_own_forward(reference, torch.arange(5, 60), 0.1, (0, 1))
-            assert reference.narrows, family
-
-    def test_a_module_that_returns_nan_is_not_narrowed(self, monkeypatch):
-        """NaN on one side only is a difference: here for inputs of another length."""
-        model = tiny.model()
-        mlp = type(last_feed_forward(model.model))
-        own = mlp.forward
-        monkeypatch.setattr(mlp, "forward", lambda self, x: own(self, x) * (1 if x.shape[1] == 55 else float("nan")))
-        reference = Reference(model, "tiny")
-        self_check.against_own_forward(reference, torch.arange(5, 60), 1e-3, ())
-        assert not reference.narrows
-
-    def test_a_document_of_one_token_checks_nothing(self):
-        reference = Reference(tiny.model(), "tiny")
-        self_check.against_own_forward(reference, torch.tensor([5]), 1e-3, ())
-        assert not reference.checked and not reference.narrows
-
-    def test_a_module_that_returns_a_tuple_is_not_narrowed(self, monkeypatch):
-        """Each batch would compute it twice. gpt-oss also returns the scores of its router."""
-        model, seen = gpt_oss(), []
-        mlp = type(last_feed_forward(model.model))
-        own = mlp.forward
-        monkeypatch.setattr(mlp, "forward", lambda self, x: seen.append(x.shape[:-1].numel()) or own(self, x))
-        _, stats = run(collect(rows()), model, (), batch_tokens=150)
-        assert sum(seen[-2 * stats.batches :]) == 2 * stats.padded_tokens  # of two layers
-
-    def test_a_module_that_returns_a_tuple_is_called_unchanged(self):
-        class Pair(torch.nn.Module):
-            def forward(self, x):
-                return x * 2, x.sum()
-
-        module, x = Pair(), torch.randn(2, 3, 4)
-        with only_where(module, torch.tensor([0, 3]), 6):
-            result, total = module(x)
-        assert torch.equal(result, x * 2) and total == x.sum()
-
-    def test_without_tokens_to_read_the_module_is_called_unchanged(self):
-        module = torch.nn.Linear(4, 4)
-        x = torch.randn(1, 3, 4)
-        whole = module(x)
-        with only_where(module, torch.zeros(0, dtype=torch.long), 3) as counts:
-            assert torch.equal(module(x), whole) and not counts

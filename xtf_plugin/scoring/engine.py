@@ -229,9 +229,7 @@ def _launch(
     rows = laid_out(documents, batch, reference.device, packed=packed)
 
     def run() -> tuple[Tensor, Tensor | None]:
-        hidden, received = reference.forward(
-            rows.ids, rows.lengths, layers, rows.start, packed=rows.packed, wanted=rows.read
-        )
+        hidden, received = reference.forward(rows.ids, rows.lengths, layers, rows.start, packed=rows.packed)
         states = hidden.flatten(0, 1)[rows.read.to(hidden.device)]  # (P, D)
         found = reference.predictions(states, rows.ids.flatten()[rows.predicted])
         return found, None if received is None else received.flatten()[rows.completion].float()

@@ -62,9 +62,7 @@ class Reference:
 
     Attributes:
         lockstep: whether every forward is a collective, of which all ranks must run the same number.
-        checked, packs, narrows: results of the self-check: what was checked; whether documents may be packed; whether
-            the last feed-forward module may skip tokens.
-        narrowed: whether the last forward skipped tokens.
+        checked, packs: results of the self-check: what was checked; whether documents may be packed.
     """
 
     lockstep: ClassVar[bool] = False
@@ -74,8 +72,6 @@ class Reference:
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     checked: frozenset[str] = field(default=frozenset(), init=False)
     packs: bool = field(default=False, init=False)
-    narrows: bool = field(default=False, init=False)
-    narrowed: bool = field(default=False, init=False)
 
     def with_full_weights(self, run: Callable[[], T]) -> T:
         """Call `run` where the model's weights are complete, and return its result."""
@@ -143,7 +139,6 @@ class Reference:
         start: int = 0,
         *,
         packed: Packed | None = None,
-        wanted: Tensor | None = None,
         plainly: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """One decoder forward, inside `scoring(record=bool(layers) or packed is not None)`.
@@ -154,22 +149,15 @@ class Reference:
             layers: layers whose attention is recorded; may be empty.
             start: first column of attention received to compute.
             packed: the documents of a packed row; None: each row is one document.
-            wanted: (P,) indices into the flattened rows of the states that are used; the others may be undefined. None:
-                all.
             plainly: compute attention received by its definition; for short documents only.
 
         Returns:
             last hidden states (B, T, D); attention received (B, T) float32, or None without layers.
         """
-        narrow = self.narrows and wanted is not None
         recorder = Recorder(self.name, frozenset(layers), lengths, start, packed, plainly)
         record = bool(layers) or packed is not None
-        with (
-            only_where(last_feed_forward(self.decoder) if narrow else None, wanted, input_ids.numel()) as narrowed,
-            recording(recorder) if record else nullcontext(),
-        ):
+        with recording(recorder) if record else nullcontext():
             hidden = self._hidden(input_ids, None if packed is None else packed.positions(input_ids.numel()))
-        self.narrowed = bool(narrowed)
         if record:
             check_recorded(recorder, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None))
         return hidden, recorder.mean()
@@ -228,64 +216,15 @@ class ShardedReference(Reference):
             found.append(run())
             return torch.zeros((), device=self.device)
 
-        with _forward_replaced(self.model, forward):
+        own = vars(self.model).get("forward")  # TRL, accelerate and PEFT set theirs on the instance
+        self.model.forward = forward
+        try:
             self.root(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.device))
+        finally:
+            del self.model.forward
+            if own is not None:
+                self.model.forward = own
         return found[0]
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")  # TRL, accelerate and PEFT set theirs on the instance
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
-def last_feed_forward(decoder: nn.Module) -> nn.Module | None:
-    """The feed-forward module of a decoder's last layer, found by its name in transformers' models, or None."""
-    lists = (getattr(decoder, name, None) for name in ("layers", "h", "blocks"))
-    layers = next((found for found in lists if isinstance(found, nn.ModuleList) and len(found)), [None])
-    modules = (getattr(layers[-1], name, None) for name in ("mlp", "feed_forward", "ffn"))
-    return next((module for module in modules if isinstance(module, nn.Module)), None)
-
-
-@contextmanager
-def only_where(module: nn.Module | None, wanted: Tensor | None, tokens: int) -> Iterator[list[int]]:
-    """Have a module compute only the `wanted` tokens and return 0 for the others; yields their number at each call.
-
-    For the feed-forward module of the last layer, which is two thirds of that layer; no later layer reads the other
-    tokens. A call with anything but one tensor of `tokens` tokens, or that returns anything but one tensor, runs
-    unchanged.
-
-    Args:
-        module: None: nothing happens.
-        wanted: (P,) indices into the flattened tokens (B * T,).
-        tokens: B * T.
-    """
-    counts: list[int] = []
-    if module is None or wanted is None:
-        yield counts
-        return
-    forward = module.forward
-
-    def narrowed(*given: Any, **options: Any) -> Any:
-        hidden = given[0] if len(given) == 1 and not options else None
-        if not isinstance(hidden, Tensor) or hidden.shape[:-1].numel() != tokens or not len(wanted):
-            return forward(*given, **options)
-        at = wanted.to(hidden.device)  # a model may be spread over devices
-        result = forward(hidden.flatten(0, -2)[at][None])
-        if not isinstance(result, Tensor):
-            return forward(hidden)
-        counts.append(len(wanted))
-        output = torch.zeros(tokens, result.shape[-1], dtype=result.dtype, device=result.device)
-        return output.index_copy_(0, at, result[0]).view(*hidden.shape[:-1], -1)
-
-    with _forward_replaced(module, narrowed):
-        yield counts
 
 
 @contextmanager

@@ -1,13 +1,12 @@
-"""Checks of a reference before it scores: against the model's own forward, and which shortcuts preserve its scores.
+"""Checks of a reference before it scores: against the model's own forward, and whether it may pack documents.
 
 What an architecture computes besides decoder, attention and head is not known in advance. A reference whose scores
-differ from the model's own is refused, and a shortcut that changes them is not used.
+differ from the model's own is refused, and documents are not packed into one row where that changes them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +19,12 @@ from ..data.documents import DocumentSet
 from ..errors import XTFError
 from .batching import is_out_of_memory, too_little
 from .kernels.packing import Packed
-from .reference import Reference, last_feed_forward, rotary_switch
+from .reference import Reference, rotary_switch
 
 logger = logging.getLogger(__name__)
 
 CHECK_TOKENS = 128  # length of the document of the check
-ROUNDING = 1e-4  # by how much a shortcut may change scores in any case, and ...
+ROUNDING = 1e-4  # by how much packing may change scores in any case, and ...
 TIMES = 3.0  # ... as a multiple of the difference between two forwards that are equal but for rounding
 CANNOT = (XTFError, TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 
@@ -117,7 +116,7 @@ def against_own_forward(
     """Compare log-probabilities with the model's own forward, and attention received with its definition.
 
     Detects a head or attention of an unknown kind, and kernels that return wrong results here. Sets the reference's
-    `packs`, `narrows` and `checked`. Runs once for a reference, and once more when attention is first recorded.
+    `packs` and `checked`. Runs once for a reference, and once more when attention is first recorded.
 
     Args:
         reference: the model.
@@ -149,9 +148,9 @@ def against_own_forward(
         rounding = _mean_gap(other.to(theirs.device), theirs)
     _check_log_probabilities(reference, ours.logprobs, theirs, max(tolerance, TIMES * rounding))
     _check_attention(reference, ours.received, plain.received, tolerance)
-    if not reference.lockstep:  # all ranks would have to try the same
-        equal = _Scores(theirs, plain.received)  # equal but for rounding, which affects shortcuts as much
-        _try_shortcuts(reference, input_ids, ours, ours.gap(equal), layers, packing)
+    if not reference.lockstep and input_ids.device.type in packing.devices:  # all ranks would have to try the same
+        equal = _Scores(theirs, plain.received)  # equal but for rounding, which affects packing as much
+        reference.packs = _packs(reference, input_ids, ours, ours.gap(equal), layers, packing)
     reference.checked |= {part, "log-probabilities"}
 
 
@@ -234,55 +233,35 @@ def _check_attention(reference: Reference, ours: Tensor | None, plain: Tensor | 
         )
 
 
-def _try_shortcuts(
+def _packs(
     reference: Reference, ids: Tensor, ours: _Scores, rounding: float, layers: tuple[int, ...], packing: Packing
-) -> None:
-    """Set `narrows` and `packs` if they preserve the scores `ours` of the document `ids` (T,) up to rounding."""
-    stranger = ids.flip(0)  # an unrelated document
-    length = torch.tensor([len(ids)] * 2, device=ids.device)
-
-    def narrow() -> tuple[_Scores, _Scores]:
-        rows = torch.stack([ids, stranger])
-        wanted = torch.arange(1, rows.numel() - 1, 3, device=ids.device)  # their neighbours are skipped
-        targets, found = rows.flatten()[wanted + 1], []
-        for read in (wanted, None):
-            hidden, received = reference.forward(rows, length, layers, wanted=read)
-            states = hidden.flatten(0, 1)[wanted.to(hidden.device)]
-            found.append(_Scores(reference.predictions(states, targets)[0], None if received is None else received[0]))
-            if read is not None and not reference.narrowed:
-                raise LookupError("its last feed-forward module takes or returns something else than one tensor")
-        return found[0], found[1]
-
-    def pack() -> tuple[_Scores, _Scores]:
-        if any(isinstance(module, _ConvNd) for module in reference.decoder.modules()):
-            raise LookupError("its convolutions, and maybe a state, do not separate documents")
-        row = torch.cat([stranger[: 1 + len(ids) // 3], ids, stranger])
-        bounds = np.asarray([0, 1 + len(ids) // 3, len(row) - len(ids), len(row)])
-        offsets = torch.from_numpy(bounds).to(ids.device)
-        packed = Packed(offsets, torch.zeros_like(offsets[1:]), bounds, whole=not packing.apart)
-        hidden, received = reference.forward(row[None], offsets.diff(), layers, packed=packed)
-        here = slice(int(bounds[1]), int(bounds[2]))
-        return _Scores.of(reference, hidden[0, here], ids, None if received is None else received[:, here]), ours
-
-    if last_feed_forward(reference.decoder) is not None:
-        reference.narrows = True
-        reference.narrows = _same(reference, narrow, rounding, bool(layers), "narrowing its last layer")
-    if ids.device.type in packing.devices:
-        reference.packs = _same(reference, pack, rounding, True, "packed rows")
-
-
-def _same(
-    reference: Reference, run: Callable[[], tuple[_Scores, _Scores]], rounding: float, record: bool, what: str
 ) -> bool:
-    """Whether a shortcut preserves scores, by the largest difference: an error may affect a single token."""
+    """Whether packed rows preserve the scores `ours` of the document `ids` (T,) up to rounding.
+
+    The largest difference counts: an error may affect a single token.
+    """
     try:
-        with reference.scoring(record=record):
-            found, expected = reference.with_full_weights(run)
+        with reference.scoring(record=True):
+            found = _packed(reference, ids, layers, packing)
     except CANNOT as error:
-        logger.info("xtf: %s is scored without %s: %s", reference.name, what, error)
+        logger.info("xtf: %s is scored without packed rows: %s", reference.name, error)
         return False
-    gap, allowed = found.gap(expected), max(ROUNDING, TIMES * rounding)
-    if len(found.logprobs) and gap <= allowed:
+    gap = found.gap(ours)
+    if gap <= max(ROUNDING, TIMES * rounding):
         return True
-    logger.info("xtf: %s is scored without %s: scores change by %.2g", reference.name, what, gap)
+    logger.info("xtf: %s is scored without packed rows: scores change by %.2g", reference.name, gap)
     return False
+
+
+def _packed(reference: Reference, ids: Tensor, layers: tuple[int, ...], packing: Packing) -> _Scores:
+    """The scores of a document in a row between unrelated ones."""
+    if any(isinstance(module, _ConvNd) for module in reference.decoder.modules()):
+        raise LookupError("its convolutions, and maybe a state, do not separate documents")
+    stranger = ids.flip(0)
+    row = torch.cat([stranger[: 1 + len(ids) // 3], ids, stranger])
+    bounds = np.asarray([0, 1 + len(ids) // 3, len(row) - len(ids), len(row)])
+    offsets = torch.from_numpy(bounds).to(ids.device)
+    packed = Packed(offsets, torch.zeros_like(offsets[1:]), bounds, whole=not packing.apart)
+    hidden, received = reference.forward(row[None], offsets.diff(), layers, packed=packed)
+    here = slice(int(bounds[1]), int(bounds[2]))
+    return _Scores.of(reference, hidden[0, here], ids, None if received is None else received[:, here])
