@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .data.documents import DocumentSet
+from .data.predictions import Predictions
 from .data.ragged import Floats, Ints
 from .scoring.batching import ScoringStats
 from .scoring.cached_scores import ReferenceProvider, ScoreSource, about_scorers, run_scorers
@@ -21,7 +22,6 @@ from .selection.text_rules import TextRules, special_ids
 if TYPE_CHECKING:
     from .config.block import XTFConfig
     from .fields import ReferenceConfig
-    from .store.records import StoredScores
 
 OF_ONE_RANK = ("cache_dir", "report")  # keys of the block that may differ between ranks
 NOTHING_DROPPED = "nothing at all is dropped: this run trains exactly as it would without its `xtf:` block"
@@ -123,7 +123,7 @@ def make_plan(
     )
 
 
-def scores_of(documents: DocumentSet, stored: StoredScores | None, values: dict[str, Floats]) -> Scores:
+def scores_of(documents: DocumentSet, stored: Predictions | None, values: dict[str, Floats]) -> Scores:
     """Scores of the documents' completion tokens."""
     return Scores(
         keys=documents.keys,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ import xxhash
 from pydantic import ValidationError
 
 from .data.documents import IGNORE_INDEX, DocumentSet, collect
-from .data.excerpts import Excerpted, predictions_without
+from .data.excerpts import predictions_without
+from .data.predictions import Predictions
 from .data.ragged import Doubles, Floats, Ints, Layout
 from .scorers import ReferenceConfig, ScoreConfig, Scorer, ScoringContext
 from .scorers.registry import complaints
@@ -93,11 +93,11 @@ class _MadeUpSource:
     def __init__(self, documents: DocumentSet) -> None:
         self.documents = documents
 
-    def predictions(self, reference: ReferenceConfig | None, others: DocumentSet | None = None) -> Any:
+    def predictions(self, reference: ReferenceConfig | None, others: DocumentSet | None = None) -> Predictions:
         wanted = self.documents if others is None else others
         return _made_up(wanted, "" if reference is None else reference.model_dump_json())
 
-    def predictions_without(self, hidden: Any, starts: Any, wanted: Any, reference: Any) -> Excerpted:
+    def predictions_without(self, hidden: Any, starts: Any, wanted: Any, reference: Any) -> Predictions:
         breaks = self.documents.input_ids[self.documents.completion] % 11 == 5
         predict = partial(self.predictions, reference)
         return predictions_without(self.documents, hidden, starts, wanted, breaks, predict)
@@ -122,7 +122,7 @@ class _MadeUpSource:
         return compute()
 
 
-def _made_up(documents: DocumentSet, reference: str) -> Any:
+def _made_up(documents: DocumentSet, reference: str) -> Predictions:
     """Random predictions, seeded by reference and document; NaN at index 0, which nothing predicts."""
     parts: list[Doubles] = []
     for index, key in enumerate(documents.keys):
@@ -131,7 +131,7 @@ def _made_up(documents: DocumentSet, reference: str) -> Any:
         parts.append(np.random.default_rng(seed).exponential(size=(3, len(tokens)))[:, completion])
     drawn = np.concatenate(parts, axis=1).astype(np.float32)
     drawn[:, documents.completion_positions == 0] = np.nan
-    return SimpleNamespace(logprobs=-drawn[0], entropy=drawn[1], deviation=drawn[2])
+    return Predictions(-drawn[0], drawn[1], drawn[2])
 
 
 def _form(scores: Any, size: int) -> list[str]:

@@ -45,8 +45,8 @@ def fill(store: ScoreStore, documents: DocumentSet) -> None:
         high = min(low + 64, len(documents))
         size = int(ends[high] - ends[low])
         columns = {name: rng.random(size, dtype=np.float32) for name in ("entropy", "deviation", "attention")}
-        logprobs = -rng.random(size, dtype=np.float32) * 10
-        store.add(Records(documents.keys[low:high], ends[low : high + 1] - ends[low], logprobs, **columns))
+        columns["logprobs"] = -rng.random(size, dtype=np.float32) * 10
+        store.add(Records(keys=documents.keys[low:high], offsets=ends[low : high + 1] - ends[low], **columns))
 
 
 def scoring_speed(config: XTFConfig, provider: Provider, rows: list[Any], repeats: int) -> float:
@@ -87,7 +87,7 @@ def measure(count: int, size: str, repeats: int) -> dict[str, float]:
         layers = ",".join(map(str, resolve_layers(config.reasoning_importance.layers, provider.text_config())))
         with ScoreStore(Path(folder), provider.fingerprint(), layers) as store:
             fill(store, documents)
-            lost = ~store.load(documents.keys, np.diff(documents.completion_offsets)).found
+            lost = ~store.lookup(documents.keys, np.diff(documents.completion_offsets)).found
             assert not lost.any(), f"{lost.sum()} documents would be scored: the store was not filled as a run fills it"
         starts = [start(config, provider, dataset) for _ in range(repeats)]
     parts = {name: statistics.median(one[name] for one in starts) for name in starts[0]}

@@ -150,7 +150,7 @@ def test_an_error_in_the_third_batch_leaves_the_first_two(tmp_path, monkeypatch,
         engine.score(documents, np.arange(5), reference, (0, 1), store.add, batch_tokens=60, progress=False)
     assert len(begun) == (4 if late else 3), "no batch is begun ahead"
     with ScoreStore(tmp_path, "0123456789abcdef", "0,1") as store:
-        found = store.load(documents.keys, np.diff(documents.completion_offsets)).found
+        found = store.lookup(documents.keys, np.diff(documents.completion_offsets)).found
     assert found[:3].tolist() == [True, True, False]
 
 

@@ -109,7 +109,7 @@ def scores_without_a_shared_disk(ranks, folder):
     documents, reference, root = collect(rows(13)), Reference(tiny.model(), "tiny"), folder / f"own-{ranks.rank}"
     found = scored(ranks, root, documents, lambda: reference)
     with ScoreStore(root, FINGERPRINT, "0,1") as store:
-        kept = int(store.load(documents.keys, np.diff(documents.completion_offsets)).found.sum())
+        kept = int(store.lookup(documents.keys, np.diff(documents.completion_offsets)).found.sum())
     again = scored(ranks, root, documents, forbidden)
     more = scored(ranks, root, collect(rows(16)), lambda: reference)
     return {**found, "stored_here": kept, "again": again, "more": more["stats"][0]}

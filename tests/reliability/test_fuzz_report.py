@@ -36,6 +36,7 @@ from tests.report.tables import page_of
 from xtf_plugin import cli
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
+from xtf_plugin.data.predictions import Predictions
 from xtf_plugin.data.token_text import byte_alphabet
 from xtf_plugin.plan import Plan, scores_of
 from xtf_plugin.report import page, score_table, terminal
@@ -43,7 +44,6 @@ from xtf_plugin.report.summary import described
 from xtf_plugin.scoring.batching import ScoringStats
 from xtf_plugin.selection.select import select
 from xtf_plugin.selection.text_rules import TextRules
-from xtf_plugin.store.records import StoredScores
 
 NASTY = """</script> <script>owned=1</script> <!-- --> <img/src=x/onerror=owned=1> &lt; &#x1b; ]]> </SCRIPT $data
 $script $ ${owned} " ' \\ \\x1b \\u202e · ◌ [bold] [/bold] [link=x]a javascript:owned=1 __proto__ constructor ⟨ff⟩
@@ -92,7 +92,7 @@ def plan_of(number: int, tokenizer: Any, block: dict[str, Any], name: str) -> Pl
     assert config is not None
     size = int(documents.completion_offsets[-1])
     noise = rng.exponential(size=(4, size)).astype(np.float32)
-    stored = StoredScores(np.ones(len(documents), dtype=bool), -noise[0], noise[1], noise[2], noise[3])
+    stored = Predictions(-noise[0], noise[1], noise[2])
     values = {"knowledge_novelty": -noise[0], "reasoning_importance": noise[3]}
     values |= {selector: -noise[1] for selector in config.selectors}
     scores = scores_of(documents, stored, values)

@@ -273,12 +273,12 @@ def test_counts_are_summed_and_seconds_are_the_slowest_ranks():
 def test_records_are_the_same_after_transport(attention):
     values = np.float32([1, np.nan, 3])
     records = Records(
-        np.arange(32, dtype=np.uint8).reshape(2, 16),
-        np.int64([0, 1, 3]),
         values,
         values + 1,
         values + 2,
         values + 3 if attention else None,
+        keys=np.arange(32, dtype=np.uint8).reshape(2, 16),
+        offsets=np.int64([0, 1, 3]),
     )
     back = Records.from_bytes(records.to_bytes())
     assert back.keys.tolist() == records.keys.tolist() and back.offsets.tolist() == [0, 1, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -16,6 +17,7 @@ from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.scoring import engine, self_check
 from xtf_plugin.scoring.reference import ADAPTER_INITS, ADAPTERS, Reference, borrow, resolve_layers
+from xtf_plugin.store.records import Records
 
 
 def rows(sizes=(60, 37, 5, 2, 1, 90), seed=0):
@@ -31,12 +33,19 @@ def rows(sizes=(60, 37, 5, 2, 1, 90), seed=0):
     return made
 
 
+def by_document(records):
+    """Key and records of each document."""
+    for index, (low, high) in enumerate(pairwise(records.offsets)):
+        columns = {name: values[low:high] for name, values in records.columns.items()}
+        key = records.keys[index : index + 1]
+        yield key.tobytes(), Records(keys=key, offsets=np.array([0, high - low]), **columns)
+
+
 def run(documents, model, layers, **options):
     found = {}
 
     def sink(records):
-        for index, key in enumerate(records.keys):
-            found[key.tobytes()] = records.part(index, index + 1)
+        found.update(by_document(records))
 
     wanted = np.arange(len(documents))
     stats = engine.score(documents, wanted, Reference(model, "tiny"), layers, sink, progress=False, **options)
@@ -274,8 +283,7 @@ def test_borrow_scores_the_base_model_under_a_trained_adapter():
     found = {}
 
     def sink(records):
-        for index, key in enumerate(records.keys):
-            found[key.tobytes()] = records.part(index, index + 1).logprobs
+        found.update((key, each.logprobs) for key, each in by_document(records))
 
     engine.score(documents, np.arange(len(documents)), borrow(model), (1,), sink, progress=False)
     for key, records in plain.items():

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model, prepare_mo
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import streams, tiny
+from tests.scoring.test_engine import by_document
 from tests.test_plan import rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
@@ -39,8 +40,7 @@ def logprobs(reference, documents):
     found = {}
 
     def sink(records):
-        for index, key in enumerate(records.keys):
-            found[key.tobytes()] = records.part(index, index + 1).logprobs
+        found.update((key, each.logprobs) for key, each in by_document(records))
 
     score(documents, np.arange(len(documents)), reference, (1,), sink, progress=False)
     return np.concatenate([found[key.tobytes()] for key in documents.keys])

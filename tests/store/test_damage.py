@@ -111,7 +111,7 @@ def test_a_forgery_that_changes_nothing_passes(tmp_path):
     """Otherwise the forgeries below could be detected by how they are written."""
     keys = fill(tmp_path, LENGTHS).keys
     forge(shard_files(tmp_path)[0], header())
-    assert ScoreStore(tmp_path, REFERENCE, "0,1").load(keys, np.array(LENGTHS)).found.all()
+    assert ScoreStore(tmp_path, REFERENCE, "0,1").lookup(keys, np.array(LENGTHS)).found.all()
 
 
 @pytest.mark.parametrize(
@@ -123,13 +123,13 @@ def test_a_bad_file_is_logged_and_set_aside(tmp_path, caplog, kind):
     bad = damaged(kind, good)
     store = ScoreStore(tmp_path, REFERENCE, "0,1")
     with caplog.at_level(logging.WARNING):
-        found = store.load(keys, np.array(LENGTHS))
-    assert not found.found.any() and np.isnan(found.logprobs).all()
+        found = store.lookup(keys, np.array(LENGTHS))
+    assert not found.found.any() and np.isnan(found.columns["logprobs"]).all()
     (warning,) = caplog.messages
     assert bad.name in warning and "set aside" in warning
     assert not os.path.lexists(bad) and os.path.lexists(f"{bad}.damaged")
     fill(tmp_path, LENGTHS)  # scored again
-    assert store.load(keys, np.array(LENGTHS)).found.all() and len(caplog.messages) == 1
+    assert store.lookup(keys, np.array(LENGTHS)).found.all() and len(caplog.messages) == 1
 
 
 def test_a_good_shard_in_the_folder_of_other_layers_is_not_believed(tmp_path):
@@ -138,7 +138,7 @@ def test_a_good_shard_in_the_folder_of_other_layers_is_not_believed(tmp_path):
     store = ScoreStore(tmp_path / "b", REFERENCE, "0,1")
     store.directory.mkdir(parents=True)
     moved = path.rename(store.directory / path.name)
-    assert not store.load(keys, np.array(LENGTHS)).found.any() and not moved.exists()
+    assert not store.lookup(keys, np.array(LENGTHS)).found.any() and not moved.exists()
 
 
 def test_no_flipped_byte_gives_a_wrong_score(tmp_path):
@@ -151,12 +151,12 @@ def test_no_flipped_byte_gives_a_wrong_score(tmp_path):
         changed = bytearray(data)
         changed[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(changed)
-        found = ScoreStore(tmp_path, REFERENCE, "0,1").load(keys, np.array(LENGTHS))
+        found = ScoreStore(tmp_path, REFERENCE, "0,1").lookup(keys, np.array(LENGTHS))
         assert not found.found.any() and not path.exists()
     path.write_bytes(data)
-    found = ScoreStore(tmp_path, REFERENCE, "0,1").load(keys, np.array(LENGTHS))
+    found = ScoreStore(tmp_path, REFERENCE, "0,1").lookup(keys, np.array(LENGTHS))
     for name, values in added.columns.items():
-        np.testing.assert_array_equal(getattr(found, name), values)
+        np.testing.assert_array_equal(found.columns[name], values)
 
 
 def test_one_bad_file_does_not_cost_the_others(tmp_path):
@@ -164,7 +164,7 @@ def test_one_bad_file_does_not_cost_the_others(tmp_path):
     (path,) = shard_files(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     good_keys = fill(tmp_path, LENGTHS, seed=1).keys
-    found = ScoreStore(tmp_path, REFERENCE, "0,1").load(np.concatenate([bad_keys, good_keys]), np.array(LENGTHS * 2))
+    found = ScoreStore(tmp_path, REFERENCE, "0,1").lookup(np.concatenate([bad_keys, good_keys]), np.array(LENGTHS * 2))
     assert found.found.tolist() == [False] * 3 + [True] * 3
 
 
@@ -172,9 +172,9 @@ def test_shards_of_the_format_before_this_are_read(tmp_path, caplog):
     """It differs by a checksum in the header."""
     added = fill(tmp_path, LENGTHS)
     path = forge(shard_files(tmp_path)[0], header(format=2, checksum="0" * 32))
-    found = ScoreStore(tmp_path, REFERENCE, "0,1").load(added.keys, added.lengths)
+    found = ScoreStore(tmp_path, REFERENCE, "0,1").lookup(added.keys, added.lengths)
     for name, values in added.columns.items():
-        np.testing.assert_array_equal(getattr(found, name), values)
+        np.testing.assert_array_equal(found.columns[name], values)
     assert path.exists() and not caplog.messages
 
 
@@ -183,7 +183,7 @@ def test_a_later_format_is_left_alone(tmp_path, caplog):
     path = forge(shard_files(tmp_path)[0], header(format=shard_format.FORMAT + 1))
     store = ScoreStore(tmp_path, REFERENCE, "0,1")
     for _ in range(2):
-        assert not store.load(keys, np.array(LENGTHS)).found.any()
+        assert not store.lookup(keys, np.array(LENGTHS)).found.any()
     assert path.exists()
     (warning,) = caplog.messages
     assert path.name in warning and f"format {shard_format.FORMAT + 1}" in warning
@@ -198,7 +198,7 @@ def test_a_file_that_cannot_be_read_now_is_left_alone(tmp_path, caplog, monkeypa
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert not ScoreStore(tmp_path, REFERENCE, "0,1").load(keys, np.array(LENGTHS)).found.any()
+    assert not ScoreStore(tmp_path, REFERENCE, "0,1").lookup(keys, np.array(LENGTHS)).found.any()
     assert path.exists() and path.name in caplog.text and "Permission denied" in caplog.text
 
 
@@ -207,7 +207,7 @@ def test_a_bad_file_in_a_read_only_folder_is_ignored(tmp_path, caplog, monkeypat
     (path,) = shard_files(tmp_path)
     path.write_bytes(b"")
     monkeypatch.setattr(os, "replace", full)
-    assert not ScoreStore(tmp_path, REFERENCE, "0,1").load(keys, np.array(LENGTHS)).found.any()
+    assert not ScoreStore(tmp_path, REFERENCE, "0,1").lookup(keys, np.array(LENGTHS)).found.any()
     assert path.exists() and path.name in caplog.text
 
 
@@ -223,9 +223,9 @@ def check_kept_in_memory(store, caplog):
         assert not store.persistent
     for seed in range(3):
         added = records(LENGTHS, seed)
-        found = store.load(added.keys, added.lengths)
+        found = store.lookup(added.keys, added.lengths)
         for name, values in added.columns.items():
-            np.testing.assert_array_equal(getattr(found, name), values)
+            np.testing.assert_array_equal(found.columns[name], values)
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert str(store.directory) in warning and "cache_dir" in warning and "XTF_CACHE" in warning
     return warning
@@ -246,7 +246,7 @@ def test_a_full_disk(tmp_path, caplog, monkeypatch, where):
     store.flush()  # space again: the last try saves what was kept
     assert store.persistent
     added = records(LENGTHS, 2)
-    assert ScoreStore(tmp_path, REFERENCE, "0").load(added.keys, added.lengths).found.all()
+    assert ScoreStore(tmp_path, REFERENCE, "0").lookup(added.keys, added.lengths).found.all()
 
 
 def test_a_full_disk_is_not_tried_again_for_every_batch(tmp_path, monkeypatch):
@@ -261,7 +261,7 @@ def test_a_full_disk_is_not_tried_again_for_every_batch(tmp_path, monkeypatch):
 def test_a_description_that_cannot_be_written_costs_no_scores(tmp_path):
     (tmp_path / "v2" / REFERENCE / "reference.json").mkdir(parents=True)
     keys = fill(tmp_path, LENGTHS, description={"model": "tiny"}).keys
-    assert ScoreStore(tmp_path, REFERENCE, "0,1").load(keys, np.array(LENGTHS)).found.all()
+    assert ScoreStore(tmp_path, REFERENCE, "0,1").lookup(keys, np.array(LENGTHS)).found.all()
 
 
 def test_a_file_that_replaces_another_appears_whole(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def document(index):
     """One document and its scores, made from its number."""
     key = np.frombuffer(index.to_bytes(16, "little"), dtype=np.uint8).reshape(1, 16)
     values = np.arange(LENGTH, dtype=np.float32) + index
-    return Records(key, np.array([0, LENGTH]), -values, values, values, values)
+    return Records(-values, values, values, values, keys=key, offsets=np.array([0, LENGTH]))
 
 
 def start_writer(root, start=0, count=-1, fate="live"):
@@ -52,11 +52,11 @@ def start_writer(root, start=0, count=-1, fate="live"):
 
 def check_all_there(root, count):
     keys = np.concatenate([document(index).keys for index in range(count)])
-    found = ScoreStore(root, REFERENCE, "0").load(keys, np.full(count, LENGTH))
+    found = ScoreStore(root, REFERENCE, "0").lookup(keys, np.full(count, LENGTH))
     assert found.found.all()
     expected = np.concatenate([document(index).attention for index in range(count)])
-    np.testing.assert_array_equal(found.attention, expected)
-    np.testing.assert_array_equal(found.logprobs, -expected)
+    np.testing.assert_array_equal(found.columns["attention"], expected)
+    np.testing.assert_array_equal(found.columns["logprobs"], -expected)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is a POSIX signal")

@@ -31,7 +31,7 @@ def records(lengths, seed=0, attention=True):
 
 def bare(keys, offsets, logprobs):
     """Records of which only the log-probabilities matter."""
-    return Records(keys, offsets, logprobs, np.zeros_like(logprobs), np.zeros_like(logprobs))
+    return Records(logprobs, np.zeros_like(logprobs), np.zeros_like(logprobs), keys=keys, offsets=offsets)
 
 
 def fill(root, lengths=(3, 5, 1), layers="0,1", reference=REFERENCE, seed=0, **options):
@@ -48,11 +48,11 @@ def shard_files(root):
 def test_what_was_added_is_found_in_any_order(tmp_path):
     added = fill(tmp_path, (3, 5, 0, 1, 7))
     order = [4, 2, 0, 3, 1]
-    found = ScoreStore(tmp_path, REFERENCE, "0,1").load(added.keys[order], added.lengths[order])
+    found = ScoreStore(tmp_path, REFERENCE, "0,1").lookup(added.keys[order], added.lengths[order])
     expected = np.concatenate([np.arange(added.offsets[i], added.offsets[i + 1]) for i in order])
     assert found.found.all()
     for name, values in added.columns.items():
-        np.testing.assert_array_equal(getattr(found, name), values[expected])
+        np.testing.assert_array_equal(found.columns[name], values[expected])
 
 
 @pytest.mark.parametrize("attention", [True, False])
@@ -71,10 +71,10 @@ def test_unknown_documents_and_other_lengths_are_not_found(tmp_path):
     near = keys[1].copy()
     near[15] ^= 1  # half of the key is not enough
     asked = np.stack([keys[0], near, keys[1], keys[2]])
-    found = ScoreStore(tmp_path, REFERENCE, "0,1").load(asked, np.array([3, 5, 4, 1]))
+    found = ScoreStore(tmp_path, REFERENCE, "0,1").lookup(asked, np.array([3, 5, 4, 1]))
     assert found.found.tolist() == [True, False, False, True]
-    assert all(np.isnan(getattr(found, name)[3:12]).all() for name in COLUMNS)
-    np.testing.assert_array_equal(found.logprobs[:3], logprobs[:3])
+    assert all(np.isnan(found.columns[name][3:12]).all() for name in COLUMNS)
+    np.testing.assert_array_equal(found.columns["logprobs"][:3], logprobs[:3])
 
 
 def test_keys_that_differ_only_in_zero_bytes_are_different_documents(tmp_path):
@@ -82,15 +82,15 @@ def test_keys_that_differ_only_in_zero_bytes_are_different_documents(tmp_path):
     keys[1, 0], keys[2, 15] = 1, 1
     with ScoreStore(tmp_path, REFERENCE, None) as store:
         store.add(bare(keys, np.arange(4), np.array([-1, -2, -3], dtype=np.float32)))
-    found = ScoreStore(tmp_path, REFERENCE, None).load(keys[[2, 0, 1]], np.ones(3, dtype=np.int64))
-    assert found.logprobs.tolist() == [-3, -1, -2]
+    found = ScoreStore(tmp_path, REFERENCE, None).lookup(keys[[2, 0, 1]], np.ones(3, dtype=np.int64))
+    assert found.columns["logprobs"].tolist() == [-3, -1, -2]
 
 
 def test_a_document_asked_for_twice_is_found_twice(tmp_path):
     added = fill(tmp_path, (3, 5))
-    found = ScoreStore(tmp_path, REFERENCE, "0,1").load(added.keys[[1, 0, 1]], np.array([5, 3, 5]))
+    found = ScoreStore(tmp_path, REFERENCE, "0,1").lookup(added.keys[[1, 0, 1]], np.array([5, 3, 5]))
     for name, values in added.columns.items():
-        np.testing.assert_array_equal(getattr(found, name), values[[3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7]])
+        np.testing.assert_array_equal(found.columns[name], values[[3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7]])
 
 
 def test_the_first_record_in_file_order_wins(tmp_path):
@@ -101,29 +101,29 @@ def test_the_first_record_in_file_order_wins(tmp_path):
             store.add(bare(keys, added.offsets, added.logprobs - shift))
     first = pq.read_table(shard_files(tmp_path)[0]).column("logprobs")[0].as_py()
     unknown = np.zeros((1, 16), dtype=np.uint8)  # one is missing to the end, so every file is read
-    found = ScoreStore(tmp_path, REFERENCE, None).load(np.concatenate([keys, unknown]), np.array([4, 1]))
-    np.testing.assert_array_equal(found.logprobs[:4], np.asarray(first, dtype=np.float32))
+    found = ScoreStore(tmp_path, REFERENCE, None).lookup(np.concatenate([keys, unknown]), np.array([4, 1]))
+    np.testing.assert_array_equal(found.columns["logprobs"][:4], np.asarray(first, dtype=np.float32))
 
 
 def test_scores_count_for_one_reference_and_one_choice_of_layers(tmp_path):
     added = fill(tmp_path, layers="0,1")
     keys, lengths = added.keys, added.lengths
-    assert not ScoreStore(tmp_path, OTHER, "0,1").load(keys, lengths).found.any()
-    assert not ScoreStore(tmp_path, REFERENCE, "0").load(keys, lengths).found.any()
+    assert not ScoreStore(tmp_path, OTHER, "0,1").lookup(keys, lengths).found.any()
+    assert not ScoreStore(tmp_path, REFERENCE, "0").lookup(keys, lengths).found.any()
 
 
 def test_log_probabilities_are_shared_by_all_layers(tmp_path):
     """Switching reasoning importance off must never score again."""
     added = fill(tmp_path, layers="0,1")
-    found = ScoreStore(tmp_path, REFERENCE, None).load(added.keys, added.lengths)
-    assert found.found.all() and found.attention is None
+    found = ScoreStore(tmp_path, REFERENCE, None).lookup(added.keys, added.lengths)
+    assert found.found.all() and "attention" not in found.columns
     for name in COLUMNS[:3]:
-        np.testing.assert_array_equal(getattr(found, name), added.columns[name])
+        np.testing.assert_array_equal(found.columns[name], added.columns[name])
 
 
 def test_scores_without_attention_do_not_serve_a_run_that_asks_for_it(tmp_path):
     added = fill(tmp_path, layers=None)
-    assert not ScoreStore(tmp_path, REFERENCE, "0").load(added.keys, added.lengths).found.any()
+    assert not ScoreStore(tmp_path, REFERENCE, "0").lookup(added.keys, added.lengths).found.any()
 
 
 def test_what_is_not_written_yet_is_found_and_copied(tmp_path):
@@ -133,9 +133,9 @@ def test_what_is_not_written_yet_is_found_and_copied(tmp_path):
     for values in reused.columns.values():
         values[:] = 0
     assert not shard_files(tmp_path)
-    found = store.load(added.keys, added.lengths)
+    found = store.lookup(added.keys, added.lengths)
     for name, values in added.columns.items():
-        np.testing.assert_array_equal(getattr(found, name), values)
+        np.testing.assert_array_equal(found.columns[name], values)
 
 
 def test_shards_are_written_by_size_and_by_time(tmp_path):
@@ -178,7 +178,7 @@ def test_an_error_in_the_block_still_writes(tmp_path):
     with pytest.raises(KeyboardInterrupt), ScoreStore(tmp_path, REFERENCE, "0") as store:
         store.add(added)
         raise KeyboardInterrupt
-    assert ScoreStore(tmp_path, REFERENCE, "0").load(added.keys, added.lengths).found.all()
+    assert ScoreStore(tmp_path, REFERENCE, "0").lookup(added.keys, added.lengths).found.all()
 
 
 def test_a_shard_is_named_after_its_bytes_and_written_once(tmp_path):
@@ -190,7 +190,7 @@ def test_a_shard_is_named_after_its_bytes_and_written_once(tmp_path):
 
 
 def test_opening_and_reading_leave_no_folder(tmp_path):
-    ScoreStore(tmp_path / "cache", REFERENCE, "0", description={"model": "tiny"}).load(
+    ScoreStore(tmp_path / "cache", REFERENCE, "0", description={"model": "tiny"}).lookup(
         *(np.zeros((0, 16), np.uint8), [])
     )
     assert not (tmp_path / "cache").exists()

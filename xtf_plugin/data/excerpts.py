@@ -8,23 +8,13 @@ scored and stored like any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .documents import IGNORE_INDEX, DocumentSet, collect
 from .predictions import Predictions
-from .ragged import Bools, Floats, Ints, stretches
-
-
-@dataclass(frozen=True)
-class Excerpted:
-    """What a reference predicts at the completion tokens of some segments, (M,) each; NaN elsewhere."""
-
-    logprobs: Floats
-    entropy: Floats
-    deviation: Floats
+from .ragged import Bools, Ints, stretches
 
 
 def excerpts(documents: DocumentSet, hidden: Bools, starts: Ints, wanted: Ints, breaks: Bools) -> DocumentSet:
@@ -81,8 +71,8 @@ def predictions_without(
     wanted: Ints,
     breaks: Bools,
     predict: Callable[[DocumentSet], Predictions],
-) -> Excerpted:
-    """What a reference predicts in the wanted segments if the hidden tokens before them are left out.
+) -> Predictions:
+    """What a reference predicts in the wanted segments if the hidden tokens before them are left out; NaN elsewhere.
 
     Args:
         documents, hidden, starts, wanted, breaks: as in `excerpts`.
@@ -98,4 +88,4 @@ def predictions_without(
         out_of = stretches(offsets[made.row_documents], lengths)
         for name, values in columns.items():
             values[into] = getattr(found, name)[out_of]
-    return Excerpted(**columns)
+    return Predictions(**columns)

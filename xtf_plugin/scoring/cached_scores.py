@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from ..config.scores import SLOTS
 from ..data.documents import DocumentSet
-from ..data.excerpts import Excerpted, predictions_without
+from ..data.excerpts import predictions_without
+from ..data.predictions import Predictions
 from ..data.sentences import line_breaks
 from ..errors import XTFError, XTFUserError
 from ..fields import ReferenceConfig
@@ -141,7 +142,7 @@ class ScoreSource:
 
     def predictions_without(
         self, hidden: Any, starts: Any, wanted: Any, reference: ReferenceConfig | None = None
-    ) -> Excerpted:
+    ) -> Predictions:
         """See `ScoringContext.predictions_without`."""
         if self._breaks is None:  # the vocabulary is read once
             self._breaks = line_breaks(self.tokenizer, self.documents.input_ids[self.documents.completion])
@@ -258,7 +259,7 @@ class ScoreSource:
             stats = self._fill(store, found, provider, documents, missing, layers) if len(missing) else ScoringStats()
         # ranks may have stored different scores of a document, and all plans must have the same bits
         columns = {name: self.ranks.broadcast_if_different(values) for name, values in found.columns.items()}
-        return StoredScores(found.found, **columns), about, stats, int((sizes > 0).sum()) - stats.documents
+        return StoredScores(**columns), about, stats, int((sizes > 0).sum()) - stats.documents
 
     def _fill(
         self,

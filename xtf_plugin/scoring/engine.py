@@ -241,7 +241,7 @@ def _launch(
         columns[:, rows.places] = predicted.cpu().numpy()
         attention = None if received is None else received.cpu().numpy()
         logprobs, entropy, deviation = columns
-        return Records(documents.keys[batch], rows.offsets, logprobs, entropy, deviation, attention)
+        return Records(logprobs, entropy, deviation, attention, keys=documents.keys[batch], offsets=rows.offsets)
 
     return collect
 

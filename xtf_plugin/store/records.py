@@ -7,7 +7,6 @@ minutes.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,35 +14,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.documents import KEY_BYTES
-from ..data.ragged import Bools, Floats, Ints, stretches
+from ..data.predictions import Predictions
+from ..data.ragged import Floats, Ints, stretches
 
 COLUMNS = ("logprobs", "entropy", "deviation", "attention")
 
 
-def column_names(*, attention: bool) -> tuple[str, ...]:
-    """The columns of a scoring pass, with or without attention received."""
-    return COLUMNS if attention else COLUMNS[:-1]
-
-
 @dataclass(frozen=True)
-class Records:
-    """Scores of n documents with m completion tokens in all; NaN: undefined.
+class StoredScores(Predictions):
+    """All scores of completion tokens; NaN where undefined or not found.
+
+    Args:
+        attention: (M,) float32 attention received; None: not measured, or not requested.
+    """
+
+    attention: Floats | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records(StoredScores):
+    """Scores of n documents.
 
     Args:
         keys: (n, 16) uint8.
         offsets: (n + 1,) int64 into the scores.
-        logprobs: (m,) float32 natural-log probabilities.
-        entropy: (m,) float32, nats: mean surprisal of a token drawn from the reference's distribution.
-        deviation: (m,) float32, nats: standard deviation of that surprisal.
-        attention: (m,) float32 attention received; None: not measured.
     """
 
     keys: NDArray[np.uint8]
     offsets: Ints
-    logprobs: Floats
-    entropy: Floats
-    deviation: Floats
-    attention: Floats | None = None
 
     @property
     def lengths(self) -> Ints:
@@ -55,12 +53,6 @@ class Records:
         """The measured scores by name, in the order of `COLUMNS`."""
         found = {name: getattr(self, name) for name in COLUMNS}
         return {name: values for name, values in found.items() if values is not None}
-
-    def part(self, low: int, high: int) -> Records:
-        """Documents [low, high), as views."""
-        a, b = int(self.offsets[low]), int(self.offsets[high])
-        columns = {name: values[a:b] for name, values in self.columns.items()}
-        return Records(keys=self.keys[low:high], offsets=self.offsets[low : high + 1] - a, **columns)
 
     def to_bytes(self) -> bytes:
         """Serialise for another process; `from_bytes` is the inverse."""
@@ -87,46 +79,33 @@ def merge(parts: list[Records]) -> Records:
     )
 
 
-@dataclass(frozen=True)
-class StoredScores:
-    """Scores of the requested documents, in their order; NaN where undefined or not found.
+class Lookup:
+    """Searches records for the requested documents. The first scores found of a document are used.
 
     Args:
+        keys: (N, 16) uint8, of the requested documents.
+        lengths: (N,) completion tokens of each.
+        attention: request attention received, too.
+
+    Attributes:
         found: (N,) whether a document's scores are known.
-        logprobs, entropy, deviation: as in `Records`, over the completion tokens of the requested documents.
-        attention: likewise; None if it was not requested.
+        columns: the scores by name, over the completion tokens of the requested documents; NaN where not found.
+
+    Raises:
+        ValueError: the shapes of keys and lengths do not match.
     """
 
-    found: Bools
-    logprobs: Floats
-    entropy: Floats
-    deviation: Floats
-    attention: Floats | None = None
-
-
-class Lookup:
-    """Searches records for the requested documents. The first scores found of a document are used."""
-
-    def __init__(self, keys: NDArray[np.uint8], lengths: Ints, columns: Sequence[str] = COLUMNS) -> None:
-        """Request `columns` of documents by key (N, 16) and number of completion tokens (N,).
-
-        Raises:
-            ValueError: the shapes of keys and lengths do not match.
-        """
+    def __init__(self, keys: NDArray[np.uint8], lengths: Ints, *, attention: bool) -> None:
         self.keys, self.lengths = keys, np.ascontiguousarray(lengths, dtype=np.int64)
         if keys.dtype != np.uint8 or keys.shape != (len(self.lengths), KEY_BYTES) or (self.lengths < 0).any():
             raise ValueError(f"keys must be uint8 ({len(self.lengths)}, {KEY_BYTES}), not {keys.dtype} {keys.shape}")
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.found = np.zeros(len(self.lengths), dtype=bool)
-        self.columns = {name: np.full(int(self.lengths.sum()), np.nan, dtype=np.float32) for name in columns}
+        names, total = COLUMNS if attention else COLUMNS[:-1], int(self.lengths.sum())
+        self.columns = {name: np.full(total, np.nan, dtype=np.float32) for name in names}
         identity = identities(keys, self.lengths)
         self._order = np.argsort(identity, kind="stable")
         self._sorted = identity[self._order]
-
-    @property
-    def scores(self) -> StoredScores:
-        """Everything found so far, as views."""
-        return StoredScores(self.found, **self.columns)
 
     def wants(self, identity: NDArray[np.bytes_]) -> bool:
         """Whether any of these `identities` is requested and not found yet."""
@@ -150,7 +129,7 @@ class Lookup:
         lengths = self.lengths[wanted]
         out_of = stretches(self.starts[wanted], lengths)
         columns = {name: values[out_of] for name, values in self.columns.items()}
-        return Records(self.keys[wanted], np.concatenate([[0], np.cumsum(lengths)]), **columns)
+        return Records(keys=self.keys[wanted], offsets=np.concatenate([[0], np.cumsum(lengths)]), **columns)
 
     def _places(self, identity: NDArray[np.bytes_]) -> tuple[Ints, Ints]:
         """First and end position in `_order` of each identity."""

@@ -31,7 +31,7 @@ from .. import files
 from ..data.documents import KEY_BYTES
 from ..errors import harmless
 from . import shard_format
-from .records import Lookup, Records, StoredScores, column_names, identities, merge
+from .records import Lookup, Records, identities, merge
 from .shard_format import BadShard, NewerShard
 
 logger = logging.getLogger(__name__)
@@ -97,10 +97,6 @@ class ScoreStore:
     def __exit__(self, *_: object) -> None:
         self.flush()
 
-    def load(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64]) -> StoredScores:
-        """The scores of `lookup`."""
-        return self.lookup(keys, lengths).scores
-
     def lookup(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64]) -> Lookup:
         """Find scores on disk and in memory.
 
@@ -110,7 +106,7 @@ class ScoreStore:
         Args:
             keys: (N, 16) uint8 document keys. lengths: (N,) completion tokens of each.
         """
-        found = Lookup(keys, lengths, column_names(attention=self.layers is not None))
+        found = Lookup(keys, lengths, attention=self.layers is not None)
         for path in self._candidates():
             if found.found.all():
                 break

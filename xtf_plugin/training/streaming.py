@@ -39,7 +39,7 @@ from ..scoring.fingerprint import base_tensors
 from ..scoring.reference import Reference
 from ..selection.select import Selection, rule_bits, select
 from ..selection.text_rules import TextRules
-from ..store.records import Lookup, StoredScores, column_names
+from ..store.records import Lookup, StoredScores
 from .verification import Bools, Candidate, Ids, token_hash
 
 logger = logging.getLogger(__name__)
@@ -414,10 +414,10 @@ class _ChunkSource(ScoreSource):
         self, provider: Any, documents: DocumentSet, layers: tuple[int, ...]
     ) -> tuple[StoredScores, dict[str, Any], ScoringStats, int]:
         sizes = np.diff(documents.completion_offsets)
-        lookup = Lookup(documents.keys, sizes, column_names(attention=bool(layers)))
+        lookup = Lookup(documents.keys, sizes, attention=bool(layers))
         wanted, take, budget = np.flatnonzero(sizes > 0), lookup.take, self.batch_tokens
         stats = score(documents, wanted, self.reference, layers, take, batch_tokens=budget, progress=False)
-        return lookup.scores, {}, stats, 0
+        return StoredScores(**lookup.columns), {}, stats, 0
 
     def _check(self, scores: StoredScores, about: dict[str, Any], prefix: str = "") -> None:
         """Accept documents without any finite score, which a dataset may not have: a chunk can be one document."""
