@@ -90,7 +90,7 @@ class TestStore:
     def test_second_run_does_not_open_the_reference(self, plan):
         first, second = plan(), plan()
         assert first.provider.opened == 1 and second.provider.opened == 0
-        assert second.reused == 12 and second.stats.documents == 0
+        assert second.stats.stored_documents == 12 and second.stats.documents == 0
         assert np.array_equal(first.selection.keep, second.selection.keep)
 
     @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ class Plan:
         config, documents, scores, selection: the block, its input and its result.
         reference: what to report of the run's own reference.
         stats: the cost of scoring.
-        reused: how many documents' scores came from the store.
         warnings: for the user.
         scorers: what to report of each score's scorer, of other references and of rescoring.
         streaming: what to report of the calibration sample, for a plan of one.
@@ -48,7 +47,6 @@ class Plan:
     selection: Selection
     reference: dict[str, Any]
     stats: ScoringStats
-    reused: int
     warnings: list[str] = field(default_factory=list)
     scorers: dict[str, Any] = field(default_factory=dict)
     streaming: dict[str, Any] = field(default_factory=dict)
@@ -116,7 +114,6 @@ def make_plan(
         selection,
         reference={**provider.description(), "fingerprint": fingerprint},
         stats=source.stats,
-        reused=source.reused,
         warnings=warnings,
         scorers={"scores": about_scorers(config.scores), "references": source.passes, **source.about_excerpts()},
         text=text,

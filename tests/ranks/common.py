@@ -58,5 +58,5 @@ def scored(ranks, root, documents, reference, budget=100):
         "logprobs": lines(source.predictions().logprobs),
         "attention": lines(attention),
         "stats": [stats.documents, stats.tokens, stats.batches],
-        "reused": source.reused,
+        "reused": source.stats.stored_documents,
     }

@@ -124,7 +124,7 @@ def run(folder: str, cache: str, options: dict[str, Any]) -> None:
     masks = plan.masks()
     facts = {
         "scored": plan.stats.documents,
-        "reused": plan.reused,
+        "reused": plan.stats.stored_documents,
         "masks": hashlib.sha256(masks.bits.tobytes() + masks.keys.tobytes() + masks.best.tobytes()).hexdigest(),
         "table": table_hash(place / "xtf" / "scores.parquet"),
         "documents": document_hashes(plan),

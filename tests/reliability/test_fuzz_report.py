@@ -99,7 +99,7 @@ def plan_of(number: int, tokenizer: Any, block: dict[str, Any], name: str) -> Pl
     text = TextRules.find(config, documents, tokenizer)
     selection = select(scores, config, text.protected, text.forced, text.segments)
     about = {"scores": {}, "references": []}
-    parts = (documents, scores, selection, {"name": name, "source": name}, ScoringStats(), 0, [name], about)
+    parts = (documents, scores, selection, {"name": name, "source": name}, ScoringStats(), [name], about)
     return Plan(config, *parts, text=text)
 
 

@@ -114,8 +114,8 @@ def test_what_does_not_fit_at_all_ends_with_the_setting_to_change(
     monkeypatch.undo()
     found = plan(tmp_path, documents)
     assert 0 < found.stats.documents <= len(documents) - len(short)
-    assert found.stats.documents + found.reused == len(documents) and not moved(undisturbed, found)[2]
-    record("out of memory for good", runs=1, scored=found.stats.documents, kept=found.reused)
+    assert found.stats.documents + found.stats.stored_documents == len(documents) and not moved(undisturbed, found)[2]
+    record("out of memory for good", runs=1, scored=found.stats.documents, kept=found.stats.stored_documents)
 
 
 def cramped(folder):

@@ -105,7 +105,7 @@ def in_the_cache(data: bytes, folder: Path) -> None:
             path.with_name(xxhash.xxh3_128_hexdigest(data) + ".parquet").write_bytes(data)
     list_cache(folder / "cache")
     after = plan(folder / "cache")
-    assert np.array_equal(before.selection.keep, after.selection.keep) and after.reused == 0
+    assert np.array_equal(before.selection.keep, after.selection.keep) and after.stats.stored_documents == 0
     assert len(list(folder.rglob("*.damaged"))) == 2
 
 

@@ -46,7 +46,7 @@ def large_plan(lengths, block=MANY, spread=4.0) -> Plan:
     }
     scores = replace(scores_of(documents, None, values), logprobs=logprobs)
     selection = select(scores, config, np.zeros(size, dtype=bool))
-    return Plan(config, documents, scores, selection, {"name": "none", "source": "made up"}, ScoringStats(), 0)
+    return Plan(config, documents, scores, selection, {"name": "none", "source": "made up"}, ScoringStats())
 
 
 def test_a_dataset_of_10000_documents_opens_in_a_second(browser, tmp_path):

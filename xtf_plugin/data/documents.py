@@ -7,7 +7,7 @@ sharding or reloading a prepared dataset, and adding rows to a dataset leaves th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import XTFUserError
+from .ragged import offsets_of
 
 IGNORE_INDEX = -100
 INT32_MAX = 2**31 - 1
@@ -216,10 +217,10 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
     return DocumentSet(
         keys=np.frombuffer(b"".join(index), dtype=np.uint8).reshape(-1, KEY_BYTES),
         counts=np.bincount(found).astype(np.int64),
-        offsets=_offsets([len(i) for i in ids]),
+        offsets=offsets_of(np.asarray([len(i) for i in ids])),
         input_ids=np.concatenate(ids),
         completion=np.concatenate(masks),
-        row_offsets=_offsets(row_sizes),
+        row_offsets=offsets_of(np.asarray(row_sizes)),
         row_documents=found,
     )
 
@@ -229,7 +230,3 @@ def _to_int32(tokens: Ids) -> NDArray[np.int32]:
         bad = tokens[(tokens < 0) | (tokens > INT32_MAX)][0]
         raise XTFUserError(f"a training row holds the token id {int(bad)}, which no tokenizer gives; tokenise again.")
     return tokens.astype(np.int32)
-
-
-def _offsets(sizes: Sequence[int]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64))]).astype(np.int64)

@@ -32,6 +32,20 @@ def chunks(total: int, size: int) -> Iterator[slice]:
     return (slice(low, min(low + size, total)) for low in range(0, total, size))
 
 
+def offsets_of(lengths: Ints) -> Ints:
+    """Where documents of these lengths (N,) begin and end in a flat array, (N + 1,)."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def runs(offsets: Ints, size: int) -> Iterator[slice]:
+    """Slices of consecutive documents with at most `size` tokens together; a longer document is alone."""
+    low = 0
+    while low < len(offsets) - 1:
+        high = max(low + 1, int(np.searchsorted(offsets, offsets[low] + size, side="right")) - 1)
+        yield slice(low, high)
+        low = high
+
+
 def identity(values: Doubles) -> Doubles:
     """The linear scale."""
     return values
@@ -60,14 +74,9 @@ class Layout:
         Args:
             padding: tokens that each document counts for beyond its own.
         """
-        cost = self.offsets + padding * np.arange(len(self.offsets))
-        low, n = 0, len(self.counts)
-        while low < n:
-            high = max(low + 1, int(np.searchsorted(cost, cost[low] + CHUNK_TOKENS, side="right")) - 1)
-            start, stop = int(self.offsets[low]), int(self.offsets[high])
-            part = Layout(self.offsets[low : high + 1] - start, self.counts[low:high])
-            yield slice(start, stop), slice(low, high), part
-            low = high
+        for run in runs(self.offsets + padding * np.arange(len(self.offsets)), CHUNK_TOKENS):
+            bounds = self.offsets[run.start : run.stop + 1]
+            yield slice(int(bounds[0]), int(bounds[-1])), run, Layout(bounds - bounds[0], self.counts[run])
 
     def spread(self, per_document: NDArray[T]) -> NDArray[T]:
         """Repeat one value per document over its tokens, (N,) -> (M,)."""
@@ -173,7 +182,7 @@ def lowest(keys: Keys, layout: Layout, number: Ints) -> tuple[Bools, Keys]:
     if not some.any():
         return marks, limits
     wanted = layout.spread(some)
-    inner = Layout(np.concatenate([[0], np.cumsum(layout.lengths[some])]), layout.counts[some])
+    inner = Layout(offsets_of(layout.lengths[some]), layout.counts[some])
     keys, number = keys[wanted], number[some]
     limits[some] = sorted_keys(keys, inner)[inner.offsets[:-1] + number - 1]
     limit = inner.spread(limits[some])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .ragged import Bools, Ints, chunks
+from .ragged import Bools, Ints, chunks, runs
 from .token_text import token_bytes
 
 Flags = NDArray[np.uint8]
@@ -45,15 +45,13 @@ def segment_starts(
     ids, offsets = np.asarray(token_ids), np.asarray(run_offsets, dtype=np.int64)
     flags = _vocabulary_flags(tokenizer, ids, np.asarray(special_ids))
     found = []
-    low = 0
-    while low < len(offsets) - 1:
-        high = max(low + 1, int(np.searchsorted(offsets, offsets[low] + CHUNK_TOKENS, side="right")) - 1)
-        here = flags[ids[offsets[low] : offsets[high]]]
+    for part in runs(offsets, CHUNK_TOKENS):
+        start, stop = offsets[part.start], offsets[part.stop]
+        here = flags[ids[start:stop]]
         begins = np.zeros(len(here) + 1, dtype=bool)  # an empty last run begins after the last token
-        begins[offsets[low:high] - offsets[low]] = True
+        begins[offsets[part] - start] = True
         if len(here):
-            found.append(np.flatnonzero(_starts(here, begins[:-1], unit)) + offsets[low])
-        low = high
+            found.append(np.flatnonzero(_starts(here, begins[:-1], unit)) + start)
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from .. import files
 from ..config.block import XTFConfig
 from ..data import token_text
-from ..data.ragged import Bools, Floats, Ints, Layout, stretches
+from ..data.ragged import Bools, Floats, Ints, Layout, offsets_of, runs, stretches
 from ..errors import XTFUserError
 from ..selection.select import DECISIONS, Reasons, reason_text, rule_bits
 
@@ -190,13 +190,9 @@ def _occurrences(documents: DocumentSet, offsets: Ints) -> Iterator[tuple[Ints, 
     """(row, document, flat index) of every completion token in dataset order, some dataset rows at a time."""
     rows = np.repeat(np.arange(len(documents.row_offsets) - 1), np.diff(documents.row_offsets))
     lengths = np.diff(offsets)[documents.row_documents]
-    ends = np.cumsum(lengths)
-    low = 0
-    while low < len(rows):
-        high = max(low + 1, int(np.searchsorted(ends, ends[low] - lengths[low] + CHUNK_TOKENS, side="right")))
-        part, size = documents.row_documents[low:high], lengths[low:high]
-        yield np.repeat(rows[low:high], size), np.repeat(part, size), stretches(offsets[part], size)
-        low = high
+    for run in runs(offsets_of(lengths), CHUNK_TOKENS):
+        part, size = documents.row_documents[run], lengths[run]
+        yield np.repeat(rows[run], size), np.repeat(part, size), stretches(offsets[part], size)
 
 
 def read(path: Path) -> ScoreTable:
@@ -230,7 +226,7 @@ def _table(about: Mapping[str, Any], config: XTFConfig, held: Any) -> ScoreTable
     _, first, counts = np.unique(codes[begins], return_index=True, return_counts=True)
     order = np.argsort(first)  # distinct documents as they first occur
     first, counts = first[order], counts[order]
-    offsets = np.concatenate([[0], np.cumsum(lengths[first])])
+    offsets = offsets_of(lengths[first])
     where = stretches(begins[first], lengths[first])
 
     def column(name: str) -> NDArray[Any]:

@@ -103,7 +103,7 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
         },
         "scoring": {
             "scored_documents": stats.documents,
-            "stored_documents": plan.reused,
+            "stored_documents": stats.stored_documents,
             "seconds": round(stats.seconds, 3),
             "tokens_per_second": round(share(stats.tokens, stats.seconds), 1),
             "padding_fraction": round(1 - stats.tokens / stats.padded_tokens, 4) if stats.padded_tokens else 0.0,
@@ -131,7 +131,7 @@ def show(plan: Plan, written: list[Path]) -> None:
             *lines,
             f"reference {plan.reference.get('name')} ({plan.reference.get('source')})",
             f"scored {stats.documents:,} documents in {stats.seconds:.1f} s "
-            f"({share(stats.tokens, stats.seconds):,.0f} tokens/s), {plan.reused:,} came from the store",
+            f"({share(stats.tokens, stats.seconds):,.0f} tokens/s), {stats.stored_documents:,} came from the store",
             *_scorer_lines(plan),
             "the training loss is taken over kept tokens only and is not comparable with plain SFT's.",
             *(f"warning: {warning}" for warning in plan.warnings),

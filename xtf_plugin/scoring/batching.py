@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.documents import DocumentSet
+from ..data.ragged import offsets_of, runs
 from ..errors import XTFError
 from .kernels.packing import Packed
 
@@ -29,7 +30,7 @@ FORWARD_TOKENS = 512
 
 @dataclass
 class ScoringStats:
-    """What a scoring pass did, for the log and the summary."""
+    """What a scoring pass did, for the log and the summary; `documents` are those that it ran through the model."""
 
     documents: int = 0
     tokens: int = 0
@@ -37,6 +38,7 @@ class ScoringStats:
     batches: int = 0
     halvings: int = 0
     seconds: float = 0.0
+    stored_documents: int = 0
 
     @classmethod
     def of_all(cls, ranks: list[dict[str, Any]]) -> ScoringStats:
@@ -104,34 +106,26 @@ def plan_batches(
     order = order[lengths[order] > 0]
     longer = 0 if apart is None else int((lengths[order] > apart).sum())
     for part in (order[:longer], order[longer:]):
-        sizes = _filled(lengths[part], budget) if packed else _cheapest(lengths[part].astype(np.int64), budget)
-        low = 0
-        while low < len(part):
-            yield part[low : low + int(sizes[low])]
-            low += int(sizes[low])
+        split = runs(offsets_of(lengths[part]), budget) if packed else _cheapest(lengths[part], budget)
+        yield from (part[batch] for batch in split)
 
 
-def _filled(lengths: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
-    """For each document, the size of a packed batch that begins with it, (N,)."""
-    ends = np.concatenate([[0], np.cumsum(lengths)])
-    last = np.searchsorted(ends, ends[:-1] + budget, side="right") - 1
-    sizes: NDArray[np.int64] = np.maximum(last - np.arange(len(lengths)), 1)
-    return sizes
-
-
-def _cheapest(longest: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
-    """For each document, the size of a padded batch that begins with it in the cheapest split of the rest, (N,)."""
+def _cheapest(longest: NDArray[np.int64], budget: int) -> Iterator[slice]:
+    """The padded batches of the cheapest split."""
     n = len(longest)
     sizes = np.clip(budget // np.maximum(longest, 1), 1, np.arange(n, 0, -1))
     counts = np.arange(1, int(sizes.max(initial=1)) + 1)
     cost = np.zeros(n + 1, dtype=np.int64)  # of all documents from this one on
-    best = np.ones(n, dtype=np.int64)
+    best = np.ones(n, dtype=np.int64)  # size of the batch that begins with this document
     for low in range(n - 1, -1, -1):
         size = int(sizes[low])
         after = counts[:size] * longest[low] + cost[low + 1 : low + 1 + size]
         chosen = int(after.argmin())
         cost[low], best[low] = after[chosen] + FORWARD_TOKENS, chosen + 1
-    return best
+    low = 0
+    while low < n:
+        yield slice(low, low + int(best[low]))
+        low += int(best[low])
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -263,7 +257,7 @@ def laid_out(documents: DocumentSet, batch: NDArray[np.int64], device: torch.dev
         completion=there(at),
         predicted=there(at[places]),
         start=0 if packed else min(int(starts.min()), shape[1] - 1),
-        offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        offsets=offsets_of(sizes),
         places=places,
         packed=Packed(there(bounds), there(starts), bounds) if packed else None,
     )

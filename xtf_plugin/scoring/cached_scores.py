@@ -76,9 +76,9 @@ class ScoreSource:
 
     Attributes:
         known: predictions of the run's own reference; None until they are needed.
-        stats, reused: statistics of its passes over the dataset, and the number of documents found in the store.
+        stats: statistics of its passes over the dataset.
         passes: the same for other references, for the summary.
-        excerpts, stored_excerpts: the same for documents outside the dataset.
+        excerpts: the same for documents outside the dataset.
         warnings: about the references.
     """
 
@@ -98,8 +98,7 @@ class ScoreSource:
         self.config, self.documents, self.tokenizer = config, documents, tokenizer
         self.progress, self.ranks = progress, ranks
         self.known: StoredScores | None = None
-        self.stats, self.reused = ScoringStats(), 0
-        self.excerpts, self.stored_excerpts = ScoringStats(), 0
+        self.stats, self.excerpts = ScoringStats(), ScoringStats()
         self.passes: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self._main, self._references = main, references
@@ -125,10 +124,10 @@ class ScoreSource:
         if reference is None:
             return self.known or self._score_main(())
         if reference not in self._others:
-            scores, about, stats, reused = self._scored(self._provider(reference), self.documents, ())
+            scores, about, stats = self._scored(self._provider(reference), self.documents, ())
             self._check(scores, about, f"{about.get('name')}: ")
             self._others[reference] = scores
-            self.passes.append({**about, **asdict(stats), "stored_documents": reused})
+            self.passes.append({**about, **asdict(stats)})
         return self._others[reference]
 
     def attention_received(self, layers: Any) -> Floats:
@@ -148,9 +147,8 @@ class ScoreSource:
             self._breaks = line_breaks(self.tokenizer, self.documents.input_ids[self.documents.completion])
 
         def predict(documents: DocumentSet) -> StoredScores:
-            scores, _, stats, reused = self._scored(self._provider(reference), documents, ())
+            scores, _, stats = self._scored(self._provider(reference), documents, ())
             self.excerpts.add(stats)
-            self.stored_excerpts += reused
             return scores
 
         return predictions_without(self.documents, hidden, starts, wanted, self._breaks, predict)
@@ -188,11 +186,11 @@ class ScoreSource:
 
     def about_excerpts(self) -> dict[str, Any]:
         """Statistics of documents outside the dataset, for the summary; empty if there were none."""
-        facts = {**asdict(self.excerpts), "stored_documents": self.stored_excerpts}
-        return {"excerpts": facts} if self.excerpts.documents or self.stored_excerpts else {}
+        some = self.excerpts.documents + self.excerpts.stored_documents
+        return {"excerpts": asdict(self.excerpts)} if some else {}
 
     def _score_main(self, layers: tuple[int, ...]) -> StoredScores:
-        scores, about, stats, self.reused = self._scored(self._main, self.documents, layers)
+        scores, about, stats = self._scored(self._main, self.documents, layers)
         self.stats.add(stats)
         if self.known is None:
             self._check(scores, about)
@@ -239,11 +237,11 @@ class ScoreSource:
 
     def _scored(
         self, provider: ReferenceProvider, documents: DocumentSet, layers: tuple[int, ...]
-    ) -> tuple[StoredScores, dict[str, Any], ScoringStats, int]:
+    ) -> tuple[StoredScores, dict[str, Any], ScoringStats]:
         """Look up the scores of some documents, and compute and store the missing ones. A collective.
 
         Returns:
-            the scores, facts about the reference, statistics of the pass, and the number of documents found.
+            the scores, facts about the reference, and statistics of the pass.
         """
         fingerprint, tag = self.fingerprint(provider), ",".join(map(str, layers)) or None
         about = {**provider.description(), "fingerprint": fingerprint}
@@ -257,9 +255,10 @@ class ScoreSource:
             pool(self.ranks, found)
             missing = np.flatnonzero(~found.found & (sizes > 0))
             stats = self._fill(store, found, provider, documents, missing, layers) if len(missing) else ScoringStats()
+        stats.stored_documents = int((sizes > 0).sum()) - stats.documents
         # ranks may have stored different scores of a document, and all plans must have the same bits
         columns = {name: self.ranks.broadcast_if_different(values) for name, values in found.columns.items()}
-        return StoredScores(**columns), about, stats, int((sizes > 0).sum()) - stats.documents
+        return StoredScores(**columns), about, stats
 
     def _fill(
         self,

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import xxhash
 from numpy.typing import NDArray
 
+from ..data.ragged import offsets_of, runs
 from ..errors import XTFError, XTFUserError
 from ..store.records import Lookup, Records, merge
 
@@ -235,13 +236,9 @@ def pool(ranks: Ranks, stored: Lookup) -> None:
     found = np.stack([np.unpackbits(np.frombuffer(bits, np.uint8), count=count) for bits in sent]).astype(bool)
     partial = np.flatnonzero(found.any(0) & ~found.all(0))
     owner = found.argmax(0)
-    before = np.concatenate([[0], np.cumsum(stored.lengths[partial])])
-    low = 0
-    while low < len(partial):
-        high = max(low + 1, int(np.searchsorted(before, before[low] + PIECE_TOKENS, side="right")) - 1)
-        piece = partial[low:high]
+    for run in runs(offsets_of(stored.lengths[partial]), PIECE_TOKENS):
+        piece = partial[run]
         mine = stored.records(piece[owner[piece] == ranks.rank])
         for rank, theirs in enumerate(ranks.gather(mine.to_bytes())):
             if rank != ranks.rank:
                 stored.take(Records.from_bytes(theirs))
-        low = high

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.documents import KEY_BYTES
-from ..data.ragged import Layout
+from ..data.ragged import Layout, offsets_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class MaskTable:
         halves = flat.view(">u8").reshape(-1, 2).astype(np.uint64)
         order = np.lexsort((halves[:, 1], halves[:, 0]))
         sizes = np.diff(offsets)[order]
-        ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        ends = offsets_of(sizes)
         flags = np.empty(ends[-1], dtype=bool)
         first = offsets[:-1][order] - ends[:-1]
         for tokens, run, part in Layout(ends, sizes).chunks():  # an index of all tokens would take 8 times the flags

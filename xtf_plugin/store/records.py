@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..data.documents import KEY_BYTES
 from ..data.predictions import Predictions
-from ..data.ragged import Floats, Ints, stretches
+from ..data.ragged import Floats, Ints, offsets_of, stretches
 
 COLUMNS = ("logprobs", "entropy", "deviation", "attention")
 
@@ -74,7 +74,7 @@ def merge(parts: list[Records]) -> Records:
     lengths = np.concatenate([part.lengths for part in parts])
     return Records(
         keys=np.concatenate([part.keys for part in parts]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=offsets_of(lengths),
         **{name: np.concatenate([column[name] for column in columns]) for name in columns[0]},
     )
 
@@ -129,7 +129,7 @@ class Lookup:
         lengths = self.lengths[wanted]
         out_of = stretches(self.starts[wanted], lengths)
         columns = {name: values[out_of] for name, values in self.columns.items()}
-        return Records(keys=self.keys[wanted], offsets=np.concatenate([[0], np.cumsum(lengths)]), **columns)
+        return Records(keys=self.keys[wanted], offsets=offsets_of(lengths), **columns)
 
     def _places(self, identity: NDArray[np.bytes_]) -> tuple[Ints, Ints]:
         """First and end position in `_order` of each identity."""

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from ..data.documents import KEY_BYTES
-from ..data.ragged import Floats, Ints
+from ..data.ragged import Floats, Ints, offsets_of
 from ..errors import XTFError
 from .records import COLUMNS, Records
 
@@ -129,5 +129,4 @@ def _flat(column: Any) -> tuple[Ints, Floats]:
     values = lists.flatten()
     if lists.null_count or values.null_count:
         raise BadShard("missing scores")
-    lengths = lists.value_lengths().to_numpy()
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), values.to_numpy()
+    return offsets_of(lists.value_lengths().to_numpy()), values.to_numpy()

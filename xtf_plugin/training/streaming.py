@@ -412,12 +412,12 @@ class _ChunkSource(ScoreSource):
 
     def _scored(
         self, provider: Any, documents: DocumentSet, layers: tuple[int, ...]
-    ) -> tuple[StoredScores, dict[str, Any], ScoringStats, int]:
+    ) -> tuple[StoredScores, dict[str, Any], ScoringStats]:
         sizes = np.diff(documents.completion_offsets)
         lookup = Lookup(documents.keys, sizes, attention=bool(layers))
         wanted, take, budget = np.flatnonzero(sizes > 0), lookup.take, self.batch_tokens
         stats = score(documents, wanted, self.reference, layers, take, batch_tokens=budget, progress=False)
-        return StoredScores(**lookup.columns), {}, stats, 0
+        return StoredScores(**lookup.columns), {}, stats
 
     def _check(self, scores: StoredScores, about: dict[str, Any], prefix: str = "") -> None:
         """Accept documents without any finite score, which a dataset may not have: a chunk can be one document."""
