@@ -93,6 +93,12 @@ def _regex(pattern: str) -> str:
     return pattern
 
 
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] >= value[1]:
+        raise ValueError("does not ascend; write the lower share first, such as [0.2, 0.4]")
+    return value
+
+
 def _once(values: list[int]) -> list[int]:
     if len(set(values)) < len(values):
         raise ValueError("names a layer twice")
@@ -147,6 +153,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Calibration = Annotated[int, Field(ge=8), BeforeValidator(_whole)]  # quartiles of fewer documents say nothing
+Shares = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
 Classes = Annotated[int, Field(ge=2, le=8), BeforeValidator(_whole)]
 Window = Annotated[int, Field(ge=1, le=4095, json_schema_extra={"not": {"multipleOf": 2}}), BeforeValidator(_odd)]
 Name = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_path)]
@@ -189,9 +196,19 @@ class Drop(Block):
 
     model_config = ConfigDict(json_schema_extra=_only_rules)
     # the legal sets of keys
-    rules: ClassVar[Sequence[Sequence[str]]] = (("quantile",), ("below",), ("fence",), ("cluster",), ("cluster", "of"))
+    rules: ClassVar[Sequence[Sequence[str]]] = (
+        ("quantile",),
+        ("below",),
+        ("of_median",),
+        ("fence",),
+        ("cluster",),
+        ("cluster", "of"),
+    )
     quantile: Quantile | None = Field(default=None, description="Drop the lowest share of the scores.")
     below: Finite | None = Field(default=None, description="Drop scores below this, in the score's own unit.")
+    of_median: Probability | None = Field(
+        default=None, description="Drop scores below this share of the dataset's median score, which must be positive."
+    )
     fence: NonNegative | None = Field(default=None, description="Drop scores below Q1 - fence * (Q3 - Q1), Eq. (5).")
     cluster: Positive | None = Field(default=None, description="Drop this Multi-Otsu class, Eq. (7); 1 is the lowest.")
     of: Classes = Field(default=5, description="Number of classes of the split; only beside `cluster`.")

@@ -18,6 +18,7 @@ from .data.documents import IGNORE_INDEX, DocumentSet, collect
 from .data.excerpts import predictions_without
 from .data.predictions import Predictions
 from .data.ragged import Doubles, Floats, Ints, Layout
+from .data.splices import Splices, predictions_of
 from .scorers import ReferenceConfig, ScoreConfig, Scorer, ScoringContext
 from .scorers.registry import complaints
 from .selection.rules import fires
@@ -101,6 +102,9 @@ class _MadeUpSource:
         breaks = self.documents.input_ids[self.documents.completion] % 11 == 5
         predict = partial(self.predictions, reference)
         return predictions_without(self.documents, hidden, starts, wanted, breaks, predict)
+
+    def predictions_of(self, splices: Splices, reference: Any) -> Predictions:
+        return predictions_of(self.documents, splices, partial(self.predictions, reference))
 
     def attention_received(self, layers: Any) -> Floats:
         received: Floats = np.exp(_made_up(self.documents, str(layers)).logprobs)

@@ -25,9 +25,12 @@ SLOTS = {
     "task_relevance": "embedding_similarity",
 }
 # Where a preset sets no value, a key has its field's default. docs/evidence.md compares `default` with `paper`.
-_OUT_OF_PLACE = {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -4.0}}
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"selectors": {"out_of_place": _OUT_OF_PLACE}},
+    "default": {
+        "reasoning_importance": {"scorer": "influence"},
+        "knowledge_novelty": {"scorer": "new_text"},
+        "task_relevance": {"scorer": "explained"},
+    },
     "none": {},  # for a block that names all of its own rules
     "paper": {
         "reasoning_importance": {"layers": "last", "drop": {"fence": 1.0}},

@@ -7,8 +7,8 @@ sharding or reloading a prepared dataset, and adding rows to a dataset leaves th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,7 @@ Ids = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
-def document_key(input_ids: Ids, completion: Mask) -> bytes:
+def document_key(input_ids: NDArray[Any], completion: Mask) -> bytes:
     """128-bit key of a document: `xxh3_128(int64 little-endian token ids + packed label mask)`, 16 bytes.
 
     Args:
@@ -142,6 +142,19 @@ def _bounds(row: Mapping[str, Any], start: int, end: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Branches:
+    """Documents that begin with the same tokens, so that their common beginning is read once.
+
+    Args:
+        groups: (N,) the documents of a group begin with the same tokens, as far as their beginnings reach.
+        lengths: (N,) tokens of each document that belong to the common beginning; 0: none.
+    """
+
+    groups: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class DocumentSet:
     """The distinct documents of a dataset in flat arrays, and the documents of each row.
 
@@ -151,6 +164,7 @@ class DocumentSet:
         offsets: (N + 1,) int64 into `input_ids` and `completion`.
         input_ids: flat int32 token ids; completion: flat bool label mask.
         row_offsets: (R + 1,) int64 into `row_documents`; row_documents: int64 document indices, row by row.
+        branches: common beginnings; None: none are known.
     """
 
     keys: NDArray[np.uint8]
@@ -160,6 +174,7 @@ class DocumentSet:
     completion: Mask
     row_offsets: NDArray[np.int64]
     row_documents: NDArray[np.int64]
+    branches: Branches | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -170,15 +185,29 @@ class DocumentSet:
         return np.diff(self.offsets)
 
     @cached_property
+    def completion_flat(self) -> NDArray[np.int64]:
+        """Index of every completion token in `input_ids`, (M,)."""
+        return np.flatnonzero(self.completion)
+
+    @cached_property
     def completion_offsets(self) -> NDArray[np.int64]:
         """(N + 1,) offsets of each document's completion tokens among all completion tokens."""
-        return np.searchsorted(np.flatnonzero(self.completion), self.offsets).astype(np.int64)
+        return np.searchsorted(self.completion_flat, self.offsets).astype(np.int64)
+
+    @cached_property
+    def completion_runs(self) -> NDArray[np.int64]:
+        """Offsets of runs of adjacent completion tokens (an answer, a turn) among all completion tokens, (R + 1,)."""
+        breaks = np.zeros(len(self.completion_flat), dtype=bool)
+        breaks[1:] = np.diff(self.completion_flat) > 1
+        starts = self.completion_offsets
+        breaks[starts[:-1][np.diff(starts) > 0]] = True  # a document's first completion token opens a run
+        return np.append(np.flatnonzero(breaks), len(breaks))
 
     @cached_property
     def completion_positions(self) -> NDArray[np.int32]:
         """Position of every completion token within its document, (M,)."""
         starts = np.repeat(self.offsets[:-1], np.diff(self.completion_offsets))
-        return (np.flatnonzero(self.completion) - starts).astype(np.int32)
+        return (self.completion_flat - starts).astype(np.int32)
 
     def document(self, index: int) -> tuple[NDArray[np.int32], Mask]:
         """Token ids and label mask of one document."""
@@ -192,40 +221,71 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
     Raises:
         XTFUserError: as in `split_row`; a token id is negative or beyond 32 bits; no row has a completion token.
     """
-    index: dict[bytes, int] = {}
-    ids: list[NDArray[np.int32]] = []
-    masks: list[Mask] = []
-    row_sizes: list[int] = []
-    row_documents: list[int] = []
+    distinct, row_sizes, row_documents = _Distinct(), [], []
     for row in rows:
         documents = split_row(row)
         row_sizes.append(len(documents))
-        for _, tokens, completion in documents:
-            key = document_key(tokens, completion)
-            if key not in index:
-                index[key] = len(ids)
-                ids.append(_to_int32(tokens))
-                masks.append(completion)
-            row_documents.append(index[key])
-    if not any(mask.any() for mask in masks):
+        row_documents += [distinct.add(tokens, completion) for _, tokens, completion in documents]
+    if not any(mask.any() for mask in distinct.masks):
         raise XTFUserError(
             f"none of the {len(row_sizes)} training rows has a completion token (a label other than -100): there is "
             "nothing to score or to train on. Check completion_only_loss / assistant_only_loss, the chat template and "
             "max_length."
         )
-    found = np.asarray(row_documents, dtype=np.int64)
-    return DocumentSet(
-        keys=np.frombuffer(b"".join(index), dtype=np.uint8).reshape(-1, KEY_BYTES),
-        counts=np.bincount(found).astype(np.int64),
-        offsets=offsets_of(np.asarray([len(i) for i in ids])),
-        input_ids=np.concatenate(ids),
-        completion=np.concatenate(masks),
-        row_offsets=offsets_of(np.asarray(row_sizes)),
-        row_documents=found,
-    )
+    return distinct.documents(row_sizes, row_documents)
 
 
-def _to_int32(tokens: Ids) -> NDArray[np.int32]:
+def from_arrays(ids: Sequence[NDArray[np.int32]], completions: Sequence[Mask], branches: Branches) -> DocumentSet:
+    """The distinct documents among some token ids and label masks; row `i` is document `i` of the input.
+
+    Args:
+        branches: common beginnings of the input.
+    """
+    distinct = _Distinct()
+    firsts: list[int] = []
+    rows: list[int] = []
+    for place, (tokens, completion) in enumerate(zip(ids, completions, strict=True)):
+        rows.append(distinct.add(tokens, completion))
+        if rows[-1] == len(firsts):
+            firsts.append(place)
+    kept = Branches(branches.groups[firsts], branches.lengths[firsts])
+    return replace(distinct.documents([1] * len(rows), rows), branches=kept)
+
+
+class _Distinct:
+    """Collects distinct documents in order of first appearance."""
+
+    def __init__(self) -> None:
+        self.index: dict[bytes, int] = {}
+        self.ids: list[NDArray[np.int32]] = []
+        self.masks: list[Mask] = []
+
+    def add(self, tokens: NDArray[Any], completion: Mask) -> int:
+        """The index of a document."""
+        key = document_key(tokens, completion)
+        if key not in self.index:
+            self.index[key] = len(self.ids)
+            self.ids.append(_to_int32(tokens))
+            self.masks.append(completion)
+        return self.index[key]
+
+    def documents(self, row_sizes: Sequence[int], row_documents: Sequence[int]) -> DocumentSet:
+        """The documents, and those of each row."""
+        found = np.asarray(row_documents, dtype=np.int64)
+        return DocumentSet(
+            keys=np.frombuffer(b"".join(self.index), dtype=np.uint8).reshape(-1, KEY_BYTES),
+            counts=np.bincount(found).astype(np.int64),
+            offsets=offsets_of(np.asarray([len(tokens) for tokens in self.ids], dtype=np.int64)),
+            input_ids=np.concatenate(self.ids),
+            completion=np.concatenate(self.masks),
+            row_offsets=offsets_of(np.asarray(row_sizes, dtype=np.int64)),
+            row_documents=found,
+        )
+
+
+def _to_int32(tokens: NDArray[Any]) -> NDArray[np.int32]:
+    if tokens.dtype == np.int32:
+        return tokens
     if len(tokens) and tokens.view(np.uint64).max() > INT32_MAX:  # as unsigned numbers, negative ones are large too
         bad = tokens[(tokens < 0) | (tokens > INT32_MAX)][0]
         raise XTFUserError(f"a training row holds the token id {int(bad)}, which no tokenizer gives; tokenise again.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,3 +22,6 @@ class Predictions:
     logprobs: Floats
     entropy: Floats
     deviation: Floats
+
+
+PREDICTED = tuple(field.name for field in fields(Predictions))

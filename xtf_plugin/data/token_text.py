@@ -78,9 +78,7 @@ def is_text(span: bytes) -> bool:
     return True
 
 
-def match_spans(
-    tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, patterns: Sequence[str]
-) -> Bools:
+def match_spans(tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, patterns: Sequence[str]) -> Bools:
     """Mark the tokens that a match of any pattern overlaps by at least one byte.
 
     Equals `re.finditer` over the decoded text of each run. An empty match marks nothing. Each run is searched by

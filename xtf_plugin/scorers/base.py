@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..data.documents import DocumentSet
     from ..data.ragged import Bools, Floats, Ints
+    from ..data.splices import Splices
 
 T = TypeVar("T", bound="np.generic")
 
@@ -66,6 +67,7 @@ class ScoreSource(Protocol):
     def predictions_without(  # noqa: D102
         self, hidden: Bools, starts: Ints, wanted: Ints, reference: ReferenceConfig | None
     ) -> Predictions: ...
+    def predictions_of(self, splices: Splices, reference: ReferenceConfig | None) -> Predictions: ...  # noqa: D102
     def attention_received(self, layers: Any) -> Floats: ...  # noqa: D102
     def segments(self, unit: str) -> Ints: ...  # noqa: D102
     def embeddings(self, token_ids: Ints, kind: str) -> Floats: ...  # noqa: D102
@@ -91,6 +93,7 @@ class ScoringContext:
         counts: how often each document occurs in the dataset, (N,); it is scored once.
         protected: flags of tokens that no rule may drop, (M,); see `protect` in the block.
         forced: flags of tokens that are dropped whatever the scores are, unless protected, (M,); see `force_drop`.
+        scores: scores of the block that were computed before this one, by name; see `Scorer.reads_scores`.
         warnings: texts that were passed to `warn`.
     """
 
@@ -112,6 +115,7 @@ class ScoringContext:
         none = np.zeros(len(self.token_ids), dtype=bool)
         self.protected: Bools = _read_only(none if protected is None else protected)
         self.forced: Bools = _read_only(none if forced is None else forced)
+        self.scores: dict[str, Floats] = {}
         self.warnings: list[str] = []
 
     @property
@@ -157,6 +161,20 @@ class ScoringContext:
             (M,) float32 each; NaN outside the wanted segments.
         """
         return self.source.predictions_without(hidden, starts, wanted, _named(reference))
+
+    def predictions_of(self, splices: Splices, reference: ReferenceConfig | None = None) -> Predictions:
+        """What a reference predicts in splices of the documents: in a part of each, right after its beginning.
+
+        The common beginning of a document's splices is read once. Results are stored by content.
+
+        Args:
+            splices: see `data.splices.Splices`.
+            reference: as in `log_probabilities`.
+
+        Returns:
+            (sum of the splices' lengths,) float32 each, splice after splice.
+        """
+        return self.source.predictions_of(splices, _named(reference))
 
     def attention_received(self, layers: Layers) -> Floats:
         """Attention that each completion token receives from later ones under the run's own reference, (M,) float32.
@@ -218,6 +236,8 @@ class Scorer:
         version: whole number, raised when the same inputs get other scores; reported in summary.json.
         per_document: a document's scores depend on the document and the options alone, so streams can be scored.
         reads_attention: it runs before the others, so that one pass of the reference serves all.
+        reads_scores: it runs after the others, because it reads `context.scores`.
+        finds_nothing: that its rule fires on nothing is no reason for a warning: clean data has nothing to find.
         seen: maps averaged scores to what the rule sees; None: they are not changed.
         frozen: `frozen(context, config)` -> a `score` for later documents of a stream, using statistics of the
             documents of `context`. None: `per_document` scorers need none; others are refused for streams.
@@ -229,6 +249,8 @@ class Scorer:
     version: int = 1
     per_document: bool = False
     reads_attention: bool = False
+    reads_scores: bool = False
+    finds_nothing: bool = False
     seen: Callable[[Floats], Floats] | None = None
     frozen: Callable[[ScoringContext, Any], Score] | None = None
 

@@ -14,15 +14,19 @@ from .attention_received import attention_received
 from .base import ScoreConfig, Scorer
 from .embedding_similarity import embedding_similarity
 from .excess_loss import excess_loss, token_cleaning
+from .explained import explained
+from .influence import influence
 from .log_probability import log_probability
+from .new_text import new_text
 from .novelty import novelty
 from .opening import opening
 from .typicality import typicality
 
 GROUP = "xtf_plugin.scorers"
 _PAPER = (attention_received, novelty, embedding_similarity)
+_DEFAULT = (influence, new_text, explained)
 _OTHERS = (typicality, opening, log_probability, excess_loss, token_cleaning)
-BUILTIN: dict[str, Scorer] = {each.name: each for each in (*_PAPER, *_OTHERS)}
+BUILTIN: dict[str, Scorer] = {each.name: each for each in (*_PAPER, *_DEFAULT, *_OTHERS)}
 _HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/selectors.md"
 # The errors that importing another package's module raises; others, such as KeyboardInterrupt, end the process.
 _IMPORT_ERRORS: tuple[type[Exception], ...] = (ImportError, AttributeError, SyntaxError, NameError, TypeError)

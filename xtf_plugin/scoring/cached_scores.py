@@ -6,7 +6,7 @@ every token without an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +20,7 @@ from ..data.documents import DocumentSet
 from ..data.excerpts import predictions_without
 from ..data.predictions import Predictions
 from ..data.sentences import line_breaks
+from ..data.splices import Splices, predictions_of
 from ..errors import XTFError, XTFUserError
 from ..fields import ReferenceConfig
 from ..scorers import ScoreConfig, Scorer, ScoringContext, registry
@@ -146,12 +147,17 @@ class ScoreSource:
         if self._breaks is None:  # the vocabulary is read once
             self._breaks = line_breaks(self.tokenizer, self.documents.input_ids[self.documents.completion])
 
-        def predict(documents: DocumentSet) -> StoredScores:
-            scores, _, stats = self._scored(self._provider(reference), documents, ())
-            self.excerpts.add(stats)
-            return scores
-
+        predict = partial(self._of_excerpts, self._provider(reference))
         return predictions_without(self.documents, hidden, starts, wanted, self._breaks, predict)
+
+    def predictions_of(self, splices: Splices, reference: ReferenceConfig | None = None) -> Predictions:
+        """See `ScoringContext.predictions_of`."""
+        return predictions_of(self.documents, splices, partial(self._of_excerpts, self._provider(reference)))
+
+    def _of_excerpts(self, provider: ReferenceProvider, documents: DocumentSet) -> StoredScores:
+        scores, _, stats = self._scored(provider, documents, ())
+        self.excerpts.add(stats)
+        return scores
 
     def segments(self, unit: str) -> NDArray[np.int64]:
         """See `ScoringContext.segments`."""
@@ -317,22 +323,34 @@ def run_scorers(
     context = ScoringContext(source.documents, source.tokenizer, source, text.protected, text.forced)
     chosen = _scorers(config.scores)
     found = {}
-    for name, (scorer, part) in sorted(chosen.items(), key=lambda item: not item[1][0].reads_attention):
+    for name, (scorer, part) in sorted(chosen.items(), key=lambda item: _turn(item[1][0])):
         function = (frozen or {}).get(name, scorer.score)
         try:
-            needed = source.whole and scorer.name not in SLOTS.values()  # a rule without scores is warned of
+            # a rule without scores is warned of, or is none
+            needed = source.whole and scorer.name not in SLOTS.values() and not scorer.finds_nothing
             found[name] = _checked(name, scorer, function(context, part), len(context.token_ids), needed)
         except XTFUserError as error:
             path = f"xtf.selectors.{name}" if name in config.selectors else f"xtf.{name}"
             raise XTFUserError(_named(str(error), path, part)) from error
+        context.scores[name] = found[name]
         source.warnings += [f"{name}: {warning}" for warning in context.warnings]
         context.warnings.clear()
     return {name: found[name] for name in chosen}
 
 
-def frozen_scorers(config: XTFConfig, source: ScoreSource) -> dict[str, ScoreFunction]:
-    """Score functions for later documents of a stream, by name, with what the source's documents determine."""
+def _turn(scorer: Scorer) -> int:
+    return 0 if scorer.reads_attention else 2 if scorer.reads_scores else 1
+
+
+def frozen_scorers(config: XTFConfig, source: ScoreSource, values: Mapping[str, Floats]) -> dict[str, ScoreFunction]:
+    """Score functions for later documents of a stream, by name, with what the source's documents determine.
+
+    Args:
+        config, source: of the calibration sample.
+        values: the sample's scores.
+    """
     context = ScoringContext(source.documents, source.tokenizer, source)
+    context.scores.update(values)
     chosen = _scorers(config.scores).items()
     return {name: scorer.frozen(context, part) for name, (scorer, part) in chosen if scorer.frozen is not None}
 

@@ -36,6 +36,7 @@ from .batching import (
     plan_wanted,
     too_little,
 )
+from .branches import agrees, can_branch, score_branches
 from .distributed import ALONE, Ranks, exchange_results, share_out
 from .reference import Reference, rotary_switch
 from .self_check import WHERE_FASTER, Packing, check
@@ -92,9 +93,11 @@ def score(
     name = f"xtf: {label}" if ranks.size == 1 else f"xtf: {label}, rank {ranks.rank} of {ranks.size}"
     bar = tqdm(total=int(documents.lengths[own].sum()), unit="tok", unit_scale=True, desc=name, disable=not progress)
     work = _Pass(documents, reference, layers, bar, ScoringStats(documents=len(own)), packing.windows)
-    with bar, reference.scoring(record=bool(layers) or work.packs):
+    branched = not layers and len(own) > 0 and work.shares_beginnings(own)
+    with bar, reference.scoring(record=bool(layers) or (work.packs and not branched)):
+        batches = work.branches(own, batch_tokens) if branched else work.batches(own, batch_tokens)
         if ranks.size == 1:
-            for records in work.batches(own, batch_tokens):
+            for records in batches:
                 sink(records)
             return work.stats
         if reference.lockstep:
@@ -102,8 +105,6 @@ def score(
             shares = [lengths[rank_of == rank] for rank in range(ranks.size)]
             forwards = max(len(list(plan_batches(share, budget, apart=work.apart))) for share in shares)
             batches = work.in_step(own, budget, forwards, wanted[np.argmin(lengths)])
-        else:
-            batches = work.batches(own, batch_tokens)
         stats = partial(asdict, work.stats)
         by_rank = exchange_results(ranks, batches, sink, others or sink, stats, lockstep=reference.lockstep)
     return ScoringStats.of_all(by_rank)
@@ -146,6 +147,24 @@ class _Pass:
             yield launched.popleft()()
         if failed is not None:
             raise failed
+
+    def shares_beginnings(self, wanted: NDArray[np.int64]) -> bool:
+        """Whether the documents have common beginnings, and this reference reads each of them once."""
+        if not can_branch(self.reference, self.documents):
+            return False
+        plainly = partial(_launch, self.documents, reference=self.reference, layers=())
+        return agrees(self.documents, wanted, self.reference, lambda one: plainly(one)())
+
+    def branches(self, wanted: NDArray[np.int64], budget: int | None) -> Iterator[Records]:
+        """Scores of the `wanted` documents, with each common beginning read once a batch."""
+        budget = budget or default_batch_tokens(self.reference.device)
+        for records, tokens, padded in score_branches(self.documents, wanted, self.reference, budget):
+            self.stats.tokens += tokens
+            self.stats.padded_tokens += padded
+            self.stats.batches += 1
+            self.stats.seconds = time.perf_counter() - self._start
+            self.bar.update(int(self.documents.lengths[wanted].sum() * len(records.keys) / len(wanted)))
+            yield records
 
     def _launches(
         self, wanted: NDArray[np.int64], budget: int | None, launched: deque[Callable[[], Records]]

@@ -63,6 +63,7 @@ class Reference:
     Attributes:
         lockstep: whether every forward is a collective, of which all ranks must run the same number.
         checked, packs: results of the self-check: what was checked; whether documents may be packed.
+        branches: whether documents may share the keys and values of their beginning; None: not tried yet.
     """
 
     lockstep: ClassVar[bool] = False
@@ -72,6 +73,7 @@ class Reference:
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     checked: frozenset[str] = field(default=frozenset(), init=False)
     packs: bool = field(default=False, init=False)
+    branches: bool | None = field(default=None, init=False)
 
     def with_full_weights(self, run: Callable[[], T]) -> T:
         """Call `run` where the model's weights are complete, and return its result."""

@@ -81,7 +81,7 @@ def check(
         ids, _ = documents.document(int(wanted[np.minimum(documents.lengths[wanted], CHECK_TOKENS).argmax()]))
         sample = torch.from_numpy(ids[:CHECK_TOKENS].astype(np.int64)).to(reference.device)
         try:
-            against_own_forward(reference, sample, 0.1 if _low_precision(reference) else 1e-3, layers, packing)
+            against_own_forward(reference, sample, 0.1 if low_precision(reference) else 1e-3, layers, packing)
         except RuntimeError as error:
             if not is_out_of_memory(error) or isinstance(error, XTFError):
                 raise
@@ -93,7 +93,7 @@ def _in_8_bits(reference: Reference) -> bool:
     return any(type(module).__name__ == "Linear8bitLt" for module in reference.model.modules())
 
 
-def _low_precision(reference: Reference) -> bool:
+def low_precision(reference: Reference) -> bool:
     """Whether any part of the forward runs in 16 bits; QLoRA has float32 norms around bfloat16 products."""
     low = (torch.float16, torch.bfloat16)
     with reference.autocast():

@@ -123,7 +123,7 @@ def evaluate(
         off = f"remove it (`{name}: false` if it is a slot or the preset's)"
         warnings += [f"{name}: {warning}" for warning in found.warnings]
         for rule, hit in zip(found.rules, hits, strict=True):
-            if hit == 0:
+            if hit == 0 and not registry.find(config.scorer).finds_nothing:
                 warnings.append(_fires_on_nothing(name, rule, drops, seen, layout, off))
         if any(hits) and fired == 0:
             warnings.append(
@@ -151,6 +151,8 @@ def _prepared(seen: Floats, layout: Layout, config: ScoreConfig) -> Rules:
         return Rules([_fence(seen, layout, drop.fence, config)], facts=facts)
     if drop.quantile is not None:
         return Rules([_quantile(seen, layout, drop.quantile, config.scope)], facts={"scope": config.scope})
+    if drop.of_median is not None:
+        return _of_median(seen, layout, drop.of_median)
     rules, bounds = [], {}
     for key, side, value in drop.bounds():
         # compared as a float32 score holds the threshold: a probability equal to it is neither above nor below
@@ -217,6 +219,14 @@ def _quantile(seen: Floats, layout: Layout, share: float, scope: str) -> Rule:
         return Rule(f"quantile: {share}", of_document, {"up_to": None})
     limit = float(ragged.dataset_quantiles(seen, layout, [share])[0])
     return Rule(f"quantile: {share}", _under(limit), {"below": limit})
+
+
+def _of_median(seen: Floats, layout: Layout, share: float) -> Rules:
+    """Scores below a share of the dataset's median; a median that is not positive gives no threshold."""
+    median = float(ragged.dataset_quantiles(seen, layout, [0.5])[0])
+    limit = share * median if median > 0 else float("nan")  # NaN is below nothing
+    rule = Rule(f"of_median: {share}", _under(limit), {"below": limit})
+    return Rules([rule], facts={"median": median if math.isfinite(median) else None})
 
 
 def _cluster(seen: Floats, layout: Layout, cluster: int, of: int) -> Rules:

@@ -33,7 +33,7 @@ class TextRules:
     @classmethod
     def find(cls, config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> TextRules:
         """Match the block's regexes and special tokens, and split the text into the units that scores use."""
-        token_ids, runs = documents.input_ids[documents.completion], completion_runs(documents)
+        token_ids, runs = documents.input_ids[documents.completion], documents.completion_runs
         protected = np.zeros(len(token_ids), dtype=bool)
         if config.protect.special_tokens:
             protected |= np.isin(token_ids, special_ids(tokenizer))
@@ -48,7 +48,7 @@ class TextRules:
 
 def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> Ints:
     """First completion tokens of the sentences or lines, among all completion tokens."""
-    token_ids, runs = documents.input_ids[documents.completion], completion_runs(documents)
+    token_ids, runs = documents.input_ids[documents.completion], documents.completion_runs
     return sentences.segment_starts(unit, tokenizer, token_ids, runs, special_ids(tokenizer))
 
 
@@ -57,13 +57,3 @@ def special_ids(tokenizer: Any) -> Ints:
     ids = set(tokenizer.all_special_ids)
     ids |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return np.asarray(sorted(ids), dtype=np.int64)
-
-
-def completion_runs(documents: DocumentSet) -> Ints:
-    """Offsets of runs of adjacent completion tokens (an answer, a turn) among all completion tokens, (R + 1,)."""
-    flat = np.flatnonzero(documents.completion)
-    breaks = np.zeros(len(flat), dtype=bool)
-    breaks[1:] = np.diff(flat) > 1
-    starts = documents.completion_offsets
-    breaks[starts[:-1][np.diff(starts) > 0]] = True  # a document's first completion token opens a run
-    return np.concatenate([np.flatnonzero(breaks), [len(flat)]]).astype(np.int64)

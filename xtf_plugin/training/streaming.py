@@ -111,7 +111,7 @@ class Stream:
         self._rules = plan.selection.rules
         source = ScoreSource(self.config, plan.documents, self.tokenizer, self._provider)
         with random_state_kept(reference.device), source:
-            self._frozen = frozen_scorers(self.config, source)
+            self._frozen = frozen_scorers(self.config, source, plan.scores.values)
         self.masks = LiveMasks(retained)
         self._add(plan.documents, plan.selection, sample=True)
         self._sampled = 0 if resumed else len(plan.documents.row_offsets) - 1

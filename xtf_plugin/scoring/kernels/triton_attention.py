@@ -117,16 +117,33 @@ def _received(
     begins,  # (n,) where documents begin in their row
     starts,  # (n,) first wanted columns, counted within the document
     documents,  # n
-    window, heads, kv_heads,
+    window,
+    heads,
+    kv_heads,
     kv_share,  # key/value heads of one program
     group_share,  # query heads of one program per key/value head
     group_splits,
     reach,  # rough length, for tuning alone
-    factor, cap,
-    query_b, query_h, query_t, key_b, key_h, key_t, lse_b, lse_h, lse_t, sums_s, sums_b,  # strides
-    G: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    factor,
+    cap,
+    query_b,
+    query_h,
+    query_t,
+    key_b,
+    key_h,
+    key_t,
+    lse_b,
+    lse_h,
+    lse_t,
+    sums_s,
+    sums_b,  # strides
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     program = tl.program_id(0)
     document, before, total = _locate(program, lengths, starts, documents, BLOCK_K)

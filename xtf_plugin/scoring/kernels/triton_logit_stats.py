@@ -30,9 +30,13 @@ def _row_moments(
     logits,  # (n, V)
     targets,  # (n,)
     result,  # (3, n) float32
-    V, rows,
-    logits_n, logits_v, targets_n,  # strides
-    scale, cap,
+    V,
+    rows,
+    logits_n,
+    logits_v,
+    targets_n,  # strides
+    scale,
+    cap,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

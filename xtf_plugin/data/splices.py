@@ -1,0 +1,83 @@
+"""Splices: part of a document after the beginning of the same document, with what stands between left out.
+
+Most questions about a sentence are of this form: how probable is it right after the prompt, without the prompt, or
+how probable is the text after it if it is left out? A splice is a document, so it is scored and stored like any other.
+Splices of one document share their beginning, which a reference needs to read only once (`scoring.branches`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .documents import Branches, DocumentSet, from_arrays
+from .predictions import PREDICTED, Predictions
+from .ragged import Bools, Doubles, Floats, Ints, offsets_of, stretches
+
+
+@dataclass(frozen=True)
+class Splices:
+    """W splices of the completion of a set of documents.
+
+    Splice `w` reads the document's tokens before completion token `keep[w]`, then those from completion token
+    `begin[w]` up to and with `end[w] - 1`, and is scored at the completion tokens among the latter. With `keep[w] = -1`
+    it reads `template` instead of the beginning of the document.
+
+    Args:
+        keep, begin, end: (W,) int64 indices of completion tokens of one document each, `keep <= begin < end`.
+        template: (K,) token ids.
+    """
+
+    keep: Ints
+    begin: Ints
+    end: Ints
+    template: NDArray[np.int32]
+
+    @cached_property
+    def offsets(self) -> Ints:
+        """(W + 1,) bounds of the splices among all tokens that are scored."""
+        return offsets_of(self.end - self.begin)
+
+    def per_splice(self, values: Floats) -> Doubles:
+        """Sums of per-token values (sum of lengths,) over each splice, (W,) float64; an undefined value counts as 0."""
+        known = np.concatenate([np.nan_to_num(values.astype(np.float64)), [0.0]])
+        sums = np.add.reduceat(known, self.offsets[:-1]) if len(self.keep) else np.zeros(0)
+        return np.where(self.end > self.begin, sums, 0.0)
+
+    def documents(self, source: DocumentSet) -> DocumentSet:
+        """The distinct splices as documents, in groups that begin alike; `row_documents` (W,) has each splice's."""
+        flat = source.completion_flat
+        first, stop = flat[self.begin], flat[self.end - 1] + 1
+        own = np.searchsorted(source.offsets, first, side="right") - 1
+        cut = np.where(self.keep >= 0, flat[np.maximum(self.keep, 0)], 0)
+        ids: list[NDArray[np.int32]] = []
+        masks: list[Bools] = []
+        for place in range(len(first)):
+            kept = self.keep[place] >= 0
+            past = source.input_ids[source.offsets[own[place]] : cut[place]] if kept else self.template
+            here = slice(first[place], stop[place])
+            ids.append(np.concatenate([past, source.input_ids[here]]))
+            masks.append(np.concatenate([np.zeros(len(past), dtype=bool), source.completion[here]]))
+        lengths = np.asarray([len(tokens) for tokens in ids], dtype=np.int64) - (stop - first)
+        return from_arrays(ids, masks, Branches(np.where(self.keep >= 0, own, -1), lengths))
+
+
+def predictions_of(
+    documents: DocumentSet, splices: Splices, predict: Callable[[DocumentSet], Predictions]
+) -> Predictions:
+    """What a reference predicts in some splices, (sum of their lengths,) each.
+
+    Args:
+        documents, splices: see `Splices`.
+        predict: predictions at the completion tokens of any documents.
+    """
+    if not len(splices.keep):
+        return Predictions(**{name: np.zeros(0, dtype=np.float32) for name in PREDICTED})
+    made = splices.documents(documents)
+    found = predict(made)
+    at = stretches(made.completion_offsets[made.row_documents], np.diff(splices.offsets))
+    return Predictions(**{name: getattr(found, name)[at] for name in PREDICTED})

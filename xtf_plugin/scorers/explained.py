@@ -1,0 +1,228 @@
+"""Task relevance of a sentence or line, taken at its word: how much of it its prompt and the text before it explain.
+
+A sentence that belongs to the task is easier to predict for a reader who knows the task. Stock phrases, digressions,
+page remains and lines of other answers are as hard to predict with the prompt as without it, however fluent they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from ..fields import Drop, Positive, ReferenceConfig
+from .base import Score, ScoreConfig, ScoringContext, scorer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..data.documents import DocumentSet
+    from ..data.ragged import Bools, Doubles, Floats, Ints
+
+PRIOR = 5.0  # nats added to the surprise of a unit, so that a unit of two tokens has no extreme share
+LEAST = 0.1  # median share below which a reference does not read the prompts of a dataset
+ROUNDS = 3  # of scoring units again without dropped text before them
+
+
+class ExplainedConfig(ScoreConfig):
+    """Scorer `explained`: the share of a unit's surprise that its prompt and the text before it explain."""
+
+    unit: Literal["sentence", "line"] = Field(default="sentence", description="What gets one score.")
+    first: Positive = Field(default=16, description="Only this many tokens of a unit are read, its first ones.")
+    drop: Drop = Field(
+        default=Drop(of_median=0.2), description="Which tokens are dropped: exactly one rule. Low scores are dropped."
+    )
+    reference: ReferenceConfig | None = Field(
+        default=None, description="Model that scores, same vocabulary; null: the run's own reference."
+    )
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What `explained` takes from a dataset; None where it is still to be found.
+
+    Args:
+        template: token ids that all prompts have in common.
+        limit: shares below it are dropped; units behind dropped text are scored again without it.
+        readable: whether the reference reads the prompts at all.
+    """
+
+    template: NDArray[Any] | None = None
+    limit: float | None = None
+    readable: bool | None = None
+
+
+def _frozen(context: ScoringContext, config: ExplainedConfig) -> Score:
+    found = _Units(context, config)
+    _, fixed = found.scored(Explained())
+
+    def score(later: ScoringContext, part: ExplainedConfig) -> Floats:
+        return _Units(later, part).scored(fixed)[0]
+
+    return score
+
+
+@scorer("explained", ExplainedConfig, finds_nothing=True, frozen=_frozen)
+def explained(context: ScoringContext, config: ExplainedConfig) -> Floats:
+    """`1 - ((A + B) / 2 + PRIOR) / (C + PRIOR)` of a sentence or line, (M,) float32, at most 1; low is dropped.
+
+    A, B and C are the surprise (minus the log-probability, in nats) of the unit's first tokens: A right after its
+    prompt, B after the prompt and the text before the unit, C after what all prompts of the dataset have in common. So
+    0 means that the context explains nothing of the unit, 0.3 that it explains three tenths of it, and a negative share
+    that the context makes it less probable. The prompt of a turn is all that stands before the turn. Where there is no
+    prompt, B alone counts, and the first unit is NaN.
+
+    Text that belongs to dropped text before it looks explained. So B is computed again, without the dropped units that
+    stand directly before the unit, until nothing changes or three times.
+
+    If the median share of the dataset is below 0.1, all scores are NaN: a reference to which prompts say so little
+    cannot tell what belongs to them.
+
+    Source: ours, for the paper's task relevance; its Eq. (4) is the scorer `embedding_similarity`. The difference of
+    the logarithms is pointwise mutual information.
+    """
+    return _Units(context, config).scored(Explained())[0]
+
+
+class _Units:
+    """The units of a context and what they are compared with."""
+
+    def __init__(self, context: ScoringContext, config: ExplainedConfig) -> None:
+        import numpy as np  # not at the top: a block is read without NumPy
+
+        documents = context.documents
+        self.context, self.config, self.documents = context, config, documents
+        self.starts = context.segments(config.unit)
+        self.lengths = np.diff(self.starts, append=len(context.token_ids))
+        self.read = np.minimum(self.lengths, config.first)
+        runs = documents.completion_runs
+        self.turns = runs[np.searchsorted(runs, self.starts, side="right") - 1]  # first token of each unit's turn
+        places = documents.completion_positions
+        self.prompts = places[self.turns]  # tokens before the turn
+        self.open = ~context.protected[self.starts] & (places[self.starts] > 0)
+
+    def scored(self, given: Explained) -> tuple[Floats, Explained]:
+        """Scores of all completion tokens, and what was taken from the dataset."""
+        import numpy as np
+
+        template = common_template(self.documents, self.context.tokenizer) if given.template is None else given.template
+        own = np.zeros(len(self.starts))
+        own[:] = self._sums(self.context.log_probabilities(self.config.reference))
+        alone = self._surprise(np.full(len(self.starts), -1), template)
+        behind = np.where(self.starts > self.turns, self._surprise(self.turns, template), own)
+        prompted = self.prompts > len(template)
+        shares = self._shares(own, behind, alone, prompted)
+        median = self._median(shares)
+        readable = given.readable if given.readable is not None else bool(median >= LEAST)
+        if not readable:
+            self.context.warn(
+                f"the context explains {median:.2f} of the median {self.config.unit}: to this reference the prompts of "
+                "this data say too little, so it finds no text that is off the task"
+            )
+            return np.full(len(self.context.token_ids), np.nan, dtype=np.float32), Explained(template, -np.inf, False)
+        limit = given.limit if given.limit is not None else self._limit(median)
+        for _ in range(ROUNDS):
+            begins = self._before_dropped(shares < limit)
+            changed = np.flatnonzero(begins < self.starts)
+            if not len(changed):
+                break
+            again = own.copy()
+            again[changed] = self._surprise(begins, template, changed)[changed]
+            renewed = self._shares(again, behind, alone, prompted)
+            if np.array_equal(renewed < limit, shares < limit):
+                shares = renewed
+                break
+            shares = renewed
+        return self._spread(shares), Explained(template, limit, True)
+
+    def _limit(self, median: float) -> float:
+        drop = self.config.drop
+        if drop.of_median is not None:
+            return drop.of_median * median
+        return -float("inf") if drop.below is None else drop.below
+
+    def _shares(self, own: Doubles, behind: Doubles, alone: Doubles, prompted: Bools) -> Doubles:
+        import numpy as np
+
+        known = np.where(prompted, (own + behind) / 2, own)
+        shares = (known - alone) / (PRIOR - alone)
+        usable = self.open & (prompted | (self.starts > self.turns))
+        return np.where(usable & np.isfinite(shares), shares, np.nan)
+
+    def _median(self, shares: Doubles) -> float:
+        from ..data.ragged import Layout, dataset_quantiles
+
+        layout = Layout(self.context.offsets, self.context.counts)
+        return float(dataset_quantiles(self._spread(shares), layout, [0.5])[0])
+
+    def _spread(self, shares: Doubles) -> Floats:
+        """The share of every token's unit, (S,) -> (M,)."""
+        import numpy as np
+
+        return np.repeat(shares.astype(np.float32), self.lengths)
+
+    def _sums(self, logprobs: Floats) -> Doubles:
+        """Log-probability of the first tokens of each unit, (S,)."""
+        import numpy as np
+
+        at = np.arange(len(logprobs)) - np.repeat(self.starts, self.lengths)
+        counted = np.where(at < self.config.first, np.nan_to_num(logprobs.astype(np.float64)), 0.0)
+        sums: Doubles = np.add.reduceat(counted, self.starts) if len(self.starts) else np.zeros(0)
+        return sums
+
+    def _surprise(self, keep: Ints, template: NDArray[Any], only: Ints | None = None) -> Doubles:
+        """Log-probability of the first tokens of each unit after what `keep` says, (S,); see `Splices`."""
+        import numpy as np
+
+        from ..data.splices import Splices
+
+        chosen = np.flatnonzero(self.open) if only is None else only
+        chosen = chosen[(keep[chosen] < 0) | (self.documents.completion_positions[np.maximum(keep[chosen], 0)] > 0)]
+        begin = self.starts[chosen]
+        splices = Splices(keep[chosen], begin, begin + self.read[chosen], template)
+        result = np.full(len(self.starts), np.nan)
+        result[chosen] = splices.per_splice(self.context.predictions_of(splices, self.config.reference).logprobs)
+        return result
+
+    def _before_dropped(self, dropped: Bools) -> Ints:
+        """First token of the dropped units directly before each unit in its turn, or of the unit itself, (S,)."""
+        import numpy as np
+
+        starts = self.starts
+        opens = np.ones(len(starts), dtype=bool)  # units that no dropped unit of the same turn stands before
+        opens[1:] = ~(dropped[:-1] & (self.turns[1:] == self.turns[:-1]))
+        begins: Ints = starts[np.maximum.accumulate(np.where(opens, np.arange(len(starts)), 0))]
+        return begins
+
+
+def common_template(documents: DocumentSet, tokenizer: Any) -> NDArray[Any]:
+    """What all prompts begin and end with, (K,) token ids: BOS, a system prompt, the mark of an answer.
+
+    At least one token, so that there is something to predict the first token of a unit from.
+    """
+    import numpy as np
+
+    runs, flat = documents.completion_runs[:-1], documents.completion_flat
+    ends = flat[runs]
+    begins = documents.offsets[np.searchsorted(documents.offsets, ends, side="right") - 1]
+    prompts = [documents.input_ids[low:high] for low, high in zip(begins, ends, strict=True) if high > low]
+    if prompts:
+        front, back = prompts[0], prompts[0][::-1]
+        for prompt in prompts[1:]:
+            front, back = _same(front, prompt), _same(back, prompt[::-1])
+        back = back[: max(0, min(map(len, prompts)) - len(front))][::-1]
+        template = np.concatenate([front, back])
+        if len(template):
+            return template
+    ids = [value for name in ("bos_token_id", "eos_token_id") if (value := getattr(tokenizer, name, None)) is not None]
+    return np.asarray(ids[:1] or documents.input_ids[:1], dtype=np.int32)
+
+
+def _same(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
+    """The common beginning of two arrays."""
+    import numpy as np
+
+    size = min(len(one), len(other))
+    differs = np.flatnonzero(one[:size] != other[:size])
+    return one[: differs[0] if len(differs) else size]

@@ -1,0 +1,106 @@
+"""Reasoning importance of a sentence or line, taken at its word: whether what comes after it leans on it.
+
+Attention received, the paper's score, says where a model looks. This says what it gains: how much less probable the
+text after a sentence is when the sentence is left out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ..errors import XTFUserError
+from ..fields import Drop, Positive, ReferenceConfig, Shares
+from .base import Score, ScoreConfig, ScoringContext, scorer
+
+if TYPE_CHECKING:
+    from ..data.ragged import Bools, Floats
+
+CLIP = 1.0  # nats: a single token shows at most this much
+SKIPPED = 2  # first tokens after a unit: they show how a text goes on, not what it says
+
+
+class InfluenceConfig(ScoreConfig):
+    """Scorer `influence`: how much more probable a sentence or line makes the text after it, in nats."""
+
+    unit: Literal["sentence", "line"] = Field(default="sentence", description="What gets one score.")
+    horizon: Positive = Field(default=64, description="How many completion tokens after a unit are read.")
+    among: str | None = Field(
+        default="task_relevance",
+        description="Name of a score of this block: only units in which it is doubtful are scored, the others are kept. "
+        "null: all units are scored, which costs several passes.",
+    )
+    doubtful: Shares = Field(
+        default=(0.2, 0.4), description="What is doubtful in `among`: from one share of the dataset's median to another."
+    )
+    drop: Drop = Field(
+        default=Drop(below=0.0), description="Which tokens are dropped: exactly one rule. Low scores are dropped."
+    )
+    reference: ReferenceConfig | None = Field(
+        default=None, description="Model that scores, same vocabulary; null: the run's own reference."
+    )
+
+
+def _frozen(context: ScoringContext, config: InfluenceConfig) -> Score:
+    doubtful = _doubtful(context, config)
+    return lambda later, part: _influence(later, part, doubtful)
+
+
+@scorer("influence", InfluenceConfig, finds_nothing=True, reads_scores=True, frozen=_frozen)
+def influence(context: ScoringContext, config: InfluenceConfig) -> Floats:
+    """`sum_t clip(log P(t | all before) - log P(t | all before but the unit), -1, 1)`, (M,) float32 in nats.
+
+    t runs over the completion tokens of the document after the unit, `horizon` of them, without the first two, which
+    show how a text goes on rather than what it says. Below 0 the text after the unit is better off without it; low is
+    dropped. NaN where fewer than two such tokens follow, and for units that are not among those asked about.
+
+    Source: ours, for the paper's reasoning importance; its Eq. (2) is the scorer `attention_received`.
+    """
+    return _influence(context, config, _doubtful(context, config))
+
+
+def _doubtful(context: ScoringContext, config: InfluenceConfig) -> tuple[float, float]:
+    """Units with a value of the score `among` from the first to below the second are scored."""
+    import numpy as np  # not at the top: a block is read without NumPy
+
+    from ..data.ragged import Layout, dataset_quantiles
+
+    if config.among is None:
+        return -float("inf"), float("inf")
+    if config.among not in context.scores:
+        known = ", ".join(context.scores) or "none"
+        raise XTFUserError(f"among: {config.among!r} is no score that runs before this one. Legal: {known}, or null")
+    values = context.scores[config.among]
+    median = float(dataset_quantiles(values, Layout(context.offsets, context.counts), [0.5])[0])
+    low, high = config.doubtful
+    return (low * median, high * median) if np.isfinite(median) else (0.0, 0.0)
+
+
+def _influence(context: ScoringContext, config: InfluenceConfig, doubtful: tuple[float, float]) -> Floats:
+    import numpy as np
+
+    from ..data.splices import Splices
+
+    starts, total = context.segments(config.unit), len(context.token_ids)
+    lengths = np.diff(starts, append=total)
+    judged = np.ones(len(starts), dtype=bool)
+    if config.among is not None:
+        values = context.scores[config.among][starts]
+        judged = (values >= doubtful[0]) & (values < doubtful[1])
+    stops = context.offsets[np.searchsorted(context.offsets, starts, side="right")]
+    begin, end = starts + lengths, np.minimum(starts + lengths + config.horizon, stops)
+    asked: Bools = judged & ~context.protected[starts] & (context.positions[starts] > 0) & (end - begin >= SKIPPED + 2)
+    chosen = np.flatnonzero(asked)
+    result = np.full(len(starts), np.nan, dtype=np.float32)
+    if len(chosen):
+        template = np.zeros(0, dtype=np.int32)
+        splices = Splices(starts[chosen], begin[chosen], end[chosen], template)
+        without = context.predictions_of(splices, config.reference).logprobs
+        with_it = context.log_probabilities(config.reference)
+        sizes = np.diff(splices.offsets)
+        place = np.arange(len(without)) - np.repeat(splices.offsets[:-1], sizes)
+        at = np.repeat(begin[chosen], sizes) + place
+        change = np.clip(with_it[at] - without, -CLIP, CLIP)
+        result[chosen] = splices.per_splice(np.where(place < SKIPPED, np.float32(0), change))
+    return np.repeat(result, lengths)
