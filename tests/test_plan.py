@@ -19,7 +19,7 @@ from xtf_plugin.plan import make_plan
 from xtf_plugin.report import summary
 from xtf_plugin.scoring.fingerprint import model_facts
 from xtf_plugin.scoring.reference import Reference
-from xtf_plugin.selection.text_rules import completion_runs, special_ids
+from xtf_plugin.selection.text_rules import special_ids
 
 
 class Provider:
@@ -189,7 +189,7 @@ class TestTextRules:
                 {"input_ids": [8], "labels": [-100]},
             ]
         )
-        assert completion_runs(documents).tolist() == [0, 2, 4, 6]
+        assert documents.completion_runs.tolist() == [0, 2, 4, 6]
 
     def test_patterns_that_match_nothing_give_a_warning(self, plan):
         warnings = plan({"force_drop": ["no such text"]}).warnings

@@ -93,12 +93,6 @@ def _regex(pattern: str) -> str:
     return pattern
 
 
-def _ascending(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] >= value[1]:
-        raise ValueError("does not ascend; write the lower share first, such as [0.2, 0.4]")
-    return value
-
-
 def _once(values: list[int]) -> list[int]:
     if len(set(values)) < len(values):
         raise ValueError("names a layer twice")
@@ -153,7 +147,6 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Calibration = Annotated[int, Field(ge=8), BeforeValidator(_whole)]  # quartiles of fewer documents say nothing
-Shares = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
 Classes = Annotated[int, Field(ge=2, le=8), BeforeValidator(_whole)]
 Window = Annotated[int, Field(ge=1, le=4095, json_schema_extra={"not": {"multipleOf": 2}}), BeforeValidator(_odd)]
 Name = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_path)]

@@ -107,6 +107,7 @@ def make_plan(
         warnings.append(f"force_drop: {config.force_drop} matches nothing in the dataset")
     if selection.keep.all():
         warnings.append(NOTHING_DROPPED)
+    formats = {"formats": dict(text.formats)} if text.formats else {}
     return Plan(
         config,
         documents,
@@ -115,7 +116,12 @@ def make_plan(
         reference={**provider.description(), "fingerprint": fingerprint},
         stats=source.stats,
         warnings=warnings,
-        scorers={"scores": about_scorers(config.scores), "references": source.passes, **source.about_excerpts()},
+        scorers={
+            "scores": about_scorers(config.scores),
+            "references": source.passes,
+            **source.about_excerpts(),
+            **formats,
+        },
         text=text,
     )
 

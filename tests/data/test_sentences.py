@@ -17,7 +17,7 @@ from xtf_plugin.data.ragged import segment_means
 from xtf_plugin.errors import XTFError
 from xtf_plugin.selection import rules
 from xtf_plugin.selection.select import select
-from xtf_plugin.selection.text_rules import completion_runs, special_ids
+from xtf_plugin.selection.text_rules import special_ids
 
 SPECIAL = "<s>"
 
@@ -200,7 +200,7 @@ def test_the_plan_drops_complete_segments(plan, unit):  # noqa: F811
     def whole(unit_of_rule):
         part = {"drop": {"quantile": 0.4}, "unit": unit_of_rule}
         made = plan({**ALL_OFF, KN: part, "protect": {"special_tokens": False}, "min_kept": 0})
-        runs, fast = completion_runs(made.documents), tiny.tokenizer()
+        runs, fast = made.documents.completion_runs, tiny.tokenizer()
         starts = sentences.segment_starts(unit, fast, made.scores.token_ids, runs, special_ids(fast))
         assert set(made.scores.offsets[:-1]) < set(starts.tolist())
         parts = np.split(made.selection.keep, starts[1:])

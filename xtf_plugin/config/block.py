@@ -17,7 +17,19 @@ import yaml
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from ..errors import XTFUserError
-from ..fields import Block, ByText, Calibration, Count, PathText, Patterns, Positive, Problems, ReferenceConfig, Whole
+from ..fields import (
+    Block,
+    ByText,
+    Calibration,
+    Count,
+    PathText,
+    Patterns,
+    Positive,
+    Problems,
+    ReferenceConfig,
+    Share,
+    Whole,
+)
 from ..scorers import ScoreConfig
 from .messages import explain, shown
 from .scores import PRESETS, SLOTS, Selectors, Slot, complete, over_preset
@@ -28,6 +40,11 @@ class ProtectConfig(Block):
 
     special_tokens: StrictBool = Field(default=True, description="Keep EOS, end-of-turn and all other special tokens.")
     patterns: Patterns = Field(default=[], description="Regexes over the decoded completion; matches are kept.")
+    formats: Share | None = Field(
+        default=0.2,
+        description="Keep openings of lines and sentences, such as `####` or `<think>`, which this share of documents "
+        "has, and short lines that begin so; null: off.",
+    )
 
 
 class AtLeast(Block):
@@ -162,6 +179,12 @@ class XTFConfig(Block):
             problems.append(("force_drop", self.force_drop, why))
             if self.control is not None:
                 problems.append(("control", self.control, "has no drop rate to match; switch a score on"))
+        for name, score in self.scores.items():
+            among = getattr(score, "among", None)
+            if among is not None and (among == name or among not in self.scores):
+                others = ", ".join(other for other in self.scores if other != name) or "none"
+                why = f"is no other score of this block that is on (legal: {others}); name one, or switch {name} off"
+                problems.append((f"{name}.among", among, why))
         if isinstance(self.combine, AtLeast) and self.combine.at_least > number:
             why = f"is more than there are scores ({number}); lower it, or switch a score on"
             problems.append(("combine.at_least", self.combine.at_least, why))

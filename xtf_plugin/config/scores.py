@@ -36,14 +36,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reasoning_importance": {"layers": "last", "drop": {"fence": 1.0}},
         "knowledge_novelty": {"drop": {"known_above": 0.95}},
         "task_relevance": {"drop": {"cluster": 2, "of": 5}},
-        "protect": {"special_tokens": False},
+        "protect": {"special_tokens": False, "formats": None},
         "min_kept": 0,
     },
     "official": {
         "reasoning_importance": {"layers": "first", "drop": {"fence": 1.5}, "max_fraction": 0.05},
         "knowledge_novelty": {"drop": {"known_above": 0.95}, "max_fraction": 0.05},
         "task_relevance": {"embedding": "output", "drop": {"cluster": 2, "of": 5}, "max_fraction": 0.05},
-        "protect": {"special_tokens": False},
+        "protect": {"special_tokens": False, "formats": None},
         "min_kept": 0,
     },
 }

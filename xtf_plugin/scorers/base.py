@@ -6,7 +6,7 @@ report are the same for all scores. Imports no torch, so that a block is validat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
@@ -94,6 +94,7 @@ class ScoringContext:
         protected: flags of tokens that no rule may drop, (M,); see `protect` in the block.
         forced: flags of tokens that are dropped whatever the scores are, unless protected, (M,); see `force_drop`.
         scores: scores of the block that were computed before this one, by name; see `Scorer.reads_scores`.
+        parts: the scores' parts of the block, by name.
         warnings: texts that were passed to `warn`.
     """
 
@@ -116,6 +117,7 @@ class ScoringContext:
         self.protected: Bools = _read_only(none if protected is None else protected)
         self.forced: Bools = _read_only(none if forced is None else forced)
         self.scores: dict[str, Floats] = {}
+        self.parts: Mapping[str, ScoreConfig] = {}
         self.warnings: list[str] = []
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ..errors import XTFUserError
-from ..fields import Drop, Positive, ReferenceConfig, Shares
+from ..fields import Drop, NonNegative, Positive, ReferenceConfig
 from .base import Score, ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
@@ -28,11 +28,12 @@ class InfluenceConfig(ScoreConfig):
     horizon: Positive = Field(default=64, description="How many completion tokens after a unit are read.")
     among: str | None = Field(
         default="task_relevance",
-        description="Name of a score of this block: only units in which it is doubtful are scored, the others are kept. "
+        description="Name of a score of this block: units in which it is doubtful are scored, the others kept. "
         "null: all units are scored, which costs several passes.",
     )
-    doubtful: Shares = Field(
-        default=(0.2, 0.4), description="What is doubtful in `among`: from one share of the dataset's median to another."
+    doubtful: NonNegative = Field(
+        default=0.4,
+        description="Doubtful in `among`: not dropped by its rule, but below this share of the dataset's median.",
     )
     drop: Drop = Field(
         default=Drop(below=0.0), description="Which tokens are dropped: exactly one rule. Low scores are dropped."
@@ -62,9 +63,7 @@ def influence(context: ScoringContext, config: InfluenceConfig) -> Floats:
 
 def _doubtful(context: ScoringContext, config: InfluenceConfig) -> tuple[float, float]:
     """Units with a value of the score `among` from the first to below the second are scored."""
-    import numpy as np  # not at the top: a block is read without NumPy
-
-    from ..data.ragged import Layout, dataset_quantiles
+    from ..data.ragged import Layout, dataset_quantiles  # not at the top: a block is read without NumPy
 
     if config.among is None:
         return -float("inf"), float("inf")
@@ -73,8 +72,11 @@ def _doubtful(context: ScoringContext, config: InfluenceConfig) -> tuple[float, 
         raise XTFUserError(f"among: {config.among!r} is no score that runs before this one. Legal: {known}, or null")
     values = context.scores[config.among]
     median = float(dataset_quantiles(values, Layout(context.offsets, context.counts), [0.5])[0])
-    low, high = config.doubtful
-    return (low * median, high * median) if np.isfinite(median) else (0.0, 0.0)
+    if not median > 0:
+        return 0.0, 0.0
+    drop = context.parts[config.among].drop
+    dropped = drop.below if drop.of_median is None else drop.of_median * median
+    return -float("inf") if dropped is None else dropped, config.doubtful * median
 
 
 def _influence(context: ScoringContext, config: InfluenceConfig, doubtful: tuple[float, float]) -> Floats:

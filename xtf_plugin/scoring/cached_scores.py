@@ -321,7 +321,7 @@ def run_scorers(
             names the score and the package.
     """
     context = ScoringContext(source.documents, source.tokenizer, source, text.protected, text.forced)
-    chosen = _scorers(config.scores)
+    context.parts, chosen = config.scores, _scorers(config.scores)
     found = {}
     for name, (scorer, part) in sorted(chosen.items(), key=lambda item: _turn(item[1][0])):
         function = (frozen or {}).get(name, scorer.score)
@@ -351,6 +351,7 @@ def frozen_scorers(config: XTFConfig, source: ScoreSource, values: Mapping[str, 
     """
     context = ScoringContext(source.documents, source.tokenizer, source)
     context.scores.update(values)
+    context.parts = config.scores
     chosen = _scorers(config.scores).items()
     return {name: scorer.frozen(context, part) for name, (scorer, part) in chosen if scorer.frozen is not None}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..data import sentences, token_text
 from ..data.documents import DocumentSet
+from ..data.formats import format_tokens
 from ..data.ragged import Bools, Ints
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ class TextRules:
         protected: (M,) completion tokens that are never dropped.
         forced: (M,) completion tokens that are dropped unless protected; None: none.
         segments: first tokens of the sentences and lines that are some score's unit, by unit.
+        formats: share of documents by opening that is protected as format, most frequent first.
     """
 
     protected: Bools
     forced: Bools | None
     segments: Mapping[str, Ints]
+    formats: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def find(cls, config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> TextRules:
@@ -39,11 +42,17 @@ class TextRules:
             protected |= np.isin(token_ids, special_ids(tokenizer))
         if config.protect.patterns:
             protected |= token_text.match_spans(tokenizer, token_ids, runs, config.protect.patterns)
+        formats: dict[str, float] = {}
+        if config.protect.formats is not None and len(token_ids):
+            starts = segment_starts(documents, tokenizer, "sentence")
+            found, formats = format_tokens(documents, starts, config.protect.formats, tokenizer)
+            protected |= found
         forced = None
         if config.force_drop:
             forced = token_text.match_spans(tokenizer, token_ids, runs, config.force_drop)
         units = sorted({part.unit for part in config.scores.values()} & {"sentence", "line"})
-        return cls(protected, forced, {unit: segment_starts(documents, tokenizer, unit) for unit in units})
+        segments: dict[str, Ints] = {unit: segment_starts(documents, tokenizer, unit) for unit in units}
+        return cls(protected, forced, segments, formats)
 
 
 def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> Ints:

@@ -1,0 +1,77 @@
+"""Finds the format of a dataset: openings of lines that many documents share, such as `####` or `<think>`.
+
+A new format is improbable to the reference and unexplained by any prompt, which is what noise looks like, too. What
+tells them apart is form and number: a format is a mark that stands at the beginning of a line in many documents.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .documents import DocumentSet
+from .ragged import Bools, Ints
+from .token_text import token_bytes
+
+LONGEST = 6  # tokens of an opening
+SHORT = 12  # tokens of a unit that is protected as a whole; of a longer one the opening is
+FEWEST = 3  # documents
+MARK = re.compile(
+    r"[^\w\s.,;!?'\"()\-–—’‘“”…]"
+)  # a sign that running text does without: : # < { [ | * = ` / and others
+
+
+def format_tokens(documents: DocumentSet, starts: Ints, share: float, tokenizer: Any) -> tuple[Bools, dict[str, float]]:
+    """Completion tokens that belong to the format of a dataset, (M,), and the share of documents with each opening.
+
+    The opening of a unit is the longest of its first 1 to 6 tokens that open units of at least `share` of all documents
+    (and of three). It is format if its text contains a sign such as `:`, `#`, `<` or `{`. Units of up to 12 tokens
+    that begin so are format as a whole, of longer ones the opening is.
+
+    Args:
+        documents: N documents with M completion tokens.
+        starts: (S,) first completion token of each unit, ascending from 0.
+        share: of the documents, in (0, 1].
+        tokenizer: of the token ids.
+    """
+    ids = documents.input_ids[documents.completion]
+    lengths = np.diff(starts, append=len(ids))
+    document = np.searchsorted(documents.completion_offsets, starts, side="right") - 1
+    total = int(documents.counts.sum())
+    reach, number = _common_openings(ids, starts, lengths, document, documents.counts, share * total)
+    openings = [tuple(ids[start : start + size].tolist()) for start, size in zip(starts, reach, strict=True)]
+    texts = {opening: _text(tokenizer, opening) for opening in set(openings)}
+    marked = np.asarray([MARK.search(texts[opening]) is not None for opening in openings], dtype=bool)
+    covered = np.where(marked, np.where(lengths <= SHORT, lengths, reach), 0)
+    found: Bools = np.arange(len(ids)) - np.repeat(starts, lengths) < np.repeat(covered, lengths)
+    shares = {texts[openings[unit]]: float(number[unit] / total) for unit in np.flatnonzero(marked)}
+    return found, dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _common_openings(
+    ids: NDArray[Any], starts: Ints, lengths: Ints, document: Ints, counts: Ints, needed: float
+) -> tuple[Ints, Ints]:
+    """Length of each unit's longest opening that enough documents share, and how many do, (S,) each."""
+    reach, shared = np.zeros(len(starts), dtype=np.int64), np.zeros(len(starts), dtype=np.int64)
+    hashes = np.zeros(len(starts), dtype=np.uint64)
+    left = np.arange(len(starts))
+    for size in range(1, LONGEST + 1):
+        left = left[lengths[left] >= size]
+        if not len(left):
+            break
+        tokens = ids[starts[left] + size - 1].astype(np.uint64)
+        hashes[left] = hashes[left] * np.uint64(0x9E3779B97F4A7C15) + tokens + np.uint64(1)
+        _, opening = np.unique(hashes[left], return_inverse=True)
+        pairs = np.unique(np.stack([opening, document[left]], axis=1), axis=0)  # once a document
+        number = np.bincount(pairs[:, 0], weights=counts[pairs[:, 1]]).astype(np.int64)[opening]
+        enough = number >= max(FEWEST, needed)
+        left = left[enough]  # a longer opening is at most as frequent
+        reach[left], shared[left] = size, number[enough]
+    return reach, shared
+
+
+def _text(tokenizer: Any, token_ids: tuple[int, ...]) -> str:
+    return b"".join(token_bytes(tokenizer, list(token_ids))).decode("utf-8", errors="replace")
