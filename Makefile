@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help audit chromium demo models screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long gpu gpu-kit proof proof-gpu docs clean
+.PHONY: help audit chromium demo models screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long gpu gpu-kit proof docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -77,7 +77,7 @@ audit: $(STAMP)  ## known vulnerabilities of the dependencies; needs a network
 # The full forms of tests/reliability and of what else has a short one, under an hour on two cores; what they found goes into
 # docs/reliability.md. One thread: the models are tiny, and threads that wait for each other beside anything else on the machine
 # take many times as long. Processes of stock commands are real ones, not forked (tests/forked.py).
-LONG_TESTS = tests/reliability tests/scoring/test_triton_kernels.py tests/gpu/test_gpu_command.py tests/benchmarks/test_benchmarks.py tests/benchmarks/test_real_text.py tests/hosts/test_end_to_end.py tests/hosts/test_launchers.py
+LONG_TESTS = tests/reliability tests/scoring/test_triton_kernels.py tests/gpu/test_gpu_command.py tests/benchmarks/test_benchmarks.py tests/hosts/test_end_to_end.py tests/hosts/test_launchers.py
 test-long: export OMP_NUM_THREADS = 1
 test-long: export XTF_TEST_REAL_PROCESSES = 1
 test-long: $(STAMP) models chromium  ## the full forms of tests/reliability, on all real models: about an hour
@@ -123,8 +123,7 @@ lint: $(STAMP)  ## ruff and mypy
 BENCH = $(BIN)/python -m tests.benchmarks
 PAGE = --write docs/benchmarks.md
 
-# DATA: a folder with the data sets of tests/benchmarks/real_text/records.py; REAL: what that benchmark left. Without them the rows
-# on real text are left out. Both targets are about CPUs, whatever else the machine has.
+# DATA: a folder with the public files that tests/benchmarks/proof/texts.py names. Without it the rows on real text are left out. Both targets are about CPUs, whatever else the machine has.
 bench bench-long: export CUDA_VISIBLE_DEVICES =
 
 # About 40 minutes on two cores, what is held against a figure first.
@@ -151,7 +150,6 @@ bench-long: $(STAMP)  ## the larger tables: more than an hour
 	$(BENCH).bench_run $(PAGE)
 	$(BENCH).bench_selection --millions 1 10 100 $(PAGE)
 	$(BENCH).bench_streaming $(PAGE)
-	$(BENCH).bench_reference $(if $(DATA),--data $(DATA)) $(if $(REAL),--real $(REAL)) $(PAGE)
 	$(BENCH).bench_compile $(PAGE)
 	$(BENCH).agreement $(if $(DATA),$(DATA)/gsm8k_train.jsonl --prompt question --completion answer) $(PAGE)
 
@@ -166,13 +164,9 @@ KIT_MODELS ?= SmolLM2-135M-Instruct
 gpu-kit: $(STAMP)  ## the same for a GPU machine without a network: wheels, project and models in parts
 	$(BIN)/python -m tests.gpu.kit $(if $(HAVE),--have $(HAVE)) --python $(KIT_PYTHON) --models $(KIT_MODELS) --folder $(MODELS) --axolotl
 
-# From nothing to the tables of docs/evidence.md: about an hour on two cores. Started again, it goes on where it stopped.
-proof: $(STAMP)  ## the tables of docs/evidence.md, from nothing: about an hour
-	$(BIN)/python -m tests.benchmarks.proof --folder .proof
-
-# Larger models and more seeds; started again until nothing is missing, each time at most ten minutes.
-proof-gpu: $(STAMP)  ## the same with larger models and more seeds, on a GPU
-	$(BIN)/python -m tests.benchmarks.proof --folder .proof-gpu --scale gpu --minutes 9
+# DATA: a folder with the public files that tests/benchmarks/proof/texts.py names. Started again, it goes on where it stopped.
+proof: $(STAMP) models  ## the tables of docs/evidence.md, on real models: about 90 minutes
+	$(BIN)/python -m tests.benchmarks.proof --data $(DATA) --folder .proof --write docs/evidence.md
 
 docs: $(STAMP)  ## docs/config.md, from the configuration
 	$(BIN)/python -m tests.config_page

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.proof.tables import table, write_into
+from tests.benchmarks.tables import table, write_into
 
 ROOT = Path(__file__).parents[2]
 NOT_MEASURED = "not measured yet"

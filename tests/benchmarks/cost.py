@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.benchmarks.proof.tables import table, write_into
+from tests.benchmarks.tables import table, write_into
 from xtf_plugin.scoring.batching import MAX_BATCH_TOKENS
 from xtf_plugin.scoring.kernels.dispatch import TRITON_LOGIT_ELEMENTS
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.benchmarks.proof.tables import table, write_into
+from tests.benchmarks.tables import table, write_into
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,1 @@
-"""The laboratory: does the filter find planted noise, and do models trained on what it keeps solve more problems?
-
-All text comes from seeded generators in this folder, every token carries its true kind, and every number in
-docs/evidence.md is printed by `make proof`.
-"""
+"""The laboratory: does the filter find noise with real models, and do models get better? Begin with `__main__.py`."""

@@ -1,203 +1,230 @@
-"""How well each score and each rule finds planted noise, through the product's own scoring and selection."""
+"""What the filter finds with one real model on one text: AUC of every score, what the rules drop, and the cost."""
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import random
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.benchmarks.bench_overheads import Provider
-from xtf_plugin import XTFConfig
-from xtf_plugin.data.documents import collect
+from tests import real
+from tests.benchmarks.stats import auc
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.plan import Plan, make_plan
+from xtf_plugin.scoring.reference import Reference, borrow
+from xtf_plugin.selection.text_rules import segment_starts
 
-from .candidates import RULES, SCORES, digest, selector
-from .data import Encoder, Row, flat_kinds, make_rows
-from .finetune import dataset, load, quiet
-from .models import device
-from .noise import FORMS, KINDS, is_noise
-from .stats import auc
-from .worlds import GOOD_KINDS
+from .noise import plant, spoil
+from .texts import GOOD, LABELLED, Example, sample
+
+LONGEST = 1_400  # completion tokens; web pages are cut there
+UNITS = {"web pages": "line", "wrong steps": "line"}
+# Scores that are compared with the default's. Their rules play no part here.
+OTHERS: dict[str, dict[str, Any]] = {
+    "mean_log_probability": {"scorer": "log_probability", "unit": "sentence"},
+    "typicality": {"scorer": "typicality", "unit": "sentence"},
+    "opening": {"scorer": "opening", "unit": "sentence"},
+    "attention_received": {"scorer": "attention_received", "layers": "all", "unit": "sentence"},
+    "embedding_similarity": {"scorer": "embedding_similarity", "unit": "sentence"},
+}
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
+RULES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"preset": "paper"},
+    "official": {"preset": "official"},
+    "P < 0.1": {"preset": "none", "knowledge_novelty": {"drop": {"unknown_below": 0.1}}},
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where detection is measured: rows with noise, and the base model that scores them."""
+    """One measurement: a model, a text, how much noise and how many examples."""
 
-    world: str
-    base: str = "all"
-    rate: float = 0.25
-    rows: int = 300
-    seed: int = 77
-    kinds: tuple[str, ...] = KINDS
-    forms: tuple[str, ...] = FORMS
+    model: str
+    text: str
+    rate: float
+    number: int
+    precision: str = "bf16"
+    phrases: str = "known"
+    seed: int = 0
+    shape: str = "spans"
+    everywhere: bool = False  # influence of every unit, not only of doubtful ones
+
+    @property
+    def key(self) -> str:
+        """The name of its results."""
+        return "-".join(str(value) for value in asdict(self).values()).replace(" ", "_")
 
 
-class Bench:
-    """Rows of a setting with their kinds, and plans for any block on them."""
+@dataclass
+class Provider:
+    """A loaded model as the run's own reference; implements `ReferenceProvider`."""
 
-    def __init__(self, setting: Setting, folder: Path, quantization: str | None = None) -> None:
-        base = folder / f"base-{setting.base}"
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.rows: Sequence[Row] = make_rows(
-            setting.world,
-            setting.rows,
-            setting.rate,
-            setting.seed,
-            Encoder(self.tokenizer),
-            kinds=setting.kinds,
-            forms=setting.forms,
-        )
-        self.kinds = flat_kinds(self.rows)
-        self.noise = np.asarray([is_noise(kind) for kind in self.kinds])
-        self.documents = collect(dataset(self.rows))
-        model = load(base, "qlora" if quantization else "full")
-        self.provider = Provider(model if quantization else model.to(device()))
-        self.cache = str(folder / "cache")
+    name: str
+    precision: str
+    model: Any
 
-    def plan(self, block: Mapping[str, Any]) -> Plan:
-        """What the product decides."""
-        config = XTFConfig.parse({**block, "cache_dir": self.cache})
-        assert config is not None
-        return make_plan(config, self.documents, self.provider, self.tokenizer, progress=False)
+    def fingerprint(self) -> str:
+        """By name; scores of the laboratory go into a cache of their own."""
+        return f"{self.name} {self.precision}".encode().hex()
 
-    def in_rows(self, plan: Plan, values: NDArray[Any]) -> NDArray[Any]:
-        """Values of distinct documents in the order of the rows' completion tokens."""
-        offsets = plan.scores.offsets
-        return np.concatenate([values[offsets[d] : offsets[d + 1]] for d in self.documents.row_documents])
+    def description(self) -> dict[str, Any]:
+        """For reports."""
+        return {"name": self.name, "quantization": "none", "dtype": self.precision}
 
-    def scores(self, block: Mapping[str, Any]) -> NDArray[np.float32]:
-        """The block's one score as its rule sees it, (M,); low means drop."""
-        plan = self.plan(block)
-        (seen,) = plan.selection.seen.values()
-        return self.in_rows(plan, seen)
+    def text_config(self) -> Any:
+        """Its config."""
+        return self.model.config.get_text_config()
 
-    def aucs(self, scores: NDArray[np.float32]) -> dict[str, float]:
-        """AUC against all good tokens, for each kind and form of spans and of single tokens, and for all of each."""
-        found = {}
-        for shape in ("span", "single"):
-            for kind in (*KINDS, "all"):
-                for form in (*FORMS, "all"):
-                    wanted = [
-                        is_noise(k)
-                        and k.endswith(shape)
-                        and kind in (k.split("/")[0], "all")
-                        and form in (k.split("/")[1], "all")
-                        for k in self.kinds
-                    ]
-                    chosen = np.asarray(wanted) | ~self.noise
-                    found[f"{kind}/{form}/{shape}"] = auc(scores[chosen], self.noise[chosen])
+    def open(self) -> AbstractContextManager[Reference]:
+        """The reference."""
+        return nullcontext(borrow(self.model))
+
+
+def examples(setting: Setting, data: Path) -> list[Example]:
+    """The examples of a setting, noise included."""
+    chosen, others = sample(setting.text, data, setting.number, setting.seed)
+    if setting.text in LABELLED:
+        return chosen
+    rng = random.Random(setting.key)
+    if setting.shape == "tokens":
+        return [spoil(example, setting.rate, rng) for example in chosen]
+    return [plant(example, others, setting.rate, rng, phrases=setting.phrases) for example in chosen]
+
+
+def tokenized(chosen: Sequence[Example], tokenizer: Any) -> tuple[DocumentSet, NDArray[Any]]:
+    """The examples as documents, and the kind of every completion token; EOS is good."""
+    rows, kinds = [], []
+    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for example in chosen:
+        prompt = _prompt(example, opening, tokenizer)
+        text = example.completion
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = found["input_ids"][:LONGEST], found["offset_mapping"][:LONGEST]
+        bounds = np.cumsum([len(piece) for piece, _ in example.pieces])
+        # a token belongs to the piece of its first character that is no space
+        first = [low + (high - low > 1 and text[low] == " ") for low, high in places]
+        of = np.minimum(np.searchsorted(bounds, first, side="right"), len(bounds) - 1)
+        completion = [*ids, tokenizer.eos_token_id]
+        rows.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
+        kinds.append(np.asarray([*(example.pieces[piece][1] for piece in of), GOOD], dtype=object))
+    documents = collect(rows)
+    firsts = np.unique(documents.row_documents, return_index=True)[1]
+    return documents, np.concatenate([kinds[row] for row in firsts])
+
+
+def _prompt(example: Example, opening: list[int], tokenizer: Any) -> list[int]:
+    """Token ids of a prompt: a question goes through the chat template, if there is one."""
+    if not example.chat or not tokenizer.chat_template:
+        found: list[int] = opening + tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
         return found
-
-    def outcome(self, block: Mapping[str, Any]) -> dict[str, Any]:
-        """What a rule drops: share, precision, noise found by kind, good tokens lost by kind."""
-        plan = self.plan(block)
-        dropped = ~self.in_rows(plan, plan.selection.keep)
-        return outcome(dropped, self.noise, self.kinds)
+    messages = [{"role": "user", "content": example.prompt}]
+    given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return list(given)
 
 
-def outcome(dropped: NDArray[np.bool_], noise: NDArray[np.bool_], kinds: NDArray[Any]) -> dict[str, Any]:
-    """Share dropped, precision, noise found (spans, single tokens, by kind), good tokens lost (all, by kind)."""
-    span, single = (np.char.endswith(kinds, shape) & noise for shape in ("/span", "/single"))
-    first = np.asarray([kind.split("/")[0] for kind in kinds])
+def measure(setting: Setting, data: Path, cache: Path) -> dict[str, Any]:
+    """Everything about one setting, as JSON."""
+    tokenizer = real.tokenizer(setting.model)
+    documents, kinds = tokenized(examples(setting, data), tokenizer)
+    provider = Provider(setting.model, setting.precision, real.load(setting.model, setting.precision))
+    unit = UNITS.get(setting.text, "sentence")
+    result: dict[str, Any] = {
+        **asdict(setting),
+        "tokens": len(kinds),
+        "noise": float((kinds != GOOD).mean()),
+        "rules": {},
+    }
 
-    def share(mask: NDArray[np.bool_]) -> float:
-        return float(dropped[mask].mean()) if mask.any() else float("nan")
+    def plan(block: dict[str, Any]) -> Plan:
+        config = XTFConfig(**{**block, "cache_dir": str(cache)})
+        return make_plan(config, documents, provider, tokenizer, progress=False)
 
+    for name, block in RULES.items():
+        begun = time.perf_counter()
+        made = plan(_with_unit(block, unit))
+        result["rules"][name] = dropped(~made.selection.keep, kinds)
+        if name == "default":
+            result["cost"] = _cost(made, documents, time.perf_counter() - begun)
+            result["thresholds"] = made.selection.thresholds
+            result["longest"] = examples_of(~made.selection.keep, kinds, documents, tokenizer)
+            values = dict(made.selection.seen)
+            result["sweep"] = sweep(values["task_relevance"], kinds)
+    scores = {name: {**part, "drop": {"quantile": 0.5}} for name, part in OTHERS.items()}
+    if setting.everywhere:
+        scores["influence_of_all"] = {"scorer": "influence", "among": None, "drop": {"below": 0.0}}
+    for part in scores.values():
+        part["unit"] = unit
+    values |= plan({"preset": "none", "selectors": scores, "min_kept": 0}).selection.seen
+    values["default"] = combined(values)
+    starts = segment_starts(documents, tokenizer, unit)
+    result["auc"] = {name: _auc_by_kind(value, kinds, starts) for name, value in values.items()}
+    return result
+
+
+def _with_unit(block: dict[str, Any], unit: str) -> dict[str, Any]:
+    slots = ("reasoning_importance", "knowledge_novelty", "task_relevance")
+    return block or {slot: {"unit": unit} for slot in slots}
+
+
+def combined(values: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
+    """One score for the default's rules on relevance and novelty: each divided by its threshold, the lower one."""
+    relevance, novelty = values["task_relevance"].astype(float), values["knowledge_novelty"].astype(float)
+    median = float(np.nanmedian(relevance)) if np.isfinite(relevance).any() else 1.0
+    return np.fmin(relevance / (0.2 * median), novelty / 0.25)
+
+
+def sweep(relevance: NDArray[np.float32], kinds: NDArray[Any]) -> dict[str, dict[str, float]]:
+    """What `of_median` finds and loses at other shares, without the other two rules."""
+    median = float(np.nanmedian(relevance))
+    return {str(share): dropped(relevance < share * median, kinds) for share in SHARES}
+
+
+def dropped(marks: NDArray[np.bool_], kinds: NDArray[Any]) -> dict[str, float]:
+    """Share dropped of each kind of token."""
+    noise = kinds != GOOD
+    shares = {kind: float(marks[kinds == kind].mean()) for kind in dict.fromkeys(kinds.tolist())}
+    return {**shares, "found": float(marks[noise].mean()) if noise.any() else float("nan")}
+
+
+def _cost(made: Plan, documents: DocumentSet, seconds: float) -> dict[str, float]:
+    """Tokens that went through the model, as multiples of the dataset's, and seconds likewise of the plain pass."""
+    more = made.scorers.get("excerpts", {})
+    tokens = int(documents.lengths.sum())
+    plain = made.stats.seconds
     return {
-        "dropped": float(dropped.mean()),
-        "precision": float(noise[dropped].mean()) if dropped.any() else float("nan"),
-        "spans": share(span),
-        "singles": share(single),
-        "found": {kind: share((first == kind) & span) for kind in KINDS},
-        "found_single": {kind: share((first == kind) & single) for kind in KINDS},
-        "good_lost": share(~noise),
-        "lost": {kind: share(kinds == kind) for kind in GOOD_KINDS},
+        "tokens": 1 + more.get("tokens", 0) / tokens,
+        "seconds": (plain + more.get("seconds", 0.0)) / plain if plain else float("nan"),
+        "whole": seconds / plain if plain else float("nan"),
     }
 
 
-def script_attention(bench: Bench) -> NDArray[np.float32]:
-    """The published script's reasoning importance, restated: first layer, each softmax row averaged over its keys.
-
-    Every row sums to 1, so that the score is 1/T but for rounding; in the order of the rows' completion tokens, (M,).
-    """
-    model = AutoModelForCausalLM.from_pretrained(bench.provider.reference.model.config._name_or_path)
-    model.set_attn_implementation("eager")
-    parts = []
-    with torch.no_grad():
-        for row in bench.rows:
-            ids = torch.tensor([row.prompt + row.completion])
-            first = model(input_ids=ids, output_attentions=True).attentions[0]  # (1, H, T, T)
-            parts.append(first[0].mean(0).mean(-1)[len(row.prompt) :].numpy())
-    return np.concatenate(parts)
-
-
-def change_points(bench: Bench, penalty: float) -> NDArray[np.float32]:
-    """Log-probabilities averaged between change points of each document, (M,) in the order of the rows.
-
-    The segments are those of least squared error plus `penalty` for each (optimal partitioning, arXiv 1101.1438),
-    found exactly; values below -8 count as -8, so that one token is no segment.
-    """
-    plan = bench.plan(selector(scorer="log_probability"))
-    values = bench.in_rows(plan, np.maximum(plan.scores.values["score"], -8.0)).astype(np.float64)
-    parts, at = [], 0
-    for row in bench.rows:
-        parts.append(_segment_means(values[at : at + len(row.completion)], penalty))
-        at += len(row.completion)
-    return np.concatenate(parts).astype(np.float32)
-
-
-def _segment_means(values: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
-    """Each value replaced by the mean of its segment."""
-    size = len(values)
-    total, square = (np.concatenate([[0.0], np.cumsum(v)]) for v in (values, values**2))
-    best, last = np.zeros(size + 1), np.zeros(size + 1, dtype=np.int64)
-    for end in range(1, size + 1):
-        length = end - np.arange(end)
-        error = square[end] - square[:end] - (total[end] - total[:end]) ** 2 / length
-        cost = best[:end] + error + penalty
-        last[end] = int(cost.argmin())
-        best[end] = cost[last[end]]
-    means, end = np.empty(size), size
-    while end:
-        means[last[end] : end] = values[last[end] : end].mean()
-        end = int(last[end])
-    return means
-
-
-def measure(world: str, base: str, rate: float, folder: Path, quantization: str | None = None) -> dict[str, Any]:
-    """Everything about one setting: AUC of every score (with noise), and what every rule does."""
-    bench = Bench(Setting(world, base, rate), folder, quantization)
-    found: dict[str, Any] = {"world": world, "base": base, "rate": rate, "quantization": quantization}
-    found["candidates"] = digest()
-    found["tokens"], found["noise"] = len(bench.noise), float(bench.noise.mean())
-    if rate:
-        found["auc"] = {name: bench.aucs(bench.scores(block)) for name, block in SCORES.items()}
-        found["auc"]["attention, as in the published script"] = bench.aucs(script_attention(bench))
-        for penalty in (5.0, 20.0):
-            found["auc"][f"log-probability, change points, {penalty:g}"] = bench.aucs(change_points(bench, penalty))
-    found["rules"] = {name: bench.outcome(block) for name, block in RULES.items()}
+def _auc_by_kind(values: NDArray[Any], kinds: NDArray[Any], starts: NDArray[np.int64]) -> dict[str, float]:
+    """AUC over units, each of the kind that most of its tokens have; undefined scores count as the highest."""
+    ends = np.append(starts[1:], len(kinds))
+    parts = (kinds[low:high].tolist() for low, high in zip(starts, ends, strict=True))
+    own = [max(set(part), key=part.count) for part in parts]
+    unit, score = np.asarray(own, dtype=object), np.asarray(values, dtype=float)[starts]
+    good = unit == GOOD
+    found = {"all": auc(score, ~good)}
+    for kind in dict.fromkeys(unit[~good].tolist()):
+        here = good | (unit == kind)
+        found[kind] = auc(score[here], ~good[here])
     return found
 
 
-def _measure(arguments: tuple[str, str, float, Path, str | None]) -> dict[str, Any]:
-    quiet()
-    torch.set_num_threads(1)
-    world, base, rate, folder, quantization = arguments
-    found = measure(world, base, rate, folder, quantization)
-    print(f"detection: {world}, base {base}, rate {rate}, {quantization or 'fp32'}", flush=True)
-    return found
-
-
-def measure_all(settings: Sequence[tuple[str, str, float]], folder: Path, workers: int) -> list[dict[str, Any]]:
-    """`measure` for every setting, and for the first once more with a 4-bit reference; some processes at a time."""
-    wanted = [(*setting, folder, None) for setting in settings] + [(*settings[0], folder, "nf4")]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return pool.map(_measure, wanted, chunksize=1)
+def examples_of(
+    marks: NDArray[np.bool_], kinds: NDArray[Any], documents: DocumentSet, tokenizer: Any, most: int = 60
+) -> list[dict[str, Any]]:
+    """Good text that was dropped, to be judged by people."""
+    ids = documents.input_ids[documents.completion]
+    at = np.flatnonzero(marks & (kinds == GOOD))
+    spans = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1) if len(at) else []
+    return [{"text": tokenizer.decode(ids[span]), "tokens": len(span)} for span in spans[:most]]

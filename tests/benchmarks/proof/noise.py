@@ -1,169 +1,171 @@
-"""Token noise of known kinds, planted into solutions: every piece ends up with its true kind.
+"""Plants noise between the sentences and lines of clean completions, and knows to the character where it is.
 
-Six kinds, each in a varying and in a repeating form, each as spans and as single tokens. A noise kind is written
-`kind/form/shape`, for instance `filler/repeating/span`; good kinds are those of worlds.py. Wrong results stand in the
-place of right ones, or are lines of their own; the solution goes on with the right value either way, so a document's
-answer stays true and only the noise is wrong.
+Stock phrases, digressions and page remains come in two lists that share no text: `known` are the demo's, with which
+the default was chosen, `new` are used to confirm it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
-from .grammar import CHATTER, FILLER_WORDS, FIXED, JUNK, OFF_TOPIC_WORDS, expand
-from .worlds import GOOD_KINDS, RESULT, STEP, Line, Piece, Problem, words
+from .texts import GOOD, ROOT, Example
 
-KINDS = ("filler", "off_topic", "wrong", "copied", "junk", "typo")
-FORMS = ("varying", "repeating")
-SPAN_SHARE = 0.85  # of noise words; the rest are single tokens
-
-
-def is_noise(kind: str) -> bool:
-    """Whether a kind is one of the planted ones."""
-    return kind not in GOOD_KINDS
-
-
-def plant(
-    problem: Problem, rate: float, rng: random.Random, kinds: Sequence[str] = KINDS, forms: Sequence[str] = FORMS
-) -> list[Line]:
-    """The solution with noise among its lines.
-
-    Args:
-        rate: expected share of the solution's words that are noise, in [0, 1).
-        kinds, forms: which noise; drawn with equal chances.
-    """
-    lines = [list(pieces) for pieces in problem.lines]
-    good = sum(map(len, lines))
-    budget = good * rate / (1 - rate)
-    singles = _round(budget * (1 - SPAN_SHARE), rng)
-    left = budget * SPAN_SHARE
-    spans: list[Line] = []
-    while left > 0:
-        kind, form = rng.choice(kinds), rng.choice(forms)
-        span = [(word, f"{kind}/{form}/span") for word in words(SPANS[kind](problem, form, rng) + "\n")]
-        if rng.random() < left / len(span):  # the last one may overshoot; on average the budget is met
-            spans.append(span)
-        left -= len(span)
-    for _ in range(singles):
-        _single(lines, problem, rng.choice(kinds), rng.choice(forms), rng)
-    for span in spans:
-        _insert_line(lines, span, rng)
-    return lines
-
-
-def _round(value: float, rng: random.Random) -> int:
-    return int(value) + (rng.random() < value % 1)
-
-
-def _insert_line(lines: list[Line], span: Line, rng: random.Random) -> None:
-    """Put a noise line before any line; behind the answer it starts with the line break that the answer lacks."""
-    place = rng.randint(0, len(lines))
-    if place == len(lines):
-        if lines[-1][-1][0] != "\n":
-            lines[-1] = [*lines[-1], ("\n", span[0][1])]
-        span = span[:-1]
-    lines.insert(place, span)
-
-
-def _wrong_line(problem: Problem, form: str, rng: random.Random) -> str:
-    if form == "repeating":
-        return "So 2 + 2 = 5."
-    one, two = rng.randint(2, 30), rng.randint(2, 15)
-    return f"So {one} + {two} = {one + two + rng.choice((-3, -2, -1, 1, 2, 3))}."
-
-
-def _copied(problem: Problem, form: str, rng: random.Random) -> str:
-    return problem.prompt[-1] if form == "repeating" else rng.choice(problem.prompt)
-
-
-def _junk(problem: Problem, form: str, rng: random.Random) -> str:
-    return "~~ ## ~~ ## ~~" if form == "repeating" else " ".join(rng.choice(JUNK) for _ in range(rng.randint(4, 9)))
-
-
-def _typos(problem: Problem, form: str, rng: random.Random) -> str:
-    if form == "repeating":
-        return "Heer si teh solutoin to teh probelm."
-    text = "".join(word for word, _ in rng.choice(problem.lines)).strip()
-    return " ".join(misspelt(word, rng) for word in text.split(" "))
-
-
-SPANS: dict[str, Callable[[Problem, str, random.Random], str]] = {
-    "filler": lambda p, form, rng: FIXED["filler"] if form == "repeating" else expand(CHATTER, "filler", rng),
-    "off_topic": lambda p, form, rng: FIXED["off_topic"] if form == "repeating" else expand(CHATTER, "off_topic", rng),
-    "wrong": _wrong_line,
-    "copied": _copied,
-    "junk": _junk,
-    "typo": _typos,
+SPANS = ("stock phrase", "digression", "page remains", "copied prompt", "repeated line", "other answer")
+TOKENS = ("typo", "wrong number")
+SHORTEST = 15  # characters of a line that is copied, repeated or taken from another answer
+NEW = {
+    "stock phrase": (
+        "Happy to walk you through it!",
+        "That is an excellent thing to ask.",
+        "Alright, here we go.",
+        "Thanks so much for trusting me with this.",
+        "I would love to assist you with that today.",
+        "Below you will find everything you need.",
+        "Hopefully that clears things up.",
+        "Just shout if you want more detail.",
+        "As a virtual assistant I have no feelings about this, but I am glad to explain.",
+        "Remember, every expert was once a beginner.",
+        "Wishing you all the best on your learning journey!",
+        "It is always a good idea to consult a qualified specialist.",
+        "Do let me know how it goes.",
+        "Together we will get this done in no time.",
+    ),
+    "digression": (
+        "Lighthouse keepers used to wind their lamps by hand every two hours.",
+        "My neighbour's cat has learned to open the fridge.",
+        "The ferry to the island was cancelled again because of fog.",
+        "Saffron is made from the stigmas of a crocus flower.",
+        "Our choir rehearses on Thursdays in the old fire station.",
+        "It rained for eleven days in a row last spring.",
+        "The tallest dunes in the region move about four metres a year.",
+        "Somebody left a red umbrella in the waiting room.",
+        "Vinyl records have been selling better than compact discs lately.",
+        "The baker on the corner closes at noon on Mondays.",
+        "A violin has about seventy parts.",
+        "They repainted the tram stop in a cheerful yellow.",
+    ),
+    "page remains": (
+        "Follow us on Instagram | YouTube | RSS",
+        "This site uses cookies. OK | Learn more",
+        "You may also like: 7 kitchen hacks that will surprise you",
+        "« Older posts    Newer posts »",
+        '<span class="share-count">128</span>',
+        "</article></main><footer>",
+        "Filed under: Uncategorized",
+        "Rate this page: 1 2 3 4 5",
+        "[caption id=attachment_4411 align=alignnone]",
+        "Copyright 2021 Example Media Group. Imprint - Contact",
+        "Print this page",
+        "View 34 more replies",
+        "function toggleMenu(){document.body.classList.toggle('open')}",
+    ),
 }
 
 
-def misspelt(word: str, rng: random.Random) -> str:
-    """The word with two neighbouring letters swapped or one doubled; short words get a letter."""
-    bare = word.strip()
-    space = word[: len(word) - len(word.lstrip())]
-    if len(bare) < 3:
-        return space + bare + rng.choice("qxzw")
-    at = rng.randrange(len(bare) - 1)
-    if bare[at] == bare[at + 1]:
-        return space + bare[:at] + bare[at] + bare[at:]
-    return space + bare[:at] + bare[at + 1] + bare[at] + bare[at + 2 :]
+@cache
+def _known() -> dict[str, tuple[str, ...]]:
+    sys.path.insert(0, str(ROOT / "recipes/demo"))
+    try:
+        from phrases import CLOSINGS, DIGRESSIONS, OPENINGS, PAGE_REMAINS
+    finally:
+        sys.path.pop(0)
+    return {"stock phrase": OPENINGS + CLOSINGS, "digression": DIGRESSIONS, "page remains": PAGE_REMAINS}
 
 
-def _single(lines: list[Line], problem: Problem, kind: str, form: str, rng: random.Random) -> None:
-    """Insert or replace one word of a line other than the answer's."""
-    name = f"{kind}/{form}/single"
-    if kind in ("wrong", "typo"):
-        wanted = RESULT if kind == "wrong" else STEP
-        spots = [
-            (row, column)
-            for row, pieces in enumerate(lines[:-1])
-            for column, (text, found) in enumerate(pieces)
-            if found == wanted and (kind == "wrong" or text.strip().isalpha())
+def pieces(text: str) -> list[str]:
+    """Lines and sentences with the white space behind them; together they are the text."""
+    return [part for part in re.findall(r".*?(?:\n+|(?<=[.!?])\s+|\Z)", text, re.DOTALL) if part]
+
+
+def plant(
+    example: Example, others: Sequence[Example], rate: float, rng: random.Random, *, phrases: str = "known"
+) -> Example:
+    """The example with lines that do not belong, of about `rate` of its characters.
+
+    Args:
+        example: clean; its pieces are one good text.
+        others: examples that lines are taken from.
+        rate: share of the characters of the result.
+        rng: of all chances.
+        phrases: `known` or `new`.
+    """
+    pools = NEW if phrases == "new" else _known()
+    parts = [(text, GOOD) for text in pieces(example.completion)]
+    left = len(example.completion) * rate / (1 - rate)
+    tries = 0
+    while left > 0 and tries < 200:
+        tries += 1
+        kind, place = rng.choice(SPANS), rng.randrange(len(parts) + 1)
+        text = _text(kind, example, others, [part for part, own in parts[:place] if own == GOOD], pools, rng)
+        if not text:
+            continue
+        if rng.random() < left / len(text):  # the last one may be too long; on average the rate is met
+            _insert(parts, place, text, kind, lines="\n" in example.completion)
+        left -= len(text)
+    return replace(example, pieces=tuple(parts))
+
+
+def _text(
+    kind: str,
+    example: Example,
+    others: Sequence[Example],
+    before: Sequence[str],
+    pools: dict[str, tuple[str, ...]],
+    rng: random.Random,
+) -> str:
+    """A text of one kind; empty if there is none here."""
+    if kind in pools:
+        return rng.choice(pools[kind])
+    if kind == "copied prompt":
+        bare = re.sub(r"^Question: |\nAnswer:\n$", "", example.prompt)
+        found = [part for part in pieces(bare) if SHORTEST < len(part) < 200]
+    elif kind == "repeated line":
+        found = list(before)
+    else:
+        found = [
+            part for part in pieces(rng.choice(others).completion) if "####" not in part and "Decision" not in part
         ]
-        if spots:
-            row, column = rng.choice(spots)
-            old = lines[row][column][0]
-            lines[row][column] = (_wrong(old, form, rng) if kind == "wrong" else _typo(old, form, rng), name)
+    found = [part.strip("\n").rstrip() for part in found if len(part.strip()) > SHORTEST]
+    return rng.choice(found) if found else ""
+
+
+def _insert(parts: list[tuple[str, str]], place: int, text: str, kind: str, *, lines: bool) -> None:
+    """Put a text before a place, on a line of its own where the lines around it are."""
+    if place == len(parts):
+        last, own = parts[-1]
+        if not last[-1].isspace():
+            parts[-1] = (last + ("\n" if lines else " "), own)
+        parts.append((text, kind))
         return
-    row = rng.randrange(max(1, len(lines) - 1))
-    column = rng.randint(1, max(1, len(lines[row]) - 1))
-    before = lines[row][column - 1][0]
-    lines[row].insert(column, (_inserted(problem, kind, form, before, rng), name))
+    whole_line = lines and (place == 0 or parts[place - 1][0].endswith("\n"))
+    parts.insert(place, (text if whole_line else text.lstrip(), kind))
+    parts[place] = (parts[place][0] + ("\n" if whole_line else " "), kind)
 
 
-def _wrong(old: str, form: str, rng: random.Random) -> str:
-    """Another result: a near number or another word of the same sort; in the repeating form always the same."""
-    bare = old.strip()
-    space = old[: len(old) - len(bare)]
-    if bare.isdigit():
-        if form == "repeating":
-            return space + ("7" if bare != "7" else "8")
-        return f"{space}{max(0, int(bare) + rng.choice((-5, -3, -2, -1, 1, 2, 3, 5)))}"
-    from .worlds import CITIES, JOBS
-
-    others = [word for word in (CITIES if bare in CITIES else JOBS) if word != bare]
-    return space + (others[0] if form == "repeating" else rng.choice(others))
+def spoil(example: Example, rate: float, rng: random.Random) -> Example:
+    """The example with single wrong numbers and mistyped words in about `rate` of its words."""
+    result: list[tuple[str, str]] = []
+    for word in re.findall(r"\s*\S+|\s+\Z", example.completion):
+        kind, changed = GOOD, word
+        if rng.random() < rate:
+            kind, changed = _spoilt(word, rng)
+        result.append((changed, kind))
+    return replace(example, pieces=tuple(result))
 
 
-def _typo(old: str, form: str, rng: random.Random) -> str:
-    return misspelt(old, random.Random(old) if form == "repeating" else rng)
-
-
-def _inserted(problem: Problem, kind: str, form: str, before: str, rng: random.Random) -> str:
-    repeating = form == "repeating"
-    if kind == "filler":
-        return " " + ("basically" if repeating else rng.choice(FILLER_WORDS))
-    if kind == "off_topic":
-        return " " + ("trumpet" if repeating else rng.choice(OFF_TOPIC_WORDS))
-    if kind == "junk":
-        return " " + ("#" if repeating else rng.choice(JUNK))
-    if repeating and before.strip():
-        return " " + before.strip()  # a stutter
-    return " " + rng.choice([word.strip() for word in words(problem.text) if word.strip()])
-
-
-def count(lines: Sequence[Sequence[Piece]]) -> tuple[int, int]:
-    """Words that are noise, and all words."""
-    kinds = [kind for pieces in lines for _, kind in pieces]
-    return sum(map(is_noise, kinds)), len(kinds)
+def _spoilt(word: str, rng: random.Random) -> tuple[str, str]:
+    digits = [place for place, letter in enumerate(word) if letter.isdigit()]
+    if digits:
+        place = rng.choice(digits)
+        other = rng.choice([digit for digit in "123456789" if digit != word[place]])
+        return "wrong number", word[:place] + other + word[place + 1 :]
+    letters = [place for place in range(1, len(word) - 1) if word[place].isalpha() and word[place + 1].isalpha()]
+    if len(letters) < 3:
+        return GOOD, word
+    place = rng.choice(letters)
+    return "typo", word[:place] + word[place + 1] + word[place] + word[place + 2 :]
