@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_gpu [--minutes 8] [--write docs/benchmarks.md]
 
 Triton's kernels against those of torch, the scoring pass against the floor, the published procedure, a training
-step, a whole run, weights in 4 bits, and other references (`gpu_parts`), the most important first. Each part has a
+step, a whole run and weights in 4 bits (`gpu_parts`), the most important first. Each part has a
 time limit. A part that exceeds it or fails is reported in its row, and the exit code is 1. Parts left when the time is
 used up, and all parts without a GPU, are reported as not measured. `--smoke` runs tiny sizes on any device.
 """
@@ -36,7 +36,6 @@ SECTIONS: dict[str, tuple[Callable[[Sizes, int, float], Rows], float]] = {  # an
     "step": (gpu_parts.step, 0.2),
     "run": (gpu_parts.run, 0.5),
     "nf4": (gpu_parts.quantised, 0.15),
-    "references": (gpu_parts.references, 0.3),
 }
 REACHES = {
     **{

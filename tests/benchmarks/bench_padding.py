@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.bench_padding [--data FOLDER] [--write docs/benchmarks.md]
 
-Lengths are those of a generated log-normal mix and, with a folder that holds the data sets of `real_text.records`, of
-their documents under a byte-level BPE of 4,096 tokens trained on them. Nothing depends on a device. A CPU has padded
+Lengths are those of a generated log-normal mix and, with a folder that holds the public files of `proof.texts`, of
+their documents under the tokenizer of SmolLM2 (`make models`). Nothing depends on a device. A CPU has padded
 batches of a fixed size. A GPU packs documents in rows without padding, unless a model refuses packed rows or its
 weights are split between ranks. Its batches are then padded: of a fixed size for split weights and in streams, else as
 large as memory allows, up to the largest size here. For comparison: batches that are filled in order.
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tests import real
 from tests.benchmarks import reach
 from tests.benchmarks.common import arguments, publish
-from tests.benchmarks.real_text import encode, records
+from tests.benchmarks.proof import texts
 from xtf_plugin.scoring.batching import MAX_BATCH_TOKENS, default_batch_tokens, plan_batches
 
-VOCABULARY, LONGEST = 4_096, 8_192
 FIXED = {where: default_batch_tokens(torch.device(where)) for where in ("cpu", "cuda")}
 BUDGETS = {"CPU": FIXED["cpu"], "GPU if padded, fixed": FIXED["cuda"], "GPU if padded, at most": MAX_BATCH_TOKENS}
 HEAD = ["documents", "tokens a batch", "padding", "batches", "padding if filled in order", "batches", "reach"]
@@ -36,11 +36,10 @@ def generated(count: int) -> NDArray[np.int64]:
 
 def of_texts(folder: Path) -> dict[str, NDArray[np.int64]]:
     """Lengths of whole documents of the data sets, prompt and completion, with the tokens that begin and end one."""
-    found = {}
-    for name, parts in records.read(folder).items():
-        texts = [record.head + record.tail + record.completion for part in parts.values() for record in part]
-        tokenizer = encode.train_tokenizer(texts, VOCABULARY, LONGEST)
-        found[name] = np.asarray([len(ids) + 2 for ids in tokenizer(texts)["input_ids"]], dtype=np.int64)
+    tokenizer, found = real.tokenizer(real.SMOLLM2), {}
+    for name in ("GSM8K", "PubMedQA", "HumanEval"):
+        documents = [example.prompt + example.completion for example in texts.CLEAN[name](folder)]
+        found[name] = np.asarray([len(ids) + 2 for ids in tokenizer(documents)["input_ids"]], dtype=np.int64)
     return found
 
 

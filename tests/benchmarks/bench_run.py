@@ -72,7 +72,7 @@ PARTS = {
     "selection": [(plan, "select"), (plan.Plan, "masks")],
     "report": [(XTFCallback, "_report")],
     "collator": [(XTFDataCollator, "_masked"), (XTFDataCollator, "_verify")],
-    "checks": [(XTFCallback, "_on_batch")],
+    "checks": [(XTFCallback, "on_batch")],
 }
 HEAD = ["run", "train(), s", "x without", "in parts, s: all before step 1", *PARTS, "reach"]
 

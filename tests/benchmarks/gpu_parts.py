@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.benchmarks import bench_authors, bench_reference, bench_run, bench_step, reach
+from tests.benchmarks import bench_authors, bench_run, bench_step, reach
 from tests.benchmarks.bench_scoring import floor, make_documents, make_model, xtf
 from tests.benchmarks.common import device, in_turn, peak_allocated, rounds
 from xtf_plugin.scoring.kernels import dispatch, triton_dispatch
@@ -219,20 +219,3 @@ def moments(sizes: Sizes, repeats: int, until: float) -> Rows:
     targets = torch.randint(sizes.V, (sizes.N,), device=device())
     predictions = partial(dispatch.predictions, hidden, head, targets)
     yield from pair(f"head and moments, N {sizes.N}, V {sizes.V}", predictions, repeats, until)
-
-
-def references(sizes: Sizes, repeats: int, until: float) -> Rows:
-    """Quantised and smaller references of the made-up world: what they drop, and how long they take, on this device."""
-    del until
-    smoke = sizes.steps > 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) if smoke else bench_reference.FOLDER
-        tokenizer, base, small = bench_reference.bases(folder, smoke)
-        rows = bench_reference.made_up(tokenizer, 8 if smoke else 300)
-        found, times = bench_reference.compare("sums", rows, base, small, repeats)
-    for what, _, rule, own, full, same, low in found:
-        dropped, agree = f"drops {own}, the full one {full}", f"Jaccard {same}, lowest 10 % {low}"
-        yield ["references", f"{what}, {rule}", "–", f"{dropped}; {agree}", "–"]
-    for line in times:
-        what, _, took = line.rpartition(": ")
-        yield ["references", f"{what}, time of the pass", "–", f"{took} the full one's", "–"]

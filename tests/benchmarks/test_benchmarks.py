@@ -18,7 +18,6 @@ from tests.benchmarks import (
     bench_overheads,
     bench_padding,
     bench_profile,
-    bench_reference,
     bench_run,
     bench_scoring,
     bench_selection,
@@ -44,7 +43,6 @@ MARKS = {  # of the programs that have a `--smoke`
     bench_overheads: "overheads",
     bench_padding: "bench_padding",
     bench_profile: "profile",
-    bench_reference: "bench_reference",
     bench_run: "bench_run",
     bench_scoring: "scoring 30M",
     bench_selection: "selection",
@@ -65,11 +63,6 @@ OTHER_MARKS = {
 }
 
 
-def words(program, tmp_path) -> list[str]:
-    folder = ["--folder", str(tmp_path / "bases")] if program is bench_reference else []
-    return ["--smoke", "--repeats", "1", *folder]
-
-
 def parts(text: str, mark: str) -> tuple[str, str, str]:
     """What stands before, between and behind the marks of a page."""
     before, begin, rest = text.partition(f"<!-- {mark} -->")
@@ -85,7 +78,7 @@ def test_a_table_is_printed_and_put_into_the_page(program, tmp_path, capsys):
     page, mark = tmp_path / "page.md", MARKS[program]
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     before, old, after = parts(page.read_text(encoding="utf-8"), mark)
-    program.main([*words(program, tmp_path), "--write", str(page)])
+    program.main(["--smoke", "--repeats", "1", "--write", str(page)])
     found = parts(page.read_text(encoding="utf-8"), mark)
     assert (found[0], found[2]) == (before, after), "written outside of the marks"
     assert found[1] != old and "commit " in found[1] and "failed: " not in found[1]
@@ -253,15 +246,6 @@ def test_the_authors_probabilities_are_ours():
         _, completion = documents.document(index)
         ours = np.exp(found[documents.keys[index].tobytes()].logprobs)
         np.testing.assert_allclose(ours, probabilities[completion[1:]], rtol=1e-3)
-
-
-def test_jaccard_and_the_lowest_tenth():
-    one, other = np.array([True, True, False, False]), np.array([True, False, True, False])
-    assert bench_reference.jaccard(one, other) == pytest.approx(1 / 3)
-    assert math.isnan(bench_reference.jaccard(~one & one, ~one & one))
-    scores = np.arange(20, dtype=np.float32)
-    scores[0] = np.nan
-    assert np.flatnonzero(bench_reference.lowest(scores)).tolist() == [1, 2]
 
 
 def test_medians_of_procedures_in_turn():

@@ -93,8 +93,8 @@ STORE = [
     fault(
         "file-appears-before-it-is-whole",
         "files.py",
-        "temporary = temporary_path(target)\n    try:\n        with temporary.open(\"xb\")",
-        "temporary = target\n    try:\n        with temporary.open(\"wb\")",
+        'temporary = temporary_path(target)\n    try:\n        with temporary.open("xb")',
+        'temporary = target\n    try:\n        with temporary.open("wb")',
         "test_kill.py",
         "test_store.py",
     ),

@@ -215,6 +215,7 @@ def test_versions(caplog, monkeypatch):
     def check(version):
         monkeypatch.setattr(environment, "installed_version", lambda name: version)
         environment.check_version("trl")
+
     for fine in ("1.9.0", "1.16.3", "1.10.0.dev0"):
         check(fine)
     assert not caplog.records

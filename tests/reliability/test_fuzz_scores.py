@@ -242,9 +242,7 @@ def sixty_tokens() -> Scores:
 def test_a_setting_beyond_every_document_is_refused_or_equals_one_just_beyond(what: str) -> None:
     far, near = FAR[what]
     rules = {"preset": "paper", "reasoning_importance": {"drop": {"quantile": 0.1}}}
-    merged = [
-        {**rules, **b, **{k: {**rules.get(k, {}), **v} for k, v in b.items() if k in SLOTS}} for b in (far, near)
-    ]
+    merged = [{**rules, **b, **{k: {**rules.get(k, {}), **v} for k, v in b.items() if k in SLOTS}} for b in (far, near)]
     try:
         config = XTFConfig.parse(merged[0])
     except XTFUserError as error:

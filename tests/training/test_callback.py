@@ -1,5 +1,4 @@
-"""XTF inside a real SFTTrainer: the same masks for all kinds of batches, and no training without masks.
-"""
+"""XTF inside a real SFTTrainer: the same masks for all kinds of batches, and no training without masks."""
 
 from __future__ import annotations
 

@@ -112,9 +112,7 @@ class TestLabelsGivenAfterwards:
         cls = pattern.rewritten("DPOTrainer", dpo_trainer)
         assert not issubclass(cls, DPOTrainer)
         host = cls.__new__(cls)
-        with pytest.raises(
-            XTFUserError, match="UnslothDPOTrainer is not supported: .* TRL's DPOTrainer may not"
-        ):
+        with pytest.raises(XTFUserError, match="UnslothDPOTrainer is not supported: .* TRL's DPOTrainer may not"):
             attach(host, True)
 
 

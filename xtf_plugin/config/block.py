@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from platformdirs import user_cache_dir
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from ..errors import XTFUserError
@@ -164,8 +165,6 @@ class XTFConfig(Block):
 
     def resolved_cache_dir(self) -> Path:
         """Where scores are kept: `cache_dir`, else $XTF_CACHE, else the platform's user cache folder. Not created."""
-        from platformdirs import user_cache_dir
-
         chosen = self.cache_dir or os.environ.get("XTF_CACHE")
         return Path(os.path.expanduser(chosen) if chosen else user_cache_dir("xtf-plugin"))
 

@@ -164,7 +164,8 @@ def _spoilt(word: str, rng: random.Random) -> tuple[str, str]:
         place = rng.choice(digits)
         other = rng.choice([digit for digit in "123456789" if digit != word[place]])
         return "wrong number", word[:place] + other + word[place + 1 :]
-    letters = [place for place in range(1, len(word) - 1) if word[place].isalpha() and word[place + 1].isalpha()]
+    swaps = range(1, len(word) - 1)
+    letters = [at for at in swaps if word[at : at + 2].isalpha() and word[at] != word[at + 1]]
     if len(letters) < 3:
         return GOOD, word
     place = rng.choice(letters)
