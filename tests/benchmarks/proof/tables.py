@@ -39,6 +39,8 @@ def training_table(results: Results) -> str:
     plain = {one["seed"]: one for one in results if one["arm"] == "plain"}
     for arm in dict.fromkeys(one["arm"] for one in results):
         own = [one for one in results if one["arm"] == arm and one["seed"] in plain]
+        if not own:
+            continue
         cells = [arm, str(len(own))]
         for name, digits in (("loss", 4), ("loss_digits", 4), ("emitted", 3)):
             values, base = [one[name] for one in own], [plain[one["seed"]][name] for one in own]
