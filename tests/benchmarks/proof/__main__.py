@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import transformers
 from tests import real
 from tests.benchmarks import common
 
-from . import tables
+from . import tables, train
 from .detect import Setting, measure
 from .texts import CLEAN, LABELLED
 
@@ -48,24 +49,31 @@ def settings(scale: str) -> list[Setting]:
     return [*planted, *clean, *labelled, *other_phrases, *tokens, *precisions, *rates]
 
 
-def run(scale: str, folder: Path, data: Path, minutes: float) -> list[dict[str, Any]]:
+def jobs(scale: str) -> list[train.Job]:
+    """All training runs, most important first."""
+    if scale == "smoke":
+        return [train.Job("default", 0, rows=8, text="chat")]
+    first, rest = train.ARMS[:6], train.ARMS[6:]
+    noisy = [train.Job(arm, seed) for arms in (first, rest) for seed in range(3) for arm in arms]
+    clean = [train.Job(arm, seed, rate=0.0) for seed in range(3) for arm in ("plain", "default")]
+    return [*noisy, *clean]
+
+
+def run(work: Sequence[Setting | train.Job], folder: Path, data: Path, minutes: float) -> list[dict[str, Any]]:
     """Measure what is missing, and return all that is there."""
     begun, found = time.monotonic(), []
-    for setting in settings(scale):
+    for setting in work:
         path = folder / f"{setting.key}.json"
         if not path.exists():
             if time.monotonic() - begun > 60 * minutes or not real.is_made(setting.model):
                 print(f"not measured: {setting.key}", file=sys.stderr)
                 continue
-            result = {
-                **measure(setting, data, folder / "cache"),
-                "made": common.machine(),
-                "commit": common.commit(),
-            }
+            trained = isinstance(setting, train.Job)
+            result = train.run(setting, data, folder / "cache") if trained else measure(setting, data, folder / "cache")
             part = path.with_suffix(".part")
-            part.write_text(json.dumps(result))
+            part.write_text(json.dumps({**result, "made": common.machine()}))
             part.replace(path)
-            print(tables.line(result), flush=True)
+            print(tables.train_line(result) if trained else tables.line(result), flush=True)
         found.append(json.loads(path.read_text()))
     return found
 
@@ -76,14 +84,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the public files")
     parser.add_argument("--folder", type=Path, default=Path(".proof"), help="where results are kept")
     parser.add_argument("--scale", choices=("cpu", "smoke"), default="cpu")
+    parser.add_argument("--only", choices=("detect", "train"), help="measure only one half")
     parser.add_argument("--minutes", type=float, default=80, help="begin no measurement after this time")
     parser.add_argument("--write", type=Path, help="also put the tables into this page")
     given = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     given.folder.mkdir(parents=True, exist_ok=True)
-    found = run(given.scale, given.folder, given.data, given.minutes)
-    text = tables.everything(found)
+    begun, found, trained = time.monotonic(), [], []
+    if given.only != "train":
+        found = run(settings(given.scale), given.folder, given.data, given.minutes)
+    if given.only != "detect":
+        left = given.minutes - (time.monotonic() - begun) / 60
+        trained = run(jobs(given.scale), given.folder, given.data, left)
+    text = tables.everything(found, trained)
     print(text)
     if given.write:
         tables.write(given.write, text)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.stats import paired
 from tests.benchmarks.tables import table, write_into
 
 from .noise import SPANS
@@ -21,6 +22,35 @@ def line(one: dict[str, Any]) -> str:
         f"good lost {rule['good']:.2%}, AUC {one['auc']['default']['all']:.3f}, tokens x {one['cost']['tokens']:.2f}, "
         f"seconds x {one['cost']['seconds']:.2f}"
     )
+
+
+def train_line(one: dict[str, Any]) -> str:
+    """One training run in a line, for the log."""
+    return (
+        f"{one['arm']} seed {one['seed']} {one['rate']:.0%}: loss {one['loss']:.4f}, digits {one['loss_digits']:.4f}, "
+        f"emitted {one['emitted']:.1%}, good lost {one['dropped_good']:.1%}, noise dropped {one['dropped_noise']:.1%}, "
+        f"{one['seconds']:.0f} s"
+    )
+
+
+def training_table(results: Results) -> str:
+    """Each arm against plain SFT on the same seeds, as a mean difference with its 95 % interval."""
+    rows = []
+    plain = {one["seed"]: one for one in results if one["arm"] == "plain"}
+    for arm in dict.fromkeys(one["arm"] for one in results):
+        own = [one for one in results if one["arm"] == arm and one["seed"] in plain]
+        if not own:
+            continue
+        cells = [arm, str(len(own))]
+        for name, digits in (("loss", 4), ("loss_digits", 4), ("emitted", 3)):
+            values, base = [one[name] for one in own], [plain[one["seed"]][name] for one in own]
+            difference, half, p = paired(values, base)
+            change = "" if arm == "plain" else f" ({difference:+.{digits}f} ± {half:.{digits}f}, p {p:.3f})"
+            cells.append(f"{sum(values) / len(values):.{digits}f}{change}")
+        cells += [_share(sum(one[name] for one in own) / len(own)) for name in ("dropped_noise", "dropped_good")]
+        rows.append(cells)
+    head = ["arm", "seeds", "held-out loss", "on digits", "samples with noise", "noise dropped", "good dropped"]
+    return table(head, rows)
 
 
 def _share(value: float | None, digits: int = 1) -> str:
@@ -77,11 +107,11 @@ def rules_table(results: Results) -> str:
     return table(["model", "text", "noise", *(f"{name}: found / good lost" for name in names)], rows)
 
 
-def everything(results: Results) -> str:
+def everything(results: Results, trained: Results = ()) -> str:
     """All tables, as Markdown."""
-    if not results:
+    if not results and not trained:
         return "not measured yet\n"
-    made = "; ".join(dict.fromkeys(f"{one['made']} Commit {one['commit']}." for one in results))
+    made = "\n".join(dict.fromkeys(f"{one['made']}." for one in (*results, *trained)))
     planted = [one for one in results if one["rate"] > 0 and one["shape"] == "spans"]
     clean = [one for one in results if one["rate"] == 0 and one["noise"] == 0]
     labelled = [one for one in results if one["rate"] == 0 and one["noise"] > 0]
@@ -98,6 +128,9 @@ def everything(results: Results) -> str:
     ):
         if chosen:
             parts += [f"### {title}\n", *(made_by(chosen) for made_by in tables)]
+    for rate in dict.fromkeys(one["rate"] for one in trained):
+        chosen = [one for one in trained if one["rate"] == rate]
+        parts += [f"### Training on rows with {rate:.0%} noise\n", training_table(chosen)]
     return "\n".join(parts)
 
 
