@@ -64,14 +64,11 @@ def score(
     `kernels.eager.predictions` at every completion token. Each of several ranks scores a share and receives the rest.
 
     Args:
-        documents: to choose from.
         wanted: (n,) indices into `documents`, the same on every rank.
-        reference: the model that scores.
         layers: layers whose attention is recorded; empty: no attention received.
         sink: called with the records of each batch.
         batch_tokens: padded tokens per batch; None: measured on a GPU, `default_batch_tokens` elsewhere.
         progress: show a progress bar, named `label`.
-        ranks: of the run.
         others: called with records from other ranks; None: `sink`.
         packing: when to pack several documents into one row.
 
@@ -234,7 +231,6 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
     """Context-free embeddings of token ids, (n, D) float32 on the CPU.
 
     Args:
-        reference: the model.
         token_ids: (n,).
         kind: `input`: the row of the input embedding; `output`: the last hidden state of the token alone.
         chunk: tokens at a time; halved on a lack of memory.
