@@ -74,12 +74,9 @@ def make_plan(
     """Score the documents that have no scores yet, and decide for every completion token.
 
     Args:
-        config: the block.
-        documents: of the dataset.
         provider: loads the run's own reference, if some score is missing.
         tokenizer: the training tokenizer.
         references: makes the provider of a score's own reference.
-        progress: show a bar.
         ranks: of the run; each scores a share, and all get the same plan.
 
     Raises:

@@ -67,13 +67,9 @@ class ScoreSource:
     load it once.
 
     Args:
-        config: the block.
-        documents: of the dataset.
         tokenizer: the training tokenizer.
         main: the provider of the run's own reference.
         references: makes the provider of another reference; None: no other reference is available.
-        progress: show a progress bar.
-        ranks: of the run.
 
     Attributes:
         known: predictions of the run's own reference; None until they are needed.
@@ -307,8 +303,6 @@ def run_scorers(
     """Run the scorers of a block on the source's documents.
 
     Args:
-        config: the block.
-        source: of the documents.
         text: which tokens are protected or forced out.
         frozen: functions that replace those of some scorers, by name of the score; see `Scorer.frozen`.
 
