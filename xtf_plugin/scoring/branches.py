@@ -127,15 +127,24 @@ def _batch(chosen: Ints, groups: Ints, shared: Ints) -> Batch:
 
 
 def score_branches(
-    documents: DocumentSet, wanted: Ints, reference: Reference, budget: int
+    documents: DocumentSet, wanted: Ints, reference: Reference, budget: int, *, planned: Ints | None = None
 ) -> Iterator[tuple[Records, int, int]]:
     """Scores of the `wanted` documents, tokens and padded tokens read, a batch at a time.
 
-    Inside `reference.scoring(record=False)`.
-
     Equals the scores of the documents one by one, up to rounding. A batch that does not fit into memory is split.
+
+    Args:
+        documents, wanted, reference: inside `reference.scoring(record=False)`.
+        budget: padded tokens of a batch.
+        planned: documents that batches are planned for, `wanted` among them. Those batches of which all documents are
+            wanted are kept, so that a run that resumes after a kill gets the same bits. None: `wanted`.
     """
-    pending = list(plan_branches(documents, wanted, budget))[::-1]
+    missing = np.zeros(len(documents), dtype=bool)
+    missing[wanted] = True
+    batches = list(plan_branches(documents, wanted if planned is None else planned, budget))
+    whole = [batch for batch in batches if missing[batch.documents].all()]
+    missing[np.concatenate([wanted[:0], *(batch.documents for batch in whole)])] = False
+    pending = [*whole, *plan_branches(documents, np.flatnonzero(missing), budget)][::-1]
     while pending:
         batch = pending.pop()
         try:
