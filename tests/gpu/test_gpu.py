@@ -15,7 +15,7 @@ import torch
 
 from tests import tiny
 from tests.scoring.test_engine import rows, run
-from tests.scoring.test_kernels import SHAPES, STARTS, error, packed, parity, planted
+from tests.scoring.test_kernels import SHAPES, STARTS, each_alone, error, packed, parity, planted
 from tests.scoring.test_shortcuts import PACKED
 from xtf_plugin.data.documents import collect
 from xtf_plugin.scoring import engine, self_check
@@ -133,7 +133,7 @@ def test_training_has_the_memory_that_it_has_without():
 @pytest.mark.parametrize("late", [False, True], ids=["begun", "waited for"])
 def test_an_error_in_the_third_batch_leaves_the_first_two(tmp_path, monkeypatch, late):
     """Whether it shows when the batch is begun, or when its scores are waited for and the fourth is begun already."""
-    documents, launch, begun = collect(rows(sizes=[60] * 5)), engine._launch, []
+    documents, launch, begun = collect(rows(sizes=[60] * 5)), engine._Pass._launch, []
 
     def broken():
         raise RuntimeError("planted")
@@ -144,7 +144,7 @@ def test_an_error_in_the_third_batch_leaves_the_first_two(tmp_path, monkeypatch,
             return launch(*given, **options)
         return broken if late else broken()
 
-    monkeypatch.setattr(engine, "_launch", failing)
+    monkeypatch.setattr(engine._Pass, "_launch", failing)
     reference = Reference(tiny.model().to("cuda"), "tiny")
     with pytest.raises(RuntimeError, match="planted"), ScoreStore(tmp_path, "0123456789abcdef", "0,1") as store:
         engine.score(documents, np.arange(5), reference, (0, 1), store.add, batch_tokens=60, progress=False)
@@ -217,7 +217,7 @@ def test_packed_documents(dtype, tolerance, options, lengths, starts):
     assert (logsumexp.cpu() - expected[1]).abs().max() < tolerance
     starts = None if starts is None else starts.to("cuda")
     options |= {"offsets": offsets, "starts": starts}
-    truth = attributes.attention_received(query.float(), key.float(), None, AttentionSpec(**options))
+    truth = each_alone(query.float(), key.float(), AttentionSpec(**options))
     found = kernels.attention_received(query, key, None, AttentionSpec(**options), logsumexp)
     close(truth, found, absolute=tolerance, relative=tolerance)
 

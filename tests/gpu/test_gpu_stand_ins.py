@@ -27,7 +27,7 @@ def test_scores_that_are_waited_for_later_are_the_same(monkeypatch):
 def test_an_error_takes_no_batch_with_it_that_was_begun(monkeypatch):
     model, documents, found = tiny.model(), collect(rows(sizes=range(30, 60))), []
     monkeypatch.setattr(engine, "LAG", {"cpu": 1})
-    launch, begun = engine._launch, []
+    launch, begun = engine._Pass._launch, []
 
     def broken(*given, **options):
         if len(begun) == 2:
@@ -35,7 +35,7 @@ def test_an_error_takes_no_batch_with_it_that_was_begun(monkeypatch):
         begun.append(given[1])
         return launch(*given, **options)
 
-    monkeypatch.setattr(engine, "_launch", broken)
+    monkeypatch.setattr(engine._Pass, "_launch", broken)
     wanted = np.arange(len(documents))
     with pytest.raises(RuntimeError, match="illegal"):
         engine.score(documents, wanted, Reference(model, "tiny"), (), found.append, batch_tokens=300, progress=False)

@@ -156,7 +156,7 @@ def test_other_errors_are_not_treated_as_out_of_memory(monkeypatch):
     def broken(self, *args, **kwargs):
         raise RuntimeError("planted shape error")
 
-    monkeypatch.setattr(engine, "_launch", broken)
+    monkeypatch.setattr(engine._Pass, "_launch", broken)
     with pytest.raises(RuntimeError, match="planted shape error"):
         run(collect(rows()), tiny.model(), (1,))
 

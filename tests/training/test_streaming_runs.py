@@ -223,15 +223,15 @@ def test_what_cannot_be_scored_while_it_streams_is_refused(tmp_path, monkeypatch
 def test_later_chunks_start_with_the_halved_batch_size(tmp_path, monkeypatch):
     """Training leaves less memory for scoring; only the first chunk runs out of it."""
     made = attached(tmp_path, trainer(tmp_path), {**BLOCK, "batch_tokens": 160})
-    run, refused = engine._launch, []
+    run, refused = engine._Pass._launch, []
 
-    def tight(documents, batch, *others, **options):
-        if made.state.global_step and documents.lengths[batch].max() * len(batch) > 80:
+    def tight(work, batch):
+        if made.state.global_step and work.documents.lengths[batch].max() * len(batch) > 80:
             refused.append(len(batch))
             raise torch.OutOfMemoryError("out of memory")
-        return run(documents, batch, *others, **options)
+        return run(work, batch)
 
-    monkeypatch.setattr(engine, "_launch", tight)
+    monkeypatch.setattr(engine._Pass, "_launch", tight)
     made.train()
     assert len(refused) == 1 and made.state.global_step == 10
 

@@ -82,10 +82,7 @@ def described(plan: Plan, tokenizer: Any) -> tuple[ScoreTable, WhatIf]:
 def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything in summary.json, as plain JSON values; docs/report.md describes the keys.
 
-    Args:
-        plan: of the run.
-        tokenizer: the training tokenizer.
-        found: statistics of the score table; None leaves their keys out.
+    `found` are statistics of the score table; None leaves their keys out.
     """
     special = np.isin(plan.scores.token_ids, special_ids(tokenizer))
     stats, keep, weights = plan.stats, plan.selection.keep, plan.weights
@@ -171,7 +168,6 @@ class Verdicts:
     """Number of tokens by reason and keep flag; counts of fired rules and dropped tokens are sums over it.
 
     Args:
-        config: the block.
         selection: its `reasons` and `keep`, (M,), are read.
         weights: (M,) occurrences in the dataset.
     """

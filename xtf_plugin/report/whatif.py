@@ -143,12 +143,9 @@ def _cells(
 
 
 def make_sliders(config: XTFConfig, scores: Mapping[str, Floats], layout: Layout) -> list[Slider]:
-    """The sliders of a block, in its order; a rule that cannot be moved has one stop.
+    """The sliders of a block, in its order, for scores (M,) as the rules saw them.
 
-    Args:
-        config: the block.
-        scores: (M,) by name, as the rules saw them.
-        layout: of the documents' completion tokens.
+    A rule that cannot be moved has one stop.
     """
     made = list[Slider]()
     for name, values in scores.items():

@@ -30,8 +30,6 @@ def write(plan: Plan, tokenizer: Any, folder: Path, *, whole: bool = False) -> l
     If a file cannot be written, logs a warning and goes on: the masks do not depend on it.
 
     Args:
-        plan: of the run.
-        tokenizer: the training tokenizer.
         folder: is created if it is missing.
         whole: write report and score table beyond `TABLE_LIMIT` completion tokens, too.
     """

@@ -19,6 +19,7 @@ from ..config.scores import SLOTS
 from ..data.documents import DocumentSet
 from ..data.excerpts import predictions_without
 from ..data.predictions import Predictions
+from ..data.ragged import Floats
 from ..data.sentences import line_breaks
 from ..data.splices import Splices, predictions_of
 from ..errors import XTFError, XTFUserError
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from ..config.block import XTFConfig
 
-Floats = NDArray[np.float32]
 ScoreFunction = Callable[[ScoringContext, Any], Floats]
 MAIN_KEY = "xtf.reference.model"  # messages about a separate reference begin with it
 
@@ -67,13 +67,9 @@ class ScoreSource:
     load it once.
 
     Args:
-        config: the block.
-        documents: of the dataset.
         tokenizer: the training tokenizer.
         main: the provider of the run's own reference.
         references: makes the provider of another reference; None: no other reference is available.
-        progress: show a progress bar.
-        ranks: of the run.
 
     Attributes:
         known: predictions of the run's own reference; None until they are needed.
@@ -307,8 +303,6 @@ def run_scorers(
     """Run the scorers of a block on the source's documents.
 
     Args:
-        config: the block.
-        source: of the documents.
         text: which tokens are protected or forced out.
         frozen: functions that replace those of some scorers, by name of the score; see `Scorer.frozen`.
 

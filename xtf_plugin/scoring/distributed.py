@@ -178,7 +178,6 @@ def exchange_results(
     """Pass this rank's records to `sink` and those of the other ranks to `others`, until all ranks have finished.
 
     Args:
-        ranks: of the run.
         own: scores this rank's batches, one after the other.
         sink, others: called with records.
         stats: returns this rank's statistics; called before each exchange.

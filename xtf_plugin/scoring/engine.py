@@ -65,14 +65,11 @@ def score(
     `kernels.eager.predictions` at every completion token. Each of several ranks scores a share and receives the rest.
 
     Args:
-        documents: to choose from.
         wanted: (n,) indices into `documents`, the same on every rank.
-        reference: the model that scores.
         layers: layers whose attention is recorded; empty: no attention received.
         sink: called with the records of each batch.
         batch_tokens: padded tokens per batch; None: measured on a GPU, `default_batch_tokens` elsewhere.
         progress: show a progress bar, named `label`.
-        ranks: of the run.
         others: called with records from other ranks; None: `sink`.
         packing: when to pack several documents into one row.
 
@@ -151,10 +148,7 @@ class _Pass:
 
     def shares_beginnings(self, wanted: NDArray[np.int64]) -> bool:
         """Whether the documents have common beginnings, and this reference reads each of them once."""
-        if not can_branch(self.reference, self.documents):
-            return False
-        plainly = partial(_launch, self.documents, reference=self.reference, layers=())
-        return agrees(self.documents, wanted, self.reference, lambda one: plainly(one)())
+        return can_branch(self.reference, self.documents) and agrees(self.documents, wanted, self.reference)
 
     def branches(self, wanted: NDArray[np.int64], budget: int | None) -> Iterator[Records]:
         """Scores of the `wanted` documents, with each common beginning read once a batch."""
@@ -221,57 +215,40 @@ class _Pass:
             done += 1
             yield records
         for _ in range(done, forwards):
-            _launch(self.documents, np.asarray([filler]), self.reference, self.layers)()
+            self._launch(np.asarray([filler]))  # its scores are not read
 
     def _launch(self, batch: NDArray[np.int64]) -> Callable[[], Records]:
-        lengths = self.documents.lengths[batch]
-        collect = _launch(self.documents, batch, self.reference, self.layers, packed=self.packs)
+        """Launch the forward of one batch; the function that is returned waits for its scores, and counts the batch."""
+        reference, keys, lengths = self.reference, self.documents.keys[batch], self.documents.lengths[batch]
+        rows = laid_out(self.documents, batch, reference.device, packed=self.packs)
 
-        def counted() -> Records:
-            records, tokens = collect(), int(lengths.sum())
+        def run() -> tuple[Tensor, Tensor | None]:
+            hidden, received = reference.forward(rows.ids, rows.lengths, self.layers, rows.start, packed=rows.packed)
+            states = hidden.flatten(0, 1)[rows.read.to(hidden.device)]  # (P, D)
+            found = reference.predictions(states, rows.ids.flatten()[rows.predicted])
+            return found, None if received is None else received.flatten()[rows.completion].float()
+
+        predicted, received = reference.with_full_weights(run)
+
+        def collect() -> Records:
+            columns = np.full((3, int(rows.offsets[-1])), np.nan, dtype=np.float32)
+            columns[:, rows.places] = predicted.cpu().numpy()
+            attention, tokens = None if received is None else received.cpu().numpy(), int(lengths.sum())
             self.stats.tokens += tokens
             self.stats.padded_tokens += tokens if self.packs else len(batch) * int(lengths.max())
             self.stats.batches += 1
             self.stats.seconds = time.perf_counter() - self._start  # a disabled bar measures no time
             self.bar.update(tokens)
-            return records
+            logprobs, entropy, deviation = columns
+            return Records(logprobs, entropy, deviation, attention, keys=keys, offsets=rows.offsets)
 
-        return counted
-
-
-def _launch(
-    documents: DocumentSet,
-    batch: NDArray[np.int64],
-    reference: Reference,
-    layers: tuple[int, ...],
-    packed: bool = False,
-) -> Callable[[], Records]:
-    """Launch the forward of one batch; the function that is returned waits for its scores, in the order of `batch`."""
-    rows = laid_out(documents, batch, reference.device, packed=packed)
-
-    def run() -> tuple[Tensor, Tensor | None]:
-        hidden, received = reference.forward(rows.ids, rows.lengths, layers, rows.start, packed=rows.packed)
-        states = hidden.flatten(0, 1)[rows.read.to(hidden.device)]  # (P, D)
-        found = reference.predictions(states, rows.ids.flatten()[rows.predicted])
-        return found, None if received is None else received.flatten()[rows.completion].float()
-
-    predicted, received = reference.with_full_weights(run)
-
-    def collect() -> Records:
-        columns = np.full((3, int(rows.offsets[-1])), np.nan, dtype=np.float32)
-        columns[:, rows.places] = predicted.cpu().numpy()
-        attention = None if received is None else received.cpu().numpy()
-        logprobs, entropy, deviation = columns
-        return Records(logprobs, entropy, deviation, attention, keys=documents.keys[batch], offsets=rows.offsets)
-
-    return collect
+        return collect
 
 
 def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chunk: int = 4_096) -> Tensor:
     """Context-free embeddings of token ids, (n, D) float32 on the CPU.
 
     Args:
-        reference: the model.
         token_ids: (n,).
         kind: `input`: the row of the input embedding; `output`: the last hidden state of the token alone.
         chunk: tokens at a time; halved on a lack of memory.

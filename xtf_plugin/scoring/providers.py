@@ -35,7 +35,6 @@ class BorrowedReference:
 
     Args:
         trainer: the trainer, before its first step.
-        ranks: of the run.
 
     Raises:
         XTFUserError: the weights or the adapters cannot be used; see `borrow` and `weights_hash`.

@@ -119,12 +119,10 @@ def against_own_forward(
     `packs` and `checked`. Runs once for a reference, and once more when attention is first recorded.
 
     Args:
-        reference: the model.
         input_ids: (T,) of a short document; fewer than 2 tokens: nothing is checked.
         tolerance: mean absolute difference allowed, in nats, and relative to uniform attention. In 8 bits,
             log-probabilities may differ by rounding too.
         layers: whose attention is recorded.
-        packing: see `Packing`.
 
     Raises:
         XTFError: a difference beyond the tolerance, or no logits to compare with; names the model.

@@ -95,10 +95,8 @@ def evaluate(
     """Apply the rule of one score to the dataset: unit or window, then rule, then `max_fraction`.
 
     Args:
-        name: of the score in the block.
         values: (M,) as the scorer gave them; NaN and infinite values are undefined.
         layout: of the documents' completion tokens.
-        config: the score's part of the block.
         segments: the first tokens of the sentences and lines, by unit; needed if the unit is one.
         rules: use these thresholds, and do not warn of how often they fire; for a part of a stream. None: thresholds
             are computed from these scores.

@@ -99,7 +99,6 @@ def select(
 
     Args:
         scores: of the whole dataset.
-        config: the block.
         protected: (M,) tokens that are never dropped; forced: (M,) tokens that are dropped unless protected.
         segments: the first tokens of the sentences and lines, by unit; needed if some score has one.
         frozen: `rules` of another selection, whose thresholds are used instead of those of `scores`; for streams.

@@ -45,11 +45,9 @@ def title(path: Path) -> str:
 
 
 def render(data: Mapping[str, Any], title: str) -> str:
-    """One self-contained page. It loads nothing, and its content security policy allows only its own script.
+    """One self-contained page of `page_data`, with a title in plain text.
 
-    Args:
-        data: of `page_data.page_data`.
-        title: of the page; plain text.
+    It loads nothing, and its content security policy allows only its own script.
     """
     script = "".join(_part(name) for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -70,12 +68,7 @@ def _harmless(text: str) -> str:
 
 
 def page_data(table: ScoreTable, moved: WhatIf | None = None) -> dict[str, Any]:
-    """The page's data.
-
-    Args:
-        table: of a run, or read from a file.
-        moved: `whatif.build(table)`, if it is computed already.
-    """
+    """The page's data; `moved` is `whatif.build(table)`, if it is computed already."""
     moved = whatif.build(table) if moved is None else moved
     chosen = _chosen(table, room_for(len(table.scores), len(moved.sliders)))
     shown = [table.token_ids[_tokens(table, document)] for document in chosen]
