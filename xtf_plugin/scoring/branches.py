@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..data.documents import DocumentSet
-from ..data.ragged import Ints, offsets_of
+from ..data.ragged import Floats, Ints, offsets_of
 from ..store.records import Records
-from .batching import is_out_of_memory, too_little
+from .batching import is_out_of_memory, laid_out, too_little
 from .reference import Reference, rotary_switch
 from .self_check import CANNOT, low_precision
 
@@ -63,20 +63,20 @@ def can_branch(reference: Reference, documents: DocumentSet) -> bool:
     return kinds <= ATTENTION and rotary_switch(config) is None and (not window or longest <= window)
 
 
-def agrees(documents: DocumentSet, wanted: Ints, reference: Reference, plainly: Callable[[Ints], Records]) -> bool:
-    """Whether a few documents get the log-probabilities that `plainly` gives, up to rounding; tried once."""
+def agrees(documents: DocumentSet, wanted: Ints, reference: Reference) -> bool:
+    """Whether a few documents get the log-probabilities that they get alone, up to rounding; tried once a reference."""
     if reference.branches is None:
         few = wanted[np.argsort(documents.lengths[wanted], kind="stable")[-CHECKED:]]
         try:
             with reference.scoring(record=False):
                 found = list(score_branches(documents, few, reference, CHECKED * int(documents.lengths[few].max())))
-                plain = {key.tobytes(): plainly(few[at : at + 1]) for at, key in enumerate(documents.keys[few])}
+                plain = {documents.keys[index].tobytes(): _alone(documents, int(index), reference) for index in few}
         except CANNOT as error:
             logger.info("xtf: %s reads shared beginnings again for every document: %s", reference.name, error)
             reference.branches = False
             return False
         gaps = [
-            np.abs(records.logprobs[low:high] - plain[key.tobytes()].logprobs)
+            np.abs(records.logprobs[low:high] - plain[key.tobytes()])
             for records, _, _ in found
             for key, low, high in zip(records.keys, records.offsets, records.offsets[1:], strict=False)
         ]
@@ -85,6 +85,15 @@ def agrees(documents: DocumentSet, wanted: Ints, reference: Reference, plainly: 
         if not reference.branches:
             logger.info("xtf: %s reads shared beginnings again for every document: a gap of %.2g", reference.name, gap)
     return reference.branches
+
+
+def _alone(documents: DocumentSet, index: int, reference: Reference) -> Floats:
+    """Log-probabilities of a document's completion tokens, without a shared beginning."""
+    rows = laid_out(documents, np.asarray([index]), reference.device)
+    hidden, _ = reference.forward(rows.ids, rows.lengths, ())
+    found = reference.predictions(hidden.flatten(0, 1)[rows.read], rows.ids.flatten()[rows.predicted])
+    logprobs: Floats = found[0].cpu().numpy()
+    return logprobs
 
 
 def plan_branches(documents: DocumentSet, wanted: Ints, budget: int) -> Iterator[Batch]:
@@ -127,15 +136,24 @@ def _batch(chosen: Ints, groups: Ints, shared: Ints) -> Batch:
 
 
 def score_branches(
-    documents: DocumentSet, wanted: Ints, reference: Reference, budget: int
+    documents: DocumentSet, wanted: Ints, reference: Reference, budget: int, *, planned: Ints | None = None
 ) -> Iterator[tuple[Records, int, int]]:
     """Scores of the `wanted` documents, tokens and padded tokens read, a batch at a time.
 
-    Inside `reference.scoring(record=False)`.
-
     Equals the scores of the documents one by one, up to rounding. A batch that does not fit into memory is split.
+
+    Args:
+        documents, wanted, reference: inside `reference.scoring(record=False)`.
+        budget: padded tokens of a batch.
+        planned: documents that batches are planned for, `wanted` among them. Those batches of which all documents are
+            wanted are kept, so that a run that resumes after a kill gets the same bits. None: `wanted`.
     """
-    pending = list(plan_branches(documents, wanted, budget))[::-1]
+    missing = np.zeros(len(documents), dtype=bool)
+    missing[wanted] = True
+    batches = list(plan_branches(documents, wanted if planned is None else planned, budget))
+    whole = [batch for batch in batches if missing[batch.documents].all()]
+    missing[np.concatenate([wanted[:0], *(batch.documents for batch in whole)])] = False
+    pending = [*whole, *plan_branches(documents, np.flatnonzero(missing), budget)][::-1]
     while pending:
         batch = pending.pop()
         try:

@@ -89,7 +89,7 @@ def score(
     own = wanted[rank_of == ranks.rank]
     name = f"xtf: {label}" if ranks.size == 1 else f"xtf: {label}, rank {ranks.rank} of {ranks.size}"
     bar = tqdm(total=int(documents.lengths[own].sum()), unit="tok", unit_scale=True, desc=name, disable=not progress)
-    work = _Pass(documents, reference, layers, bar, ScoringStats(documents=len(own)), packing.windows)
+    work = _Pass(documents, reference, layers, bar, ScoringStats(documents=len(own)), packing.windows, ranks.size > 1)
     branched = not layers and len(own) > 0 and work.shares_beginnings(own)
     with bar, reference.scoring(record=bool(layers) or (work.packs and not branched)):
         batches = work.branches(own, batch_tokens) if branched else work.batches(own, batch_tokens)
@@ -117,6 +117,7 @@ class _Pass:
     bar: Any
     stats: ScoringStats
     windows: bool
+    shared_out: bool  # between ranks: each scores its own documents
 
     def __post_init__(self) -> None:
         config, longest = self.reference.text_config, int(self.documents.lengths.max())
@@ -147,15 +148,13 @@ class _Pass:
 
     def shares_beginnings(self, wanted: NDArray[np.int64]) -> bool:
         """Whether the documents have common beginnings, and this reference reads each of them once."""
-        if not can_branch(self.reference, self.documents):
-            return False
-        plainly = partial(_launch, self.documents, reference=self.reference, layers=())
-        return agrees(self.documents, wanted, self.reference, lambda one: plainly(one)())
+        return can_branch(self.reference, self.documents) and agrees(self.documents, wanted, self.reference)
 
     def branches(self, wanted: NDArray[np.int64], budget: int | None) -> Iterator[Records]:
         """Scores of the `wanted` documents, with each common beginning read once a batch."""
         budget = budget or default_batch_tokens(self.reference.device)
-        for records, tokens, padded in score_branches(self.documents, wanted, self.reference, budget):
+        planned = None if self.shared_out else np.flatnonzero(np.diff(self.documents.completion_offsets) > 0)
+        for records, tokens, padded in score_branches(self.documents, wanted, self.reference, budget, planned=planned):
             self.stats.tokens += tokens
             self.stats.padded_tokens += padded
             self.stats.batches += 1
