@@ -14,6 +14,7 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.plan import make_plan
+from xtf_plugin.scorers import explained
 from xtf_plugin.scoring import distributed
 from xtf_plugin.scoring.distributed import Ranks
 
@@ -29,9 +30,19 @@ def planned(ranks, folder, block):
 
 @case
 def plans(ranks, folder):
-    looks = {"selectors": {"out_of_place": {"drop": {"below": -0.5}}}}
-    blocks = {"default": looks, "attributes": ATTRIBUTES_ON, "paper": {"preset": "paper"}}
-    return {name: planned(ranks, folder / name, block) for name, block in blocks.items()}
+    """To the tiny model all prompts say too little, so that what is too little is lowered for the default."""
+    odd = {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -0.5}}
+    blocks = {
+        "default": {"reasoning_importance": {"among": None}, "task_relevance": {"drop": {"below": 0.0}}},
+        "rescored": {"preset": "none", "selectors": {"odd": odd}},
+        "attributes": ATTRIBUTES_ON,
+        "paper": {"preset": "paper"},
+    }
+    least, explained.LEAST = explained.LEAST, -float("inf")
+    try:
+        return {name: planned(ranks, folder / name, block) for name, block in blocks.items()}
+    finally:
+        explained.LEAST = least
 
 
 @case

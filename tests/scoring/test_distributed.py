@@ -241,13 +241,13 @@ def test_training_continues_from_the_shards(two, name):
         assert second < first - 0.1
 
 
-@pytest.mark.parametrize("name", ["default", "attributes", "paper"])
+@pytest.mark.parametrize("name", ["default", "rescored", "attributes", "paper"])
 def test_plans_are_those_of_one_process(two, alone, name):
     expected = alone["plans"][name]
     assert 0 < sum(expected["keep"]) < len(expected["keep"])
     for rank in two:
         assert rank["plans"][name] == expected
-    assert name != "default" or expected["excerpts"] > 0, "the case must rescore"
+    assert (expected["excerpts"] > 0) == (name in ("default", "rescored")), "the case must score parts of documents"
 
 
 class TestShareOut:

@@ -26,7 +26,7 @@ def layout_of(documents, counts=None):
 def fire(name, documents, counts=None, **settings):
     """Evaluate the score of one slot."""
     values = np.concatenate([np.asarray(d, dtype=np.float32) for d in documents])
-    config = XTFConfig.parse({name: settings}).scores[name]
+    config = XTFConfig.parse({"preset": "none", name: settings}).scores[name]
     return rules.evaluate(name, values, layout_of(documents, counts), config)
 
 
@@ -225,7 +225,7 @@ def test_scores_that_the_mapping_makes_infinite_are_undefined():
 
 def test_the_input_is_left_alone():
     values = np.asarray([math.inf, 1.0, 0.2], dtype=np.float32)
-    config = XTFConfig.parse({RI: {"drop": {"below": 0.5}, "window": 3}}).reasoning_importance
+    config = XTFConfig.parse({"preset": "none", RI: {"drop": {"below": 0.5}, "window": 3}}).reasoning_importance
     rules.evaluate(RI, values, layout_of([values]), config)
     assert math.isinf(values[0])
 
