@@ -99,6 +99,8 @@ def _alone(documents: DocumentSet, index: int, reference: Reference) -> Floats:
 def plan_branches(documents: DocumentSet, wanted: Ints, budget: int) -> Iterator[Batch]:
     """Batches of the `wanted` documents, those of a group side by side, within a budget of padded tokens."""
     assert documents.branches is not None
+    if not len(wanted):
+        return
     groups, shared, lengths = documents.branches.groups, documents.branches.lengths, documents.lengths
     order = wanted[np.lexsort((shared[wanted], groups[wanted]))]
     order = order[np.argsort(_longest(groups[order], shared[order]), kind="stable")]  # groups of like lengths together
