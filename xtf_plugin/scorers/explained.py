@@ -73,8 +73,9 @@ def explained(context: ScoringContext, config: ExplainedConfig) -> Floats:
     that the context makes it less probable. The prompt of a turn is all that stands before the turn. Where there is no
     prompt, B alone counts, and the first unit is NaN.
 
-    Text that belongs to dropped text before it looks explained. So B is computed again, without the dropped units that
-    stand directly before the unit, until nothing changes or three times.
+    Text that belongs to dropped text before it looks explained. So B of a kept unit is computed again, without the
+    dropped units that stand directly before it, until nothing changes or three times. Units of which the prompt alone
+    explains twice the threshold are left out: they are kept whatever B is, unless that is negative.
 
     If the median share of the dataset is below 0.1, all scores are NaN: a reference to which prompts say so little
     cannot tell what belongs to them.
@@ -122,18 +123,17 @@ class _Units:
             )
             return np.full(len(self.context.token_ids), np.nan, dtype=np.float32), Explained(template, -np.inf, False)
         limit = given.limit if given.limit is not None else self._limit(median)
+        by_prompt = (behind - alone) / (PRIOR - alone)
+        read = self.starts.copy()  # what stands directly before a unit is read from here on
         for _ in range(ROUNDS):
             begins = self._before_dropped(shares < limit)
-            changed = np.flatnonzero(begins < self.starts)
+            # with twice the limit from the prompt alone a unit is kept, whatever B is
+            changed = np.flatnonzero((begins < read) & (shares >= limit) & ~(by_prompt >= 2 * limit))
             if not len(changed):
                 break
-            again = own.copy()
-            again[changed] = self._surprise(begins, template, changed)[changed]
-            renewed = self._shares(again, behind, alone, prompted)
-            if np.array_equal(renewed < limit, shares < limit):
-                shares = renewed
-                break
-            shares = renewed
+            read[changed] = begins[changed]
+            own[changed] = self._surprise(begins, template, changed)[changed]
+            shares = self._shares(own, behind, alone, prompted)
         return self._spread(shares), Explained(template, limit, True)
 
     def _limit(self, median: float) -> float:
