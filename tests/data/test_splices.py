@@ -36,7 +36,7 @@ def splices_of(rng, documents, number):
         index = rng.choice(filled)
         low, high = documents.completion_offsets[index : index + 2]
         first, second, third = np.sort(rng.choice(np.arange(low, high + 1), 3, replace=False))
-        keep.append(-1 if rng.random() < 0.3 else first)
+        keep.append(rng.choice([-1, first, first, second]))
         begin.append(second)
         end.append(third)
     bounds = (np.asarray([*given, given[0]], dtype=np.int64) for given in (keep, begin, end))
@@ -48,6 +48,8 @@ def by_hand(documents, splices):
     places = [(index, at) for index in range(len(documents)) for at in np.flatnonzero(documents.document(index)[1])]
     for keep, begin, end in zip(splices.keep, splices.begin, splices.end, strict=True):
         index, first = places[begin]
+        if 0 <= keep < begin:
+            first = places[begin - 1][1] + 1
         stop = places[end - 1][1] + 1
         ids, completion = documents.document(index)
         past = TEMPLATE.tolist() if keep < 0 else ids[: places[keep][1]].tolist()
