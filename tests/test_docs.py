@@ -20,7 +20,6 @@ import pytest
 import yaml
 
 from tests import config_page, tiny, unsloth_pattern
-from tests.benchmarks.worked.texts import EXAMPLES
 from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.hosts.test_other_hosts import with_mask
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, prose, relative_links
@@ -165,10 +164,12 @@ def check_toml(block: Block, trained: Workplace | None = None, monkeypatch=None)
 
 
 def check_text(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
-    """The one kind there is: a worked example as `xtf show` prints it. Without its marks it is the example's text."""
-    bare = re.sub(r"\[-|\{\+|\|[\w ]+[-+][\]}]", "", block.text)
-    texts = [terminal.visible(example.record.completion).rstrip("\n") for each in EXAMPLES.values() for example in each]
-    assert bare.removesuffix("</s>").rstrip("\n") in texts, f"{block}: not the text of a worked example"
+    """The one kind there is: an answer as `xtf show` prints it, with the names of the default's scores in its marks."""
+    marks = re.findall(r"\[-(?:[^\[\]]*)\|([\w ,]+)-\]", block.text)
+    assert marks and len(marks) == block.text.count("[-"), f"{block}: not what `xtf show` prints"
+    reasons = {reason.strip() for mark in marks for reason in mark.split(",")}
+    assert reasons <= XTFConfig().scores.keys(), f"{block}: {reasons} are no scores of the default preset"
+    assert " " not in block.text, f"{block}: `xtf show` prints a space as {terminal.visible(' ')}"
 
 
 RULES = {"bash": run_bash, "yaml": check_yaml, "python": run_python, "toml": check_toml, "text": check_text}
