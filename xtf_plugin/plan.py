@@ -32,17 +32,17 @@ class Plan:
     """The tokens to train on, and what they were selected from.
 
     Args:
-        config, documents, scores, selection: the block, its input and its result.
+        config, documents, text, scores, selection: the block, its input and its result.
         reference: what to report of the run's own reference.
         stats: the cost of scoring.
         warnings: for the user.
         scorers: what to report of each score's scorer, of other references and of rescoring.
         streaming: what to report of the calibration sample, for a plan of one.
-        text: see `text_rules`.
     """
 
     config: XTFConfig
     documents: DocumentSet
+    text: TextRules
     scores: Scores
     selection: Selection
     reference: dict[str, Any]
@@ -50,11 +50,6 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     scorers: dict[str, Any] = field(default_factory=dict)
     streaming: dict[str, Any] = field(default_factory=dict)
-    text: TextRules | None = field(default=None, compare=False, repr=False)
-
-    def text_rules(self, tokenizer: Any) -> TextRules:
-        """The text rules of the selection; found again if `text` is None."""
-        return self.text or TextRules.find(self.config, self.documents, tokenizer)
 
     def masks(self) -> MaskTable:
         """The table that the collator needs."""
@@ -111,6 +106,7 @@ def make_plan(
     return Plan(
         config,
         documents,
+        text,
         scores,
         selection,
         reference={**provider.description(), "fingerprint": fingerprint},
@@ -122,7 +118,6 @@ def make_plan(
             **source.about_excerpts(),
             **formats,
         },
-        text=text,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from tests import tiny
 from tests.scoring.test_engine import rows, run
-from tests.scoring.test_kernels import SHAPES, STARTS, error, packed, parity, planted
+from tests.scoring.test_kernels import SHAPES, STARTS, each_alone, error, packed, parity, planted
 from tests.scoring.test_shortcuts import PACKED
 from xtf_plugin.data.documents import collect
 from xtf_plugin.scoring import engine, self_check
@@ -217,7 +217,7 @@ def test_packed_documents(dtype, tolerance, options, lengths, starts):
     assert (logsumexp.cpu() - expected[1]).abs().max() < tolerance
     starts = None if starts is None else starts.to("cuda")
     options |= {"offsets": offsets, "starts": starts}
-    truth = attributes.attention_received(query.float(), key.float(), None, AttentionSpec(**options))
+    truth = each_alone(query.float(), key.float(), AttentionSpec(**options))
     found = kernels.attention_received(query, key, None, AttentionSpec(**options), logsumexp)
     close(truth, found, absolute=tolerance, relative=tolerance)
 

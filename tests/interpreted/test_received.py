@@ -6,7 +6,17 @@ import pytest
 import torch
 from triton import Config, knobs
 
-from tests.scoring.test_kernels import LENGTHS, SHAPES, STARTS, packed, parity, planted, received_from_map, same_values
+from tests.scoring.test_kernels import (
+    LENGTHS,
+    SHAPES,
+    STARTS,
+    each_alone,
+    packed,
+    parity,
+    planted,
+    received_from_map,
+    same_values,
+)
 from xtf_plugin.scoring.kernels import dispatch, eager, triton_attention
 from xtf_plugin.scoring.kernels.eager import AttentionSpec
 
@@ -147,15 +157,13 @@ class TestPacked:
                 *one, torch.tensor([length]), AttentionSpec(**own), logsumexp=logsumexp[:, :, part]
             )
             torch.testing.assert_close(row[:, part], expected, rtol=tolerance, atol=0, equal_nan=True)
-        truth = eager.attention_received(
-            query.float(), key.float(), None, AttentionSpec(**given, offsets=offsets, starts=starts)
-        )
+        truth = each_alone(query.float(), key.float(), AttentionSpec(**given, offsets=offsets, starts=starts))
         assert same_values(truth, row, 1e-5 if dtype is torch.float32 else 2e-2)
 
     @pytest.mark.parametrize("lengths", [[150], [1], [1] * 5, [2, 3] * 70])  # the last: more than are looked up at once
     def test_documents_of_any_number(self, lengths):
         query, key, offsets, scaling = packed(lengths, H=2, K=1)
-        truth = eager.attention_received(query, key, None, AttentionSpec(scaling, offsets=offsets))
+        truth = each_alone(query, key, AttentionSpec(scaling, offsets=offsets))
         assert same_values(truth, ours(query, key, None, scaling=scaling, offsets=offsets), 1e-5)
 
     def test_no_document(self):
@@ -165,17 +173,6 @@ class TestPacked:
             query, key, None, AttentionSpec(scaling, offsets=offsets), logsumexp=query[..., 0]
         )
         assert found.shape == (1, 14) and found.isnan().all()
-
-    def test_more_than_one_row_is_refused(self):
-        query, key, lengths, scaling = planted(SHAPES[1])
-        with pytest.raises(ValueError, match="packed in one row"):
-            triton_attention.attention_received(
-                query,
-                key,
-                lengths,
-                AttentionSpec(scaling, offsets=torch.tensor([0, 9])),
-                logsumexp=query[..., 0],
-            )
 
 
 class TestChoiceOfBlocks:

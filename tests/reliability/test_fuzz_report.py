@@ -99,8 +99,8 @@ def plan_of(number: int, tokenizer: Any, block: dict[str, Any], name: str) -> Pl
     text = TextRules.find(config, documents, tokenizer)
     selection = select(scores, config, text.protected, text.forced, text.segments)
     about = {"scores": {}, "references": []}
-    parts = (documents, scores, selection, {"name": name, "source": name}, ScoringStats(), [name], about)
-    return Plan(config, *parts, text=text)
+    parts = (documents, text, scores, selection, {"name": name, "source": name}, ScoringStats(), [name], about)
+    return Plan(config, *parts)
 
 
 RULES = {"preset": "none", "knowledge_novelty": {"drop": {"known_above": 0.5}}, "reasoning_importance": True}

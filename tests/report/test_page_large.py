@@ -16,6 +16,7 @@ from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import Plan, scores_of
 from xtf_plugin.scoring.batching import ScoringStats
 from xtf_plugin.selection.select import select
+from xtf_plugin.selection.text_rules import TextRules
 
 MANY = {
     **BLOCK,
@@ -45,8 +46,9 @@ def large_plan(lengths, block=MANY, spread=4.0) -> Plan:
         "task_relevance": rng.random(len(tiny.tokenizer())).astype(np.float32)[ids],
     }
     scores = replace(scores_of(documents, None, values), logprobs=logprobs)
+    text = TextRules.find(config, documents, tiny.tokenizer())
     selection = select(scores, config, np.zeros(size, dtype=bool))
-    return Plan(config, documents, scores, selection, {"name": "none", "source": "made up"}, ScoringStats())
+    return Plan(config, documents, text, scores, selection, {"name": "none", "source": "made up"}, ScoringStats())
 
 
 def test_a_dataset_of_10000_documents_opens_in_a_second(browser, tmp_path):

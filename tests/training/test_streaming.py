@@ -207,7 +207,7 @@ def test_an_endless_stream_takes_bounded_memory(tmp_path, base_reference):
     step = made.training_step
 
     def watch(*args, **kwargs):
-        held.append(len(stream_of(made).masks))
+        held.append(len(stream_of(made).masks._entries))
         if made.state.global_step in (100, 300):
             gc.collect()
             memory[made.state.global_step] = tracemalloc.get_traced_memory()[0]

@@ -116,7 +116,7 @@ class XTFConfig(Block):
         try:
             super().__init__(**over_preset(plain(block)))
         except ValidationError as error:
-            raise XTFUserError(explain(error, _schema())) from None
+            raise XTFUserError(explain(error, self.json_schema())) from None
 
     @classmethod
     def parse(cls, value: XTFConfig | Mapping[str, Any] | str | bool | None) -> XTFConfig | None:
@@ -159,6 +159,7 @@ class XTFConfig(Block):
         return settings if settings["selectors"] else {k: v for k, v in settings.items() if k != "selectors"}
 
     @classmethod
+    @functools.cache
     def json_schema(cls) -> dict[str, Any]:
         """JSON schema (2020-12) of what may stand under `xtf:`, the booleans included."""
         return complete(cls.model_json_schema())
@@ -190,11 +191,6 @@ class XTFConfig(Block):
         if problems:
             raise Problems(*problems)
         return self
-
-
-@functools.cache
-def _schema() -> dict[str, Any]:
-    return XTFConfig.json_schema()
 
 
 def plain(value: Any, depth: int = 5) -> Any:

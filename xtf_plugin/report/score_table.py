@@ -95,8 +95,7 @@ class ScoreTable:
     @classmethod
     def of_plan(cls, plan: Plan, tokenizer: Any) -> ScoreTable:
         """The arrays of a run, without `about`."""
-        scores, selection, documents = plan.scores, plan.selection, plan.documents
-        text = plan.text_rules(tokenizer)
+        scores, selection, documents, text = plan.scores, plan.selection, plan.documents, plan.text
         ids = np.unique(scores.token_ids).tolist()
         first = np.unique(documents.row_documents, return_index=True)[1]
         return cls(

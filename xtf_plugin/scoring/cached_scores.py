@@ -19,6 +19,7 @@ from ..config.scores import SLOTS
 from ..data.documents import DocumentSet
 from ..data.excerpts import predictions_without
 from ..data.predictions import Predictions
+from ..data.ragged import Floats
 from ..data.sentences import line_breaks
 from ..data.splices import Splices, predictions_of
 from ..errors import XTFError, XTFUserError
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from ..config.block import XTFConfig
 
-Floats = NDArray[np.float32]
 ScoreFunction = Callable[[ScoringContext, Any], Floats]
 MAIN_KEY = "xtf.reference.model"  # messages about a separate reference begin with it
 

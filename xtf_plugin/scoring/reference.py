@@ -118,14 +118,11 @@ class Reference:
         Args:
             record: use XTF's attention function, which can record attention; otherwise the model's own.
         """
-        training = [(module, module.training) for module in self.model.modules()]
-        gradients = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         with ExitStack() as stack:
-            stack.callback(_restore, training, gradients)
-            stack.callback(_restore_rotary, _rotary_state(self.model))
+            stack.enter_context(_restored(self.model))
             stack.enter_context(self.adapters_off())
             stack.enter_context(bypass_fused_kernels(self.model))
-            for module, _ in training:
+            for module in self.model.modules():
                 module.training = type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4")
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.autocast())
@@ -258,38 +255,35 @@ def bypass_fused_kernels(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _restore(training: list[tuple[nn.Module, bool]], gradients: list[tuple[nn.Parameter, bool]]) -> None:
-    for module, flag in training:
-        module.training = flag
-    for parameter, flag in gradients:  # PEFT enables adapters with requires_grad=True, even if it was False before
-        if parameter.requires_grad is not flag:
-            parameter.requires_grad_(flag)
-
-
-_Attributes = dict[str, tuple[Any, Tensor | None]]
-
-
-def _rotary_state(model: nn.Module) -> list[tuple[nn.Module, _Attributes]]:
-    """Attributes of rotary embeddings, with copies of tensors: some types change theirs in place in every forward."""
-    return [
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore training mode, gradients and rotary embeddings, some of which change in place in every forward."""
+    training = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    rotary = [
         (module, {k: (v, v.clone() if isinstance(v, Tensor) else None) for k, v in _attributes(module).items()})
         for module in model.modules()
         if hasattr(module, "rope_type")
     ]
+    try:
+        yield
+    finally:
+        for module, before in rotary:
+            for name in _attributes(module).keys() - before.keys():
+                delattr(module, name)
+            for name, (value, copy) in before.items():
+                setattr(module, name, value)
+                if copy is not None:
+                    value.copy_(copy)
+        for module, flag in training:
+            module.training = flag
+        for parameter, flag in gradients:  # PEFT enables adapters with requires_grad=True, even if it was False before
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {**vars(module), **dict(module.named_buffers(recurse=False, remove_duplicate=False))}
-
-
-def _restore_rotary(states: list[tuple[nn.Module, _Attributes]]) -> None:
-    for module, before in states:
-        for name in _attributes(module).keys() - before.keys():
-            delattr(module, name)
-        for name, (value, copy) in before.items():
-            setattr(module, name, value)
-            if copy is not None:
-                value.copy_(copy)
 
 
 def resolve_layers(choice: str | list[int] | tuple[int, ...], text_config: Any) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from torch import nn
 from ..config.block import XTFConfig
 from ..config.scores import check_streamed
 from ..data.documents import IGNORE_INDEX, DocumentSet, collect, document_key, split_row
-from ..data.ragged import Layout
+from ..data.ragged import Bools, Ints, Layout
 from ..environment import WORKERS_REFUSED
 from ..errors import XTFError, XTFUserError
 from ..plan import NOTHING_DROPPED, Plan, make_plan, scores_of
@@ -40,11 +40,10 @@ from ..scoring.reference import Reference
 from ..selection.select import Selection, rule_bits, select
 from ..selection.text_rules import TextRules
 from ..store.records import Lookup, StoredScores
-from .verification import Bools, Candidate, Ids, token_hash
+from .verification import Candidate, Ids, token_hash
 
 logger = logging.getLogger(__name__)
 
-Counts = NDArray[np.int64]
 OnYield = Callable[[int], None]
 Visible = Callable[[Any], dict[str, Any]]
 Providers = Callable[[DocumentSet], ReferenceProvider]
@@ -57,7 +56,7 @@ MAX_HALVINGS = 4  # of the batch size that later chunks start with, after memory
 class Stream:
     """Scores the documents of a streamed dataset and selects their tokens as they are read.
 
-    `masks` is what the collator uses; None before `begin`. `seconds` is the time spent so far. Counts of tokens are
+    `masks` is what the collator uses; None before `begin`. `seconds` is the time spent so far. Ints of tokens are
     arrays (2 + scores,): all completion tokens, kept ones, and those dropped by the rule of each score.
 
     Raises XTFUserError for scores that cannot be streamed, see `config.scores.check_streamed`.
@@ -72,7 +71,7 @@ class Stream:
         self._clear()
 
     def _clear(self) -> None:
-        self._counts: Counts = np.zeros(2 + len(self.config.scores), dtype=np.int64)
+        self._counts: Ints = np.zeros(2 + len(self.config.scores), dtype=np.int64)
         self._rows = self._documents = self._scored = self._halvings = self._sampled = 0
         self.seconds = 0.0
         self._warned: set[str] = set()
@@ -217,28 +216,24 @@ class Stream:
         return lambda index: masks.forget(before + index)
 
     def _score_and_select(self, documents: DocumentSet) -> None:
+        """Add documents, selected as in `make_plan` by thresholds and frozen scorers of the calibration sample."""
         reference = self._reference()
         if not self.config.reference.model:
             check_base(reference.model)
         with random_state_kept(reference.device):
-            selection, warnings = self._select(documents, reference)
-        for warning in warnings:
+            text = TextRules.find(self.config, documents, self.tokenizer)
+            source = _ChunkSource(self.config, documents, self.tokenizer, reference, self.batch_tokens)
+            values = run_scorers(self.config, source, text, self._frozen)
+            scores = scores_of(documents, source.known, values)
+            selection = select(scores, self.config, text.protected, text.forced, text.segments, self._rules)
+        self._scored += source.stats.documents
+        self._halvings += source.stats.halvings + source.excerpts.halvings
+        for warning in source.warnings + selection.warnings:
             kind = re.sub(r"\d+", "", warning)  # once: other chunks give the same warning with other numbers
             if kind not in self._warned:
                 self._warned.add(kind)
                 logger.warning("xtf: in a part of the stream, and perhaps in others: %s", warning)
         self._add(documents, selection)
-
-    def _select(self, documents: DocumentSet, reference: Reference) -> tuple[Selection, list[str]]:
-        """The selection of `make_plan`, with thresholds and frozen scorers of the calibration sample; its warnings."""
-        text = TextRules.find(self.config, documents, self.tokenizer)
-        source = _ChunkSource(self.config, documents, self.tokenizer, reference, self.batch_tokens)
-        values = run_scorers(self.config, source, text, self._frozen)
-        scores = scores_of(documents, source.known, values)
-        selection = select(scores, self.config, text.protected, text.forced, text.segments, self._rules)
-        self._scored += source.stats.documents
-        self._halvings += source.stats.halvings + source.excerpts.halvings
-        return selection, source.warnings + selection.warnings
 
     def _add(self, documents: DocumentSet, selection: Selection, *, sample: bool = False) -> None:
         """Add keep flags and token counts of documents to `masks`."""
@@ -335,7 +330,7 @@ class Entry:
     completion: Bools  # (T,)
     keep: Bools  # one flag per completion token
     best: int  # see `MaskTable`
-    counts: Counts  # token counts, see `Stream`
+    counts: Ints  # token counts, see `Stream`
     row: int = 0  # index of the last row that held it
 
 
@@ -352,10 +347,6 @@ class LiveMasks:
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()  # by last row, oldest first
         self._by_tokens: defaultdict[int, dict[bytes, Entry]] = defaultdict(dict)
 
-    def __len__(self) -> int:
-        """The number of documents besides the sample."""
-        return len(self._entries)
-
     def lookup(self, key: bytes) -> tuple[Bools, int]:
         """See `MaskTable.lookup`. Raises XTFError for a document that was not read from the stream, or was removed."""
         entry = self._entries.get(key) or self._sample.get(key)
@@ -367,7 +358,7 @@ class LiveMasks:
             )
         return entry.keep, entry.best
 
-    def touch(self, key: bytes, row: int) -> Counts | None:
+    def touch(self, key: bytes, row: int) -> Ints | None:
         """Record that a row holds a document; its counts, or None if it has to be added first."""
         entry = self._entries.get(key) or self._sample.get(key)
         if entry is None:

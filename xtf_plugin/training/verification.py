@@ -15,9 +15,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..data.documents import IGNORE_INDEX, DocumentSet
+from ..data.ragged import Bools
 from ..errors import XTFError
 
-Bools = NDArray[np.bool_]
 Ids = NDArray[np.integer[Any]]
 Candidate = tuple[Bools, Bools]
 

@@ -44,11 +44,7 @@ def attention_and_logsumexp(query: Tensor, key: Tensor, value: Tensor, spec: Att
 
     Returns:
         output (B, H, T, D') in the dtype of `query`, logsumexp (B, H, T) float32; 0 after the last packed document.
-
-    Raises:
-        ValueError: documents are packed, and B is not 1.
     """
-    spec.check_rows(query)
     kernel = _fused_kernel(query) if _fusible(query, value, spec) else None
     if spec.offsets is not None and kernel != "flash":
         alone = partial(attention_and_logsumexp, spec=spec.unpacked())
@@ -109,7 +105,7 @@ def _fused(kernel: str, query: Tensor, key: Tensor, value: Tensor, spec: Attenti
 def attention_received(
     query: Tensor, key: Tensor, lengths: Tensor, spec: AttentionSpec, logsumexp: Tensor | None = None
 ) -> Tensor:
-    """Optimised `eager.attention_received`.
+    """Optimised `eager.attention_received`, given the log-sum-exps (B, H, T) of the score rows if they are known.
 
     Sums are accumulated in float32 for any dtype: errors of bf16 sums, about 1e-2, would move tokens across quantiles.
     """
@@ -120,7 +116,6 @@ def attention_received(
         if received is not None:
             return received
     if spec.offsets is not None:
-        spec.check_rows(query)
         return packing.received(attention_received, query, key, logsumexp, spec)
     return blockwise.received(query, key, lengths, logsumexp, spec)
 

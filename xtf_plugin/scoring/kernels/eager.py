@@ -1,6 +1,7 @@
 """Definitions in plain eager PyTorch, against which the optimised implementations in `dispatch.py` are tested.
 
-They follow the paper (arXiv 2602.14536) and are not fast: full attention maps and full logits are built.
+They follow the paper (arXiv 2602.14536) and are not fast: full attention maps and full logits are built. Of documents
+that are packed in one row, each has the values that it has alone.
 
 Dimensions: B batch, T tokens, H query heads, K key/value heads, D head or hidden size, V vocabulary, N picked tokens.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,11 +38,6 @@ class AttentionSpec:
     offsets: Tensor | None = None
     starts: Tensor | None = None
     longest: int | None = None
-
-    def check_rows(self, query: Tensor) -> None:
-        """Raise ValueError if documents are packed and `query` has more than one row."""
-        if self.offsets is not None and len(query) != 1:
-            raise ValueError(f"documents given by `offsets` are packed in one row; these tensors have {len(query)}")
 
     def unpacked(self, start: int = 0) -> AttentionSpec:
         """This layer for documents that are not packed."""
@@ -74,9 +69,7 @@ def attention_map(query: Tensor, key: Tensor, spec: AttentionSpec) -> Tensor:
     return scores.masked_fill(~visible(T, spec.window, query.device), float("-inf")).softmax(-1)
 
 
-def attention_received(
-    query: Tensor, key: Tensor, lengths: Tensor, spec: AttentionSpec, logsumexp: Tensor | None = None
-) -> Tensor:
+def attention_received(query: Tensor, key: Tensor, lengths: Tensor, spec: AttentionSpec) -> Tensor:
     """Reasoning importance of one layer: the attention each token receives from later tokens, 1.0 = uniform.
 
     Equals, for a document of `length` tokens with attention map `A` averaged over heads,
@@ -90,25 +83,12 @@ def attention_received(
     Args:
         query: (B, H, T, D); key: (B, K, T, D).
         lengths: (B,) tokens per document; right padding is ignored.
-        logsumexp: (B, H, T) log-sum-exps of the score rows, for optimised implementations; unused here.
 
     Returns:
         (B, T) float32, >= 0; NaN before `start`, at the last token of a document, and on padding.
-
-    Raises:
-        ValueError: documents are packed, and B is not 1.
     """
-    spec.check_rows(query)
     B, T = len(query), query.shape[2]
     received = torch.full((B, T), float("nan"), device=query.device)
-    if spec.offsets is not None:
-        for i, (low, high) in enumerate(pairwise(spec.offsets.tolist())):
-            document = slice(low, high)
-            own = spec.unpacked(spec.start if spec.starts is None else int(spec.starts[i]))
-            received[:, document] = attention_received(
-                query[:, :, document], key[:, :, document], torch.tensor([high - low]), own
-            )
-        return received
     A = attention_map(query, key, spec).mean(1)  # (B, T, T)
     q = torch.arange(T, device=query.device)
     for b, length in enumerate(lengths.tolist()):
@@ -120,7 +100,7 @@ def attention_received(
 def attention_and_received(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """Per document, `(attention_map(query, key, spec) @ value, attention_received(query, key, lengths, spec))`.
+    """`(attention_map(query, key, spec) @ value, attention_received(query, key, lengths, spec))`.
 
     Args:
         value: (B, K, T, D'). The others: see `attention_received`.
@@ -128,14 +108,8 @@ def attention_and_received(
     Returns:
         output (B, H, T, D') float32, received (B, T).
     """
-    received = attention_received(query, key, lengths, spec)
     value = value.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    output = torch.zeros(*query.shape[:3], value.shape[-1], device=query.device)
-    for low, high in pairwise([0, query.shape[2]] if spec.offsets is None else spec.offsets.tolist()):
-        document = slice(low, high)
-        A = attention_map(query[:, :, document], key[:, :, document], spec)
-        output[:, :, document] = A @ value[:, :, document]
-    return output, received
+    return attention_map(query, key, spec) @ value, attention_received(query, key, lengths, spec)
 
 
 def predictions(

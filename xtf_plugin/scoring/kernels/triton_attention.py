@@ -207,7 +207,6 @@ def attention_received(query: Tensor, key: Tensor, lengths: Tensor, spec: Attent
     programs, heads are split between several, and their parts are added up. Only a last dimension with gaps is copied.
     """
     (B, H, T, D), K = query.shape, key.shape[1]
-    spec.check_rows(query)
     packed, device = spec.offsets is not None, query.device
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
     columns = max(0, T - (0 if packed else spec.start + 1))
