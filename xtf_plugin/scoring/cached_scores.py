@@ -336,14 +336,16 @@ def _turn(scorer: Scorer) -> int:
     return 0 if scorer.reads_attention else 2 if scorer.reads_scores else 1
 
 
-def frozen_scorers(config: XTFConfig, source: ScoreSource, values: Mapping[str, Floats]) -> dict[str, ScoreFunction]:
+def frozen_scorers(
+    config: XTFConfig, source: ScoreSource, text: TextRules, values: Mapping[str, Floats]
+) -> dict[str, ScoreFunction]:
     """Score functions for later documents of a stream, by name, with what the source's documents determine.
 
     Args:
-        config, source: of the calibration sample.
+        config, source, text: of the calibration sample, as in `run_scorers`.
         values: the sample's scores.
     """
-    context = ScoringContext(source.documents, source.tokenizer, source)
+    context = ScoringContext(source.documents, source.tokenizer, source, text.protected, text.forced)
     context.scores.update(values)
     context.parts = config.scores
     chosen = _scorers(config.scores).items()

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data import sentences, token_text
 from ..data.documents import DocumentSet
-from ..data.formats import format_tokens
+from ..data.formats import format_tokens, known_format_tokens
 from ..data.ragged import Bools, Ints
 
 if TYPE_CHECKING:
@@ -34,8 +34,13 @@ class TextRules:
     formats: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def find(cls, config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> TextRules:
-        """Match the block's regexes and special tokens, and split the text into the units that scores use."""
+    def find(
+        cls, config: XTFConfig, documents: DocumentSet, tokenizer: Any, sample: TextRules | None = None
+    ) -> TextRules:
+        """Match the block's regexes and special tokens, and split the text into the units that scores use.
+
+        `sample`: the rules of a stream's calibration sample, for later documents of it; its formats are taken.
+        """
         token_ids, runs = documents.input_ids[documents.completion], documents.completion_runs
         protected = np.zeros(len(token_ids), dtype=bool)
         if config.protect.special_tokens:
@@ -45,7 +50,11 @@ class TextRules:
         formats: dict[str, float] = {}
         if config.protect.formats is not None and len(token_ids):
             starts = segment_starts(documents, tokenizer, "sentence")
-            found, formats = format_tokens(documents, starts, config.protect.formats, tokenizer)
+            if sample is None:
+                found, formats = format_tokens(documents, starts, config.protect.formats, tokenizer)
+            else:
+                formats = dict(sample.formats)
+                found = known_format_tokens(documents, starts, formats, tokenizer)
             protected |= found
         forced = None
         if config.force_drop:
