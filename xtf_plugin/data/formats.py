@@ -24,24 +24,29 @@ MARK = re.compile(
 )  # a sign that running text does without: : # < { [ | * = ` / and others
 
 
-def format_tokens(documents: DocumentSet, starts: Ints, share: float, tokenizer: Any) -> tuple[Bools, dict[str, float]]:
+def format_tokens(
+    documents: DocumentSet, starts: Ints, share: float, tokenizer: Any, special_ids: Ints
+) -> tuple[Bools, dict[str, float]]:
     """Completion tokens that belong to the format of a dataset, (M,), and the share of documents with each opening.
 
     The opening of a unit is the longest of its first 1 to 6 tokens that open units of at least `share` of all documents
     (and of three). It is format if its text contains a sign such as `:`, `#`, `<` or `{`. Units of up to 12 tokens
-    that begin so are format as a whole, of longer ones the opening is.
+    that begin so are format as a whole, of longer ones the opening is. Special tokens are no format: they have a
+    protection of their own.
 
     Args:
         documents: N documents with M completion tokens.
         starts: (S,) first completion token of each unit, ascending from 0.
         share: of the documents, in (0, 1].
         tokenizer: of the token ids.
+        special_ids: ids of special tokens, each of which is a unit.
     """
     ids = documents.input_ids[documents.completion]
     lengths = np.diff(starts, append=len(ids))
     document = np.searchsorted(documents.completion_offsets, starts, side="right") - 1
     total = int(documents.counts.sum())
     reach, number = _common_openings(ids, starts, lengths, document, documents.counts, share * total)
+    reach[np.isin(ids[starts], special_ids)] = 0
     openings = [tuple(ids[start : start + size].tolist()) for start, size in zip(starts, reach, strict=True)]
     texts = {opening: _text(tokenizer, opening) for opening in set(openings)}
     marked = np.asarray([MARK.search(texts[opening]) is not None for opening in openings], dtype=bool)
