@@ -16,6 +16,7 @@ from .scoring.batching import ScoringStats
 from .scoring.cached_scores import ReferenceProvider, ScoreSource, about_scorers, run_scorers
 from .scoring.distributed import ALONE, Ranks
 from .selection.masks import MaskTable
+from .selection.recurring import Recurring, recurring, warnings_of
 from .selection.select import Scores, Selection, select
 from .selection.text_rules import TextRules, special_ids
 
@@ -38,6 +39,7 @@ class Plan:
         warnings: for the user.
         scorers: what to report of each score's scorer, of other references and of rescoring.
         streaming: what to report of the calibration sample, for a plan of one.
+        recurring: texts that several documents share.
     """
 
     config: XTFConfig
@@ -50,6 +52,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     scorers: dict[str, Any] = field(default_factory=dict)
     streaming: dict[str, Any] = field(default_factory=dict)
+    recurring: list[Recurring] = field(default_factory=list)
 
     def masks(self) -> MaskTable:
         """The table that the collator needs."""
@@ -94,12 +97,7 @@ def make_plan(
     scores = scores_of(documents, source.known, values)
     selection = select(scores, config, text.protected, text.forced, text.segments)
     ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
-    warnings = [*source.warnings, *selection.warnings]
-    if text.forced is not None and not text.forced.any():
-        warnings.append(f"force_drop: {config.force_drop} matches nothing in the dataset")
-    if selection.keep.all():
-        warnings.append(NOTHING_DROPPED)
-    formats = {"formats": dict(text.formats)} if text.formats else {}
+    shared = recurring(config, documents, text, selection, tokenizer)
     return Plan(
         config,
         documents,
@@ -108,14 +106,31 @@ def make_plan(
         selection,
         reference={**provider.description(), "fingerprint": fingerprint},
         stats=source.stats,
-        warnings=warnings,
+        warnings=_warnings(config, documents, source, text, selection, shared),
         scorers={
             "scores": about_scorers(config.scores),
             "references": source.passes,
             **source.about_excerpts(),
-            **formats,
         },
+        recurring=shared,
     )
+
+
+def _warnings(
+    config: XTFConfig,
+    documents: DocumentSet,
+    source: ScoreSource,
+    text: TextRules,
+    selection: Selection,
+    shared: list[Recurring],
+) -> list[str]:
+    """All warnings about a plan."""
+    found = [*source.warnings, *selection.warnings, *warnings_of(shared, int(documents.counts.sum()))]
+    if text.forced is not None and not text.forced.any():
+        found.append(f"force_drop: {config.force_drop} matches nothing in the dataset")
+    if selection.keep.all():
+        found.append(NOTHING_DROPPED)
+    return found
 
 
 def scores_of(documents: DocumentSet, stored: Predictions | None, values: dict[str, Floats]) -> Scores:

@@ -20,29 +20,33 @@ from .token_text import token_bytes
 LONGEST = 6  # tokens of an opening
 SHORT = 12  # tokens of a unit that is protected as a whole; of a longer one the opening is
 FEWEST = 3  # documents
-MARK = re.compile(
-    r"[^\w\s.,;!?'\"()\-–—’‘“”…]"
-)  # a sign that running text does without: : # < { [ | * = ` / and others
+# A sign that running text does without: : # < { [ | * = ` / and others.
+MARK = re.compile(r"[^\w\s.,;!?'\"()\-–—’‘“”…]")
 
 
-def format_tokens(documents: DocumentSet, starts: Ints, share: float, tokenizer: Any) -> tuple[Bools, dict[str, float]]:
+def format_tokens(
+    documents: DocumentSet, starts: Ints, share: float, tokenizer: Any, special_ids: Ints
+) -> tuple[Bools, dict[str, float]]:
     """Completion tokens that belong to the format of a dataset, (M,), and the share of documents with each opening.
 
     The opening of a unit is the longest of its first 1 to 6 tokens that open units of at least `share` of all documents
     (and of three). It is format if its text contains a sign such as `:`, `#`, `<` or `{`. Units of up to 12 tokens
-    that begin so are format as a whole, of longer ones the opening is.
+    that begin so are format as a whole, of longer ones the opening is. Special tokens are no format: they have a
+    protection of their own.
 
     Args:
         documents: N documents with M completion tokens.
         starts: (S,) first completion token of each unit, ascending from 0.
         share: of the documents, in (0, 1].
         tokenizer: of the token ids.
+        special_ids: ids of special tokens, each of which is a unit.
     """
     ids = documents.input_ids[documents.completion]
     lengths = np.diff(starts, append=len(ids))
     document = np.searchsorted(documents.completion_offsets, starts, side="right") - 1
     total = int(documents.counts.sum())
     reach, number = _common_openings(ids, starts, lengths, document, documents.counts, share * total)
+    reach[np.isin(ids[starts], special_ids)] = 0
     texts = _texts(ids, starts, reach, tokenizer)
     marked = np.asarray([MARK.search(text) is not None for text in texts], dtype=bool)
     shares = {texts[unit]: float(number[unit] / total) for unit in np.flatnonzero(marked)}
