@@ -10,6 +10,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from .token_text import byte_offsets, token_bytes
 Span = tuple[int, int]  # [start, end)
 
 ASSISTANTS = ("assistant", "gpt", "model")
+HEADER = 32  # characters that a template may put before a message, beside special tokens
 
 
 class Misfit(ValueError):
@@ -125,7 +127,7 @@ def line_spans(text: str) -> list[Span]:
         if line.strip():
             starts.append(place)
         place += len(line) + 1
-    return list(zip(starts, [*starts[1:], len(text)], strict=True))
+    return list(pairwise([*starts, len(text)]))
 
 
 def _listed(value: Any, form: str) -> list[Any]:
@@ -294,13 +296,15 @@ class Finder:
 
     def _cut_off(self, parts: Sequence[Part], low: int, high: int) -> Place | None:
         """The place of the first of some texts if the row ends within it or before it, so that no other is there."""
-        if any(self._place(part, (low, high), 1) for part in parts[1:]):
+        if any(part.marked and self._place(part, (low, high), 1) for part in parts[1:]):
             return None
         text = parts[0].text
         for length in range(min(len(text), high - low), 0, -1):
             if self.views[1].endswith(text[:length], low, high):
                 return Place(high - length, high - length, high)
-        return Place(high, high, high) if high - low < len(text) else None
+        left = sum(char != "\0" for char in self.views[0][low:high])
+        ends = self.trained[low] == self.trained[high] or left < len(text) + HEADER
+        return Place(high, high, high) if ends else None
 
 
 def token_flags(value: Any, texts: RowTexts, spelled: Spelled, form: str, *, cut: bool = False) -> Bools | None:
