@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .data.documents import DocumentSet
+from .data.marks import AllMarks
 from .data.predictions import Predictions
 from .data.ragged import Floats, Ints
 from .scoring.batching import ScoringStats
@@ -73,6 +74,7 @@ def make_plan(
     references: Callable[[ReferenceConfig], ReferenceProvider] | None = None,
     progress: bool = True,
     ranks: Ranks = ALONE,
+    marks: AllMarks | None = None,
 ) -> Plan:
     """Score the documents that have no scores yet, and decide for every completion token.
 
@@ -81,6 +83,7 @@ def make_plan(
         tokenizer: the training tokenizer.
         references: makes the provider of a score's own reference.
         ranks: of the run; each scores a share, and all get the same plan.
+        marks: of the columns that the scorer `column` reads.
 
     Raises:
         XTFError: ranks differ in block, data, reference or masks; see also `engine.score` and `run_scorers`.
@@ -91,7 +94,8 @@ def make_plan(
     ranks.agree(special_ids(tokenizer).tobytes(), "special tokens")
     ranks.agree(documents.keys.tobytes() + documents.counts.tobytes(), "training data")
     text = TextRules.find(config, documents, tokenizer)
-    with ScoreSource(config, documents, tokenizer, provider, references, progress=progress, ranks=ranks) as source:
+    about_run: dict[str, Any] = {"progress": progress, "ranks": ranks, "marks": marks}
+    with ScoreSource(config, documents, tokenizer, provider, references, **about_run) as source:
         fingerprint = source.fingerprint(provider)
         values = run_scorers(config, source, text)
     scores = scores_of(documents, source.known, values)
