@@ -31,7 +31,7 @@ scores under names of your choice and adds them to the preset's. `false` as a se
 both use the same scorer. A `drop` mapping holds exactly one rule and replaces the preset's rule.
 """
 _SCORE = """All scores share these keys; the sections after this one list the keys that a scorer adds or changes. A slot
-without `scorer` has the paper's: """
+without `scorer` has the preset's scorer, see [Presets](#presets). Where the preset names none, it has the paper's: """
 
 
 def render_markdown() -> str:

@@ -77,7 +77,8 @@ def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch):
     find, starts = token_text.match_spans, sentences.segment_starts
     monkeypatch.setattr(token_text, "match_spans", lambda *given: searched.append(given[-1]) or find(*given))
     monkeypatch.setattr(sentences, "segment_starts", lambda *given: split.append(given[0]) or starts(*given))
-    block = {"protect": {"patterns": ["\\d+"]}, "force_drop": ["happy"], "task_relevance": {"unit": "line"}}
+    protect = {"patterns": ["\\d+"], "formats": None}
+    block = {"protect": protect, "force_drop": ["happy"], "task_relevance": {"unit": "line"}}
     summary.described(plan(block), tiny.tokenizer())
     assert searched == [["\\d+"], ["happy"]] and split == ["line", "sentence"]
 
@@ -158,9 +159,10 @@ class TestTextRules:
             "reasoning_importance": False,
             "task_relevance": False,
             "min_kept": 0,
+            "protect": {"formats": None},
         }
         eos = tiny.tokenizer().eos_token_id
-        on, off = plan(drop_all), plan({**drop_all, "protect": {"special_tokens": False}})
+        on, off = plan(drop_all), plan({**drop_all, "protect": {"special_tokens": False, "formats": None}})
         assert on.selection.keep[on.scores.token_ids == eos].all()
         assert not off.selection.keep.any()
 

@@ -19,7 +19,7 @@ from .data.excerpts import predictions_without
 from .data.predictions import Predictions
 from .data.ragged import Bools, Doubles, Floats, Ints, Layout
 from .data.splices import Splices, predictions_of
-from .scorers import ReferenceConfig, ScoreConfig, Scorer, ScoringContext
+from .scorers import Drop, ReferenceConfig, ScoreConfig, Scorer, ScoringContext
 from .scorers.registry import complaints
 from .selection.rules import fires
 
@@ -33,7 +33,7 @@ def check_scorer(scorer: Scorer, options: Mapping[str, Any], tokenizer: Any = No
     Checked: name, `version` and config (frozen, unknown keys refused); the docstring says which scores are dropped;
     scores are finite or NaN, float32, one per completion token, and the same in a second run; no input is written to;
     NaN is never dropped; each option that differs from its default changes some score; with `per_document` a document
-    gets the same scores alone as among others.
+    gets the same scores alone as among others. With `reads_scores` it finds a score `task_relevance`.
 
     Args:
         scorer: made by the decorator `scorer`.
@@ -59,7 +59,11 @@ def check_scorer(scorer: Scorer, options: Mapping[str, Any], tokenizer: Any = No
 
     def run(config: ScoreConfig, of: DocumentSet) -> Floats:
         protected = of.input_ids[of.completion] % 7 == 3
-        return scorer.score(ScoringContext(of, tokenizer, _MadeUpSource(of), protected), config)
+        context = ScoringContext(of, tokenizer, _MadeUpSource(of), protected)
+        if scorer.reads_scores:
+            context.scores["task_relevance"] = -_made_up(of, "another score").logprobs
+            context.parts = {"task_relevance": ScoreConfig(scorer="made_up", drop=Drop(below=0.1))}
+        return scorer.score(context, config)
 
     scores = run(config, documents)
     problems = _form(scores, len(documents.completion_positions))
@@ -130,14 +134,15 @@ class _MadeUpSource:
 
 
 def _made_up(documents: DocumentSet, reference: str) -> Predictions:
-    """Random predictions, seeded by reference and document; NaN at index 0, which nothing predicts."""
+    """Random predictions, seeded by reference and document, better the more was read; NaN at index 0."""
     parts: list[Doubles] = []
     for index, key in enumerate(documents.keys):
         seed = xxhash.xxh3_64_intdigest(reference.encode() + key.tobytes())
         tokens, completion = documents.document(index)
         parts.append(np.random.default_rng(seed).exponential(size=(3, len(tokens)))[:, completion])
-    drawn = np.concatenate(parts, axis=1).astype(np.float32)
-    drawn[:, documents.completion_positions == 0] = np.nan
+    places = documents.completion_positions
+    drawn = (np.concatenate(parts, axis=1) * 3 / np.sqrt(places + 1)).astype(np.float32)
+    drawn[:, places == 0] = np.nan
     return Predictions(-drawn[0], drawn[1], drawn[2])
 
 

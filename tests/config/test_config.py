@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests import config_page
+from xtf_plugin.config import block as block_module
 from xtf_plugin.config.block import AtLeast, ProtectConfig, XTFConfig
 from xtf_plugin.config.scores import PRESETS, SLOTS
 from xtf_plugin.fields import Block
@@ -26,34 +27,38 @@ FULL = """
 preset: default
 reference: {model: null, revision: null, quantization: nf4, dtype: auto, trust_remote_code: false}
 reasoning_importance:
-  scorer: attention_received
-  layers: all
-  drop: {fence: 1.0}
-  unit: token
+  scorer: influence
+  horizon: 64
+  among: task_relevance
+  doubtful: 0.4
+  reference: null
+  drop: {below: 0.0}
+  unit: sentence
   scale: linear
-  scope: document
+  scope: dataset
   window: 1
   max_fraction: null
 knowledge_novelty:
-  scorer: novelty
-  drop: {known_above: 0.95}
-  unit: token
+  scorer: new_text
+  shortest: 8
+  drop: {below: 0.25}
+  unit: sentence
   scale: linear
   scope: dataset
   window: 1
   max_fraction: null
 task_relevance:
-  scorer: embedding_similarity
-  domain: dataset
-  embedding: input
-  drop: {cluster: 2, of: 5}
-  unit: token
+  scorer: explained
+  first: 16
+  reference: null
+  drop: {of_median: 0.2}
+  unit: sentence
   scale: linear
   scope: dataset
   window: 1
   max_fraction: null
 combine: union
-protect: {special_tokens: true, patterns: []}
+protect: {special_tokens: true, patterns: [], formats: 0.2}
 force_drop: []
 min_kept: 1
 control: null
@@ -71,23 +76,32 @@ BLOCKS = [
     {"preset": "official", "task_relevance": False},
     {"reference": {"model": "some/model", "quantization": "none", "dtype": "bfloat16", "revision": "v1"}},
     {
+        "preset": "none",
         "reasoning_importance": {
             "layers": [0, -1],
             "drop": {"fence": 0},
             "scale": "log",
             "scope": "dataset",
             "window": 9,
-        }
+        },
     },
     {"reasoning_importance": {"drop": {"below": 0.1}, "max_fraction": 1}},
     {"reasoning_importance": {"unit": "line"}, "task_relevance": {"unit": "sentence"}},
+    {"reasoning_importance": {"horizon": 9, "doubtful": 1, "among": "knowledge_novelty"}, "task_relevance": False},
+    {"reasoning_importance": {"among": None}, "knowledge_novelty": {"shortest": 3}, "task_relevance": {"first": 5}},
+    {"task_relevance": {"drop": {"of_median": 0.5}}, "protect": {"formats": 1}},
+    {"preset": "paper", "knowledge_novelty": {"drop": {"of_median": 0}}, "protect": {"formats": 0.5}},
+    {"protect": {"formats": None}},
     {"knowledge_novelty": {"scorer": "typicality", "drop": {"below": -6}, "unit": "sentence"}},
     {"preset": "paper", "task_relevance": {"drop": {"fence": 1.0}, "scope": "document"}},
     {"selectors": {"heads": {"scorer": "attention_received", "layers": [1]}, "known": {"scorer": "novelty"}}},
     {"selectors": {"known": {"scorer": "novelty", "drop": {"unknown_below": 0.01}, "unit": "line"}}},
-    {"knowledge_novelty": {"drop": {"unknown_below": 0.05, "known_above": 0.95}}},
+    {"preset": "none", "knowledge_novelty": {"drop": {"unknown_below": 0.05, "known_above": 0.95}}},
     {"knowledge_novelty": {"drop": {"quantile": 0.2}}},
-    {"task_relevance": {"domain": ["derivative", "matrix"], "drop": {"cluster": 1, "of": 2}, "embedding": "output"}},
+    {
+        "preset": "none",
+        "task_relevance": {"domain": ["derivative", "matrix"], "drop": {"cluster": 1, "of": 2}, "embedding": "output"},
+    },
     {"task_relevance": {"drop": {"cluster": 5}}},
     {"task_relevance": {"drop": {"quantile": 0.5}}},
     {"combine": {"at_least": 1}},
@@ -99,13 +113,10 @@ BLOCKS = [
 ]
 
 
-def test_the_full_block_of_the_documentation_is_the_default_but_for_its_rule():
+def test_the_full_block_is_the_default():
     block = yaml.safe_load(FULL)
-    made, default = XTFConfig.parse(block).to_dict(), XTFConfig().to_dict()
-    assert made.pop("selectors") == default["selectors"] and made == block
-    block |= dict.fromkeys(SLOTS, False)
-    assert XTFConfig.parse(block) == XTFConfig()
-    assert default == {**block, "selectors": default["selectors"]}
+    assert XTFConfig().to_dict() == block and XTFConfig.parse(block) == XTFConfig()
+    assert XTFConfig.parse({**block, **dict.fromkeys(SLOTS, True)}) == XTFConfig()
 
 
 @pytest.mark.parametrize("value", [True, {}, "true", "{}", " True\n", "preset: default", '{"preset": "default"}'])
@@ -225,6 +236,7 @@ def test_numbers_of_other_libraries_and_paths(tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("# maths\n\nmatrix\n", encoding="utf-8")
     config = XTFConfig(
+        preset="none",
         min_kept=numpy.int64(2),
         knowledge_novelty={"drop": {"known_above": numpy.float32(0.5)}},
         task_relevance={"domain": words},
@@ -237,8 +249,7 @@ def test_numbers_of_other_libraries_and_paths(tmp_path):
 
 
 def test_where_scores_are_kept(monkeypatch, tmp_path):
-    platform = types.SimpleNamespace(user_cache_dir=lambda name: f"/platform/{name}")
-    monkeypatch.setitem(sys.modules, "platformdirs", platform)
+    monkeypatch.setattr(block_module, "user_cache_dir", lambda name: f"/platform/{name}")
     monkeypatch.delenv("XTF_CACHE", raising=False)
     assert XTFConfig().resolved_cache_dir() == Path("/platform/xtf-plugin")
     monkeypatch.setenv("XTF_CACHE", "")
@@ -295,19 +306,20 @@ def test_config_page_holds_every_key_and_the_presets():
     sections = page.split("\n## ")
     for key, value in XTFConfig().to_dict().items():
         assert f"\n| `{key}` |" in sections[1]
-        for inner in value if isinstance(value, dict) and key != "selectors" else ():  # names of the user's choice
-            assert any(f"\n| `{inner}` |" in section for section in sections if section.startswith(f"`{key}`"))
+        homes = ("A score\n", f"`scorer: {value['scorer']}`") if key in SLOTS else f"`{key}`"
+        for inner in value if isinstance(value, dict) else ():
+            assert any(f"\n| `{inner}` |" in section for section in sections if section.startswith(homes)), inner
     presets = sections[-1]
     paper, official = "{layers: last, drop: {fence: 1.0}}", "{layers: first, drop: {fence: 1.5}, max_fraction: 0.05}"
-    assert f"| `reasoning_importance` | `false` | `false` | `{paper}` | `{official}` |" in presets
+    assert f"| `reasoning_importance` | `{{scorer: influence}}` | `false` | `{paper}` | `{official}` |" in presets
+    assert "| `protect.formats` | `0.2` | `0.2` | `null` | `null` |" in presets
     for name in registry.BUILTIN:
         assert any(section.startswith(f"`scorer: {name}`") for section in sections)
-    assert "| `selectors.out_of_place` | `{scorer: opening, unit: both, context: kept, drop: {below: " in presets
     assert "seed" not in presets
 
 
 def test_reading_a_block_imports_no_torch():
-    block = "from xtf_plugin.config.block import XTFConfig; XTFConfig.parse(True)"
-    code = f"import sys; {block}; print('torch' in sys.modules)"
+    read = "from xtf_plugin.config.block import XTFConfig; XTFConfig.parse(True)"
+    code = f"import sys; {read}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -27,15 +27,15 @@ def refusal(value) -> str:
 
 
 def novelty(**drop):
-    return {"knowledge_novelty": {"drop": drop}}
+    return {"preset": "none", "knowledge_novelty": {"drop": drop}}
 
 
 def importance(**keys):
-    return {"reasoning_importance": keys}
+    return {"preset": "none", "reasoning_importance": keys}
 
 
 def relevance(**keys):
-    return {"task_relevance": keys}
+    return {"preset": "none", "task_relevance": keys}
 
 
 CASES = {

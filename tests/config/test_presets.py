@@ -10,29 +10,83 @@ from xtf_plugin.config.scores import PRESETS
 from xtf_plugin.errors import XTFUserError
 
 
-def test_an_attribute_that_the_preset_has_off_comes_on_with_its_own_defaults():
-    on = XTFConfig.parse({"reasoning_importance": True, "knowledge_novelty": {"window": 5}})
-    assert list(on.scores) == ["reasoning_importance", "knowledge_novelty", *PRESETS["default"]["selectors"]]
-    assert on.reasoning_importance.drop.quantile == 0.05
+def test_a_slot_that_the_preset_has_off_comes_on_with_the_papers_scorer_and_its_defaults():
+    on = XTFConfig.parse({"preset": "none", "reasoning_importance": True, "knowledge_novelty": {"window": 5}})
+    assert list(on.scores) == ["reasoning_importance", "knowledge_novelty"]
+    assert (on.reasoning_importance.scorer, on.reasoning_importance.drop.quantile) == ("attention_received", 0.05)
     assert (on.knowledge_novelty.drop.known_above, on.knowledge_novelty.window) == (0.95, 5)
 
 
-def test_selectors_of_the_preset_are_changed_replaced_and_taken_out():
-    names = list(PRESETS["default"]["selectors"])
+def test_the_default_asks_sentences_for_all_three_attributes():
+    default = XTFConfig()
+    assert {name: (part.scorer, part.unit, str(part.drop)) for name, part in default.scores.items()} == {
+        "reasoning_importance": ("influence", "sentence", "{below: 0.0}"),
+        "knowledge_novelty": ("new_text", "sentence", "{below: 0.25}"),
+        "task_relevance": ("explained", "sentence", "{of_median: 0.2}"),
+    }
+    assert default.selectors == {} and default.protect.formats == 0.2
+    assert XTFConfig.parse({name: True for name in default.scores}) == default
+    none = XTFConfig.parse({"preset": "none", "task_relevance": {"scorer": "explained"}})
+    assert none.task_relevance == default.task_relevance and list(none.scores) == ["task_relevance"]
+
+
+def test_a_slot_without_scorer_changes_the_presets_score():
+    changed = XTFConfig.parse({"task_relevance": {"first": 5}, "knowledge_novelty": {"unit": "line"}})
+    assert (changed.task_relevance.scorer, changed.task_relevance.first) == ("explained", 5)
+    assert changed.task_relevance.drop == XTFConfig().task_relevance.drop
+    assert (changed.knowledge_novelty.scorer, changed.knowledge_novelty.unit) == ("new_text", "line")
+    assert changed.reasoning_importance == XTFConfig().reasoning_importance
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_the_papers_presets_protect_no_format(preset):
+    assert XTFConfig(preset=preset).protect.formats is None
+    assert XTFConfig(preset=preset, protect={"formats": 0.5}).protect.formats == 0.5
+
+
+def test_influence_needs_a_score_to_ask_among():
+    named = r"xtf.reasoning_importance.among: 'task_relevance' is no other score of this block that is on"
+    with pytest.raises(XTFUserError, match=rf"{named} \(legal: knowledge_novelty\); .*switch reasoning_importance off"):
+        XTFConfig.parse({"task_relevance": False})
+    own = {"scorer": "influence", "among": "lean"}
+    with pytest.raises(XTFUserError, match=r"lean.among: 'lean' is no other score .*legal: task_relevance"):
+        XTFConfig.parse({"preset": "none", "task_relevance": True, "selectors": {"lean": own}})
+    free = XTFConfig.parse({"task_relevance": False, "reasoning_importance": {"among": None}})
+    assert free.reasoning_importance.among is None
+    other = XTFConfig.parse(
+        {"preset": "none", "task_relevance": True, "selectors": {"b": {**own, "among": "task_relevance"}}}
+    )
+    assert list(other.scores) == ["task_relevance", "b"]
+
+
+ODD = {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -4}}
+
+
+@pytest.fixture
+def with_selector(monkeypatch):
+    """No preset has a selector today, but one may."""
+    monkeypatch.setitem(PRESETS, "default", {**PRESETS["default"], "selectors": {"odd": ODD}})
+
+
+def test_selectors_of_the_preset_are_changed_replaced_and_taken_out(with_selector):
     other = {"scorer": "log_probability", "drop": {"quantile": 0.1}}
-    changed = XTFConfig.parse({"selectors": {names[0]: {"drop": {"below": -3}}}})
-    assert list(changed.selectors) == names and changed.selectors[names[0]].drop.below == -3
-    assert changed.selectors[names[0]].unit == XTFConfig().selectors[names[0]].unit == "both"
-    less = XTFConfig.parse({"selectors": {names[0]: False, "more": other}})
-    assert list(less.selectors) == [*names[1:], "more"] and XTFConfig.parse(less.to_dict()) == less
-    replaced = XTFConfig.parse({"selectors": {names[0]: other, "more": other}})
-    assert list(replaced.selectors) == [*names, "more"] and replaced.selectors[names[0]].scorer == "log_probability"
+    changed = XTFConfig.parse({"selectors": {"odd": {"drop": {"below": -3}}}})
+    assert list(changed.selectors) == ["odd"] and changed.selectors["odd"].drop.below == -3
+    assert changed.selectors["odd"].unit == XTFConfig().selectors["odd"].unit == "both"
+    less = XTFConfig.parse({"selectors": {"odd": False, "more": other}})
+    assert list(less.selectors) == ["more"] and XTFConfig.parse(less.to_dict()) == less
+    replaced = XTFConfig.parse({"selectors": {"odd": other, "more": other}})
+    assert list(replaced.selectors) == ["odd", "more"] and replaced.selectors["odd"].scorer == "log_probability"
     none = XTFConfig.parse({"selectors": False, "force_drop": ["x"]})
     assert not none.selectors and XTFConfig.parse(none.to_dict()) == none
-    with pytest.raises(XTFUserError, match="selectors.out_of_plaice: false takes a .*, but that has out_of_place"):
-        XTFConfig.parse({"selectors": {"out_of_plaice": False}})
-    with pytest.raises(XTFUserError, match="but that has no selector"):
-        XTFConfig.parse({"preset": "paper", "selectors": {"out_of_place": False}})
+    with pytest.raises(XTFUserError, match="selectors.od: false takes a .*, but that has odd; remove the key"):
+        XTFConfig.parse({"selectors": {"od": False}})
+
+
+def test_a_selector_that_the_preset_does_not_have_cannot_be_taken_out():
+    for preset in PRESETS:
+        with pytest.raises(XTFUserError, match="selectors.out_of_place: false .*but that has no selector"):
+            XTFConfig.parse({"preset": preset, "selectors": {"out_of_place": False}})
     with pytest.raises(XTFUserError, match="nothing could be dropped"):
         XTFConfig.parse({"preset": "none"})
 
@@ -48,16 +102,33 @@ def test_a_slot_with_another_scorer_takes_nothing_of_the_preset():
 
 
 CLEAN = {"scorer": "token_cleaning", "drop": {"quantile": 0.4}}
+IMPORTANCE = {"layers": "all", "drop": {"fence": 1.0}, "scale": "linear", "scope": "document"}
+NOVELTY = {"drop": {"known_above": 0.95}, "window": 1, "max_fraction": None}
+RELEVANCE = {"domain": "dataset", "embedding": "input", "drop": {"cluster": 2, "of": 5}}
+LOW = {"low": {"scorer": "log_probability", "drop": {"below": -1.0}, "scope": "dataset"}}
 # Blocks that released versions took, and what is written for them today; None: the same block.
 OLD = {
     "0.1.0, every key": (
         {
-            "reasoning_importance": {"layers": "all", "drop": {"fence": 1.0}, "scale": "linear", "scope": "document"},
-            "knowledge_novelty": {"drop": {"known_above": 0.95}, "window": 1, "max_fraction": None},
-            "task_relevance": {"domain": "dataset", "embedding": "input", "drop": {"cluster": 2, "of": 5}},
-            "selectors": {"low": {"scorer": "log_probability", "drop": {"below": -1.0}, "scope": "dataset"}},
+            "reasoning_importance": IMPORTANCE,
+            "knowledge_novelty": NOVELTY,
+            "task_relevance": RELEVANCE,
+            "selectors": LOW,
         },
-        None,
+        {
+            "reasoning_importance": {"scorer": "attention_received", **IMPORTANCE},
+            "knowledge_novelty": {"scorer": "novelty", **NOVELTY},
+            "task_relevance": {"scorer": "embedding_similarity", **RELEVANCE},
+            "selectors": LOW,
+        },
+    ),
+    "0.1.0, one unit of the old default": (
+        {"reasoning_importance": {"unit": "token"}},
+        {"reasoning_importance": {"scorer": "attention_received", "unit": "token"}},
+    ),
+    "0.1.0, a window": (
+        {"task_relevance": {"window": 3, "drop": {"quantile": 0.2}}},
+        {"task_relevance": {"scorer": "embedding_similarity", "window": 3, "drop": {"quantile": 0.2}}},
     ),
     "0.1.0, every other key": (
         {
@@ -104,14 +175,59 @@ def test_an_old_spelling_loads_or_is_refused_with_what_to_write(name):
         assert holds(config.to_dict(), {key: value for key, value in old.items() if value is not True})
         assert XTFConfig.parse(config.to_dict()) == config
         return
-    with pytest.raises(XTFUserError, match=r"write `unit: (sentence|line)`|name a `reference`"):
+    with pytest.raises(XTFUserError, match=r"write `unit: (sentence|line)`|name a `reference`|add `scorer: \w+`"):
         XTFConfig.parse(old)
     XTFConfig.parse(new)
 
 
-def test_selectors_keep_the_order_of_the_block_and_those_of_the_preset_come_last():
+@pytest.mark.parametrize(
+    ("slot", "scorer", "part", "key"),
+    [
+        ("reasoning_importance", "attention_received", {"layers": "all"}, "layers"),
+        ("reasoning_importance", "attention_received", {"scorer": "influence", "layers": [0]}, "layers"),
+        ("reasoning_importance", "attention_received", {"layers": "frist", "horizon": 3}, "layers"),
+        ("reasoning_importance", "attention_received", {"unit": "token"}, "unit"),
+        ("reasoning_importance", "attention_received", {"window": 3}, "window"),
+        ("knowledge_novelty", "novelty", {"drop": {"known_above": 0.95}}, "drop.known_above"),
+        ("knowledge_novelty", "novelty", {"drop": {"unknown_below": 95}}, "drop.unknown_below"),
+        ("knowledge_novelty", "novelty", {"drop": {"known_above": 0.95}, "windwo": 1}, "drop.known_above"),
+        ("task_relevance", "embedding_similarity", {"domain": "dataset"}, "domain"),
+        ("task_relevance", "embedding_similarity", {"embedding": "output", "drop": {"cluster": 1}}, "embedding"),
+    ],
+    ids=str,
+)
+def test_a_key_of_the_papers_scorer_under_the_default_is_refused_with_its_name(slot, scorer, part, key):
+    """Recipes for the presets of the paper, or written when a slot's only scorer was the paper's."""
+    with pytest.raises(XTFUserError) as refusal:
+        XTFConfig.parse({slot: part})
+    lines = [line.strip() for line in str(refusal.value).splitlines()]
+    (line,) = (line for line in lines if line.startswith(f"xtf.{slot}.{key}: "))
+    assert f"The paper's scorer takes it: add `scorer: {scorer}`." in line
+    assert str(refusal.value).count("add `scorer:") == 1, "only what that scorer would not refuse, too"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"reasoning_importance": {"layer": "all"}},
+        {"reasoning_importance": {"unit": "sentense"}},
+        {"reasoning_importance": {"window": 3, "unit": "line"}},
+        {"knowledge_novelty": {"layers": "all"}},
+        {"reasoning_importance": {"scorer": "typicality", "drop": {"below": -6}, "layers": "all"}},
+        {"preset": "paper", "knowledge_novelty": {"shortest": 3}},
+        {"preset": "none", "reasoning_importance": {"horizon": 3}},
+    ],
+    ids=str,
+)
+def test_the_papers_scorer_is_named_only_where_it_helps(block):
+    with pytest.raises(XTFUserError) as refusal:
+        XTFConfig.parse(block)
+    assert "add `scorer:" not in str(refusal.value)
+
+
+def test_selectors_keep_the_order_of_the_block_and_those_of_the_preset_come_last(with_selector):
     """`min_kept` and the bits of reasons depend on it."""
     other = {"scorer": "log_probability", "drop": {"quantile": 0.1}}
     more = XTFConfig.parse({"selectors": {"b": other, "a": other}})
-    assert list(more.selectors) == ["b", "a", "out_of_place"]
+    assert list(more.selectors) == ["b", "a", "odd"]
     assert list(XTFConfig.parse(more.to_dict()).scores) == list(more.scores)

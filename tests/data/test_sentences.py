@@ -20,6 +20,7 @@ from xtf_plugin.selection.select import select
 from xtf_plugin.selection.text_rules import special_ids
 
 SPECIAL = "<s>"
+NOTHING = {"special_tokens": False, "formats": None}
 
 
 class Pieces:
@@ -187,7 +188,7 @@ def test_rules_see_the_means():
     importance = {"drop": {"quantile": 0.3}, "max_fraction": 0.2}
 
     def fire(values, **settings):
-        config = XTFConfig.parse({RI: {**importance, **settings}}).reasoning_importance
+        config = XTFConfig.parse({"preset": "none", RI: {**importance, **settings}}).reasoning_importance
         return rules.evaluate(RI, values, layout, config, {"line": starts}).mask
 
     averaged = fire(scores, unit="line")
@@ -199,7 +200,7 @@ def test_rules_see_the_means():
 def test_the_plan_drops_complete_segments(plan, unit):  # noqa: F811
     def whole(unit_of_rule):
         part = {"drop": {"quantile": 0.4}, "unit": unit_of_rule}
-        made = plan({**ALL_OFF, KN: part, "protect": {"special_tokens": False}, "min_kept": 0})
+        made = plan({**ALL_OFF, KN: part, "protect": NOTHING, "min_kept": 0})
         runs, fast = made.documents.completion_runs, tiny.tokenizer()
         starts = sentences.segment_starts(unit, fast, made.scores.token_ids, runs, special_ids(fast))
         assert set(made.scores.offsets[:-1]) < set(starts.tolist())
@@ -212,9 +213,11 @@ def test_the_plan_drops_complete_segments(plan, unit):  # noqa: F811
 
 def test_segments_are_computed_only_if_a_unit_needs_them(plan, monkeypatch):  # noqa: F811
     monkeypatch.setattr(sentences, "segment_starts", None)
-    plan({RI: {"window": 5}})
+    plan({RI: {"window": 5}, "protect": NOTHING})
     with pytest.raises(TypeError):
-        plan({TR: {"unit": "line"}})
+        plan({TR: {"unit": "line"}, "protect": NOTHING})
+    with pytest.raises(TypeError):
+        plan({"protect": {"formats": 0.5}})
 
 
 SCORERS = ["attention_received", "novelty", "embedding_similarity", "typicality", "log_probability"]
@@ -223,7 +226,7 @@ SCORERS = ["attention_received", "novelty", "embedding_similarity", "typicality"
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_every_scorer_may_use_lines_as_units(plan, scorer):  # noqa: F811
     part = {"scorer": scorer, "drop": {"quantile": 0.5}, "scope": "dataset", "unit": "line"}
-    made = plan({**ALL_OFF, "selectors": {"it": part}, "protect": {"special_tokens": False}, "min_kept": 0})
+    made = plan({**ALL_OFF, "selectors": {"it": part}, "protect": NOTHING, "min_kept": 0})
     starts = made.text.segments["line"]
     seen = segment_means(made.scores.values["it"], ragged.Layout(made.scores.offsets, made.scores.counts), starts)
     seen = -np.expm1(seen) if scorer == "novelty" else seen

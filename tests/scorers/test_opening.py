@@ -98,18 +98,21 @@ def test_one_odd_token_drops_no_sentence():
     assert score(given)[0] > -1 and score(given, clip=100.0)[0] < -2
 
 
+DROPS = {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -4.0}}
+
+
 def test_keys_that_cannot_act_are_refused():
     def refused(match, **keys):
         with pytest.raises(XTFUserError, match=match):
-            XTFConfig.parse({"selectors": {"out_of_place": keys}})
+            XTFConfig.parse({"selectors": {"odd": {**DROPS, **keys}}})
 
-    refused("out_of_place.clip: 4.0 keeps every score", clip=4)
-    refused("out_of_place.drop: .*quantile.* depends on other doc.*add `context: document`", drop={"quantile": 0.1})
-    refused("out_of_place.drop: .*fence", drop={"fence": 1.5})
-    refused("out_of_place.window: 3 has no effect beside `unit: both`", window=3)
-    refused("out_of_place.max_fraction: 0.5 would keep text .*use context: document", max_fraction=0.5)
+    refused("odd.clip: 4.0 keeps every score", clip=4)
+    refused("odd.drop: .*quantile.* depends on other doc.*add `context: document`", drop={"quantile": 0.1})
+    refused("odd.drop: .*fence", drop={"fence": 1.5})
+    refused("odd.window: 3 has no effect beside `unit: both`", window=3)
+    refused("odd.max_fraction: 0.5 would keep text .*use context: document", max_fraction=0.5)
     free = {"context": "document", "drop": {"quantile": 0.1}, "max_fraction": 0.5}
-    XTFConfig.parse({"selectors": {"out_of_place": free}})
+    XTFConfig.parse({"selectors": {"odd": {**DROPS, **free}}})
 
 
 def test_what_is_infinite_is_undefined_and_drops_nothing():

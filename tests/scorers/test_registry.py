@@ -240,7 +240,9 @@ class TestRegistry:
     def test_a_package_may_score_for_a_slot(self, site, tmp_path):
         install(site, "made", made(score="(context.positions % 3).astype(np.float32)"))
         slot = {"scorer": "made", "drop": {"below": 1}}
-        plan = plan_of({**OFF, "min_kept": 0, "protect": {"special_tokens": False}, KN: slot}, tmp_path)
+        plan = plan_of(
+            {**OFF, "min_kept": 0, "protect": {"special_tokens": False, "formats": None}, KN: slot}, tmp_path
+        )
         assert np.array_equal(plan.selection.keep, plan.scores.positions % 3 > 0)
         assert plan.scorers["scores"] == {KN: {"scorer": "made", "version": 1, "package": "pkg-made 1.0"}}
 

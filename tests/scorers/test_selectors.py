@@ -207,7 +207,8 @@ class TestPlan:
 
     def test_excess_loss_keeps_what_the_reference_finds_easier_than_the_base(self, plan, other):
         part = {"scorer": "excess_loss", "reference": other, "drop": {"quantile": 0.4}}
-        made = plan({**OFF, "protect": {"special_tokens": False}, "selectors": {"rho": part}})
+        protect = {"special_tokens": False, "formats": None}
+        made = plan({**OFF, "protect": protect, "selectors": {"rho": part}})
         excess = logprobs(tiny.model(seed=7), made.documents) - logprobs(tiny.model(), made.documents)
         np.testing.assert_allclose(made.scores.values["rho"], excess, atol=2e-4)
         cut = np.quantile(excess, 0.4)
@@ -242,7 +243,7 @@ class TestPlan:
         ids=str,
     )
     def test_a_selector_gives_the_slots_masks_and_needs_no_other_pass(self, plan, slot, part):
-        protect = {"special_tokens": False}
+        protect = {"special_tokens": False, "formats": None}
         one = plan({**OFF, "protect": protect, slot: part})
         other = plan({**OFF, "protect": protect, "selectors": {"mine": {**part, "scorer": SLOTS[slot]}}})
         assert np.array_equal(one.selection.keep, other.selection.keep) and not one.selection.keep.all()

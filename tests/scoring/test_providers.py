@@ -25,6 +25,8 @@ from xtf_plugin.scoring.fingerprint import model_facts, weights_hash
 from xtf_plugin.scoring.providers import SeparateReference
 from xtf_plugin.scoring.reference import borrow
 
+TYPICAL = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -1.0}}}}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -159,7 +161,7 @@ class TestSeparate:
 
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watch)
         monkeypatch.setattr(Ranks, "run_with_heartbeat", lambda self, work: ThreadPoolExecutor(1).submit(work).result())
-        block = {"cache_dir": str(tmp_path / "cache"), "dry_run": True, **streams.LOOSE}
+        block = {"cache_dir": str(tmp_path / "cache"), "dry_run": True, **TYPICAL}
         block["reference"] = {"model": str(folder), "quantization": "none"}
         made = streams.attached(tmp_path, streams.trainer(tmp_path, streams.rows()), block)
         with pytest.raises(XTFUserError if fails else XTFDryRun):

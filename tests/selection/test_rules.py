@@ -26,7 +26,7 @@ def layout_of(documents, counts=None):
 def fire(name, documents, counts=None, **settings):
     """Evaluate the score of one slot."""
     values = np.concatenate([np.asarray(d, dtype=np.float32) for d in documents])
-    config = XTFConfig.parse({name: settings}).scores[name]
+    config = XTFConfig.parse({"preset": "none", name: settings}).scores[name]
     return rules.evaluate(name, values, layout_of(documents, counts), config)
 
 
@@ -66,6 +66,9 @@ def naive(name, documents, counts, *, drop, scope=None, scale="linear", window=1
             mask = scores < np.quantile(everything, drop["quantile"])
         elif "below" in drop:
             mask = scores < drop["below"]
+        elif "of_median" in drop:
+            seen, pool = (novelty, -np.expm1(everything)) if name == KN else (scores, everything)
+            mask, rank = seen < drop["of_median"] * np.median(pool), seen
         elif "cluster" in drop:
             cuts = [-np.inf, *multi_otsu(everything, classes=drop["of"]), np.inf]
             mask = (scores > cuts[drop["cluster"] - 1]) & (scores <= cuts[drop["cluster"]])
@@ -94,6 +97,10 @@ CASES = [
     (RI, {"drop": {"quantile": 0.4}, "window": 5, "max_fraction": 0.2}),
     (RI, {"drop": {"quantile": 0.3}, "scope": "dataset", "max_fraction": 0.1}),
     (RI, {"drop": {"below": 0.5}, "window": 9}),
+    (RI, {"drop": {"of_median": 0.6}}),
+    (RI, {"drop": {"of_median": 1}, "window": 3, "max_fraction": 0.2}),
+    (KN, {"drop": {"of_median": 0.9}, "max_fraction": 0.15}),
+    (TR, {"drop": {"of_median": 0.8}, "window": 7}),
     (KN, {"drop": {"known_above": 0.8}}),
     (KN, {"drop": {"known_above": 0.7}, "window": 3, "max_fraction": 0.15}),
     (KN, {"drop": {"unknown_below": 0.3}, "max_fraction": 0.2}),
@@ -177,6 +184,48 @@ def test_window_averages_logprobs_within_the_document_only():
     assert found.mask.tolist() == [True, False, False, True, False, True]
 
 
+def test_a_share_of_the_median_by_hand():
+    found = fire(RI, [[1.0, 2, 2.5], [5, 6], [10.0]], [1, 1, 3], drop={"of_median": 0.4})  # 1 2 2.5 5 6 10 10 10
+    assert found.thresholds["median"] == 5.5 and found.thresholds["drops"] == {"below": pytest.approx(2.2)}
+    assert found.mask.tolist() == [True, True] + [False] * 4 and found.thresholds["rule"] == {"of_median": 0.4}
+    on_it = fire(RI, [[1.0, 2, 2]], drop={"of_median": 0.5})
+    assert not on_it.mask.any(), "a score on the threshold is kept"
+    assert fire(RI, [[-1.0, 0, 1, 2, 3]], drop={"of_median": 0}).mask.tolist() == [True] + [False] * 4
+
+
+@pytest.mark.parametrize("scores", [[-3.0, -2, -1], [-1.0, 0, 5], [-5.0, -1e-30, 1]])
+def test_a_share_of_a_median_that_is_not_positive_fires_on_nothing(scores):
+    """Half of a negative median is above it, so that most tokens would be dropped."""
+    found = fire(RI, [scores], drop={"of_median": 0.5})
+    assert (
+        not found.mask.any() and found.thresholds["drops"] == {} and found.thresholds["median"] == np.float32(scores[1])
+    )
+    (warning,) = found.warnings
+    assert "of_median: 0.5" in warning and f"the median is {scores[1]:.4g}" in warning
+    json.dumps(found.thresholds, allow_nan=False)
+    nothing = fire(RI, [[NAN, NAN]], drop={"of_median": 0.5})
+    assert not nothing.mask.any() and nothing.thresholds["median"] is None
+    assert ["no score is defined" in warning for warning in nothing.warnings] == [True]
+
+
+def test_a_share_of_the_median_stays_what_it_was_for_a_later_part_of_a_stream():
+    first = fire(RI, [[1.0, 2, 4, 6, 8]], drop={"of_median": 0.5})
+    config = XTFConfig.parse({"preset": "none", RI: {"drop": {"of_median": 0.5}}}).scores[RI]
+    later = np.asarray([1.0, 1.9, 2.1, 100, 200, 300], dtype=np.float32)
+    found = rules.evaluate(RI, later, layout_of([later]), config, rules=first.rules)
+    assert found.mask.tolist() == [True, True] + [False] * 4 and found.warnings == []
+    assert found.thresholds["drops"] == first.thresholds["drops"] == {"below": 2.0}
+
+
+def test_a_scorer_that_finds_nothing_in_clean_data_gives_no_warning():
+    for scorer, warned in (("explained", False), ("new_text", False), ("typicality", True)):
+        part = {"scorer": scorer, "drop": {"below": -9}}
+        config = XTFConfig.parse({"preset": "none", TR: part}).scores[TR]
+        values = np.asarray([0.1, 0.2], dtype=np.float32)
+        found = rules.evaluate(TR, values, layout_of([values]), config, averaged=True)
+        assert bool(found.warnings) == warned and not found.mask.any()
+
+
 def test_otsu_runs_over_occurrences_and_takes_one_class():
     documents = [[0.0, 0.1, 0.5, 0.52, 0.9, 1.0]]
     found = fire(TR, documents, drop={"cluster": 2, "of": 3})
@@ -225,7 +274,7 @@ def test_scores_that_the_mapping_makes_infinite_are_undefined():
 
 def test_the_input_is_left_alone():
     values = np.asarray([math.inf, 1.0, 0.2], dtype=np.float32)
-    config = XTFConfig.parse({RI: {"drop": {"below": 0.5}, "window": 3}}).reasoning_importance
+    config = XTFConfig.parse({"preset": "none", RI: {"drop": {"below": 0.5}, "window": 3}}).reasoning_importance
     rules.evaluate(RI, values, layout_of([values]), config)
     assert math.isinf(values[0])
 

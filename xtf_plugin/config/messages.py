@@ -110,7 +110,8 @@ def _lines(found: Mapping[str, Any], root: Schema, start: str = "xtf") -> Iterat
     cause = found.get("ctx", {}).get("error")
     if isinstance(cause, PartProblems):
         for inner in cause.error.errors(include_url=False):
-            yield from _lines(inner, cause.model.model_json_schema(), path)
+            hint = f" The paper's scorer takes it: add `scorer: {cause.usual}`." if cause.of_usual(inner) else ""
+            yield from (line + hint for line in _lines(inner, cause.model.model_json_schema(), path))
     elif kind == "extra_forbidden":
         yield f"{path}: unknown key (with value {shown(value)}). {_nearest_key(str(location[-1]), parent, root)}"
     elif isinstance(cause, Problems):

@@ -57,11 +57,22 @@ RESERVED = frozenset(
 
 
 class PartProblems(ValueError):
-    """The part of a score that its scorer's config class refuses."""
+    """The part of a score that its scorer's config class refuses.
+
+    `usual` is the paper's scorer of a slot whose preset has another one, `usual_error` what that scorer refuses.
+    """
 
     def __init__(self, model: type[ScoreConfig], error: ValidationError) -> None:
         super().__init__(str(error))
         self.model, self.error = model, error
+        self.usual: str | None = None
+        self.usual_error: ValidationError | None = None
+
+    def of_usual(self, problem: Mapping[str, Any]) -> bool:
+        """Whether the paper's scorer would not have this problem."""
+        problems = [] if self.usual_error is None else self.usual_error.errors(include_url=False)
+        same = [other for other in problems if (other["loc"], other["type"]) == (problem["loc"], problem["type"])]
+        return self.usual is not None and not same
 
 
 def _part(value: Any, default: str | None = None) -> ScoreConfig:
@@ -89,7 +100,19 @@ def _slot(value: Any, _: Any, info: ValidationInfo) -> Any:
         return False
     if value is not True and not isinstance(value, Mapping | ScoreConfig):
         raise ValueError("is neither a mapping nor true or false")
-    return _part({} if value is True else value, SLOTS[str(info.field_name)])
+    name, value = str(info.field_name), {} if value is True else value
+    usual = SLOTS[name]
+    try:
+        return _part(value, usual)
+    except PartProblems as problems:
+        of_preset = PRESETS.get(info.data.get("preset", ""), {}).get(name, {}).get("scorer")
+        if isinstance(value, Mapping) and value.get("scorer") == of_preset:
+            problems.usual = usual
+            try:
+                registry.find(usual).Config.model_validate({**value, "scorer": usual})
+            except ValidationError as error:
+                problems.usual_error = error
+        raise
 
 
 def _selector(value: Any, _: Any, info: ValidationInfo) -> ScoreConfig:

@@ -7,7 +7,7 @@ tells them apart is form and number: a format is a mark that stands at the begin
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ MARK = re.compile(r"[^\w\s.,;!?'\"()\-–—’‘“”…]")
 
 
 def format_tokens(
-    documents: DocumentSet, starts: Ints, share: float, tokenizer: Any, special_ids: Ints
+    documents: DocumentSet, starts: Ints, share: float, tokenizer: Any, special_ids: Sequence[int] | Ints = ()
 ) -> tuple[Bools, dict[str, float]]:
     """Completion tokens that belong to the format of a dataset, (M,), and the share of documents with each opening.
 

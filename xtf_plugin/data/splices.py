@@ -23,9 +23,9 @@ from .ragged import Bools, Doubles, Floats, Ints, offsets_of, stretches
 class Splices:
     """W splices of the completion of a set of documents.
 
-    Splice `w` reads the document's tokens before completion token `keep[w]`, then those from completion token
-    `begin[w]` up to and with `end[w] - 1`, and is scored at the completion tokens among the latter. With `keep[w] = -1`
-    it reads `template` instead of the beginning of the document.
+    Splice `w` reads its document without the completion tokens from `keep[w]` up to `begin[w]` and what stands between
+    them, up to and with completion token `end[w] - 1`. It is scored at the completion tokens from `begin[w]` on. With
+    `keep[w] = -1` it reads `template` and then the document from completion token `begin[w]` on.
 
     Args:
         keep, begin, end: (W,) int64 indices of completion tokens of one document each, `keep <= begin < end`.
@@ -51,7 +51,9 @@ class Splices:
     def documents(self, source: DocumentSet) -> DocumentSet:
         """The distinct splices as documents, in groups that begin alike; `row_documents` (W,) has each splice's."""
         flat = source.completion_flat
-        first, stop = flat[self.begin], flat[self.end - 1] + 1
+        # a prompt after what is left out, between two turns, is read
+        first = np.where((self.keep >= 0) & (self.keep < self.begin), flat[self.begin - 1] + 1, flat[self.begin])
+        stop = flat[self.end - 1] + 1
         own = np.searchsorted(source.offsets, first, side="right") - 1
         cut = np.where(self.keep >= 0, flat[np.maximum(self.keep, 0)], 0)
         ids: list[NDArray[np.int32]] = []

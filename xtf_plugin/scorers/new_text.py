@@ -39,7 +39,8 @@ def new_text(context: ScoringContext, config: NewTextConfig) -> Floats:
     """`1 - longest / length` of a sentence or line, (M,) float32 in [0, 1]; low repeats earlier text, and is dropped.
 
     `longest` is the number of tokens in the longest run of the unit that stands, token for token, before the unit in
-    the same document, prompt included. 0: all of the unit is copied. Units of fewer than `shortest` tokens are NaN.
+    the same document, prompt included. 0: all of the unit is copied. Units of fewer than `shortest` tokens are NaN, and
+    runs of fewer than half as many (and than two) count as none.
 
     Source: ours, for the paper's knowledge novelty; its Eq. (3) is the scorer `novelty`.
     """
@@ -51,7 +52,9 @@ def new_text(context: ScoringContext, config: NewTextConfig) -> Floats:
     run = max(2, config.shortest // 2)
     for unit in np.flatnonzero((lengths >= config.shortest) & _may_repeat(context.documents, starts, run)):
         past, own = _texts(context.documents, int(starts[unit]), int(lengths[unit]))
-        scores[unit] = 1 - longest_copy(past, own) / len(own)
+        longest = longest_copy(past, own)
+        if longest >= run:  # else hashes were equal by chance
+            scores[unit] = 1 - longest / len(own)
     return np.repeat(scores, lengths)
 
 
@@ -76,7 +79,7 @@ def _texts(documents: DocumentSet, start: int, length: int) -> tuple[NDArray[Any
 
 
 def _may_repeat(documents: DocumentSet, starts: Ints, run: int) -> Bools:
-    """Whether `run` tokens in a row of a unit stand before it in its document, up to collisions of a hash, (S,)."""
+    """Whether `run` tokens in a row of a unit stand before it in its document, or have the hash of such, (S,)."""
     import numpy as np
 
     ids = documents.input_ids.astype(np.uint64)
@@ -91,6 +94,8 @@ def _may_repeat(documents: DocumentSet, starts: Ints, run: int) -> Bools:
     earlier = np.concatenate([first[inverse], np.full(run - 1, len(ids))])  # where each run of tokens stands first
     flat = documents.completion_flat
     begins = flat[starts]
-    opens = np.repeat(begins, np.diff(starts, append=len(flat)))
-    found: Bools = np.add.reduceat((earlier[flat] + run <= opens).astype(np.int64), starts) > 0
+    lengths = np.diff(starts, append=len(flat))
+    opens, ends = np.repeat(begins, lengths), np.repeat(begins + lengths, lengths)
+    repeats = (earlier[flat] + run <= opens) & (flat + run <= ends)
+    found: Bools = np.add.reduceat(repeats.astype(np.int64), starts) > 0
     return found

@@ -221,10 +221,14 @@ def _quantile(seen: Floats, layout: Layout, share: float, scope: str) -> Rule:
 
 def _of_median(seen: Floats, layout: Layout, share: float) -> Rules:
     """Scores below a share of the dataset's median; a median that is not positive gives no threshold."""
-    median = float(ragged.dataset_quantiles(seen, layout, [0.5])[0])
-    limit = share * median if median > 0 else float("nan")  # NaN is below nothing
-    rule = Rule(f"of_median: {share}", _under(limit), {"below": limit})
-    return Rules([rule], facts={"median": median if math.isfinite(median) else None})
+    name, median = f"of_median: {share}", float(ragged.dataset_quantiles(seen, layout, [0.5])[0])
+    if median <= 0:
+        why = f"the median is {median:.4g}, and a share of it is no lower bound. Use {{below: x}} or {{quantile: q}}"
+        return Rules([], facts={"median": median}, warnings=[f"the rule {{{name}}} drops nothing: {why}"])
+    limit = share * median  # NaN without a defined score, and below NaN is nothing
+    return Rules(
+        [Rule(name, _under(limit), {"below": limit})], facts={"median": None if math.isnan(median) else median}
+    )
 
 
 def _cluster(seen: Floats, layout: Layout, cluster: int, of: int) -> Rules:

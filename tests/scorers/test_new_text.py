@@ -1,0 +1,149 @@
+"""What a sentence repeats of the text before it, against a loop over all pairs of places."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.test_plan import plan  # noqa: F401, a fixture
+from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.documents import collect
+from xtf_plugin.scorers import new_text
+from xtf_plugin.scorers.base import ScoringContext
+from xtf_plugin.selection.text_rules import segment_starts
+
+
+def naive(documents, starts, shortest):
+    """Every run of every unit, compared with every place before the unit in its document, prompt included."""
+    flat = np.flatnonzero(documents.completion)
+    scores = np.full(len(flat), np.nan, dtype=np.float32)
+    for start, end in zip(starts, [*starts[1:], len(flat)], strict=True):
+        index = np.searchsorted(documents.offsets, flat[start], side="right") - 1
+        past = documents.input_ids[documents.offsets[index] : flat[start]].tolist()
+        own = documents.input_ids[flat[start:end]].tolist()
+        if len(own) < shortest:
+            continue
+        longest = 0
+        for i in range(len(own)):
+            for j in range(len(past)):
+                size = 0
+                while i + size < len(own) and j + size < len(past) and own[i + size] == past[j + size]:
+                    size += 1
+                longest = max(longest, size)
+        if longest >= max(2, shortest // 2):
+            scores[start:end] = 1 - longest / len(own)
+        else:
+            scores[start:end] = 1
+    return scores
+
+
+def score(documents, starts, **part):
+    context = ScoringContext(documents, None, SimpleNamespace(segments=lambda _: starts))
+    return new_text.new_text.score(context, new_text.NewTextConfig(scorer="new_text", **part))
+
+
+def random_documents(rng, vocabulary):
+    """Documents with prompts and two turns, in which some units copy text before them; and where units begin."""
+    rows = []
+    for index in range(12):
+        ids = rng.integers(0, vocabulary, rng.integers(1, 20)).tolist()
+        labels = [-100] * len(ids)
+        for _ in range(4):
+            own = rng.integers(0, vocabulary, rng.integers(1, 25)).tolist()
+            if rng.random() < 0.5:
+                at = rng.integers(0, len(ids))
+                copied = ids[at : at + rng.integers(1, 20)]
+                own[len(own) // 2 : len(own) // 2] = copied
+            between = rng.integers(0, vocabulary, rng.integers(0, 2)).tolist()
+            ids, labels = ids + own + between, labels + own + [-100] * len(between)
+        if index % 3 == 0:  # text without a prompt
+            labels = list(ids)
+        rows.append({"input_ids": ids, "labels": labels})
+    documents = collect([*rows, rows[0]])
+    runs, total = documents.completion_runs, int(documents.completion.sum())
+    return documents, np.unique(np.concatenate([runs[:-1], np.flatnonzero(rng.random(total) < 0.08)]))
+
+
+@pytest.mark.parametrize("shortest", [1, 2, 5, 8, 13])
+@pytest.mark.parametrize("vocabulary", [3, 40, 5_000])
+def test_equals_the_loop_over_pairs(shortest, vocabulary):
+    rng = np.random.default_rng(shortest)
+    documents, starts = random_documents(rng, vocabulary)
+    expected = naive(documents, starts, shortest)
+    np.testing.assert_array_equal(score(documents, starts, shortest=shortest), expected)
+    assert (expected < 1).any(), "the case must hold copies"
+
+
+def test_runs_that_the_hash_calls_equal_are_compared_token_by_token(monkeypatch):
+    """With a factor of 0 the hash of a run is its last token, so that nearly every unit may repeat something."""
+    rng = np.random.default_rng(3)
+    documents, starts = random_documents(rng, 40)
+    few = new_text._may_repeat(documents, starts, 4).sum()
+    monkeypatch.setattr(new_text, "MULTIPLIER", 0)
+    assert new_text._may_repeat(documents, starts, 4).sum() > few
+    np.testing.assert_array_equal(score(documents, starts, shortest=8), naive(documents, starts, 8))
+
+
+def test_only_units_that_may_repeat_are_compared(monkeypatch):
+    rng = np.random.default_rng(0)
+    ids = rng.permutation(4_000)
+    documents = collect([{"input_ids": ids[i : i + 400], "labels": ids[i : i + 400]} for i in range(0, 4_000, 400)])
+    monkeypatch.setattr(new_text, "longest_copy", lambda *_: 1 / 0)
+    assert (score(documents, np.arange(0, 4_000, 20)) == 1).all()
+
+
+def test_the_same_text_in_another_document_is_new():
+    ids = list(range(20))
+    documents = collect([{"input_ids": [*ids, 50], "labels": [*ids, 50]}, {"input_ids": ids, "labels": ids}])
+    assert score(documents, np.asarray([0, 10, 21, 31])).tolist() == [1] * 41
+
+
+def test_a_run_may_not_reach_into_the_unit_itself():
+    """`aaaaaaaa` repeats one token of itself, which stands in no earlier text."""
+    documents = collect([{"input_ids": [1] * 8 + [1] * 8, "labels": [1] * 16}])
+    assert score(documents, np.asarray([0, 8])).tolist() == [1] * 8 + [0] * 8
+
+
+def test_a_copy_of_the_prompt_and_a_line_written_twice_are_dropped(plan):  # noqa: F811
+    fast, data = tiny.tokenizer(), []
+    for pair in tiny.problems(6):
+        question, answer = pair["prompt"] + "\n", pair["completion"].strip() + "\n"
+        prompt, own = fast(question)["input_ids"], fast(answer + question + answer)["input_ids"]
+        data.append({"input_ids": prompt + own, "labels": [-100] * len(prompt) + own})
+    block = {"preset": "default", "task_relevance": False, "reasoning_importance": False}
+    made = plan({**block, "knowledge_novelty": {"unit": "line"}}, data=data)
+    for index, pair in enumerate(tiny.problems(6)):
+        here = slice(*made.scores.offsets[index : index + 2])
+        kept = fast.decode(made.scores.token_ids[here][made.selection.keep[here]])
+        assert kept == pair["completion"].strip() + "\n"
+    assert made.provider.opened == 0, "no model is needed"
+
+
+def test_short_units_are_not_scored():
+    documents = collect([{"input_ids": [1, 2, 3, 1, 2, 3], "labels": [1, 2, 3, 1, 2, 3]}])
+    starts = np.asarray([0, 3])
+    assert np.isnan(score(documents, starts)).all()
+    assert score(documents, starts, shortest=3).tolist() == [1] * 3 + [0] * 3
+
+
+def test_fewer_tokens_than_a_run_repeat_nothing():
+    documents = collect([{"input_ids": [1, 1], "labels": [1, 1]}])
+    assert new_text._may_repeat(documents, np.asarray([0]), 4).tolist() == [False]
+
+
+def test_streams_are_scored_as_a_dataset_is(plan):  # noqa: F811
+    """`per_document`: each document alone has the scores that it has among others."""
+    made = plan({"preset": "default", "task_relevance": False, "reasoning_importance": False})
+    fast, whole = tiny.tokenizer(), made.scores.values["knowledge_novelty"]
+    part = XTFConfig().knowledge_novelty
+    for index in range(len(made.documents)):
+        ids, mask = made.documents.document(index)
+        one = collect([{"input_ids": ids, "labels": np.where(mask, ids, -100)}])
+        context = ScoringContext(
+            one, fast, SimpleNamespace(segments=lambda unit, one=one: segment_starts(one, fast, unit))
+        )
+        low, high = made.documents.completion_offsets[index : index + 2]
+        np.testing.assert_array_equal(new_text.new_text.score(context, part), whole[low:high])
