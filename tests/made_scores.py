@@ -21,7 +21,11 @@ DROPS = {
     "knowledge_novelty": {"drop": {"quantile": 0.1}},
 }
 # The default preset as it drops from them, too, after `read_prompts`.
-DEFAULT = {"reasoning_importance": {"among": None}, "task_relevance": {"drop": {"below": 0.0}}}
+DEFAULT = {
+    "reasoning_importance": {"among": None},
+    "knowledge_novelty": {"shortest": 4, "drop": {"below": 0.65}},
+    "task_relevance": {"drop": {"below": -0.1}},
+}
 
 
 def read_prompts(monkeypatch: Any) -> None:

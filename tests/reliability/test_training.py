@@ -37,7 +37,7 @@ NEVER = {
 }
 NOTHING = {
     "reasoning_importance": {**EVERYTHING["reasoning_importance"], "drop": {"below": -1000.0}},
-    "knowledge_novelty": {"drop": {"below": 0.0}},
+    "knowledge_novelty": {**EVERYTHING["knowledge_novelty"], "drop": {"below": 0.0}},
     "task_relevance": {"drop": {"below": -1000.0}},
     "selectors": {name: {**part, **NEVER[name]} for name, part in EVERYTHING["selectors"].items()},
 }
