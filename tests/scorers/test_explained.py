@@ -1,4 +1,4 @@
-"""What prompt and text before a sentence explain of it, against documents that are built by hand and read one by one."""
+"""What prompt and text before a sentence explain of it, against documents that are built by hand and read alone."""
 
 from __future__ import annotations
 

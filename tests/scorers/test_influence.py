@@ -42,7 +42,7 @@ def context(tmp_path):
 
 
 def by_hand(units, horizon, judged=None, reader=None):
-    """The definition: both documents in full, the clipped gains of up to `horizon` completion tokens but the first two."""
+    """The definition: the clipped gains of up to `horizon` completion tokens after a unit but the first two."""
     reader, values = reader or Reader(), []
     for number, unit in enumerate(units):
         after = [at for at in range(unit.end, len(unit.ids)) if unit.completion[at]][:horizon]
