@@ -14,6 +14,29 @@ from xtf_plugin.selection.select import Scores
 RI, KN, TR = SLOTS
 ALL_ON = dict.fromkeys(SLOTS, True)
 ALL_OFF = dict.fromkeys(SLOTS, False)
+# Drops tokens of tiny models. The default preset does not: to random weights the prompts say too little.
+DROPS = {
+    "preset": "none",
+    "reasoning_importance": {"drop": {"quantile": 0.2}},
+    "knowledge_novelty": {"drop": {"quantile": 0.1}},
+}
+# The default preset as it drops from them, too, after `read_prompts`.
+DEFAULT = {
+    "reasoning_importance": {"among": None},
+    "knowledge_novelty": {"shortest": 4, "drop": {"below": 0.65}},
+    "task_relevance": {"drop": {"below": -0.1}},
+}
+
+
+def read_prompts(monkeypatch: Any) -> None:
+    """Let `explained` score whatever little the prompts explain."""
+    monkeypatch.setattr("xtf_plugin.scorers.explained.LEAST", -np.inf)
+
+
+def openings(below: float = -2.0) -> dict[str, Any]:
+    """A block that drops sentences and lines of tiny models by how they begin."""
+    part = {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": below}}
+    return {"preset": "none", "selectors": {"out_of_place": part}, "protect": {"formats": None}}
 
 
 def scores_of(lengths: Sequence[int], first: int = 1, **known: Any) -> Scores:

@@ -14,7 +14,6 @@ from xtf_plugin import attach
 
 ROWS = 40
 LORA = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
-LOOSE = {"selectors": {"out_of_place": {"drop": {"below": -2.0}}}}  # the default preset, as a random model needs it
 
 
 def trainer(folder: Any, dataset: Any = None, peft_config: Any = LORA, model: Any = None, **options: Any) -> Any:

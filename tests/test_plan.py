@@ -80,7 +80,7 @@ def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch):
     protect = {"patterns": ["\\d+"], "formats": None}
     block = {"protect": protect, "force_drop": ["happy"], "task_relevance": {"unit": "line"}}
     summary.described(plan(block), tiny.tokenizer())
-    assert searched == [["\\d+"], ["happy"]] and split == ["line"]
+    assert searched == [["\\d+"], ["happy"]] and split == ["line", "sentence"]
 
 
 class TestStore:

@@ -126,8 +126,9 @@ def show(
 
     wanted = terminal.Wanted(row, document, grep, reason)
     path = _table_path(target, extra or [])
-    found = terminal.find(score_table.open_file(path), wanted, n, path)
-    terminal.render_documents(found, wanted.described(), Console())
+    file = score_table.open_file(path)
+    found, meaning = terminal.find(file, wanted, n, path), terminal.legend(score_table.metadata(file, path))
+    terminal.render_documents(found, wanted.described(), Console(), meaning)
 
 
 @app.command()

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .data.documents import DocumentSet
+from .data.marks import AllMarks
 from .data.predictions import Predictions
 from .data.ragged import Floats, Ints
 from .scoring.batching import ScoringStats
 from .scoring.cached_scores import ReferenceProvider, ScoreSource, about_scorers, run_scorers
 from .scoring.distributed import ALONE, Ranks
 from .selection.masks import MaskTable
+from .selection.recurring import Recurring, recurring, warnings_of
 from .selection.select import Scores, Selection, select
 from .selection.text_rules import TextRules, special_ids
 
@@ -38,6 +40,7 @@ class Plan:
         warnings: for the user.
         scorers: what to report of each score's scorer, of other references and of rescoring.
         streaming: what to report of the calibration sample, for a plan of one.
+        recurring: texts that several documents share.
     """
 
     config: XTFConfig
@@ -50,6 +53,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     scorers: dict[str, Any] = field(default_factory=dict)
     streaming: dict[str, Any] = field(default_factory=dict)
+    recurring: list[Recurring] = field(default_factory=list)
 
     def masks(self) -> MaskTable:
         """The table that the collator needs."""
@@ -70,6 +74,7 @@ def make_plan(
     references: Callable[[ReferenceConfig], ReferenceProvider] | None = None,
     progress: bool = True,
     ranks: Ranks = ALONE,
+    marks: AllMarks | None = None,
 ) -> Plan:
     """Score the documents that have no scores yet, and decide for every completion token.
 
@@ -78,6 +83,7 @@ def make_plan(
         tokenizer: the training tokenizer.
         references: makes the provider of a score's own reference.
         ranks: of the run; each scores a share, and all get the same plan.
+        marks: of the columns that the scorer `column` reads.
 
     Raises:
         XTFError: ranks differ in block, data, reference or masks; see also `engine.score` and `run_scorers`.
@@ -88,18 +94,14 @@ def make_plan(
     ranks.agree(special_ids(tokenizer).tobytes(), "special tokens")
     ranks.agree(documents.keys.tobytes() + documents.counts.tobytes(), "training data")
     text = TextRules.find(config, documents, tokenizer)
-    with ScoreSource(config, documents, tokenizer, provider, references, progress=progress, ranks=ranks) as source:
+    about_run: dict[str, Any] = {"progress": progress, "ranks": ranks, "marks": marks}
+    with ScoreSource(config, documents, tokenizer, provider, references, **about_run) as source:
         fingerprint = source.fingerprint(provider)
         values = run_scorers(config, source, text)
     scores = scores_of(documents, source.known, values)
     selection = select(scores, config, text.protected, text.forced, text.segments)
     ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
-    warnings = [*source.warnings, *selection.warnings]
-    if text.forced is not None and not text.forced.any():
-        warnings.append(f"force_drop: {config.force_drop} matches nothing in the dataset")
-    if selection.keep.all():
-        warnings.append(NOTHING_DROPPED)
-    formats = {"formats": dict(text.formats)} if text.formats else {}
+    shared = recurring(config, documents, text, selection, tokenizer)
     return Plan(
         config,
         documents,
@@ -108,14 +110,31 @@ def make_plan(
         selection,
         reference={**provider.description(), "fingerprint": fingerprint},
         stats=source.stats,
-        warnings=warnings,
+        warnings=_warnings(config, documents, source, text, selection, shared),
         scorers={
             "scores": about_scorers(config.scores),
             "references": source.passes,
             **source.about_excerpts(),
-            **formats,
         },
+        recurring=shared,
     )
+
+
+def _warnings(
+    config: XTFConfig,
+    documents: DocumentSet,
+    source: ScoreSource,
+    text: TextRules,
+    selection: Selection,
+    shared: list[Recurring],
+) -> list[str]:
+    """All warnings about a plan."""
+    found = [*source.warnings, *selection.warnings, *warnings_of(shared, int(documents.counts.sum()))]
+    if text.forced is not None and not text.forced.any():
+        found.append(f"force_drop: {config.force_drop} matches nothing in the dataset")
+    if selection.keep.all():
+        found.append(NOTHING_DROPPED)
+    return found
 
 
 def scores_of(documents: DocumentSet, stored: Predictions | None, values: dict[str, Floats]) -> Scores:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from .data.documents import IGNORE_INDEX, DocumentSet, collect
 from .data.excerpts import predictions_without
 from .data.predictions import Predictions
-from .data.ragged import Doubles, Floats, Ints, Layout
+from .data.ragged import Bools, Doubles, Floats, Ints, Layout
 from .data.splices import Splices, predictions_of
 from .scorers import Drop, ReferenceConfig, ScoreConfig, Scorer, ScoringContext
 from .scorers.registry import complaints
@@ -128,6 +128,9 @@ class _MadeUpSource:
 
     def vocabulary_table(self, key: str, compute: Callable[[], Floats]) -> Floats:
         return compute()
+
+    def marks(self, column: str, form: str, text: str | None) -> Bools:
+        return _made_up(self.documents, f"{column} {form} {text}").entropy > 1
 
 
 def _made_up(documents: DocumentSet, reference: str) -> Predictions:

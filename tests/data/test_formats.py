@@ -164,6 +164,6 @@ def test_a_plan_keeps_the_format_and_names_it(plan):  # noqa: F811
     made = plan(block, data=data)
     kept = tiny.tokenizer().decode(made.scores.token_ids[made.selection.keep])
     assert kept.count("####") == 5 and "are" not in kept
-    assert [name.strip() for name in made.scorers["formats"]] == ["####"]
+    assert [name.strip() for name in made.text.formats] == ["####"]
     without = plan({**block, "protect": {"formats": None}}, data=data)
-    assert not without.selection.keep.any() and "formats" not in without.scorers
+    assert not without.selection.keep.any() and not without.text.formats

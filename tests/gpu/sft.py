@@ -3,7 +3,7 @@
     python -m tests.gpu.sft --output FOLDER [--smoke] [--write docs/benchmarks.md]
 
 The demo's recipe and data, in bfloat16 on a GPU. Three runs, each the stock command in a process of its own: the
-default block; all three attributes with rules that drop something, so that attention is recorded and masks are not
+default block; the paper's three scores with rules that drop something, so that attention is recorded and masks are not
 empty; no block. A run fails this program if the command does, if its loss is no number, if not every document was
 scored, or if the rules that drop something drop nothing. XTF itself holds every batch against its plan.
 """
@@ -31,6 +31,7 @@ from tests.benchmarks.common import publish
 
 STOCK = [sys.executable, "-c", "from trl.cli import main; main()", "sft", "--config"]  # what the command `trl` does
 DROPPING = {
+    "preset": "none",
     "reasoning_importance": {"layers": "all", "drop": {"quantile": 0.1}},
     "knowledge_novelty": {"drop": {"quantile": 0.1}},
     "task_relevance": {"drop": {"quantile": 0.1}},

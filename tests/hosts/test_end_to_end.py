@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from tests import eager, forked, tiny
+from tests.made_scores import DROPS
 
 BIN = Path(sys.executable).parent
-DROPS_NOTHING = {"reasoning_importance": {"drop": {"below": 0.0}}, "knowledge_novelty": False, "task_relevance": False}
-DROPS = {"reasoning_importance": {"drop": {"quantile": 0.2}}, "knowledge_novelty": {"drop": {"quantile": 0.1}}}
+DROPS_NOTHING = {"preset": "none", "reasoning_importance": {"drop": {"below": 0.0}}}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_other_launchers_apply_the_block(base, tmp_path, launcher):
 
 def test_score_agrees_with_eager_float32(base, tmp_path):
     """`xtf score` on the full-precision model: every token within 2e-4 of maps and logits computed independently."""
-    block = {"reasoning_importance": True, "knowledge_novelty": True}
+    block = {"preset": "none", "reasoning_importance": True, "knowledge_novelty": True}
     path = recipe(base, tmp_path / "out", xtf=block, load_in_4bit=None, use_peft=None)
     output = tmp_path / "scores.parquet"
     result = command(BIN / "xtf", "score", path, "--output", output, cache=tmp_path / "cache")

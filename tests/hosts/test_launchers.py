@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny
-from tests.hosts.test_end_to_end import BIN, DROPS, command, recipe
+from tests.hosts.test_end_to_end import BIN, command, recipe
+from tests.made_scores import DROPS
 
 ROOT = Path(__file__).parents[2]
 RECORDER = ROOT / "tests/recorder"

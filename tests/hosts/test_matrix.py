@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.made_scores import DEFAULT, read_prompts
 from tests.training.test_callback import trainer
 from tests.watch import watched
 from xtf_plugin import attach
@@ -36,7 +37,7 @@ BATCHES = {
     "grouped by length": {"train_sampling_strategy": "group_by_length"},
 }
 BLOCKS = {
-    "default": {"selectors": {"out_of_place": {"drop": {"below": -0.5}}}},
+    "default": DEFAULT,
     "attributes": {
         "preset": "paper",
         "reasoning_importance": {"layers": "all", "drop": {"quantile": 0.2}, "scope": "dataset"},
@@ -83,6 +84,13 @@ def seen(folder: Path, data: str, block: str, resume=False, report=False, **chan
     made.train(resume_from_checkpoint=resume)
     assert len(found) == len(dict(found)), "a document was trained on twice, or two differ"
     return dict(found)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reading():
+    with pytest.MonkeyPatch.context() as patch:
+        read_prompts(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

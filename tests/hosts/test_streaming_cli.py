@@ -9,9 +9,10 @@ import pytest
 
 from tests import tiny
 from tests.hosts.test_end_to_end import BIN, command, history, recipe, steps
+from tests.made_scores import openings
 
 NOTHING = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -1000}}}, "calibration": 8}
-LOOSE = {"selectors": {"out_of_place": {"drop": {"below": -2.0}}}, "calibration": 8, "batch_tokens": 64}
+LOOSE = {**openings(), "calibration": 8, "batch_tokens": 64}
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import contextmanager
+
+import pytest
 
 from tests import streams, tiny
-from tests.ranks.common import case
+from tests.made_scores import DEFAULT, openings, read_prompts
+from tests.ranks.common import case, lines
 from tests.test_plan import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFUserError, attach
 from xtf_plugin import plan as pipeline
@@ -14,35 +18,43 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
 from xtf_plugin.plan import make_plan
-from xtf_plugin.scorers import explained
 from xtf_plugin.scoring import distributed
 from xtf_plugin.scoring.distributed import Ranks
 
 SLOW = 2.0  # seconds
 
 
-def planned(ranks, folder, block):
+@contextmanager
+def prompts_read():
+    """As `read_prompts`, where no test is that would undo it."""
+    with pytest.MonkeyPatch.context() as patch:
+        read_prompts(patch)
+        yield
+
+
+def plan_of(ranks, folder, block):
     config = XTFConfig.parse({**block, "cache_dir": str(folder / f"plan-{ranks.rank}")})
-    plan = make_plan(config, collect(rows(14)), Provider(), tiny.tokenizer(), progress=False, ranks=ranks)
+    with prompts_read():
+        return make_plan(config, collect(rows(14)), Provider(), tiny.tokenizer(), progress=False, ranks=ranks)
+
+
+def planned(ranks, folder, block):
+    plan = plan_of(ranks, folder, block)
     about = plan.scorers.get("excerpts", {}).get("documents", 0)
     return {"keep": plan.selection.keep.astype(int).tolist(), "excerpts": about, "documents": plan.stats.documents}
 
 
 @case
 def plans(ranks, folder):
-    """To the tiny model all prompts say too little, so that what is too little is lowered for the default."""
-    odd = {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -0.5}}
-    blocks = {
-        "default": {"reasoning_importance": {"among": None}, "task_relevance": {"drop": {"below": 0.0}}},
-        "rescored": {"preset": "none", "selectors": {"odd": odd}},
-        "attributes": ATTRIBUTES_ON,
-        "paper": {"preset": "paper"},
-    }
-    least, explained.LEAST = explained.LEAST, -float("inf")
-    try:
-        return {name: planned(ranks, folder / name, block) for name, block in blocks.items()}
-    finally:
-        explained.LEAST = least
+    blocks = {"default": DEFAULT, "openings": openings(-0.5), "attributes": ATTRIBUTES_ON, "paper": {"preset": "paper"}}
+    return {name: planned(ranks, folder / name, block) for name, block in blocks.items()}
+
+
+@case
+def scores_of_the_default(ranks, folder):
+    """Each rank scores its share of the splices, whichever documents they are of."""
+    plan = plan_of(ranks, folder, DEFAULT)
+    return {name: lines(values) for name, values in plan.scores.values.items()}
 
 
 @case

@@ -68,7 +68,7 @@ class EachEpoch(TrainerCallback):
 
 def epochs(folder, number, workers):
     """Training whose workers are started again in every epoch."""
-    block = {"preset": "default", "knowledge_novelty": True}
+    block = {"preset": "default"}
     options = {"max_steps": -1, "num_train_epochs": number, "save_strategy": "no", "logging_strategy": "epoch"}
     watched = made("lora", folder, block, rows=tiny.problems(12), dataloader_num_workers=workers, **options)
     each = EachEpoch()

@@ -21,7 +21,7 @@ from tests.training.test_callback import trainer
 from xtf_plugin import XTFError, attach
 from xtf_plugin import plan as planning
 from xtf_plugin.report import writer
-from xtf_plugin.scoring import cached_scores
+from xtf_plugin.scoring import branches, cached_scores
 from xtf_plugin.scoring.kernels import dispatch, eager
 from xtf_plugin.scoring.reference import Reference
 from xtf_plugin.store.store import ScoreStore
@@ -29,12 +29,17 @@ from xtf_plugin.training.callback import XTFCallback
 
 FILLER = " Sure, happy to help!"
 UNEVEN = {"preset": "none", "force_drop": [FILLER.strip()], "protect": {"special_tokens": False}}
+NEVER = {
+    "out_of_place": {"drop": {"below": -1000.0}, "clip": 2000.0},
+    "looked_at": {"drop": {"below": 0.0}},
+    "new": {"drop": {"known_above": 1.0}},
+    "close": {"drop": {"below": 0.0}},
+}
 NOTHING = {
-    **EVERYTHING,
-    "reasoning_importance": {"drop": {"below": 0.0}},
-    "knowledge_novelty": {"drop": {"known_above": 1.0}},
-    "task_relevance": {"embedding": "output", "drop": {"below": 0.0}},
-    "selectors": {"out_of_place": {"drop": {"below": -1000.0}, "clip": 2000.0}},
+    "reasoning_importance": {**EVERYTHING["reasoning_importance"], "drop": {"below": -1000.0}},
+    "knowledge_novelty": {**EVERYTHING["knowledge_novelty"], "drop": {"below": 0.0}},
+    "task_relevance": {"drop": {"below": -1000.0}},
+    "selectors": {name: {**part, **NEVER[name]} for name, part in EVERYTHING["selectors"].items()},
 }
 PLAIN = {"max_length": 1000, "learning_rate": 0.0, "max_grad_norm": 0.0, "shuffle_dataset": False}
 
@@ -257,6 +262,7 @@ FAILURES = {
     "a forward": (Reference, "_hidden", 8),
     "attention": (dispatch, "attention_and_received", 12),
     "a layer": (LlamaMLP, "forward", 14),
+    "a shared beginning": (branches, "_states", 5),
     "the head": (Reference, "predictions", 6),
     "the store": (ScoreStore, "add", 1),
     "embeddings": (cached_scores, "gather_vectors", 1),
@@ -287,7 +293,9 @@ ERRORS = (KeyboardInterrupt, ZeroDivisionError, torch.OutOfMemoryError)
 @pytest.mark.parametrize("kind", amount(("qlora",), KINDS))
 def test_scoring_that_fails_leaves_no_trace(tmp_path, monkeypatch, kind, error):
     watched = made(kind, tmp_path, {**EVERYTHING, "batch_tokens": 200})
-    places = amount(("the self-check", "attention", "a layer", "the store", "embeddings"), tuple(FAILURES))
+    places = amount(
+        ("the self-check", "attention", "a layer", "a shared beginning", "the store", "embeddings"), tuple(FAILURES)
+    )
     for where, (_, _, call) in ((place, FAILURES[place]) for place in places):
         attached = callback(watched)
         attached.on_train_begin = partial(XTFCallback.on_train_begin, attached)

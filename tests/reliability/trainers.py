@@ -27,7 +27,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
 from tests import tiny
-from tests.made_scores import ALL_ON
+from tests.made_scores import DEFAULT, openings
 from tests.reliability import LONG, scoring
 from tests.training.test_callback import trainer
 from xtf_plugin import attach
@@ -36,8 +36,16 @@ from xtf_plugin.scoring.attention_capture import _recorder
 from xtf_plugin.selection.select import rule_bits
 
 KINDS = ("full", "lora", "qlora")
-# every part of scoring: attention, log-probabilities, both embeddings, the preset's second looks
-EVERYTHING = {"preset": "default", **ALL_ON, "task_relevance": {"embedding": "output"}}
+# every part of scoring: attention, log-probabilities, embeddings, splices and rescoring
+EVERYTHING = {
+    **DEFAULT,
+    "selectors": {
+        **openings()["selectors"],
+        "looked_at": {"scorer": "attention_received", "drop": {"quantile": 0.2}},
+        "new": {"scorer": "novelty", "drop": {"quantile": 0.1}},
+        "close": {"scorer": "embedding_similarity", "embedding": "output", "drop": {"quantile": 0.1}},
+    },
+}
 ROOT = Path(__file__).parents[2]
 BAND = 1e-4  # how far scores may lie from a threshold and be judged otherwise; docs promise it for float32
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
@@ -12,9 +14,12 @@ from xtf_plugin import attach
 from xtf_plugin.config.block import XTFConfig
 
 OWN = {"scorer": "typicality", "drop": {"below": -1.5}}
+# The default's scorers, with rules that drop something of these texts and this model.
+DEFAULT = {"reasoning_importance": {"among": None}, "knowledge_novelty": {"drop": {"below": 0.9}}}
 BLOCKS = {
-    "the preset's alone": {"selectors": {"out_of_place": {"drop": {"below": -2}, "context": "document"}}},
-    "one's own beside it": {"selectors": {"out_of_place": {"drop": {"below": -2}, "context": "document"}, "mine": OWN}},
+    "the preset's alone": DEFAULT,
+    "one score asks about another": {"knowledge_novelty": DEFAULT["knowledge_novelty"]},
+    "one's own beside it": {**DEFAULT, "selectors": {"mine": OWN}},
     "one's own alone": {"preset": "none", "selectors": {"mine": OWN, "other": {**OWN, "drop": {"quantile": 0.1}}}},
     "at least two": {"preset": "none", "selectors": {"mine": OWN, "other": OWN}, "combine": {"at_least": 2}},
 }
@@ -38,7 +43,7 @@ def test_every_stop_gives_the_block_that_is_counted(browser, tmp_path, name):
     plan = made._xtf_hooks.on_batch.__self__.plan
     opened = browser.new_page()
     opened.goto((tmp_path / "out/xtf/report.html").as_uri())
-    legal = set()
+    legal, refused = set(), 0
     for score in plan.config.scores:
         (key,) = plan.config.scores[score].drop.model_dump(mode="json", exclude_none=True)
         stops = int(opened.get_attribute(f"input[data-score={score}][data-key={key}]", "max")) + 1
@@ -48,13 +53,15 @@ def test_every_stop_gives_the_block_that_is_counted(browser, tmp_path, name):
             if opened.is_visible("#illegal"):
                 with pytest.raises(ValueError):
                     XTFConfig.parse(block)
+                refused += 1
                 continue
             config = XTFConfig.parse(block)
             keep = selected(plan, config).keep if is_moved(opened) else plan.selection.keep
             assert shown(opened) == weigh(plan, keep), block
             legal.add(len(config.scores))
         opened.click("#reset")
-    assert len(legal) == (2 if name in ("one's own beside it", "one's own alone") else 1)
+    assert len(legal) == (1 if name == "at least two" else 2)
+    assert refused == {"one score asks about another": 1, "at least two": 2}.get(name, 0)
     opened.close()
 
 
@@ -164,8 +171,10 @@ def test_large_numbers_and_long_names_fit_a_phone(browser, three, tmp_path, widt
 def test_what_cannot_be_moved_says_so(browser, tmp_path):
     """Rescoring is not in the counts; with a random control there is no slider."""
     found = {}
+    opening = {"scorer": "opening", "context": "kept", "drop": {"below": -2}}
     for name, block in (
-        ("rescored", {"selectors": {"out_of_place": {"drop": {"below": -2}}}}),
+        ("rescored", {"preset": "none", "selectors": {"out_of_place": opening}}),
+        ("default", {}),
         ("control", {"preset": "paper", "control": "random"}),
     ):
         made = trainer(tmp_path / name, rows=tiny.problems(24), max_steps=1)
@@ -175,5 +184,67 @@ def test_what_cannot_be_moved_says_so(browser, tmp_path):
         opened.goto((tmp_path / name / "out/xtf/report.html").as_uri())
         found[name] = opened.inner_text("#what-if")
         opened.close()
+    assert "units that `task_relevance` finds doubtful" in found["default"]
+    assert "a run with another threshold rescores" in found["default"]
     assert "a run with another threshold rescores" in found["rescored"] and "Move a threshold" in found["rescored"]
     assert "No threshold of this block can be moved" in found["control"] and "draws the tokens" in found["control"]
+
+
+def test_words_of_the_defaults_scorers(browser, tmp_path):
+    """They say why a sentence is dropped."""
+    made = trainer(tmp_path, rows=tiny.problems(12), max_steps=1)
+    attach(made, {"cache_dir": str(tmp_path / "cache"), "knowledge_novelty": {"unit": "line"}})
+    made.train()
+    opened = browser.new_page()
+    opened.goto((tmp_path / "out/xtf/report.html").as_uri())
+
+    def said(score, value):
+        return opened.evaluate("([score, value]) => inWords(score, value)", [score, value])
+
+    text = "its prompt and the text before it explain 2 % of this sentence"
+    assert said("task_relevance", 0.02) == text, "no score of this model is defined, so there is no median"
+    opened.evaluate("S.distributions.task_relevance.median = 0.38")
+    assert said("task_relevance", 0.02) == f"{text}; the median is 38 %"
+    less = "its prompt and the text before it make this sentence less probable (−8 % explained); the median is 38 %"
+    assert said("task_relevance", -0.08) == less
+    assert said("reasoning_importance", -0.3) == "without this sentence, the text after it is 0.3 nats easier in total"
+    assert said("reasoning_importance", 0.3) == "without this sentence, the text after it is 0.3 nats harder in total"
+    assert said("reasoning_importance", -0.01) == "nothing after this sentence leans on it (-0.01 nats)"
+    assert said("knowledge_novelty", 0.08) == "92 % of this line repeats earlier text word for word"
+    assert said("knowledge_novelty", 1) == "this line repeats no earlier text"
+    assert opened.evaluate("inWords('knowledge_novelty', NaN)") == "not asked, fewer than 8 tokens"
+    asked = opened.evaluate("inWords('reasoning_importance', NaN)")
+    assert asked == "not asked: task relevance leaves no doubt, or too little text follows"
+    assert opened.evaluate("scores.map((score) => averaged(score.name))") == ["", "", ""]
+    notes = opened.locator(".score > h3 + .note").all_inner_texts()
+    assert notes[0] == "how much the text after it leans on it" and len(set(notes)) == 3
+    stop = opened.evaluate("stopText(sliders[2], 0.2)")
+    assert stop == "task relevance below 20 % of its median"
+    opened.close()
+
+
+def test_texts_that_recur_are_at_the_top_with_their_line(browser, tmp_path):
+    """Texts are untrusted, as tokens are."""
+    rows = tiny.problems(24)
+    for row in rows:
+        row["completion"] = f"# Work\n{row['completion']} <b>I hope this helps</b> a lot!"
+    made = trainer(tmp_path, rows=rows, max_steps=1, max_length=None)
+    part = {"scorer": "novelty", "unit": "sentence", "drop": {"unknown_below": 0.02}}
+    attach(made, {"cache_dir": str(tmp_path / "cache"), "preset": "none", "selectors": {"mine": part}})
+    made.train()
+    summary = json.loads((tmp_path / "out/xtf/summary.json").read_text())
+    opened, errors = browser.new_page(viewport={"width": 1280, "height": 900}), []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.goto((tmp_path / "out/xtf/report.html").as_uri())
+    shown = opened.locator("#repeated tbody tr").all_inner_texts()
+    assert len(shown) == len(summary["recurring"]) > 1 and not errors
+    for line, entry in zip(shown, summary["recurring"], strict=True):
+        assert entry["text"] in line and entry["setting"] in line and f"{entry['documents']} (" in line
+        assert ("dropped" in line.split("\t")[2]) == entry["dropped"]
+    assert any("<b>I hope" in line for line in shown) and opened.locator("#repeated b").count() == 0
+    assert opened.evaluate("document.querySelector('main').firstElementChild.id") == "recurring"
+    assert "kept as format: # Work opens a line in 100 % of documents" in opened.inner_text("#formats")
+    assert opened.inner_text("#advice") == summary["familiarity"]["advice"]
+    opened.evaluate("S.recurring = S.formats = undefined; showRecurring()")
+    assert not opened.is_visible("#recurring") and not opened.is_visible("#to-recurring")
+    opened.close()

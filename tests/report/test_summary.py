@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from tests import tiny
-from tests.report.tables import table_of
+from tests.report.tables import plan_of, table_of
 from tests.selection.test_select import REASONING, config, from_bits
 from tests.training.test_callback import trainer
 from xtf_plugin import attach
@@ -24,6 +25,7 @@ from xtf_plugin.selection.select import select
 
 ROOT = Path(__file__).parents[2]
 BLOCK = {
+    "preset": "none",
     "reasoning_importance": {"drop": {"quantile": 0.1}},
     "knowledge_novelty": {"drop": {"known_above": 0.005}},
     "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -2}}},
@@ -53,6 +55,32 @@ def test_every_key_is_documented(run):
     assert (
         {"edges", "tokens", "median", "undefined"} == set(next(iter(summary["distributions"].values()))) <= documented
     )
+
+
+def test_texts_of_a_plan_are_reported(tmp_path):
+    """Openings that are kept as format, and texts that recur; the same in the table's metadata."""
+    rows = [
+        {**row, "completion": f"# Work\n{row['completion']} I hope \u202e this helps."} for row in tiny.problems(20)
+    ]
+    made = trainer(tmp_path, rows=rows, max_steps=1, max_length=None)
+    attach(made, {"cache_dir": str(tmp_path / "cache"), **BLOCK, "task_relevance": {"unit": "sentence"}})
+    made.train()
+    plan, found = made._xtf_hooks.on_batch.__self__.plan, json.loads((tmp_path / "out/xtf/summary.json").read_text())
+    assert found["formats"] == [{"text": "# Work", "share": 1.0}]
+    texts = {entry["text"]: entry for entry in found["recurring"]}
+    assert texts["# Work"]["why"] == ["format"] and texts["# Work"]["documents"] == 20
+    assert texts["I hope \\u202e this helps."]["setting"] == 'force_drop: ["I hope \\\\u202e this helps\\\\."]'
+    assert table_of(plan).about["recurring"] == found["recurring"]
+
+
+def test_a_text_that_rules_drop_in_many_documents_is_a_warning(tmp_path):
+    block = {"preset": "none", "knowledge_novelty": {"unit": "sentence", "drop": {"unknown_below": 0.9}}}
+    plan = plan_of(tmp_path, **block)
+    text = next(each for each in plan.recurring if each.text == "Sure, happy to help!")
+    assert text.dropped and text.documents == 12
+    assert any(text.setting in warning and warning.startswith("knowledge_novelty: drops") for warning in plan.warnings)
+    fixed = plan_of(tmp_path, **block, **yaml.safe_load(text.setting))
+    assert not any(text.setting in warning for warning in fixed.warnings)
 
 
 def test_combinations_add_up(run):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,9 +19,10 @@ from tests.cli.test_cli import score_table as table_like
 from tests.report.tables import plan_of, saved
 from xtf_plugin import cli
 from xtf_plugin.errors import XTFUserError
-from xtf_plugin.report import terminal
+from xtf_plugin.report import summary, terminal
 from xtf_plugin.report.score_table import iter_documents, open_file
 from xtf_plugin.report.terminal import Document, Wanted, find
+from xtf_plugin.scorers import registry
 
 # row, document, position, token, kept, reason
 ROWS = [
@@ -230,6 +232,43 @@ class TestText:
         show(tmp_path / "scores.parquet")
         printed = capsys.readouterr().out
         assert "100,001·characters" in printed and len(printed) < 2_000
+
+
+def test_the_legend_says_what_the_scorers_of_the_table_measure(tmp_path, capsys):
+    """A slot's abbreviation says nothing of its scorer."""
+    own = {"scorer": "typicality", "drop": {"below": -1}}
+    path = saved(plan_of(tmp_path, selectors={"mine": own}), tmp_path / "scores.parquet")
+    show(path)
+    printed = capsys.readouterr().out.splitlines()
+    assert "TR task relevance: how much of it its prompt and the text before it explain" in printed
+    assert "RI reasoning importance: how much the text after it leans on it" in printed
+    assert "KN knowledge novelty: how much of it does not repeat earlier text word for word" in printed
+    assert any(line.startswith("mine: how probable it is, compared") for line in printed)
+
+
+@pytest.mark.parametrize("about", [{}, {"scorers": 1}, {"scorers": {"scores": []}}])
+def test_tables_of_other_tools_have_a_legend_of_marks_alone(about):
+    assert terminal.legend(about) == terminal.LEGEND
+
+
+def test_every_built_in_scorer_has_words_of_its_own():
+    assert terminal.MEASURES.keys() == registry.BUILTIN.keys()
+    assert terminal.measure("a\x1bb") == "by the scorer a\\x1bb"
+
+
+def test_a_run_prints_its_formats_and_what_recurs(tmp_path, capsys):
+    fast, made = tiny.tokenizer(), []
+    for at in range(8):
+        text = "".join(f"{mark}\nThe sum is {at}.\n" for mark in "#*:=|~<")
+        ids = fast(text)["input_ids"]
+        made.append({"input_ids": [1, *ids], "labels": [-100, *ids]})
+    rule = {"scorer": "log_probability", "unit": "line", "drop": {"quantile": 0.1}}
+    summary.show(plan_of(tmp_path, made, preset="none", selectors={"mine": rule}), [])
+    printed = capsys.readouterr().err
+    assert 'xtf: kept as format: "#" opens a line in 100% of documents\n' in printed
+    assert printed.count("opens a line in") == summary.FORMATS and "kept as format: 2 more openings" in printed
+    assert re.search(r"texts that recur: \d dropped, \d kept; the report lists them", printed)
+    assert "mine: how probable the reference finds it (log_probability version 1, xtf-plugin)" in printed
 
 
 def test_reasons_as_documents_are_marked(file):

@@ -50,6 +50,7 @@ BUILTIN = [
     ("log_probability", OTHER),
     ("excess_loss", OTHER),
     ("token_cleaning", OTHER),
+    ("column", {"column": "noise", "format": "lines", "text": "answer"}),
 ]
 
 

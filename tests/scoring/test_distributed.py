@@ -43,13 +43,13 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    cases = ("scores_on_a_shared_disk", "caches_that_differ", "plans")
+    cases = ("scores_on_a_shared_disk", "caches_that_differ", "plans", "scores_of_the_default")
     return launched(tmp_path_factory.mktemp("alone"), 1, *cases)[0]
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    cases = ("messages", "scores_without_a_shared_disk", "scores_handed_on_in_pieces", "plans")
+    cases = ("messages", "scores_without_a_shared_disk", "scores_handed_on_in_pieces", "plans", "scores_of_the_default")
     return launched(tmp_path_factory.mktemp("three"), 3, *cases)
 
 
@@ -241,13 +241,22 @@ def test_training_continues_from_the_shards(two, name):
         assert second < first - 0.1
 
 
-@pytest.mark.parametrize("name", ["default", "rescored", "attributes", "paper"])
+@pytest.mark.parametrize("name", ["default", "openings", "attributes", "paper"])
 def test_plans_are_those_of_one_process(two, alone, name):
     expected = alone["plans"][name]
     assert 0 < sum(expected["keep"]) < len(expected["keep"])
     for rank in two:
         assert rank["plans"][name] == expected
-    assert (expected["excerpts"] > 0) == (name in ("default", "rescored")), "the case must score parts of documents"
+    assert name not in ("default", "openings") or expected["excerpts"] > 0, "the case must score splices, or rescore"
+
+
+def test_the_default_s_scores_are_those_of_one_process(two, three, alone):
+    expected = alone["scores_of_the_default"]
+    for name, scores in expected.items():
+        assert len({score for score in scores if score is not None}) > (1 if name == "knowledge_novelty" else 10)
+        for rank in (*two, *three):
+            found = np.asarray(rank["scores_of_the_default"][name], dtype=np.float64)
+            np.testing.assert_allclose(found, np.asarray(scores, dtype=np.float64), atol=2e-5, err_msg=name)
 
 
 class TestShareOut:

@@ -12,10 +12,9 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
+from tests.made_scores import DROPS
 from tests.scorers.test_selectors import OFF, logprobs
 from xtf_plugin import XTFDryRun, XTFError, attach
-
-BLOCK = {"reasoning_importance": {"drop": {"quantile": 0.2}}, "knowledge_novelty": {"drop": {"quantile": 0.1}}}
 
 
 def trainer(tmp_path, rows=None, model=None, peft_config=None, eval_rows=None, **options):
@@ -33,7 +32,7 @@ def trainer(tmp_path, rows=None, model=None, peft_config=None, eval_rows=None, *
     )
 
 
-def run(tmp_path, block=BLOCK, **options):
+def run(tmp_path, block=DROPS, **options):
     made = attach(trainer(tmp_path, **options), {"cache_dir": str(tmp_path / "cache"), **block})
     seen = []
     step = made.training_step
@@ -91,7 +90,7 @@ def test_packing_workers_and_accumulation_give_the_same_masks(tmp_path):
         {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3},
     ]
     for options in variants:
-        made, seen = run(tmp_path / "other", {**BLOCK, "cache_dir": str(tmp_path / "cache")}, **options)
+        made, seen = run(tmp_path / "other", {**DROPS, "cache_dir": str(tmp_path / "cache")}, **options)
         assert masks(made) == expected, options
         assert any((batch["labels"] != -100).any() for batch in seen)
         facts = json.loads((tmp_path / "other/out/xtf/summary.json").read_text())["scoring"]
@@ -162,7 +161,7 @@ def test_resume_gives_the_same_masks(tmp_path):
     first, _ = run(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
     made = attach(
         trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2),
-        {"cache_dir": str(tmp_path / "cache"), **BLOCK},
+        {"cache_dir": str(tmp_path / "cache"), **DROPS},
     )
     made.train(resume_from_checkpoint=True)
     assert made.state.global_step == 2
@@ -172,7 +171,7 @@ def test_resume_gives_the_same_masks(tmp_path):
 def test_resumed_full_fine_tuning_without_its_scores_is_refused(tmp_path):
     run(tmp_path, save_strategy="steps", save_steps=1, max_steps=1, learning_rate=0.1)
     made = attach(
-        trainer(tmp_path, save_strategy="steps", save_steps=1), {"cache_dir": str(tmp_path / "elsewhere"), **BLOCK}
+        trainer(tmp_path, save_strategy="steps", save_steps=1), {"cache_dir": str(tmp_path / "elsewhere"), **DROPS}
     )
     with pytest.raises(XTFError, match="no longer those of the base model"):
         made.train(resume_from_checkpoint=True)
@@ -222,8 +221,9 @@ def test_every_attribute_can_be_switched_off(tmp_path, block, capsys):
 def test_a_batch_without_labels_is_counted_and_logged(tmp_path, caplog):
     """Almost everything is dropped: most batches lose all labels, and one is restored in each."""
     block = {
+        "preset": "none",
         "knowledge_novelty": {"drop": {"unknown_below": 0.999}},
-        "protect": {"special_tokens": False, "patterns": ["Zoe"]},
+        "protect": {"special_tokens": False, "patterns": ["Zoe"], "formats": None},
         "min_kept": 0,
     }
     rows = [*tiny.problems(23), {"prompt": "Who?", "completion": " Zoe"}]

@@ -7,8 +7,9 @@ import torch
 from datasets import IterableDataset
 
 from tests import streams, tiny
-from tests.streams import LOOSE, attached
-from tests.training.test_callback import BLOCK, trainer
+from tests.made_scores import DROPS, openings
+from tests.streams import attached
+from tests.training.test_callback import trainer
 from xtf_plugin import XTFDataCollator, XTFDryRun, XTFError, XTFUserError, attach
 from xtf_plugin.scoring.distributed import Ranks
 from xtf_plugin.scoring.providers import SeparateReference
@@ -63,7 +64,7 @@ class TestRefusals:
 
     def test_collator_replaced_after_attaching(self, tmp_path):
         """The dataloader is built without our hook: the first batch carries other labels, and the run stops."""
-        made = attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache"), **BLOCK})
+        made = attach(trainer(tmp_path), {"cache_dir": str(tmp_path / "cache"), **DROPS})
         del made.get_train_dataloader
         with pytest.raises(XTFError, match="does not carry the planned labels"):
             made.train()
@@ -84,8 +85,9 @@ class TestRefusals:
 
     def test_everything_dropped(self, tmp_path):
         drop_all = {
+            "preset": "none",
             "knowledge_novelty": {"drop": {"unknown_below": 0.999}},
-            "protect": {"special_tokens": False},
+            "protect": {"special_tokens": False, "formats": None},
             "min_kept": 0,
             "cache_dir": str(tmp_path / "cache"),
         }
@@ -108,7 +110,7 @@ class TestRefusals:
         made = trainer(tmp_path)
         monkeypatch.setattr(type(made.accelerator), "num_processes", property(lambda self: 2))
         with pytest.raises(XTFUserError, match="not connected by torch.distributed"):
-            attach(made, BLOCK)
+            attach(made, DROPS)
 
 
 def test_a_separate_reference_is_made_beside_a_heartbeat(tmp_path, monkeypatch):
@@ -155,7 +157,7 @@ def test_a_training_without_proof_of_masks_warns(tmp_path, caplog, steps, warns)
 
 def test_a_stream_without_proof_of_masks_warns(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(verification, "verify_batch", lambda *_: 0)
-    attached(tmp_path, streams.trainer(tmp_path, max_steps=2), {**LOOSE, "calibration": 8}).train()
+    attached(tmp_path, streams.trainer(tmp_path, max_steps=2), {**openings(), "calibration": 8}).train()
     assert "nothing has shown that the model received the masks" in caplog.text
 
 

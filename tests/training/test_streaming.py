@@ -14,21 +14,24 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from tests import tiny
-from tests.streams import LOOSE, ROWS, attached, rows, stream_of, trained, trainer
+from tests.made_scores import DEFAULT, openings, read_prompts
+from tests.streams import ROWS, attached, rows, stream_of, trained, trainer
 from xtf_plugin import XTFConfig, XTFUserError
 from xtf_plugin.training.streaming import Stream
 
 PAPER = {"preset": "paper", "reasoning_importance": {"drop": {"quantile": 0.2}, "scope": "dataset"}}
 OFFICIAL = {"preset": "official", "reasoning_importance": {"drop": {"fence": 0.0}}}
+LOOSE = openings()
 MANY_ROWS = {
     "document scope": {
+        "preset": "none",
         "reasoning_importance": {"drop": {"quantile": 0.2}},
         "knowledge_novelty": {"drop": {"unknown_below": 0.001}, "window": 3, "max_fraction": 0.3},
         "selectors": {
-            "out_of_place": {"drop": {"below": -2.0}},
+            **LOOSE["selectors"],
             "odd": {"scorer": "typicality", "drop": {"quantile": 0.1}, "scope": "document", "unit": "sentence"},
         },
-        "protect": {"patterns": ["apples"]},
+        "protect": {"patterns": ["apples"], "formats": None},
         "force_drop": ["happy to"],
         "min_kept": 2,
     },
@@ -42,9 +45,12 @@ def dropped(labels):
 
 @pytest.mark.parametrize("calibration", [ROWS, 1000])
 @pytest.mark.parametrize(
-    "block", [LOOSE, PAPER, OFFICIAL, {**LOOSE, "control": "random"}], ids=["default", "paper", "official", "control"]
+    "block",
+    [DEFAULT, LOOSE, PAPER, OFFICIAL, {**LOOSE, "control": "random"}],
+    ids=["default", "openings", "paper", "official", "control"],
 )
-def test_a_stream_within_the_sample_gets_the_masks_of_a_dataset(tmp_path, block, calibration):
+def test_a_stream_within_the_sample_gets_the_masks_of_a_dataset(tmp_path, monkeypatch, block, calibration):
+    read_prompts(monkeypatch)
     plain = trained(tmp_path / "none", trainer(tmp_path, rows()), {"preset": "none", "force_drop": ["no such text"]})
     expected = trained(tmp_path / "map", trainer(tmp_path, rows()), block)
     made = trainer(tmp_path)
@@ -67,7 +73,7 @@ def test_thresholds_over_the_dataset_are_those_of_the_sample(tmp_path):
     """Against NumPy on the scores of all documents: a quantile over the first sixteen decides for all."""
     block = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"quantile": 0.2}}}, "min_kept": 0}
     selector = {**block["selectors"]["odd"], "scope": "dataset"}
-    block = {**block, "selectors": {"odd": selector}, "protect": {"special_tokens": False}}
+    block = {**block, "selectors": {"odd": selector}, "protect": {"special_tokens": False, "formats": None}}
     attached(tmp_path, mapped := trainer(tmp_path / "map", rows()), block)
     mapped.train()
     table = pq.read_table(tmp_path / "map/out/xtf/scores.parquet").to_pandas()
@@ -85,7 +91,7 @@ def test_relevance_of_tokens_that_the_sample_never_held(tmp_path):
     """Against the definition: domain and scale of the first sixteen documents, for every token of the rest."""
     block = {"preset": "none", "task_relevance": {"drop": {"below": 0.4}}, "min_kept": 0, "calibration": 16}
     made = trainer(tmp_path, model=tiny.model(seed=2))
-    labels = trained(tmp_path, made, {**block, "protect": {"special_tokens": False}})
+    labels = trained(tmp_path, made, {**block, "protect": {"special_tokens": False, "formats": None}})
     sample = [row for row, _ in zip(made.train_dataset, range(16), strict=False)]
     vectors = tiny.model(seed=2).get_input_embeddings().weight.detach().double()
     domain = vectors[[token for row in sample for token in row["input_ids"]]].mean(0)

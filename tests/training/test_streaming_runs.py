@@ -13,12 +13,14 @@ from datasets import IterableDataset
 from peft import LoraConfig
 
 from tests import tiny
-from tests.streams import LOOSE, LORA, ROWS, attached, labels_by_document, rows, stream_of, trained, trainer, watched
+from tests.made_scores import DEFAULT, openings, read_prompts
+from tests.streams import LORA, ROWS, attached, labels_by_document, rows, stream_of, trained, trainer, watched
 from xtf_plugin import XTFConfig, XTFDryRun, XTFError, XTFUserError, attach
 from xtf_plugin.scorers import Scorer, registry
 from xtf_plugin.scoring import engine
 from xtf_plugin.training.streaming import Stream
 
+LOOSE = openings()
 NOTHING = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -1000}}}, "calibration": 8}
 BLOCK = {**LOOSE, "calibration": 8}
 
@@ -46,8 +48,11 @@ def test_a_stream_that_drops_nothing_trains_to_the_same_bits(tmp_path):
     assert stream_of(made)._documents > ROWS, "the second epoch came through here too"
 
 
-def test_scoring_leaves_model_and_random_state_as_they_were(tmp_path):
-    block = {**BLOCK, "reasoning_importance": True, "batch_tokens": 64}
+def test_scoring_leaves_model_and_random_state_as_they_were(tmp_path, monkeypatch):
+    """With all that scoring can do: the default, openings scored again, and attention."""
+    read_prompts(monkeypatch)
+    selectors = {**LOOSE["selectors"], "looked_at": {"scorer": "attention_received", "drop": {"quantile": 0.2}}}
+    block = {**DEFAULT, "selectors": selectors, "calibration": 8, "batch_tokens": 64}
     made = attached(tmp_path, trainer(tmp_path), block)
     stream, compared = stream_of(made), []
     decide = stream._score_and_select

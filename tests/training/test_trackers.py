@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests import tiny
-from tests.hosts.test_end_to_end import BIN, DROPS, command, recipe
+from tests.hosts.test_end_to_end import BIN, command, recipe
+from tests.made_scores import DROPS
 from xtf_plugin.training.trainer import log_report
 
 METRICS = ("xtf/kept_fraction", "xtf/dropped_by/reasoning_importance", "xtf/kept_tokens_per_batch")

@@ -44,7 +44,7 @@ class ProtectConfig(Block):
     formats: Share | None = Field(
         default=0.2,
         description="Keep openings of lines and sentences, such as `####` or `<think>`, which this share of documents "
-        "has, and short lines that begin so; null: off.",
+        "has, and short lines that begin so, unless `force_drop` matches them; null: off.",
     )
 
 

@@ -7,6 +7,7 @@ tells them apart is form and number: a format is a mark that stands at the begin
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,36 +20,62 @@ from .token_text import token_bytes
 LONGEST = 6  # tokens of an opening
 SHORT = 12  # tokens of a unit that is protected as a whole; of a longer one the opening is
 FEWEST = 3  # documents
-MARK = re.compile(
-    r"[^\w\s.,;!?'\"()\-–—’‘“”…]"
-)  # a sign that running text does without: : # < { [ | * = ` / and others
+# A sign that running text does without: : # < { [ | * = ` / and others.
+MARK = re.compile(r"[^\w\s.,;!?'\"()\-–—’‘“”…]")
 
 
-def format_tokens(documents: DocumentSet, starts: Ints, share: float, tokenizer: Any) -> tuple[Bools, dict[str, float]]:
+def format_tokens(
+    documents: DocumentSet, starts: Ints, share: float, tokenizer: Any, special_ids: Sequence[int] | Ints = ()
+) -> tuple[Bools, dict[str, float]]:
     """Completion tokens that belong to the format of a dataset, (M,), and the share of documents with each opening.
 
     The opening of a unit is the longest of its first 1 to 6 tokens that open units of at least `share` of all documents
     (and of three). It is format if its text contains a sign such as `:`, `#`, `<` or `{`. Units of up to 12 tokens
-    that begin so are format as a whole, of longer ones the opening is.
+    that begin so are format as a whole, of longer ones the opening is. Special tokens are no format: they have a
+    protection of their own.
 
     Args:
         documents: N documents with M completion tokens.
         starts: (S,) first completion token of each unit, ascending from 0.
         share: of the documents, in (0, 1].
         tokenizer: of the token ids.
+        special_ids: ids of special tokens, each of which is a unit.
     """
     ids = documents.input_ids[documents.completion]
     lengths = np.diff(starts, append=len(ids))
     document = np.searchsorted(documents.completion_offsets, starts, side="right") - 1
     total = int(documents.counts.sum())
     reach, number = _common_openings(ids, starts, lengths, document, documents.counts, share * total)
-    openings = [tuple(ids[start : start + size].tolist()) for start, size in zip(starts, reach, strict=True)]
-    texts = {opening: _text(tokenizer, opening) for opening in set(openings)}
-    marked = np.asarray([MARK.search(texts[opening]) is not None for opening in openings], dtype=bool)
-    covered = np.where(marked, np.where(lengths <= SHORT, lengths, reach), 0)
-    found: Bools = np.arange(len(ids)) - np.repeat(starts, lengths) < np.repeat(covered, lengths)
-    shares = {texts[openings[unit]]: float(number[unit] / total) for unit in np.flatnonzero(marked)}
-    return found, dict(sorted(shares.items(), key=lambda item: -item[1]))
+    reach[np.isin(ids[starts], special_ids)] = 0
+    texts = _texts(ids, starts, reach, tokenizer)
+    marked = np.asarray([MARK.search(text) is not None for text in texts], dtype=bool)
+    shares = {texts[unit]: float(number[unit] / total) for unit in np.flatnonzero(marked)}
+    return _covered(starts, lengths, np.where(marked, reach, 0)), dict(sorted(shares.items(), key=lambda i: -i[1]))
+
+
+def known_format_tokens(documents: DocumentSet, starts: Ints, openings: Collection[str], tokenizer: Any) -> Bools:
+    """Completion tokens that belong to a format that is known, (M,).
+
+    A few documents of a stream do not tell what is common in it, so its calibration sample decides for all of them.
+
+    Args:
+        documents, starts, tokenizer: as in `format_tokens`.
+        openings: that `format_tokens` found in the sample.
+    """
+    ids = documents.input_ids[documents.completion]
+    lengths = np.diff(starts, append=len(ids))
+    reach = np.zeros(len(starts), dtype=np.int64)
+    for size in range(1, LONGEST + 1):
+        texts = _texts(ids, starts, np.minimum(lengths, size), tokenizer)
+        reach[[text in openings for text in texts] & (lengths >= size)] = size
+    return _covered(starts, lengths, reach)
+
+
+def _covered(starts: Ints, lengths: Ints, reach: Ints) -> Bools:
+    """Completion tokens of the openings of length `reach`, or of their whole units if those are short, (M,)."""
+    covered = np.where((reach > 0) & (lengths <= SHORT), lengths, reach)
+    found: Bools = np.arange(lengths.sum()) - np.repeat(starts, lengths) < np.repeat(covered, lengths)
+    return found
 
 
 def _common_openings(
@@ -73,5 +100,9 @@ def _common_openings(
     return reach, shared
 
 
-def _text(tokenizer: Any, token_ids: tuple[int, ...]) -> str:
-    return b"".join(token_bytes(tokenizer, list(token_ids))).decode("utf-8", errors="replace")
+def _texts(ids: NDArray[Any], starts: Ints, sizes: Ints, tokenizer: Any) -> list[str]:
+    """The text of the first tokens of each unit; a token is spelt once, because that reads the tokenizer."""
+    openings = [tuple(ids[start : start + size].tolist()) for start, size in zip(starts, sizes, strict=True)]
+    tokens = sorted({token for opening in set(openings) for token in opening})
+    spelt = dict(zip(tokens, token_bytes(tokenizer, tokens), strict=True))
+    return [b"".join(spelt[token] for token in opening).decode("utf-8", errors="replace") for opening in openings]

@@ -111,7 +111,7 @@ def match_spans(tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, pa
         spans = [match.span() for pattern in compiled for match in pattern.finditer(text)]
         spans = [(low, high) for low, high in spans if high > low]
         if spans:
-            marks[start:stop] = _touched(_byte_spans(text, len(data), spans), sizes[which])
+            marks[start:stop] = _touched(byte_offsets(text, len(data))[np.asarray(spans)], sizes[which])
     return marks
 
 
@@ -125,15 +125,14 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         ) from error
 
 
-def _byte_spans(text: str, size: int, spans: Sequence[tuple[int, int]]) -> Ints:
-    """Character spans as byte spans, (n, 2)."""
-    chars = np.asarray(spans, dtype=np.int64)
+def byte_offsets(text: str, size: int) -> Ints:
+    """First byte of each character of a text that was decoded from `size` bytes, and `size`, (len(text) + 1,)."""
     if len(text) == size:  # one byte per character
-        return chars
+        return np.arange(size + 1)
     codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
     width = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
     width[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1  # an escaped byte
-    return np.concatenate([[0], np.cumsum(width)])[chars]
+    return np.concatenate([[0], np.cumsum(width)])
 
 
 def _touched(spans: Ints, sizes: Ints) -> Bools:

@@ -80,11 +80,16 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Attach XTF to the trainer. A dry run ends here, before Axolotl writes into its output folder."""
         from ..config.block import XTFConfig
+        from ..scorers.column import column_parts
         from ..training.callback import attach
 
         config = XTFConfig.parse(cfg.get("xtf"))
         if config is None:
             return
+        if column_parts(config.scores):
+            from .axolotl_columns import leave_marks
+
+            leave_marks(cfg, trainer, config)
         attach(trainer, config)
         trainer.train = exit_on_user_error(trainer.train)
         if config.dry_run or is_on(os.environ.get("XTF_DRY_RUN")):

@@ -48,6 +48,8 @@ def patch_trainer(module: ModuleType) -> None:
     if not hasattr(module, "SFTTrainer"):
         raise XTFError(f"xtf: {module.__name__} defines no SFTTrainer, so the `xtf:` block cannot be applied.")
     wrap(module.SFTTrainer, "__init__", _init_with_attach)
+    if hasattr(module.SFTTrainer, "_prepare_dataset"):
+        wrap(module.SFTTrainer, "_prepare_dataset", _prepare_with_columns)
 
 
 def patch_base_trainer(module: ModuleType) -> None:
@@ -141,6 +143,7 @@ def _init_with_attach(original: Any) -> Any:
             from ..config.block import XTFConfig
             from ..training.callback import attach
         config = XTFConfig.parse(block)  # a wrong block is refused before the trainer is built
+        self._xtf_block = config
         original(self, *args, **kwargs)
         if config is not None:
             attach(self, config)
@@ -161,6 +164,19 @@ def _init_with_attach(original: Any) -> Any:
         init_and_attach(self, block, *args, **kwargs)
 
     return init
+
+
+def _prepare_with_columns(original: Any) -> Any:
+    """TRL's preparation of datasets, which reads the columns that a block's scores need before it drops them."""
+
+    def _prepare_dataset(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "_xtf_block", None) is None:
+            return original(self, *args, **kwargs)
+        from .trl_columns import prepare
+
+        return prepare(original, self._xtf_block, self, *args, **kwargs)
+
+    return _prepare_dataset
 
 
 def _train_only_attached(original: Any) -> Any:

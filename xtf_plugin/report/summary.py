@@ -6,9 +6,10 @@ does not depend on the order of rows.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,16 @@ from ..plan import Plan
 from ..selection.select import DECISIONS, Selection, rule_bits
 from ..selection.text_rules import special_ids
 from . import whatif
+from .familiarity import familiarity
 from .score_table import ScoreTable, plain
-from .terminal import text_of, totals_table
+from .terminal import measure, on_one_line, text_of, totals_table
 from .whatif import Slider, WhatIf
+
+logger = logging.getLogger(__name__)
 
 BINS = 40
 TOP = 25
+FORMATS = 5  # lines in the terminal
 AROUND = 6  # tokens of context on each side of an example
 _ENDS = 0.002  # share of the scores beyond each end of a histogram
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -93,6 +98,9 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
         "versions": versions(),
         "thresholds": plan.selection.thresholds,
         "totals": totals(plan),
+        "familiarity": familiarity(plan),
+        "formats": [{"text": on_one_line(text), "share": round(part, 4)} for text, part in plan.text.formats.items()],
+        "recurring": [{**asdict(each), "text": on_one_line(each.text)} for each in plan.recurring],
         **(found or {}),
         "special_tokens": {
             "labelled": int(weights[special].sum()),
@@ -122,6 +130,9 @@ def show(plan: Plan, written: list[Path]) -> None:
         which = "the whole stream" if plan.streaming["whole_stream"] else "not the whole stream"
         sample = f"calibration sample: the first {plan.streaming['documents']:,} documents of the stream, {which}"
         lines.append(f"{sample}; all figures are of this sample")
+    advice = familiarity(plan).get("advice")
+    if advice:
+        logger.info("xtf: %s", advice)
     Console(stderr=True, soft_wrap=True).print(totals_table(totals(plan)))
     print_lines(
         [
@@ -130,6 +141,8 @@ def show(plan: Plan, written: list[Path]) -> None:
             f"scored {stats.documents:,} documents in {stats.seconds:.1f} s "
             f"({share(stats.tokens, stats.seconds):,.0f} tokens/s), {stats.stored_documents:,} came from the store",
             *_scorer_lines(plan),
+            *_text_lines(plan),
+            *([advice] if advice else []),
             "the training loss is taken over kept tokens only and is not comparable with plain SFT's.",
             *(f"warning: {warning}" for warning in plan.warnings),
             *(f"wrote {path}" for path in written),
@@ -140,7 +153,7 @@ def show(plan: Plan, written: list[Path]) -> None:
 def _scorer_lines(plan: Plan) -> list[str]:
     """A line for each score, each further reference, and rescoring."""
     lines = [
-        f"{name}: {scorer['scorer']} version {scorer['version']} ({scorer['package']})"
+        f"{name}: {measure(scorer['scorer'])} ({scorer['scorer']} version {scorer['version']}, {scorer['package']})"
         for name, scorer in plan.scorers["scores"].items()
     ]
     cost = "in {seconds:.1f} s, {stored_documents:,} came from the store"
@@ -149,6 +162,20 @@ def _scorer_lines(plan: Plan) -> list[str]:
     if "excerpts" in plan.scorers:
         line = "rescoring: scored {documents:,} excerpts of {tokens:,} tokens " + cost
         lines.append(line.format(**plan.scorers["excerpts"]))
+    return lines
+
+
+def _text_lines(plan: Plan) -> list[str]:
+    """Lines about openings that are kept as format, and about texts that recur."""
+    formats = list(plan.text.formats.items())
+    line = 'kept as format: "{}" opens a line in {:.0%} of documents'
+    lines = [line.format(on_one_line(text), part) for text, part in formats[:FORMATS]]
+    if len(formats) > FORMATS:
+        lines.append(f"kept as format: {len(formats) - FORMATS} more openings, see the report")
+    dropped = sum(each.dropped for each in plan.recurring)
+    if plan.recurring:
+        kept = len(plan.recurring) - dropped
+        lines.append(f"texts that recur: {dropped} dropped, {kept} kept; the report lists them")
     return lines
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data.token_text import characters
-from ..errors import XTFUserError, escaped
+from ..errors import XTFUserError, escaped, harmless
 from . import score_table
 
 SCHEMA = pa.schema(
@@ -37,10 +37,20 @@ DECISIONS = {
     "forced": "dropped by force_drop",
     "control": "decided by the control",
 }
-LEGEND = (
-    "[-dropped|why-]  {+kept although a rule fired|why+}  why: RI reasoning importance, KN knowledge novelty, "
-    "TR task relevance, or a selector's name  · space  ↵ line break  ⇥ tab"
-)
+LEGEND = "[-dropped|why-]  {+kept although a rule fired|why+}  · space  ↵ line break  ⇥ tab"
+MEASURES = {  # by scorer
+    "attention_received": "how much attention later tokens pay to it",
+    "embedding_similarity": "how close its embedding is to the domain's words",
+    "excess_loss": "how much harder it is for the run's own reference than for another model",
+    "explained": "how much of it its prompt and the text before it explain",
+    "influence": "how much the text after it leans on it",
+    "log_probability": "how probable the reference finds it",
+    "new_text": "how much of it does not repeat earlier text word for word",
+    "novelty": "how improbable the reference finds it",
+    "opening": "how well its first words fit what the reference expects there",
+    "token_cleaning": "how much more probable a better model finds it",
+    "typicality": "how probable it is, compared with what the reference expects there",
+}
 
 _COLOURS = {"RI": "magenta", "KN": "cyan", "TR": "yellow", "forced": "red", "control": "blue"}
 _WHITESPACE = {" ": "·", "\n": "↵\n", "\t": "⇥"}
@@ -49,6 +59,11 @@ _WHITESPACE = {" ": "·", "\n": "↵\n", "\t": "⇥"}
 def visible(text: str) -> str:
     """`text` with symbols for whitespace and escapes for everything else that is not a printable character."""
     return "".join(_WHITESPACE.get(char) or escaped(char) for char in text)
+
+
+def on_one_line(text: str) -> str:
+    """A text without whitespace at its ends, safe to print."""
+    return harmless(text.strip()).replace("\n", "↵")
 
 
 def text_of(piece: bytes) -> str:
@@ -62,6 +77,11 @@ def text_of(piece: bytes) -> str:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…⟨{len(text):,} characters⟩"
+
+
+def measure(scorer: str) -> str:
+    """What a scorer measures, in a few words; one of another package by its name."""
+    return MEASURES.get(scorer, f"by the scorer {visible(scorer)}")
 
 
 class Token(NamedTuple):
@@ -180,8 +200,19 @@ def _pieces(file: Any, path: Path) -> dict[int, bytes]:
         return {}
 
 
-def render_documents(found: Iterable[Document], wanted: str, console: Console) -> None:
-    """Print documents.
+def legend(about: Mapping[str, Any]) -> str:
+    """What the marks mean, and what each score of a table measures, from the table's metadata."""
+    lines, scorers = [LEGEND], about.get("scorers")
+    scores = scorers.get("scores") if isinstance(scorers, Mapping) else None
+    for name, facts in scores.items() if isinstance(scores, Mapping) else ():
+        short = SHORT_NAMES.get(name)
+        named = visible(name) if short is None else f"{short} {name.replace('_', ' ')}"
+        lines.append(f"{named}: {measure(str(facts.get('scorer')))}")
+    return "\n".join(lines)
+
+
+def render_documents(found: Iterable[Document], wanted: str, console: Console, meaning: str = LEGEND) -> None:
+    """Print documents below `meaning`, see `legend`.
 
     Raises:
         XTFUserError: there is none, and `wanted` (in words) is not empty.
@@ -189,7 +220,7 @@ def render_documents(found: Iterable[Document], wanted: str, console: Console) -
     shown = False
     for document in found:
         if not shown:
-            console.print(Text(LEGEND, style="dim"), soft_wrap=True)
+            console.print(Text(meaning, style="dim"), soft_wrap=True)
         kept, total = sum(token.kept for token in document.tokens), len(document.tokens)
         heading = f"row {document.row} · document {visible(document.key[:12])} · kept {kept} of {total}"
         console.print()

@@ -35,12 +35,14 @@ _USUAL = {
     "quantile": _SHARES,
     "fence": (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0),
     "known_above": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999),
+    "of_median": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75),
     "unknown_below": (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1),
 }
 _DESCENDING = ("fence", "known_above")  # a larger number drops less
 _CAPPED = "This score has two thresholds under one max_fraction, which no single slider can show."
 _TOO_MANY = f"The page has at most {MAX_SLIDERS} sliders; this rule cannot be moved."
 _RESCORED = "The scores were computed without the text that this run drops; a run with another threshold rescores."
+_ASKED = "Only units that `{}` finds doubtful have a score; a run with another threshold there asks about others."
 _RANDOM = "control: random draws the tokens, so a moved threshold would show nothing."
 
 Stop = float | int | None
@@ -49,7 +51,8 @@ Stop = float | int | None
 def reselect(table: ScoreTable, config: XTFConfig) -> Selection:
     """What a run with another block selects from the same scores, `min_kept` and `control` included.
 
-    A score with `context: kept` keeps the values that it has in the table.
+    Scores that depend on what other text is dropped (`context: kept`, `explained`, `influence`) keep the values that
+    they have in the table.
 
     Raises:
         XTFUserError: the block needs scores, protected or forced tokens that the table does not hold.
@@ -198,8 +201,15 @@ def _slider(name: str, key: str, part: ScoreConfig, scores: Floats, layout: Layo
         own_limits |= per_document
     found, codes = np.unique(bits, return_inverse=True)
     patterns = (found[:, None] >> np.arange(len(stops), dtype=np.uint32)) & 1 > 0
-    note = _RESCORED if getattr(part, "context", None) == "kept" else ""
-    return Slider(name, key, stops, stops.index(own), patterns, codes.astype(np.uint8), limits, own_limits, note)
+    return Slider(name, key, stops, stops.index(own), patterns, codes.astype(np.uint8), limits, own_limits, _note(part))
+
+
+def _note(part: ScoreConfig) -> str:
+    """What the counts of a slider leave out, because the scores depend on more than the model."""
+    if getattr(part, "context", None) == "kept" or part.scorer == "explained":
+        return _RESCORED
+    among = getattr(part, "among", None)
+    return "" if among is None else _ASKED.format(among)
 
 
 def _limits(drops: Mapping[str, Any]) -> tuple[list[float], bool]:

@@ -73,6 +73,7 @@ class ScoreSource(Protocol):
     def embeddings(self, token_ids: Ints, kind: str) -> Floats: ...  # noqa: D102
     def vocabulary_size(self) -> int: ...  # noqa: D102
     def vocabulary_table(self, key: str, compute: Callable[[], Floats]) -> Floats: ...  # noqa: D102
+    def marks(self, column: str, form: str, text: str | None) -> Bools: ...  # noqa: D102
 
 
 class ScoringContext:
@@ -213,6 +214,18 @@ class ScoringContext:
             compute: computes the table; called only if no rank has it stored.
         """
         return _read_only(self.source.vocabulary_table(key, compute))
+
+    def marks(self, column: str, form: str, text: str | None = None) -> Bools:
+        """Completion tokens that a column of the dataset marks, (M,).
+
+        Args:
+            column, form, text: `column`, `format` and `text` of the scorer `column`, or of a config derived from it.
+
+        Raises:
+            XTFUserError: no score of the block reads this column, or a document is not among the rows that it was read
+                from.
+        """
+        return _read_only(self.source.marks(column, form, text))
 
     def warn(self, text: str) -> None:
         """Warn the user: in the terminal and in summary.json, under the score's name."""

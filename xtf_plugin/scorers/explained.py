@@ -107,6 +107,8 @@ class _Units:
         """Scores of all completion tokens, and what was taken from the dataset."""
         import numpy as np
 
+        if given.readable is False:  # nothing would come of reading later documents
+            return np.full(len(self.context.token_ids), np.nan, dtype=np.float32), given
         template = common_template(self.documents, self.context.tokenizer) if given.template is None else given.template
         own = np.zeros(len(self.starts))
         own[:] = self._sums(self.context.log_probabilities(self.config.reference))

@@ -12,6 +12,7 @@ from importlib import metadata
 from ..errors import XTFUserError
 from .attention_received import attention_received
 from .base import ScoreConfig, Scorer
+from .column import column
 from .embedding_similarity import embedding_similarity
 from .excess_loss import excess_loss, token_cleaning
 from .explained import explained
@@ -25,7 +26,7 @@ from .typicality import typicality
 GROUP = "xtf_plugin.scorers"
 _PAPER = (attention_received, novelty, embedding_similarity)
 _DEFAULT = (influence, new_text, explained)
-_OTHERS = (typicality, opening, log_probability, excess_loss, token_cleaning)
+_OTHERS = (typicality, opening, log_probability, excess_loss, token_cleaning, column)
 BUILTIN: dict[str, Scorer] = {each.name: each for each in (*_PAPER, *_DEFAULT, *_OTHERS)}
 _HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/selectors.md"
 # The errors that importing another package's module raises; others, such as KeyboardInterrupt, end the process.

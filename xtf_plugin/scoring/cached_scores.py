@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..config.scores import SLOTS
 from ..data.documents import DocumentSet
 from ..data.excerpts import predictions_without
+from ..data.marks import AllMarks
 from ..data.predictions import Predictions
 from ..data.ragged import Floats
 from ..data.sentences import line_breaks
@@ -70,6 +71,7 @@ class ScoreSource:
         tokenizer: the training tokenizer.
         main: the provider of the run's own reference.
         references: makes the provider of another reference; None: no other reference is available.
+        marks: of columns of the dataset, by column, format and text.
 
     Attributes:
         known: predictions of the run's own reference; None until they are needed.
@@ -91,6 +93,7 @@ class ScoreSource:
         *,
         progress: bool = False,
         ranks: Ranks = ALONE,
+        marks: AllMarks | None = None,
     ) -> None:
         self.config, self.documents, self.tokenizer = config, documents, tokenizer
         self.progress, self.ranks = progress, ranks
@@ -98,7 +101,7 @@ class ScoreSource:
         self.stats, self.excerpts = ScoringStats(), ScoringStats()
         self.passes: list[dict[str, Any]] = []
         self.warnings: list[str] = []
-        self._main, self._references = main, references
+        self._main, self._references, self._marks = main, references, marks or {}
         self._attention: dict[tuple[int, ...], Floats] = {}
         self._others: dict[ReferenceConfig, StoredScores] = {}
         self._providers: dict[ReferenceConfig, ReferenceProvider] = {}
@@ -178,6 +181,14 @@ class ScoreSource:
         if stored is None and (sent or self.ranks.main):
             store_table(path, fingerprint, table)
         return self.ranks.broadcast_if_different(table)
+
+    def marks(self, column: str, form: str, text: str | None) -> NDArray[np.bool_]:
+        """See `ScoringContext.marks`."""
+        found = self._marks.get((column, form, text))
+        if found is None:
+            raise XTFUserError(f"column: {column!r} was not read: this plan was made without the rows of a dataset.")
+        self.warnings += found.notes()
+        return found.of(self.documents)
 
     def fingerprint(self, provider: ReferenceProvider) -> str:
         """A provider's fingerprint, computed once, since it may read all files of a model; the same on every rank."""
@@ -336,14 +347,16 @@ def _turn(scorer: Scorer) -> int:
     return 0 if scorer.reads_attention else 2 if scorer.reads_scores else 1
 
 
-def frozen_scorers(config: XTFConfig, source: ScoreSource, values: Mapping[str, Floats]) -> dict[str, ScoreFunction]:
+def frozen_scorers(
+    config: XTFConfig, source: ScoreSource, text: TextRules, values: Mapping[str, Floats]
+) -> dict[str, ScoreFunction]:
     """Score functions for later documents of a stream, by name, with what the source's documents determine.
 
     Args:
-        config, source: of the calibration sample.
+        config, source, text: of the calibration sample, as in `run_scorers`.
         values: the sample's scores.
     """
-    context = ScoringContext(source.documents, source.tokenizer, source)
+    context = ScoringContext(source.documents, source.tokenizer, source, text.protected, text.forced)
     context.scores.update(values)
     context.parts = config.scores
     chosen = _scorers(config.scores).items()

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data import sentences, token_text
 from ..data.documents import DocumentSet
-from ..data.formats import format_tokens
+from ..data.formats import format_tokens, known_format_tokens
 from ..data.ragged import Bools, Ints
 
 if TYPE_CHECKING:
@@ -24,35 +24,50 @@ class TextRules:
     Args:
         protected: (M,) completion tokens that are never dropped.
         forced: (M,) completion tokens that are dropped unless protected; None: none.
-        segments: first tokens of the sentences and lines that are some score's unit, by unit.
+        segments: first tokens of the sentences and lines that are some score's unit, by unit; of sentences also if
+            they are searched for a format.
+        formatted: (M,) completion tokens that are protected as format; None: none.
         formats: share of documents by opening that is protected as format, most frequent first.
     """
 
     protected: Bools
     forced: Bools | None
     segments: Mapping[str, Ints]
+    formatted: Bools | None = None
     formats: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def find(cls, config: XTFConfig, documents: DocumentSet, tokenizer: Any) -> TextRules:
-        """Match the block's regexes and special tokens, and split the text into the units that scores use."""
+    def find(
+        cls, config: XTFConfig, documents: DocumentSet, tokenizer: Any, sample: TextRules | None = None
+    ) -> TextRules:
+        """Match the block's regexes and special tokens, and split the text into the units that scores use.
+
+        `sample`: the rules of a stream's calibration sample, for later documents of it; its formats are taken.
+        """
         token_ids, runs = documents.input_ids[documents.completion], documents.completion_runs
         protected = np.zeros(len(token_ids), dtype=bool)
         if config.protect.special_tokens:
             protected |= np.isin(token_ids, special_ids(tokenizer))
         if config.protect.patterns:
             protected |= token_text.match_spans(tokenizer, token_ids, runs, config.protect.patterns)
-        formats: dict[str, float] = {}
-        if config.protect.formats is not None and len(token_ids):
-            starts = segment_starts(documents, tokenizer, "sentence")
-            found, formats = format_tokens(documents, starts, config.protect.formats, tokenizer)
-            protected |= found
         forced = None
         if config.force_drop:
             forced = token_text.match_spans(tokenizer, token_ids, runs, config.force_drop)
-        units = sorted({part.unit for part in config.scores.values()} & {"sentence", "line"})
-        segments: dict[str, Ints] = {unit: segment_starts(documents, tokenizer, unit) for unit in units}
-        return cls(protected, forced, segments, formats)
+        share = config.protect.formats if len(token_ids) else None
+        units = {part.unit for part in config.scores.values()} & {"sentence", "line"}
+        units |= set() if share is None else {"sentence"}
+        segments: dict[str, Ints] = {unit: segment_starts(documents, tokenizer, unit) for unit in sorted(units)}
+        if share is None:
+            return cls(protected, forced, segments)
+        starts = segments["sentence"]
+        if sample is None:
+            found, formats = format_tokens(documents, starts, share, tokenizer, special_ids(tokenizer))
+        else:
+            formats = dict(sample.formats)
+            found = known_format_tokens(documents, starts, formats, tokenizer)
+        if forced is not None:
+            found &= ~forced  # what the user asks for wins over what was found
+        return cls(protected | found, forced, segments, found, formats)
 
 
 def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> Ints:

@@ -23,6 +23,7 @@ from ..scoring.cached_scores import ReferenceProvider
 from ..scoring.distributed import Ranks
 from ..scoring.providers import BorrowedReference, SeparateReference, loading_all_weights
 from .collator import XTFDataCollator
+from .columns import marks_of
 from .streaming import Stream, check_base
 from .trainer import check_trainer, log_report, rows, rows_in_flight, streamed, text_tokenizer, visible_part
 from .verification import CHECKED, LabelVerifier, PlannedDocuments
@@ -76,14 +77,14 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         if self._stream is not None:
             self._begin_streaming(self._stream, progress, resumed=state.global_step > 0)
             return
+        marks = marks_of(self.trainer, self.config)
         documents = collect(rows(self.trainer))
         separate = partial(self._separate, documents)
         provider = self._borrowed or self.ranks.run_with_heartbeat(lambda: separate(self.config.reference))
         tokenizer = text_tokenizer(self.trainer)
+        options: dict[str, Any] = {"references": separate, "progress": progress, "ranks": self.ranks, "marks": marks}
         with loading_all_weights():  # on the main thread: `make_plan` may load references on another one
-            plan = make_plan(
-                self.config, documents, provider, tokenizer, references=separate, progress=progress, ranks=self.ranks
-            )
+            plan = make_plan(self.config, documents, provider, tokenizer, **options)
         self._adopt(plan)
 
     def _separate(self, documents: DocumentSet, reference: ReferenceConfig) -> ReferenceProvider:

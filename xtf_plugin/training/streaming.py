@@ -56,7 +56,7 @@ MAX_HALVINGS = 4  # of the batch size that later chunks start with, after memory
 class Stream:
     """Scores the documents of a streamed dataset and selects their tokens as they are read.
 
-    `masks` is what the collator uses; None before `begin`. `seconds` is the time spent so far. Ints of tokens are
+    `masks` is what the collator uses; None before `begin`. `seconds` is the time spent so far. Counts of tokens are
     arrays (2 + scores,): all completion tokens, kept ones, and those dropped by the rule of each score.
 
     Raises XTFUserError for scores that cannot be streamed, see `config.scores.check_streamed`.
@@ -101,16 +101,16 @@ class Stream:
         return replace(plan, warnings=warnings, streaming=facts)
 
     def begin(self, plan: Plan, retained: int, *, resumed: bool) -> list[str]:
-        """Take thresholds and frozen scorers from `calibrate`'s plan; return lines to print.
+        """Take thresholds, formats and frozen scorers from `calibrate`'s plan; return lines to print.
 
         `retained`: see `LiveMasks`. `resumed`: whether training starts after the stream's beginning.
         """
         self._clear()
         reference = self._reference()
-        self._rules = plan.selection.rules
+        self._rules, self._text = plan.selection.rules, plan.text
         source = ScoreSource(self.config, plan.documents, self.tokenizer, self._provider)
         with random_state_kept(reference.device), source:
-            self._frozen = frozen_scorers(self.config, source, plan.scores.values)
+            self._frozen = frozen_scorers(self.config, source, plan.text, plan.scores.values)
         self.masks = LiveMasks(retained)
         self._add(plan.documents, plan.selection, sample=True)
         self._sampled = 0 if resumed else len(plan.documents.row_offsets) - 1
@@ -221,7 +221,7 @@ class Stream:
         if not self.config.reference.model:
             check_base(reference.model)
         with random_state_kept(reference.device):
-            text = TextRules.find(self.config, documents, self.tokenizer)
+            text = TextRules.find(self.config, documents, self.tokenizer, self._text)
             source = _ChunkSource(self.config, documents, self.tokenizer, reference, self.batch_tokens)
             values = run_scorers(self.config, source, text, self._frozen)
             scores = scores_of(documents, source.known, values)

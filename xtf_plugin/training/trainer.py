@@ -207,12 +207,12 @@ def rows(trainer: Any) -> Iterator[dict[str, Any]]:
             "add `labels` with -100 outside the completion."
         )
     for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1_000):
-        columns = {name: _arrays(name, batch.column(name)) for name in names}
+        columns = {name: arrays(name, batch.column(name)) for name in names}
         for index in range(len(batch)):
             yield {name: parts[index] for name, parts in columns.items() if parts[index] is not None}
 
 
-def _arrays(name: str, column: Any) -> list[Any]:
+def arrays(name: str, column: Any) -> list[Any]:
     """One int64 array per row of a list column; None for a missing list."""
     parts: list[Any] = []
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)

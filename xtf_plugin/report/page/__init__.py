@@ -28,7 +28,7 @@ from ...selection.select import DECISIONS, rule_bits
 from .. import whatif
 from ..score_table import ScoreTable
 from ..summary import by_key
-from ..terminal import text_of
+from ..terminal import measure, text_of
 from ..whatif import WhatIf
 
 SCRIPTS = ("model.js", "words.js", "view.js", "sliders.js", "documents.js")
@@ -78,6 +78,7 @@ def page_data(table: ScoreTable, moved: WhatIf | None = None) -> dict[str, Any]:
         "summary": {name: value for name, value in table.about.items() if name != "format"},
         "block": minimal(table.config),
         "preset_selectors": sorted(PRESETS[table.config.preset].get("selectors", {})),
+        "measures": {name: measure(part.scorer) for name, part in table.config.scores.items()},
         "bits": {**rule_bits(table.config), **DECISIONS},
         "whatif": _whatif(moved),
         "tokens": [text_of(piece) for piece in pieces],

@@ -166,6 +166,7 @@ function startDocuments() {
 }
 
 showHeader();
+showRecurring();
 showTotals();
 showTokens();
 showRun();

@@ -22,11 +22,9 @@ const cells = {codes: bytes(D.whatif.cells), flags: bytes(D.whatif.flags), weigh
 const start = sliders.map((slider) => slider.at);
 const state = {at: start.slice(), combine: S.config.combine};
 
-// Number of scores whose rule is on.
-function activeScores(at) {
-  const on = (i) => sliders[i].key === "" || sliders[i].stops[at[i]] !== null;
-  return scores.filter((score) => score.sliders.some(on)).length;
-}
+// Whether a score's rule is on.
+const isOn = (score, at) => score.sliders.some((i) => sliders[i].key === "" || sliders[i].stops[at[i]] !== null);
+const activeScores = (at) => scores.filter((score) => isOn(score, at)).length;
 
 function needed(combine, at) {
   const active = activeScores(at);

@@ -46,7 +46,7 @@ function showSliders() {
       return make("div", {class: "slider"}, make("label", {for: id}, `drop: ${slider.key}`), input, output,
         slider.note ? make("p", {class: "note"}, slider.note) : null);
     });
-    return make("section", {class: "score"}, make("h3", {}, named(score.name)),
+    return make("section", {class: "score"}, make("h3", {}, named(score.name)), make("p", {class: "note"}, lookup(D.measures, score.name)),
       make("div", {id: `histogram-${score.name}`}), ...parts, make("p", {id: `counts-${score.name}`, class: "counts"}));
   });
   put("sliders", ...boxes);
@@ -128,6 +128,12 @@ function illegal() {
     if (known !== null && unknown !== null && unknown >= known) {
       return "A run refuses this pair: unknown_below must be smaller than known_above.";
     }
+  }
+  const off = scores.filter((score) => !isOn(score, state.at)).map((score) => score.name);
+  const asking = scores.find((score) => isOn(score, state.at) && off.includes(partOf(score.name).among));
+  if (asking) {
+    const other = named(partOf(asking.name).among);
+    return `A run refuses this block: ${named(asking.name)} asks only about units that ${other} finds doubtful (among), and ${other} is off.`;
   }
   if (!active && !S.config.force_drop.length) return "No rule is left: a run refuses this block. Write xtf: false.";
   if (typeof state.combine !== "string" && state.combine.at_least > active) {

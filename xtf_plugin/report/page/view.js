@@ -42,7 +42,25 @@ function showHeader() {
   if (S.streaming) {
     put("sampled", `The data is streamed: all figures are of its first ${number(S.streaming.documents)} documents.`);
   }
+  put("advice", lookup(S.familiarity, "advice") || "");
   put("warnings", ...S.warnings.map((text) => make("li", {}, text)));
+}
+
+const MOST_FORMATS = 12;
+
+// Tables of earlier versions lack both lists.
+function showRecurring() {
+  const texts = S.recurring || [], formats = S.formats || [], all = S.totals.documents;
+  for (const id of ["recurring", "to-recurring"]) document.getElementById(id).hidden = !texts.length && !formats.length;
+  const part = (value) => `${(100 * value).toFixed(0)} %`;
+  const rows = texts.map((each) => [make("span", {class: "text"}, each.text), `${number(each.documents)} (${part(each.documents / all)})`,
+    decided(each), make("code", {}, each.setting)]);
+  const note = "These sentences or lines stand in several documents. A format is to be learned, a phrase that says nothing is not; only a " +
+    "reader can tell. To change a decision add its line to the block, beside the patterns that are there.";
+  if (rows.length) put("repeated", make("p", {class: "note"}, note), table(["text", "documents", "decision", "line that would change it"], rows));
+  put("formats", ...formats.slice(0, MOST_FORMATS).map((each) => make("li", {}, "kept as format: ",
+    make("span", {class: "text"}, each.text), ` opens a line in ${part(each.share)} of documents`)),
+  formats.length > MOST_FORMATS ? make("li", {}, `and ${number(formats.length - MOST_FORMATS)} more, see summary.json`) : "");
 }
 
 function showTotals() {

@@ -38,10 +38,38 @@ function surprise(value) {
   return `${short(Math.abs(value))} nats ${less} surprising than the model expected`;
 }
 
-function inWords(score, value) {
-  if (Number.isNaN(value)) return "no score";
-  const {scorer, unit} = partOf(score);
+const rounded = (value) => `${(100 * value).toFixed(0).replace(/^-/, "−")} %`;
+
+function explained(score, value, unit) {
+  const median = (lookup(S.distributions, score) || {}).median;
+  const usual = typeof median === "number" ? `; the median is ${rounded(median)}` : "";
+  return value < -0.005 ? `its prompt and the text before it make this ${unit} less probable (${rounded(value)} explained)${usual}`
+    : `its prompt and the text before it explain ${rounded(Math.max(0, value))} of this ${unit}${usual}`;
+}
+
+function influence(value, unit) {
+  if (Math.abs(value) < 0.05) return `nothing after this ${unit} leans on it (${short(value)} nats)`;
+  return `without this ${unit}, the text after it is ${short(Math.abs(value))} nats ${value < 0 ? "easier" : "harder"} in total`;
+}
+
+function repeats(value, unit) {
+  return value < 1 ? `${rounded(1 - value)} of this ${unit} repeats earlier text word for word` : `this ${unit} repeats no earlier text`;
+}
+
+// Why a scorer gives no score; scorers that have one for every token are left out.
+function unscored(part) {
   const texts = {
+    influence: () => `not asked${part.among ? `: ${named(part.among)} leaves no doubt, or too little text follows` : ", too little text follows"}`,
+    new_text: () => `not asked, fewer than ${part.shortest} tokens`,
+  };
+  return (lookup(texts, part.scorer) || (() => "no score"))();
+}
+
+function inWords(score, value) {
+  const part = partOf(score), {scorer, unit} = part;
+  if (Number.isNaN(value)) return unscored(part);
+  const texts = {
+    explained: () => explained(score, value, unit), influence: () => influence(value, unit), new_text: () => repeats(value, unit),
     attention_received: () => attention(value), novelty: () => `the model gives it ${percent(1 - value)}`,
     embedding_similarity: () => `relevance ${short(value)} (0 to 1)`, typicality: () => surprise(value),
     opening: () => `its ${unit === "both" ? "sentence or line" : unit} begins ${surprise(value)}`,
@@ -49,10 +77,11 @@ function inWords(score, value) {
   return (lookup(texts, scorer) || (() => `score ${short(value)}`))();
 }
 
-// The tokens that the score is a mean over; an opening has one value for its unit anyway.
+// The tokens that the score is a mean over; these scorers have one value for a unit anyway.
 function averaged(score) {
   const {scorer, unit, window} = partOf(score);
-  if (scorer !== "opening" && unit !== "token") return ` (mean over its ${unit})`;
+  if (["opening", "explained", "influence", "new_text"].includes(scorer)) return "";
+  if (unit !== "token") return ` (mean over its ${unit})`;
   return window === 1 ? "" : ` (mean over ${window} tokens)`;
 }
 
@@ -64,6 +93,14 @@ function verdict(token) {
   return `dropped: ${rules.join(", ")}`;
 }
 
+// Of a text that recurs.
+function decided(entry) {
+  const of = entry.dropped_in < entry.documents ? ` in ${number(entry.dropped_in)} of them` : "";
+  if (entry.dropped) return `dropped${of}: ${entry.why.map(named).join(", ")}`;
+  const spared = entry.dropped_in ? `kept in ${number(entry.documents - entry.dropped_in)} of them` : "kept";
+  return `${spared}: ${entry.why.includes("format") ? "format" : "no rule drops it"}`;
+}
+
 function stopText(slider, stop) {
   if (slider.key === "") return "as in the run";
   if (stop === null) return "off";
@@ -71,6 +108,7 @@ function stopText(slider, stop) {
   const texts = {
     below: () => `${name} below ${short(stop)}`, quantile: () => `the lowest ${short(100 * stop)} % of ${name}`,
     fence: () => `below Q1 − ${short(stop)} · IQR`, known_above: () => `given more than ${short(100 * stop)} % by the model`,
+    of_median: () => `${name} below ${short(100 * stop)} % of its median`,
     unknown_below: () => `given less than ${short(100 * stop)} % by the model`, cluster: () => `class ${stop} of ${name}`,
   };
   const text = Object.hasOwn(texts, slider.key) ? texts[slider.key] : () => `${name}: ${slider.key} ${short(stop)}`;

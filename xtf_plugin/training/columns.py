@@ -1,0 +1,132 @@
+"""Reads the columns of marks of a dataset whose rows hold text, tokens and labels.
+
+Hosts drop columns when they tokenise or pack rows. A host's patch that sees the rows before leaves what it reads at the
+trainer (`ATTRIBUTE`); otherwise the trainer's own dataset is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from ..config.block import XTFConfig
+from ..data.documents import split_row
+from ..data.marks import AllMarks, Marks, Misfit, Speller, texts_of, token_flags
+from ..errors import XTFUserError
+from ..scorers.column import ColumnConfig, column_parts
+from .trainer import READ_COLUMNS, arrays, text_tokenizer
+
+ATTRIBUTE = "_xtf_marks"
+TEXTS = ("completion", "messages", "conversations", "text")  # what is trained on, in the order in which TRL looks
+BATCH = 1_000  # rows
+
+Pieces = Callable[[int], Iterable[slice]]  # from the number of a row's tokens to what the host makes of them
+Cut = Callable[[int], bool]  # whether a row of that many tokens may be cut off
+
+
+def marks_of(trainer: Any, config: XTFConfig) -> AllMarks:
+    """The marks that the scores of a block read, from the rows of a trainer.
+
+    Raises:
+        XTFUserError: see `read`.
+    """
+    if not (parts := column_parts(config.scores)):
+        return {}
+    found: AllMarks | None = getattr(trainer, ATTRIBUTE, None)
+    if found is not None:
+        return found
+    longest = getattr(trainer.args, "max_length", None)
+    return read(
+        trainer.train_dataset,
+        list(parts.values()),
+        text_tokenizer(trainer),
+        cut=lambda length: longest is not None and length >= longest,
+        texts=texts_in(trainer.args),
+    )
+
+
+def texts_in(settings: Any) -> list[str]:
+    """`TEXTS`, with the name that a trainer's settings give the column of plain text."""
+    return [*TEXTS[:-1], getattr(settings, "dataset_text_field", None) or TEXTS[-1]]
+
+
+def read(
+    dataset: Any,
+    parts: Sequence[ColumnConfig],
+    tokenizer: Any,
+    *,
+    pieces: Pieces = lambda length: [slice(0, length)],
+    cut: Cut = lambda length: False,
+    where: str = "the training data",
+    texts: Sequence[str] = TEXTS,
+) -> AllMarks:
+    """Read the columns of some scores, and match them with the rows' tokens.
+
+    Args:
+        dataset: map-style, with the columns, `input_ids` and `labels`, and the columns of the text; one document in
+            each row.
+        parts: the scores' parts of the block.
+        tokenizer: of the training.
+        pieces, cut: see `Pieces` and `Cut`.
+        where: name of the dataset, for messages.
+        texts: columns of the text, for a score that names none.
+
+    Raises:
+        XTFUserError: a column is missing, rows are packed, or a mark does not fit its row; names the row.
+    """
+    marks: dict[tuple[str, str, str | None], Marks] = {
+        (part.column, part.format, part.text): Marks(part.column) for part in parts
+    }
+    speller = Speller(tokenizer)
+    for number, row in enumerate(_rows(dataset, parts, texts, where)):
+        documents = split_row(row)
+        if len(documents) != 1:
+            raise XTFUserError(_packed(parts[0].column))
+        _, ids, completion = documents[0]
+        spelled = None
+        for (column, form, text), table in marks.items():
+            flags, value = None, row.get(column)
+            if value is not None and len(value):
+                spelled = spelled or speller.spelled(ids, completion)
+                try:
+                    own = texts_of(row, [text] if text else texts, speller.eos)
+                    flags = token_flags(value, own, spelled, form, cut=cut(len(ids)))
+                except Misfit as problem:
+                    raise XTFUserError(f"xtf: row {number} of {where}, column {column}: {problem}.") from None
+            table.idle += flags is not None and not flags.any()
+            for piece in pieces(len(ids)):
+                table.add(ids[piece], completion[piece], None if flags is None else flags[piece])
+    return marks
+
+
+def _rows(dataset: Any, parts: Sequence[ColumnConfig], texts: Sequence[str], where: str) -> Iterator[Mapping[str, Any]]:
+    """The rows with the columns that are read; tokens as arrays where the dataset is backed by Arrow."""
+    known = getattr(dataset, "column_names", None)
+    if known is None or not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        yield from (dataset[index] for index in range(len(dataset)))
+        return
+    for part in parts:
+        for name in filter(None, (part.column, part.text)):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                packed = f" {_packed(part.column)}" if "seq_lengths" in known else ""
+                raise XTFUserError(f"xtf: {where} has no column {name!r} (it has {known}).{hint}{packed}")
+    tokens = [name for name in READ_COLUMNS if name in known]
+    wanted = {name for part in parts for name in (part.column, part.text) if name}
+    others = {"prompt", *texts, *wanted} & set(known)
+    for batch in dataset.select_columns([*tokens, *others]).with_format("arrow").iter(batch_size=BATCH):
+        columns = {name: arrays(name, batch.column(name)) for name in tokens}
+        columns |= {name: batch.column(name).to_pylist() for name in others}
+        for index in range(len(batch)):
+            yield {name: values[index] for name, values in columns.items() if values[index] is not None}
+
+
+def _packed(column: str) -> str:
+    return (
+        f"These rows are packed, and packing drops the column {column}. In a recipe of TRL it is read before that; "
+        "elsewhere attach xtf to a trainer whose rows are not packed."
+    )
