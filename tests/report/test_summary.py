@@ -57,6 +57,10 @@ def test_every_key_is_documented(run):
     )
 
 
+def plan_text(plan):
+    return tiny.tokenizer().decode(plan.documents.input_ids)
+
+
 def test_texts_of_a_plan_are_reported(tmp_path):
     """Openings that are kept as format, and texts that recur; the same in the table's metadata."""
     rows = [
@@ -69,7 +73,10 @@ def test_texts_of_a_plan_are_reported(tmp_path):
     assert found["formats"] == [{"text": "# Work", "share": 1.0}]
     texts = {entry["text"]: entry for entry in found["recurring"]}
     assert texts["# Work"]["why"] == ["format"] and texts["# Work"]["documents"] == 20
-    assert texts["I hope \\u202e this helps."]["setting"] == 'force_drop: ["I hope \\\\u202e this helps\\\\."]'
+    setting = texts["I hope \\u202e this helps."]["setting"]
+    assert setting.isprintable()
+    (pattern,) = re.findall(r'\["(.*)"\]', setting)
+    assert re.search(json.loads(f'"{pattern}"'), plan_text(plan)).group().strip() == "I hope \u202e this helps."
     assert table_of(plan).about["recurring"] == found["recurring"]
 
 
