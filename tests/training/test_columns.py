@@ -209,6 +209,19 @@ def test_transformers_trainer(tmp_path, text):
     assert {whole: noise.strip() for whole, noise in found.items()} == wanted
 
 
+def test_a_dataset_that_is_no_table(tmp_path):
+    """Rows are read one by one, and each must have the column."""
+    made = sft(tmp_path, problems())
+    rows = list(made.train_dataset)
+    made.train_dataset = rows
+    assert NOISE in {noise.strip() for noise in dropped(tmp_path, made, block()).values()}
+    made = sft(tmp_path, problems())
+    made.train_dataset = [*rows[:3], {key: value for key, value in rows[3].items() if key != "noise"}]
+    attach(made, block())
+    with pytest.raises(XTFUserError, match="no column 'noise'"):
+        made.train()
+
+
 class TestRefusals:
     @staticmethod
     def refusal(capsys, tmp_path, rows, given=None, **options):
@@ -234,6 +247,11 @@ class TestRefusals:
         attach(made, block())
         with pytest.raises(XTFUserError, match="row 3 of the training data.*is not found at one place"):
             made.train()
+
+    @pytest.mark.parametrize("value", [3, "[[0, 4]]"])
+    def test_a_column_that_holds_no_lists(self, tmp_path, patched, capsys, value):
+        message = self.refusal(capsys, tmp_path, [{**row, "noise": value} for row in tiny.problems(4)])
+        assert "row 0 of the training data, column noise" in message and "is no list" in message
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_no_such_column(self, tmp_path, patched, capsys, packing):

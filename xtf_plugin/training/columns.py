@@ -89,7 +89,7 @@ def read(
         spelled = None
         for (column, form, text), table in marks.items():
             flags, value = None, row.get(column)
-            if value is not None and len(value):
+            if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
                 spelled = spelled or speller.spelled(ids, completion)
                 try:
                     own = texts_of(row, [text] if text else texts, speller.eos)
@@ -106,15 +106,12 @@ def _rows(dataset: Any, parts: Sequence[ColumnConfig], texts: Sequence[str], whe
     """The rows with the columns that are read; tokens as arrays where the dataset is backed by Arrow."""
     known = getattr(dataset, "column_names", None)
     if known is None or not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
-        yield from (dataset[index] for index in range(len(dataset)))
+        for index in range(len(dataset)):
+            row = dataset[index]
+            _check_columns(list(row), parts, where)
+            yield row
         return
-    for part in parts:
-        for name in filter(None, (part.column, part.text)):
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                packed = f" {_packed(part.column)}" if "seq_lengths" in known else ""
-                raise XTFUserError(f"xtf: {where} has no column {name!r} (it has {known}).{hint}{packed}")
+    _check_columns(known, parts, where)
     tokens = [name for name in READ_COLUMNS if name in known]
     wanted = {name for part in parts for name in (part.column, part.text) if name}
     others = {"prompt", *texts, *wanted} & set(known)
@@ -123,6 +120,17 @@ def _rows(dataset: Any, parts: Sequence[ColumnConfig], texts: Sequence[str], whe
         columns |= {name: batch.column(name).to_pylist() for name in others}
         for index in range(len(batch)):
             yield {name: values[index] for name, values in columns.items() if values[index] is not None}
+
+
+def _check_columns(known: Sequence[str], parts: Sequence[ColumnConfig], where: str) -> None:
+    for part in parts:
+        for name in filter(None, (part.column, part.text)):
+            if name in known:
+                continue
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            packed = f" {_packed(part.column)}" if "seq_lengths" in known else ""
+            raise XTFUserError(f"xtf: {where} has no column {name!r} (it has {known}).{hint}{packed}")
 
 
 def _packed(column: str) -> str:
