@@ -208,7 +208,9 @@ def test_commands_in_prose_and_in_indented_blocks_exist(page):
 
 
 def test_no_block_is_overlooked():
-    fences = sum(len(re.findall(r"^\s*(?:```|~~~)", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in PAGES)
+    fences = sum(
+        len(re.findall(r"^\s*(?:```|~~~)\w*$", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in PAGES
+    )
     assert len(FENCED) == fences / 2 >= 7
     assert any(block.text.startswith("python recipes/") for block in BLOCKS if block.language == "indented")
 

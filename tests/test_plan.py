@@ -72,15 +72,16 @@ def plan(tmp_path):
     return make
 
 
-def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch):
+@pytest.mark.parametrize(("formats", "units"), [(None, ["line"]), (0.5, ["line", "sentence"])])
+def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch, formats, units):
     searched, split = [], []
     find, starts = token_text.match_spans, sentences.segment_starts
     monkeypatch.setattr(token_text, "match_spans", lambda *given: searched.append(given[-1]) or find(*given))
     monkeypatch.setattr(sentences, "segment_starts", lambda *given: split.append(given[0]) or starts(*given))
-    protect = {"patterns": ["\\d+"], "formats": None}
+    protect = {"patterns": ["\\d+"], "formats": formats}
     block = {"protect": protect, "force_drop": ["happy"], "task_relevance": {"unit": "line"}}
     summary.described(plan(block), tiny.tokenizer())
-    assert searched == [["\\d+"], ["happy"]] and split == ["line", "sentence"]
+    assert searched == [["\\d+"], ["happy"]] and split == units
 
 
 class TestStore:
