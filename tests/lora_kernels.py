@@ -29,6 +29,7 @@ from tests.scoring.test_kernels import error
 from xtf_plugin.data.documents import collect
 from xtf_plugin.scoring import engine
 from xtf_plugin.scoring.reference import Reference, borrow
+from xtf_plugin.store.records import Lookup
 
 FLAGS = {f"lora_{name}_kernel": True for name in ("qkv", "o", "mlp", "embedding")}
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")] + ["embed_tokens"]
@@ -171,15 +172,9 @@ IDS = torch.from_numpy(DOCUMENTS.document(0)[0].astype(np.int64))
 
 def scores(reference: Reference) -> Scores:
     """Everything that XTF computes with a reference: scores of completion tokens, and context-free embeddings."""
-    found: dict[bytes, dict[str, Any]] = {}
-
-    def sink(records: Any) -> None:
-        for index, key in enumerate(records.keys):
-            found[key.tobytes()] = records.part(index, index + 1).columns
-
-    engine.score(DOCUMENTS, np.arange(len(DOCUMENTS)), reference, (0, 1), sink, batch_tokens=150, progress=False)
-    in_order = [found[key.tobytes()] for key in DOCUMENTS.keys]
-    made = {name: torch.cat([torch.as_tensor(part[name]) for part in in_order]) for name in in_order[0]}
+    found = Lookup(DOCUMENTS.keys, np.diff(DOCUMENTS.completion_offsets), attention=True)
+    engine.score(DOCUMENTS, np.arange(len(DOCUMENTS)), reference, (0, 1), found.take, batch_tokens=150, progress=False)
+    made = {name: torch.as_tensor(values) for name, values in found.columns.items()}
     for kind in ("input", "output"):
         made[kind] = engine.gather_vectors(reference, np.arange(4, 60), kind)
     assert {"logprobs", "attention", "entropy", "deviation", "input", "output"} == made.keys()

@@ -20,6 +20,7 @@ from tests import eager
 from xtf_plugin.data.documents import DocumentSet, collect
 from xtf_plugin.scoring.engine import score
 from xtf_plugin.scoring.reference import Reference
+from xtf_plugin.store.records import Lookup
 
 ROOT = Path(__file__).parents[1]
 MODELS = Path(os.environ.get("XTF_TEST_MODELS") or ROOT / ".models")
@@ -94,16 +95,9 @@ class Scores:
 
 def ours(model: Any, of: DocumentSet, layers: tuple[int, ...]) -> Scores:
     """Scores of the package's scoring pass."""
-    found: dict[bytes, Any] = {}
-
-    def keep(records: Any) -> None:
-        found.update((key.tobytes(), records.part(i, i + 1)) for i, key in enumerate(records.keys))
-
-    score(of, np.arange(len(of)), Reference(model, "a real model"), layers, keep, progress=False)
-    columns = [found[key.tobytes()] for key in of.keys]
-    return Scores(
-        *(torch.from_numpy(np.concatenate([getattr(c, n) for c in columns])) for n in ("logprobs", "attention"))
-    )
+    found = Lookup(of.keys, np.diff(of.completion_offsets), attention=True)
+    score(of, np.arange(len(of)), Reference(model, "a real model"), layers, found.take, progress=False)
+    return Scores(*(torch.from_numpy(found.columns[name]) for name in ("logprobs", "attention")))
 
 
 def definition(model: Any, of: DocumentSet, layers: tuple[int, ...]) -> Scores:
