@@ -33,6 +33,7 @@ BLOCKS = {
     "both schools": {"knowledge_novelty": {"drop": {"known_above": 0.9, "unknown_below": 0.05}}},
     "capped schools": {"knowledge_novelty": {"drop": {"known_above": 0.9, "unknown_below": 0.05}, "max_fraction": 0.2}},
     "classes": {"task_relevance": {"drop": {"cluster": 2, "of": 4}}},
+    "shares of the median": {"reasoning_importance": {"drop": {"of_median": 0.5}}},
 }
 
 

@@ -42,7 +42,7 @@ MEASURES = {  # by scorer
     "attention_received": "how much attention later tokens pay to it",
     "embedding_similarity": "how close its embedding is to the domain's words",
     "excess_loss": "how much harder it is for the run's own reference than for another model",
-    "explained": "how much of it its prompt and the text before it explain",
+    "explained": "how much its prompt and the text before it explain of it",
     "influence": "how much the text after it leans on it",
     "log_probability": "how probable the reference finds it",
     "new_text": "how much of it does not repeat earlier text word for word",
