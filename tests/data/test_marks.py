@@ -202,6 +202,18 @@ class TestChats:
         flags = token_flags([[], [], [[0, 1]]], texts_of(self.ROW, ["messages"], None), own, "spans")
         assert np.flatnonzero(flags).tolist() == [ends[-1] - 1]
 
+    def test_a_message_that_stands_in_the_text_of_a_special_token(self, speller):
+        row = chat("q", "im")
+        assert marked(speller, row, [[[0, 2]]], rendered(row)) == "im"
+
+    def test_a_message_is_searched_in_its_own_turn(self, speller):
+        row, answers = chat("q", "one", "r", "one two"), ["two<|im_end|>", "one two<|im_end|>"]
+        text = rendered(chat("q", "two", "r", "one two"))  # the first one is changed by the template
+        assert marked(speller, row, [[], [[0, 3]]], text, answers) == "one"
+        for trained in (answers, None):
+            with pytest.raises(Misfit, match="assistant message 0"):
+                marked(speller, row, [[[0, 3]], []], text, trained)
+
     def test_a_template_may_strip_a_message(self, speller):
         row = chat("q", "  three lines \n")
         text = rendered(chat("q", "three lines"))
@@ -247,6 +259,7 @@ class TestCutRows:
     def test_a_changed_message_before_others_is_not_taken_for_cut_off(self, speller):
         row = chat("q", "<think>one", "r", "four five six <")
         text = rendered(chat("q", "one", "r", "four five six <"))
+        text = text[: text.rindex("six <") + len("six <")]  # which is also how the changed message begins
         with pytest.raises(Misfit, match="assistant message 0"):
             marked(speller, row, [[[0, 1]], []], text, cut=True)
 

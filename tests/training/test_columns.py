@@ -268,6 +268,14 @@ class TestRefusals:
         with pytest.raises(XTFUserError, match="no column 'noise'.*packed"):
             made.train()
 
+    def test_packed_rows_that_still_have_the_column(self, tmp_path):
+        made = sft(tmp_path, problems())
+        lengths = [[4, len(ids) - 4] for ids in made.train_dataset["input_ids"]]
+        made.train_dataset = made.train_dataset.add_column("seq_lengths", lengths)
+        attach(made, block())
+        with pytest.raises(XTFUserError, match="These rows are packed"):
+            made.train()
+
     def test_rows_changed_after_they_were_read(self, tmp_path, patched):
         made = sft(tmp_path, problems(), block())
         made.train_dataset = made.train_dataset.map(lambda row: {"input_ids": [7, *row["input_ids"][1:]]})

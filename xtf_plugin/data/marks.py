@@ -250,8 +250,9 @@ class Finder:
     def places(self) -> list[Place | None]:
         """The place of each of `texts.own`; None: it is not there, or could be at several places."""
         pairs = zip(self._walk(1), self._walk(-1), strict=True)
-        # the true places lie between the earliest and the latest ones, so they are certain where these agree
-        return [one if other is None or one == other else None for one, other in pairs]
+        # true places lie between the earliest and the latest ones, so they are certain where these agree; what is cut
+        # off has an earliest one alone
+        return [one if one == other or (self.cut and other is None) else None for one, other in pairs]
 
     def _walk(self, step: int) -> list[Place | None]:
         """The earliest (1) or latest (-1) place of each text behind (before) the one that was found before it."""
