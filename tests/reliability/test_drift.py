@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import real, reliability, tiny
+from tests.made_scores import DEFAULT, read_prompts
 from tests.reliability import amount, record
 from tests.reliability.trainers import BAND, callback, in_band, made, moved, ranks
 from tests.test_plan import ATTRIBUTES_ON, Provider, rows
@@ -65,6 +66,15 @@ def test_batch_size_changes_nothing(tmp_path, documents, family):
     assert all(0 < fired < len(one.selection.keep) for fired in one.selection.fired.values())
     for budget in amount((600, "auto"), (100, 257, 600, 1000, 5000, 100_000, "auto")):
         hold(one, plan(tmp_path / str(budget), documents, tiny.model(family), block, batch_tokens=budget))
+
+
+def test_batch_size_changes_nothing_for_the_default(tmp_path, monkeypatch, documents):
+    """Its splices share their beginnings, and which do is a matter of the batch."""
+    read_prompts(monkeypatch)
+    one = plan(tmp_path / "one", documents, block=DEFAULT, batch_tokens=1)
+    assert all(0 < fired < len(one.selection.keep) for fired in one.selection.fired.values())
+    for budget in amount((600, "auto"), (100, 257, 600, 1000, 5000, 100_000, "auto")):
+        hold(one, plan(tmp_path / str(budget), documents, block=DEFAULT, batch_tokens=budget))
 
 
 def trained(folder, block=BLOCK, resume=None, **options):
