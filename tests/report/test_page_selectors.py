@@ -218,6 +218,12 @@ def test_words_of_the_defaults_scorers(browser, tmp_path):
     assert opened.evaluate("scores.map((score) => averaged(score.name))") == ["", "", ""]
     notes = opened.locator(".score > h3 + .note").all_inner_texts()
     assert notes[0] == "how much the text after it leans on it" and len(set(notes)) == 3
+    part = {"scorer": "column", "column": "bad", "unit": "line"}
+    opened.evaluate("part => { S.config.selectors = {mine: part}; }", part)
+    assert (said("mine", 0), said("mine", 1)) == (
+        "column bad marks most of this line",
+        "column bad does not mark most of this line",
+    )
     stop = opened.evaluate("stopText(sliders[2], 0.2)")
     assert stop == "task relevance below 20 % of its median"
     opened.close()

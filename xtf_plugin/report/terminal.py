@@ -40,6 +40,7 @@ DECISIONS = {
 LEGEND = "[-dropped|why-]  {+kept although a rule fired|why+}  · space  ↵ line break  ⇥ tab"
 MEASURES = {  # by scorer
     "attention_received": "how much attention later tokens pay to it",
+    "column": "whether a column of the dataset marks it",
     "embedding_similarity": "how close its embedding is to the domain's words",
     "excess_loss": "how much harder it is for the run's own reference than for another model",
     "explained": "how much its prompt and the text before it explain of it",

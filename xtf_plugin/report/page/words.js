@@ -69,6 +69,7 @@ function inWords(score, value) {
   const part = partOf(score), {scorer, unit} = part;
   if (Number.isNaN(value)) return unscored(part);
   const texts = {
+    column: () => `column ${part.column} ${value < 0.5 ? "marks" : "does not mark"} ${unit === "token" ? "it" : `most of this ${unit}`}`,
     explained: () => explained(score, value, unit), influence: () => influence(value, unit), new_text: () => repeats(value, unit),
     attention_received: () => attention(value), novelty: () => `the model gives it ${percent(1 - value)}`,
     embedding_similarity: () => `relevance ${short(value)} (0 to 1)`, typicality: () => surprise(value),
