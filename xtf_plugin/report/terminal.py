@@ -49,7 +49,7 @@ MEASURES = {  # by scorer
     "new_text": "how much of it does not repeat earlier text word for word",
     "novelty": "how improbable the reference finds it",
     "opening": "how well its first words fit what the reference expects there",
-    "token_cleaning": "how much more probable a better model finds it",  # nosec B105: no password, but words
+    "token_cleaning": "how much more probable a better model finds it",
     "typicality": "how probable it is, compared with what the reference expects there",
 }
 
