@@ -63,7 +63,7 @@ class OpeningConfig(TypicalityConfig):
     def _rescoring_knows_the_rule(self) -> OpeningConfig:
         if self.context == "kept" and self.drop.below is None:
             why = (
-                "has a threshold that depends on other documents, which `context: kept` (the default preset's) does "
+                "has a threshold that depends on other documents, which `context: kept` does "
                 "not allow; use {below: x}, or add `context: document`"
             )
             raise Problems(("drop", self.drop.model_dump(), why))
