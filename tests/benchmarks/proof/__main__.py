@@ -28,25 +28,22 @@ from .texts import CLEAN, LABELLED
 
 # The default was chosen with SmolLM2 on all four texts and the known phrases; other models and phrases confirm it.
 NUMBERS = {real.SMOLLM2: 60, real.GEMMA3: 30, real.QWEN: 30}
-RATES = (0.0, 0.1, 0.4)
 
 
 def settings(scale: str) -> list[Setting]:
     """All measurements of detection, most important first."""
     if scale == "smoke":
         return [Setting(real.SMOLLM2, "chat", 0.25, 3)]
-    planted = [
-        Setting(model, text, 0.25, number, everywhere=model == real.SMOLLM2)
-        for model, number in NUMBERS.items()
-        for text in CLEAN
-    ]
-    labelled = [Setting(real.SMOLLM2, text, 0.0, 20 if text == "web pages" else 100) for text in LABELLED]
-    clean = [Setting(model, text, 0.0, number) for model, number in NUMBERS.items() for text in CLEAN]
-    other_phrases = [Setting(real.SMOLLM2, text, 0.25, 60, phrases="new", seed=1) for text in CLEAN]
-    rates = [Setting(real.SMOLLM2, text, rate, 60) for rate in (0.1, 0.4) for text in CLEAN]
-    tokens = [Setting(real.SMOLLM2, text, 0.05, 60, shape="tokens") for text in CLEAN]
-    precisions = [Setting(real.SMOLLM2, "GSM8K", 0.25, 60, precision="nf4")]
-    return [*planted, *clean, *labelled, *other_phrases, *tokens, *precisions, *rates]
+    found = []
+    for model, number in NUMBERS.items():
+        found += [Setting(model, text, 0.25, number, everywhere=model == real.SMOLLM2) for text in CLEAN]
+        found += [Setting(model, text, 0.0, number) for text in CLEAN]
+        if model == real.SMOLLM2:
+            found += [Setting(model, text, 0.0, 20 if text == "web pages" else 100) for text in LABELLED]
+            found += [Setting(model, text, 0.25, 60, phrases="new", seed=1) for text in CLEAN]
+            found += [Setting(model, text, 0.05, 60, shape="tokens") for text in CLEAN]
+            found += [Setting(model, "GSM8K", 0.25, 60, precision="nf4")]
+    return [*found, *(Setting(real.SMOLLM2, text, rate, 60) for rate in (0.1, 0.4) for text in CLEAN)]
 
 
 def jobs(scale: str) -> list[train.Job]:
