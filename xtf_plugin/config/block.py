@@ -103,8 +103,8 @@ class XTFConfig(Block):
     )
     calibration: Calibration = Field(
         default=1000,
-        description="Streamed data only: this many documents are scored before training; quantiles, classes and the "
-        "domain, which depend on a dataset, are computed from them.",
+        description="Streamed data only: this many documents are scored before training; quantiles, medians, "
+        "classes, formats and the domain, which depend on a dataset, are taken from them.",
     )
     report: ByText[PathText, StrictBool] = Field(
         default=True,
