@@ -65,12 +65,14 @@ def run(work: Sequence[Setting | train.Job], folder: Path, data: Path, minutes: 
             if time.monotonic() - begun > 60 * minutes or not real.is_made(setting.model):
                 print(f"not measured: {setting.key}", file=sys.stderr)
                 continue
-            trained = isinstance(setting, train.Job)
-            result = train.run(setting, data, folder / "cache") if trained else measure(setting, data, folder / "cache")
+            if isinstance(setting, train.Job):  # arms of a seed share their scores
+                result = train.run(setting, data, folder / "cache" / f"training {setting.seed} {setting.rate}")
+            else:  # a cache of its own, so that the cost is that of a first run
+                result = measure(setting, data, folder / "cache" / setting.key)
             part = path.with_suffix(".part")
             part.write_text(json.dumps({**result, "made": common.machine()}))
             part.replace(path)
-            print(tables.train_line(result) if trained else tables.line(result), flush=True)
+            print(tables.train_line(result) if isinstance(setting, train.Job) else tables.line(result), flush=True)
         found.append(json.loads(path.read_text()))
     return found
 
