@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from tests import real
+from tests.benchmarks import common
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet
 from xtf_plugin.plan import make_plan
@@ -29,8 +30,8 @@ from .detect import Provider, tokenized
 from .texts import GOOD, Example, sample
 
 SLOTS = {"RI": "reasoning_importance", "KN": "knowledge_novelty", "TR": "task_relevance"}
-BATCH, LEARNING_RATE, RANK = 8, 5e-4, 16
-HELD_OUT, SAMPLES, NEW_TOKENS = 60, 48, 160
+BATCH, LEARNING_RATE, RANK = 4, 1e-3, 16
+HELD_OUT, NEW_TOKENS = 60, 128
 ARMS = (
     *("plain", "oracle", "default", "random", "paper", "P < 0.1", "official", "DFT"),
     *("TR", "KN", "TR KN", "TR RI", "TR RI of all"),
@@ -44,7 +45,7 @@ class Job:
     arm: str
     seed: int
     rate: float = 0.25
-    rows: int = 160
+    rows: int = 200
     text: str = "GSM8K"
     model: str = real.SMOLLM2
 
@@ -76,7 +77,8 @@ def run(job: Job, data: Path, cache: Path) -> dict[str, Any]:
     """Train and measure one arm, as JSON."""
     begun = time.perf_counter()
     tokenizer, (train, test) = real.tokenizer(job.model), split(job, data)
-    model = real.load(job.model, "bf16")
+    noisy = [noise.plant(one, train, 0.25, random.Random(f"held out {job.seed}")) for one in test]
+    model = real.load(job.model, "bf16", common.device())
     documents, kinds = tokenized(train, tokenizer)
     keep = kept(job, documents, kinds, Provider(job.model, "bf16", model), tokenizer, cache)
     scored = time.perf_counter() - begun
@@ -85,7 +87,8 @@ def run(job: Job, data: Path, cache: Path) -> dict[str, Any]:
     fit(adapted, documents, keep, job)
     held_out, _ = tokenized(test, tokenizer)
     losses = clean_loss(adapted, held_out, tokenizer)
-    emitted = emissions(adapted, test[:SAMPLES], tokenizer, job.seed)
+    losses |= {"loss_noise": noise_loss(adapted, *tokenized(noisy, tokenizer))}
+    emitted = emissions(adapted, test, tokenizer, job.seed)
     good = kinds == GOOD
     return {
         **asdict(job),
@@ -137,11 +140,13 @@ def elsewhere(keep: NDArray[np.bool_], documents: DocumentSet, rng: random.Rando
     return result
 
 
-def batches(documents: DocumentSet, order: list[int], keep: NDArray[np.bool_] | None) -> list[tuple[Tensor, Tensor]]:
-    """Padded token ids and labels, (B, T) each."""
+def batches(
+    documents: DocumentSet, order: list[int], keep: NDArray[np.bool_] | None, size: int = BATCH
+) -> list[tuple[list[int], Tensor, Tensor]]:
+    """Rows of each batch, with padded token ids and labels, (B, T) each."""
     found = []
-    for low in range(0, len(order), BATCH):
-        rows = order[low : low + BATCH]
+    for low in range(0, len(order), size):
+        rows = order[low : low + size]
         longest = int(documents.lengths[rows].max())
         ids, labels = torch.zeros(len(rows), longest, dtype=torch.int64), torch.full((len(rows), longest), -100)
         for place, row in enumerate(rows):
@@ -152,31 +157,43 @@ def batches(documents: DocumentSet, order: list[int], keep: NDArray[np.bool_] | 
                 mask[completion] = keep[documents.completion_offsets[row] : documents.completion_offsets[row + 1]]
             ids[place, : len(tokens)] = own
             labels[place, : len(tokens)][torch.from_numpy(mask)] = own[torch.from_numpy(mask)]
-        found.append((ids, labels))
+        found.append((rows, ids, labels))
     return found
 
 
-def losses_of(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of every labelled token, and its id."""
-    logits = model(input_ids=ids).logits  # padding is on the right: no labelled token sees it
+def losses_of(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """Loss of every labelled token, row by row."""
     wanted = labels[:, 1:] != -100
-    targets = labels[:, 1:][wanted]
-    return torch.nn.functional.cross_entropy(logits[:, :-1][wanted].float(), targets, reduction="none"), targets
+    decoder, head = model.get_base_model().get_decoder(), model.get_output_embeddings()
+    hidden = decoder(input_ids=ids.to(model.device)).last_hidden_state  # padding is on the right: no label sees it
+    logits = head(hidden[:, :-1][wanted.to(model.device)]).float()
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:][wanted].to(model.device), reduction="none")
+
+
+def order_of(documents: DocumentSet, seed: int) -> list[int]:
+    """Rows in random order, those of a batch of like length, so that little is padding."""
+    rng, rows = random.Random(seed), list(range(len(documents)))
+    rng.shuffle(rows)
+    pools = [
+        sorted(rows[low : low + 8 * BATCH], key=lambda row: documents.lengths[row])
+        for low in range(0, len(rows), 8 * BATCH)
+    ]
+    parts = [pool[low : low + BATCH] for pool in pools for low in range(0, len(pool), BATCH)]
+    rng.shuffle(parts)
+    return [row for part in parts for row in part]
 
 
 def fit(model: Any, documents: DocumentSet, keep: NDArray[np.bool_], job: Job) -> None:
     """One epoch; the loss is the mean over the labels of a batch."""
-    order = list(range(len(documents)))
-    random.Random(job.seed).shuffle(order)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
-    every = batches(documents, order, keep)
+    every = batches(documents, order_of(documents, job.seed), keep)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(every))
     model.train()
-    for ids, labels in every:
+    for _, ids, labels in every:
         if not (labels != -100).any():
             continue
-        each, _ = losses_of(model, ids, labels)
+        each = losses_of(model, ids, labels)
         if job.arm == "DFT":
             each = each * torch.exp(-each.detach())
         each.mean().backward()
@@ -188,16 +205,51 @@ def fit(model: Any, documents: DocumentSet, keep: NDArray[np.bool_], job: Job) -
 
 
 @torch.no_grad()
-def clean_loss(model: Any, documents: DocumentSet, tokenizer: Any) -> dict[str, float]:
-    """Mean loss of held-out clean completions, and of their tokens with a digit."""
-    losses, targets = [], []
-    for ids, labels in batches(documents, list(range(len(documents))), None):
-        each, own = losses_of(model, ids, labels)
-        losses.append(each)
-        targets.append(own)
-    loss, target = torch.cat(losses), torch.cat(targets)
-    digits = torch.tensor([any(map(str.isdigit, tokenizer.decode([index]))) for index in target.tolist()])
-    return {"loss": float(loss.mean()), "loss_digits": float(loss[digits].mean()) if digits.any() else float("nan")}
+def clean_loss(model: Any, documents: DocumentSet, tokenizer: Any) -> dict[str, Any]:
+    """Mean loss of held-out clean completions, of their tokens with a digit, and of their final answers.
+
+    `losses` has the mean of each completion: arms of a seed share completions, so they are compared in pairs.
+    """
+    losses = every_loss(model, documents)
+    ids = [tokens[completion] for tokens, completion in map(documents.document, range(len(documents)))]
+    texts = [[tokenizer.decode([index]) for index in own.tolist()] for own in ids]
+    digits = np.asarray([any(map(str.isdigit, text)) for own in texts for text in own])
+    final = np.concatenate([_final(own) for own in texts])
+    every = np.concatenate(losses)
+    return {
+        "loss": float(every.mean()),
+        "loss_digits": _mean(every[digits]),
+        "loss_answers": _mean(every[digits & final]),
+        "losses": [float(own.mean()) for own in losses],
+    }
+
+
+@torch.no_grad()
+def every_loss(model: Any, documents: DocumentSet) -> list[NDArray[np.float64]]:
+    """Loss of every completion token, document by document."""
+    order = sorted(range(len(documents)), key=lambda row: documents.lengths[row])
+    by_row: dict[int, NDArray[np.float64]] = {}
+    for rows, ids, labels in batches(documents, order, None, 8):
+        each = losses_of(model, ids, labels).double().cpu().numpy()
+        sizes = (labels[:, 1:] != -100).sum(dim=1).tolist()
+        by_row |= dict(zip(rows, np.split(each, np.cumsum(sizes)[:-1]), strict=True))
+    return [by_row[row] for row in range(len(documents))]
+
+
+def noise_loss(model: Any, documents: DocumentSet, kinds: NDArray[Any]) -> float:
+    """Mean loss of planted phrases in held-out completions: the higher, the less the model writes them."""
+    planted = np.isin(kinds, list(noise.NEW))
+    return _mean(np.concatenate(every_loss(model, documents))[planted])
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _final(texts: list[str]) -> NDArray[np.bool_]:
+    """Which tokens of a completion stand after its last `####`, the mark of the answer in GSM8K."""
+    before = np.cumsum([0, *map(len, texts)])[:-1]
+    return before > (place if (place := "".join(texts).rfind("####")) >= 0 else np.inf)
 
 
 @torch.no_grad()
@@ -206,7 +258,7 @@ def emissions(model: Any, prompts: list[Example], tokenizer: Any, seed: int) -> 
     torch.manual_seed(seed)
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     texts = [(tokenizer.bos_token or "") + one.prompt for one in prompts]
-    given = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    given = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": NEW_TOKENS}
     made = model.generate(**given, **sampling, pad_token_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
