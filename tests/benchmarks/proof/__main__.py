@@ -51,9 +51,9 @@ def jobs(scale: str) -> list[train.Job]:
     if scale == "smoke":
         return [train.Job("default", 0, rows=8, text="chat")]
     first, rest = train.ARMS[:6], train.ARMS[6:]
-    noisy = [train.Job(arm, seed) for arms in (first, rest) for seed in range(3) for arm in arms]
+    noisy = [train.Job(arm, seed) for seed in range(3) for arm in first]
     clean = [train.Job(arm, seed, rate=0.0) for seed in range(3) for arm in ("plain", "default")]
-    return [*noisy, *clean]
+    return [*noisy, *clean, *(train.Job(arm, seed) for seed in range(3) for arm in rest)]
 
 
 def run(
