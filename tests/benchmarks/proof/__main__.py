@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ NUMBERS = {real.SMOLLM2: 60, real.GEMMA3: 30, real.QWEN: 30}
 
 def settings(scale: str) -> list[Setting]:
     """All measurements of detection, most important first."""
+    if scale == "gpu":
+        return []
     if scale == "smoke":
         return [Setting(real.SMOLLM2, "chat", 0.25, 3)]
     found = []
@@ -50,6 +53,9 @@ def jobs(scale: str) -> list[train.Job]:
     """All training runs, most important first."""
     if scale == "smoke":
         return [train.Job("default", 0, rows=8, text="chat")]
+    if scale == "gpu":  # minutes on one: the arms that answer whether it helps
+        arms = (*train.ARMS[:4], "paper", "P < 0.1")
+        return [train.Job(arm, seed, rows=1_200, model=real.QWEN) for seed in range(5) for arm in arms]
     first, rest = train.ARMS[:6], train.ARMS[6:]
     noisy = [train.Job(arm, seed) for seed in range(3) for arm in first]
     clean = [train.Job(arm, seed, rate=0.0) for seed in range(3) for arm in ("plain", "default")]
@@ -81,20 +87,32 @@ def run(
     return found
 
 
+def share(arguments: list[str], workers: int) -> None:
+    """Measure in several processes."""
+    words = [sys.executable, "-m", "tests.benchmarks.proof", *arguments, "--workers", "1"]
+    parts = [subprocess.Popen([*words, "--part", f"{index}/{workers}"]) for index in range(workers)]
+    for part in parts:
+        part.wait()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the public files")
     parser.add_argument("--folder", type=Path, default=Path(".proof"), help="where results are kept")
-    parser.add_argument("--scale", choices=("cpu", "smoke"), default="cpu")
+    parser.add_argument("--scale", choices=("cpu", "gpu", "smoke"), default="cpu")
     parser.add_argument("--only", choices=("detect", "train"), help="measure only one half")
-    parser.add_argument("--part", default="0/1", help="0/2 and 1/2: two processes that measure one half each")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the measurements")
+    parser.add_argument("--part", default="0/1", help="what a worker measures: 0/2 is every second one from the first")
     parser.add_argument("--minutes", type=float, default=80, help="begin no measurement after this time")
     parser.add_argument("--write", type=Path, help="also put the tables into this page")
     given = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     given.folder.mkdir(parents=True, exist_ok=True)
+    if given.workers > 1:
+        share(sys.argv[1:] if arguments is None else arguments, given.workers)
+        given.minutes = 0.0  # what is there is put into tables
     begun, found, trained = time.monotonic(), [], []
     first, number = map(int, given.part.split("/"))
     if given.only != "train":
@@ -102,6 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.only != "detect":
         left = given.minutes - (time.monotonic() - begun) / 60
         trained = run(jobs(given.scale), given.folder, given.data, left, (first, number))
+    if number > 1:
+        return
     text = tables.everything(found, trained)
     print(text)
     if given.write:

@@ -33,24 +33,64 @@ def train_line(one: dict[str, Any]) -> str:
     )
 
 
+MEASURES = {  # names of results, heads and digits
+    "loss_digits": ("on digits", 3),
+    "loss_answers": ("on answers", 4),
+    "loss_noise": ("on planted phrases", 2),
+}
+
+
 def training_table(results: Results) -> str:
-    """Each arm against plain SFT on the same seeds, as a mean difference with its 95 % interval."""
+    """What each arm does, over its seeds: losses, samples with noise, and what it left out.
+
+    The change is against plain SFT, with a 95 % interval over seeds; p is of a paired test against the random control
+    (plain SFT where there is none), over the held-out completions of all seeds.
+    """
+    arms = {arm: {one["seed"]: one for one in results if one["arm"] == arm} for arm in _names(results, "arm")}
+    plain, control = arms.get("plain", {}), arms.get("random") or arms.get("plain", {})
+    gain = _gain(arms.get("oracle", {}), plain)
+    match = any("exact_match" in one for one in results)
     rows = []
-    plain = {one["seed"]: one for one in results if one["arm"] == "plain"}
-    for arm in dict.fromkeys(one["arm"] for one in results):
-        own = [one for one in results if one["arm"] == arm and one["seed"] in plain]
-        if not own:
-            continue
-        cells = [arm, str(len(own))]
-        for name, digits in (("loss", 4), ("loss_digits", 4), ("emitted", 3)):
-            values, base = [one[name] for one in own], [plain[one["seed"]][name] for one in own]
-            difference, half, p = paired(values, base)
-            change = "" if arm == "plain" else f" ({difference:+.{digits}f} ± {half:.{digits}f}, p {p:.3f})"
-            cells.append(f"{sum(values) / len(values):.{digits}f}{change}")
-        cells += [_share(sum(one[name] for one in own) / len(own)) for name in ("dropped_noise", "dropped_good")]
-        rows.append(cells)
-    head = ["arm", "seeds", "held-out loss", "on digits", "samples with noise", "noise dropped", "good dropped"]
-    return table(head, rows)
+    for arm, own in arms.items():
+        mean, half, _ = paired(*_pairs(own, plain, "loss")) if own.keys() & plain.keys() else (0.0, 0.0, 0.0)
+        each, others = _pairs(own, control, "losses")
+        p = paired(sum(each, []), sum(others, []))[2] if own is not control and each else float("nan")
+        rows.append(
+            [
+                arm,
+                str(len(own)),
+                f"{_mean(own, 'loss'):.4f}" + ("" if own is plain else f" ({mean:+.4f} ± {half:.4f})"),
+                _share(_gain(own, plain) / gain, 0) if gain and own is not plain else "–",
+                "–" if p != p else f"{p:.1g}",
+                *(f"{_mean(own, name):.{digits}f}" for name, (_, digits) in MEASURES.items()),
+                _share(_mean(own, "emitted")),
+                *([_share(_mean(own, "exact_match"))] if match else []),
+                *(_share(_mean(own, name)) for name in ("dropped_noise", "dropped_good")),
+            ]
+        )
+    head = ["arm", "seeds", "held-out loss", "of the oracle's gain", "p", *(name for name, _ in MEASURES.values())]
+    more = ["samples with noise", *["right answers"] * match, "noise dropped", "good dropped"]
+    return table([*head, *more], rows)
+
+
+def _names(results: Results, key: str) -> list[str]:
+    return list(dict.fromkeys(one[key] for one in results))
+
+
+def _pairs(own: dict[int, Any], other: dict[int, Any], name: str) -> tuple[list[Any], list[Any]]:
+    """A measure of the seeds that two arms share."""
+    shared = [seed for seed in own if seed in other]
+    return [own[seed][name] for seed in shared], [other[seed][name] for seed in shared]
+
+
+def _mean(own: dict[int, Any], name: str) -> float:
+    return sum(one[name] for one in own.values()) / len(own)
+
+
+def _gain(own: dict[int, Any], plain: dict[int, Any]) -> float:
+    """By how much the loss is lower than that of plain SFT, on the seeds that both have."""
+    one, other = _pairs(own, plain, "loss")
+    return (sum(other) - sum(one)) / len(one) if one else 0.0
 
 
 def _share(value: float | None, digits: int = 1) -> str:

@@ -30,8 +30,7 @@ from .detect import Provider, tokenized
 from .texts import GOOD, Example, sample
 
 SLOTS = {"RI": "reasoning_importance", "KN": "knowledge_novelty", "TR": "task_relevance"}
-BATCH, LEARNING_RATE, RANK = 4, 1e-3, 16
-HELD_OUT, NEW_TOKENS = 60, 128
+LEARNING_RATE, RANK, NEW_TOKENS = 1e-3, 16, 128
 ARMS = (
     *("plain", "oracle", "default", "random", "paper", "P < 0.1", "official", "DFT"),
     *("TR", "KN", "TR KN", "TR RI", "TR RI of all"),
@@ -48,6 +47,21 @@ class Job:
     rows: int = 200
     text: str = "GSM8K"
     model: str = real.SMOLLM2
+
+    @property
+    def large(self) -> bool:
+        """Whether it is for a GPU: larger batches, more held-out rows, and answers that are checked."""
+        return self.model != real.SMOLLM2
+
+    @property
+    def batch(self) -> int:
+        """Rows of a batch."""
+        return 16 if self.large else 4
+
+    @property
+    def held_out(self) -> int:
+        """Rows that are not trained on."""
+        return 200 if self.large else 60
 
     @property
     def key(self) -> str:
@@ -88,14 +102,14 @@ def run(job: Job, data: Path, cache: Path) -> dict[str, Any]:
     held_out, _ = tokenized(test, tokenizer)
     losses = clean_loss(adapted, held_out, tokenizer)
     losses |= {"loss_noise": noise_loss(adapted, *tokenized(noisy, tokenizer))}
-    emitted = emissions(adapted, test, tokenizer, job.seed)
     good = kinds == GOOD
     return {
         **asdict(job),
         "dropped_good": float((~keep[good]).mean()),
         "dropped_noise": float((~keep[~good]).mean()) if (~good).any() else 0.0,
         **losses,
-        "emitted": emitted,
+        "emitted": emissions(adapted, test, tokenizer, job.seed),
+        **({"exact_match": exact_match(adapted, test, tokenizer)} if job.large else {}),
         "scoring_seconds": scored,
         "seconds": time.perf_counter() - begun,
     }
@@ -103,7 +117,7 @@ def run(job: Job, data: Path, cache: Path) -> dict[str, Any]:
 
 def split(job: Job, data: Path) -> tuple[list[Example], list[Example]]:
     """Noisy rows to train on, and clean ones that are held out; another seed has other rows."""
-    chosen, others = sample(job.text, data, job.rows + HELD_OUT, 100 + job.seed)
+    chosen, others = sample(job.text, data, job.rows + job.held_out, 100 + job.seed)
     rng = random.Random(f"{job.text} {job.seed} {job.rate}")
     clean = chosen[: job.rows]
     return [noise.plant(one, others, job.rate, rng) if job.rate else one for one in clean], chosen[job.rows :]
@@ -141,7 +155,7 @@ def elsewhere(keep: NDArray[np.bool_], documents: DocumentSet, rng: random.Rando
 
 
 def batches(
-    documents: DocumentSet, order: list[int], keep: NDArray[np.bool_] | None, size: int = BATCH
+    documents: DocumentSet, order: list[int], keep: NDArray[np.bool_] | None, size: int
 ) -> list[tuple[list[int], Tensor, Tensor]]:
     """Rows of each batch, with padded token ids and labels, (B, T) each."""
     found = []
@@ -170,15 +184,15 @@ def losses_of(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:][wanted].to(model.device), reduction="none")
 
 
-def order_of(documents: DocumentSet, seed: int) -> list[int]:
+def order_of(documents: DocumentSet, seed: int, batch: int) -> list[int]:
     """Rows in random order, those of a batch of like length, so that little is padding."""
     rng, rows = random.Random(seed), list(range(len(documents)))
     rng.shuffle(rows)
+    pool = 8 * batch
     pools = [
-        sorted(rows[low : low + 8 * BATCH], key=lambda row: documents.lengths[row])
-        for low in range(0, len(rows), 8 * BATCH)
+        sorted(rows[low : low + pool], key=lambda row: documents.lengths[row]) for low in range(0, len(rows), pool)
     ]
-    parts = [pool[low : low + BATCH] for pool in pools for low in range(0, len(pool), BATCH)]
+    parts = [own[low : low + batch] for own in pools for low in range(0, len(own), batch)]
     rng.shuffle(parts)
     return [row for part in parts for row in part]
 
@@ -187,7 +201,7 @@ def fit(model: Any, documents: DocumentSet, keep: NDArray[np.bool_], job: Job) -
     """One epoch; the loss is the mean over the labels of a batch."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
-    every = batches(documents, order_of(documents, job.seed), keep)
+    every = batches(documents, order_of(documents, job.seed, job.batch), keep, job.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(every))
     model.train()
     for _, ids, labels in every:
@@ -252,17 +266,34 @@ def _final(texts: list[str]) -> NDArray[np.bool_]:
     return before > (place if (place := "".join(texts).rfind("####")) >= 0 else np.inf)
 
 
-@torch.no_grad()
 def emissions(model: Any, prompts: list[Example], tokenizer: Any, seed: int) -> float:
     """Share of completions, sampled at temperature 1, that hold noise of a planted kind."""
     torch.manual_seed(seed)
+    texts = written(model, prompts, tokenizer, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    return float(np.mean([has_noise(one.prompt, text) for one, text in zip(prompts, texts, strict=True)]))
+
+
+def exact_match(model: Any, prompts: list[Example], tokenizer: Any) -> float:
+    """Share of greedy completions with the right number behind `####`."""
+    texts = written(model, prompts, tokenizer, do_sample=False, temperature=None, top_k=None, top_p=None)
+    pairs = zip(prompts, texts, strict=True)
+    return float(np.mean([_answer(text) == _answer(one.completion) is not None for one, text in pairs]))
+
+
+def _answer(text: str) -> str | None:
+    found = re.search(r"####\s*(-?[\d,.]*\d)", text)
+    return found[1].replace(",", "") if found else None
+
+
+@torch.no_grad()
+def written(model: Any, prompts: list[Example], tokenizer: Any, **sampling: Any) -> list[str]:
+    """What a model writes after some prompts."""
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     texts = [(tokenizer.bos_token or "") + one.prompt for one in prompts]
     given = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": NEW_TOKENS}
-    made = model.generate(**given, **sampling, pad_token_id=tokenizer.pad_token_id)
-    texts = tokenizer.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    return float(np.mean([has_noise(one.prompt, text) for one, text in zip(prompts, texts, strict=True)]))
+    made = model.generate(**given, **sampling, max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.pad_token_id)
+    found: list[str] = tokenizer.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    return found
 
 
 def has_noise(prompt: str, text: str) -> bool:
