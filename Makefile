@@ -162,11 +162,11 @@ HAVE ?=
 KIT_PYTHON ?= 3.12
 KIT_MODELS ?= SmolLM2-135M-Instruct
 gpu-kit: $(STAMP)  ## the same for a GPU machine without a network: wheels, project and models in parts
-	$(BIN)/python -m tests.gpu.kit $(if $(HAVE),--have $(HAVE)) --python $(KIT_PYTHON) --models $(KIT_MODELS) --folder $(MODELS) --axolotl
+	$(BIN)/python -m tests.gpu.kit $(if $(HAVE),--have $(HAVE)) --python $(KIT_PYTHON) --models $(KIT_MODELS) --folder $(MODELS) --axolotl $(if $(DATA),--data $(DATA))
 
 # DATA: a folder with the public files that tests/benchmarks/proof/texts.py names. Started again, it goes on where it stopped.
 proof: $(STAMP) models  ## the tables of docs/evidence.md, on real models: about 90 minutes
-	$(BIN)/python -m tests.benchmarks.proof --data $(DATA) --folder .proof --write docs/evidence.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.proof --data $(DATA) --folder .proof --workers 2 --write docs/evidence.md --pictures docs/images
 
 docs: $(STAMP)  ## docs/config.md, from the configuration
 	$(BIN)/python -m tests.config_page

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests import real
 from tests.benchmarks import stats
-from tests.benchmarks.proof import noise, tables, texts
-from tests.benchmarks.proof.detect import Setting, dropped, tokenized
+from tests.benchmarks.proof import noise, pictures, tables, texts
+from tests.benchmarks.proof.__main__ import record
+from tests.benchmarks.proof.detect import RULES, Setting, dropped, tokenized
 from tests.benchmarks.proof.texts import GOOD, Example
 
 
@@ -103,3 +106,41 @@ class TestStats:
         mean, half, p = stats.paired(one, other)
         assert math.isclose(mean, 0.1) and half < 0.02 and p < 0.01
         assert stats.paired(one, other[::-1])[2] > 0.1
+
+
+def trained(arm: str, seed: int, change: float) -> dict[str, Any]:
+    losses = [0.9 + change + 0.01 * ((seed + place) % 5) for place in range(20)]
+    more = {"loss": sum(losses) / 20, "loss_digits": 0.4, "loss_answers": 0.01, "loss_noise": 2.0, "emitted": 0.1}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "rate": 0.25,
+        "losses": losses,
+        "dropped_noise": 0.9,
+        "dropped_good": 0.01,
+        **more,
+    }
+
+
+def test_training_arms_are_held_against_plain_the_oracle_and_the_random_control():
+    changes = {"plain": 0.0, "oracle": -0.02, "default": -0.015, "random": 0.001}
+    found = tables.training_table([trained(arm, seed, by) for arm, by in changes.items() for seed in range(3)])
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in found.splitlines()[2:]}
+    assert rows["default"][3].startswith("0.9050 (-0.0150") and rows["default"][4] == "75%"
+    assert rows["plain"][4] == "–" and rows["random"][5] == "–"
+    assert rows["random"][4] == "-5%" and rows["oracle"][4] == "100%"
+
+
+def test_a_record_has_no_text_of_public_files():
+    line = record({"auc": {"all": 0.123456789}, "longest": [{"text": "of somebody else"}]})
+    assert json.loads(line) == {"auc": {"all": 0.12346}}
+
+
+def test_pictures_are_drawn_from_results(tmp_path):
+    shares = {"good": 0.01, "found": 0.9}
+    found = {"rate": 0.25, "shape": "spans", "phrases": "known", "precision": "bf16", "model": "m"}
+    found |= {"rules": {name: shares for name in RULES}, "auc": {"task_relevance": {"all": 0.9}}}
+    pictures.draw([found], [trained("plain", 0, 0), trained("default", 0, -0.1), trained("default", 1, 0)], tmp_path)
+    names = ("evidence-rules", "evidence-scores", "evidence-training")
+    texts = [(tmp_path / f"{name}.svg").read_text() for name in names]
+    assert len(texts) == 3 and all(text.lstrip().startswith("<?xml") for text in texts)

@@ -1,6 +1,7 @@
 """Packs what a GPU machine without a network lacks to run `python -m tests.gpu`: `make gpu-kit`.
 
-    python -m tests.gpu.kit --have have.txt [--output .gpu-kit] [--python 3.12] [--models NAME ...] [--axolotl]
+    python -m tests.gpu.kit --have have.txt [--output .gpu-kit] [--python 3.12] [--models NAME ...]
+      [--axolotl] [--data FOLDER]
 
 `have.txt` is what `pip freeze` prints on that machine; it keeps its own PyTorch, Triton and everything else that is new
 enough. The kit holds wheels for the other packages in the versions installed here, the repository as it is committed,
@@ -120,8 +121,11 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(info, io.BytesIO(data))
 
 
-def pack_project(path: Path) -> None:
-    """The repository as it is committed, and the package's metadata: its entry points are its hooks into TRL."""
+def pack_project(path: Path, data: Path | None = None) -> None:
+    """The repository as it is committed, and the package's metadata: its entry points are its hooks into TRL.
+
+    With `data`, also what the training comparison reads of that folder.
+    """
     tree = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
     installed = metadata.distribution(DISTRIBUTION)
     folder = f"site/xtf_plugin-{installed.version}.dist-info"
@@ -129,6 +133,8 @@ def pack_project(path: Path) -> None:
         add(archive, "tree.tar", tree)
         for name in ("METADATA", "entry_points.txt"):
             add(archive, f"{folder}/{name}", (installed.read_text(name) or "").encode())
+        if data is not None:
+            archive.add(data / "gsm8k_train.jsonl", "data/gsm8k_train.jsonl")
 
 
 def pack_wheels(path: Path, wheels: Path) -> None:
@@ -197,6 +203,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="*", choices=list(models.MODELS), default=["SmolLM2-135M-Instruct"])
     parser.add_argument("--folder", type=Path, default=Path(os.environ.get("XTF_TEST_MODELS") or ROOT / ".models"))
     parser.add_argument("--axolotl", action="store_true", help="also what Axolotl's LoRA kernels need")
+    parser.add_argument("--data", type=Path, help="folder with gsm8k_train.jsonl, for the training comparison")
     options = parser.parse_args(given)
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
     if changed.stdout.strip():
@@ -213,7 +220,7 @@ def main(given: Sequence[str] | None = None) -> int:
         )
         wheels.mkdir()
         download(wanted, wheels, options.python)
-        pack_project(groups[0][1])
+        pack_project(groups[0][1], options.data)
         pack_wheels(groups[1][1], wheels)
         for model in options.models:
             groups.append((model, Path(name) / f"{model}.tar"))

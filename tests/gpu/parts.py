@@ -12,6 +12,7 @@ from pathlib import Path
 from tests import real
 
 ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("XTF_TEST_DATA", "."))
 TO_WRITE = 30.0  # seconds of a part's limit for imports and for writing its tables
 
 
@@ -61,6 +62,7 @@ class Part:
         limit: seconds it may take.
         modules: what it needs to import; a missing one is named, and the part not run.
         model: a real model it needs, not in the smoke form.
+        data: a public file it needs, not in the smoke form, in the folder $XTF_TEST_DATA.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Part:
     words: Words
     modules: tuple[str, ...] = ()
     model: str | None = None
+    data: str | None = None
 
     def command(self, settings: Settings, seconds: float) -> list[str]:
         """What runs."""
@@ -81,6 +84,8 @@ class Part:
                 return f"no package {name} here"
         if self.model and not settings.smoke and not real.is_made(self.model):
             return f"no {real.MODELS / self.model} here: make models"
+        if self.data and not settings.smoke and not (DATA / self.data).is_file():
+            return f"no {self.data} in the folder $XTF_TEST_DATA"
         return ""
 
 
@@ -118,6 +123,23 @@ def profile(settings: Settings, _: float) -> list[str]:
 def sft(settings: Settings, _: float) -> list[str]:
     """The stock command."""
     return ["-m", "tests.gpu.sft", "--output", str(settings.scratch / "sft"), *settings.smoked, *settings.write]
+
+
+def training(settings: Settings, seconds: float) -> list[str]:
+    """The training comparison; a GPU has room for three small models at a time."""
+    scale = ["smoke", "--only", "train"] if settings.smoke else ["gpu", "--workers", "3"]
+    minutes = f"{max(10.0, seconds - 2 * TO_WRITE) / 60:.2f}"
+    words = [
+        "-m",
+        "tests.benchmarks.proof",
+        "--data",
+        str(DATA),
+        "--folder",
+        str(ROOT / ".proof"),
+        "--minutes",
+        minutes,
+    ]
+    return [*words, "--results", str(settings.output / "training.jsonl"), "--scale", *scale]
 
 
 PARTS = (
@@ -158,4 +180,12 @@ PARTS = (
         modules=("axolotl", "bitsandbytes"),
     ),
     Part("profile", "the time of a scoring pass by kind of kernel", 50, profile),
+    Part(
+        "training",
+        "what the filter does to Qwen2.5-Coder-0.5B on noisy word problems; alone with `--only training`",
+        510,
+        training,
+        model=real.QWEN,
+        data="gsm8k_train.jsonl",
+    ),
 )

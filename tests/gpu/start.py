@@ -106,7 +106,8 @@ def environment(unpacked: Path, commit: str) -> dict[str, str]:
     """Of the run: packages of the kit before the machine's, no network, models of the kit."""
     places = [unpacked / "project/site", unpacked / "wheels/site", unpacked / "project/project"]
     path = [*map(str, places), *filter(None, [os.environ.get("PYTHONPATH")])]
-    more = {"XTF_TEST_MODELS": str(unpacked / "models"), "XTF_COMMIT": commit, "HF_HUB_OFFLINE": "1"}
+    data = {"XTF_TEST_DATA": str(unpacked / "project/data")}
+    more = {**data, "XTF_TEST_MODELS": str(unpacked / "models"), "XTF_COMMIT": commit, "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **more, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(path)}
 
 

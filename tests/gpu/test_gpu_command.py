@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests import forked
+from tests import forked, real
 from tests.gpu import __main__ as command
-from tests.gpu import kit, start
+from tests.gpu import kit, parts, start
 from tests.gpu.parts import PARTS, Part, Settings
 from tests.reliability import LONG
 
@@ -46,14 +46,14 @@ def on_a_gpu(monkeypatch):
 
 def test_a_part_that_fails_hangs_or_lacks_something_leaves_the_others(tmp_path):
     hanging = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    parts = [
+    some = [
         part("fails", "print('a kernel is wrong'); raise SystemExit(1)"),
         part("crashes", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
         part("hangs", hanging, limit=1.5),
         part("lacks", "", modules=("no_such_package",)),
         part("fine", "print('the last line')"),
     ]
-    found = command.run_all(settings(tmp_path), parts, 1.0)
+    found = command.run_all(settings(tmp_path), some, 1.0)
     assert [result.status for result in found] == ["failed", "failed", "out of time", "not measured", "passed"]
     assert results(tmp_path) == [(result.part, result.status) for result in found], "written as they come"
     assert "a kernel is wrong" in found[0].tail and "no_such_package" in found[3].tail
@@ -67,14 +67,14 @@ def test_a_part_that_fails_hangs_or_lacks_something_leaves_the_others(tmp_path):
 @pytest.mark.usefixtures("on_a_gpu")
 def test_a_second_start_runs_what_has_not_passed_at_this_commit(tmp_path, monkeypatch):
     count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')"
-    parts = [part("passes", count), part("fails", f"{count}; raise SystemExit(1)")]
-    command.run_all(settings(tmp_path, smoke=False), parts, 1.0)
+    some = [part("passes", count), part("fails", f"{count}; raise SystemExit(1)")]
+    command.run_all(settings(tmp_path, smoke=False), some, 1.0)
     with (tmp_path / command.RESULTS).open("a") as handle:
         handle.write('{"part": "cut o')  # the machine was taken away
-    command.run_all(settings(tmp_path, smoke=False), parts, 1.0)
+    command.run_all(settings(tmp_path, smoke=False), some, 1.0)
     assert (tmp_path / "runs").read_text() == "xxx", "the part that passed ran twice"
     monkeypatch.setattr(command, "commit", lambda: "another")
-    command.run_all(settings(tmp_path, smoke=False), parts, 1.0)
+    command.run_all(settings(tmp_path, smoke=False), some, 1.0)
     assert (tmp_path / "runs").read_text() == "xxxxx"
 
 
@@ -149,10 +149,12 @@ def archives(tmp_path):
 
 
 def test_pieces_of_a_kit_give_the_files_back_and_keep_to_the_limit(tmp_path, archives):
-    parts = kit.make_kit(tmp_path / "kit", archives, limit=3_000)
-    assert [part.name for part in parts] == [f"part-{number}" for number in range(1, len(parts) + 1)] and len(parts) > 5
-    manifest = json.loads((parts[-1] / "manifest.json").read_text())
-    for part in parts:
+    folders = kit.make_kit(tmp_path / "kit", archives, limit=3_000)
+    assert [part.name for part in folders] == [f"part-{number}" for number in range(1, len(folders) + 1)] and len(
+        folders
+    ) > 5
+    manifest = json.loads((folders[-1] / "manifest.json").read_text())
+    for part in folders:
         assert sum(file.stat().st_size for file in part.iterdir() if file.name[-3:].isdigit()) <= 3_000
     for group in manifest["groups"]:
         output = tmp_path / f"out-{group['group']}"
@@ -184,6 +186,20 @@ def test_the_kit_has_what_a_machine_lacks_and_leaves_it_its_own_torch():
     fewer = {line.split("==")[0] for line in kit.needed(image, "3.12")}
     assert {"trl", "bitsandbytes", "pydantic-core"} <= fewer < alone and "transformers" not in fewer
     assert "transformers" in {line.split("==")[0] for line in kit.needed({**image, "transformers": "4.50.0"}, "3.12")}
+
+
+def test_training_needs_its_data_which_a_kit_brings(tmp_path, monkeypatch):
+    (tmp_path / "gsm8k_train.jsonl").write_text("{}\n")
+    kit.pack_project(tmp_path / "project.tar", tmp_path)
+    with tarfile.open(tmp_path / "project.tar") as archive:
+        archive.extractall(tmp_path / "there", filter="data")
+    last, env = PARTS[-1], start.environment(tmp_path, "a commit")
+    assert last.name == "training" and env["XTF_TEST_DATA"] == str(tmp_path / "project/data")
+    monkeypatch.setattr(real, "is_made", lambda name: True)
+    for folder, answer in ((tmp_path / "elsewhere", "no gsm8k_train.jsonl"), (tmp_path / "there/data", "")):
+        monkeypatch.setattr(parts, "DATA", folder)
+        missing = last.missing(settings(tmp_path, smoke=False))
+        assert missing.startswith(answer) and bool(missing) is bool(answer)
 
 
 def test_what_another_kit_left_is_unpacked_anew(tmp_path, archives):

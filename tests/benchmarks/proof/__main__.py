@@ -87,6 +87,12 @@ def run(
     return found
 
 
+def record(result: dict[str, Any]) -> str:
+    """A result as a line of JSON, without the text of public files."""
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: round(float(text), 5))
+    return json.dumps({name: value for name, value in rounded.items() if name != "longest"}) + "\n"
+
+
 def share(arguments: list[str], workers: int) -> None:
     """Measure in several processes."""
     words = [sys.executable, "-m", "tests.benchmarks.proof", *arguments, "--workers", "1"]
@@ -105,6 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that share the measurements")
     parser.add_argument("--part", default="0/1", help="what a worker measures: 0/2 is every second one from the first")
     parser.add_argument("--minutes", type=float, default=80, help="begin no measurement after this time")
+    parser.add_argument("--results", type=Path, help="also write all results into this file, a line each")
+    parser.add_argument("--pictures", type=Path, help="also draw the pictures into this folder")
     parser.add_argument("--write", type=Path, help="also put the tables into this page")
     given = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
@@ -124,6 +132,12 @@ def main(arguments: list[str] | None = None) -> None:
         return
     text = tables.everything(found, trained)
     print(text)
+    if given.pictures:
+        from . import pictures  # Matplotlib is not on every machine that measures
+
+        pictures.draw(found, trained, given.pictures)
+    if given.results:
+        given.results.write_text("".join(record(one) for one in (*found, *trained)), encoding="utf-8")
     if given.write:
         tables.write(given.write, text)
 
