@@ -61,6 +61,8 @@ class ByHand:
         if unit.start == 0 or self.protected[number] or not (has_prompt or unit.start > unit.turn):
             return NAN
         before, alone = read(unit.ids[:begin], own), read(self.template, own)
+        if begin < unit.start:  # behind a gap the first token counts as without one
+            before += read(unit.ids[: unit.start], own[:1]) - read(unit.ids[:begin], own[:1])
         known = (read(unit.ids[: unit.turn], own) + before) / 2 if has_prompt else before
         return 1 - (known + PRIOR) / (alone + PRIOR)
 

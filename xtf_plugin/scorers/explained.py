@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PRIOR = 5.0  # nats added to the surprise of a unit, so that a unit of two tokens has no extreme share
 LEAST = 0.1  # median share below which a reference does not read the prompts of a dataset
 ROUNDS = 3  # of scoring units again without dropped text before them
+SKIPPED = 1  # first tokens behind such a gap: what they lack is the line's indentation, not what it says
 
 
 class ExplainedConfig(ScoreConfig):
@@ -74,7 +75,8 @@ def explained(context: ScoringContext, config: ExplainedConfig) -> Floats:
     prompt, B alone counts, and the first unit is NaN.
 
     Text that belongs to dropped text before it looks explained. So B of a kept unit is computed again, without the
-    dropped units that stand directly before it, until nothing changes or three times. Units of which the prompt alone
+    dropped units that stand directly before it, until nothing changes or three times; its first token, which lacks the
+    indentation that goes with a dropped line, counts as before. Units of which the prompt alone
     explains twice the threshold are left out: they are kept whatever B is, unless that is negative.
 
     If the median share of the dataset is below 0.1, all scores are NaN: a reference to which prompts say so little
@@ -134,7 +136,7 @@ class _Units:
             if not len(changed):
                 break
             read[changed] = begins[changed]
-            own[changed] = self._surprise(begins, template, changed)[changed]
+            own[changed] = self._surprise(begins, template, changed, SKIPPED)[changed]
             shares = self._shares(own, behind, alone, prompted)
         return self._spread(shares), Explained(template, limit, True)
 
@@ -173,8 +175,11 @@ class _Units:
         sums: Doubles = np.add.reduceat(counted, self.starts) if len(self.starts) else np.zeros(0)
         return sums
 
-    def _surprise(self, keep: Ints, template: NDArray[Any], only: Ints | None = None) -> Doubles:
-        """Log-probability of the first tokens of each unit after what `keep` says, (S,); see `Splices`."""
+    def _surprise(self, keep: Ints, template: NDArray[Any], only: Ints | None = None, skipped: int = 0) -> Doubles:
+        """Log-probability of the first tokens of each unit after what `keep` says, (S,); see `Splices`.
+
+        The first `skipped` tokens count as they do after all text before them.
+        """
         import numpy as np
 
         from ..data.splices import Splices
@@ -184,7 +189,12 @@ class _Units:
         begin = self.starts[chosen]
         splices = Splices(keep[chosen], begin, begin + self.read[chosen], template)
         result = np.full(len(self.starts), np.nan)
-        result[chosen] = splices.per_splice(self.context.predictions_of(splices, self.config.reference).logprobs)
+        found = self.context.predictions_of(splices, self.config.reference).logprobs
+        if skipped:
+            place = np.arange(len(found)) - np.repeat(splices.offsets[:-1], np.diff(splices.offsets))
+            at = np.repeat(begin, np.diff(splices.offsets)) + place
+            found = np.where(place < skipped, self.context.log_probabilities(self.config.reference)[at], found)
+        result[chosen] = splices.per_splice(found)
         return result
 
     def _before_dropped(self, dropped: Bools) -> Ints:
