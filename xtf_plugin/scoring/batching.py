@@ -55,10 +55,12 @@ class ScoringStats:
             setattr(self, name, getattr(self, name) + value)
 
     def part(self, documents: int, tokens: int, stored_documents: int) -> ScoringStats:
-        """Those of some documents of the pass, by their share of its tokens; the others' are left in this object."""
+        """Take the values of some documents out of this object: batches and halvings all, the rest by tokens."""
         share = tokens / max(self.tokens, 1)
         padded, seconds = round(self.padded_tokens * share), self.seconds * share
-        part = ScoringStats(documents, tokens, padded, self.batches, self.halvings, seconds, stored_documents)
+        part = ScoringStats(documents, tokens, padded, seconds=seconds, stored_documents=stored_documents)
+        if documents:
+            part.batches, part.halvings = self.batches, self.halvings
         for name, value in asdict(part).items():
             setattr(self, name, getattr(self, name) - value)
         return part
