@@ -12,6 +12,7 @@ from tests.made_scores import DEFAULT, KN, TR, read_prompts
 from tests.test_plan import Provider, rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
+from xtf_plugin.errors import XTFError
 from xtf_plugin.plan import make_plan
 from xtf_plugin.scorers.explained import common_template
 from xtf_plugin.scoring import branches, cached_scores
@@ -139,14 +140,14 @@ def test_a_reference_that_cannot_share_reads_plainly_and_the_run_says_what_it_co
     shared, _, _ = planned(tmp_path / "shared")
 
     def broken(*_):
-        raise branches.CannotShare("TypeError: no cache")
+        raise XTFError("no cache.")
 
     monkeypatch.setattr(branches, "_read", broken)
     plain, provider, _ = planned(tmp_path / "plain")
     assert provider.reference.branches is False
     np.testing.assert_allclose(plain.scores.logprobs, shared.scores.logprobs, atol=2e-5)
     assert np.array_equal(plain.selection.keep, shared.selection.keep)
-    (warning,) = [text for text in plain.warnings if "TypeError: no cache" in text]
+    (warning,) = [text for text in plain.warnings if text.startswith("no cache: so what")]
     assert "times the tokens" in warning and not any("times the tokens" in text for text in shared.warnings)
 
 

@@ -37,10 +37,6 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 Row = Ints  # indices of documents of a group; the first has the longest beginning
 
 
-class CannotShare(XTFError):
-    """A decoder failed while it read documents with a shared beginning."""
-
-
 def can_branch(reference: Reference, documents: DocumentSet) -> bool:
     """Whether documents may share the keys and values of their beginning.
 
@@ -72,9 +68,8 @@ def agrees(documents: DocumentSet, wanted: Ints, reference: Reference) -> bool:
             plain = int(documents.lengths[wanted].sum())
             shared = int(_tokens(documents, plan_rows(documents, wanted, plain)).sum())
             reference.warnings.append(
-                f"{reference.name} cannot use the keys and values of one beginning for several documents ({why}): what "
-                "the sentences of a document have in common is read for each of them again, which takes "
-                f"{plain / shared:.1f} times the tokens"
+                f"{why}: so what the sentences of a document have in common is read again for each of them, "
+                f"{plain / shared:.1f} times the tokens in all"
             )
     return reference.branches
 
@@ -84,8 +79,8 @@ def _difference(documents: DocumentSet, few: Ints, reference: Reference) -> str 
     try:
         with reference.scoring(record=False, masked=True):
             found = list(score_branches(documents, few, reference, int(documents.lengths[few].sum()), ScoringStats()))
-    except CannotShare as error:
-        return str(error)
+    except XTFError as error:
+        return str(error).rstrip(".")
     with reference.scoring(record=False):
         plain = {documents.keys[index].tobytes(): _alone(documents, int(index), reference) for index in few}
     gaps = [
@@ -94,7 +89,9 @@ def _difference(documents: DocumentSet, few: Ints, reference: Reference) -> str 
         for key, low, high in zip(records.keys, records.offsets, records.offsets[1:], strict=False)
     ]
     gap = float(np.concatenate(gaps).mean())
-    return None if gap <= (0.1 if low_precision(reference) else 1e-3) else f"log-probabilities change by {gap:.2g}"
+    if gap <= (0.1 if low_precision(reference) else 1e-3):
+        return None
+    return f"{reference.name} gives documents that share a beginning other log-probabilities, by {gap:.2g} nats"
 
 
 def _alone(documents: DocumentSet, index: int, reference: Reference) -> Floats:
@@ -181,8 +178,7 @@ def score_branches(
             wanted are kept, so that a run that resumes after a kill gets the same bits. None: `wanted`.
 
     Raises:
-        XTFError: a single document does not fit into memory.
-        CannotShare: the decoder failed.
+        XTFError: the decoder failed; a single document does not fit into memory.
     """
     pending = _planned(documents, wanted, budget, wanted if planned is None else planned)[::-1]
     fits = None  # padded tokens, once memory ran out
@@ -304,8 +300,8 @@ def _read(reference: Reference, beginnings: Ints, rest: _Rest) -> Tensor:
 def _masks(reference: Reference, rest: _Rest, width: int) -> Any:
     """What the rest sees of beginnings (G, width) and of itself, (G, 1, R, width + R); a dict by kind of layer."""
     config, device = reference.text_config, reference.device
-    owner, reach, positions = (_there(part, reference) for part in (rest.owner, rest.reach, rest.positions))
-    places = torch.arange(width, device=device)
+    owner, reach, positions = (_there(part, reference).int() for part in (rest.owner, rest.reach, rest.positions))
+    places = torch.arange(width, dtype=torch.int32, device=device)
     itself = (owner[:, :, None] == owner[:, None, :]).tril()  # padding sees padding: of nothing, softmax would be NaN
     seen = torch.cat([places < reach[:, :, None], itself], dim=2)
     near, window = seen, getattr(config, "sliding_window", None)
@@ -328,7 +324,8 @@ def _states(reference: Reference, ids: Tensor, cache: Any, **given: Any) -> Tens
     except CANNOT as error:
         if is_out_of_memory(error):
             raise
-        raise CannotShare(f"{type(error).__name__}: {error}") from error
+        problem = f"{type(error).__name__}: {error}"
+        raise XTFError(f"{reference.name} fails on documents that share a beginning ({problem})") from error
     return found
 
 

@@ -139,8 +139,9 @@ class Reference:
             if record:
                 stack.enter_context(attention_switched(self.model))
             elif masked and self.text_config._attn_implementation not in MASKED:
-                soft = getattr(self.text_config, "attn_logit_softcapping", None)  # SDPA has none
-                stack.enter_context(attention_switched(self.model, "eager" if soft else "sdpa"))
+                soft = getattr(self.text_config, "attn_logit_softcapping", None)  # SDPA would refuse it
+                plain = soft or not getattr(self.model, "_supports_sdpa", True)
+                stack.enter_context(attention_switched(self.model, "eager" if plain else "sdpa"))
             yield
 
     def forward(
