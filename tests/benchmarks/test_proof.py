@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 
 from tests import real
 from tests.benchmarks import stats
-from tests.benchmarks.proof import noise, pictures, tables, texts
+from tests.benchmarks.proof import detect, noise, pictures, tables, texts
 from tests.benchmarks.proof.__main__ import record
 from tests.benchmarks.proof.detect import RULES, Setting, dropped, tokenized
 from tests.benchmarks.proof.texts import GOOD, Example
+from xtf_plugin.scoring.batching import ScoringStats
 
 
 def clean(number: int = 40) -> list[Example]:
@@ -78,6 +80,14 @@ def test_shares_are_by_kind():
     kinds = np.asarray([GOOD, GOOD, "typo", "digression"], dtype=object)
     found = dropped(np.asarray([True, False, True, False]), kinds)
     assert found == {GOOD: 0.5, "typo": 1.0, "digression": 0.0, "found": 0.5}
+
+
+def test_the_cost_counts_all_tokens_that_were_read():
+    """One pass may read documents and splices together, so the seconds of a plain pass are measured apart."""
+    excerpts = {"tokens": 60, "seconds": 1.5}
+    made = SimpleNamespace(stats=ScoringStats(tokens=90, seconds=2.5), scorers={"excerpts": excerpts})
+    documents = SimpleNamespace(lengths=np.asarray([40, 60]))
+    assert detect._cost(made, documents, 6.0, 2.0) == {"tokens": 1.5, "seconds": 2.0, "whole": 3.0}
 
 
 def test_settings_have_keys_of_their_own():

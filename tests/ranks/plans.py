@@ -40,8 +40,10 @@ def plan_of(ranks, folder, block):
 
 def planned(ranks, folder, block):
     plan = plan_of(ranks, folder, block)
-    about = plan.scorers.get("excerpts", {}).get("documents", 0)
-    return {"keep": plan.selection.keep.astype(int).tolist(), "excerpts": about, "documents": plan.stats.documents}
+    about, keep = plan.scorers.get("excerpts", {}), plan.selection.keep.astype(int).tolist()
+    found = {"keep": keep, "excerpts": about.get("documents", 0), "documents": plan.stats.documents}
+    # what documents have in common is read by one rank
+    return {**found, "tokens": plan.stats.tokens + about.get("tokens", 0)}
 
 
 @case

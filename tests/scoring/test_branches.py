@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import inspect
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +13,11 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from tests import eager, tiny
 from tests.scoring.test_engine import by_document
-from xtf_plugin.data.documents import Branches, from_arrays
+from xtf_plugin.data.documents import Branches, beside, collect, from_arrays
 from xtf_plugin.errors import XTFError
 from xtf_plugin.scoring import branches, engine
-from xtf_plugin.scoring.branches import agrees, can_branch, plan_branches, score_branches
+from xtf_plugin.scoring.batching import ScoringStats
+from xtf_plugin.scoring.branches import agrees, can_branch, plan_branches, plan_rows, score_branches, share_out_rows
 from xtf_plugin.scoring.reference import Reference
 from xtf_plugin.store.records import Records
 
@@ -84,24 +86,91 @@ def test_a_common_beginning_is_read_once():
     assert plain.tokens == documents.lengths.sum()
 
 
+@pytest.mark.parametrize("budget", [300, 100_000])
 @pytest.mark.parametrize("family", ["gemma3", "gemma2", "mistral", "qwen2"])
-def test_documents_longer_than_a_sliding_window_are_read_plainly(family, monkeypatch):
-    """A shared beginning has gaps, and windows are counted in places of the cache."""
+def test_a_sliding_window_is_counted_in_tokens_of_the_document(family, budget):
+    """Not in places of the row, where other documents stand between a document's beginning and its rest."""
     model, documents = tiny.model(family), alike()
     assert model.config.sliding_window < documents.lengths.max()
-    monkeypatch.setattr(engine, "score_branches", lambda *_, **__: 1 / 0)
-    found, stats, reference = scored(documents, model, batch_tokens=300)
-    assert not can_branch(reference, documents) and reference.branches is None
+    found, stats, reference = scored(documents, model, batch_tokens=budget)
+    assert reference.branches is True and stats.tokens < documents.lengths.sum()
     check(documents, found, model)
-    assert stats.tokens == documents.lengths.sum()
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gemma2", "mistral", "qwen2"])
-def test_documents_within_a_sliding_window_share_their_beginning(family):
-    model, documents = tiny.model(family, sliding_window=64), alike()
-    found, _, reference = scored(documents, model, batch_tokens=300)
+@pytest.mark.parametrize(
+    ("family", "attention", "instead"),
+    [
+        ("llama", "eager", "eager"),
+        ("llama", "sdpa", "sdpa"),
+        ("llama", "flash_attention_2", "sdpa"),
+        ("llama", "flex_attention", "sdpa"),
+        ("gemma2", "flash_attention_2", "eager"),  # its scores are capped, which SDPA cannot do
+        ("qwen2", "flash_attention_2", "eager"),  # here of a class that says it has no SDPA
+    ],
+)
+def test_attention_that_takes_no_such_masks_is_replaced_for_the_pass(family, attention, instead):
+    model, documents, used, found = tiny.model(family), alike(), set(), {}
+    model.config._attn_implementation = attention
+    model.model.register_forward_pre_hook(lambda module, _: used.add(module.config._attn_implementation))
+    model._supports_sdpa = family != "qwen2"
+    reference = Reference(model, "tiny")
+    with reference.scoring(record=False, masked=True):
+        for records in score_branches(documents, np.arange(len(documents)), reference, 100_000, ScoringStats()):
+            found |= by_document(records)
+    assert used == {instead} and model.config._attn_implementation == attention
+    model.config._attn_implementation = "eager"
+    check(documents, found, model)
+
+
+def test_attention_is_not_replaced_elsewhere():
+    model = tiny.model()
+    model.config._attn_implementation = "flash_attention_2"
+    with Reference(model, "tiny").scoring(record=False):
+        assert model.config._attn_implementation == "flash_attention_2"
+
+
+def conversations():
+    """Documents of several turns, and splices of each after each of its prompts; one turn of one document has none."""
+    rng, rows = np.random.default_rng(5), []
+    for turns in (1, 2, 3, 1):
+        ids, labels = [], []
+        for _ in range(turns):
+            prompt, answer = (rng.integers(4, 400, rng.integers(2, 12)).tolist() for _ in range(2))
+            ids += prompt + answer
+            labels += [-100] * len(prompt) + answer
+        rows.append({"input_ids": ids, "labels": labels})
+    documents = collect(rows)
+    ids, masks, groups, lengths = [], [], [], []
+    for index in range(len(documents) - 1):
+        own, mask = documents.document(index)
+        for turn in np.flatnonzero(np.diff(mask.astype(int)) == 1) + 1:
+            ids.append(np.concatenate([own[:turn], rng.integers(4, 400, 3)]).astype(np.int32))
+            masks.append(np.arange(turn + 3) >= turn)
+            groups.append(index)
+            lengths.append(turn)
+    return documents, from_arrays(ids, masks, Branches(np.asarray(groups), np.asarray(lengths)))
+
+
+@pytest.mark.parametrize("budget", [1, 60, 100_000])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
+def test_a_document_is_read_with_what_begins_like_it(family, budget):
+    """It is all beginning: its own completions are predicted by the states of the beginning, in every turn."""
+    documents, others = conversations()
+    both, model = beside(documents, others), tiny.model(family)
+    found, stats, reference = scored(both, model, batch_tokens=budget)
     assert reference.branches is True
-    check(documents, found, model)
+    check(both, found, model)
+    if budget == 100_000:
+        assert stats.tokens == documents.lengths.sum() + 3 * len(others)
+    assert both.row_documents.tolist() == (len(documents) + others.row_documents).tolist()
+
+
+def test_a_first_token_is_predicted_by_nothing():
+    documents, others = collect([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}]), alike(groups=1)
+    others = replace(others, branches=Branches(others.branches.groups, others.branches.lengths))
+    found, _, _ = scored(beside(documents, others), tiny.model())
+    check(beside(documents, others), found, tiny.model())
+    assert np.isnan(found[documents.keys[0].tobytes()].logprobs).tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -149,32 +218,90 @@ def test_documents_without_common_beginnings_are_read_plainly(why, changes):
     assert not can_branch(Reference(tiny.model(), "tiny"), replace(documents, **changes)), why
 
 
+def test_documents_longer_than_a_chunk_of_attention_are_not_tried():
+    documents, model = alike(), tiny.model()
+    model.config.attention_chunk_size = int(documents.lengths.max())
+    assert can_branch(Reference(model, "tiny"), documents)
+    model.config.attention_chunk_size -= 1
+    assert not can_branch(Reference(model, "tiny"), documents)
+
+
 def test_rotary_embeddings_that_depend_on_the_batch_are_not_shared():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     assert not can_branch(Reference(tiny.model(rope_parameters=rope), "tiny"), alike())
 
 
 @pytest.mark.parametrize("error", [None, TypeError("no cache"), RuntimeError("no cache")])
-def test_a_decoder_that_disagrees_or_fails_is_found_out_once(error, monkeypatch, caplog):
-    """With wrong positions the sharing gives other numbers; that is seen before any score is used."""
+def test_a_decoder_that_disagrees_or_fails_is_found_out_once(error, monkeypatch):
+    """With wrong positions the sharing gives other numbers; that is seen before any score is used, and said."""
     documents, model, tries = alike(), tiny.model(), []
-    states = branches._states
+    decoder = model.model.forward
 
-    def wrong(reference, ids, cache, **given):
+    def wrong(*, use_cache, input_ids, past_key_values=None, cache=None, **given):
+        if not use_cache:
+            return decoder(use_cache=use_cache, input_ids=input_ids, **given)
         tries.append(1)
         if error is not None:
             raise error
         given = {**given, "position_ids": 0 * given["position_ids"]} if given else given
-        return states(reference, ids, cache, **given)
+        return decoder(use_cache=use_cache, input_ids=input_ids, **{NAME_OF_CACHE: past_key_values or cache}, **given)
 
-    monkeypatch.setattr(branches, "_states", wrong)
-    with caplog.at_level(logging.INFO):
-        found, _, reference = scored(documents, model, batch_tokens=300)
-        first = len(tries)
-        engine.score(documents, np.arange(3), reference, (), lambda _: None, progress=False)
+    monkeypatch.setattr(model.model, "forward", wrong)
+    found, _, reference = scored(documents, model, batch_tokens=300)
+    first = len(tries)
+    engine.score(documents, np.arange(3), reference, (), lambda _: None, progress=False)
     assert reference.branches is False and len(tries) == first > 0
-    assert "reads shared beginnings again for every document" in caplog.text
+    monkeypatch.undo()
     check(documents, found, model)
+    (warning,) = reference.take_warnings()
+    why = (
+        "other log-probabilities, by" if error is None else f"tiny fails .* [(]{type(error).__name__}: no cache[)]: so"
+    )
+    shared = int((documents.lengths - documents.branches.lengths).sum())
+    for group in set(documents.branches.groups.tolist()):
+        shared += int(documents.branches.lengths[documents.branches.groups == group].max())
+    assert re.search(why, warning) and f"{documents.lengths.sum() / shared:.1f} times the tokens" in warning
+    assert reference.take_warnings() == []
+
+
+NAME_OF_CACHE = "cache" if "cache" in inspect.signature(tiny.model().model.forward).parameters else "past_key_values"
+
+
+@pytest.mark.parametrize("where", ["_read", "_alone"])
+def test_errors_of_our_own_are_not_taken_for_the_decoders(where, monkeypatch):
+    def broken(*_, **__):
+        raise IndexError("ours")
+
+    monkeypatch.setattr(branches, where, broken)
+    with pytest.raises(IndexError, match="ours"):
+        scored(alike(), tiny.model())
+
+
+def test_a_decoder_that_fails_later_is_named():
+    """After it agreed on a few documents."""
+    documents, model = alike(), tiny.model()
+    _, _, reference = scored(documents, model)
+
+    def broken(*_, **__):
+        raise ValueError("planted")
+
+    model.model.forward = broken
+    with pytest.raises(XTFError, match="tiny fails .*ValueError: planted"), reference.scoring(record=False):
+        list(score_branches(documents, np.arange(3), reference, 100_000, ScoringStats()))
+
+
+def test_too_little_memory_for_the_check_is_no_error(monkeypatch):
+    """Without keys and values that are kept, there may be enough."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(branches, "_read", full)
+    documents, model = alike(), tiny.model()
+    found, _, reference = scored(documents, model)
+    check(documents, found, model)
+    (warning,) = reference.take_warnings()
+    assert "out of memory" in warning and "planted" in warning and "times the tokens" in warning
 
 
 def test_agreement_is_measured_on_the_longest_documents(monkeypatch):
@@ -186,32 +313,77 @@ def test_agreement_is_measured_on_the_longest_documents(monkeypatch):
     assert agrees(documents, np.arange(len(documents)), reference) and len(seen) == 1
 
 
+def test_agreement_is_not_measured_on_documents_that_are_all_beginning(monkeypatch):
+    """A forward over them is an ordinary one."""
+    documents, others = conversations()
+    both, reference, seen = beside(documents, others), Reference(tiny.model(), "tiny"), []
+    few = branches.score_branches
+    monkeypatch.setattr(branches, "score_branches", lambda *given: seen.append(given[1]) or few(*given))
+    assert agrees(both, np.arange(len(documents)), reference) and reference.branches is None and not seen
+    assert agrees(both, np.arange(len(both)), reference) and reference.branches is True
+    assert (seen[0] >= len(documents)).all()
+
+
+def tokens_of(documents, rows):
+    """Tokens of the beginning and of the rest of each row."""
+    rest = documents.lengths - documents.branches.lengths
+    return [(int(documents.branches.lengths[row[0]]), int(rest[row].sum())) for row in rows]
+
+
 @pytest.mark.parametrize("budget", [1, 150, 600, 100_000])
 def test_batches_hold_what_the_budget_allows_and_every_document_once(budget):
     documents = alike(groups=20, each=7, seed=3)
     wanted = np.setdiff1d(np.arange(len(documents)), [2, 9, 10, 40])
     groups, lengths = documents.branches.groups, documents.branches.lengths
-    plans = list(plan_branches(documents, wanted, budget))
-    assert sorted(np.concatenate([plan.documents for plan in plans])) == wanted.tolist()
-    for plan in plans:
-        rest = (documents.lengths - lengths)[plan.documents].max()
-        padded = len(plan.bases) * lengths[plan.bases].max() + len(plan.documents) * rest
-        assert padded <= budget or len(plan.documents) == 1
-        assert len(set(groups[plan.bases].tolist())) == len(plan.bases), "each beginning is read once"
-        for document, group in zip(plan.documents, plan.groups, strict=True):
-            base = plan.bases[group]
-            assert groups[base] == groups[document] and lengths[base] >= lengths[document]
-    assert list(plan_branches(documents, wanted[:0], budget)) == []
+    plans = plan_branches(documents, wanted, budget)
+    assert sorted(np.concatenate([row for batch in plans for row in batch])) == wanted.tolist()
+    for batch in plans:
+        begins, rests = zip(*tokens_of(documents, batch), strict=True)
+        padded = len(batch) * (max(begins) + max(rests))
+        assert padded <= budget or len(batch) == 1
+        for row in batch:
+            assert len(set(groups[row].tolist())) == 1 and lengths[row].max() == lengths[row[0]]
+    if budget == 100_000:
+        assert sum(map(len, plans)) == len(set(groups[wanted].tolist())), "each beginning is read once"
+    assert plan_branches(documents, wanted[:0], budget) == [] == plan_rows(documents, wanted[:0], budget)
 
 
-def test_keys_and_values_are_held_for_a_limited_number_of_rows():
-    """Many short ends of one long beginning: the cache is copied for each of them."""
-    long = np.arange(4, 304).astype(np.int32)
-    ids = [np.append(long, token).astype(np.int32) for token in range(4, 204)]
-    masks = [np.arange(301) == 300] * 200
-    documents = from_arrays(ids, masks, Branches(np.zeros(200, dtype=np.int64), np.full(200, 300)))
-    plans = list(plan_branches(documents, np.arange(200), 1_000))
-    assert max(len(plan.documents) for plan in plans) * 301 <= branches.CACHED * 1_000 and len(plans) > 1
+def ends(beginning, number, size):
+    """Documents of `size` tokens each after one beginning."""
+    first = np.arange(4, 4 + beginning)
+    ids = [np.append(first, np.full(size, token)).astype(np.int32) for token in range(4, 4 + number)]
+    masks = [np.arange(beginning + size) >= beginning] * number
+    return from_arrays(ids, masks, Branches(np.zeros(number, dtype=np.int64), np.full(number, beginning)))
+
+
+@pytest.mark.parametrize(
+    ("beginning", "number", "size", "budget", "rows"),
+    [
+        (20, 100, 16, 100_000, [400] * 4),  # 512 tokens at most, and rows of like lengths
+        (1_000, 100, 16, 100_000, [800, 800]),  # as many as the beginning has
+        (9_000, 100, 100, 100_000, [3_400, 3_400, 3_200]),  # 4,096 at most
+        (300, 100, 16, 600, [272] * 5 + [240]),  # what the budget leaves
+        (3_000, 10, 600, 4_096, [1_800, 1_800, 1_800, 600]),  # half of the budget after a long beginning
+        (30, 3, 700, 100_000, [700] * 3),  # a document is not cut
+    ],
+)
+def test_rows_are_neither_long_nor_do_they_read_beginnings_often(beginning, number, size, budget, rows):
+    documents = ends(beginning, number, size)
+    found = [rest for _, rest in tokens_of(documents, plan_rows(documents, np.arange(number), budget))]
+    assert found == rows
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_documents_of_a_row_are_scored_by_one_rank(size):
+    documents = alike(groups=20, each=7, seed=3)
+    wanted = np.setdiff1d(np.arange(len(documents)), [2, 9, 10, 40])
+    ranks = share_out_rows(documents, wanted, size, 4_096)
+    own = documents.branches.groups[wanted]
+    assert all(len(set(ranks[own == group].tolist())) == 1 for group in own) and len(set(ranks.tolist())) == size
+    read = [
+        sum(map(sum, tokens_of(documents, plan_rows(documents, wanted[ranks == rank], 4_096)))) for rank in range(size)
+    ]
+    assert max(read) - min(read) < 300
 
 
 @pytest.fixture
@@ -220,8 +392,8 @@ def little_memory(monkeypatch):
     scores, sizes = branches._scores, []
 
     def limited(documents, batch, reference):
-        sizes.append(len(batch.documents))
-        if len(batch.documents) > 2:
+        sizes.append(sum(map(len, batch)))
+        if sizes[-1] > 2:
             raise torch.OutOfMemoryError("planted")
         return scores(documents, batch, reference)
 
@@ -230,10 +402,30 @@ def little_memory(monkeypatch):
     return sizes
 
 
-def test_out_of_memory_halves_the_batches(little_memory):
+def test_out_of_memory_halves_the_batches(little_memory, caplog):
     documents, model = alike(), tiny.model()
     found, stats, _ = scored(documents, model, batch_tokens=100_000)
     assert max(little_memory) == len(documents) and stats.batches > len(documents) // 2
+    assert stats.halvings == sum(size > 2 for size in little_memory) > 0 and "out of memory with" in caplog.text
+    check(documents, found, model)
+
+
+def test_larger_batches_are_split_before_they_fail(monkeypatch):
+    """Whoever has seen once how much fits does not try as much again."""
+    documents, model, tried = alike(groups=12), tiny.model(), []
+    scores = branches._scores
+
+    def limited(documents, batch, reference):
+        begins, rests = zip(*tokens_of(documents, batch), strict=True)
+        tried.append(len(batch) * (max(begins) + max(rests)))
+        if tried[-1] > 200:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return scores(documents, batch, reference)
+
+    monkeypatch.setattr(branches, "CHECKED", 2)
+    monkeypatch.setattr(branches, "_scores", limited)
+    found, stats, _ = scored(documents, model, batch_tokens=400)
+    assert stats.halvings == sum(size > 200 for size in tried) == 1
     check(documents, found, model)
 
 
@@ -245,7 +437,7 @@ def test_a_document_that_does_not_fit_is_refused(monkeypatch):
 
     monkeypatch.setattr(branches, "_scores", full)
     with pytest.raises(XTFError, match="planted"):
-        list(score_branches(documents, np.arange(3), reference, 100_000))
+        list(score_branches(documents, np.arange(3), reference, 100_000, ScoringStats()))
 
 
 def test_other_errors_are_passed_on(monkeypatch):
@@ -254,31 +446,31 @@ def test_other_errors_are_passed_on(monkeypatch):
 
     monkeypatch.setattr(branches, "_scores", broken)
     with pytest.raises(RuntimeError, match="device-side assert"):
-        list(score_branches(alike(), np.arange(3), Reference(tiny.model(), "tiny"), 100_000))
+        list(score_branches(alike(), np.arange(3), Reference(tiny.model(), "tiny"), 100_000, ScoringStats()))
 
 
 def test_a_run_that_resumes_has_the_bits_of_one_that_was_not_killed():
     documents, reference = alike(groups=9), Reference(tiny.model(), "tiny")
     everything, budget = np.arange(len(documents)), 250
-    plans = list(plan_branches(documents, everything, budget))
+    plans = [np.concatenate(batch) for batch in plan_branches(documents, everything, budget)]
     assert len(plans) > 3
-    done = np.concatenate([plans[0].documents, plans[2].documents[:1]])  # a complete batch and part of another
+    done = np.concatenate([plans[0], plans[2][:1]])  # a complete batch and part of another
     wanted = np.setdiff1d(everything, done)
 
     def run(chosen, planned):
-        with reference.scoring(record=False):
-            given = score_branches(documents, chosen, reference, budget, planned=planned)
-            return dict(each for records, _, _ in given for each in by_document(records))
+        with reference.scoring(record=False, masked=True):
+            given = score_branches(documents, chosen, reference, budget, ScoringStats(), planned=planned)
+            return dict(each for records in given for each in by_document(records))
 
     whole, rest = run(everything, everything), run(wanted, everything)
     assert rest.keys() == {documents.keys[index].tobytes() for index in wanted}
     same = [key for key in rest if np.array_equal(rest[key].logprobs, whole[key].logprobs, equal_nan=True)]
-    kept = np.concatenate([plan.documents for plan in plans[1:2] + plans[3:]])
+    kept = np.concatenate(plans[1:2] + plans[3:])
     assert {documents.keys[index].tobytes() for index in kept} <= set(same)
 
 
 def test_scores_are_the_same_whatever_is_read_beside_them():
-    """Up to rounding: padding on the left of an end and on the right of a beginning is not attended to."""
+    """Up to rounding: neither padding nor other documents of a row are attended to."""
     documents, model = alike(groups=8), tiny.model()
     found, _, _ = scored(documents, model, batch_tokens=100_000)
     alone, _, _ = scored(documents, model, batch_tokens=1)

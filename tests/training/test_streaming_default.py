@@ -12,6 +12,7 @@ from tests import tiny
 from tests.made_scores import read_prompts
 from tests.streams import attached, rows, trained, trainer
 from tests.test_plan import Provider
+from tests.test_plan import rows as rows_of
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.data.ragged import Layout, dataset_quantiles
@@ -137,3 +138,12 @@ def test_prompts_that_explain_nothing_are_read_in_the_sample_alone(tmp_path, mon
     attached(tmp_path, trainer(tmp_path, rows().to_iterable_dataset()), block).train()
     assert len(chunks) > 3 and set(read) == {SAMPLE}
     assert all(np.isnan(values["task_relevance"]).all() for _, values in chunks)
+
+
+def test_a_chunk_says_what_its_reference_warns_of(tmp_path):
+    provider, given = Provider(), collect(rows_of(4))
+    config = XTFConfig.parse({"cache_dir": str(tmp_path)})
+    source = streaming._ChunkSource(config, given, tiny.tokenizer(), provider.reference, 100)
+    provider.reference.warnings.append("it reads much again")
+    source.predictions()
+    assert source.warnings == ["it reads much again"] and not provider.reference.warnings

@@ -252,6 +252,27 @@ def from_arrays(ids: Sequence[NDArray[np.int32]], completions: Sequence[Mask], b
     return replace(distinct.documents([1] * len(rows), rows), branches=kept)
 
 
+def beside(documents: DocumentSet, others: DocumentSet) -> DocumentSet:
+    """Some documents, and after them others that begin like them: group `i` of `others` begins like document `i`.
+
+    A document is all beginning of its own group. The rows are those of `others`.
+    """
+    assert others.branches is not None
+    groups, lengths = others.branches.groups, others.branches.lengths
+    return DocumentSet(
+        keys=np.concatenate([documents.keys, others.keys]),
+        counts=np.concatenate([documents.counts, others.counts]),
+        offsets=np.concatenate([documents.offsets, documents.offsets[-1] + others.offsets[1:]]),
+        input_ids=np.concatenate([documents.input_ids, others.input_ids]),
+        completion=np.concatenate([documents.completion, others.completion]),
+        row_offsets=others.row_offsets,
+        row_documents=others.row_documents + len(documents),
+        branches=Branches(
+            np.concatenate([np.arange(len(documents)), groups]), np.concatenate([documents.lengths, lengths])
+        ),
+    )
+
+
 class _Distinct:
     """Collects distinct documents in order of first appearance."""
 

@@ -49,7 +49,10 @@ class Splices:
         return np.where(self.end > self.begin, sums, 0.0)
 
     def documents(self, source: DocumentSet) -> DocumentSet:
-        """The distinct splices as documents, in groups that begin alike; `row_documents` (W,) has each splice's."""
+        """The distinct splices as documents; `row_documents` (W,) has each splice's.
+
+        Their group is the index of the source's document that they begin like; -1: they begin with the template.
+        """
         flat = source.completion_flat
         # a prompt after what is left out, between two turns, is read
         first = np.where((self.keep >= 0) & (self.keep < self.begin), flat[self.begin - 1] + 1, flat[self.begin])

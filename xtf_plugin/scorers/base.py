@@ -168,7 +168,8 @@ class ScoringContext:
     def predictions_of(self, splices: Splices, reference: ReferenceConfig | None = None) -> Predictions:
         """What a reference predicts in splices of the documents: in a part of each, right after its beginning.
 
-        The common beginning of a document's splices is read once. Results are stored by content.
+        The common beginning of a document's splices is read once. Results are stored by content. Ask for splices that
+        begin with whole prompts before `predictions`: then prompts are read once for both.
 
         Args:
             splices: see `data.splices.Splices`.

@@ -112,10 +112,12 @@ class _Units:
         if given.readable is False:  # nothing would come of reading later documents
             return np.full(len(self.context.token_ids), np.nan, dtype=np.float32), given
         template = common_template(self.documents, self.context.tokenizer) if given.template is None else given.template
-        own = np.zeros(len(self.starts))
-        own[:] = self._sums(self.context.log_probabilities(self.config.reference))
+        later = self.starts > self.turns
+        # before the documents' own scores, which are then found in the same pass
+        behind = self._surprise(self.turns, template, np.flatnonzero(self.open & later))
+        own = self._sums(self.context.log_probabilities(self.config.reference))
+        behind = np.where(later, behind, own)
         alone = self._surprise(np.full(len(self.starts), -1), template)
-        behind = np.where(self.starts > self.turns, self._surprise(self.turns, template), own)
         prompted = self.prompts > len(template)
         shares = self._shares(own, behind, alone, prompted)
         median = self._median(shares)

@@ -160,8 +160,8 @@ AttentionMaskInterface.register(IMPLEMENTATION, received_mask)
 
 
 @contextmanager
-def attention_switched(model: nn.Module) -> Iterator[None]:
-    """Set XTF's attention function in every config of `model`, and restore each one's own on exit.
+def attention_switched(model: nn.Module, chosen: str = IMPLEMENTATION) -> Iterator[None]:
+    """Set an attention function, XTF's by default, in every config of `model`, and restore each one's own on exit.
 
     Sets the private `_attn_implementation`, since some classes refuse unknown names in `set_attn_implementation`. If
     the attribute is renamed, no layer is recorded, `check_recorded` raises, and tests/scoring/test_engine.py fails.
@@ -176,7 +176,7 @@ def attention_switched(model: nn.Module) -> Iterator[None]:
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
-            config._attn_implementation = IMPLEMENTATION
+            config._attn_implementation = chosen
         yield
     finally:
         for _ in range(2):

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.documents import DocumentSet
+from ..data.documents import INT64_MAX, DocumentSet
 from ..data.ragged import offsets_of, runs
 from ..errors import XTFError
 from .kernels.packing import Packed
@@ -53,6 +53,17 @@ class ScoringStats:
         """Add the values of another pass."""
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)
+
+    def part(self, documents: int, tokens: int, stored_documents: int) -> ScoringStats:
+        """Take the values of some documents out of this object: batches and halvings all, the rest by tokens."""
+        share = tokens / max(self.tokens, 1)
+        padded, seconds = round(self.padded_tokens * share), self.seconds * share
+        part = ScoringStats(documents, tokens, padded, seconds=seconds, stored_documents=stored_documents)
+        if documents:
+            part.batches, part.halvings = self.batches, self.halvings
+        for name, value in asdict(part).items():
+            setattr(self, name, getattr(self, name) - value)
+        return part
 
 
 def plan_wanted(
@@ -106,20 +117,27 @@ def plan_batches(
     order = order[lengths[order] > 0]
     longer = 0 if apart is None else int((lengths[order] > apart).sum())
     for part in (order[:longer], order[longer:]):
-        split = runs(offsets_of(lengths[part]), budget) if packed else _cheapest(lengths[part], budget)
+        split = runs(offsets_of(lengths[part]), budget) if packed else cheapest(lengths[part][:, None], budget)
         yield from (part[batch] for batch in split)
 
 
-def _cheapest(longest: NDArray[np.int64], budget: int) -> Iterator[slice]:
-    """The padded batches of the cheapest split."""
-    n = len(longest)
-    sizes = np.clip(budget // np.maximum(longest, 1), 1, np.arange(n, 0, -1))
+def cheapest(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
+    """The cheapest split into padded batches; see `plan_batches`.
+
+    Args:
+        lengths: (n, K) lengths of the K parts of each document, in order; each part is padded to the batch's longest.
+        budget: padded tokens of a batch of several documents.
+    """
+    n = len(lengths)
+    sizes = np.clip(budget // np.maximum(lengths.sum(axis=1), 1), 1, np.arange(n, 0, -1))
     counts = np.arange(1, int(sizes.max(initial=1)) + 1)
     cost = np.zeros(n + 1, dtype=np.int64)  # of all documents from this one on
     best = np.ones(n, dtype=np.int64)  # size of the batch that begins with this document
     for low in range(n - 1, -1, -1):
         size = int(sizes[low])
-        after = counts[:size] * longest[low] + cost[low + 1 : low + 1 + size]
+        padded = counts[:size] * np.maximum.accumulate(lengths[low : low + size]).sum(axis=1)
+        after = padded + cost[low + 1 : low + 1 + size]
+        after[1:][padded[1:] > budget] = INT64_MAX
         chosen = int(after.argmin())
         cost[low], best[low] = after[chosen] + FORWARD_TOKENS, chosen + 1
     low = 0

@@ -1,14 +1,14 @@
 """Scores documents that begin alike: their common beginning is read once, and its keys and values are used for all.
 
-Splices of a document (`data.splices`) share its prompt or more. Read one by one, they would cost as much as their
-number times the document. Here the beginnings of several groups are read in one forward, and the rest of every document
-in a second one that attends to the part of its group's beginning that it shares. Both use transformers' public cache.
+Splices of a document (`data.splices`) share its prompt or more; the document may be read with them, as a beginning that
+has nothing after it. One forward reads the beginnings of several groups, one a row. A second one reads the rest of all
+their documents, those of a group side by side in its row: each attends to itself and to as much of the beginning as it
+shares. Both use transformers' public interfaces: a cache, and masks of four dimensions.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,72 +19,79 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..data.documents import DocumentSet
-from ..data.ragged import Floats, Ints, offsets_of
+from ..data.documents import Branches, DocumentSet
+from ..data.ragged import Floats, Ints, offsets_of, stretches
+from ..errors import XTFError
 from ..store.records import Records
-from .batching import is_out_of_memory, laid_out, too_little
+from .batching import ScoringStats, cheapest, halved, is_out_of_memory, laid_out
+from .distributed import share_out
 from .reference import Reference, rotary_switch
 from .self_check import CANNOT, low_precision
 
-logger = logging.getLogger(__name__)
-
-CACHED = 8  # keys and values may be held for this many times the tokens of a batch
+# Tokens after a beginning that share its row: as many as the beginning has, but at least and at most so many. Each
+# attends to all of its row, so a long row costs time and the memory of its mask; a short one reads beginnings again.
+NARROW, WIDE = 512, 4_096
 CHECKED = 4  # documents that the check reads both ways
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Documents that are scored together.
-
-    Args:
-        documents: (n,) indices of documents.
-        bases: (G,) indices of documents with the longest beginning of each group.
-        groups: (n,) group of each document, as an index into `bases`.
-    """
-
-    documents: Ints
-    bases: Ints
-    groups: Ints
+Row = Ints  # indices of documents of a group; the first has the longest beginning
 
 
 def can_branch(reference: Reference, documents: DocumentSet) -> bool:
     """Whether documents may share the keys and values of their beginning.
 
-    Needs attention in all layers, and no document longer than a sliding window: a shared beginning has gaps, and
-    windows are counted in places of the cache.
+    Needs attention in all layers, and no document longer than the chunks of chunked attention.
     """
-    if documents.branches is None or reference.lockstep or not (documents.branches.lengths > 0).all():
+    scored = np.diff(documents.completion_offsets) > 0
+    if documents.branches is None or reference.lockstep or not (documents.branches.lengths[scored] > 0).all():
         return False
-    config, shared = reference.text_config, documents.branches.lengths
+    config = reference.text_config
     kinds = set(getattr(config, "layer_types", None) or ATTENTION)
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    longest = int(shared.max()) + int((documents.lengths - shared).max())
-    return kinds <= ATTENTION and rotary_switch(config) is None and (not window or longest <= window)
+    chunk = getattr(config, "attention_chunk_size", None)
+    fits = not chunk or int(documents.lengths.max()) <= chunk
+    return kinds <= ATTENTION and rotary_switch(config) is None and fits
 
 
 def agrees(documents: DocumentSet, wanted: Ints, reference: Reference) -> bool:
-    """Whether a few documents get the log-probabilities that they get alone, up to rounding; tried once a reference."""
+    """Whether a few documents get the log-probabilities that they get alone, up to rounding; tried once a reference.
+
+    If not, or if the decoder fails on them, the reference gets a warning.
+    """
     if reference.branches is None:
-        few = wanted[np.argsort(documents.lengths[wanted], kind="stable")[-CHECKED:]]
-        try:
-            with reference.scoring(record=False):
-                found = list(score_branches(documents, few, reference, CHECKED * int(documents.lengths[few].max())))
-                plain = {documents.keys[index].tobytes(): _alone(documents, int(index), reference) for index in few}
-        except CANNOT as error:
-            logger.info("xtf: %s reads shared beginnings again for every document: %s", reference.name, error)
-            reference.branches = False
-            return False
-        gaps = [
-            np.abs(records.logprobs[low:high] - plain[key.tobytes()])
-            for records, _, _ in found
-            for key, low, high in zip(records.keys, records.offsets, records.offsets[1:], strict=False)
-        ]
-        gap = float(np.concatenate(gaps).mean())
-        reference.branches = gap <= (0.1 if low_precision(reference) else 1e-3)
-        if not reference.branches:
-            logger.info("xtf: %s reads shared beginnings again for every document: a gap of %.2g", reference.name, gap)
+        beyond = wanted[documents.lengths[wanted] > _branches(documents).lengths[wanted]]
+        few = beyond[np.argsort(documents.lengths[beyond], kind="stable")[-CHECKED:]]
+        if not len(few):  # all are beginnings, which nothing is different for
+            return True
+        why = _difference(documents, few, reference)
+        reference.branches = why is None
+        if why is not None:
+            plain = int(documents.lengths[wanted].sum())
+            shared = int(_tokens(documents, plan_rows(documents, wanted, plain)).sum())
+            reference.warnings.append(
+                f"{why}: so what the sentences of a document have in common is read again for each of them, "
+                f"{plain / shared:.1f} times the tokens in all"
+            )
     return reference.branches
+
+
+def _difference(documents: DocumentSet, few: Ints, reference: Reference) -> str | None:
+    """What is wrong with the log-probabilities of a few documents; None: nothing."""
+    try:
+        with reference.scoring(record=False, masked=True):
+            found = list(score_branches(documents, few, reference, int(documents.lengths[few].sum()), ScoringStats()))
+    except XTFError as error:
+        return str(error).rstrip(".")
+    with reference.scoring(record=False):
+        plain = {documents.keys[index].tobytes(): _alone(documents, int(index), reference) for index in few}
+    gaps = [
+        np.abs(records.logprobs[low:high] - plain[key.tobytes()])
+        for records in found
+        for key, low, high in zip(records.keys, records.offsets, records.offsets[1:], strict=False)
+    ]
+    gap = float(np.concatenate(gaps).mean())
+    if gap <= (0.1 if low_precision(reference) else 1e-3):
+        return None
+    return f"{reference.name} gives documents that share a beginning other log-probabilities, by {gap:.2g} nats"
 
 
 def _alone(documents: DocumentSet, index: int, reference: Reference) -> Floats:
@@ -96,120 +103,237 @@ def _alone(documents: DocumentSet, index: int, reference: Reference) -> Floats:
     return logprobs
 
 
-def plan_branches(documents: DocumentSet, wanted: Ints, budget: int) -> Iterator[Batch]:
-    """Batches of the `wanted` documents, those of a group side by side, within a budget of padded tokens."""
+def plan_rows(documents: DocumentSet, wanted: Ints, budget: int) -> list[Row]:
+    """The `wanted` documents in rows of one group each, within a budget of tokens where a row has several documents."""
+    groups, shared = _branches(documents).groups, _branches(documents).lengths
+    order = wanted[np.lexsort((wanted, -shared[wanted], groups[wanted]))]
+    rows: list[Row] = []
+    for group in np.split(order, 1 + np.flatnonzero(np.diff(groups[order]))) if len(order) else []:
+        longest, sizes = int(shared[group[0]]), documents.lengths[group] - shared[group]
+        room = min(max(longest, NARROW), WIDE, max(budget - longest, budget // 2, 1))
+        number = max(1, -(-int(sizes.sum()) // room))
+        even = -(-int(sizes.sum()) // number)
+        room = min(room, even + int(sizes.max()) - 1)  # so that the last row is as full as the others
+        opens, filled = [], 0
+        for place, size in enumerate(sizes.tolist()):
+            if place and filled + size > room:
+                opens.append(place)
+                filled = 0
+            filled += size
+        rows += np.split(group, opens)
+    return rows
+
+
+def _branches(documents: DocumentSet) -> Branches:
     assert documents.branches is not None
-    if not len(wanted):
-        return
-    groups, shared, lengths = documents.branches.groups, documents.branches.lengths, documents.lengths
-    order = wanted[np.lexsort((shared[wanted], groups[wanted]))]
-    order = order[np.argsort(_longest(groups[order], shared[order]), kind="stable")]  # groups of like lengths together
-    opens = np.append(True, groups[order[1:]] != groups[order[:-1]])
-    begin = 0
-    while begin < len(order):
-        end, bases, prefix, rest = begin, 0, 0, 0
-        while end < len(order):
-            at = order[end]
-            new = bases + (end == begin or bool(opens[end]))
-            longest, own = max(prefix, int(shared[at])), max(rest, int(lengths[at] - shared[at]))
-            rows = end + 1 - begin
-            full = new * longest + rows * own > budget or rows * (longest + own) > CACHED * budget
-            if end > begin and full:
-                break
-            bases, prefix, rest, end = new, longest, own, end + 1
-        yield _batch(order[begin:end], groups, shared)
-        begin = end
+    return documents.branches
 
 
-def _longest(groups: Ints, shared: Ints) -> Ints:
-    """The longest beginning of each document's group, for documents that are sorted by group and beginning."""
-    last = np.append(groups[1:] != groups[:-1], True)
-    index = np.searchsorted(np.flatnonzero(last), np.arange(len(groups)))
-    found: Ints = shared[np.flatnonzero(last)][index] * (1 << 32) + groups  # groups stay together
-    return found
+def _tokens(documents: DocumentSet, rows: list[Row]) -> Ints:
+    """Tokens of the beginning of each row, and of the rest of its documents, (2, G)."""
+    shared = _branches(documents).lengths
+    found = [(shared[row[0]], (documents.lengths[row] - shared[row]).sum()) for row in rows]
+    tokens: Ints = np.asarray(found, dtype=np.int64).reshape(-1, 2).T
+    return tokens
 
 
-def _batch(chosen: Ints, groups: Ints, shared: Ints) -> Batch:
-    own = groups[chosen]
-    opens = np.append(True, own[1:] != own[:-1])
-    index = np.cumsum(opens) - 1
-    bases = np.asarray([part[np.argmax(shared[part])] for part in np.split(chosen, np.flatnonzero(opens)[1:])])
-    return Batch(chosen, bases, index)
+def plan_branches(documents: DocumentSet, wanted: Ints, budget: int) -> list[list[Row]]:
+    """Batches of rows of like lengths, the longest first, within a budget of padded tokens where they have several."""
+    rows = plan_rows(documents, wanted, budget)
+    begins, rests = _tokens(documents, rows)
+    alike = (8 * np.log2(begins)).astype(np.int64)  # beginnings of like lengths, and among these by rest, up and down
+    order = np.lexsort((np.where(alike % 2, rests, -rests), -alike))
+    split = cheapest(np.stack([begins, rests], axis=1)[order], budget)
+    return [[rows[place] for place in order[batch]] for batch in split]
+
+
+def share_out_rows(documents: DocumentSet, wanted: Ints, size: int, budget: int) -> Ints:
+    """The rank of each wanted document, (n,): those of a row are on one rank, and ranks read about as many tokens."""
+    rows = plan_rows(documents, wanted, budget)
+    rank_of = np.zeros(len(documents), dtype=np.int64)
+    for row, rank in zip(rows, share_out(_tokens(documents, rows).sum(axis=0), size), strict=True):
+        rank_of[row] = rank
+    return rank_of[wanted]
 
 
 def score_branches(
-    documents: DocumentSet, wanted: Ints, reference: Reference, budget: int, *, planned: Ints | None = None
-) -> Iterator[tuple[Records, int, int]]:
-    """Scores of the `wanted` documents, tokens and padded tokens read, a batch at a time.
+    documents: DocumentSet,
+    wanted: Ints,
+    reference: Reference,
+    budget: int,
+    stats: ScoringStats,
+    *,
+    planned: Ints | None = None,
+) -> Iterator[Records]:
+    """Scores of the `wanted` documents, a batch at a time.
 
-    Equals the scores of the documents one by one, up to rounding. A batch that does not fit into memory is split.
+    Equals the scores of the documents one by one, up to rounding. A batch that does not fit into memory is split, and
+    so are larger ones after it.
 
     Args:
-        documents, wanted, reference: inside `reference.scoring(record=False)`.
+        documents, wanted, reference: inside `reference.scoring(record=False, masked=True)`.
         budget: padded tokens of a batch.
+        stats: tokens, padded tokens, batches and halvings are added to it.
         planned: documents that batches are planned for, `wanted` among them. Those batches of which all documents are
             wanted are kept, so that a run that resumes after a kill gets the same bits. None: `wanted`.
+
+    Raises:
+        XTFError: the decoder failed; a single document does not fit into memory.
     """
+    pending = _planned(documents, wanted, budget, wanted if planned is None else planned)[::-1]
+    fits = None  # padded tokens, once memory ran out
+    while pending:
+        batch, problem = pending.pop(), None
+        begins, rests = _tokens(documents, batch)
+        number, padded = sum(map(len, batch)), len(batch) * int(begins.max() + rests.max())
+        if fits is None or padded <= fits or number == 1:
+            try:
+                records = _scores(documents, batch, reference)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = str(error)  # the error's traceback would keep the tensors of the forward alive
+            else:
+                stats.tokens += int(begins.sum() + rests.sum())
+                stats.padded_tokens += padded
+                stats.batches += 1
+                yield records
+                continue
+        if problem is not None:
+            longest = int(documents.lengths[np.concatenate(batch)].max())
+            fits = halved(number, longest, padded, reference.device, problem)
+            stats.halvings += 1
+        pending += _halves(batch)[::-1]
+
+
+def _planned(documents: DocumentSet, wanted: Ints, budget: int, planned: Ints) -> list[list[Row]]:
+    """Batches of the `wanted` documents: first those of a plan for `planned` that are wanted completely."""
     missing = np.zeros(len(documents), dtype=bool)
     missing[wanted] = True
-    batches = list(plan_branches(documents, wanted if planned is None else planned, budget))
-    whole = [batch for batch in batches if missing[batch.documents].all()]
-    missing[np.concatenate([wanted[:0], *(batch.documents for batch in whole)])] = False
-    pending = [*whole, *plan_branches(documents, np.flatnonzero(missing), budget)][::-1]
-    while pending:
-        batch = pending.pop()
-        try:
-            yield _scores(documents, batch, reference)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(batch.documents) == 1:
-                raise too_little(int(documents.lengths[batch.documents[0]]), str(error)) from None
-            halves = np.array_split(batch.documents, 2)
-            branches = documents.branches
-            assert branches is not None
-            pending += [_batch(half, branches.groups, branches.lengths) for half in halves[::-1]]
+    whole = [batch for batch in plan_branches(documents, planned, budget) if missing[np.concatenate(batch)].all()]
+    missing[np.concatenate([wanted[:0], *(row for batch in whole for row in batch)])] = False
+    return [*whole, *plan_branches(documents, np.flatnonzero(missing), budget)]
 
 
-def _scores(documents: DocumentSet, batch: Batch, reference: Reference) -> tuple[Records, int, int]:
-    assert documents.branches is not None
-    shared = documents.branches.lengths[batch.documents]
-    starts = documents.branches.lengths[batch.bases]
-    rows = [documents.document(index) for index in batch.documents]
-    beginnings = _padded([documents.document(index)[0][:n] for index, n in zip(batch.bases, starts, strict=True)])
-    rest = _padded([ids[n:] for (ids, _), n in zip(rows, shared, strict=True)])
-    marked = _padded([mask[n:] for (_, mask), n in zip(rows, shared, strict=True)]) > 0
-    sizes = documents.lengths[batch.documents] - shared
-    width, places = beginnings.shape[1], np.arange(rest.shape[1])
-    seen = np.concatenate([np.arange(width) < shared[:, None], places < sizes[:, None]], axis=1).astype(np.int64)
+def _halves(batch: list[Row]) -> list[list[Row]]:
+    """A batch of several documents in two: half of the rows each, or half of the documents of its only row."""
+    if len(batch) == 1:
+        return [[half] for half in np.array_split(batch[0], 2)]
+    return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
 
-    def there(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(reference.device)
 
-    cache, groups = DynamicCache(), there(batch.groups)
-    before = _states(reference, there(beginnings), cache)
-    cache.batch_select_indices(groups)
-    given = {"attention_mask": there(seen), "position_ids": there(shared[:, None] + places)}
-    own = _states(reference, there(rest), cache, **given)
-    row, column = np.nonzero(marked)
-    # a token is predicted by the state before it: the first of the rest by the last of the beginning that it shares
-    states = own[there(row), there(np.maximum(column - 1, 0))]
-    edge = np.flatnonzero(column == 0)
-    states[there(edge)] = before[groups[there(row[edge])], there(shared[row[edge]] - 1)]
-    found = reference.predictions(states, there(rest[row, column])).cpu().numpy()
-    records = Records(
-        *found, keys=documents.keys[batch.documents], offsets=offsets_of(marked.sum(axis=1).astype(np.int64))
-    )
-    return records, int(starts.sum() + sizes.sum()), beginnings.size + rest.size
+def _scores(documents: DocumentSet, batch: list[Row], reference: Reference) -> Records:
+    """Scores of the documents of a batch; NaN where nothing stands before a token."""
+    chosen, row = np.concatenate(batch), np.repeat(np.arange(len(batch)), [len(part) for part in batch])
+    lengths = _branches(documents).lengths
+    beginnings = _padded([documents.document(part[0])[0][: lengths[part[0]]] for part in batch])
+    rest = _Rest.of(documents, chosen, row)
+    states = _read(reference, beginnings, rest)
+    offsets = documents.completion_offsets
+    sizes = np.diff(offsets)[chosen]
+    at = stretches(offsets[chosen], sizes)  # the completion tokens
+    owner = np.repeat(np.arange(len(chosen)), sizes)
+    before = documents.completion_positions[at].astype(np.int64) - 1  # of the token that predicts each
+    beyond = before - lengths[chosen][owner]
+    of_rest = beginnings.size + row[owner] * rest.ids.shape[1] + rest.columns[owner] + beyond
+    place = np.where(beyond < 0, row[owner] * beginnings.shape[1] + before, of_rest)
+    known = before >= 0
+    targets = documents.input_ids[documents.completion_flat[at[known]]].astype(np.int64)
+    columns = np.full((3, len(at)), np.nan, dtype=np.float32)
+    chosen_states = states[_there(place[known], reference).to(states.device)]
+    columns[:, known] = reference.predictions(chosen_states, _there(targets, reference)).cpu().numpy()
+    logprobs, entropy, deviation = columns
+    return Records(logprobs, entropy, deviation, keys=documents.keys[chosen], offsets=offsets_of(sizes))
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What the documents of G rows have after their shared beginnings, side by side.
+
+    Args:
+        ids, positions: (G, R) token ids, and the position of each in its document; 0: padding.
+        owner: (G, R) document of each token, as an index into those of the batch; -1: padding.
+        reach: (G, R) tokens of the row's beginning that each sees.
+        columns: (n,) where each document begins in its row.
+    """
+
+    ids: Ints
+    positions: Ints
+    owner: Ints
+    reach: Ints
+    columns: Ints
+
+    @classmethod
+    def of(cls, documents: DocumentSet, chosen: Ints, row: Ints) -> _Rest:
+        """Lay out the documents `chosen` (n,) of the rows `row` (n,), ascending."""
+        shared = _branches(documents).lengths[chosen]
+        sizes = documents.lengths[chosen] - shared
+        before = np.cumsum(sizes) - sizes  # rests of earlier documents of the batch
+        columns = before - before[np.searchsorted(row, row)]
+        shape = int(row[-1]) + 1, int((columns + sizes).max())
+        owner = np.repeat(np.arange(len(chosen)), sizes)
+        inside = np.arange(len(owner)) - before[owner]
+        positions = shared[owner] + inside
+        ids = documents.input_ids[documents.offsets[chosen][owner] + positions]
+
+        def spread(values: NDArray[Any], fill: int) -> Ints:
+            array = np.full(shape, fill, dtype=np.int64)
+            array[row[owner], columns[owner] + inside] = values
+            return array
+
+        return cls(spread(ids, 0), spread(positions, 0), spread(owner, -1), spread(shared[owner], 0), columns)
+
+
+def _read(reference: Reference, beginnings: Ints, rest: _Rest) -> Tensor:
+    """Last hidden states of beginnings (G, W) and then of the rest (G, R), flat: (G W + G R, D)."""
+    cache = DynamicCache()
+    states = _states(reference, _there(beginnings, reference), cache).flatten(0, 1)
+    if not rest.ids.size:
+        return states
+    given = {
+        "attention_mask": _masks(reference, rest, beginnings.shape[1]),
+        "position_ids": _there(rest.positions, reference),
+    }
+    return torch.cat([states, _states(reference, _there(rest.ids, reference), cache, **given).flatten(0, 1)])
+
+
+def _masks(reference: Reference, rest: _Rest, width: int) -> Any:
+    """What the rest sees of beginnings (G, width) and of itself, (G, 1, R, width + R); a dict by kind of layer."""
+    config, device = reference.text_config, reference.device
+    owner, reach, positions = (_there(part, reference).int() for part in (rest.owner, rest.reach, rest.positions))
+    places = torch.arange(width, dtype=torch.int32, device=device)
+    itself = (owner[:, :, None] == owner[:, None, :]).tril()  # padding sees padding: of nothing, softmax would be NaN
+    seen = torch.cat([places < reach[:, :, None], itself], dim=2)
+    near, window = seen, getattr(config, "sliding_window", None)
+    if window:
+        keys = torch.cat([places.expand(len(positions), -1), positions], dim=1)
+        near = seen & (positions[:, :, None] - keys[:, None, :] < window)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    masks = {kind: (near if kind == "sliding_attention" else seen)[:, None] for kind in kinds}
+    if config._attn_implementation == "eager":  # it adds the mask to its scores
+        dtype = reference.embeddings.weight.dtype
+        lowest = torch.finfo(dtype).min
+        masks = {kind: torch.where(mask, 0.0, lowest).to(dtype) for kind, mask in masks.items()}
+    return masks if len(masks) > 1 else masks.popitem()[1]
 
 
 def _states(reference: Reference, ids: Tensor, cache: Any, **given: Any) -> Tensor:
     name = "cache" if "cache" in inspect.signature(reference.decoder.forward).parameters else "past_key_values"
-    found: Tensor = reference.decoder(input_ids=ids, use_cache=True, **{name: cache}, **given).last_hidden_state
+    try:
+        found: Tensor = reference.decoder(input_ids=ids, use_cache=True, **{name: cache}, **given).last_hidden_state
+    except CANNOT as error:
+        if is_out_of_memory(error):
+            raise
+        problem = f"{type(error).__name__}: {error}"
+        raise XTFError(f"{reference.name} fails on documents that share a beginning ({problem})") from error
     return found
 
 
-def _padded(rows: list[NDArray[Any]]) -> NDArray[np.int64]:
+def _there(array: NDArray[Any], reference: Reference) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(reference.device)
+
+
+def _padded(rows: list[NDArray[Any]]) -> Ints:
     """Rows with zeros on the right, (n, longest)."""
     result = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     for row, ids in zip(result, rows, strict=True):

@@ -36,7 +36,7 @@ from .batching import (
     plan_wanted,
     too_little,
 )
-from .branches import agrees, can_branch, score_branches
+from .branches import agrees, can_branch, score_branches, share_out_rows
 from .distributed import ALONE, Ranks, exchange_results, share_out
 from .reference import Reference, rotary_switch
 from .self_check import WHERE_FASTER, Packing, check
@@ -84,14 +84,16 @@ def score(
         checked()
     else:
         ranks.run_with_heartbeat(checked)
-    lengths = documents.lengths[wanted]
-    rank_of = share_out(lengths, ranks.size)
+    lengths, branched = documents.lengths[wanted], not layers and shares_beginnings(documents, wanted, reference, ranks)
+    if branched:
+        rank_of = share_out_rows(documents, wanted, ranks.size, default_batch_tokens(reference.device))
+    else:
+        rank_of = share_out(lengths, ranks.size)
     own = wanted[rank_of == ranks.rank]
     name = f"xtf: {label}" if ranks.size == 1 else f"xtf: {label}, rank {ranks.rank} of {ranks.size}"
     bar = tqdm(total=int(documents.lengths[own].sum()), unit="tok", unit_scale=True, desc=name, disable=not progress)
     work = _Pass(documents, reference, layers, bar, ScoringStats(documents=len(own)), packing.windows, ranks.size > 1)
-    branched = not layers and len(own) > 0 and work.shares_beginnings(own)
-    with bar, reference.scoring(record=bool(layers) or (work.packs and not branched)):
+    with bar, reference.scoring(record=bool(layers) or (work.packs and not branched), masked=branched):
         batches = work.branches(own, batch_tokens) if branched else work.batches(own, batch_tokens)
         if ranks.size == 1:
             for records in batches:
@@ -105,6 +107,15 @@ def score(
         stats = partial(asdict, work.stats)
         by_rank = exchange_results(ranks, batches, sink, others or sink, stats, lockstep=reference.lockstep)
     return ScoringStats.of_all(by_rank)
+
+
+def shares_beginnings(
+    documents: DocumentSet, wanted: NDArray[np.int64], reference: Reference, ranks: Ranks = ALONE
+) -> bool:
+    """Whether the documents have common beginnings, and this reference reads each of them once. A collective."""
+    if not len(wanted) or not can_branch(reference, documents):
+        return False
+    return ranks.from_main(lambda: b"y" if agrees(documents, wanted, reference) else b"") == b"y"
 
 
 @dataclass
@@ -146,18 +157,11 @@ class _Pass:
         if failed is not None:
             raise failed
 
-    def shares_beginnings(self, wanted: NDArray[np.int64]) -> bool:
-        """Whether the documents have common beginnings, and this reference reads each of them once."""
-        return can_branch(self.reference, self.documents) and agrees(self.documents, wanted, self.reference)
-
     def branches(self, wanted: NDArray[np.int64], budget: int | None) -> Iterator[Records]:
         """Scores of the `wanted` documents, with each common beginning read once a batch."""
         budget = budget or default_batch_tokens(self.reference.device)
         planned = None if self.shared_out else np.flatnonzero(np.diff(self.documents.completion_offsets) > 0)
-        for records, tokens, padded in score_branches(self.documents, wanted, self.reference, budget, planned=planned):
-            self.stats.tokens += tokens
-            self.stats.padded_tokens += padded
-            self.stats.batches += 1
+        for records in score_branches(self.documents, wanted, self.reference, budget, self.stats, planned=planned):
             self.stats.seconds = time.perf_counter() - self._start
             self.bar.update(int(self.documents.lengths[wanted].sum() * len(records.keys) / len(wanted)))
             yield records

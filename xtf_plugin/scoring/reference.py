@@ -30,6 +30,8 @@ from .kernels.packing import Packed
 
 T = TypeVar("T")
 
+MASKED = ("sdpa", "eager")  # attention functions that take masks of four dimensions
+
 _KERNELS = "axolotl.kernels.lora"
 _PATCHES = "axolotl.monkeypatch.lora_kernels"
 _PROJECTIONS = {"apply_qkv": "original_apply_qkv_optional_v", "apply_o": "original_apply_o"}
@@ -64,6 +66,7 @@ class Reference:
         lockstep: whether every forward is a collective, of which all ranks must run the same number.
         checked, packs: results of the self-check: what was checked; whether documents may be packed.
         branches: whether documents may share the keys and values of their beginning; None: not tried yet.
+        warnings: what to tell the user of it.
     """
 
     lockstep: ClassVar[bool] = False
@@ -74,6 +77,12 @@ class Reference:
     checked: frozenset[str] = field(default=frozenset(), init=False)
     packs: bool = field(default=False, init=False)
     branches: bool | None = field(default=None, init=False)
+    warnings: list[str] = field(default_factory=list, init=False)
+
+    def take_warnings(self) -> list[str]:
+        """The warnings, which are then forgotten."""
+        found, self.warnings = self.warnings, []
+        return found
 
     def with_full_weights(self, run: Callable[[], T]) -> T:
         """Call `run` where the model's weights are complete, and return its result."""
@@ -109,7 +118,7 @@ class Reference:
             )
 
     @contextmanager
-    def scoring(self, record: bool) -> Iterator[None]:
+    def scoring(self, record: bool, *, masked: bool = False) -> Iterator[None]:
         """Adapters off, evaluation mode, no gradients, the trainer's autocast; everything is restored on exit.
 
         4-bit layers stay in training mode: on CPUs with AVX512-BF16, bitsandbytes repacks their weights in evaluation
@@ -117,6 +126,7 @@ class Reference:
 
         Args:
             record: use XTF's attention function, which can record attention; otherwise the model's own.
+            masked: use one that takes any mask, where the model's own does not.
         """
         with ExitStack() as stack:
             stack.enter_context(_restored(self.model))
@@ -128,6 +138,10 @@ class Reference:
             stack.enter_context(self.autocast())
             if record:
                 stack.enter_context(attention_switched(self.model))
+            elif masked and self.text_config._attn_implementation not in MASKED:
+                soft = getattr(self.text_config, "attn_logit_softcapping", None)  # SDPA would refuse it
+                plain = soft or not getattr(self.model, "_supports_sdpa", True)
+                stack.enter_context(attention_switched(self.model, "eager" if plain else "sdpa"))
             yield
 
     def forward(
@@ -199,9 +213,9 @@ class ShardedReference(Reference):
     root: Any = None
 
     @contextmanager
-    def scoring(self, record: bool) -> Iterator[None]:
+    def scoring(self, record: bool, *, masked: bool = False) -> Iterator[None]:
         """As of any reference; on exit, weights that the root's forward left gathered are sharded again."""
-        with super().scoring(record):
+        with super().scoring(record, masked=masked):
             yield
         for module in self.root.modules():
             if isinstance(module, FSDPModule):

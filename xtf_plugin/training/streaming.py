@@ -403,12 +403,13 @@ class _ChunkSource(ScoreSource):
 
     def _scored(
         self, provider: Any, documents: DocumentSet, layers: tuple[int, ...]
-    ) -> tuple[StoredScores, dict[str, Any], ScoringStats]:
+    ) -> tuple[StoredScores, dict[str, Any], ScoringStats, Ints]:
         sizes = np.diff(documents.completion_offsets)
         lookup = Lookup(documents.keys, sizes, attention=bool(layers))
         wanted, take, budget = np.flatnonzero(sizes > 0), lookup.take, self.batch_tokens
         stats = score(documents, wanted, self.reference, layers, take, batch_tokens=budget, progress=False)
-        return StoredScores(**lookup.columns), {}, stats
+        self.warnings += self.reference.take_warnings()
+        return StoredScores(**lookup.columns), {}, stats, wanted
 
     def _check(self, scores: StoredScores, about: dict[str, Any], prefix: str = "") -> None:
         """Accept documents without any finite score, which a dataset may not have: a chunk can be one document."""

@@ -143,16 +143,18 @@ def measure(setting: Setting, data: Path, cache: Path) -> dict[str, Any]:
         "rules": {},
     }
 
-    def plan(block: dict[str, Any]) -> Plan:
-        config = XTFConfig(**{**block, "cache_dir": str(cache)})
+    def plan(block: dict[str, Any], folder: Path = cache) -> Plan:
+        config = XTFConfig(**{**block, "cache_dir": str(folder)})
         return make_plan(config, documents, provider, tokenizer, progress=False)
 
+    # a pass over the documents and no more, not stored with the others: the default shares its own
+    plain = plan(RULES["P < 0.1"], cache.with_name(f"{cache.name} plain")).stats
     for name, block in RULES.items():
         begun = time.perf_counter()
         made = plan(_with_unit(block, unit))
         result["rules"][name] = dropped(~made.selection.keep, kinds)
         if name == "default":
-            result["cost"] = _cost(made, documents, time.perf_counter() - begun)
+            result["cost"] = _cost(made, documents, time.perf_counter() - begun, plain.seconds)
             result["thresholds"] = made.selection.thresholds
             result["longest"] = examples_of(~made.selection.keep, kinds, documents, tokenizer)
             values = dict(made.selection.seen)
@@ -194,14 +196,13 @@ def dropped(marks: NDArray[np.bool_], kinds: NDArray[Any]) -> dict[str, float]:
     return {**shares, "found": float(marks[noise].mean()) if noise.any() else float("nan")}
 
 
-def _cost(made: Plan, documents: DocumentSet, seconds: float) -> dict[str, float]:
-    """Tokens that went through the model, as multiples of the dataset's, and seconds likewise of the plain pass."""
+def _cost(made: Plan, documents: DocumentSet, seconds: float, plain: float) -> dict[str, float]:
+    """Tokens that went through the model, as multiples of the dataset's, and seconds likewise of a plain pass."""
     more = made.scorers.get("excerpts", {})
-    tokens = int(documents.lengths.sum())
-    plain = made.stats.seconds
+    scoring = made.stats.seconds + more.get("seconds", 0.0)
     return {
-        "tokens": 1 + more.get("tokens", 0) / tokens,
-        "seconds": (plain + more.get("seconds", 0.0)) / plain if plain else float("nan"),
+        "tokens": (made.stats.tokens + more.get("tokens", 0)) / int(documents.lengths.sum()),
+        "seconds": scoring / plain if plain else float("nan"),
         "whole": seconds / plain if plain else float("nan"),
     }
 
