@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, WrapValidator
 from pydantic_core.core_schema import ValidationInfo
@@ -184,6 +184,38 @@ def _over(given: Any, base: Mapping[str, Any] | None, usual: str | None = None) 
         return given
     usual = base.get("scorer", usual)
     return {**base, **given} if given.get("scorer", usual) == usual else given
+
+
+def unanswerable(scores: Mapping[str, ScoreConfig]) -> list[tuple[str, Any, str]]:
+    """Problems of the key `among`: scores that cannot say in which units they are doubtful."""
+    found = []
+    for name, part in scores.items():
+        among = getattr(part, "among", None)
+        usable = [other for other in scores if other != name and not _no_answer(part, scores[other])]
+        if among is None or among in usable:
+            continue
+        if among != name and among in scores:
+            why = _no_answer(part, scores[among])
+        else:
+            usual = PRESETS["default"].get(among if among != name else "", {}).get("scorer")
+            line = f"{among}: {{scorer: {usual}{', unit: line' * (part.unit == 'line')}}}"
+            why = f"is off; write `{line}`" if usual else "is no other score of this block that is on"
+        rest = f"legal: {', '.join(usable) or 'none'}; or null, which scores all units, or switch {name} off"
+        found.append((f"{name if name in SLOTS else f'selectors.{name}'}.among", among, f"{why} ({rest})"))
+    return found
+
+
+def _no_answer(part: ScoreConfig, other: ScoreConfig) -> str:
+    """Why a score cannot say in which units of another one it is doubtful; empty if it can.
+
+    That takes one number for all of a unit, as the scorer gives it: averages are taken later, by the rule.
+    """
+    scorer = registry.find(other.scorer)
+    if scorer.reads_scores:
+        return f"has the scorer {scorer.name}, which reads other scores itself"
+    if "token" in get_args(type(other).model_fields["unit"].annotation) or scorer.seen is not None:
+        return f"has the scorer {scorer.name}, which scores tokens, not complete units"
+    return "" if other.unit == part.unit else f"has `unit: {other.unit}`; write `unit: {part.unit}` there too"
 
 
 def check_streamed(scores: Mapping[str, ScoreConfig]) -> None:
