@@ -251,39 +251,61 @@ def complete(schema: dict[str, Any]) -> dict[str, Any]:
     """The JSON schema of the block's model, plus what is read before the model checks a block.
 
     That is `true`, `false` and null in place of the block, switches in place of scores, and the keys of a score by its
-    scorer. Scores of other packages' scorers are checked for the common keys alone.
+    scorer, which for a slot without `scorer` is the preset's. Scores of other packages' scorers are checked for the
+    common keys alone.
     """
     definitions, parts = dict(schema["$defs"]), schemas()
     common = definitions.pop("ScoreConfig")
     for part in parts.values():
         definitions |= {**part.pop("$defs"), part["title"]: part}
-    # not required: beside a preset a part may change single keys of the preset's score
-    loose = {key: value for key, value in common.items() if key not in ("additionalProperties", "required")}
-
-    def part_of(default: str | None) -> dict[str, Any]:
-        """What a slot with this default scorer, or a selector, may hold."""
-        keys, tests = loose["properties"], []
-        if default is not None:
-            keys = {**parts[default]["properties"], "scorer": {**keys["scorer"], "default": default}}
-        for name, part in parts.items():
-            test: dict[str, Any] = {"properties": {"scorer": {"const": name}}}
-            test |= {} if name == default else {"required": ["scorer"]}
-            tests.append({"if": test, "then": {"$ref": f"#/$defs/{part['title']}"}})
-        return {**loose, "properties": keys, "allOf": tests}
-
+    # nothing is required: beside a preset a part may change single keys of the preset's score
+    loose = {key: common[key] for key in ("title", "description", "type")}
+    loose["properties"] = {key: {"description": one["description"]} for key, one in common["properties"].items()}
+    loose["allOf"] = [
+        *(
+            {"if": _scored_by({"const": name}), "then": {"$ref": f"#/$defs/{part['title']}"}}
+            for name, part in parts.items()
+        ),
+        {"if": _scored_by({"not": {"enum": list(parts)}}), "then": {"properties": common["properties"]}},
+    ]
     properties = dict(schema["properties"])
-    mapping = {**properties["selectors"], "additionalProperties": {"oneOf": [part_of(None), SWITCH]}}
+    mapping = {**properties["selectors"], "additionalProperties": {"oneOf": [loose, SWITCH]}}
     described = {"description": mapping.pop("description"), "default": mapping.pop("default")}
     properties["selectors"] = {**described, "oneOf": [mapping, SWITCH]}
-    for name, default in SLOTS.items():
-        about = {key: properties[name][key] for key in ("description", "default")}
-        properties[name] = {**about, "oneOf": [part_of(default), {"type": "boolean"}]}
+    for slot in SLOTS:
+        about = {"description": properties[slot]["description"]}  # the default is the preset's
+        usual = [parts[_usual(slot, preset)]["properties"] for preset in PRESETS]
+        keys = {key: {"description": one["description"]} for part in usual for key, one in part.items()}
+        part = {**loose, "properties": {**loose["properties"], **keys}}
+        properties[slot] = {**about, "oneOf": [part, {"type": "boolean"}]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
         "$defs": definitions,
         "properties": properties,
+        "allOf": [_of_preset(name, parts) for name in PRESETS],
         "title": "The xtf: block",
         "description": "A mapping of settings; true: the defaults; false or null: off.",
         "type": ["object", "boolean", "null"],
     }
+
+
+def _usual(slot: str, preset: str) -> str:
+    """The scorer of a slot that names none."""
+    scorer: str = PRESETS[preset].get(slot, {}).get("scorer", SLOTS[slot])
+    return scorer
+
+
+def _scored_by(scorer: Mapping[str, Any]) -> dict[str, Any]:
+    return {"properties": {"scorer": scorer}, "required": ["scorer"]}
+
+
+def _of_preset(preset: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Schema of a block with this preset: slots that name no scorer have the keys of the preset's."""
+    slots = {}
+    for slot in SLOTS:
+        part = parts[_usual(slot, preset)]
+        keys = {key: {"$ref": f"#/$defs/{part['title']}/properties/{key}"} for key in part["properties"]}
+        slots[slot] = {"if": {"not": _scored_by({})}, "then": {"properties": keys, "additionalProperties": False}}
+    needed = {} if preset == "default" else {"required": ["preset"]}
+    return {"if": {"properties": {"preset": {"const": preset}}, **needed}, "then": {"properties": slots}}
