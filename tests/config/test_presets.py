@@ -8,7 +8,7 @@ import pytest
 
 from tests.config.test_config import holds
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.config.scores import PRESETS
+from xtf_plugin.config.scores import PRESETS, SLOTS
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.scorers import registry
 
@@ -277,10 +277,16 @@ def test_an_old_spelling_loads_or_is_refused_with_what_to_write(name):
         ("reasoning_importance", "attention_received", {"layers": "frist", "horizon": 3}, "layers"),
         ("reasoning_importance", "attention_received", {"unit": "token"}, "unit"),
         ("reasoning_importance", "attention_received", {"window": 3}, "window"),
+        ("reasoning_importance", "attention_received", {"scope": "document"}, "scope"),
         ("knowledge_novelty", "novelty", {"drop": {"known_above": 0.95}}, "drop.known_above"),
         ("knowledge_novelty", "novelty", {"drop": {"unknown_below": 95}}, "drop.unknown_below"),
         ("knowledge_novelty", "novelty", {"drop": {"known_above": 0.95}, "windwo": 1}, "drop.known_above"),
+        ("knowledge_novelty", "novelty", {"unit": "token"}, "unit"),
+        ("knowledge_novelty", "novelty", {"window": 5, "max_fraction": 0.05}, "window"),
         ("task_relevance", "embedding_similarity", {"domain": "dataset"}, "domain"),
+        ("task_relevance", "embedding_similarity", {"domain": ["x"]}, "domain"),
+        ("task_relevance", "embedding_similarity", {"unit": "token"}, "unit"),
+        ("task_relevance", "embedding_similarity", {"window": 3, "drop": {"quantile": 0.2}}, "window"),
         ("task_relevance", "embedding_similarity", {"embedding": "output", "drop": {"cluster": 1}}, "embedding"),
     ],
     ids=str,
@@ -295,12 +301,33 @@ def test_a_key_of_the_papers_scorer_under_the_default_is_refused_with_its_name(s
     assert str(refusal.value).count("add `scorer:") == 1, "only what that scorer would not refuse, too"
 
 
+@pytest.mark.parametrize("slot", SLOTS)
+def test_every_key_that_the_papers_scorer_has_alone_is_refused_with_its_name(slot):
+    """Keys of either scorer, and rules of either, from the models: one that comes is held to it, too."""
+    papers, own = (registry.BUILTIN[name].Config for name in (SLOTS[slot], PRESETS["default"][slot]["scorer"]))
+    of_papers = registry.BUILTIN[SLOTS[slot]].Config(scorer=SLOTS[slot]).model_dump()
+    alone = [{key: of_papers[key]} for key in papers.model_fields.keys() - own.model_fields.keys()]
+    rules = (part.model_fields["drop"].annotation.model_fields.keys() for part in (papers, own))
+    alone += [{"drop": {key: 0.5}} for key in set.difference(*map(set, rules))]
+    assert alone
+    for part in alone:
+        with pytest.raises(XTFUserError, match=f"The paper's scorer takes it: add `scorer: {SLOTS[slot]}`"):
+            XTFConfig.parse({slot: part})
+        others = dict.fromkeys(SLOTS, False)
+        assert XTFConfig.parse({**others, slot: {**part, "scorer": SLOTS[slot]}}).scores[slot].scorer == SLOTS[slot]
+
+
 @pytest.mark.parametrize(
     "block",
     [
         {"reasoning_importance": {"layer": "all"}},
         {"reasoning_importance": {"unit": "sentense"}},
         {"reasoning_importance": {"window": 3, "unit": "line"}},
+        {"reasoning_importance": {"scale": "log"}},
+        {"reasoning_importance": {"among": 3}},
+        {"reasoning_importance": {"reference": {"modle": "x"}}},
+        {"task_relevance": {"first": 0}},
+        {"knowledge_novelty": {"scope": "document"}},
         {"knowledge_novelty": {"layers": "all"}},
         {"reasoning_importance": {"scorer": "typicality", "drop": {"below": -6}, "layers": "all"}},
         {"preset": "paper", "knowledge_novelty": {"shortest": 3}},

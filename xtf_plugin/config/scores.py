@@ -69,10 +69,16 @@ class PartProblems(ValueError):
         self.usual_error: ValidationError | None = None
 
     def of_usual(self, problem: Mapping[str, Any]) -> bool:
-        """Whether the paper's scorer would not have this problem."""
-        problems = [] if self.usual_error is None else self.usual_error.errors(include_url=False)
-        same = [other for other in problems if (other["loc"], other["type"]) == (problem["loc"], problem["type"])]
-        return self.usual is not None and not same
+        """Whether the paper's scorer takes what this scorer refuses: it has the key, and not this problem with it."""
+        if self.usual is None:
+            return False
+        location, kind = problem["loc"], problem["type"]
+        others = [] if self.usual_error is None else self.usual_error.errors(include_url=False)
+        return not any(
+            (other["loc"], other["type"]) == (location, kind)
+            or (other["type"] == "extra_forbidden" and location[: len(other["loc"])] == other["loc"])
+            for other in others
+        )
 
 
 def _part(value: Any, default: str | None = None) -> ScoreConfig:
