@@ -131,6 +131,7 @@ bench: $(STAMP) models  ## the tables of docs/benchmarks.md for a CPU
 	$(BENCH).reach $(PAGE)
 	$(BENCH).bench_scoring $(PAGE)
 	$(BENCH).bench_real $(PAGE)
+	$(BENCH).bench_splices $(PAGE)
 	$(BENCH).bench_authors --lengths short $(PAGE)
 	$(BENCH).bench_step $(PAGE)
 	$(BENCH).bench_run --rows 32 --quick $(PAGE)
