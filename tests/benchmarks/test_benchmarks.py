@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import real
 from tests.benchmarks import (
     bench_authors,
     bench_compile,
@@ -248,6 +249,15 @@ def test_the_authors_probabilities_are_ours():
         _, completion = documents.document(index)
         ours = np.exp(found[documents.keys[index].tobytes()].logprobs)
         np.testing.assert_allclose(ours, probabilities[completion[1:]], rtol=1e-3)
+
+
+@real.needs(real.SMOLLM2)
+def test_a_whole_run_is_of_a_real_model_on_text_with_noise(tmp_path):
+    bench_run.save_model(tmp_path)
+    assert (tmp_path / "model/tokenizer.json").is_file() and (tmp_path / "model/model.safetensors").is_file()
+    rows = bench_run.demo_rows(real.tokenizer(real.SMOLLM2), 16)
+    noise = [row.noise for row in bench_run.prepare().make_rows(0)[0][:16]]
+    assert len(rows) == 16 and 0 < sum(map(bool, noise)) < 16
 
 
 @pytest.mark.filterwarnings("ignore")
