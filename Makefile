@@ -131,9 +131,10 @@ bench: $(STAMP) models  ## the tables of docs/benchmarks.md for a CPU
 	$(BENCH).reach $(PAGE)
 	$(BENCH).bench_scoring $(PAGE)
 	$(BENCH).bench_real $(PAGE)
+	$(BENCH).bench_splices $(PAGE)
 	$(BENCH).bench_authors --lengths short $(PAGE)
 	$(BENCH).bench_step $(PAGE)
-	$(BENCH).bench_run --rows 32 --quick $(PAGE)
+	$(BENCH).bench_run --rows 16 --quick $(PAGE)
 	$(BENCH).bench_start $(PAGE)
 	$(BENCH).bench_selection $(PAGE)
 	$(BENCH).bench_verification $(PAGE)
@@ -144,7 +145,7 @@ bench: $(STAMP) models  ## the tables of docs/benchmarks.md for a CPU
 	$(BENCH).cost --write docs/cost.md
 
 # More than an hour: the larger model, long documents, longer runs, and what is held against no figure.
-bench-long: $(STAMP)  ## the larger tables: more than an hour
+bench-long: $(STAMP) models  ## the larger tables: more than an hour
 	$(BENCH).bench_scoring --sizes 150M $(PAGE)
 	$(BENCH).bench_authors $(PAGE)
 	$(BENCH).bench_run $(PAGE)

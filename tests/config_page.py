@@ -61,15 +61,15 @@ def _section(title: str, section: Schema, root: Schema, about: str = "") -> str:
     """A heading, a description and a table of the keys."""
     about = about or ("" if title == "xtf" else section.get("description", "").splitlines()[0])
     keys = section["properties"].items()
-    rows = [[f"`{key}`", _default(one, root), legal(one, root), one.get("description", "")] for key, one in keys]
+    rows = [[f"`{key}`", _default(key, one, root), legal(one, root), one.get("description", "")] for key, one in keys]
     heading = {"xtf": "Top level", "A score": "A score"}.get(title, f"`{title}`")
     table = "" if not rows else _table(["key", "default", "legal values", "meaning"], rows)
     return f"## {heading}\n\n{about}{chr(10) * 2 if about else ''}{table}"
 
 
-def _default(schema: Schema, root: Schema) -> str:
+def _default(key: str, schema: Schema, root: Schema) -> str:
     if "default" not in schema:
-        return ""
+        return "the preset's" if key in SLOTS else ""
     inner = mapping(schema, root)
     whole = inner is not None and "anyOf" not in inner and isinstance(schema["default"], dict)
     return "see its table" if whole else _code(schema["default"])

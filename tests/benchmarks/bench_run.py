@@ -1,16 +1,19 @@
 """What XTF adds to a QLoRA run of three epochs, and which of its parts take the time.
 
-    python -m tests.benchmarks.bench_run [--rows 96] [--quick] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_run [--rows 32] [--quick] [--write docs/benchmarks.md]
 
-A random Llama of about 7M parameters, its layers in 4 bits, with LoRA on all of them, under TRL's own trainer; rows of
-50 to 300 tokens. Every run is a separate process; its time is that of `trainer.train()`, from reading the documents to
-the last step. Scoring reads each document once, and every epoch reads it again, forward and backward. Their ratio
-hardly depends on the size of the model, but the share of the small parts does, and this model is small.
+SmolLM2-135M-Instruct (`make models`), its layers in 4 bits, with LoRA on all of them, under TRL's own trainer; the
+first rows of the demo's training data, some of them with noise. A real model on real text: how much the default reads
+depends on what it finds doubtful, and to random weights prompts say nothing. Every run is a separate process; its time
+is that of `trainer.train()`, from reading the documents to the last step. Every epoch reads each document forward twice
+(checkpointing) and backward, scoring reads it and parts of it forward. Their ratio hardly depends on the size of the
+model, but the share of the small parts does, and this model is small.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
 import statistics
@@ -29,26 +32,17 @@ from unittest import mock
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from tests import tiny
+from tests import real, tiny
 from tests.benchmarks import reach
 from tests.benchmarks.common import NOT_MEASURED, arguments, device, publish
 from xtf_plugin import XTFCallback, attach, plan
-from xtf_plugin.scorers import embedding_similarity
-from xtf_plugin.scoring import cached_scores, providers
+from xtf_plugin.scoring import providers
 from xtf_plugin.training import callback
 from xtf_plugin.training.collator import XTFDataCollator
 
-CONFIG = LlamaConfig(
-    vocab_size=8_192,  # of which the rows use the tokenizer's few hundred: the head should weigh something
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
 SMOKE = LlamaConfig(
     vocab_size=512,
     hidden_size=64,
@@ -68,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 PARTS = {
     "documents": [(callback, "collect")],
     "fingerprint": [(providers.BorrowedReference, "fingerprint")],
-    "scoring": [(cached_scores, "score"), (embedding_similarity._Domain, "relevance")],
+    "scoring": [(plan, "run_scorers")],
     "selection": [(plan, "select"), (plan.Plan, "masks")],
     "report": [(XTFCallback, "_report")],
     "collator": [(XTFDataCollator, "_masked"), (XTFDataCollator, "_verify")],
@@ -77,8 +71,20 @@ PARTS = {
 HEAD = ["run", "train(), s", "x without", "in parts, s: all before step 1", *PARTS, "reach"]
 
 
+def demo_rows(tokenizer: Any, count: int) -> list[dict[str, list[int]]]:
+    """The first rows of the demo's training data, as TRL's prepared columns."""
+    rows = prepare().make_rows(0)[0][:count]
+    return [real.row_of(tokenizer, row.prompt, row.completion) for row in rows]
+
+
+def prepare() -> Any:
+    """The demo's program that makes its data."""
+    with mock.patch.object(sys, "path", [str(real.PAIRS.parent), *sys.path]):
+        return importlib.import_module("prepare")
+
+
 def make_rows(count: int) -> list[dict[str, list[int]]]:
-    """Word problems, two to six in a row, as TRL's prepared columns."""
+    """Word problems, two to six in a row, for models with random weights."""
     rng, tokenizer, rows = random.Random(0), tiny.tokenizer(), []
     for _ in range(count):
         pairs = [tiny.problem(rng) for _ in range(rng.randint(2, 6))]
@@ -88,14 +94,21 @@ def make_rows(count: int) -> list[dict[str, list[int]]]:
     return rows
 
 
-def save_model(folder: Path, config: LlamaConfig = CONFIG) -> None:
+def save_model(folder: Path, config: LlamaConfig | None = None) -> None:
+    """Put a model with random weights there, or without a config the real one."""
+    if config is None:
+        (folder / "model").symlink_to((real.MODELS / real.SMOLLM2).resolve(), target_is_directory=True)
+        return
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
 
 
-def make_trainer(folder: Path, rows: list[dict[str, list[int]]], steps: int) -> SFTTrainer:
-    cpu = device().type == "cpu"
-    dtype = torch.float32 if cpu else torch.bfloat16
+def make_trainer(folder: Path, count: int, steps: int) -> SFTTrainer:
+    """A trainer of the model in a folder on this many rows."""
+    cpu, whole = device().type == "cpu", (folder / "model/tokenizer.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model") if whole else tiny.tokenizer()
+    rows = demo_rows(tokenizer, count) if whole else make_rows(count)
+    dtype = torch.bfloat16 if whole or not cpu else torch.float32
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=bits, dtype=dtype)
     quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None}
@@ -104,7 +117,7 @@ def make_trainer(folder: Path, rows: list[dict[str, list[int]]], steps: int) -> 
         model,
         args=SFTConfig(str(folder / "out"), use_cpu=cpu, bf16=not cpu, **options, **quiet),
         train_dataset=Dataset.from_list(rows),
-        processing_class=tiny.tokenizer(),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=16, target_modules="all-linear"),
     )
 
@@ -126,7 +139,7 @@ def timed(parts: Counter, name: str, owner: Any, attribute: str) -> Any:
 def run(variant: str, folder: Path, rows: int, steps: int = -1) -> dict[str, float]:
     """One training run in this process: its time, and that of XTF's parts."""
     block, parts = VARIANTS[variant], Counter[str]()
-    trainer = make_trainer(folder, make_rows(rows), steps)
+    trainer = make_trainer(folder, rows, steps)
     if block is not None:
         cache = folder / ("cache-default" if block == {} else "cache-paper")
         attach(trainer, {**block, "cache_dir": str(cache)})
@@ -185,7 +198,7 @@ def rows_of(found: dict[str, dict[str, float]]) -> list[list[str]]:
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="without XTF and with `default` only")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
@@ -196,12 +209,15 @@ def main(given: Sequence[str] | None = None) -> None:
     def one(variant: str, folder: Path) -> dict[str, float]:
         return run(variant, folder, 8, 1) if options.smoke else in_own_process(variant, folder, options.rows)
 
+    if not options.smoke and not real.is_made(real.SMOLLM2):
+        sys.exit(f"no {real.MODELS / real.SMOLLM2} here: make models")
     variants = (PLAIN, DEFAULT) if options.quick else tuple(VARIANTS)
     save = partial(save_model, config=SMOKE) if options.smoke else save_model
     rows = rows_of(measure(one, save, variants, options.repeats)[0])
     if device().type == "cpu":
         rows.append(["a large model on a GPU", *[NOT_MEASURED] * 2, *["–"] * (1 + len(PARTS)), str(reach.RUN)])
-    caption = f"{options.rows} rows, {EPOCHS} epochs, batches of {BATCH}, medians of {options.repeats}"
+    model = "a tiny Llama" if options.smoke else f"{real.SMOLLM2} in 4 bits"
+    caption = f"{model}, {options.rows} rows, {EPOCHS} epochs, batches of {BATCH}, medians of {options.repeats}"
     publish("bench_run", caption, HEAD, rows, options.write)
 
 

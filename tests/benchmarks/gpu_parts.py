@@ -128,7 +128,10 @@ def step(sizes: Sizes, repeats: int, until: float) -> Rows:
 
 
 def run(sizes: Sizes, repeats: int, until: float) -> Rows:
-    """A QLoRA run without XTF and with it, in this process, so that the time includes no imports."""
+    """A QLoRA run without XTF and with it, in this process, so that the time includes no imports.
+
+    To random weights prompts say nothing: the default reads all that it always reads, and asks about no doubtful text.
+    """
     with tempfile.TemporaryDirectory() as name:
         kept = Path(name)
         large_model(sizes).save_pretrained(kept / "model")

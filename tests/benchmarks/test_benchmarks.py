@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import real
 from tests.benchmarks import (
     bench_authors,
     bench_compile,
@@ -21,6 +22,7 @@ from tests.benchmarks import (
     bench_run,
     bench_scoring,
     bench_selection,
+    bench_splices,
     bench_start,
     bench_step,
     bench_streaming,
@@ -46,6 +48,7 @@ MARKS = {  # of the programs that have a `--smoke`
     bench_run: "bench_run",
     bench_scoring: "scoring 30M",
     bench_selection: "selection",
+    bench_splices: "splices",
     bench_start: "start",
     bench_step: "bench_step",
     bench_streaming: "streaming",
@@ -246,6 +249,32 @@ def test_the_authors_probabilities_are_ours():
         _, completion = documents.document(index)
         ours = np.exp(found[documents.keys[index].tobytes()].logprobs)
         np.testing.assert_allclose(ours, probabilities[completion[1:]], rtol=1e-3)
+
+
+@real.needs(real.SMOLLM2)
+def test_a_whole_run_is_of_a_real_model_on_text_with_noise(tmp_path):
+    bench_run.save_model(tmp_path)
+    assert (tmp_path / "model/tokenizer.json").is_file() and (tmp_path / "model/model.safetensors").is_file()
+    rows = bench_run.demo_rows(real.tokenizer(real.SMOLLM2), 16)
+    noise = [row.noise for row in bench_run.prepare().make_rows(0)[0][:16]]
+    assert len(rows) == 16 and 0 < sum(map(bool, noise)) < 16
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_both_forms_of_the_defaults_scores_agree_and_the_fast_one_reads_less():
+    given = bench_splices.tiny_given(6)
+    found = bench_splices.measure(given, 1)
+    rows = bench_splices.rows_of(found)
+    assert [row[:2] for row in rows] == [[n, f] for n in found for f in (bench_splices.NAIVE, bench_splices.FAST)]
+    for name, forms in found.items():
+        (naive, passed), (fast, _) = forms[bench_splices.NAIVE], forms[bench_splices.FAST]
+        np.testing.assert_allclose(fast.values, naive.values, atol=2e-4)
+        assert np.isfinite(fast.values).any() and passed.tokens == given.documents.lengths.sum()
+        asked = name != "new_text"
+        assert (fast.tokens < naive.tokens) == (naive.tokens > 0) == asked
+    assert float(rows[1][3]) == pytest.approx(
+        found["explained"][bench_splices.FAST][0].tokens / int(rows[0][2].replace(",", "")), abs=1e-3
+    )
 
 
 def test_medians_of_procedures_in_turn():

@@ -116,6 +116,15 @@ def test_check_says_what_will_happen(xtf, write):
     assert "task_relevance" not in out
 
 
+def test_check_says_which_scorer_a_slot_has_that_names_none(xtf, write):
+    """`true` was the paper's scorer once, and is the preset's now."""
+    slots = {"reasoning_importance": True, "knowledge_novelty": {"drop": {"quantile": 0.1}}}
+    for preset, expected in (("default", "influence new_text"), ("none", "attention_received novelty")):
+        of_reasoning, of_novelty = expected.split()
+        _, out, _ = xtf("check", write(xtf={"preset": preset, **slots}))
+        assert f"reasoning_importance ({of_reasoning}), knowledge_novelty ({of_novelty})" in out
+
+
 def test_check_prints_the_schema(xtf):
     code, out, _ = xtf("check", "--schema")
     assert code == 0 and "reasoning_importance" in json.loads(out)["properties"]

@@ -86,7 +86,7 @@ BLOCKS = [
         },
     },
     {"reasoning_importance": {"drop": {"below": 0.1}, "max_fraction": 1}},
-    {"reasoning_importance": {"unit": "line"}, "task_relevance": {"unit": "sentence"}},
+    {"reasoning_importance": {"unit": "line"}, "task_relevance": {"unit": "line"}},
     {"reasoning_importance": {"horizon": 9, "doubtful": 1, "among": "knowledge_novelty"}, "task_relevance": False},
     {"reasoning_importance": {"among": None}, "knowledge_novelty": {"shortest": 3}, "task_relevance": {"first": 5}},
     {"task_relevance": {"drop": {"of_median": 0.5}}, "protect": {"formats": 1}},

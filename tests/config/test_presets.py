@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.config.test_config import holds
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.config.scores import PRESETS
+from xtf_plugin.config.scores import PRESETS, SLOTS
 from xtf_plugin.errors import XTFUserError
+from xtf_plugin.scorers import registry
 
 
 def test_a_slot_that_the_preset_has_off_comes_on_with_the_papers_scorer_and_its_defaults():
@@ -44,19 +47,102 @@ def test_the_papers_presets_protect_no_format(preset):
     assert XTFConfig(preset=preset, protect={"formats": 0.5}).protect.formats == 0.5
 
 
-def test_influence_needs_a_score_to_ask_among():
-    named = r"xtf.reasoning_importance.among: 'task_relevance' is no other score of this block that is on"
-    with pytest.raises(XTFUserError, match=rf"{named} \(legal: knowledge_novelty\); .*switch reasoning_importance off"):
-        XTFConfig.parse({"task_relevance": False})
-    own = {"scorer": "influence", "among": "lean"}
-    with pytest.raises(XTFUserError, match=r"lean.among: 'lean' is no other score .*legal: task_relevance"):
-        XTFConfig.parse({"preset": "none", "task_relevance": True, "selectors": {"lean": own}})
-    free = XTFConfig.parse({"task_relevance": False, "reasoning_importance": {"among": None}})
-    assert free.reasoning_importance.among is None
-    other = XTFConfig.parse(
-        {"preset": "none", "task_relevance": True, "selectors": {"b": {**own, "among": "task_relevance"}}}
-    )
-    assert list(other.scores) == ["task_relevance", "b"]
+LEAN = {"scorer": "influence"}
+FREE = "or null, which scores all units, or switch {} off"
+OF_UNITS = "knowledge_novelty, task_relevance"
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (
+            {"task_relevance": False},
+            "reasoning_importance.among: 'task_relevance' is off; write `task_relevance: {scorer: explained}` "
+            f"(legal: knowledge_novelty; {FREE.format('reasoning_importance')})",
+        ),
+        (
+            {"preset": "none", "knowledge_novelty": {**LEAN, "unit": "line"}},
+            "is off; write `task_relevance: {scorer: explained, unit: line}` (legal: none;",
+        ),
+        (
+            {"preset": "none", "selectors": {"lean": {**LEAN, "among": "knowledge_novelty"}}},
+            "selectors.lean.among: 'knowledge_novelty' is off; write `knowledge_novelty: {scorer: new_text}` "
+            f"(legal: none; {FREE.format('lean')})",
+        ),
+        (
+            {"selectors": {"lean": {**LEAN, "among": "lean"}}},
+            f"selectors.lean.among: 'lean' is no other score of this block that is on (legal: {OF_UNITS};",
+        ),
+        (
+            {"reasoning_importance": {"among": "task_relevence"}},
+            f"is no other score of this block that is on (legal: {OF_UNITS};",
+        ),
+        (
+            {"reasoning_importance": {**LEAN, "among": "reasoning_importance"}, "task_relevance": False},
+            "is no other score of this block that is on (legal: knowledge_novelty;",
+        ),
+        (
+            {"reasoning_importance": {"unit": "line"}, "knowledge_novelty": {"unit": "line"}},
+            "reasoning_importance.among: 'task_relevance' has `unit: sentence`; write `unit: line` there too "
+            "(legal: knowledge_novelty;",
+        ),
+        (
+            {
+                "reasoning_importance": {"among": "odd"},
+                "selectors": {"odd": {"scorer": "opening", "unit": "both", "drop": {"below": -4}}},
+            },
+            f"'odd' has `unit: both`; write `unit: sentence` there too (legal: {OF_UNITS};",
+        ),
+        (
+            {"preset": "none", "reasoning_importance": LEAN, "task_relevance": True},
+            "'task_relevance' has the scorer embedding_similarity, which scores tokens, not complete units "
+            "(legal: none;",
+        ),
+        (
+            {"task_relevance": {"scorer": "typicality", "unit": "sentence", "drop": {"below": -4}}},
+            "'task_relevance' has the scorer typicality, which scores tokens, not complete units "
+            "(legal: knowledge_novelty;",
+        ),
+        (
+            {"selectors": {"lean": {**LEAN, "among": "reasoning_importance"}}},
+            f"'reasoning_importance' has the scorer influence, which reads other scores itself (legal: {OF_UNITS};",
+        ),
+    ],
+    ids=str,
+)
+def test_influence_asks_among_the_units_of_another_score(block, expected):
+    """A score with other units, or without a number of its own for a unit, would be read at the wrong places."""
+    with pytest.raises(XTFUserError) as refusal:
+        XTFConfig.parse(block)
+    assert expected in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"task_relevance": False, "reasoning_importance": {"among": None}},
+        {"task_relevance": False, "reasoning_importance": {"among": "knowledge_novelty"}},
+        {"task_relevance": {"unit": "line"}, "reasoning_importance": {"unit": "line"}},
+        {"preset": "none", "task_relevance": {"scorer": "explained"}, "selectors": {"lean": LEAN}},
+        {
+            "reasoning_importance": {"among": "odd"},
+            "selectors": {"odd": {"scorer": "opening", "drop": {"below": -4}}},
+        },
+    ],
+    ids=str,
+)
+def test_influence_takes_any_other_score_of_its_units(block):
+    assert XTFConfig.parse(XTFConfig.parse(block).to_dict()) == XTFConfig.parse(block)
+
+
+def test_a_score_that_maps_its_averages_is_not_asked_in(monkeypatch):
+    """The rule would see other numbers than `context.scores` holds."""
+    mapped = replace(registry.BUILTIN["new_text"], seen=lambda values: values)
+    monkeypatch.setitem(registry.BUILTIN, "new_text", mapped)
+    with pytest.raises(
+        XTFUserError, match=r"new_text, which scores tokens, not complete units \(legal: task_relevance"
+    ):
+        XTFConfig.parse({"reasoning_importance": {"among": "knowledge_novelty"}})
 
 
 ODD = {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -4}}
@@ -128,7 +214,10 @@ OLD = {
     ),
     "0.1.0, a window": (
         {"task_relevance": {"window": 3, "drop": {"quantile": 0.2}}},
-        {"task_relevance": {"scorer": "embedding_similarity", "window": 3, "drop": {"quantile": 0.2}}},
+        {
+            "task_relevance": {"scorer": "embedding_similarity", "window": 3, "drop": {"quantile": 0.2}},
+            "reasoning_importance": False,  # the default's asks among units of task_relevance
+        },
     ),
     "0.1.0, every other key": (
         {
@@ -188,10 +277,16 @@ def test_an_old_spelling_loads_or_is_refused_with_what_to_write(name):
         ("reasoning_importance", "attention_received", {"layers": "frist", "horizon": 3}, "layers"),
         ("reasoning_importance", "attention_received", {"unit": "token"}, "unit"),
         ("reasoning_importance", "attention_received", {"window": 3}, "window"),
+        ("reasoning_importance", "attention_received", {"scope": "document"}, "scope"),
         ("knowledge_novelty", "novelty", {"drop": {"known_above": 0.95}}, "drop.known_above"),
         ("knowledge_novelty", "novelty", {"drop": {"unknown_below": 95}}, "drop.unknown_below"),
         ("knowledge_novelty", "novelty", {"drop": {"known_above": 0.95}, "windwo": 1}, "drop.known_above"),
+        ("knowledge_novelty", "novelty", {"unit": "token"}, "unit"),
+        ("knowledge_novelty", "novelty", {"window": 5, "max_fraction": 0.05}, "window"),
         ("task_relevance", "embedding_similarity", {"domain": "dataset"}, "domain"),
+        ("task_relevance", "embedding_similarity", {"domain": ["x"]}, "domain"),
+        ("task_relevance", "embedding_similarity", {"unit": "token"}, "unit"),
+        ("task_relevance", "embedding_similarity", {"window": 3, "drop": {"quantile": 0.2}}, "window"),
         ("task_relevance", "embedding_similarity", {"embedding": "output", "drop": {"cluster": 1}}, "embedding"),
     ],
     ids=str,
@@ -206,12 +301,33 @@ def test_a_key_of_the_papers_scorer_under_the_default_is_refused_with_its_name(s
     assert str(refusal.value).count("add `scorer:") == 1, "only what that scorer would not refuse, too"
 
 
+@pytest.mark.parametrize("slot", SLOTS)
+def test_every_key_that_the_papers_scorer_has_alone_is_refused_with_its_name(slot):
+    """Keys of either scorer, and rules of either, from the models: one that comes is held to it, too."""
+    papers, own = (registry.BUILTIN[name].Config for name in (SLOTS[slot], PRESETS["default"][slot]["scorer"]))
+    of_papers = registry.BUILTIN[SLOTS[slot]].Config(scorer=SLOTS[slot]).model_dump()
+    alone = [{key: of_papers[key]} for key in papers.model_fields.keys() - own.model_fields.keys()]
+    rules = (part.model_fields["drop"].annotation.model_fields.keys() for part in (papers, own))
+    alone += [{"drop": {key: 0.5}} for key in set.difference(*map(set, rules))]
+    assert alone
+    for part in alone:
+        with pytest.raises(XTFUserError, match=f"The paper's scorer takes it: add `scorer: {SLOTS[slot]}`"):
+            XTFConfig.parse({slot: part})
+        others = dict.fromkeys(SLOTS, False)
+        assert XTFConfig.parse({**others, slot: {**part, "scorer": SLOTS[slot]}}).scores[slot].scorer == SLOTS[slot]
+
+
 @pytest.mark.parametrize(
     "block",
     [
         {"reasoning_importance": {"layer": "all"}},
         {"reasoning_importance": {"unit": "sentense"}},
         {"reasoning_importance": {"window": 3, "unit": "line"}},
+        {"reasoning_importance": {"scale": "log"}},
+        {"reasoning_importance": {"among": 3}},
+        {"reasoning_importance": {"reference": {"modle": "x"}}},
+        {"task_relevance": {"first": 0}},
+        {"knowledge_novelty": {"scope": "document"}},
         {"knowledge_novelty": {"layers": "all"}},
         {"reasoning_importance": {"scorer": "typicality", "drop": {"below": -6}, "layers": "all"}},
         {"preset": "paper", "knowledge_novelty": {"shortest": 3}},

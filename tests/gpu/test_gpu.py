@@ -235,8 +235,8 @@ def test_triton_reaches_beyond_32_bits(triton_works):
     ]
     near = query.to("cuda"), key.to("cuda")
     logsumexp = kernels.attention_and_logsumexp(*near, near[1], AttentionSpec(scaling))[1]
-    options = {"scaling": scaling, "logsumexp": logsumexp}
-    found = [triton_works.attention_received(*x, lengths.to("cuda"), **options) for x in (views, near)]
+    received = triton_works.attention_received
+    found = [received(*x, lengths.to("cuda"), AttentionSpec(scaling), logsumexp) for x in (views, near)]
     close(*found, absolute=0)
     assert found[0].isfinite().any()
     logits, targets = torch.randn(2, 5_000, device="cuda").bfloat16(), torch.tensor([1, 4_999], device="cuda")

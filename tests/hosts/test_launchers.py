@@ -15,6 +15,7 @@ import pytest
 from tests import tiny
 from tests.hosts.test_end_to_end import BIN, command, recipe
 from tests.made_scores import DROPS
+from tests.training.test_columns import CRITIC, NOISE, problems
 
 ROOT = Path(__file__).parents[2]
 RECORDER = ROOT / "tests/recorder"
@@ -91,6 +92,23 @@ def test_table_and_summary_are_those_of_one_process(one, two):
     facts = [json.loads((folder / "out/xtf/summary.json").read_text()) for folder in (one, two)]
     assert facts[0]["totals"] == facts[1]["totals"]
     assert facts[1]["scoring"]["scored_documents"] == 24
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 200}], ids=["rows", "packed"])
+def test_two_ranks_read_the_marks_of_a_column(base, tmp_path, options):
+    """Each rank reads the column where its rows still have their text; a text that is marked is trained on by none."""
+    tiny.save_rows(tmp_path / "data/train.jsonl", problems(24))
+    whole = {"max_steps": -1, "num_train_epochs": 1, "dataset_name": str(tmp_path / "data"), "xtf": CRITIC, **options}
+    run(ONE, base, tmp_path / "one", tmp_path / "cache", **whole)
+    run(LAUNCHERS["torchrun"], base, tmp_path / "two", tmp_path / "other cache", **whole)
+    (alone,), ranks = seen(tmp_path / "one"), seen(tmp_path / "two")
+    expected = dict(alone)
+    assert len(ranks) == 2 and all(ranks) and {ids for rank in ranks for ids, _ in rank} == expected.keys()
+    assert all(kept == expected[ids] for rank in ranks for ids, kept in rank)
+    for out in ("one", "two"):
+        table = pq.read_table(tmp_path / out / "xtf/scores.parquet").to_pandas()
+        dropped = table[~table.kept].groupby("document").token.apply("".join)
+        assert dropped.tolist() == [f" {NOISE}"] * 12 and set(table[~table.kept].reason) == {"critic"}
 
 
 def test_scored_by_two_workers_and_trained_elsewhere(base, one, tmp_path):

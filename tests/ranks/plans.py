@@ -6,6 +6,7 @@ import copy
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
 from tests import streams, tiny
@@ -15,12 +16,14 @@ from tests.test_plan import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFUserError, attach
 from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.data.documents import collect
+from xtf_plugin.data.documents import collect, split_row
+from xtf_plugin.data.marks import Marks
 from xtf_plugin.errors import XTFError
 from xtf_plugin.plan import make_plan
 from xtf_plugin.scoring import distributed
 from xtf_plugin.scoring.distributed import Ranks
 
+CRITIC = {"preset": "none", "selectors": {"critic": {"scorer": "column", "column": "noise"}}}
 SLOW = 2.0  # seconds
 
 
@@ -117,6 +120,26 @@ def other_blocks_on_one_rank(ranks, folder):
         try:
             make_plan(config, collect(rows(6)), Provider(), used, progress=False, ranks=ranks)
             found[name] = "planned"
+        except XTFError as error:
+            found[name] = str(error)
+    return found
+
+
+@case
+def marks_of_a_column(ranks, folder):
+    """The same on all ranks, and on the second one others, as a critic gives that draws at random."""
+    found = {}
+    for name in ("same", "other"):
+        table = Marks("noise")
+        for index, row in enumerate(rows(6)):
+            _, ids, completion = split_row(row)[0]
+            flags = completion & (np.arange(len(ids)) % 5 == (index + (ranks.rank if name == "other" else 0)) % 5)
+            table.add(ids, completion, flags)
+        config = XTFConfig.parse({**CRITIC, "cache_dir": str(folder / f"{name}-{ranks.rank}")})
+        options = {"progress": False, "ranks": ranks, "marks": {("noise", "spans", None): table}}
+        try:
+            plan = make_plan(config, collect(rows(6)), Provider(), tiny.tokenizer(), **options)
+            found[name] = plan.selection.keep.astype(int).tolist()
         except XTFError as error:
             found[name] = str(error)
     return found

@@ -64,8 +64,8 @@ def options(schema: Any) -> list[Any]:
     """What a schema offers, with references followed."""
     if "$ref" in schema:
         return options(ROOT["$defs"][schema["$ref"].rpartition("/")[2]])
-    if "allOf" in schema:  # a selector: what its scorer's own schema asks for
-        return [leaf for case in schema["allOf"] for leaf in options(case["then"])]
+    if "allOf" in schema and "scorer" in schema["properties"]:  # a score: what its scorer's own schema asks for
+        return [leaf for case in schema["allOf"] if "$ref" in case["then"] for leaf in options(case["then"])]
     choices = schema.get("oneOf") or (schema.get("anyOf") if "properties" not in schema else None)
     return [schema] if choices is None else [leaf for choice in choices for leaf in options(choice)]
 

@@ -271,6 +271,15 @@ def test_a_run_prints_its_formats_and_what_recurs(tmp_path, capsys):
     assert "mine: how probable the reference finds it (log_probability version 1, xtf-plugin)" in printed
 
 
+@pytest.mark.parametrize(("preset", "scorer"), [("default", "new_text"), ("none", "novelty")])
+def test_a_run_prints_the_scorer_of_a_slot_that_names_none(tmp_path, capsys, preset, scorer):
+    """A recipe from before the default had scorers of its own says nothing of it."""
+    slots = {"reasoning_importance": False, "knowledge_novelty": True, "task_relevance": False}
+    summary.show(plan_of(tmp_path, preset=preset, **slots), [])
+    line = f"xtf: knowledge_novelty: {terminal.measure(scorer)} ({scorer} version 1, xtf-plugin)\n"
+    assert line in capsys.readouterr().err
+
+
 def test_reasons_as_documents_are_marked(file):
     assert keys(file, reason="TR") == keys(file, reason="task_relevance") == ["aa22"]
 

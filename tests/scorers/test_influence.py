@@ -120,12 +120,15 @@ def test_only_units_that_are_doubtful_in_another_score_are_asked_about(context, 
     assert asked == [number] and 0 < number < (~np.isnan(by_hand(units, 64))).sum()
 
 
-@pytest.mark.parametrize("values", [-1.0, 0.0, NAN])
-def test_without_a_positive_median_nothing_is_doubtful(context, values):
+@pytest.mark.parametrize(("values", "warned"), [(-1.0, True), (0.0, True), (NAN, False)])
+def test_without_a_positive_median_nothing_is_doubtful(context, values, warned):
+    """Which is said, unless the other score has said why it is undefined everywhere."""
     documents = several_turns(3)
     given = context(documents, np.full(int(documents.completion.sum()), values), {"of_median": 0.2})
     given.predictions_of = given.log_probabilities = lambda *_: 1 / 0
     assert np.isnan(influence.score(given, part_of(among="other"))).all()
+    found = [text for text in given.warnings if "doubtful in other" in text and f"median is {values:g}" in text]
+    assert len(found) == len(given.warnings) == warned
 
 
 def test_a_score_that_did_not_run_is_refused_by_the_key(context):

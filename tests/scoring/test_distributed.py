@@ -43,7 +43,10 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    cases = ("scores_on_a_shared_disk", "caches_that_differ", "plans", "scores_of_the_default")
+    cases = (
+        *("scores_on_a_shared_disk", "caches_that_differ"),
+        *("plans", "scores_of_the_default", "marks_of_a_column"),
+    )
     return launched(tmp_path_factory.mktemp("alone"), 1, *cases)[0]
 
 
@@ -257,6 +260,14 @@ def test_the_default_s_scores_are_those_of_one_process(two, three, alone):
         for rank in (*two, *three):
             found = np.asarray(rank["scores_of_the_default"][name], dtype=np.float64)
             np.testing.assert_allclose(found, np.asarray(scores, dtype=np.float64), atol=2e-5, err_msg=name)
+
+
+def test_marks_of_a_column_are_those_of_one_process(two, alone):
+    expected = alone["marks_of_a_column"]["same"]
+    assert 0 < sum(expected) < len(expected)
+    for rank in two:
+        assert rank["marks_of_a_column"]["same"] == expected
+        assert "do not hold the same masks: rank 1 differs" in rank["marks_of_a_column"]["other"]
 
 
 class TestShareOut:

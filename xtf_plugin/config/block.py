@@ -33,7 +33,7 @@ from ..fields import (
 )
 from ..scorers import ScoreConfig
 from .messages import explain, shown
-from .scores import PRESETS, SLOTS, Selectors, Slot, complete, over_preset
+from .scores import PRESETS, SLOTS, Selectors, Slot, complete, over_preset, unanswerable
 
 
 class ProtectConfig(Block):
@@ -179,12 +179,7 @@ class XTFConfig(Block):
             problems.append(("force_drop", self.force_drop, why))
             if self.control is not None:
                 problems.append(("control", self.control, "has no drop rate to match; switch a score on"))
-        for name, score in self.scores.items():
-            among = getattr(score, "among", None)
-            if among is not None and (among == name or among not in self.scores):
-                others = ", ".join(other for other in self.scores if other != name) or "none"
-                why = f"is no other score of this block that is on (legal: {others}); name one, or switch {name} off"
-                problems.append((f"{name}.among", among, why))
+        problems += unanswerable(self.scores)
         if isinstance(self.combine, AtLeast) and self.combine.at_least > number:
             why = f"is more than there are scores ({number}); lower it, or switch a score on"
             problems.append(("combine.at_least", self.combine.at_least, why))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, WrapValidator
 from pydantic_core.core_schema import ValidationInfo
@@ -69,10 +69,16 @@ class PartProblems(ValueError):
         self.usual_error: ValidationError | None = None
 
     def of_usual(self, problem: Mapping[str, Any]) -> bool:
-        """Whether the paper's scorer would not have this problem."""
-        problems = [] if self.usual_error is None else self.usual_error.errors(include_url=False)
-        same = [other for other in problems if (other["loc"], other["type"]) == (problem["loc"], problem["type"])]
-        return self.usual is not None and not same
+        """Whether the paper's scorer takes what this scorer refuses: it has the key, and not this problem with it."""
+        if self.usual is None:
+            return False
+        location, kind = problem["loc"], problem["type"]
+        others = [] if self.usual_error is None else self.usual_error.errors(include_url=False)
+        return not any(
+            (other["loc"], other["type"]) == (location, kind)
+            or (other["type"] == "extra_forbidden" and location[: len(other["loc"])] == other["loc"])
+            for other in others
+        )
 
 
 def _part(value: Any, default: str | None = None) -> ScoreConfig:
@@ -186,6 +192,38 @@ def _over(given: Any, base: Mapping[str, Any] | None, usual: str | None = None) 
     return {**base, **given} if given.get("scorer", usual) == usual else given
 
 
+def unanswerable(scores: Mapping[str, ScoreConfig]) -> list[tuple[str, Any, str]]:
+    """Problems of the key `among`: scores that cannot say in which units they are doubtful."""
+    found = []
+    for name, part in scores.items():
+        among = getattr(part, "among", None)
+        usable = [other for other in scores if other != name and not _no_answer(part, scores[other])]
+        if among is None or among in usable:
+            continue
+        if among != name and among in scores:
+            why = _no_answer(part, scores[among])
+        else:
+            usual = PRESETS["default"].get(among if among != name else "", {}).get("scorer")
+            line = f"{among}: {{scorer: {usual}{', unit: line' * (part.unit == 'line')}}}"
+            why = f"is off; write `{line}`" if usual else "is no other score of this block that is on"
+        rest = f"legal: {', '.join(usable) or 'none'}; or null, which scores all units, or switch {name} off"
+        found.append((f"{name if name in SLOTS else f'selectors.{name}'}.among", among, f"{why} ({rest})"))
+    return found
+
+
+def _no_answer(part: ScoreConfig, other: ScoreConfig) -> str:
+    """Why a score cannot say in which units of another one it is doubtful; empty if it can.
+
+    That takes one number for all of a unit, as the scorer gives it: averages are taken later, by the rule.
+    """
+    scorer = registry.find(other.scorer)
+    if scorer.reads_scores:
+        return f"has the scorer {scorer.name}, which reads other scores itself"
+    if "token" in get_args(type(other).model_fields["unit"].annotation) or scorer.seen is not None:
+        return f"has the scorer {scorer.name}, which scores tokens, not complete units"
+    return "" if other.unit == part.unit else f"has `unit: {other.unit}`; write `unit: {part.unit}` there too"
+
+
 def check_streamed(scores: Mapping[str, ScoreConfig]) -> None:
     """Refuse scores that cannot be computed for streamed data.
 
@@ -219,39 +257,61 @@ def complete(schema: dict[str, Any]) -> dict[str, Any]:
     """The JSON schema of the block's model, plus what is read before the model checks a block.
 
     That is `true`, `false` and null in place of the block, switches in place of scores, and the keys of a score by its
-    scorer. Scores of other packages' scorers are checked for the common keys alone.
+    scorer, which for a slot without `scorer` is the preset's. Scores of other packages' scorers are checked for the
+    common keys alone.
     """
     definitions, parts = dict(schema["$defs"]), schemas()
     common = definitions.pop("ScoreConfig")
     for part in parts.values():
         definitions |= {**part.pop("$defs"), part["title"]: part}
-    # not required: beside a preset a part may change single keys of the preset's score
-    loose = {key: value for key, value in common.items() if key not in ("additionalProperties", "required")}
-
-    def part_of(default: str | None) -> dict[str, Any]:
-        """What a slot with this default scorer, or a selector, may hold."""
-        keys, tests = loose["properties"], []
-        if default is not None:
-            keys = {**parts[default]["properties"], "scorer": {**keys["scorer"], "default": default}}
-        for name, part in parts.items():
-            test: dict[str, Any] = {"properties": {"scorer": {"const": name}}}
-            test |= {} if name == default else {"required": ["scorer"]}
-            tests.append({"if": test, "then": {"$ref": f"#/$defs/{part['title']}"}})
-        return {**loose, "properties": keys, "allOf": tests}
-
+    # nothing is required: beside a preset a part may change single keys of the preset's score
+    loose = {key: common[key] for key in ("title", "description", "type")}
+    loose["properties"] = {key: {"description": one["description"]} for key, one in common["properties"].items()}
+    loose["allOf"] = [
+        *(
+            {"if": _scored_by({"const": name}), "then": {"$ref": f"#/$defs/{part['title']}"}}
+            for name, part in parts.items()
+        ),
+        {"if": _scored_by({"not": {"enum": list(parts)}}), "then": {"properties": common["properties"]}},
+    ]
     properties = dict(schema["properties"])
-    mapping = {**properties["selectors"], "additionalProperties": {"oneOf": [part_of(None), SWITCH]}}
+    mapping = {**properties["selectors"], "additionalProperties": {"oneOf": [loose, SWITCH]}}
     described = {"description": mapping.pop("description"), "default": mapping.pop("default")}
     properties["selectors"] = {**described, "oneOf": [mapping, SWITCH]}
-    for name, default in SLOTS.items():
-        about = {key: properties[name][key] for key in ("description", "default")}
-        properties[name] = {**about, "oneOf": [part_of(default), {"type": "boolean"}]}
+    for slot in SLOTS:
+        about = {"description": properties[slot]["description"]}  # the default is the preset's
+        usual = [parts[_usual(slot, preset)]["properties"] for preset in PRESETS]
+        keys = {key: {"description": one["description"]} for part in usual for key, one in part.items()}
+        part = {**loose, "properties": {**loose["properties"], **keys}}
+        properties[slot] = {**about, "oneOf": [part, {"type": "boolean"}]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
         "$defs": definitions,
         "properties": properties,
+        "allOf": [_of_preset(name, parts) for name in PRESETS],
         "title": "The xtf: block",
         "description": "A mapping of settings; true: the defaults; false or null: off.",
         "type": ["object", "boolean", "null"],
     }
+
+
+def _usual(slot: str, preset: str) -> str:
+    """The scorer of a slot that names none."""
+    scorer: str = PRESETS[preset].get(slot, {}).get("scorer", SLOTS[slot])
+    return scorer
+
+
+def _scored_by(scorer: Mapping[str, Any]) -> dict[str, Any]:
+    return {"properties": {"scorer": scorer}, "required": ["scorer"]}
+
+
+def _of_preset(preset: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Schema of a block with this preset: slots that name no scorer have the keys of the preset's."""
+    slots = {}
+    for slot in SLOTS:
+        part = parts[_usual(slot, preset)]
+        keys = {key: {"$ref": f"#/$defs/{part['title']}/properties/{key}"} for key in part["properties"]}
+        slots[slot] = {"if": {"not": _scored_by({})}, "then": {"properties": keys, "additionalProperties": False}}
+    needed = {} if preset == "default" else {"required": ["preset"]}
+    return {"if": {"properties": {"preset": {"const": preset}}, **needed}, "then": {"properties": slots}}

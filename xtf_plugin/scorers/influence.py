@@ -28,8 +28,8 @@ class InfluenceConfig(ScoreConfig):
     horizon: Positive = Field(default=64, description="How many completion tokens after a unit are read.")
     among: str | None = Field(
         default="task_relevance",
-        description="Name of a score of this block: units in which it is doubtful are scored, the others kept. "
-        "null: all units are scored, which costs several passes.",
+        description="Name of a score of this block, for the same unit: units in which it is doubtful are scored, the "
+        "others kept. null: all units are scored, which costs several passes.",
     )
     doubtful: NonNegative = Field(
         default=0.4,
@@ -73,6 +73,11 @@ def _doubtful(context: ScoringContext, config: InfluenceConfig) -> tuple[float, 
     values = context.scores[config.among]
     median = float(dataset_quantiles(values, Layout(context.offsets, context.counts), [0.5])[0])
     if not median > 0:
+        if median == median:  # else all scores are undefined, and that score has said why
+            context.warn(
+                f"no unit is doubtful in {config.among}, whose median is {median:.3g}: a share of it needs a positive "
+                "one; name another score in `among`, or null"
+            )
         return 0.0, 0.0
     drop = context.parts[config.among].drop
     dropped = drop.below if drop.of_median is None else drop.of_median * median
