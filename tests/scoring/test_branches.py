@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -120,6 +121,24 @@ def test_attention_that_takes_no_such_masks_is_replaced_for_the_pass(family, att
     assert used == {instead} and model.config._attn_implementation == attention
     model.config._attn_implementation = "eager"
     check(documents, found, model)
+
+
+def test_all_that_shares_beginnings_is_read_with_such_attention(monkeypatch):
+    """The documents that are tried, and the pass itself."""
+    inside, seen = [], []
+    scoring, states = Reference.scoring, branches._states
+
+    @contextmanager
+    def watched(self, record, *, masked=False):
+        inside.append(masked)
+        with scoring(self, record, masked=masked):
+            yield
+        inside.pop()
+
+    monkeypatch.setattr(Reference, "scoring", watched)
+    monkeypatch.setattr(branches, "_states", lambda *given, **named: seen.append(inside[-1]) or states(*given, **named))
+    scored(alike(), tiny.model())
+    assert len(seen) >= 4 and all(seen)
 
 
 def test_attention_is_not_replaced_elsewhere():
@@ -410,6 +429,26 @@ def test_out_of_memory_halves_the_batches(little_memory, caplog):
     check(documents, found, model)
 
 
+def test_a_decoder_that_is_out_of_memory_reads_less(monkeypatch):
+    documents, model = alike(), tiny.model()
+    _, _, reference = scored(documents, model)
+    found, failures = {}, iter([torch.OutOfMemoryError("planted")])
+    decoder = model.model.forward
+
+    def once(*given, **named):
+        for error in failures:
+            raise error
+        return decoder(*given, **named)
+
+    stats = ScoringStats()
+    with monkeypatch.context() as patch, reference.scoring(record=False, masked=True):
+        patch.setattr(model.model, "forward", once)
+        for records in score_branches(documents, np.arange(len(documents)), reference, 100_000, stats):
+            found |= by_document(records)
+    assert stats.halvings == 1
+    check(documents, found, model)
+
+
 def test_larger_batches_are_split_before_they_fail(monkeypatch):
     """Whoever has seen once how much fits does not try as much again."""
     documents, model, tried = alike(groups=12), tiny.model(), []
@@ -457,12 +496,15 @@ def test_a_run_that_resumes_has_the_bits_of_one_that_was_not_killed():
     done = np.concatenate([plans[0], plans[2][:1]])  # a complete batch and part of another
     wanted = np.setdiff1d(everything, done)
 
-    def run(chosen, planned):
-        with reference.scoring(record=False, masked=True):
-            given = score_branches(documents, chosen, reference, budget, ScoringStats(), planned=planned)
-            return dict(each for records in given for each in by_document(records))
+    def run(chosen):
+        found = {}
+        engine.score(
+            *(documents, chosen, reference, (), lambda records: found.update(by_document(records))),
+            **{"progress": False, "batch_tokens": budget},
+        )
+        return found
 
-    whole, rest = run(everything, everything), run(wanted, everything)
+    whole, rest = run(everything), run(wanted)
     assert rest.keys() == {documents.keys[index].tobytes() for index in wanted}
     same = [key for key in rest if np.array_equal(rest[key].logprobs, whole[key].logprobs, equal_nan=True)]
     kept = np.concatenate(plans[1:2] + plans[3:])

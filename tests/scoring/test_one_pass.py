@@ -13,6 +13,7 @@ from tests.test_plan import Provider, rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
+from xtf_plugin.files import digest
 from xtf_plugin.plan import make_plan
 from xtf_plugin.scorers.explained import common_template
 from xtf_plugin.scoring import branches, cached_scores
@@ -185,3 +186,13 @@ def test_the_statistics_of_a_pass_are_divided_by_tokens():
     assert part == ScoringStats(4, 25, 30, 3, 1, 0.5, 3) and whole == ScoringStats(6, 75, 90, 0, 0, 1.5, 1)
     whole = ScoringStats(3, 30, 40, 2, 1, 1.0, 5)
     assert whole.part(0, 0, 5) == ScoringStats(stored_documents=5) and whole == ScoringStats(3, 30, 40, 2, 1, 1.0, 0)
+
+
+def test_scores_made_with_other_settings_are_reported(tmp_path, caplog):
+    for dtype in ("float32", "bfloat16"):
+        assert "this run cannot use" not in caplog.text
+        provider = Provider()
+        provider.fingerprint = lambda dtype=dtype: digest({"dtype": dtype})
+        provider.description = lambda dtype=dtype: {"name": "tiny", "dtype": dtype}
+        planned(tmp_path, provider=provider)
+    assert caplog.text.count("this run cannot use") == 1
