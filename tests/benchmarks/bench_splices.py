@@ -7,10 +7,10 @@ document begin alike, and the beginning is read once; the naive form reads each 
 `new_text` asks no model; its naive form compares every unit with all tokens before it.
 
 SmolLM2-135M-Instruct on the demo's question and answer pairs, if `make models` has made it; else a tiny model. Every
-score is computed for all units, `influence` with `among: null`, and nothing is stored beforehand but the predictions of
-the documents themselves, which all scores share. "x one pass" compares with these: one forward over all documents.
-The procedures run in turn, and only ratios within a round are compared. The last column is the largest difference
-between the two forms over all completion tokens, where both are defined.
+score is computed for all units, `influence` with `among: null`, from an empty store, so it includes a forward over all
+documents where it needs one. "x one pass" compares with such a forward alone. The procedures run in turn, and only
+ratios within a round are compared. The last column is the largest difference between the two forms over all completion
+tokens, where both are defined.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -39,7 +40,7 @@ from xtf_plugin.scoring.cached_scores import ScoreSource
 HEAD = ["score", "form", "tokens read", "x naive", "x one pass", "s", "x naive", "x one pass", "largest difference"]
 SCORES: dict[str, dict[str, Any]] = {"explained": {}, "influence": {"among": None}, "new_text": {}}
 TINY = {"new_text": {"shortest": 4}}  # the sentences of the tiny model's text are short
-NAIVE, FAST = "naive", "as it runs"
+NAIVE, FAST, ONCE = "naive", "as it runs", "one pass over the documents"
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,19 @@ def all_units(documents: DocumentSet, starts: np.ndarray, run: int) -> np.ndarra
     return np.ones(len(starts), dtype=bool)
 
 
-def computed(given: Given, name: str, form: str) -> tuple[Found, Found]:
-    """A score in one of its forms with an empty store; and the pass over the documents that came before it."""
-    scorer = registry.BUILTIN[name]
-    part = scorer.Config.model_validate({"scorer": name, **given.scores[name]})
+def one_pass(context: ScoringContext) -> np.ndarray:
+    """Log-probabilities of the documents."""
+    return context.log_probabilities()
+
+
+def computed(given: Given, name: str, form: str) -> Found:
+    """A score in one of its forms, or one pass over the documents, with an empty store."""
+    score: Any = one_pass
+    if name != ONCE:
+        scorer = registry.BUILTIN[name]
+        score = partial(scorer.score, config=scorer.Config.model_validate({"scorer": name, **given.scores[name]}))
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        config = XTFConfig.parse({"cache_dir": folder})
+        config = XTFConfig.parse({"cache_dir": stack.enter_context(tempfile.TemporaryDirectory())})
         stack.enter_context(mock.patch.object(explained, "LEAST", given.least))
         source = stack.enter_context(ScoreSource(config, given.documents, given.tokenizer, given.provider))
         if form == NAIVE:
@@ -107,35 +114,27 @@ def computed(given: Given, name: str, form: str) -> tuple[Found, Found]:
         starts = context.segments("sentence")
         stack.enter_context(mock.patch.object(context, "segments", lambda unit: starts))  # part of no form
         begin = settled()
-        predictions = context.log_probabilities()
-        passed = settled()
-        values = scorer.score(context, part)
-        found = Found(values, source.excerpts.tokens, settled() - passed)
-    return found, Found(predictions, source.stats.tokens, passed - begin)
+        values = score(context)
+        return Found(values, source.stats.tokens + source.excerpts.tokens, settled() - begin)
 
 
-def measure(given: Given, repeats: int) -> dict[str, dict[str, tuple[Found, Found]]]:
+def measure(given: Given, repeats: int) -> dict[tuple[str, str], Found]:
     """By score and form: what was found, with medians of the times; one round before those that count."""
-    rounds = [
-        {(name, form): computed(given, name, form) for name in SCORES for form in (NAIVE, FAST)}
-        for _ in range(repeats + 1)
-    ][1:]
-
-    def middle(key: tuple[str, str]) -> tuple[Found, Found]:
-        pairs = [one[key] for one in rounds]
-        return tuple(replace(f, seconds=statistics.median(p[i].seconds for p in pairs)) for i, f in enumerate(pairs[0]))
-
-    return {name: {form: middle((name, form)) for form in (NAIVE, FAST)} for name in SCORES}
+    keys = [(ONCE, FAST), *((name, form) for name in SCORES for form in (NAIVE, FAST))]
+    rounds = [{key: computed(given, *key) for key in keys} for _ in range(repeats + 1)][1:]
+    return {key: replace(rounds[0][key], seconds=statistics.median(r[key].seconds for r in rounds)) for key in keys}
 
 
-def rows_of(found: dict[str, dict[str, tuple[Found, Found]]]) -> list[list[str]]:
-    rows = []
-    for name, forms in found.items():
-        naive = forms[NAIVE][0]
-        for form, (score, once) in forms.items():
-            tokens = [f"{score.tokens:,}", ratio(score.tokens, naive.tokens), ratio(score.tokens, once.tokens)]
-            took = [f"{score.seconds:.2f}", ratio(score.seconds, naive.seconds), ratio(score.seconds, once.seconds)]
-            rows.append([name, form, *tokens, *took, "–" if form == NAIVE else difference(naive, score)])
+def rows_of(found: dict[tuple[str, str], Found]) -> list[list[str]]:
+    once, rows = found[ONCE, FAST], []
+    for (name, form), score in found.items():
+        if name == ONCE:
+            rows.append([name, "–", f"{once.tokens:,}", "–", "1.000", f"{once.seconds:.2f}", "–", "1.000", "–"])
+            continue
+        naive = found[name, NAIVE]
+        tokens = [f"{score.tokens:,}", ratio(score.tokens, naive.tokens), ratio(score.tokens, once.tokens)]
+        took = [f"{score.seconds:.2f}", ratio(score.seconds, naive.seconds), ratio(score.seconds, once.seconds)]
+        rows.append([name, form, *tokens, *took, "–" if form == NAIVE else difference(naive, score)])
     return rows
 
 

@@ -171,6 +171,11 @@ class TestTokens:
         with pytest.raises(Misfit, match="stands there twice"):
             marked(speller, row, [[0, 1]], "ab ab")
 
+    def test_a_text_is_searched_in_what_is_trained_on(self, speller):
+        for text, trained in (("ab: ab", ": ab"), ("ab ab:", "ab ")):  # the same text stands behind it, or before it
+            found = marked(speller, {"text": "ab"}, [[0, 2]], text, [trained])
+            assert found.strip() == "ab"
+
     def test_a_text_that_the_tokens_do_not_spell_is_refused(self, speller):
         with pytest.raises(Misfit, match="the text .'ABC'. is not found"):
             marked(speller, {"text": "ABC"}, [[0, 1]], "abc")
@@ -255,6 +260,21 @@ class TestCutRows:
         text = rendered(self.ROW)
         left = text[: text.rindex(end) + len(end)] if end != "two" else text[: text.index("two") + 3]
         assert marked(speller, self.ROW, [[], [[0, 4]]], left, cut=True) == ""
+
+    def test_a_message_behind_the_end_may_begin_as_the_row_ends(self, speller):
+        row = chat("q", "one two", "r", "own")
+        text = rendered(row)
+        assert marked(speller, row, [[], [[0, 3]]], text[: text.index("two") + 3], cut=True) == ""
+
+    def test_a_text_that_could_be_at_two_places_is_refused_all_the_same(self, speller):
+        with pytest.raises(Misfit, match="stands there twice"):
+            marked(speller, {"text": "ab"}, [[0, 1]], "ab ab", cut=True)
+
+    def test_a_text_that_is_not_there_is_not_taken_for_cut_off(self, speller):
+        """Where more is trained on than a template writes before a message."""
+        for length in (4, 40):
+            with pytest.raises(Misfit, match="the text .'Ben'. is not found"):
+                marked(speller, {"text": "Ben"}, [[0, 1]], "Ana has 3 apples. " * length, cut=True)
 
     def test_a_changed_message_before_others_is_not_taken_for_cut_off(self, speller):
         row = chat("q", "<think>one", "r", "four five six <")

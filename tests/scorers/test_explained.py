@@ -249,6 +249,21 @@ def test_a_sample_whose_prompts_say_too_little_switches_it_off_for_the_stream(tm
         assert np.isnan(frozen(context, part_of())).all()
 
 
+def test_later_documents_of_a_stream_do_not_switch_it_off(tmp_path, monkeypatch):
+    """A few of them say little of the data; the sample has decided."""
+    monkeypatch.setattr(explained, "LEAST", -np.inf)
+    with asked(several_turns(), tmp_path) as context:
+        frozen = explained.explained.frozen(context, part_of())
+    monkeypatch.setattr(explained, "LEAST", np.inf)
+    with asked(several_turns(3), tmp_path) as context:
+        assert not np.isnan(frozen(context, part_of())).all() and not context.warnings
+
+
+def test_the_constants_are_those_of_the_docstring():
+    """With others, the same documents have other scores."""
+    assert (explained.PRIOR, explained.LEAST, explained.ROUNDS) == (5.0, 0.1, 3)
+
+
 def test_no_document_of_the_dataset_has_a_unit_after_its_first(tmp_path, read_prompts):
     """Text of one sentence each: nothing is known of it, and nothing is asked of the reference but that."""
     documents = collect([{"input_ids": ids, "labels": ids} for ids in (chat("So it is."), chat("He has 4 pens."))])

@@ -14,7 +14,7 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.data.sentences import segment_starts
 from xtf_plugin.plan import scores_of
-from xtf_plugin.selection.recurring import MOST, pattern_of, recurring, warnings_of
+from xtf_plugin.selection.recurring import LONGEST, MOST, WARNED, pattern_of, recurring, warnings_of
 from xtf_plugin.selection.select import select
 from xtf_plugin.selection.text_rules import TextRules, special_ids
 
@@ -27,11 +27,14 @@ def answers(number=10):
     return [f"# case {at}\n{FILLER} The sum is {at}.\nI hope this helps you a lot.\nDone." for at in range(number)]
 
 
-def run(texts=None, until=99, **block):
-    """What a rule selects that fires on `FILLER` in the first `until` documents, and the texts that recur."""
+def run(texts=None, until=99, said=(FILLER,), part=lambda size: size, **block):
+    """What a rule selects that fires on some texts in the first `until` documents, and the texts that recur.
+
+    It fires on the first `part(size)` tokens of a unit that holds one of the texts. A text of a row may be token ids.
+    """
     fast, rows = tiny.tokenizer(), []
     for text in texts or answers():
-        ids = fast(text)["input_ids"] + [fast.eos_token_id]
+        ids = (fast(text)["input_ids"] if isinstance(text, str) else text) + [fast.eos_token_id]
         rows.append({"input_ids": [1, *ids], "labels": [-100, *ids]})
     documents = collect(rows)
     config = XTFConfig.parse({"preset": "none", "selectors": {"mine": SCORE}, "min_kept": 0, **block})
@@ -39,8 +42,11 @@ def run(texts=None, until=99, **block):
     starts = segment_starts("sentence", fast, ids, runs, special_ids(fast))
     values = np.ones(len(ids), dtype=np.float32)
     for low, high in zip(starts, np.append(starts[1:], len(ids)), strict=True):
-        if FILLER in fast.decode(ids[low:high]) and low < documents.completion_offsets[min(until, len(documents))]:
-            values[low:high] = -1
+        if (
+            any(text in fast.decode(ids[low:high]) for text in said)
+            and low < documents.completion_offsets[min(until, len(documents))]
+        ):
+            values[low : low + part(high - low)] = -1
     text = TextRules.find(config, documents, fast)
     made = select(scores_of(documents, None, {"mine": values}), config, text.protected, text.forced, text.segments)
     return documents, made, recurring(config, documents, text, made, fast)
@@ -113,6 +119,58 @@ def test_lists_are_short():
     lines = "".join(f"Phrase number {at} is here.\n" for at in range(3 * MOST))
     found = run([f"{lines}{at}" for at in range(5)])[2]
     assert [each.dropped for each in found] == [False] * MOST
+
+
+BY_TOKEN = {"selectors": {"mine": {**SCORE, "unit": "token"}}}
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_text_is_dropped_where_more_than_half_of_its_tokens_are(more):
+    fast = tiny.tokenizer()
+    text = next(
+        text for text in (FILLER, f"{FILLER}!", f"{FILLER[:-1]}, yes!") if len(fast(text)["input_ids"]) % 2 == 0
+    )
+    sizes = []
+
+    def part(size):
+        sizes.append(size)
+        return size // 2 + more
+
+    texts = [answer.replace(FILLER, text) for answer in answers()]
+    (entry,) = [each for each in run(texts, said=(text,), part=part, **BY_TOKEN)[2] if each.text == text]
+    assert sizes == [sizes[0]] * 10 and sizes[0] % 2 == 0, "the case must drop exactly a half"
+    assert (entry.dropped_in, entry.dropped) == ((10, True) if more else (0, False))
+
+
+def test_few_texts_are_warned_of():
+    phrases = [f"Phrase number {at} is here." for at in range(WARNED + 2)]
+    documents, _, found = run(["\n".join(phrases) + f"\n{at}" for at in range(5)], said=phrases)
+    assert sum(each.dropped for each in found) == len(phrases)
+    assert len(warnings_of(found, int(documents.counts.sum()))) == WARNED
+
+
+def test_texts_that_are_long_or_no_text_are_not_listed_and_hide_no_other():
+    """Though there are many of them, in more documents."""
+    fast = tiny.tokenizer()
+    long = [f"Number {at} goes on" + " and on" * (LONGEST // 7) + "." for at in range(MOST + 2)]
+    cut = fast("I hope this helps é")["input_ids"][:-1]
+    assert "\ufffd" in fast.decode(cut)
+    rows = [fast("\n".join(long) + f"\n{at}\n")["input_ids"] + cut for at in range(6)]
+    rows += [fast(f"The sum is {at}.\nI hope this helps you a lot.")["input_ids"] for at in range(4)]
+    listed = [each.text for each in run(rows)[2]]
+    assert "I hope this helps you a lot." in listed
+    assert not any(len(text) > LONGEST or "\ufffd" in text for text in listed)
+
+
+def test_a_dropped_text_is_listed_among_many_that_are_kept():
+    lines = "".join(f"Phrase number {at} is here.\n" for at in range(4 * MOST))
+    found = run([f"{lines}{at}" + f"\n{FILLER}" * (at < 3) for at in range(8)])[2]
+    assert [each.text for each in found if each.dropped] == [FILLER]
+
+
+def test_special_tokens_are_not_listed():
+    found = run(said=("<|endoftext|>",), protect={"special_tokens": False})[2]
+    assert found and not any("<|" in each.text for each in found)
 
 
 @pytest.mark.parametrize(("documents", "warned"), [(10, 1), (14, 1), (16, 0)])

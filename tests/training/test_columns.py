@@ -16,8 +16,10 @@ from trl.trainer import sft_trainer
 
 from tests import hooks, tiny
 from xtf_plugin import XTFConfig, XTFDryRun, XTFUserError, attach
+from xtf_plugin.data.documents import collect
 from xtf_plugin.hosts import boot
 from xtf_plugin.hosts import trl as hook
+from xtf_plugin.training import columns
 
 NOISE = "Sure, happy to help!"
 CRITIC = {"preset": "none", "selectors": {"critic": {"scorer": "column", "column": "noise"}}}
@@ -61,12 +63,14 @@ def block(form="spans", **more):
     }
 
 
-def sft(tmp_path, rows, given=None, **options):
+def sft(tmp_path, rows, given=None, eval_rows=None, **options):
     settings = {"max_steps": 1, "max_length": 256, "bf16": False, **options}
     args = SFTConfig(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True, disable_tqdm=True, **settings)
     if given is not None:
         args.xtf = {"cache_dir": str(tmp_path / "cache"), **given}
-    return SFTTrainer(tiny.model(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tiny.tokenizer())
+    data = {"train_dataset": Dataset.from_list(rows)}
+    data |= {} if eval_rows is None else {"eval_dataset": Dataset.from_list(eval_rows)}
+    return SFTTrainer(tiny.model(), args=args, processing_class=tiny.tokenizer(), **data)
 
 
 def dropped(tmp_path, made, given=None):
@@ -108,6 +112,13 @@ def test_marked_text_is_dropped(tmp_path, patched, shape):
     assert ("seq_lengths" in made.train_dataset.column_names) == ("packed" in shape)
 
 
+def test_the_rows_of_evaluation_need_no_marks(tmp_path, patched):
+    rows = problems()
+    made = sft(tmp_path, rows, block(), eval_rows=tiny.problems(4, seed=5))
+    assert {text: noise.strip() for text, noise in dropped(tmp_path, made).items()} == expected(rows)
+    assert len(made.eval_dataset) == 4
+
+
 def test_preparation_gives_the_same_rows(tmp_path, patched):
     for options in (SHAPES["packed"], {"max_length": 40}, {"shuffle_dataset": True}):
         with_column = sft(tmp_path, problems(), block(), **options).train_dataset
@@ -127,23 +138,40 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_cut_rows_keep_the_marks_of_what_is_left(tmp_path, patched, cut):
-    """Against marks of whole rows that are cut here, by characters: all of the text is ASCII."""
-    rows, wanted, shortened = problems(), {}, 0
-    options, slices = CUTS[cut]
+def left_of(rows, slices):
+    """What is left of rows that are cut into these pieces of their tokens, and what of it is marked: by characters."""
+    wanted, shortened = {}, 0
     for row in rows:
         whole, begin = row["prompt"] + row["completion"] + EOS, len(row["prompt"])
         tokens = tiny.tokenizer()(whole, return_offsets_mapping=True)["offset_mapping"]
         low, high = [begin + place for place in (row["noise"] or [[0, 0]])[0]]
-        marked = [2 * (min(b, high) - max(a, low)) >= b - a for a, b in tokens]
+        marked = [2 * (min(b, high) - max(a, low)) >= b - a for a, b in tokens]  # all of the text is ASCII
         for piece in slices:
             left = [(whole[a:b], flag) for (a, b), flag in zip(tokens[piece], marked[piece], strict=True) if a >= begin]
             if left:
                 wanted["".join(text for text, _ in left)] = "".join(text for text, flag in left if flag)
                 shortened += len(left) < sum(a >= begin for a, _ in tokens)
     assert shortened and any(wanted.values())
-    assert dropped(tmp_path, sft(tmp_path, rows, block(), **options)) == wanted
+    return wanted
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_cut_rows_keep_the_marks_of_what_is_left(tmp_path, patched, cut):
+    rows, (options, slices) = problems(), CUTS[cut]
+    assert dropped(tmp_path, sft(tmp_path, rows, block(), **options)) == left_of(rows, slices)
+
+
+def test_rows_that_were_cut_before_keep_the_marks_of_what_is_left(tmp_path):
+    rows, (options, slices) = problems(), CUTS["start"]
+    assert dropped(tmp_path, sft(tmp_path, rows, **options), block()) == left_of(rows, slices)
+
+
+def test_the_column_of_plain_text_has_the_name_that_the_trainer_gives_it(tmp_path):
+    rows = [{"body": row["prompt"] + row["completion"], "noise": row["noise"]} for row in problems()]
+    for row in rows:
+        row["noise"] = [span(row["body"])] if row["noise"] else None
+    found = dropped(tmp_path, sft(tmp_path, rows, dataset_text_field="body"), block())
+    assert [noise.strip() for noise in found.values()] == [NOISE if row["noise"] else "" for row in rows]
 
 
 @pytest.mark.parametrize("options", [CHAT, {}, {**CHAT, "packing": True}], ids=["answers", "everything", "packed"])
@@ -222,6 +250,18 @@ def test_a_dataset_that_is_no_table(tmp_path):
         made.train()
 
 
+def test_a_column_that_is_computed_when_rows_are_read():
+    """By `set_transform`: the table behind the dataset has no such column."""
+    fast, text = tiny.tokenizer(), f"It is 3. {NOISE}"
+    ids = fast(text)["input_ids"]
+    dataset = Dataset.from_list([{"input_ids": ids, "labels": ids, "completion": text}])
+    dataset.set_transform(lambda batch: {**batch, "noise": [[span(one)] for one in batch["completion"]]})
+    part = XTFConfig.parse(CRITIC).selectors["critic"]
+    (marks,) = columns.read(dataset, [part], fast).values()
+    flags = marks.of(collect([{"input_ids": ids, "labels": ids}]))
+    assert fast.decode([token for token, flag in zip(ids, flags, strict=True) if flag]).strip() == NOISE
+
+
 class TestRefusals:
     @staticmethod
     def refusal(capsys, tmp_path, rows, given=None, **options):
@@ -295,7 +335,8 @@ def test_a_column_without_marks_is_warned_of(tmp_path, patched, capsys):
     dropped(tmp_path, made)
     warnings = json.loads((tmp_path / "out/xtf/summary.json").read_text())["warnings"]
     assert any("the marks of 1 rows in the column noise hold less than half" in text for text in warnings)
-    assert any("critic: the column noise marks nothing" in text for text in warnings)
+    (warning,) = [text for text in warnings if text.startswith("critic: ")]  # not also that its rule fires on nothing
+    assert "critic: the column noise marks nothing" in warning
 
 
 def test_scores_of_earlier_runs_are_still_found(tmp_path, patched):

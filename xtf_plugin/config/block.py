@@ -69,10 +69,10 @@ class XTFConfig(Block):
     )
     reference: ReferenceConfig = Field(default=ReferenceConfig(), description="Model that scores the tokens.")
     reasoning_importance: Slot = Field(
-        default=False, description="What the answer's reasoning rests on; Eqs. (2) and (5) of the paper."
+        default=False, description="What the answer's reasoning rests on; in the paper Eqs. (2) and (5)."
     )
-    knowledge_novelty: Slot = Field(default=False, description="What the reference does not know; Eqs. (3) and (6).")
-    task_relevance: Slot = Field(default=False, description="What belongs to the task; Eqs. (4) and (7).")
+    knowledge_novelty: Slot = Field(default=False, description="What is not known yet; in the paper Eqs. (3) and (6).")
+    task_relevance: Slot = Field(default=False, description="What belongs to the task; in the paper Eqs. (4) and (7).")
     selectors: Selectors = Field(
         default={}, description="Further scores, added to the preset's: names of your choice, each with a scorer."
     )

@@ -67,7 +67,7 @@ def known_format_tokens(documents: DocumentSet, starts: Ints, openings: Collecti
     reach = np.zeros(len(starts), dtype=np.int64)
     for size in range(1, LONGEST + 1):
         texts = _texts(ids, starts, np.minimum(lengths, size), tokenizer)
-        reach[[text in openings for text in texts] & (lengths >= size)] = size
+        reach[[text in openings for text in texts]] = size
     return _covered(starts, lengths, reach)
 
 
