@@ -87,7 +87,7 @@ def test_the_cost_counts_all_tokens_that_were_read():
     excerpts = {"tokens": 60, "seconds": 1.5}
     made = SimpleNamespace(stats=ScoringStats(tokens=90, seconds=2.5), scorers={"excerpts": excerpts})
     documents = SimpleNamespace(lengths=np.asarray([40, 60]))
-    assert detect._cost(made, documents, 6.0, 2.0) == {"tokens": 1.5, "seconds": 2.0, "whole": 3.0}
+    assert detect._cost(made, documents, 2.0) == {"tokens": 1.5, "seconds": 2.0}
 
 
 def test_settings_have_keys_of_their_own():

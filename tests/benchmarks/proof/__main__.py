@@ -37,16 +37,14 @@ def settings(scale: str) -> list[Setting]:
         return []
     if scale == "smoke":
         return [Setting(real.SMOLLM2, "chat", 0.25, 3)]
-    found = []
-    for model, number in NUMBERS.items():
-        found += [Setting(model, text, 0.25, number, everywhere=model == real.SMOLLM2) for text in CLEAN]
-        found += [Setting(model, text, 0.0, number) for text in CLEAN]
-        if model == real.SMOLLM2:
-            found += [Setting(model, text, 0.0, 20 if text == "web pages" else 100) for text in LABELLED]
-            found += [Setting(model, text, 0.25, 60, phrases="new", seed=1) for text in CLEAN]
-            found += [Setting(model, text, 0.05, 60, shape="tokens") for text in CLEAN]
-            found += [Setting(model, "GSM8K", 0.25, 60, precision="nf4")]
-    return [*found, *(Setting(real.SMOLLM2, text, rate, 60) for rate in (0.1, 0.4) for text in CLEAN)]
+    small = real.SMOLLM2
+    planted = [Setting(m, text, 0.25, n, compared=m == small) for m, n in NUMBERS.items() for text in CLEAN]
+    clean = [Setting(m, text, 0.0, n) for m, n in NUMBERS.items() for text in CLEAN]
+    labelled = [Setting(small, text, 0.0, 20 if text == "web pages" else 100) for text in LABELLED]
+    new = [Setting(small, text, 0.25, 60, phrases="new", seed=1) for text in CLEAN]
+    tokens = [Setting(small, text, 0.05, 60, shape="tokens") for text in CLEAN]
+    rates = [Setting(small, text, rate, 60) for rate in (0.1, 0.4) for text in CLEAN]
+    return [*planted, *clean, *new, *labelled, *tokens, Setting(small, "GSM8K", 0.25, 60, "nf4"), *rates]
 
 
 def jobs(scale: str) -> list[train.Job]:

@@ -97,6 +97,10 @@ def _share(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or value != value else f"{value:.{digits}%}"
 
 
+def _both(rule: dict[str, float]) -> str:
+    return f"{_share(rule.get('found'))} / {_share(rule.get('good'))}" if rule else "–"
+
+
 def _auc(value: float | None) -> str:
     return "–" if value is None or value != value else f"{value:.3f}"
 
@@ -140,7 +144,7 @@ def rules_table(results: Results) -> str:
     rows = [
         [
             *_where(one),
-            *(f"{_share(one['rules'][name]['found'])} / {_share(one['rules'][name]['good'])}" for name in names),
+            *(_both(one["rules"].get(name, {})) for name in names),
         ]
         for one in results
     ]
