@@ -99,7 +99,7 @@ def make_plan(
         fingerprint = source.fingerprint(provider)
         values = run_scorers(config, source, text)
     scores = scores_of(documents, source.known, values)
-    selection = select(scores, config, text.protected, text.forced, text.segments)
+    selection = select(scores, config, text.protected, text.forced, text.segments, inside=text.inside)
     ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
     shared = recurring(config, documents, text, selection, tokenizer)
     return Plan(

@@ -94,6 +94,7 @@ def select(
     segments: Segments | None = None,
     frozen: Mapping[str, Rules] | None = None,
     seen: Mapping[str, Floats] | None = None,
+    inside: Bools | None = None,
 ) -> Selection:
     """Decide for every completion token, Eq. (1): rules, `combine`, `force_drop`, protection, control, floor.
 
@@ -103,6 +104,8 @@ def select(
         segments: the first tokens of the sentences and lines, by unit; needed if some score has one.
         frozen: `rules` of another selection, whose thresholds are used instead of those of `scores`; for streams.
         seen: `seen` of another selection, used instead of `scores.values`.
+        inside: (M,) tokens that begin inside a character. A character of which a token is kept is kept whole, unless a
+            control draws the tokens.
 
     Raises:
         XTFError: arrays of wrong shapes, a missing score, or missing segments.
@@ -131,6 +134,11 @@ def select(
         )
         keep[tokens], reasons[tokens] = _decide(chunk, reasons[tokens], config, list(bits.values()))
         best[documents] = _best(chunk)
+    if inside is not None and config.control is None:
+        cut = _cut_characters(keep, inside)
+        keep |= cut
+        reasons[cut] |= reasons.dtype.type(PROTECTED)
+        reasons[cut] &= ~reasons.dtype.type(FORCED)
     trainable = scores.positions > 0
     if trainable.any() and not (keep & trainable).any():
         warnings.append(
@@ -210,6 +218,18 @@ def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, bits_of_rules: l
     rescued = _rescued(chunk, dropped, config.min_kept)
     bits[rescued] = FLOOR
     return ~dropped | rescued, reasons | bits
+
+
+def _cut_characters(keep: Bools, inside: Bools) -> Bools:
+    """Dropped tokens of characters of which another token is kept, (M,)."""
+    starts = np.flatnonzero(~inside | (np.arange(len(inside)) == 0))
+    sizes = np.diff(starts, append=len(keep))
+    many = np.flatnonzero(sizes > 1)
+    kept = np.logical_or.reduceat(keep, starts)[many] if len(many) else np.zeros(0, dtype=bool)
+    cut = np.zeros(len(keep), dtype=bool)
+    for step in range(int(sizes.max(initial=0))):
+        cut[starts[many[kept & (sizes[many] > step)]] + step] = True
+    return cut & ~keep
 
 
 def _combined(reasons: Reasons, config: XTFConfig, bits: list[int]) -> Bools:

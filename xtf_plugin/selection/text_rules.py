@@ -28,6 +28,7 @@ class TextRules:
             they are searched for a format.
         formatted: (M,) completion tokens that are protected as format; None: none.
         formats: share of documents by opening that is protected as format, most frequent first.
+        inside: (M,) completion tokens that begin inside a character; None: none.
     """
 
     protected: Bools
@@ -35,6 +36,7 @@ class TextRules:
     segments: Mapping[str, Ints]
     formatted: Bools | None = None
     formats: Mapping[str, float] = field(default_factory=dict)
+    inside: Bools | None = None
 
     @classmethod
     def find(
@@ -57,8 +59,9 @@ class TextRules:
         units = {part.unit for part in config.scores.values()} & {"sentence", "line"}
         units |= set() if share is None else {"sentence"}
         segments: dict[str, Ints] = {unit: segment_starts(documents, tokenizer, unit) for unit in sorted(units)}
+        inside: Bools | None = sentences.inside_characters(tokenizer, token_ids, runs)
         if share is None:
-            return cls(protected, forced, segments)
+            return cls(protected, forced, segments, inside=inside)
         starts = segments["sentence"]
         if sample is None:
             found, formats = format_tokens(documents, starts, share, tokenizer, special_ids(tokenizer))
@@ -67,7 +70,7 @@ class TextRules:
             found = known_format_tokens(documents, starts, formats, tokenizer)
         if forced is not None:
             found &= ~forced  # what the user asks for wins over what was found
-        return cls(protected | found, forced, segments, found, formats)
+        return cls(protected | found, forced, segments, found, formats, inside)
 
 
 def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> Ints:
