@@ -132,6 +132,8 @@ def _warnings(
     found = [*source.warnings, *selection.warnings, *warnings_of(shared, int(documents.counts.sum()))]
     if text.forced is not None and not text.forced.any():
         found.append(f"force_drop: {config.force_drop} matches nothing in the dataset")
+    if text.turns is not None:
+        found += text.turns.warnings(selection.keep, documents.counts)
     if selection.keep.all():
         found.append(NOTHING_DROPPED)
     return found

@@ -121,7 +121,7 @@ def select(
         given = None if frozen is None else frozen[name]
         results[name] = evaluate(name, values[name], layout, score, segments, given, averaged=seen is not None)
         reasons |= results[name].mask * reasons.dtype.type(bits[name])
-    warnings = [warning for result in results.values() for warning in result.warnings]
+    warnings = sum((result.warnings for result in results.values()), [])
     first = next((results[name].seen for name in (*config.selectors, *results)), None)
     for tokens, documents, part in layout.chunks():
         chunk = _Chunk(
@@ -134,16 +134,11 @@ def select(
         )
         keep[tokens], reasons[tokens] = _decide(chunk, reasons[tokens], config, list(bits.values()))
         best[documents] = _best(chunk)
-    if inside is not None and config.control is None:
-        cut = _cut_characters(keep, inside)
-        keep |= cut
-        reasons[cut] |= reasons.dtype.type(PROTECTED)
-        reasons[cut] &= ~reasons.dtype.type(FORCED)
+    _keep_characters(keep, reasons, None if config.control else inside)
     trainable = scores.positions > 0
     if trainable.any() and not (keep & trainable).any():
         warnings.append(
-            f"every one of the {int(trainable.sum())} trainable completion tokens is dropped; loosen the rules, or set "
-            "min_kept above 0"
+            f"every one of the {int(trainable.sum())} trainable tokens is dropped; loosen the rules, or raise min_kept"
         )
     return Selection(
         keep=keep,
@@ -220,16 +215,19 @@ def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, bits_of_rules: l
     return ~dropped | rescued, reasons | bits
 
 
-def _cut_characters(keep: Bools, inside: Bools) -> Bools:
-    """Dropped tokens of characters of which another token is kept, (M,)."""
+def _keep_characters(keep: Bools, reasons: Reasons, inside: Bools | None) -> None:
+    """Keep all tokens of a character of which one is kept; changes `keep` and `reasons`."""
+    if inside is None:
+        return
     starts = np.flatnonzero(~inside | (np.arange(len(inside)) == 0))
     sizes = np.diff(starts, append=len(keep))
     many = np.flatnonzero(sizes > 1)
-    kept = np.logical_or.reduceat(keep, starts)[many] if len(many) else np.zeros(0, dtype=bool)
-    cut = np.zeros(len(keep), dtype=bool)
+    some = np.logical_or.reduceat(keep, starts)[many] if len(many) else np.zeros(0, dtype=bool)
     for step in range(int(sizes.max(initial=0))):
-        cut[starts[many[kept & (sizes[many] > step)]] + step] = True
-    return cut & ~keep
+        here = starts[many[some & (sizes[many] > step)]] + step
+        here = here[~keep[here]]
+        keep[here] = True
+        reasons[here] = (reasons[here] | PROTECTED) & ~np.uint16(FORCED)
 
 
 def _combined(reasons: Reasons, config: XTFConfig, bits: list[int]) -> Bools:
