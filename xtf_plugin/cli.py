@@ -77,8 +77,9 @@ def check(
     recipe: Annotated[Path | None, _RECIPE] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the `xtf:` block.")] = False,
 ) -> None:
-    """Validate block, host, hook and versions without loading a model."""
+    """Validate block, recipe, paths, data and template without loading a model."""
     from .config.block import XTFConfig
+    from .hosts.preflight import problems
 
     if schema:
         typer.echo(json.dumps(XTFConfig.json_schema(), indent=2))
@@ -90,6 +91,8 @@ def check(
     if config is None:
         raise XTFUserError(f"{recipe} {off(loaded)}, so it trains without XTF. The shortest block: `xtf: true`.")
     hook = check_environment(loaded)
+    if found := problems(loaded, config):
+        raise XTFUserError(f"{recipe}: this run would fail.\n" + "\n".join(f"- {problem}" for problem in found))
     typer.echo(f"{recipe}: ok")
     for name, value in _facts(loaded, config, hook).items():
         typer.echo(f"{name:<12}{value}")  # no table, which could break paths
@@ -203,13 +206,14 @@ def _facts(recipe: Recipe, config: XTFConfig, hook: str) -> dict[str, str]:
     names = ("axolotl", *_DISTRIBUTIONS) if recipe.host == "axolotl" else _DISTRIBUTIONS
     versions = [f"{name} {environment.installed_version(name) or 'not installed'}" for name in names]
     reference = config.reference
+    adapters = ", adapters off" if recipe.data.get("use_peft") or recipe.data.get("adapter") else ""
     return {
         "host": f"{recipe.host} ({COMMANDS[recipe.host]})",
         "hook": hook,
         "versions": ", ".join([f"xtf-plugin {__version__}", *versions]),
         "preset": config.preset,
         "scores": ", ".join(f"{name} ({part.scorer})" for name, part in config.scores.items()) or "none",
-        "reference": "the model being trained, adapters off"
+        "reference": f"the model being trained{adapters}"
         if reference.model is None
         else f"{reference.model} ({reference.quantization})",
         **({"data": f"streamed; its first {config.calibration} documents calibrate"} if recipe.streamed else {}),
