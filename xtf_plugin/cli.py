@@ -25,6 +25,7 @@ from .hosts.recipes import COMMANDS, Recipe, check_environment, load_recipe, off
 
 if TYPE_CHECKING:
     from .config.block import XTFConfig
+    from .report.score_table import ScoreTable
 
 app = typer.Typer(
     name="xtf",
@@ -127,11 +128,19 @@ def show(
     """Print documents with kept and dropped tokens and reasons; scores first if there is no current table."""
     from .report import score_table, terminal
 
+    console = Console()
     wanted = terminal.Wanted(row, document, grep, reason)
+    if table := _selected_again(target, extra or []):
+        from .report import reselected
+
+        console.print(Text(f"xtf: {reselected.NOTE}", style="dim"), soft_wrap=True)
+        shown = terminal.matching(reselected.documents(table), list(table.scores), wanted, n)
+        terminal.render_documents(shown, wanted.described(), console, terminal.legend(table.about))
+        return
     path = _table_path(target, extra or [])
     file = score_table.open_file(path)
     found, meaning = terminal.find(file, wanted, n, path), terminal.legend(score_table.metadata(file, path))
-    terminal.render_documents(found, wanted.described(), Console(), meaning)
+    terminal.render_documents(found, wanted.described(), console, meaning)
 
 
 @app.command()
@@ -143,6 +152,11 @@ def report(
     """Print kept and dropped shares and write report.html; scores first if there is no current table."""
     from .report import score_table, writer
 
+    if table := _selected_again(target, extra or []):
+        page = output or load_recipe(target).scores_path().parent / writer.PAGE
+        Console().print(writer.write_report(table, page))
+        Console().print(Text(f"xtf: {table.about['warnings'][0]}\nreport: {page}"), soft_wrap=True)
+        return
     path = _table_path(target, extra or [])
     page = output or path.parent / writer.PAGE
     Console().print(writer.write_report(score_table.read(path), page))
@@ -234,6 +248,19 @@ def _table_path(target: Path, extra: Sequence[str]) -> Path:
     if code:
         raise typer.Exit(code)
     return path
+
+
+def _selected_again(target: Path, extra: Sequence[str]) -> ScoreTable | None:
+    """The stored scores of a recipe whose thresholds were changed; None: its table is current, or does not serve."""
+    from .report import reselected
+
+    if target.suffix == ".parquet" or extra:
+        return None
+    recipe = load_recipe(target)
+    path, config = recipe.scores_path(), parse_block(recipe)
+    if config is None or not path.exists() or _is_current(path, target, recipe):
+        return None
+    return reselected.select_again(path, config, recipe.data.get("model_name_or_path") or recipe.data.get("base_model"))
 
 
 def _is_current(path: Path, target: Path, recipe: Recipe) -> bool:

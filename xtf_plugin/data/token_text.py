@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from transformers import PreTrainedTokenizerFast
 
 from ..errors import XTFUserError
 from .ragged import Bools, Ints
@@ -40,6 +39,8 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
     BPE and SentencePiece-style vocabularies are read exactly, added and special tokens are their literal content, and
     other vocabularies are decoded token by token. An id that the tokenizer does not know has no bytes.
     """
+    from transformers import PreTrainedTokenizerFast  # not at the top: reports of stored scores need no tokenizer
+
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return [_decoded(tokenizer, int(i)) for i in ids]
     backend = tokenizer.backend_tokenizer

@@ -87,6 +87,7 @@ def _folder(name: str | None) -> Path | None:
     return max((each.parent for each in found), key=lambda each: each.stat().st_mtime, default=None)
 
 
+@cache
 def _json(folder: Path | None, name: str) -> dict[str, Any]:
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8")) if folder else {}

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from ..config.block import XTFConfig
 from ..data.ragged import Bools, Floats, Ints, Layout, dataset_quantiles
 from ..data.token_text import SPREAD, characters
 from ..environment import installed_version
-from ..plan import Plan
 from ..selection.select import DECISIONS, Selection, rule_bits
 from ..selection.text_rules import special_ids
 from . import whatif
@@ -31,6 +30,9 @@ from .familiarity import familiarity
 from .score_table import ScoreTable, plain
 from .terminal import measure, on_one_line, text_of, totals_table
 from .whatif import Slider, WhatIf
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 logger = logging.getLogger(__name__)
 
