@@ -25,6 +25,7 @@ from .hosts.recipes import COMMANDS, Recipe, check_environment, load_recipe, off
 
 if TYPE_CHECKING:
     from .config.block import XTFConfig
+    from .report.score_table import ScoreTable
 
 app = typer.Typer(
     name="xtf",
@@ -77,8 +78,9 @@ def check(
     recipe: Annotated[Path | None, _RECIPE] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the `xtf:` block.")] = False,
 ) -> None:
-    """Validate block, host, hook and versions without loading a model."""
+    """Validate block, recipe, paths, data and template without loading a model."""
     from .config.block import XTFConfig
+    from .hosts.preflight import problems
 
     if schema:
         typer.echo(json.dumps(XTFConfig.json_schema(), indent=2))
@@ -90,6 +92,8 @@ def check(
     if config is None:
         raise XTFUserError(f"{recipe} {off(loaded)}, so it trains without XTF. The shortest block: `xtf: true`.")
     hook = check_environment(loaded)
+    if found := problems(loaded, config):
+        raise XTFUserError(f"{recipe}: this run would fail.\n" + "\n".join(f"- {problem}" for problem in found))
     typer.echo(f"{recipe}: ok")
     for name, value in _facts(loaded, config, hook).items():
         typer.echo(f"{name:<12}{value}")  # no table, which could break paths
@@ -124,11 +128,19 @@ def show(
     """Print documents with kept and dropped tokens and reasons; scores first if there is no current table."""
     from .report import score_table, terminal
 
+    console = Console()
     wanted = terminal.Wanted(row, document, grep, reason)
+    if table := _selected_again(target, extra or []):
+        from .report import reselected
+
+        console.print(Text(f"xtf: {reselected.NOTE}", style="dim"), soft_wrap=True)
+        shown = terminal.matching(reselected.documents(table), list(table.scores), wanted, n)
+        terminal.render_documents(shown, wanted.described(), console, terminal.legend(table.about))
+        return
     path = _table_path(target, extra or [])
     file = score_table.open_file(path)
     found, meaning = terminal.find(file, wanted, n, path), terminal.legend(score_table.metadata(file, path))
-    terminal.render_documents(found, wanted.described(), Console(), meaning)
+    terminal.render_documents(found, wanted.described(), console, meaning)
 
 
 @app.command()
@@ -140,6 +152,11 @@ def report(
     """Print kept and dropped shares and write report.html; scores first if there is no current table."""
     from .report import score_table, writer
 
+    if table := _selected_again(target, extra or []):
+        page = output or load_recipe(target).scores_path().parent / writer.PAGE
+        Console().print(writer.write_report(table, page))
+        Console().print(Text(f"xtf: {table.about['warnings'][0]}\nreport: {page}"), soft_wrap=True)
+        return
     path = _table_path(target, extra or [])
     page = output or path.parent / writer.PAGE
     Console().print(writer.write_report(score_table.read(path), page))
@@ -203,13 +220,14 @@ def _facts(recipe: Recipe, config: XTFConfig, hook: str) -> dict[str, str]:
     names = ("axolotl", *_DISTRIBUTIONS) if recipe.host == "axolotl" else _DISTRIBUTIONS
     versions = [f"{name} {environment.installed_version(name) or 'not installed'}" for name in names]
     reference = config.reference
+    adapters = ", adapters off" if recipe.data.get("use_peft") or recipe.data.get("adapter") else ""
     return {
         "host": f"{recipe.host} ({COMMANDS[recipe.host]})",
         "hook": hook,
         "versions": ", ".join([f"xtf-plugin {__version__}", *versions]),
         "preset": config.preset,
         "scores": ", ".join(f"{name} ({part.scorer})" for name, part in config.scores.items()) or "none",
-        "reference": "the model being trained, adapters off"
+        "reference": f"the model being trained{adapters}"
         if reference.model is None
         else f"{reference.model} ({reference.quantization})",
         **({"data": f"streamed; its first {config.calibration} documents calibrate"} if recipe.streamed else {}),
@@ -230,6 +248,19 @@ def _table_path(target: Path, extra: Sequence[str]) -> Path:
     if code:
         raise typer.Exit(code)
     return path
+
+
+def _selected_again(target: Path, extra: Sequence[str]) -> ScoreTable | None:
+    """The stored scores of a recipe whose thresholds were changed; None: its table is current, or does not serve."""
+    from .report import reselected
+
+    if target.suffix == ".parquet" or extra:
+        return None
+    recipe = load_recipe(target)
+    path, config = recipe.scores_path(), parse_block(recipe)
+    if config is None or not path.exists() or _is_current(path, target, recipe):
+        return None
+    return reselected.select_again(path, config, recipe.data.get("model_name_or_path") or recipe.data.get("base_model"))
 
 
 def _is_current(path: Path, target: Path, recipe: Recipe) -> bool:

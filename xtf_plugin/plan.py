@@ -99,7 +99,7 @@ def make_plan(
         fingerprint = source.fingerprint(provider)
         values = run_scorers(config, source, text)
     scores = scores_of(documents, source.known, values)
-    selection = select(scores, config, text.protected, text.forced, text.segments)
+    selection = select(scores, config, text.protected, text.forced, text.segments, inside=text.inside)
     ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
     shared = recurring(config, documents, text, selection, tokenizer)
     return Plan(
@@ -132,6 +132,8 @@ def _warnings(
     found = [*source.warnings, *selection.warnings, *warnings_of(shared, int(documents.counts.sum()))]
     if text.forced is not None and not text.forced.any():
         found.append(f"force_drop: {config.force_drop} matches nothing in the dataset")
+    if text.turns is not None:
+        found += text.turns.warnings(selection.keep, documents.counts)
     if selection.keep.all():
         found.append(NOTHING_DROPPED)
     return found

@@ -42,7 +42,8 @@ TABLE = score_table(
 
 @pytest.fixture(autouse=True)
 def calm_environment(monkeypatch):
-    for name in ("XTF_DISABLE", "TORCH_DEVICE_BACKEND_AUTOLOAD", "XTF_DRY_RUN", "XTF_SCORES_OUTPUT"):
+    names = ("XTF_DISABLE", "TORCH_DEVICE_BACKEND_AUTOLOAD", "XTF_DRY_RUN", "XTF_SCORES_OUTPUT", "HF_HUB_OFFLINE")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -50,7 +51,8 @@ def calm_environment(monkeypatch):
 def write(tmp_path):
     def write_recipe(**data):
         path = tmp_path / "recipe.yaml"
-        data = {"model_name_or_path": "some/model", "output_dir": str(tmp_path / "out"), "xtf": True, **data}
+        of_host = {"output_dir": str(tmp_path / "out"), "dataset_name": "some/data"}  # on the hub: not looked at
+        data = {"model_name_or_path": "some/model", **of_host, "xtf": True, **data}
         path.write_text(yaml.safe_dump({key: value for key, value in data.items() if value is not ...}))
         return path
 
@@ -109,9 +111,10 @@ def test_command_line_does_not_import_torch():
 def test_check_says_what_will_happen(xtf, write):
     path = write(xtf={"preset": "paper", "task_relevance": False})
     code, out, _ = xtf("check", path)
-    assert code == 0
+    assert code == 0 and "adapters off" not in out
+    assert "adapters off" in xtf("check", write(use_peft=True))[1]
     scores = "reasoning_importance (attention_received), knowledge_novelty (novelty)"
-    for expected in ("ok", "trl", "paper", scores, "adapters off", "scores.parquet"):
+    for expected in ("ok", "trl", "paper", scores, "the model being trained", "scores.parquet"):
         assert expected in out
     assert "task_relevance" not in out
 

@@ -88,8 +88,8 @@ def test_inconsistent_rows_are_refused(bad, message):
 
 
 def test_nothing_to_train_on_is_refused():
-    with pytest.raises(XTFUserError, match="none of the 2 training rows has a completion token"):
-        collect([row([1, 2], 2), {"input_ids": [], "labels": []}])
+    with pytest.raises(XTFUserError, match="none of the 3 training rows has a completion token that is predicted"):
+        collect([row([1, 2], 2), {"input_ids": [], "labels": []}, row([7], 0)])
 
 
 def test_empty_rows_beside_good_ones_are_harmless():

@@ -50,19 +50,29 @@ def test_recipes_that_do_not(tmp_path, text):
 
 ENDING = """
 import atexit, sys
-from xtf_plugin import XTFUserError
-from xtf_plugin.hosts.fail_closed import exit_on_user_error
+from xtf_plugin import XTFError, XTFUserError
+from xtf_plugin.hosts.fail_closed import exit_on_error
 atexit.register(print, "handlers have run")
-@exit_on_user_error
+@exit_on_error
 def train():
-    raise XTFUserError("xtf: no such thing")
+    raise {error}
 train()
 print("trained")
 """
+IN_A_WORKER = "Caught XTFError in DataLoader worker process 0.\\nOriginal Traceback (most recent call last):\\n  File x"
 
 
-def test_a_refused_run_ends_with_2_one_message_and_its_exit_handlers():
-    ended = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "error",
+    [
+        "XTFUserError('xtf: no such thing')",
+        "XTFError('no such thing')",
+        f"XTFError('{IN_A_WORKER}\\nxtf_plugin.errors.XTFError: no such thing\\n')",
+    ],
+)
+def test_a_refused_run_ends_with_2_one_message_and_its_exit_handlers(error):
+    code = ENDING.replace("{error}", error)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "handlers have run\n")
     assert ended.stderr == "xtf: error: no such thing\n"
 

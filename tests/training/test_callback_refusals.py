@@ -83,6 +83,11 @@ class TestRefusals:
         with pytest.raises(XTFError, match="NaN or infinite log-prob"):
             made.train()
 
+    def test_no_row_left(self, tmp_path):
+        rows = [{"prompt": "a " * 400, "completion": " b"}] * 4
+        with pytest.raises(XTFUserError, match="no row of the training data is left.*max_length"):
+            attach(trainer(tmp_path, rows=rows, max_length=16), True)
+
     def test_everything_dropped(self, tmp_path):
         drop_all = {
             "preset": "none",

@@ -219,18 +219,18 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
     """Collect the distinct documents of a dataset in order of first appearance.
 
     Raises:
-        XTFUserError: as in `split_row`; a token id is negative or beyond 32 bits; no row has a completion token.
+        XTFUserError: as in `split_row`; a token id is negative or beyond 32 bits; no completion token is predicted.
     """
     distinct, row_sizes, row_documents = _Distinct(), [], []
     for row in rows:
         documents = split_row(row)
         row_sizes.append(len(documents))
         row_documents += [distinct.add(tokens, completion) for _, tokens, completion in documents]
-    if not any(mask.any() for mask in distinct.masks):
+    if not any(mask[1:].any() for mask in distinct.masks):
         raise XTFUserError(
-            f"none of the {len(row_sizes)} training rows has a completion token (a label other than -100): there is "
-            "nothing to score or to train on. Check completion_only_loss / assistant_only_loss, the chat template and "
-            "max_length."
+            f"none of the {len(row_sizes)} training rows has a completion token that is predicted (a label other than "
+            "-100 after a document's first token): there is nothing to score or to train on. Check "
+            "completion_only_loss / assistant_only_loss, the chat template and max_length."
         )
     return distinct.documents(row_sizes, row_documents)
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .documents import DocumentSet
-from .ragged import Bools, Ints
+from .ragged import Bools, Hashes, Ints
 from .token_text import token_bytes
 
 LONGEST = 6  # tokens of an opening
@@ -45,12 +45,16 @@ def format_tokens(
     lengths = np.diff(starts, append=len(ids))
     document = np.searchsorted(documents.completion_offsets, starts, side="right") - 1
     total = int(documents.counts.sum())
-    reach, number = _common_openings(ids, starts, lengths, document, documents.counts, share * total)
+    reach, number, hashes = _common_openings(ids, starts, lengths, document, documents.counts, share * total)
     reach[np.isin(ids[starts], special_ids)] = 0
-    texts = _texts(ids, starts, reach, tokenizer)
+    some = np.flatnonzero(reach)
+    _, first, opening = np.unique(hashes[some], return_index=True, return_inverse=True)
+    first = some[first]  # a unit of each opening
+    texts = _texts(ids, starts[first], reach[first], tokenizer)
     marked = np.asarray([MARK.search(text) is not None for text in texts], dtype=bool)
-    shares = {texts[unit]: float(number[unit] / total) for unit in np.flatnonzero(marked)}
-    return _covered(starts, lengths, np.where(marked, reach, 0)), dict(sorted(shares.items(), key=lambda i: -i[1]))
+    reach[some[~marked[opening]]] = 0
+    shares = {texts[at]: float(number[first[at]] / total) for at in np.flatnonzero(marked)}
+    return _covered(starts, lengths, reach), dict(sorted(shares.items(), key=lambda i: -i[1]))
 
 
 def known_format_tokens(documents: DocumentSet, starts: Ints, openings: Collection[str], tokenizer: Any) -> Bools:
@@ -74,30 +78,47 @@ def known_format_tokens(documents: DocumentSet, starts: Ints, openings: Collecti
 def _covered(starts: Ints, lengths: Ints, reach: Ints) -> Bools:
     """Completion tokens of the openings of length `reach`, or of their whole units if those are short, (M,)."""
     covered = np.where((reach > 0) & (lengths <= SHORT), lengths, reach)
-    found: Bools = np.arange(lengths.sum()) - np.repeat(starts, lengths) < np.repeat(covered, lengths)
+    some = np.flatnonzero(covered)
+    change = np.zeros(int(lengths.sum()) + 1, dtype=np.int8)
+    change[starts[some]] += 1
+    change[starts[some] + covered[some]] -= 1  # which the next unit may begin with
+    found: Bools = np.cumsum(change[:-1], dtype=np.int8) > 0
     return found
 
 
 def _common_openings(
     ids: NDArray[Any], starts: Ints, lengths: Ints, document: Ints, counts: Ints, needed: float
-) -> tuple[Ints, Ints]:
-    """Length of each unit's longest opening that enough documents share, and how many do, (S,) each."""
+) -> tuple[Ints, Ints, Hashes]:
+    """Each unit's longest opening that enough documents share: its length, how many do, and a hash of it, (S,) each."""
     reach, shared = np.zeros(len(starts), dtype=np.int64), np.zeros(len(starts), dtype=np.int64)
-    hashes = np.zeros(len(starts), dtype=np.uint64)
-    left = np.arange(len(starts))
+    hashes, found = np.zeros(len(starts), dtype=np.uint64), np.zeros(len(starts), dtype=np.uint64)
+    needed = max(FEWEST, needed)
+    left = np.flatnonzero(lengths > 0)
+    often = np.bincount(ids[starts[left]], counts[document[left]]) >= needed  # counts a document once a unit
+    left = left[often[ids[starts[left]]]]
     for size in range(1, LONGEST + 1):
         left = left[lengths[left] >= size]
         if not len(left):
             break
         tokens = ids[starts[left] + size - 1].astype(np.uint64)
         hashes[left] = hashes[left] * np.uint64(0x9E3779B97F4A7C15) + tokens + np.uint64(1)
-        _, opening = np.unique(hashes[left], return_inverse=True)
-        pairs = np.unique(np.stack([opening, document[left]], axis=1), axis=0)  # once a document
-        number = np.bincount(pairs[:, 0], weights=counts[pairs[:, 1]]).astype(np.int64)[opening]
-        enough = number >= max(FEWEST, needed)
+        number = _documents_with(hashes[left], document[left], counts)
+        enough = number >= needed
         left = left[enough]  # a longer opening is at most as frequent
-        reach[left], shared[left] = size, number[enough]
-    return reach, shared
+        reach[left], shared[left], found[left] = size, number[enough], hashes[left]
+    return reach, shared, found
+
+
+def _documents_with(hashes: Hashes, document: Ints, counts: Ints) -> Ints:
+    """For each unit, the occurrences of documents that have a unit with the same hash; units in order of documents."""
+    order = np.argsort(hashes, kind="stable")
+    hashes, document = hashes[order], document[order]
+    opens = np.append(True, hashes[1:] != hashes[:-1])
+    fresh = opens | np.append(True, document[1:] != document[:-1])  # once a document
+    number = np.add.reduceat(counts[document] * fresh, np.flatnonzero(opens))
+    result = np.empty(len(order), dtype=np.int64)
+    result[order] = number[np.cumsum(opens) - 1]
+    return result
 
 
 def _texts(ids: NDArray[Any], starts: Ints, sizes: Ints, tokenizer: Any) -> list[str]:

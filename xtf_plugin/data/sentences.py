@@ -1,24 +1,53 @@
-"""First tokens of sentences and lines, so that a rule can judge them as units.
+"""First tokens of sentences, lines and characters, so that a rule can judge them as units.
 
-Each distinct token is decoded once, into one byte of flags; everything else is array arithmetic on these flags.
+Each distinct token is decoded once, into one word of flags; everything else is array arithmetic on these flags.
+
+Which characters end a sentence is Unicode's property Sentence_Break (UAX #29), as the package `regex` knows it. The
+rules are shorter than those of UAX #29, since answers hold code and loose spelling: `.`, `!` and `?` end a sentence
+before whitespace only, and what follows may begin with a small letter.
 """
 
 from __future__ import annotations
 
-import re
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import regex
 from numpy.typing import ArrayLike, NDArray
 
 from .ragged import Bools, Ints, chunks, runs
 from .token_text import token_bytes
 
-Flags = NDArray[np.uint8]
+Flags = NDArray[np.uint32]
 
 CHUNK_TOKENS = 1 << 20  # bounds temporaries to a few MB
-SPECIAL, BLANK, EMPTY, SPACED, NEWLINE, CLOSED, OPEN = (np.uint8(1 << bit) for bit in range(7))
-_CLOSED, _OPEN = re.compile(r"[.!?]\s"), re.compile(r"[.!?]\Z")  # a sentence's end with and without its whitespace
+
+SPECIAL, BLANK, EMPTY, NEWLINE, ABBREVIATION, LETTER, DOT, NUMBER = (np.uint32(1 << bit) for bit in range(8))
+SPACED = np.uint32(1 << 8)  # begins with whitespace
+CLOSED = np.uint32(1 << 9)  # holds the end of a sentence and something after it, if only a space
+OPEN = np.uint32(1 << 10)  # ends with `.`, `!` or `?`, and perhaps a quote: the next token decides
+WIDE = np.uint32(1 << 11)  # ends with a mark that needs no whitespace after it
+CLOSER = np.uint32(1 << 12)  # quotes, brackets and combining marks alone
+MORE = np.uint32(1 << 13)  # CLOSER but for what also opens a quote, or further marks that end a sentence
+SPACES = np.uint32(1 << 14)  # ends with a letter of a script that has spaces between sentences and not between words
+HIGH = np.uint32(1 << 15)  # begins, after whitespace, with a character beyond ASCII
+LEAD, TAIL = np.uint32(1 << 16), np.uint32(1 << 17)  # begins, or ends, inside a character
+
+_CLOSERS = r"[\p{Pe}\p{Pf}\p{M}\u200d\"'“‘*_`]"
+_MARK = r"[\p{SB=STerm}．｡།༎--[!?]]"
+_CLOSED = regex.compile(rf"[.!?]{_CLOSERS}*\s|{_MARK}{_CLOSERS}*+.", regex.V1 | regex.S)
+_OPEN = regex.compile(rf"[.!?]{_CLOSERS}*\Z", regex.V1)
+_WIDE = regex.compile(rf"{_MARK}{_CLOSERS}*\Z", regex.V1)
+_CLOSER = regex.compile(rf"{_CLOSERS}+", regex.V1)
+_MORE = regex.compile(rf"(?:[\p{{Pe}}\p{{Pf}}\p{{M}}\u200d\"']|{_MARK}|[!?])+", regex.V1)
+_SPACES = regex.compile(r"[\p{Thai}\p{Lao}]\Z")
+_TITLES = (
+    "Mr Mrs Ms Dr Prof Rev Gen Sen Rep Gov Capt Lt Col Sgt St vs cf approx Fig Figs Eq Eqs Sec vol pp resp "
+    "bzw ca Nr Abs Hr Fr Sra Sr Mme г ул рис стр т"
+)
+_ABBREVIATION = regex.compile(rf"\s*(?:{'|'.join(_TITLES.split())}|(?:.*\W)?\p{{L}}?\.\p{{L}})")
+_ABBREVIATED = regex.compile(rf"(?:.*\W)?(?:{'|'.join(_TITLES.split())}|\p{{L}}\.\p{{L}})\.\s*")
 
 
 def segment_starts(
@@ -26,10 +55,13 @@ def segment_starts(
 ) -> Ints:
     """Index of the first token of every sentence or line.
 
-    A line ends with a token that contains a line feed. A sentence ends there too, and with a token that contains `.`,
-    `!` or `?` followed by whitespace, in the same token or at the beginning of the next one; so a decimal point and the
-    inner dot of "e.g." end none. Tokens of whitespace alone belong to the sentence before them. A special token is a
-    segment of its own. No segment spans two runs.
+    A line ends with a token that contains a line feed. A sentence ends there too, and:
+    - with `.`, `!` or `?` before whitespace, so a decimal point ends none; with quotes and brackets between them;
+    - with a mark of another script (`。`, `।`, `؟`, ...), with or without whitespace;
+    - in Thai and Lao, which have no such mark, with a space between two letters.
+    The dot of a known abbreviation, of letters with dots (`e.g.`) and of a number that begins a line ends none. Tokens
+    of whitespace alone belong to the sentence before them. A special token is a segment of its own. No segment begins
+    inside a character, and none spans two runs.
 
     Args:
         unit: `sentence` or `line`.
@@ -43,7 +75,7 @@ def segment_starts(
         begins one.
     """
     ids, offsets = np.asarray(token_ids), np.asarray(run_offsets, dtype=np.int64)
-    flags = _vocabulary_flags(tokenizer, ids, np.asarray(special_ids))
+    flags, pieces = _vocabulary_flags(tokenizer, ids, np.asarray(special_ids))
     found = []
     for part in runs(offsets, CHUNK_TOKENS):
         start, stop = offsets[part.start], offsets[part.stop]
@@ -51,6 +83,7 @@ def segment_starts(
         begins = np.zeros(len(here) + 1, dtype=bool)  # an empty last run begins after the last token
         begins[offsets[part] - start] = True
         if len(here):
+            _join_characters(here, ids[start:stop], begins[:-1], pieces)
             found.append(np.flatnonzero(_starts(here, begins[:-1], unit)) + start)
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
@@ -58,59 +91,154 @@ def segment_starts(
 def line_breaks(tokenizer: Any, token_ids: ArrayLike) -> Bools:
     """Which tokens contain a line feed, (M,)."""
     ids = np.asarray(token_ids)
-    marked: Bools = (_vocabulary_flags(tokenizer, ids, np.zeros(0, dtype=np.int64)) & NEWLINE)[ids] > 0
+    flags, _ = _vocabulary_flags(tokenizer, ids, np.zeros(0, dtype=np.int64))
+    marked: Bools = (flags & NEWLINE)[ids] > 0
     return marked
 
 
-def _flags_of(text: str) -> int:
-    """The flags of a token's text."""
+def inside_characters(tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike) -> Bools | None:
+    """Which tokens begin inside a character that the token before has begun, (M,); None if none does.
+
+    Args:
+        tokenizer, token_ids, run_offsets: as in `segment_starts`.
+    """
+    ids, offsets = np.asarray(token_ids), np.asarray(run_offsets, dtype=np.int64)
+    flags, _ = _vocabulary_flags(tokenizer, ids, np.zeros(0, dtype=np.int64))
+    inside: Bools = ((flags & LEAD) > 0)[ids]
+    inside[offsets[offsets < len(ids)]] = False
+    return inside if inside.any() else None
+
+
+@lru_cache(maxsize=1 << 18)
+def _flags_of(piece: bytes) -> int:
+    """The flags of a token's bytes."""
+    text = piece.decode("utf-8", errors="surrogateescape")
+    stripped, first = text.strip(), text.lstrip()[:1]
+    abbreviated = _ABBREVIATED.fullmatch(text) is not None
     facts = {
-        BLANK: not text.strip(),
+        BLANK: not stripped,
         EMPTY: not text,
         SPACED: text[:1].isspace(),
         NEWLINE: "\n" in text,
-        CLOSED: _CLOSED.search(text) is not None,
-        OPEN: _OPEN.search(text) is not None,
+        CLOSED: not abbreviated and _CLOSED.search(text) is not None,
+        OPEN: not abbreviated and _OPEN.search(text) is not None,
+        WIDE: _WIDE.search(text) is not None,
+        CLOSER: _CLOSER.fullmatch(text) is not None,
+        MORE: _MORE.fullmatch(text) is not None,
+        ABBREVIATION: _ABBREVIATION.fullmatch(text) is not None,
+        LETTER: len(text) == 1 and text.isalpha(),
+        DOT: text.endswith("."),
+        NUMBER: stripped.isdecimal(),
+        SPACES: _SPACES.search(text) is not None,
+        HIGH: first > "\x7f",
+        LEAD: bool(piece) and piece[0] & 0xC0 == 0x80,
+        TAIL: bool(text) and "\udc80" <= text[-1] <= "\udcff" and _unfinished(piece),
     }
     return sum(int(flag) for flag, holds in facts.items() if holds)
 
 
-def _vocabulary_flags(tokenizer: Any, ids: NDArray[Any], special_ids: NDArray[Any]) -> Flags:
-    """Flags by token id; 0 for ids that do not occur."""
+def _unfinished(piece: bytes) -> bool:
+    """Whether bytes end with the beginning of a character."""
+    lead = next((at for at in range(1, min(4, len(piece) + 1)) if piece[-at] & 0xC0 != 0x80), 0)
+    return lead > 0 and piece[-lead] >= 0xC0
+
+
+def _vocabulary_flags(tokenizer: Any, ids: NDArray[Any], special_ids: NDArray[Any]) -> tuple[Flags, dict[int, bytes]]:
+    """Flags by token id, 0 for ids that do not occur; and the bytes of those that hold a part of a character."""
     seen = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
     for part in chunks(len(ids), CHUNK_TOKENS):  # np.unique would sort a copy of the dataset
         seen[ids[part]] = True
     distinct = np.flatnonzero(seen)
-    flags = np.zeros(len(seen), dtype=np.uint8)
+    flags = np.zeros(len(seen), dtype=np.uint32)
     pieces = token_bytes(tokenizer, distinct.tolist())
-    flags[distinct] = [_flags_of(piece.decode("utf-8", errors="replace")) for piece in pieces]
+    flags[distinct] = [_flags_of(piece) for piece in pieces]
     flags[distinct[np.isin(distinct, special_ids)]] = SPECIAL
-    return flags
+    partial = np.flatnonzero(flags[distinct] & (LEAD | TAIL))
+    return flags, {int(distinct[at]): pieces[at] for at in partial}
+
+
+def _join_characters(flags: Flags, ids: NDArray[Any], begins: Bools, pieces: dict[int, bytes]) -> None:
+    """Give the last token of a character that is spread over tokens the flags of its end; changes `flags`."""
+    inner = ((flags & LEAD) > 0) & ~begins
+    at = np.flatnonzero((flags & TAIL) > 0)
+    for more in (1, 2, 3):  # a character has at most four bytes
+        at = at[at + more < len(flags)]
+        at = at[inner[at + more]]
+        complete = at[(flags[at + more] & TAIL) == 0] if more < 3 else at
+        windows, which = np.unique(ids[complete[:, None] + np.arange(more + 1)], axis=0, return_inverse=True)
+        joined = [_flags_of(b"".join(pieces[i] for i in window)) for window in windows.tolist()]
+        ends = np.asarray(joined, dtype=np.uint32)[which.reshape(-1)] if joined else np.zeros(0, dtype=np.uint32)
+        flags[complete + more] |= ends & (CLOSED | OPEN | WIDE | SPACES)
+        for step in range(more + 1):
+            flags[complete + step] |= ends & (CLOSER | MORE)
 
 
 def _starts(flags: Flags, begins: Bools, unit: str) -> Bools:
     """Which tokens begin a segment, given which begin a run; there is at least one token."""
-    special = (flags & SPECIAL) > 0
-    forced: Bools = begins | special
-    forced[1:] |= special[:-1]
-    ends = (flags & NEWLINE) > 0
+    special, newline = (flags & SPECIAL) > 0, (flags & NEWLINE) > 0
+    starts: Bools = begins | special
+    starts[1:] |= special[:-1]
     if unit == "line":
-        forced[1:] |= ends[:-1]
-        return forced
-    ends |= (flags & CLOSED) > 0
-    ends |= ((flags & OPEN) > 0) & _before_space(flags, begins)
-    blank = (flags & BLANK) > 0
-    # a token begins a sentence if the last token before it that is not merely whitespace ends one
-    decisive = ~blank | ends | forced
-    last = np.maximum.accumulate(np.where(decisive, np.arange(len(flags)), 0))  # token 0 is decisive: it begins a run
-    starts: Bools = forced.copy()
-    starts[1:] |= ~blank[1:] & ends[last[:-1]]
+        starts[1:] |= newline[:-1]
+        return starts
+    forced = starts.copy()
+    ends = (flags & (NEWLINE | CLOSED | WIDE)) > 0
+    ends[_before_space(flags, begins, forced, np.flatnonzero(((flags & (OPEN | SPACES)) > 0) & ~ends))] = True
+    # the next sentence begins after whitespace, the rest of a character and, where none is needed, further marks
+    wide = (flags & WIDE) > 0
+    for at, quiet in ((ends & wide, BLANK | LEAD | MORE), (ends & ~wide, BLANK | LEAD)):
+        next_ = _walk(flags, np.flatnonzero(at) + 1, quiet, forced | ends)
+        next_ = next_[next_ < len(flags)]
+        starts[next_[(flags[next_] & quiet) == 0]] = True
     return starts
 
 
-def _before_space(flags: Flags, begins: Bools) -> Bools:
-    """Tokens whose next non-empty token in the same run begins with whitespace."""
-    full, run = np.flatnonzero((flags & EMPTY) == 0), np.cumsum(begins)
-    found = np.zeros(len(flags), dtype=bool)
-    found[full[:-1]] = ((flags[full[1:]] & SPACED) > 0) & (run[full[1:]] == run[full[:-1]])
-    return found
+def _walk(flags: Flags, at: Ints, over: np.uint32, stop: Bools) -> Ints:
+    """From each of `at` on, the first place that is `stop` or has no flag of `over`; the number of tokens if none."""
+    at = at.copy()
+    moving = np.flatnonzero(at < len(flags))
+    while len(moving):
+        moving = moving[((flags[at[moving]] & over) > 0) & ~stop[at[moving]]]
+        at[moving] += 1
+        moving = moving[at[moving] < len(flags)]
+    return at
+
+
+def _before_space(flags: Flags, begins: Bools, forced: Bools, at: Ints) -> Ints:
+    """The last token of each sentence that ends at one of the tokens `at`, which are OPEN or SPACES.
+
+    Whitespace must follow, after OPEN perhaps behind quotes. After SPACES, letters beyond ASCII must follow that.
+    """
+    at = at[~_unending(flags, begins, forced, at)]
+    open_, last = (flags[at] & OPEN) > 0, len(flags) - 1
+    closed = np.where(open_, _walk(flags, at + 1, CLOSER, forced), at + 1)
+    next_ = _walk(flags, closed, EMPTY, begins)
+    here = np.minimum(next_, last)
+    spaced = (next_ <= last) & ~begins[here] & ((flags[here] & SPACED) > 0)
+    behind = np.minimum(here + 1, last)
+    high = ((flags[here] & HIGH) > 0) | (((flags[here] & BLANK) > 0) & ~begins[behind] & ((flags[behind] & HIGH) > 0))
+    ends: Ints = closed[spaced & (open_ | high)] - 1
+    return ends
+
+
+def _unending(flags: Flags, begins: Bools, forced: Bools, at: Ints) -> Bools:
+    """Which of the tokens `at` end with the dot of an abbreviation, or of a number of up to three digits in a line."""
+
+    def before(number: int) -> Flags:
+        """The flags of the token that many places before, 0 beyond the run."""
+        nearest = [begins[np.maximum(at - step, 0)] for step in range(number)]
+        return np.where(np.any(nearest, axis=0), np.uint32(0), flags[np.maximum(at - number, 0)])
+
+    def opens_line(number: int) -> Bools:
+        """Whether the token that many places before is the first of a line."""
+        opens: Bools = forced[np.maximum(at - number, 0)] | ((before(number + 1) & NEWLINE) > 0)
+        return opens
+
+    dotted = ((before(1) & LETTER) > 0) & ((before(2) & DOT) > 0)  # g in e.g.
+    short = ((before(1) & ABBREVIATION) > 0) | dotted
+    digits = np.ones(len(at), dtype=bool)
+    for number in (1, 2, 3):
+        digits &= (before(number) & NUMBER) > 0
+        short |= digits & opens_line(number)
+    unending: Bools = short & ((flags[at] & DOT) > 0)
+    return unending

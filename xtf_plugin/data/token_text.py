@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from transformers import PreTrainedTokenizerFast
 
 from ..errors import XTFUserError
 from .ragged import Bools, Ints
@@ -40,13 +39,17 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
     BPE and SentencePiece-style vocabularies are read exactly, added and special tokens are their literal content, and
     other vocabularies are decoded token by token. An id that the tokenizer does not know has no bytes.
     """
+    from transformers import PreTrainedTokenizerFast  # not at the top: reports of stored scores need no tokenizer
+
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return [_decoded(tokenizer, int(i)) for i in ids]
     backend = tokenizer.backend_tokenizer
-    state = json.loads(backend.to_str())
-    to_bytes = _piece_decoder(state.get("decoder"))
+    # as JSON; the whole tokenizer's would hold its vocabulary, which takes seconds
+    state = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+    to_bytes = _piece_decoder(state)
     # ordinary added tokens of SentencePiece vocabularies are written like the others (Gemma's runs of spaces)
-    literal = {int(t["id"]) for t in state["added_tokens"] if t["special"] or to_bytes in (None, _byte_level)}
+    added = backend.get_added_tokens_decoder()
+    literal = {i for i, token in added.items() if token.special or to_bytes in (None, _byte_level)}
     result = []
     for i in map(int, ids):
         piece = backend.id_to_token(i)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ..environment import is_on
 from .axolotl_checks import check_settings, check_surroundings, has_block, trains
-from .fail_closed import exit_on_user_error
+from .fail_closed import exit_on_error
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
           preset: default
     """
 
-    @exit_on_user_error
+    @exit_on_error
     def register(self, cfg: Any) -> None:
         """Refuse an empty block, and an environment that cannot apply one; warn without a block. `cfg` is raw."""
         if not trains(sys.argv):
@@ -76,7 +76,7 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
         """The name of the model that declares the key `xtf`."""
         return f"{__name__}.XTFArgs"
 
-    @exit_on_user_error
+    @exit_on_error
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Attach XTF to the trainer. A dry run ends here, before Axolotl writes into its output folder."""
         from ..config.block import XTFConfig
@@ -91,6 +91,6 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
 
             leave_marks(cfg, trainer, config)
         attach(trainer, config)
-        trainer.train = exit_on_user_error(trainer.train)
+        trainer.train = exit_on_error(trainer.train)
         if config.dry_run or is_on(os.environ.get("XTF_DRY_RUN")):
             trainer.train()

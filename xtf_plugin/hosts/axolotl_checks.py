@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import environment
 from ..errors import XTFUserError
-from .fail_closed import EMPTY_BLOCK, exit_on_user_error, meant_as_block, wrap
+from .fail_closed import EMPTY_BLOCK, exit_on_error, meant_as_block, wrap
 
 PLUGIN = "xtf_plugin.XTFPlugin"
 
@@ -121,7 +121,7 @@ def patch(module: ModuleType) -> None:
 
 
 def _guarded(original: Any) -> Any:
-    @exit_on_user_error
+    @exit_on_error
     def prepare_plugins(cfg: Any) -> Any:
         if not trains(sys.argv):
             return original(cfg)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import XTFUserError, harmless
+from ..errors import XTFError, XTFUserError, harmless
 
 EMPTY_BLOCK = (
     "the recipe's `xtf:` block is empty. Write `xtf: true` for the defaults, `xtf: false` for off, or a mapping."
@@ -43,15 +43,19 @@ def complete_installation() -> Iterator[None]:
         ) from error
 
 
-def exit_on_user_error(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `function` print an XTFUserError as one message and raise SystemExit(2): stock commands do not catch it."""
+def exit_on_error(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `function` print an XTFError as one message and raise SystemExit(2): stock commands do not catch it.
+
+    An error of a dataloader's process arrives with its traceback, of which the message is printed alone.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except XTFUserError as error:
-            sys.stderr.write(harmless(f"xtf: error: {str(error).removeprefix('xtf: ')}\n"))
+        except XTFError as error:
+            message = re.split(r"\n(?:[\w.]+\.)?XTF(?:User)?Error: ", str(error))[-1].strip().removeprefix("xtf: ")
+            sys.stderr.write(harmless(f"xtf: error: {message}\n"))
             raise SystemExit(2) from error
 
     return wrapper

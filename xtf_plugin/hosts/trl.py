@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .. import environment
 from ..errors import XTFError, XTFUserError
 from .boot import when_imported
-from .fail_closed import EMPTY_BLOCK, complete_installation, exit_on_user_error, meant_as_block, wrap
+from .fail_closed import EMPTY_BLOCK, complete_installation, exit_on_error, meant_as_block, wrap
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
@@ -137,7 +137,7 @@ def _record(target: Any, config: XTFConfig | None) -> None:
 
 
 def _init_with_attach(original: Any) -> Any:
-    @exit_on_user_error
+    @exit_on_error
     def init_and_attach(self: Any, block: Any, *args: Any, **kwargs: Any) -> None:
         with complete_installation():
             from ..config.block import XTFConfig
@@ -147,7 +147,7 @@ def _init_with_attach(original: Any) -> Any:
         original(self, *args, **kwargs)
         if config is not None:
             attach(self, config)
-            self.train = exit_on_user_error(self.train)
+            self.train = exit_on_error(self.train)
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         given = kwargs["args"] if "args" in kwargs else (args[1] if len(args) > 1 else None)

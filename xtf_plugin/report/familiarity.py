@@ -6,11 +6,13 @@ same, where it is weak they are what it has to learn. So this is advice, and cha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..plan import Plan
+if TYPE_CHECKING:
+    from ..plan import Plan
+
 
 # Mean probabilities of a completion token. They are rough: publications compare some models that are strong or weak in
 # a domain, and give no bound.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,9 @@ from rich.console import Console
 
 from .. import __version__
 from ..config.block import XTFConfig
-from ..data.documents import DocumentSet
 from ..data.ragged import Bools, Floats, Ints, Layout, dataset_quantiles
 from ..data.token_text import SPREAD, characters
 from ..environment import installed_version
-from ..plan import Plan
 from ..selection.select import DECISIONS, Selection, rule_bits
 from ..selection.text_rules import special_ids
 from . import whatif
@@ -32,6 +30,9 @@ from .familiarity import familiarity
 from .score_table import ScoreTable, plain
 from .terminal import measure, on_one_line, text_of, totals_table
 from .whatif import Slider, WhatIf
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def described(plan: Plan, tokenizer: Any) -> tuple[ScoreTable, WhatIf]:
         "distributions": {n: histogram(values, table.layout, table.weights) for n, values in table.scores.items()},
         "combinations": Verdicts(table.config, table, table.weights).combinations(),
         "tokens": token_tables(table, moved.sliders),
-        "endings": endings(table, plan.documents, special_ids(tokenizer)),
+        "endings": endings(table, plan, special_ids(tokenizer)),
     }
     return replace(table, about=summary(plan, tokenizer, found)), moved
 
@@ -331,23 +332,21 @@ def _example(table: ScoreTable, at: int) -> dict[str, Any]:
     return {"document": table.key(document), **texts}
 
 
-def endings(table: ScoreTable, documents: DocumentSet, special: NDArray[np.int64]) -> dict[str, Any]:
-    """Special tokens among the completions, kept and dropped, and documents whose last token is not special.
+def endings(table: ScoreTable, plan: Plan, special: NDArray[np.int64]) -> dict[str, Any]:
+    """Special tokens among the completions, kept and dropped, and documents whose completion has no end of turn.
 
-    Such a document was cut off (`max_length`, `sequence_len`), or its template writes no special token. Trailing
-    whitespace is ignored: many templates end a turn with a line break.
+    Such a document was cut off (`max_length`, `sequence_len`), its template writes no end of turn, or the end has no
+    label. Trailing whitespace is ignored: many templates end a turn with a line break.
     """
     ids, weights, found = table.token_ids, table.weights, []
     for token in np.intersect1d(ids, special).tolist():
         marks = ids == token
         total, dropped = int(weights[marks].sum()), int(weights[marks & ~table.keep].sum())
         found.append({"token_id": token, "token": text_of(table.pieces[token]), "labelled": total, "dropped": dropped})
-    blank = np.asarray([i for i, piece in table.pieces.items() if piece and not piece.strip()], dtype=np.int64)
-    starts, ends = documents.offsets[:-1], documents.offsets[1:].copy()
-    trailing = np.ones(len(ends), dtype=bool)
-    while trailing.any():
-        trailing = (ends > starts) & np.isin(documents.input_ids[np.maximum(ends - 1, 0)], blank)
-        ends[trailing] -= 1
-    last = np.maximum(ends - 1, 0)
-    cut_off = (ends > starts) & documents.completion[last] & ~np.isin(documents.input_ids[last], special)
-    return {"special_tokens": found, "documents_ending_without_one": int(documents.counts[cut_off].sum())}
+    turns = plan.text.turns
+    without = 0 if turns is None else turns.unended(plan.documents.counts)
+    return {
+        "special_tokens": found,
+        "documents_ending_without_one": without,
+        "end_of_turn": [] if turns is None else [on_one_line(text) for text in turns.texts.ends],
+    }

@@ -9,7 +9,7 @@ column `kept` distinguish it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -172,11 +172,23 @@ def find(file: Any, wanted: Wanted, n: int, path: Path) -> Iterator[Document]:
     Raises:
         XTFUserError: no rule of the table has the wanted reason; and as `score_table.batches`.
     """
-    selectors = [name for name in file.schema_arrow.names if name not in score_table.SCHEMA.names]
+    return matching(_documents(file, wanted, path), file.schema_arrow.names, wanted, n)
+
+
+def matching(documents: Iterable[Document], columns: Sequence[str], wanted: Wanted, n: int) -> Iterator[Document]:
+    """The first `n` matching ones of some documents; all of them if a row or a document is wanted.
+
+    Args:
+        columns: of the score table.
+
+    Raises:
+        XTFUserError: no rule of the table has the wanted reason.
+    """
+    selectors = [name for name in columns if name not in score_table.SCHEMA.names]
     legal = [*SHORT_NAMES, *selectors, *DECISIONS]
     if wanted.reason not in (None, *legal, *FULL_NAMES):
         raise XTFUserError(f"--reason {wanted.reason!r} is no rule of this table. Legal: {', '.join(legal)}.")
-    found = filter(wanted.matches, _documents(file, wanted, path))
+    found = filter(wanted.matches, documents)
     return islice(found, n if wanted.row is None and wanted.document is None else None)
 
 

@@ -62,7 +62,9 @@ def reselect(table: ScoreTable, config: XTFConfig) -> Selection:
     if other:
         raise XTFUserError(f"{', '.join(other)}: not as this score table was scored; run `xtf score` with that block.")
     scores = Scores(table.keys, table.offsets, table.counts, table.token_ids, table.positions, logprobs=table.logprobs)
-    return select(scores, config, table.protected, table.forced, seen=table.scores)
+    inside = np.zeros(max(table.pieces, default=0) + 1, dtype=bool)  # token ids that begin inside a character
+    inside[[i for i, piece in table.pieces.items() if piece and piece[0] & 0xC0 == 0x80]] = True
+    return select(scores, config, table.protected, table.forced, seen=table.scores, inside=inside[table.token_ids])
 
 
 def _scored(config: XTFConfig) -> dict[str, Any]:

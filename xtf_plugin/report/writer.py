@@ -6,17 +6,19 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from ..errors import XTFUserError
 from ..files import write_whole
-from ..plan import Plan
 from . import page, score_table
 from .score_table import ScoreTable
 from .summary import described, summary
 from .terminal import totals_table
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 logger = logging.getLogger(__name__)
 

@@ -128,9 +128,12 @@ def _units(
     lengths = np.diff(starts, append=len(selection.keep))
     owners = np.searchsorted(documents.completion_offsets, starts, side="right") - 1
     chosen = np.flatnonzero(open_)
-    _, first, groups = np.unique(
-        _hashes(documents, starts)[chosen], return_index=True, return_inverse=True
-    )  # of token ids: two units with equal text and other tokens are put together by `_by_text`
+    # of token ids: two units with equal text and other tokens are put together by `_by_text`
+    hashes = _hashes(documents, starts)[chosen]
+    order = np.argsort(hashes, kind="stable")
+    opens = np.flatnonzero(np.append(True, np.diff(hashes[order]) != 0)[: len(order)])
+    first, groups = order[opens], np.empty(len(order), dtype=np.int64)
+    groups[order] = np.repeat(np.arange(len(opens)), np.diff(opens, append=len(order)))
     formatted = np.zeros(len(selection.keep), dtype=bool) if text.formatted is None else text.formatted
     units = _Units(
         groups,
@@ -142,16 +145,17 @@ def _units(
     every = np.ones(len(chosen), dtype=bool)
     listed: set[int] = set()
     for marks in (units.lost, units.formatted, every):
-        number = _documents(groups[marks], units.documents[marks], documents.counts, len(first))
-        order = np.argsort(-number, kind="stable")[: 3 * MOST]  # some are too long, or are the same text
-        listed |= set(order[number[order] >= FEWEST].tolist())
+        number = _documents(groups, units.documents, documents.counts, order[marks[order]])
+        most = np.argsort(-number, kind="stable")[: 3 * MOST]  # some are too long, or are the same text
+        listed |= set(most[number[most] >= FEWEST].tolist())
     return units, {group: int(chosen[first[group]]) for group in sorted(listed)}
 
 
-def _documents(groups: Ints, owners: Ints, counts: Ints, size: int) -> Ints:
-    """Occurrences of documents that have a unit of each group, (size,)."""
-    pairs = np.unique(groups * len(counts) + owners)
-    return np.bincount(pairs // len(counts), counts[pairs % len(counts)], size).astype(np.int64)
+def _documents(groups: Ints, owners: Ints, counts: Ints, order: Ints) -> Ints:
+    """Occurrences of documents that have a unit of each group, of the units `order`, which go by group and document."""
+    ordered, owner = groups[order], owners[order]
+    fresh = np.append(True, (np.diff(ordered) != 0) | (np.diff(owner) != 0))[: len(order)]  # once a document
+    return np.bincount(ordered[fresh], counts[owner[fresh]], int(groups.max(initial=-1)) + 1).astype(np.int64)
 
 
 def _hashes(documents: DocumentSet, starts: Ints) -> Hashes:

@@ -94,6 +94,7 @@ def select(
     segments: Segments | None = None,
     frozen: Mapping[str, Rules] | None = None,
     seen: Mapping[str, Floats] | None = None,
+    inside: Bools | None = None,
 ) -> Selection:
     """Decide for every completion token, Eq. (1): rules, `combine`, `force_drop`, protection, control, floor.
 
@@ -103,6 +104,8 @@ def select(
         segments: the first tokens of the sentences and lines, by unit; needed if some score has one.
         frozen: `rules` of another selection, whose thresholds are used instead of those of `scores`; for streams.
         seen: `seen` of another selection, used instead of `scores.values`.
+        inside: (M,) tokens that begin inside a character. A character of which a token is kept is kept whole, unless a
+            control draws the tokens.
 
     Raises:
         XTFError: arrays of wrong shapes, a missing score, or missing segments.
@@ -118,7 +121,7 @@ def select(
         given = None if frozen is None else frozen[name]
         results[name] = evaluate(name, values[name], layout, score, segments, given, averaged=seen is not None)
         reasons |= results[name].mask * reasons.dtype.type(bits[name])
-    warnings = [warning for result in results.values() for warning in result.warnings]
+    warnings = sum((result.warnings for result in results.values()), [])
     first = next((results[name].seen for name in (*config.selectors, *results)), None)
     for tokens, documents, part in layout.chunks():
         chunk = _Chunk(
@@ -131,11 +134,11 @@ def select(
         )
         keep[tokens], reasons[tokens] = _decide(chunk, reasons[tokens], config, list(bits.values()))
         best[documents] = _best(chunk)
+    _keep_characters(keep, reasons, None if config.control else inside)
     trainable = scores.positions > 0
     if trainable.any() and not (keep & trainable).any():
         warnings.append(
-            f"every one of the {int(trainable.sum())} trainable completion tokens is dropped; loosen the rules, or set "
-            "min_kept above 0"
+            f"every one of the {int(trainable.sum())} trainable tokens is dropped; loosen the rules, or raise min_kept"
         )
     return Selection(
         keep=keep,
@@ -210,6 +213,21 @@ def _decide(chunk: _Chunk, reasons: Reasons, config: XTFConfig, bits_of_rules: l
     rescued = _rescued(chunk, dropped, config.min_kept)
     bits[rescued] = FLOOR
     return ~dropped | rescued, reasons | bits
+
+
+def _keep_characters(keep: Bools, reasons: Reasons, inside: Bools | None) -> None:
+    """Keep all tokens of a character of which one is kept; changes `keep` and `reasons`."""
+    if inside is None:
+        return
+    starts = np.flatnonzero(~inside | (np.arange(len(inside)) == 0))
+    sizes = np.diff(starts, append=len(keep))
+    many = np.flatnonzero(sizes > 1)
+    some = np.logical_or.reduceat(keep, starts)[many] if len(many) else np.zeros(0, dtype=bool)
+    for step in range(int(sizes.max(initial=0))):
+        here = starts[many[some & (sizes[many] > step)]] + step
+        here = here[~keep[here]]
+        keep[here] = True
+        reasons[here] = (reasons[here] | PROTECTED) & ~np.uint16(FORCED)
 
 
 def _combined(reasons: Reasons, config: XTFConfig, bits: list[int]) -> Bools:

@@ -12,6 +12,7 @@ from ..data import sentences, token_text
 from ..data.documents import DocumentSet
 from ..data.formats import format_tokens, known_format_tokens
 from ..data.ragged import Bools, Ints
+from ..data.turns import Turns
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
@@ -28,6 +29,8 @@ class TextRules:
             they are searched for a format.
         formatted: (M,) completion tokens that are protected as format; None: none.
         formats: share of documents by opening that is protected as format, most frequent first.
+        inside: (M,) completion tokens that begin inside a character; None: none.
+        turns: how the answers begin and end; None: not looked at.
     """
 
     protected: Bools
@@ -35,6 +38,8 @@ class TextRules:
     segments: Mapping[str, Ints]
     formatted: Bools | None = None
     formats: Mapping[str, float] = field(default_factory=dict)
+    inside: Bools | None = None
+    turns: Turns | None = None
 
     @classmethod
     def find(
@@ -46,8 +51,12 @@ class TextRules:
         """
         token_ids, runs = documents.input_ids[documents.completion], documents.completion_runs
         protected = np.zeros(len(token_ids), dtype=bool)
+        special = special_ids(tokenizer)
+        known = None if sample is None or sample.turns is None else sample.turns.texts
+        turns = Turns.find(documents, tokenizer, special, known)
         if config.protect.special_tokens:
-            protected |= np.isin(token_ids, special_ids(tokenizer))
+            protected |= np.isin(token_ids, special)
+            protected |= False if turns.marks is None else turns.marks
         if config.protect.patterns:
             protected |= token_text.match_spans(tokenizer, token_ids, runs, config.protect.patterns)
         forced = None
@@ -57,17 +66,18 @@ class TextRules:
         units = {part.unit for part in config.scores.values()} & {"sentence", "line"}
         units |= set() if share is None else {"sentence"}
         segments: dict[str, Ints] = {unit: segment_starts(documents, tokenizer, unit) for unit in sorted(units)}
+        inside: Bools | None = sentences.inside_characters(tokenizer, token_ids, runs)
         if share is None:
-            return cls(protected, forced, segments)
+            return cls(protected, forced, segments, inside=inside, turns=turns)
         starts = segments["sentence"]
         if sample is None:
-            found, formats = format_tokens(documents, starts, share, tokenizer, special_ids(tokenizer))
+            found, formats = format_tokens(documents, starts, share, tokenizer, special)
         else:
             formats = dict(sample.formats)
             found = known_format_tokens(documents, starts, formats, tokenizer)
         if forced is not None:
             found &= ~forced  # what the user asks for wins over what was found
-        return cls(protected | found, forced, segments, found, formats)
+        return cls(protected | found, forced, segments, found, formats, inside, turns)
 
 
 def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> Ints:

@@ -22,6 +22,7 @@ from ..report import summary, writer
 from ..scoring.cached_scores import ReferenceProvider
 from ..scoring.distributed import Ranks
 from ..scoring.providers import BorrowedReference, SeparateReference, loading_all_weights
+from .boundaries import Boundaries
 from .collator import XTFDataCollator
 from .columns import marks_of
 from .streaming import Stream, check_base
@@ -78,7 +79,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             self._begin_streaming(self._stream, progress, resumed=state.global_step > 0)
             return
         marks = marks_of(self.trainer, self.config)
-        documents = collect(rows(self.trainer))
+        documents = collect(rows(self.trainer, self._read_as_collated()))
         separate = partial(self._separate, documents)
         provider = self._borrowed or self.ranks.run_with_heartbeat(lambda: separate(self.config.reference))
         tokenizer = text_tokenizer(self.trainer)
@@ -86,6 +87,12 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         with loading_all_weights():  # on the main thread: `make_plan` may load references on another one
             plan = make_plan(self.config, documents, provider, tokenizer, **options)
         self._adopt(plan)
+
+    def _read_as_collated(self) -> Boundaries:
+        """Rows are split by the columns that the trainer's collator reads, in planning and in our collator."""
+        found = Boundaries(self.trainer.data_collator)
+        self.collator.ignored = found.ignored
+        return found
 
     def _separate(self, documents: DocumentSet, reference: ReferenceConfig) -> ReferenceProvider:
         return SeparateReference(reference, text_tokenizer(self.trainer), documents, self.trainer.accelerator.device)
@@ -109,7 +116,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         trainer = self.trainer
         plan = stream.calibrate(
             trainer.train_dataset,
-            visible_part(trainer),
+            visible_part(trainer, self._read_as_collated()),
             lambda documents: self._borrowed or self._separate(documents, self.config.reference),
             progress=progress,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,10 @@ from ..data.documents import IGNORE_INDEX, document_key, numbers, split_row
 from ..errors import XTFError
 
 MAX_WORKERS = 256
+USE_STREAM = (
+    "Rows that change whenever they are read need a stream, whose rows are scored as they are read: "
+    "dataset.to_iterable_dataset().map(...)."
+)
 
 
 class Masks(Protocol):
@@ -33,6 +37,7 @@ class XTFDataCollator:
     Args:
         inner: the trainer's collator.
         masks: the plan's keep flags, from `XTFCallback` or `MaskTable.build`.
+        ignored: columns of the rows that `inner` does not read, see `boundaries.Boundaries`.
 
     Raises (when called):
         XTFError: a row holds a document that is not in the plan, or `inner` returned labels other than planned.
@@ -43,9 +48,12 @@ class XTFDataCollator:
         tensor([[-100, -100,    3]])
     """
 
-    def __init__(self, inner: Callable[[list[Any]], Any], masks: Masks | None = None) -> None:
+    def __init__(
+        self, inner: Callable[[list[Any]], Any], masks: Masks | None = None, ignored: Collection[str] = ()
+    ) -> None:
         self.inner = inner
         self.masks = masks
+        self.ignored = ignored
         # Batches, and batches with a restored label; a row per dataloader worker (0: main process). In shared memory,
         # since workers have copies of the collator.
         self.counters = torch.zeros(MAX_WORKERS + 1, 2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -71,13 +79,14 @@ class XTFDataCollator:
         assert self.masks is not None
         result = _Row({}, original=row)
         labels = numbers(row, "labels").copy()
-        for where, ids, completion in split_row(row):
+        read = {name: value for name, value in row.items() if name not in self.ignored} if self.ignored else row
+        for where, ids, completion in split_row(read):
             keep, best = self.masks.lookup(document_key(ids, completion)) or (None, -1)
             if keep is None or len(keep) != int(completion.sum()):
                 raise XTFError(
                     f"a training row holds a document of {len(ids)} tokens ({int(completion.sum())} with labels) that "
                     "was not scored: the dataset or its preparation changed after xtf read it. Attach xtf after the "
-                    "last change to trainer.train_dataset."
+                    f"last change to trainer.train_dataset. {USE_STREAM}"
                 )
             positions = where.start + np.flatnonzero(completion)
             if result.spare < 0 and best >= 0:

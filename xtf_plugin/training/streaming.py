@@ -225,7 +225,9 @@ class Stream:
             source = _ChunkSource(self.config, documents, self.tokenizer, reference, self.batch_tokens)
             values = run_scorers(self.config, source, text, self._frozen)
             scores = scores_of(documents, source.known, values)
-            selection = select(scores, self.config, text.protected, text.forced, text.segments, self._rules)
+            selection = select(
+                scores, self.config, text.protected, text.forced, text.segments, self._rules, inside=text.inside
+            )
         self._scored += source.stats.documents
         self._halvings += source.stats.halvings + source.excerpts.halvings
         for warning in source.warnings + selection.warnings:

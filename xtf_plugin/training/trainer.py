@@ -17,10 +17,13 @@ from datasets import Dataset, IterableDataset
 
 from ..environment import WORKERS_REFUSED, is_on, signature_columns
 from ..errors import XTFUserError
+from .boundaries import Boundaries
+from .collator import USE_STREAM
 
 _UNSLOTHS_COPY = re.compile(r"_?Unsloth(\w+Trainer)")  # a rewritten copy of TRL's trainer
 _NO_CAUSAL_LM = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _NOT_TEXT = ("pixel_values", "pixel_values_videos", "image", "images", "input_features", "inputs_embeds")
+READ_TWICE = 64  # rows of a dataset that may make its rows anew
 READ_COLUMNS = ("input_ids", "labels", "attention_mask", "seq_lengths", "position_ids")
 
 
@@ -48,6 +51,11 @@ def check_trainer(trainer: Any) -> None:
         raise XTFUserError(
             f"xtf: train_dataset is a {type(dataset).__name__}, which has no length and is no IterableDataset. Give it "
             "__len__ and __getitem__, or derive it from the IterableDataset of datasets or torch."
+        )
+    elif not len(dataset):
+        raise XTFUserError(
+            "xtf: no row of the training data is left to train on. TRL and Axolotl leave out rows without a trained "
+            "token: check max_length / sequence_len (is the answer cut off?), the chat template and the columns."
         )
     known = getattr(dataset, "column_names", None) or ()  # none for streams and torch datasets
     check_columns(filter(_reaching(trainer), known))
@@ -156,8 +164,8 @@ def rows_in_flight(trainer: Any) -> int:
     return int(trainer.args.train_batch_size) * (int(trainer.args.gradient_accumulation_steps) + 2) + 64
 
 
-def visible_part(trainer: Any) -> Callable[[Any], dict[str, Any]]:
-    """A function from a row to those of its columns that are read and reach the collator.
+def visible_part(trainer: Any, boundaries: Boundaries) -> Callable[[Any], dict[str, Any]]:
+    """A function from a row to those of its columns that are read, reach the collator, and are not ignored by it.
 
     Planning and training must split rows by the same columns. The function raises XTFUserError for a row that is no
     mapping, has no `input_ids`, or has columns that are not text.
@@ -178,7 +186,8 @@ def visible_part(trainer: Any) -> Callable[[Any], dict[str, Any]]:
                 f"xtf: a row of the training data has no `input_ids` (it has {', '.join(map(str, row))}). Let the "
                 "trainer prepare the dataset (no skip_prepare_dataset), or give it rows with `input_ids` and `labels`."
             )
-        return {name: row[name] for name in READ_COLUMNS if name in names}
+        read = {name: row[name] for name in READ_COLUMNS if name in names}
+        return boundaries.visible(read, lambda: {name: row[name] for name in names})
 
     return part
 
@@ -190,26 +199,47 @@ def _reaching(trainer: Any) -> Callable[[str], bool]:
     return set(signature_columns(trainer)).__contains__
 
 
-def rows(trainer: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a map-style train dataset, with the columns that are read and reach the collator.
+def rows(trainer: Any, boundaries: Boundaries) -> Iterator[dict[str, Any]]:
+    """The rows of a map-style train dataset, with the columns that are read, reach the collator and matter to it.
 
     Arrow-backed columns become numpy arrays, without Python lists in between.
+
+    Raises:
+        XTFUserError: a row is not what can be masked; rows change whenever they are read.
     """
     dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
-        yield from map(visible_part(trainer), (dataset[index] for index in range(len(dataset))))
+        part = visible_part(trainer, boundaries)
+        _check_stable(part, dataset)
+        yield from map(part, (dataset[index] for index in range(len(dataset))))
         return
-    names = [name for name in filter(_reaching(trainer), READ_COLUMNS) if name in dataset.column_names]
+    reaches = _reaching(trainer)
+    names = [name for name in filter(reaches, READ_COLUMNS) if name in dataset.column_names]
     if missing := {"input_ids", "labels"} - set(names):
         raise XTFUserError(
             f"xtf: the training dataset has no column {sorted(missing)} (it has {dataset.column_names}). Let the "
             "trainer prepare it (no skip_prepare_dataset), call train_on_responses_only where Unsloth prepares it, or "
             "add `labels` with -100 outside the completion."
         )
+    done = 0
     for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1_000):
         columns = {name: arrays(name, batch.column(name)) for name in names}
         for index in range(len(batch)):
-            yield {name: parts[index] for name, parts in columns.items() if parts[index] is not None}
+            row = {name: parts[index] for name, parts in columns.items() if parts[index] is not None}
+            place = done + index
+            yield boundaries.visible(row, lambda: {k: v for k, v in dataset[place].items() if reaches(k)})  # noqa: B023
+        done += len(batch)
+
+
+def _check_stable(part: Callable[[Any], dict[str, Any]], dataset: Any) -> None:
+    """Read a few rows twice; raise XTFUserError if one is another row then."""
+    for index in range(0, len(dataset), max(1, len(dataset) // READ_TWICE)):
+        one, two = part(dataset[index]), part(dataset[index])
+        if any(not np.array_equal(np.asarray(one[name]), np.asarray(two.get(name))) for name in one):
+            raise XTFUserError(
+                f"xtf: row {index} of the training data changes whenever it is read (a transform with random parts, "
+                f"or a dataset that makes its rows anew), so no score would fit it. {USE_STREAM}"
+            )
 
 
 def arrays(name: str, column: Any) -> list[Any]:

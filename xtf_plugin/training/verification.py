@@ -94,8 +94,10 @@ def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
         XTFError: a document's labels are not the planned ones, or no planned document is in the batch.
     """
     found = dropped = 0
-    padded = "attention_mask" not in inputs and "position_ids" not in inputs
-    pieces = _pieces(inputs)
+    padded = not any(
+        inputs.get(name) is not None and inputs[name].ndim == 2 for name in ("attention_mask", "position_ids")
+    )
+    pieces = documents_of(inputs)
     only_one = sum(int((labels[1:] != IGNORE_INDEX).sum()) for _, labels in pieces) == 1
     for ids, labels in pieces:
         verdict = _matches(planned, ids, labels)
@@ -122,23 +124,40 @@ def verify_batch(planned: Planned, inputs: Mapping[str, Any]) -> int:
     return dropped
 
 
-def _pieces(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """Token ids and labels of every document in a batch, without padding."""
+def documents_of(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Token ids and labels of every document in a batch, without padding, in order.
+
+    Padding and the beginnings of documents come from `position_ids` (B, T) and `attention_mask`: (B, T), or of more
+    dimensions, the last two of which say which tokens attend to which, as booleans or as what is added to logits.
+    """
     names = ("input_ids", "labels", "attention_mask", "position_ids")
-    arrays = {name: inputs[name].cpu().numpy() for name in names if inputs.get(name) is not None}
+    arrays = {name: inputs[name].detach().cpu() for name in names if inputs.get(name) is not None}
+    mask, positions = arrays.get("attention_mask"), arrays.get("position_ids")
     pieces = []
-    for row in range(len(arrays["input_ids"])):
-        ids, labels = arrays["input_ids"][row], arrays["labels"][row]
-        real = np.ones(len(ids), dtype=bool)
-        if "attention_mask" in arrays and arrays["attention_mask"].ndim == 2:
-            real = arrays["attention_mask"][row].astype(bool)
-        cuts = [0]
-        if "position_ids" in arrays and arrays["position_ids"].ndim == 2:
-            starts = np.flatnonzero(arrays["position_ids"][row][real] == 0).tolist()
-            cuts = starts if starts[:1] == [0] else [0, *starts]
+    for row, (ids, labels) in enumerate(zip(arrays["input_ids"].numpy(), arrays["labels"].numpy(), strict=True)):
+        real, first = np.ones(len(ids), dtype=bool), np.zeros(len(ids), dtype=bool)
+        if mask is not None and len(mask) in (1, len(arrays["labels"])):
+            real, first = _of_mask(mask[row if len(mask) > 1 else 0], len(ids))
+        if positions is not None and positions.shape == arrays["input_ids"].shape:
+            first = first | (positions[row].numpy() == 0)
         ids, labels = ids[real], labels[real]
+        cuts = [0, *np.flatnonzero(first[real][1:]) + 1]
         pieces += [(ids[a:b], labels[a:b]) for a, b in zip(cuts, [*cuts[1:], len(ids)], strict=True)]
     return pieces
+
+
+def _of_mask(mask: Any, size: int) -> tuple[Bools, Bools]:
+    """Which tokens are no padding, and which cannot see the token before them, (T,) each, from a row's mask."""
+    first = np.zeros(size, dtype=bool)
+    if mask.shape == (size,):
+        return mask.numpy().astype(bool), first
+    while mask.ndim > 2:
+        mask = mask[0]  # all heads have the same
+    if mask.shape != (size, size):
+        return ~first, first
+    seen = (mask > -1 if mask.is_floating_point() and bool((mask < 0).any()) else mask != 0).numpy()
+    first[1:] = ~np.diagonal(seen, -1)
+    return np.diagonal(seen), first
 
 
 class _Verdict(NamedTuple):

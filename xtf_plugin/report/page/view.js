@@ -100,8 +100,8 @@ function showTokens() {
   const ends = S.endings;
   put("endings", ends.special_tokens.length ? table(["special token", "labelled", "dropped"], ends.special_tokens.map((e) =>
     [make("span", {class: "text"}, e.token), number(e.labelled), number(e.dropped)])) : note("No special token carries a label."),
-    note(`${number(ends.documents_ending_without_one)} of ${number(S.totals.documents)} documents end in a completion token that ` +
-      "is not special: they were cut off (max_length), or their template writes none. The model learns no end from them."));
+    note(`${number(ends.documents_ending_without_one)} of ${number(S.totals.documents)} documents train no end of turn: they were cut off ` +
+      "(max_length), their template writes none, or it has no label. The model does not learn to stop from them."));
 }
 
 function showRun() {

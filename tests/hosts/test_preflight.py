@@ -1,0 +1,251 @@
+"""What `xtf check` finds in a recipe before anything is loaded is what the stock command dies of, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests import real, tiny
+from xtf_plugin.errors import XTFUserError
+from xtf_plugin.hosts.preflight import _fields, problems
+from xtf_plugin.hosts.recipes import load_recipe, parse_block
+
+PAIRS = [{"prompt": "What is 2 + 3?", "completion": " It is 5. Sure!"}] * 4
+CHATS = tiny.conversations(4, turns=1)
+NO_MARKS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a tiny model, and one of data."""
+    folder = tmp_path_factory.mktemp("preflight")
+    tiny.model().save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    return folder
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def recipe_of(made, tmp_path, rows=PAIRS, file="train.jsonl", **changes):
+    write(tmp_path / "data" / file, rows)
+    data = {
+        "model_name_or_path": str(made / "model"),
+        "dataset_name": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+        "per_device_train_batch_size": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "xtf": {"preset": "none", "knowledge_novelty": True, "cache_dir": str(tmp_path / "cache")},
+        **changes,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in data.items() if value is not ...}))
+    return path
+
+
+def checked(path):
+    recipe = load_recipe(path)
+    return problems(recipe, parse_block(recipe))
+
+
+def in_stock(path, monkeypatch):
+    """Whether stock TRL trains the recipe; in this process, since the imports take most of its time."""
+    from trl.scripts import sft
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    try:
+        parser = sft.make_parser()
+        arguments = parser.parse_args_and_config(args=["--config", str(path)], fail_with_unknown_args=True)
+        sft.main(*arguments)
+    except (Exception, SystemExit):
+        return False
+    return True
+
+
+def block(**keys):
+    return {"preset": "none", "knowledge_novelty": True, **keys}
+
+
+MISTAKES = {
+    "no such model": ({"model_name_or_path": "./no/such/model"}, "there is no folder ./no/such/model"),
+    "no data": ({"dataset_name": ...}, "names no training data"),
+    "no such data": ({"dataset_name": "./no/such/data"}, "there is no such folder of data"),
+    "a data folder without data": ({"file": "notes.md"}, "holds no data file"),
+    "an empty file": ({"rows": []}, "it is empty"),
+    "a broken file": ({"rows": [], "raw": '{"prompt": "a", }\n'}, "cannot be read"),
+    "raw columns": ({"rows": [{"question": "a", "answer": "b"}]}, "columns question, answer"),
+    "a prompt alone": ({"rows": [{"prompt": "a", "answer": "b"}]}, "no `completion`"),
+    "only a test split": ({"file": "test.jsonl"}, "no split 'train', only test"),
+    "another split": ({"dataset_train_split": "sft"}, "no split 'sft', only train"),
+    "no split to evaluate on": ({"eval_strategy": "steps", "eval_steps": 1}, "no split 'test'"),
+    "no such text column": ({"rows": [{"body": "a b c"}], "dataset_text_field": "content"}, "or `content`"),
+    "messages that are text": ({"rows": [{"messages": "a"}]}, "must be a list of"),
+    "an old key": ({"max_seq_length": 64}, "Did you mean max_length?"),
+    "a mistyped key": ({"learning_rat": 1e-4}, "Did you mean learning_rate?"),
+    "a mistyped block": ({"XTF": True}, "XTF: TRL has no such key"),
+    "a number that is none": ({"learning_rate": "fast"}, "'fast' is no number"),
+    "a whole number that is none": ({"logging_steps": 1, "max_steps": "many"}, "'many' is no whole number"),
+    "an output folder that is a file": ({"output_dir": "recipe.yaml/out"}, "cannot be written"),
+    "no marks in the template": (
+        {"rows": CHATS, "template": NO_MARKS, "assistant_only_loss": True},
+        "needs a chat template with {% generation %}",
+    ),
+    "chat without a template": ({"rows": CHATS, "template": None}, "no chat template"),
+    "no such template": ({"rows": CHATS, "chat_template_path": "./no/such.jinja"}, "there is no ./no/such.jinja"),
+    "assistant-only loss without a chat": ({"assistant_only_loss": True}, "assistant_only_loss needs `messages`"),
+    "an eos token that is none": ({"eos_token": "<|no|>"}, "is not in the tokenizer's vocabulary"),
+    "no such checkpoint": ({"resume_from_checkpoint": "./no/checkpoint"}, "there is no folder ./no/checkpoint"),
+    "streamed without adapters": ({"dataset_streaming": True}, "Set use_peft: true, or reference.model"),
+    "no such reference": ({"xtf": block(reference={"model": "./no/reference"})}, "reference.model: there is no folder"),
+    "no such column of marks": (
+        {"xtf": {"preset": "none", "selectors": {"critic": {"scorer": "column", "column": "verdict"}}}},
+        "no column 'verdict'",
+    ),
+    "images": ({"rows": [{**PAIRS[0], "images": []}]}, "holds images"),
+    "an encoder": ({"config": {"architectures": ["LlamaForSequenceClassification"]}}, "predicts no next tokens"),
+    "a model without weights": ({"without": "model.safetensors"}, "has no weights"),
+    "a model without a tokenizer": ({"without": "tokenizer.json"}, "has no tokenizer"),
+}
+
+
+def recipe_with(made, tmp_path, changes):
+    """A recipe with a mistake; of the model's folder, a copy where the mistake lies in it."""
+    import shutil
+
+    changes = dict(changes)
+    raw = changes.pop("raw", None)
+    if {"template", "config", "without"} & set(changes):
+        model = tmp_path / "model"
+        shutil.copytree(made / "model", model)
+        if "template" in changes:
+            tokenizer = type(tiny.tokenizer()).from_pretrained(model)
+            tokenizer.chat_template = changes.pop("template")
+            (model / "chat_template.jinja").unlink(missing_ok=True)
+            tokenizer.save_pretrained(model)
+        facts = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**facts, **changes.pop("config", {})}))
+        if gone := changes.pop("without", None):
+            (model / gone).unlink()
+        changes["model_name_or_path"] = str(model)
+    path = recipe_of(made, tmp_path, **changes)
+    if raw is not None:
+        (tmp_path / "data" / "train.jsonl").write_text(raw)
+    return path
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_check_and_the_stock_command_agree(made, tmp_path, monkeypatch, mistake):
+    changes, message = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    path = recipe_with(made, tmp_path, changes)
+    found = checked(path)
+    assert any(message in problem for problem in found), found
+    assert all("\n" not in problem for problem in found)
+    assert not in_stock(path, monkeypatch)
+
+
+RIGHT = {
+    "pairs": {},
+    "chats": {"rows": CHATS},
+    "chats, answers alone": {"rows": CHATS, "assistant_only_loss": True},
+    "text": {"rows": [{"text": "One. Two three."}] * 4},
+    "a column of text": {"rows": [{"body": "One. Two three."}] * 4, "dataset_text_field": "body"},
+    "a number as text": {"learning_rate": "1e-4"},
+    "a mixture": {"mixture": True},
+}
+
+
+@pytest.mark.parametrize("recipe", RIGHT)
+def test_recipes_without_a_mistake_are_left_alone(made, tmp_path, monkeypatch, recipe):
+    changes = dict(RIGHT[recipe])
+    if changes.pop("mixture", False):
+        files = {"path": "json", "data_files": str(tmp_path / "data" / "train.jsonl")}
+        changes |= {"dataset_name": ..., "datasets": [files]}
+    path = recipe_of(made, tmp_path, **changes)
+    assert checked(path) == []
+    assert in_stock(path, monkeypatch)
+
+
+def test_check_ends_with_2_in_a_moment_and_imports_no_host(made, tmp_path):
+    path = recipe_of(made, tmp_path, max_seq_length=64, output_dir="/dev/null/out")
+    code = f"""
+import sys
+from xtf_plugin import cli
+try:
+    cli.main(["check", {str(path)!r}])
+finally:
+    print({{"torch", "transformers", "trl", "datasets"}} & set(sys.modules))
+"""
+    begin = time.perf_counter()
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert time.perf_counter() - begin < 30, "3 s on quiet cores; here others may run"
+    assert (ended.returncode, ended.stdout.strip()) == (2, "set()")
+    assert ended.stderr.startswith("xtf: error: ") and ended.stderr.count("\n- ") == 2
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_keys_of_a_recipe_are_those_of_trls_parser():
+    from trl.scripts import sft
+
+    known = {action.dest for action in sft.make_parser()._actions} - {"help", "xtf"}
+    assert known <= set(_fields()) | {f"no_{name}" for name in _fields()}
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt_neo", "falcon", "mpt", "gpt_oss", "llama", "gemma3_text", "qwen2"])
+def test_architectures_without_attention_to_record_are_named(made, tmp_path, kind):
+    path = recipe_with(made, tmp_path, {"config": {"model_type": kind}, "xtf": {"preset": "official"}})
+    found = [problem for problem in checked(path) if "attention received" in problem]
+    assert bool(found) is (kind not in ("llama", "gemma3_text", "qwen2"))
+    path = recipe_of(made, tmp_path, model_name_or_path=str(tmp_path / "model"))
+    assert checked(path) == []
+
+
+@real.needs(real.SMOLLM2)
+def test_a_reference_with_another_tokenizer(made, tmp_path):
+    model = str(real.MODELS / real.SMOLLM2)
+    (problem,) = checked(recipe_of(made, tmp_path, xtf=block(reference={"model": model})))
+    assert "has another vocabulary" in problem
+
+
+def test_what_is_not_on_this_disk_is_left_to_the_run(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    path = recipe_of(made, tmp_path, model_name_or_path="some/model", dataset_name="some/data")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert checked(path) == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (problem,) = checked(path)
+    assert "HF_HUB_OFFLINE is set" in problem
+
+
+def test_axolotl(made, tmp_path):
+    write(tmp_path / "data/train.jsonl", CHATS)
+    data = {
+        "base_model": str(made / "no-model"),
+        "datasets": [{"path": str(tmp_path / "no-data"), "type": "chat_template"}],
+        "plugins": ["xtf_plugin.XTFPlugin"],
+        "xtf": True,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data))
+    found = checked(path)
+    assert len(found) == 2 and "no-model" in found[0] and "no-data" in found[1]
+    data |= {"base_model": str(made / "model"), "datasets": [{"path": str(tmp_path / "data")}]}
+    path.write_text(yaml.safe_dump(data))
+    assert checked(path) == []
+
+
+def test_a_recipe_that_would_fail_is_refused(made, tmp_path):
+    from xtf_plugin import cli
+
+    with pytest.raises(XTFUserError, match="this run would fail"):
+        cli.check(recipe_of(made, tmp_path, max_seq_length=64), False)

@@ -1,0 +1,78 @@
+"""Stored scores under another block: what `xtf show` and `xtf report` print after a threshold was changed.
+
+Nothing is loaded but the score table: no model, no host, no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ..config.block import XTFConfig
+from ..errors import XTFUserError
+from ..selection.select import reason_text, rule_bits
+from . import score_table, whatif
+from .score_table import ScoreTable
+from .summary import Verdicts, token_tables
+from .terminal import Document
+
+NOTE = (
+    "selected again from the stored scores, since only thresholds have changed; a run asks again of text whose scores "
+    "depend on what is dropped. If the recipe's data changed too: xtf score RECIPE"
+)
+
+
+def select_again(path: Path, config: XTFConfig, model: str | None) -> ScoreTable | None:
+    """The score table of a file with the decisions of another block; None: its scores do not serve.
+
+    Args:
+        path: of the score table.
+        config: the block.
+        model: name of the model that is trained, which the table must be of unless the block names a reference.
+    """
+    try:
+        table = score_table.read(path)
+        selection = whatif.reselect(table, config)
+    except XTFUserError:
+        return None
+    named = table.about.get("reference", {}).get("name")
+    if table.config.to_dict() == config.to_dict() or (config.reference.model is None and named != model):
+        return None
+    found = replace(table, config=config, keep=selection.keep, reasons=selection.reasons)
+    verdicts = Verdicts(config, found, found.weights)
+    emptied = (found.layout.lengths > 0) & (found.layout.count(found.keep) == 0)
+    totals = {**table.about["totals"], "fully_dropped_documents": int(found.counts[emptied].sum())}
+    facts = {
+        **table.about,
+        "config": config.to_dict(),
+        "thresholds": selection.thresholds,
+        "totals": {**totals, **verdicts.totals()},
+        "combinations": verdicts.combinations(),
+        "tokens": token_tables(found, whatif.build(found).sliders),
+        "recurring": [],
+        "warnings": [NOTE, *selection.warnings],
+    }
+    return replace(found, about=dict(score_table.plain(facts)))
+
+
+def documents(table: ScoreTable) -> Iterator[Document]:
+    """The distinct documents of a table as they are shown, in the order of their first rows."""
+    bits = rule_bits(table.config)
+    names = {int(each): reason_text(int(each), bits) for each in np.unique(table.reasons)}
+    for index, row in enumerate(table.rows.tolist()):
+        where = slice(table.offsets[index], table.offsets[index + 1])
+        if where.start == where.stop:
+            continue
+        part = pa.table(
+            {
+                "token_id": table.token_ids[where],
+                "token": pa.nulls(where.stop - where.start, pa.string()),
+                "kept": table.keep[where],
+                "reason": [names[int(each)] for each in table.reasons[where]],
+            }
+        )
+        yield Document.read(row, table.key(index), part, table.pieces)

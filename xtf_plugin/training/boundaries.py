@@ -1,0 +1,116 @@
+"""Finds which columns of a row decide about its documents, by trying the trainer's collator.
+
+Rows may have `attention_mask`, `position_ids` or `seq_lengths` that a collator ignores (TRL's reads neither of the
+first two). A plan that read them would know other documents than the model gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from ..data.documents import IGNORE_INDEX, split_row
+from ..errors import XTFUserError
+from .verification import documents_of
+
+BOUNDARIES = ("seq_lengths", "position_ids", "attention_mask")
+
+Shape = list[list[int]]  # token ids of each document that trains a label
+
+
+class Boundaries:
+    """Leaves out of rows the columns that a collator ignores.
+
+    Equals comparing, for every row, its documents with those of the batch that the collator makes of it. The collator
+    is asked once for each column, about the first row where the column makes a difference.
+
+    Args:
+        collator: of the trainer.
+
+    Attributes:
+        ignored: names of the columns that the collator was found to ignore; grows while rows are read.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+        self.collator = collator
+        self.ignored: set[str] = set()
+        self._settled: set[str] = set()
+
+    def visible(self, row: dict[str, Any], complete: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """`row` without the columns that are ignored.
+
+        Args:
+            row: the columns that are read.
+            complete: returns the row as the collator gets it.
+
+        Raises:
+            XTFUserError: the collator makes documents of the row that none of its columns explains.
+        """
+        open_ = [name for name in BOUNDARIES if name not in self._settled and _says_something(name, row)]
+        if open_ and _documents(row) != _documents(_without(row, {*open_, *self.ignored})):
+            self._settle(row, complete(), open_)
+        return _without(row, self.ignored)
+
+    def _settle(self, row: Mapping[str, Any], complete: Mapping[str, Any], doubtful: list[str]) -> None:
+        batch = self._batch(complete)
+        self._settled |= set(doubtful)
+        if batch is None:
+            return
+        for number in range(len(doubtful) + 1):
+            for names in combinations(doubtful, number):
+                if _documents(_without(row, {*self.ignored, *names})) == batch:
+                    self.ignored |= set(names)
+                    return
+        split_row(row)  # its own error says more
+        raise XTFUserError(
+            f"xtf: {type(self.collator).__name__} makes {len(batch)} documents of {[len(ids) for ids in batch][:8]} "
+            f"tokens of a training row in which xtf finds {[len(ids) for ids in _documents(row)][:8]}. Remove the "
+            f"columns {', '.join(doubtful)} from the dataset if they are not needed, or use the trainer's own collator."
+        )
+
+    def _batch(self, row: Mapping[str, Any]) -> Shape | None:
+        """The documents with a trained label that the collator makes of a row; None if it does not take one alone."""
+        for given in ([dict(row)], [[dict(row)]]):  # a multipack sampler gives lists of lists
+            try:
+                batch = self.collator(given)
+                bounded = any(batch.get(name) is not None for name in ("attention_mask", "position_ids"))
+                size = batch["input_ids"].shape[1] if bounded else len(row["input_ids"])
+                made = {name: batch[name][:, :size] for name in ("input_ids", "labels")}
+                return _shape([*documents_of({**batch, **made})])
+            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):
+                continue
+        return None
+
+
+def _says_something(name: str, row: Mapping[str, Any]) -> bool:
+    """Whether a column may cut a row; fast, since most rows have an attention mask of ones."""
+    if row.get(name) is None:
+        return False
+    value = np.asarray(row[name])
+    plain = {
+        "seq_lengths": value.size == 1,
+        "position_ids": value.shape == (len(row["input_ids"]),) and bool((value[1:] != 0).all()),
+        "attention_mask": value.shape == (len(row["input_ids"]),) and bool(value.all()),
+    }
+    return not plain[name]
+
+
+def _documents(row: Mapping[str, Any]) -> Shape | str:
+    """The documents of a row with a trained label; the error's text if they cannot be told."""
+    try:
+        labels = np.asarray(row["labels"])
+        return _shape([(ids, labels[where]) for where, ids, _ in split_row(row)])
+    except XTFUserError as error:
+        return str(error)
+
+
+def _shape(documents: list[tuple[Any, Any]]) -> Shape:
+    """Documents without those that train nothing; nothing predicts a first token."""
+    return [np.asarray(ids).tolist() for ids, labels in documents if (np.asarray(labels)[1:] != IGNORE_INDEX).any()]
+
+
+def _without(row: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
