@@ -261,10 +261,8 @@ class TestCutRows:
         left = text[: text.rindex(end) + len(end)] if end != "two" else text[: text.index("two") + 3]
         assert marked(speller, self.ROW, [[], [[0, 4]]], left, cut=True) == ""
 
-    def test_a_message_behind_the_end_may_begin_as_the_row_ends(self, speller):
-        row = chat("q", "one two", "r", "own")
-        text = rendered(row)
-        assert marked(speller, row, [[], [[0, 3]]], text[: text.index("two") + 3], cut=True) == ""
+    def test_a_text_behind_the_end_may_begin_as_the_row_ends(self, speller):
+        assert marked(speller, {"prompt": "one two", "completion": "own"}, [[0, 3]], "one two", cut=True) == ""
 
     def test_a_text_that_could_be_at_two_places_is_refused_all_the_same(self, speller):
         with pytest.raises(Misfit, match="stands there twice"):

@@ -131,6 +131,7 @@ CUTS = {
     "start": ({"max_length": 36}, [slice(0, 36)]),
     "end": ({"max_length": 14, "truncation_mode": "keep_end"}, [slice(-14, None)]),
     "packed": ({"max_length": 36, "packing": True}, [slice(0, 36)]),
+    "packed, end": ({"max_length": 36, "packing": True, "truncation_mode": "keep_end"}, [slice(0, 36)]),
     "split": (
         {"max_length": 20, "packing": True, "packing_strategy": "bfd_split"},
         [slice(start, start + 20) for start in range(0, 200, 20)],
@@ -327,6 +328,14 @@ class TestRefusals:
         made.train_dataset = IterableDataset.from_generator(lambda: iter([{"input_ids": [1, 2], "labels": [1, 2]}]))
         with pytest.raises(XTFUserError, match="streamed, and critic"):
             attach(made, CRITIC)
+
+    def test_streams_of_a_recipe(self, tmp_path, patched, capsys):
+        args = SFTConfig(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True, max_steps=1, bf16=False)
+        args.xtf = block()
+        stream = Dataset.from_list(problems()).to_iterable_dataset()
+        with pytest.raises(SystemExit) as ended:
+            SFTTrainer(tiny.model(), args=args, processing_class=tiny.tokenizer(), train_dataset=stream)
+        assert ended.value.code == 2 and "the training data is streamed, and critic" in capsys.readouterr().err
 
 
 def test_a_column_without_marks_is_warned_of(tmp_path, patched, capsys):
