@@ -2,8 +2,8 @@
 
 A slider is one number of one rule, and its stops are the values to choose from. The rule's own code computes where each
 stop fires, so that a slider always agrees with a run. Tokens that fire at the same stops of all sliders and are equally
-protected and forced form one cell. The page sums the cells' weights to count any setting. The floor `min_kept` depends
-on single documents, so the counts leave out the tokens that it keeps.
+protected and forced form one cell. The page sums the cells' weights to count any setting. The floor `min_kept` and
+the rule that no character is cut depend on single documents, so the counts leave out the tokens that these keep.
 """
 
 from __future__ import annotations
