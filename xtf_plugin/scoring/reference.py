@@ -45,6 +45,7 @@ ADAPTERS = frozenset(
 )
 ADAPTER_INITS: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
+    "layer_replication": (None,),  # rebuilds the stack of layers, and turning the adapter off does not undo it
     "init_weights": (
         *(True, False, None),
         *("gaussian", "kaiming_uniform", "xavier_uniform", "lycoris", "bat", "mini", "zero"),
@@ -386,7 +387,7 @@ def _check_adapter(adapter: Any) -> None:
     for name, value, legal in found:
         if value not in legal:
             raise XTFUserError(
-                f"xtf: an adapter with {name}={value!r} may change the base weights: the model with its adapter off is "
+                f"xtf: an adapter with {name}={value!r} may change the base model: the model with its adapter off is "
                 f"then not the base model. Legal: {', '.join(map(str, legal))}. Use one of them, or name the base "
                 "model under xtf `reference.model`."
             )

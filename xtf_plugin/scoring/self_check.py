@@ -82,10 +82,23 @@ def check(
         sample = torch.from_numpy(ids[:CHECK_TOKENS].astype(np.int64)).to(reference.device)
         try:
             against_own_forward(reference, sample, 0.1 if low_precision(reference) else 1e-3, layers, packing)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or isinstance(error, XTFError):
+        except CANNOT as error:
+            if isinstance(error, XTFError):
                 raise
-            raise too_little(len(sample), str(error)) from None
+            if is_out_of_memory(error):
+                raise too_little(len(sample), str(error)) from None
+            raise _unknown(reference, layers, error) from error
+
+
+def _unknown(reference: Reference, layers: tuple[int, ...], error: Exception) -> XTFError:
+    """The error for an architecture whose forward fails where documents are scored."""
+    cure = "Name another reference under `reference.model`."
+    if layers:
+        cure = "Remove the scores with `scorer: attention_received` (usual in `reasoning_importance`), or n" + cure[1:]
+    return XTFError(
+        f"{reference.name} ({type(reference.model).__name__}) cannot be scored here: its forward fails with "
+        f"{type(error).__name__}: {error}. {cure}"
+    )
 
 
 def _in_8_bits(reference: Reference) -> bool:
