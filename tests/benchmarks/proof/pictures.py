@@ -15,11 +15,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  # after the backend is chosen
 from matplotlib.axes import Axes  # noqa: E402
 
-from tests.benchmarks.stats import mean_interval  # noqa: E402
-
 Results = Sequence[dict[str, Any]]
 COLORS = {"default": "#1b7f5c", "paper": "#c2542d", "official": "#7a6bb0", "P < 0.1": "#b08900"}
 MARKERS = ("o", "s", "^")
+WIDEST = 0.03  # nats: arms beyond are cut there, and their value is written
 SCORES = {  # heads for people, best known names
     "default": "default: relevance and novelty",
     "task_relevance": "explained (task relevance)",
@@ -81,25 +80,29 @@ def scores(figure: Any, results: Results) -> None:
             axes.scatter(own, [height] * len(own), c=color, marker=marker, s=22, alpha=0.85, label=label)
     axes.axvline(0.5, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(SCORES)), list(reversed(SCORES.values())))
-    axes.set(xlim=(0.2, 1.0), xlabel="AUC: noise scores lower than good text (0.5: chance)")
-    axes.legend(frameon=False, loc="lower left")
+    axes.set(xlim=(0.2, 1.01), xlabel="AUC: noise scores lower than good text (0.5: chance)")
+    axes.legend(frameon=False, loc="upper left")
 
 
 def training(figure: Any, results: Results) -> None:
-    """Held-out loss against plain SFT, and samples with noise, by arm; a dot for each seed."""
+    """Held-out loss against plain SFT, samples with noise, and loss of planted phrases, by arm; a dot for each seed."""
     plain = {one["seed"]: one for one in results if one["arm"] == "plain"}
-    arms = [arm for arm in dict.fromkeys(one["arm"] for one in results) if arm != "plain"][::-1]
-    left, right = figure.subplots(1, 2, sharey=True)
-    for place, arm in enumerate([*arms, "plain"]):
+    arms = [*[arm for arm in dict.fromkeys(one["arm"] for one in results) if arm != "plain"][::-1], "plain"]
+    panels = figure.subplots(1, 3, sharey=True)
+    for place, arm in enumerate(arms):
         own = [one for one in results if one["arm"] == arm and one["seed"] in plain]
-        color = COLORS.get(arm, "#4a6fa5")
         change = [one["loss"] - plain[one["seed"]]["loss"] for one in own]
-        for axes, values in ((left, change), (right, [100 * one["emitted"] for one in own])):
-            mean, half = mean_interval(values)
+        emitted, phrases = [100 * one["emitted"] for one in own], [one["loss_noise"] for one in own]
+        for axes, values in zip(panels, (change, emitted, phrases), strict=True):
+            color, mean = COLORS.get(arm, "#4a6fa5"), sum(values) / len(values)
             axes.barh(place, mean, color=color, alpha=0.35, height=0.6)
-            axes.errorbar(mean, place, xerr=half if half == half else None, color=color, capsize=2, linewidth=1)
             axes.scatter(values, [place] * len(values), c=color, s=12)
-    left.set_yticks(range(len(arms) + 1), [*arms, "plain SFT"])
-    left.axvline(0.0, color="#333333", linewidth=0.8)
-    left.set_xlabel("held-out loss, change to plain SFT (nats)")
-    right.set_xlabel("samples with noise, %")
+            if axes is panels[0] and mean > WIDEST:
+                axes.text(WIDEST, place, f"{mean:+.2f} ", ha="right", va="center")
+    panels[0].set_yticks(range(len(arms)), [*arms[:-1], "plain SFT"])
+    panels[0].set_xlim(-WIDEST, WIDEST)
+    panels[0].axvline(0.0, color="#333333", linewidth=0.8)
+    for axes, label in zip(
+        panels, ("held-out loss, change (nats)", "samples with noise, %", "loss of noise"), strict=True
+    ):
+        axes.set_xlabel(label)
