@@ -13,6 +13,7 @@ from xtf_plugin.hosts import recipes
 
 PLUGIN = "xtf_plugin.XTFPlugin"
 AXOLOTL = {"model_name_or_path": ..., "base_model": "some/model", "plugins": [PLUGIN]}
+AXOLOTL |= {"dataset_name": ..., "datasets": [{"path": "some/data", "type": "chat_template"}]}  # on the hub
 
 
 @pytest.fixture
