@@ -52,14 +52,16 @@ def training_table(results: Results) -> str:
     match = any("exact_match" in one for one in results)
     rows = []
     for arm, own in arms.items():
-        mean, half, _ = paired(*_pairs(own, plain, "loss")) if own.keys() & plain.keys() else (0.0, 0.0, 0.0)
+        compared = own is not plain and bool(own.keys() & plain.keys())
+        mean, half, _ = paired(*_pairs(own, plain, "loss")) if compared else (0.0, 0.0, 0.0)
+        interval = "" if half != half else f" ± {half:.4f}"  # a single seed has none
         each, others = _pairs(own, control, "losses")
         p = paired(sum(each, []), sum(others, []))[2] if own is not control and each else float("nan")
         rows.append(
             [
                 arm,
                 str(len(own)),
-                f"{_mean(own, 'loss'):.4f}" + ("" if own is plain else f" ({mean:+.4f} ± {half:.4f})"),
+                f"{_mean(own, 'loss'):.4f}" + (f" ({mean:+.4f}{interval})" if compared else ""),
                 _share(_gain(own, plain) / gain, 0) if gain and own is not plain else "–",
                 "–" if p != p else f"{p:.1g}",
                 *(f"{_mean(own, name):.{digits}f}" for name, (_, digits) in MEASURES.items()),

@@ -61,7 +61,7 @@ class Job:
     @property
     def held_out(self) -> int:
         """Rows that are not trained on."""
-        return 200 if self.large else 60
+        return 200 if self.large else min(60, self.rows)
 
     @property
     def key(self) -> str:
