@@ -56,7 +56,7 @@ def rules(figure: Any, results: Results) -> None:
     models = list(dict.fromkeys(one["model"] for one in results))
     for name, color in COLORS.items():
         for model, marker in zip(models, MARKERS, strict=False):
-            own = [one["rules"][name] for one in results if one["model"] == model]
+            own = [one["rules"][name] for one in results if one["model"] == model and name in one["rules"]]
             lost, kept = [100 * one["good"] for one in own], [100 * one["found"] for one in own]
             label = f"{name}, {model}" if name == "default" else (name if model == models[0] else None)
             axes.scatter(lost, kept, c=color, marker=marker, s=34, label=label, alpha=0.85, clip_on=False)
