@@ -114,6 +114,24 @@ def test_predictions_come_splice_after_splice(seed):
     np.testing.assert_array_equal(splices.per_splice(found.logprobs), [sum(values) for values in expected])
 
 
+@pytest.mark.parametrize("size", [1, 30, 100])
+def test_many_splices_are_laid_out_a_part_at_a_time(size, monkeypatch):
+    rng = np.random.default_rng(0)
+    documents = documents_of(rng)
+    splices = splices_of(rng, documents, 40)
+    whole, tokens = predictions_of(documents, splices, predict), []
+
+    def counted(made):
+        tokens.append(len(made.input_ids))
+        return predict(made)
+
+    monkeypatch.setattr("xtf_plugin.data.splices.TOGETHER", size)
+    parts = predictions_of(documents, splices, counted)
+    np.testing.assert_array_equal(parts.logprobs, whole.logprobs)
+    longest = max(len(ids) for ids, _, _ in by_hand(documents, splices))
+    assert len(tokens) > 2 and max(tokens) <= max(size, longest)
+
+
 def test_sums_leave_out_what_is_undefined_and_are_exact_in_float64():
     starts, ends = np.asarray([0, 3, 3]), np.asarray([3, 3, 5])
     splices = Splices(starts, starts, ends, TEMPLATE)

@@ -113,6 +113,7 @@ MISTAKES = {
     ),
     "images": ({"rows": [{**PAIRS[0], "images": []}]}, "holds images"),
     "an encoder": ({"config": {"architectures": ["LlamaForSequenceClassification"]}}, "predicts no next tokens"),
+    "adapters": ({"without": "config.json", "beside": "adapter_config.json"}, "It holds adapters"),
     "a model without weights": ({"without": "model.safetensors"}, "has no weights"),
     "a model without a tokenizer": ({"without": "tokenizer.json"}, "has no tokenizer"),
 }
@@ -124,6 +125,7 @@ def recipe_with(made, tmp_path, changes):
 
     changes = dict(changes)
     raw = changes.pop("raw", None)
+    beside = changes.pop("beside", None)
     if {"template", "config", "without"} & set(changes):
         model = tmp_path / "model"
         shutil.copytree(made / "model", model)
@@ -136,6 +138,8 @@ def recipe_with(made, tmp_path, changes):
         (model / "config.json").write_text(json.dumps({**facts, **changes.pop("config", {})}))
         if gone := changes.pop("without", None):
             (model / gone).unlink()
+        if beside:
+            (model / beside).write_text("{}")
         changes["model_name_or_path"] = str(model)
     path = recipe_of(made, tmp_path, **changes)
     if raw is not None:
@@ -174,6 +178,148 @@ def test_recipes_without_a_mistake_are_left_alone(made, tmp_path, monkeypatch, r
     path = recipe_of(made, tmp_path, **changes)
     assert checked(path) == []
     assert in_stock(path, monkeypatch)
+
+
+def in_parquet(folder, name, rows):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.Table.from_pylist(rows), folder / name)
+    return {"dataset_name": str(folder)}
+
+
+def in_shards(folder):
+    return {**in_parquet(folder, "data/train_sft-00000-of-00001.parquet", CHATS), "dataset_train_split": "train_sft"}
+
+
+def in_a_card(folder):
+    write(folder / "parts" / "a.jsonl", PAIRS)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: sft\n    path: parts/*.jsonl\n---\n"
+    )
+    return {"dataset_name": str(folder), "dataset_train_split": "sft"}
+
+
+def compressed(folder):
+    import gzip
+
+    folder.mkdir()
+    with gzip.open(folder / "train.jsonl.gz", "wt") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in PAIRS)
+    return {"dataset_name": str(folder)}
+
+
+def beside_other_files(folder):
+    for name in ("dataset_infos.json", ".cache/a.json", "statistics.json"):
+        write(folder / name, [{"default": {}}])
+    write(folder / "train.jsonl", PAIRS)
+    return {"dataset_name": str(folder)}
+
+
+def in_a_folder_called_test(folder):
+    write(folder / "test" / "a.jsonl", PAIRS)
+    return {"dataset_name": str(folder / "test")}
+
+
+def as_table(folder):
+    folder.mkdir()
+    (folder / "train.csv").write_text("prompt,completion\n" + 4 * f"{'a ' * 70_000},b\n")
+    return {"dataset_name": str(folder), "max_length": 16, "completion_only_loss": False}
+
+
+def listed(**entry):
+    def made_in(folder):
+        write(folder / "test.jsonl", entry.pop("rows", PAIRS))
+        source = {
+            name: value.format(folder=folder) if isinstance(value, str) else value for name, value in entry.items()
+        }
+        return {"dataset_name": ..., "datasets": [source]}
+
+    return made_in
+
+
+def late_column(folder):
+    write(folder / "train.jsonl", [PAIRS[0], *({**row, "verdict": [1] * 8} for row in PAIRS)])
+    return {
+        "dataset_name": str(folder),
+        "xtf": {"preset": "none", "selectors": {"critic": {"scorer": "column", "column": "verdict"}}},
+    }
+
+
+FOLDERS = {
+    "chats in Parquet": lambda folder: {
+        **in_parquet(folder, "train.parquet", CHATS),
+        "assistant_only_loss": True,
+    },
+    "a split of shards": in_shards,
+    "splits named by a card": in_a_card,
+    "compressed": compressed,
+    "beside other files": beside_other_files,
+    "in a folder called test": in_a_folder_called_test,
+    "a long field of a table": as_table,
+    "a file called test": listed(path="json", data_files="{folder}/test.jsonl"),
+    "files by a pattern": listed(path="json", data_files="{folder}/*.jsonl"),
+    "files by split": listed(path="json", data_files={"sft": "data/t*.jsonl"}, split="sft"),
+    "files of a folder": listed(path="json", data_dir="{folder}", split="test"),
+    "a sum of splits": listed(path="{folder}", split="test[:2]+test[2:]"),
+    "some columns": listed(
+        path="{folder}", split="test", columns=["text"], rows=[{"prompt": "a", "text": "One. Two three."}] * 4
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_data_of_every_kind_is_left_alone(made, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    path = recipe_of(made, tmp_path, **{"file": "../other/train.jsonl", **FOLDERS[kind](tmp_path / "data")})
+    assert checked(path) == []
+    assert in_stock(path, monkeypatch)
+
+
+def test_a_column_that_begins_in_a_later_row(made, tmp_path):
+    path = recipe_of(made, tmp_path, **{"file": "../other/train.jsonl", **late_column(tmp_path / "data")})
+    assert checked(path) == []
+
+
+def test_a_file_of_one_long_line_is_not_read_whole(tmp_path):
+    from xtf_plugin.hosts import data_files
+
+    file = tmp_path / "train.json"
+    with file.open("wb") as opened:
+        opened.write(b'[{"prompt": "')
+        opened.truncate(1 << 34)  # sparse
+    assert data_files.first_row([file], "json") is None
+
+
+def test_a_vocabulary_that_is_a_list(made, tmp_path):
+    path = recipe_with(made, tmp_path, {"config": {}, "eos_token": "<|no|>"})
+    file = tmp_path / "model" / "tokenizer.json"
+    facts = json.loads(file.read_text())
+    facts["model"] = {"type": "Unigram", "vocab": [["a", 0.0]]}
+    file.write_text(json.dumps(facts))
+    (problem,) = checked(path)
+    assert "'<|no|>' is not in the tokenizer's vocabulary" in problem
+
+
+def test_a_template_that_is_not_on_this_disk(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert checked(recipe_of(made, tmp_path, rows=CHATS, chat_template_path="some/model")) == []
+
+
+@pytest.mark.parametrize("key", ["dataset_streaming", "streaming"])
+def test_only_the_key_that_trl_reads_streams(made, tmp_path, key):
+    write(tmp_path / "other.jsonl", PAIRS)
+    mixture = {"datasets": [{"path": "json", "data_files": str(tmp_path / "other.jsonl")}]}
+    for changes in ({}, mixture):
+        found = checked(recipe_of(made, tmp_path, **{key: True, **changes}))
+        assert bool(found) is ((key == "streaming") == bool(changes))
+
+
+def test_a_wrong_number_of_steps_of_streamed_data(made, tmp_path):
+    (problem,) = checked(recipe_of(made, tmp_path, dataset_streaming=True, max_steps="many", use_peft=True))
+    assert "'many' is no whole number" in problem
 
 
 def test_check_ends_with_2_in_a_moment_and_imports_no_host(made, tmp_path):
@@ -239,7 +385,11 @@ def test_axolotl(made, tmp_path):
     path.write_text(yaml.safe_dump(data))
     found = checked(path)
     assert len(found) == 2 and "no-model" in found[0] and "no-data" in found[1]
-    data |= {"base_model": str(made / "model"), "datasets": [{"path": str(tmp_path / "data")}]}
+    for source in ("data", "data/train.jsonl"):
+        data |= {"base_model": str(made / "model"), "datasets": [{"path": str(tmp_path / source)}]}
+        path.write_text(yaml.safe_dump(data))
+        assert checked(path) == []
+    data |= {"datasets": [{"path": "s3://bucket/folder/file.jsonl"}]}
     path.write_text(yaml.safe_dump(data))
     assert checked(path) == []
 

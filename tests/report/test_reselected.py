@@ -52,6 +52,18 @@ def test_the_decisions_are_those_of_a_run_with_that_block(scored):
     assert table.about["warnings"][0] == reselected.NOTE
 
 
+def test_a_score_that_the_block_has_lost(scored):
+    folder, _ = scored
+    config = XTFConfig.parse({"preset": "none", KN: DROPS[KN], "cache_dir": str(folder / "cache")})
+    table = reselected.select_again(folder / "out/xtf/scores.parquet", config, "some/model")
+    assert list(table.scores) == [KN]
+    before = score_table.read(folder / "out/xtf/scores.parquet")
+    assert before.keep.sum() < table.keep.sum() < table.keep.size
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(recipe(folder, {"preset": "none", KN: DROPS[KN]}))])
+    assert ended.value.code == 0
+
+
 @pytest.mark.parametrize(
     ("block", "model"),
     [

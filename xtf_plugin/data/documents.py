@@ -179,7 +179,7 @@ class DocumentSet:
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per document, (N,)."""
         return np.diff(self.offsets)

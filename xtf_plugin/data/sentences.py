@@ -166,7 +166,8 @@ def _join_characters(flags: Flags, ids: NDArray[Any], begins: Bools, pieces: dic
         at = at[inner[at + more]]
         complete = at[(flags[at + more] & TAIL) == 0] if more < 3 else at
         windows, which = np.unique(ids[complete[:, None] + np.arange(more + 1)], axis=0, return_inverse=True)
-        joined = [_flags_of(b"".join(pieces[i] for i in window)) for window in windows.tolist()]
+        spelt = [b"".join(pieces[i] for i in window) for window in windows.tolist()]
+        joined = [_flags_of.__wrapped__(character) for character in spelt]  # not kept: a stream brings ever more
         ends = np.asarray(joined, dtype=np.uint32)[which.reshape(-1)] if joined else np.zeros(0, dtype=np.uint32)
         flags[complete + more] |= ends & (CLOSED | OPEN | WIDE | SPACES)
         for step in range(more + 1):

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from .documents import Branches, DocumentSet, from_arrays
 from .predictions import PREDICTED, Predictions
-from .ragged import Bools, Doubles, Floats, Ints, offsets_of, stretches
+from .ragged import Bools, Doubles, Floats, Ints, offsets_of, runs, stretches
+
+TOGETHER = 1 << 27  # tokens that are laid out at a time, at most ten bytes each
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,19 @@ class Splices:
         sums = np.add.reduceat(known, self.offsets[:-1]) if len(self.keep) else np.zeros(0)
         return np.where(self.end > self.begin, sums, 0.0)
 
+    def parts(self, source: DocumentSet, size: int) -> list[Splices]:
+        """Splices in a row with at most `size` tokens together; a longer one is alone."""
+        first, stop = self._rest(source)
+        past = np.where(self.keep >= 0, source.completion_positions[self.keep], len(self.template))
+        where = runs(offsets_of(past + stop - first), size)
+        return [Splices(self.keep[at], self.begin[at], self.end[at], self.template) for at in where]
+
     def documents(self, source: DocumentSet) -> DocumentSet:
         """The distinct splices as documents; `row_documents` (W,) has each splice's.
 
         Their group is the index of the source's document that they begin like; -1: they begin with the template.
         """
-        flat = source.completion_flat
-        # a prompt after what is left out, between two turns, is read
-        first = np.where((self.keep >= 0) & (self.keep < self.begin), flat[self.begin - 1] + 1, flat[self.begin])
-        stop = flat[self.end - 1] + 1
+        flat, (first, stop) = source.completion_flat, self._rest(source)
         own = np.searchsorted(source.offsets, first, side="right") - 1
         cut = np.where(self.keep >= 0, flat[np.maximum(self.keep, 0)], 0)
         ids: list[NDArray[np.int32]] = []
@@ -70,6 +76,13 @@ class Splices:
         lengths = np.asarray([len(tokens) for tokens in ids], dtype=np.int64) - (stop - first)
         return from_arrays(ids, masks, Branches(np.where(self.keep >= 0, own, -1), lengths))
 
+    def _rest(self, source: DocumentSet) -> tuple[Ints, Ints]:
+        """Where what each splice reads after its beginning starts and ends in `input_ids`, (W,) each."""
+        flat = source.completion_flat
+        # a prompt after what is left out, between two turns, is read
+        first = np.where((self.keep >= 0) & (self.keep < self.begin), flat[self.begin - 1] + 1, flat[self.begin])
+        return first, flat[self.end - 1] + 1
+
 
 def predictions_of(
     documents: DocumentSet, splices: Splices, predict: Callable[[DocumentSet], Predictions]
@@ -78,11 +91,13 @@ def predictions_of(
 
     Args:
         documents, splices: see `Splices`.
-        predict: predictions at the completion tokens of any documents.
+        predict: predictions at the completion tokens of any documents; called several times if there are many.
     """
-    if not len(splices.keep):
-        return Predictions(**{name: np.zeros(0, dtype=np.float32) for name in PREDICTED})
-    made = splices.documents(documents)
-    found = predict(made)
-    at = stretches(made.completion_offsets[made.row_documents], np.diff(splices.offsets))
-    return Predictions(**{name: getattr(found, name)[at] for name in PREDICTED})
+    columns = {name: [np.zeros(0, dtype=np.float32)] for name in PREDICTED}
+    for part in splices.parts(documents, TOGETHER):  # each repeats its prompt: together they can be many datasets
+        made = part.documents(documents)
+        found = predict(made)
+        at = stretches(made.completion_offsets[made.row_documents], np.diff(part.offsets))
+        for name, values in columns.items():
+            values.append(getattr(found, name)[at])
+    return Predictions(**{name: np.concatenate(values) for name, values in columns.items()})

@@ -8,7 +8,6 @@ in the cache) is left to the run. Standard library, and pyarrow for Parquet file
 from __future__ import annotations
 
 import ast
-import csv
 import difflib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..environment import is_on
+from .data_files import first_row, splits_of
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
@@ -32,10 +32,8 @@ _SOURCES = (  # files of hosts, and the classes in them whose fields are keys of
     ("trl", "scripts/utils.py", "ScriptArguments DatasetMixtureConfig"),
     ("transformers", "training_args.py", "TrainingArguments"),
 )
-_BUILDERS = {"json": "json jsonl", "csv": "csv", "parquet": "parquet", "text": "txt", "arrow": "arrow"}
-_SUFFIXES = {suffix for names in _BUILDERS.values() for suffix in names.split()}
-_SPLITS = {"train": "train training", "test": "test testing eval evaluation", "validation": "validation valid dev val"}
 _SHAPES = ("messages", "conversations", "prompt", "input_ids")
+_TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
 _IMAGES = ("image", "images", "pixel_values")
 _NO_CAUSAL_LM = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -44,8 +42,8 @@ def problems(recipe: Recipe, config: XTFConfig) -> list[str]:
     """One line for each thing that this recipe will be refused for or die of, with the next step; empty: none found."""
     data = recipe.data
     name = str(data.get("model_name_or_path" if recipe.host == "trl" else "base_model"))
-    found = [*_of_model("the model", name), *_of_output(recipe)]
     folder = _folder(name)
+    found = [*_of_model("the model", name, apart=bool(data.get("tokenizer_config"))), *_of_output(recipe)]
     reference = config.reference.model
     if reference:
         found += [*_of_model("reference.model", reference), *_of_tokenizers(folder, _folder(reference), reference)]
@@ -54,11 +52,12 @@ def problems(recipe: Recipe, config: XTFConfig) -> list[str]:
     for row in rows:
         found += _of_row(row, recipe, config)
     if recipe.host == "trl":
-        found += [*_of_keys(data), *_of_template(data, folder, rows), *_of_trl(data, config, folder)]
+        found += [*_of_keys(data), *_of_template(data, folder, rows), *_of_trl(data, recipe.streamed, config, folder)]
     return list(dict.fromkeys(found))
 
 
-def _of_model(what: str, name: str) -> Iterator[str]:
+def _of_model(what: str, name: str, *, apart: bool = False) -> Iterator[str]:
+    """Problems of a model's folder; `apart`: its tokenizer is in another one."""
     path = Path(os.path.expanduser(name))
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -66,12 +65,16 @@ def _of_model(what: str, name: str) -> Iterator[str]:
         elif is_on(os.environ.get("HF_HUB_OFFLINE")) and _folder(name) is None:
             yield f"{what}: {name} is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or name a folder."
         return
-    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        yield f"{what}: {name} has no config.json. Give a folder written by save_pretrained."
+    if not (path / "config.json").is_file():
+        adapters = (path / "adapter_config.json").is_file()
+        next_ = (
+            "It holds adapters: merge them into their base first" if adapters else "Give a folder of save_pretrained"
+        )
+        yield f"{what}: {name} has no config.json. {next_}."
         return
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")) and not any(path.glob("*.index.json")):
         yield f"{what}: {name} has no weights (*.safetensors). Give the folder that holds them."
-    if not any((path / each).is_file() for each in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    if not apart and not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
         yield f"{what}: {name} has no tokenizer. Save it there: tokenizer.save_pretrained({name!r})."
 
 
@@ -80,10 +83,10 @@ def _folder(name: str | None) -> Path | None:
     path = Path(os.path.expanduser(str(name)))
     if path.is_dir():
         return path
-    home = os.environ.get("HF_HUB_CACHE") or os.path.join(
-        os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"), "hub"
-    )
-    found = Path(home, "models--" + str(name).replace("/", "--"), "snapshots").glob("*/config.json")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    found = Path(hub, "models--" + str(name).replace("/", "--"), "snapshots").glob("*/config.json")
     return max((each.parent for each in found), key=lambda each: each.stat().st_mtime, default=None)
 
 
@@ -98,18 +101,27 @@ def _json(folder: Path | None, name: str) -> dict[str, Any]:
 
 def _of_output(recipe: Recipe) -> Iterator[str]:
     folder = recipe.output_dir().absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         yield f"output_dir: {recipe.output_dir()} cannot be written. Name a folder that you may write to."
 
 
 def _of_tokenizers(ours: Path | None, theirs: Path | None, name: str) -> Iterator[str]:
-    one, two = (_json(folder, "tokenizer.json").get("model", {}).get("vocab") for folder in (ours, theirs))
-    if one is not None and two is not None and one != two:
+    one, two = _vocabulary(ours), _vocabulary(theirs)
+    if one and two and one != two:
         yield (
             f"reference.model: the tokenizer of {name} has another vocabulary ({len(two)} entries against {len(one)}). "
             "Use a reference of the same model family."
         )
+
+
+def _vocabulary(folder: Path | None) -> dict[str, int]:
+    """Ids of a tokenizer's tokens, added ones among them; empty if they are not in a file that is read here."""
+    facts = _json(folder, "tokenizer.json")
+    vocabulary = facts.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # of pieces and scores
+        vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in facts.get("added_tokens", ())}}
 
 
 def _of_architecture(trained: Path | None, scored: Path | None, config: XTFConfig) -> Iterator[str]:
@@ -120,7 +132,7 @@ def _of_architecture(trained: Path | None, scored: Path | None, config: XTFConfi
     about = _json(scored, "config.json")
     if not any(part.scorer == "attention_received" for part in config.scores.values()):
         return
-    type_ = str(about.get("model_type"))
+    type_ = str(about.get("text_config", about).get("model_type"))
     source = _source("transformers", f"models/{type_}/modeling_{type_}.py")
     without = source and "ALL_ATTENTION_FUNCTIONS" not in source
     if without or "s_aux" in source or "position_bias" in source:
@@ -171,7 +183,7 @@ def _of_keys(data: Mapping[str, Any]) -> Iterator[str]:
             if re.fullmatch(rf"{kind.__name__}( \| None)?", fields.get(str(key), "")) and value is not None:
                 try:
                     kind(value)
-                except (TypeError, ValueError):
+                except (TypeError, ValueError, OverflowError):
                     yield f"{key}: {value!r} is no {'whole ' if kind is int else ''}number. Write one."
 
 
@@ -179,12 +191,10 @@ def _sources(recipe: Recipe) -> list[dict[str, Any]]:
     named = recipe.data.get("datasets")
     entries = [each for each in named if isinstance(each, dict)] if isinstance(named, list) else []
     if not entries and recipe.host == "trl" and recipe.data.get("dataset_name"):
-        split = recipe.data.get("dataset_train_split", "train")
-        entries = [{"path": recipe.data["dataset_name"], "split": split}]
+        split = str(recipe.data.get("dataset_train_split") or "train")
         if recipe.data.get("eval_strategy", "no") not in ("no", False):
-            entries.append(
-                {"path": recipe.data["dataset_name"], "split": recipe.data.get("dataset_test_split", "test")}
-            )
+            split += "+" + str(recipe.data.get("dataset_test_split") or "test")
+        entries = [{"path": recipe.data["dataset_name"], "split": split}]
     return entries
 
 
@@ -195,90 +205,27 @@ def _first_rows(recipe: Recipe, found: list[str]) -> Iterator[dict[str, Any]]:
         key = "dataset_name` or `datasets" if recipe.host == "trl" else "datasets"
         found.append(f"the recipe names no training data. Set `{key}`.")
     for entry in entries:
-        path, split = str(entry.get("path")), str(entry.get("split") or "train").split("[")[0]
-        files, why = _files(path, entry)
+        path, split = str(entry.get("path")), str(entry.get("split") or "train")
+        by_split, why = splits_of(entry)
         if why:
             found.append(why)
-        if not files:
+        if not by_split or recipe.host != "trl":  # Axolotl also reads single files and folders of save_to_disk
             continue
-        by_split: dict[str, list[Path]] = {}
-        for file in files:
-            by_split.setdefault(_split_of(file, entry), []).append(file)
-        if split not in by_split:
+        names = [name.split("[")[0].strip() for name in split.split("+")]
+        if missing := [name for name in names if name not in by_split and name != "all"]:
             found.append(
-                f"{path}: there is no split {split!r}, only {', '.join(by_split)}. Set its name, or add its files."
+                f"{path}: there is no split {missing[0]!r}, only {', '.join(by_split)}. Set its name, or add its files."
             )
             continue
+        files = by_split.get(names[0]) or next(iter(by_split.values()))
         try:
-            row = _first_row(by_split[split][0])
+            row = first_row(files, path)
         except (OSError, ValueError) as error:
-            found.append(f"{by_split[split][0]} cannot be read: {error}. Repair the file.")
+            found.append(f"{files[0]} cannot be read: {error}. Repair the file.")
             continue
         if row is not None:
-            yield row
-
-
-def _files(path: str, entry: Mapping[str, Any]) -> tuple[list[Path], str]:
-    """The data files of a source on this disk, and what is wrong with it."""
-    folder = Path(os.path.expanduser(path))
-    given = entry.get("data_files")
-    if path in _BUILDERS or given:
-        listed = list(given.values()) if isinstance(given, dict) else given
-        names = [str(name) for name in (listed if isinstance(listed, list) else [listed] if listed else [])]
-        if not names:
-            return [], f"{path}: this reader of files needs `data_files`. Name them, or the folder as the path."
-        root = folder if folder.is_dir() else Path(os.path.expanduser(str(entry.get("data_dir") or ".")))
-        files = []
-        for name in (name for name in names if "://" not in name):
-            own = [Path(name)] if os.path.isabs(name) and "*" not in name else sorted(root.glob(name.lstrip("/")))
-            if not own or not own[0].exists():
-                unknown = path not in _BUILDERS and not folder.is_dir()  # a data set on the hub
-                return [], "" if unknown else f"{path}: there is no file {name}. Correct `data_files`."
-            files += own
-        return files, ""
-    if folder.is_dir():
-        files = [file for file in sorted(folder.rglob("*")) if file.suffix.lstrip(".") in _SUFFIXES]
-        return (
-            files,
-            "" if files else f"{path}: the folder holds no data file ({', '.join(sorted(_SUFFIXES))}). Add one.",
-        )
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        return [], f"{path}: there is no such folder of data. Correct the path."
-    return [], ""
-
-
-def _split_of(file: Path, entry: Mapping[str, Any]) -> str:
-    """The split of a file, as `datasets` reads names of files."""
-    given = entry.get("data_files")
-    if isinstance(given, dict):
-        return next((name for name, value in given.items() if file.name in str(value)), "train")
-    words = re.split(r"[\W_]+", f"{file.parent.name} {file.stem}".lower())
-    return next((split for split, names in _SPLITS.items() if set(names.split()) & set(words)), "train")
-
-
-def _first_row(file: Path) -> dict[str, Any] | None:
-    """The first row of a data file; None if its kind is not read here. Raises ValueError or OSError."""
-    if file.suffix in (".json", ".jsonl"):
-        with file.open(encoding="utf-8") as lines:
-            line = next((each for each in lines if each.strip()), "")
-        if not line:
-            raise ValueError("it is empty")
-        if line.lstrip()[0] != "{" or not line.rstrip().endswith("}"):
-            return None  # a list, or an object over several lines
-        row = json.loads(line)
-        return dict(row)
-    if file.suffix == ".csv":
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = csv.DictReader(lines)
-            return dict(next(rows, {}))
-    if file.suffix == ".parquet":
-        from pyarrow import ArrowException, parquet
-
-        try:
-            return dict.fromkeys(parquet.read_schema(file).names)
-        except ArrowException as error:
-            raise ValueError(str(error)) from error
-    return None
+            columns = entry.get("columns")
+            yield {name: row[name] for name in row if not isinstance(columns, list) or name in columns}
 
 
 def _of_row(row: Mapping[str, Any], recipe: Recipe, config: XTFConfig) -> Iterator[str]:
@@ -288,8 +235,6 @@ def _of_row(row: Mapping[str, Any], recipe: Recipe, config: XTFConfig) -> Iterat
     for name in (getattr(part, "column", None) for part in config.scores.values()):
         if name is not None and name not in row:
             yield f"the data has no column {name!r} for a score, only {', '.join(columns)}. Correct `column`."
-    if recipe.host != "trl":
-        return
     text = str(data.get("dataset_text_field") or "text")
     if not {text, *_SHAPES} & set(row):
         yield (
@@ -321,11 +266,13 @@ def _of_template(data: Mapping[str, Any], folder: Path | None, rows: list[dict[s
         yield f"chat_template_path: there is no {given}. Correct the path."
         return
     else:
-        source = path if given else folder
-        file = source / "chat_template.jinja" if source else None
-        template = file.read_text(encoding="utf-8") if file and file.is_file() else None
+        source = _folder(given) if given else folder
+        if source is None or not any(source.glob("tokenizer*")):
+            return  # on the hub, or not completely here
+        files = [file for name in ("chat_template.jinja", "chat_template.json") if (file := source / name).is_file()]
+        template = files[0].read_text(encoding="utf-8") if files else None
         template = template or _json(source, "tokenizer_config.json").get("chat_template")
-    if folder is None or not any(_is_chat(row) for row in rows):
+    if not any(_is_chat(row) for row in rows):
         return
     if not template:
         yield "the data is chat, and the tokenizer has no chat template. Set chat_template_path."
@@ -343,18 +290,17 @@ def _of_template(data: Mapping[str, Any], folder: Path | None, rows: list[dict[s
             )
 
 
-def _of_trl(data: Mapping[str, Any], config: XTFConfig, folder: Path | None) -> Iterator[str]:
+def _of_trl(data: Mapping[str, Any], streamed: bool, config: XTFConfig, folder: Path | None) -> Iterator[str]:
     """What TRL, or XTF in TRL, refuses of combinations of settings."""
-    streamed = data.get("dataset_streaming") is True or data.get("streaming") is True
     if streamed and not data.get("use_peft") and not config.reference.model:
         yield "streamed data needs a reference that training does not change. Set use_peft: true, or reference.model."
-    if streamed and not int(data.get("max_steps") or -1) > 0:
+    if streamed and str(data.get("max_steps") or -1).startswith("-"):
         yield "streamed data has no length. Set max_steps."
     resumed = data.get("resume_from_checkpoint")
     if isinstance(resumed, str) and resumed.lower() not in ("true", "false") and not Path(resumed).is_dir():
         yield f"resume_from_checkpoint: there is no folder {resumed}. Correct the path, or remove it."
-    vocabulary = _json(folder, "tokenizer.json")
-    known = {*vocabulary.get("model", {}).get("vocab", ()), *(t["content"] for t in vocabulary.get("added_tokens", ()))}
+    known = _vocabulary(folder)
     for key in ("eos_token", "pad_token"):
-        if known and data.get(key) and data[key] not in known:
+        cloned = key == "pad_token" and data.get("chat_template_path")  # perhaps with tokens
+        if known and not cloned and data.get(key) and data[key] not in known:
             yield f"{key}: {data[key]!r} is not in the tokenizer's vocabulary. Correct it, or remove it."

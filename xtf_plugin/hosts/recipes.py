@@ -47,7 +47,8 @@ class Recipe:
     @property
     def streamed(self) -> bool:
         """Whether the host streams the training data."""
-        return self.data.get("dataset_streaming") is True or self.data.get("streaming") is True
+        of_trl = "streaming" if self.data.get("datasets") else "dataset_streaming"
+        return self.data.get(of_trl if self.host == "trl" else "streaming") is True
 
     def output_dir(self, extra: Sequence[str] = ()) -> Path:
         """The output folder: `--output_dir` of the extra host arguments, else the recipe's, else the default."""

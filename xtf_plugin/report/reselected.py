@@ -42,7 +42,8 @@ def select_again(path: Path, config: XTFConfig, model: str | None) -> ScoreTable
     named = table.about.get("reference", {}).get("name")
     if table.config.to_dict() == config.to_dict() or (config.reference.model is None and named != model):
         return None
-    found = replace(table, config=config, keep=selection.keep, reasons=selection.reasons)
+    scores = {name: table.scores[name] for name in config.scores}  # the block may have lost some
+    found = replace(table, config=config, scores=scores, keep=selection.keep, reasons=selection.reasons)
     verdicts = Verdicts(config, found, found.weights)
     emptied = (found.layout.lengths > 0) & (found.layout.count(found.keep) == 0)
     totals = {**table.about["totals"], "fully_dropped_documents": int(found.counts[emptied].sum())}

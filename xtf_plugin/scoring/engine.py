@@ -161,9 +161,10 @@ class _Pass:
         """Scores of the `wanted` documents, with each common beginning read once a batch."""
         budget = budget or default_batch_tokens(self.reference.device)
         planned = None if self.shared_out else np.flatnonzero(np.diff(self.documents.completion_offsets) > 0)
+        mean = float(self.documents.lengths[wanted].mean()) if len(wanted) else 0.0
         for records in score_branches(self.documents, wanted, self.reference, budget, self.stats, planned=planned):
             self.stats.seconds = time.perf_counter() - self._start
-            self.bar.update(int(self.documents.lengths[wanted].sum() * len(records.keys) / len(wanted)))
+            self.bar.update(int(mean * len(records.keys)))
             yield records
 
     def _launches(
