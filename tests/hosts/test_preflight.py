@@ -12,6 +12,7 @@ import yaml
 
 from tests import real, tiny
 from xtf_plugin.errors import XTFUserError
+from xtf_plugin.hosts import trl as trl_host
 from xtf_plugin.hosts.preflight import _fields, problems
 from xtf_plugin.hosts.recipes import load_recipe, parse_block
 
@@ -63,6 +64,8 @@ def in_stock(path, monkeypatch):
     from trl.scripts import sft
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("_argument_added", "_block_parsed"):  # put back after the test: no other one has parsed a block
+        monkeypatch.setattr(trl_host, name, getattr(trl_host, name))
     try:
         parser = sft.make_parser()
         arguments = parser.parse_args_and_config(args=["--config", str(path)], fail_with_unknown_args=True)

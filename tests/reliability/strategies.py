@@ -259,7 +259,7 @@ def naive(data: list[dict[str, Any]]) -> tuple[list[list[Piece]] | None, bool]:
         found = [reading.documents() for reading in readings]
     except Refused:
         return None, True
-    labelled = any(any(mask) for row in found for _, mask in row)
+    labelled = any(any(mask[1:]) for row in found for _, mask in row)  # a first token is never predicted
     return (found if labelled else None), not labelled or any(reading.doubtful for reading in readings)
 
 
