@@ -48,7 +48,7 @@ def training_table(results: Results) -> str:
     """
     arms = {arm: {one["seed"]: one for one in results if one["arm"] == arm} for arm in _names(results, "arm")}
     plain, control = arms.get("plain", {}), arms.get("random") or arms.get("plain", {})
-    gain = _gain(arms.get("oracle", {}), plain)
+    oracle = arms.get("oracle", {})
     match = any("exact_match" in one for one in results)
     rows = []
     for arm, own in arms.items():
@@ -62,7 +62,7 @@ def training_table(results: Results) -> str:
                 arm,
                 str(len(own)),
                 f"{_mean(own, 'loss'):.4f}" + (f" ({mean:+.4f}{interval})" if compared else ""),
-                _share(_gain(own, plain) / gain, 0) if gain and own is not plain else "–",
+                _kept(own, oracle, plain) if compared else "–",
                 "–" if p != p else f"{p:.1g}",
                 *(f"{_mean(own, name):.{digits}f}" for name, (_, digits) in MEASURES.items()),
                 _share(_mean(own, "emitted")),
@@ -87,6 +87,15 @@ def _pairs(own: dict[int, Any], other: dict[int, Any], name: str) -> tuple[list[
 
 def _mean(own: dict[int, Any], name: str) -> float:
     return sum(one[name] for one in own.values()) / len(own)
+
+
+def _kept(own: dict[int, Any], oracle: dict[int, Any], plain: dict[int, Any]) -> str:
+    """An arm's gain as a share of the oracle's, on the seeds that both have."""
+    shared = own.keys() & oracle.keys()
+    gain, best = (_gain({seed: arm[seed] for seed in shared}, plain) for arm in (own, oracle))
+    if not best > 0:
+        return "–"
+    return _share(gain / best, 0) if gain > -best else "a loss"
 
 
 def _gain(own: dict[int, Any], plain: dict[int, Any]) -> float:
