@@ -159,8 +159,8 @@ def other_masks_on_one_rank(ranks, folder):
     config = XTFConfig.parse({"preset": "none", "knowledge_novelty": True, "cache_dir": str(folder / "masks")})
     select = pipeline.select
 
-    def otherwise(*args):
-        made = select(*args)
+    def otherwise(*args, **options):
+        made = select(*args, **options)
         made.keep[0] ^= ranks.rank == 1
         return made
 
