@@ -34,7 +34,7 @@ Splits = dict[str, list[Path]]
 
 
 def splits_of(entry: Mapping[str, Any]) -> tuple[Splits, str]:
-    """The data files of a source by split, and what is wrong with it; neither of both: it cannot be told here.
+    """The data files of a source by split, and what is wrong with it; neither: it is not known here.
 
     Args:
         entry: as `datasets.load_dataset` takes it: `path`, and perhaps `data_files` and `data_dir`.
@@ -99,7 +99,7 @@ def _by_split(names: list[str]) -> dict[str, list[str]]:
 
 
 def first_row(files: list[Path], reader: str) -> dict[str, Any] | None:
-    """The columns of data files, with a value of each, or one of its type; None: it cannot be told here.
+    """The columns of data files, with a value of each, or one of its type; None: they are not known here.
 
     Args:
         files: of one split.

@@ -99,7 +99,7 @@ def _says_something(name: str, row: Mapping[str, Any]) -> bool:
 
 
 def _documents(row: Mapping[str, Any]) -> Shape | str:
-    """The documents of a row with a trained label; the error's text if they cannot be told."""
+    """The documents of a row with a trained label; the text of the error if there are none."""
     try:
         labels = np.asarray(row["labels"])
         return _shape([(ids, labels[where]) for where, ids, _ in split_row(row)])
