@@ -40,8 +40,8 @@ reasoning_importance:
   max_fraction: null
 knowledge_novelty:
   scorer: new_text
-  shortest: 8
-  drop: {below: 0.25}
+  shortest: 6
+  drop: {below: 0.1}
   unit: sentence
   scale: linear
   scope: dataset

@@ -24,7 +24,7 @@ def test_the_default_asks_sentences_for_all_three_attributes():
     default = XTFConfig()
     assert {name: (part.scorer, part.unit, str(part.drop)) for name, part in default.scores.items()} == {
         "reasoning_importance": ("influence", "sentence", "{below: 0.0}"),
-        "knowledge_novelty": ("new_text", "sentence", "{below: 0.25}"),
+        "knowledge_novelty": ("new_text", "sentence", "{below: 0.1}"),
         "task_relevance": ("explained", "sentence", "{of_median: 0.2}"),
     }
     assert default.selectors == {} and default.protect.formats == 0.2

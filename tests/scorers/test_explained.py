@@ -54,11 +54,18 @@ class ByHand:
         self.protected = protected or [False] * len(units)
         self.own = [unit.ids[unit.start : min(unit.end, unit.start + first)] for unit in units]
 
+    def read(self, past, own):
+        """Surprise of tokens that are more than white space."""
+        says = [bool(tiny.tokenizer().decode([index]).strip()) for index in own]
+        return -float(self.reader.logprobs([*past, *own])[len(past) :][says].sum())
+
     def share(self, number, begin):
         """Of one unit, which is read after the tokens of its document before `begin`."""
-        unit, own, read = self.units[number], self.own[number], self.reader.surprise
+        unit, own, read = self.units[number], self.own[number], self.read
         has_prompt = unit.turn > len(self.template)
         if unit.start == 0 or self.protected[number] or not (has_prompt or unit.start > unit.turn):
+            return NAN
+        if not tiny.tokenizer().decode(own).strip():
             return NAN
         before, alone = read(unit.ids[:begin], own), read(self.template, own)
         if begin < unit.start:  # behind a gap the first token counts as without one
@@ -67,7 +74,7 @@ class ByHand:
         return 1 - (known + PRIOR) / (alone + PRIOR)
 
     def by_prompt(self, number):
-        unit, own, read = self.units[number], self.own[number], self.reader.surprise
+        unit, own, read = self.units[number], self.own[number], self.read
         behind = read(unit.ids[: unit.turn], own) if unit.turn and unit.start > unit.turn else NAN
         return 1 - (behind + PRIOR) / (read(self.template, own) + PRIOR)
 
@@ -165,6 +172,22 @@ def test_a_reference_that_reads_no_prompts_scores_nothing_and_says_so(tmp_path):
     assert np.isnan(found).all() and len(found) == len(context.token_ids)
     (warning,) = context.warnings
     assert "of the median sentence" in warning and "the prompts of this data say too little" in warning
+
+
+def test_white_space_says_nothing(tmp_path, read_prompts):
+    """How far a line is indented changes no score, and a unit of white space alone has none."""
+    found = []
+    for space in ("\n", "\n\n\n\n\n\n"):
+        ids = [
+            (chat(f"{one['prompt']}\nAnswer:"), chat(f"It is seven.{space}It is eight.")) for one in tiny.problems(4)
+        ]
+        rows = [{"input_ids": prompt + own, "labels": [-100] * len(prompt) + own} for prompt, own in ids]
+        documents = collect(rows)
+        with asked(documents, tmp_path / str(len(space))) as context:
+            scores = explained.explained.score(context, part_of(drop={"below": -1e9}))
+        found.append(scores[documents.completion_offsets[:-1]])
+    assert not np.isnan(found).any()
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)  # of the sentence before the space
 
 
 def test_protected_units_are_not_read(tmp_path, read_prompts):

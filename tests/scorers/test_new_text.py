@@ -16,33 +16,52 @@ from xtf_plugin.scorers.base import ScoringContext
 from xtf_plugin.selection.text_rules import segment_starts
 
 
+def text_of(index):
+    """Some tokens are white space, and some are another one with a space."""
+    if index % 17 == 16:
+        return " " * (index % 3) + "\n"
+    return f"w{index}" if index % 5 else f" w{index + 1}"
+
+
+TOKENIZER = SimpleNamespace(decode=lambda ids, **_: text_of(int(ids[0])))
+PLAIN = SimpleNamespace(decode=lambda ids, **_: f"w{int(ids[0])}")
+
+
 def naive(documents, starts, shortest):
     """Every run of every unit, compared with every place before the unit in its document, prompt included."""
     flat = np.flatnonzero(documents.completion)
     scores = np.full(len(flat), np.nan, dtype=np.float32)
+    words = [text_of(index).strip() for index in documents.input_ids.tolist()]
     for start, end in zip(starts, [*starts[1:], len(flat)], strict=True):
         index = np.searchsorted(documents.offsets, flat[start], side="right") - 1
-        past = documents.input_ids[documents.offsets[index] : flat[start]].tolist()
-        own = documents.input_ids[flat[start:end]].tolist()
+        past = [word for word in words[documents.offsets[index] : flat[start]] if word]
+        own = [word for word in words[flat[start] : flat[end - 1] + 1] if word]
         if len(own) < shortest:
             continue
-        longest = 0
-        for i in range(len(own)):
-            for j in range(len(past)):
-                size = 0
-                while i + size < len(own) and j + size < len(past) and own[i + size] == past[j + size]:
-                    size += 1
-                longest = max(longest, size)
+        pairs = ((common(own[i:], past[j:]), -i, -j) for i in range(len(own)) for j in range(len(past)))
+        longest, i, j = max(pairs, default=(0, 0, 0))
+        head, tail = own[:-i], own[longest - i :]
+        same_head = "".join(past[:-j]).endswith("".join(head))
+        same_tail = "".join(past[longest - j :]).startswith("".join(tail))
         if longest >= max(2, shortest // 2):
-            scores[start:end] = 1 - longest / len(own)
+            scores[start:end] = 1 - (longest + same_head * len(head) + same_tail * len(tail)) / len(own)
         else:
             scores[start:end] = 1
     return scores
 
 
-def score(documents, starts, **part):
-    context = ScoringContext(documents, None, SimpleNamespace(segments=lambda _: starts))
+def common(one, other):
+    """Length of the common beginning."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def score(documents, starts, tokenizer=PLAIN, **part):
+    context = ScoringContext(documents, tokenizer, SimpleNamespace(segments=lambda _: starts))
     return new_text.new_text.score(context, new_text.NewTextConfig(scorer="new_text", **part))
+
+
+def sizes_of(documents, starts):
+    return np.diff(starts, append=int(documents.completion.sum()))
 
 
 def random_documents(rng, vocabulary):
@@ -73,7 +92,7 @@ def test_equals_the_loop_over_pairs(shortest, vocabulary):
     rng = np.random.default_rng(shortest)
     documents, starts = random_documents(rng, vocabulary)
     expected = naive(documents, starts, shortest)
-    np.testing.assert_array_equal(score(documents, starts, shortest=shortest), expected)
+    np.testing.assert_array_equal(score(documents, starts, TOKENIZER, shortest=shortest), expected)
     assert (expected < 1).any(), "the case must hold copies"
 
 
@@ -81,10 +100,11 @@ def test_runs_that_the_hash_calls_equal_are_compared_token_by_token(monkeypatch)
     """With a factor of 0 the hash of a run is its last token, so that nearly every unit may repeat something."""
     rng = np.random.default_rng(3)
     documents, starts = random_documents(rng, 40)
-    few = new_text._may_repeat(documents, starts, 4).sum()
+    words = new_text._Words.of(documents, TOKENIZER, starts, sizes_of(documents, starts))
+    few = new_text._may_repeat(words, 4).sum()
     monkeypatch.setattr(new_text, "MULTIPLIER", 0)
-    assert new_text._may_repeat(documents, starts, 4).sum() > few
-    np.testing.assert_array_equal(score(documents, starts, shortest=8), naive(documents, starts, 8))
+    assert new_text._may_repeat(words, 4).sum() > few
+    np.testing.assert_array_equal(score(documents, starts, TOKENIZER, shortest=8), naive(documents, starts, 8))
 
 
 def test_only_units_that_may_repeat_are_compared(monkeypatch):
@@ -122,6 +142,35 @@ def test_a_copy_of_the_prompt_and_a_line_written_twice_are_dropped(plan):  # noq
     assert made.provider.opened == 0, "no model is needed"
 
 
+def test_white_space_is_neither_compared_nor_counted():
+    """An indented line, or one that begins a text, is the same line; a unit of white space alone is not scored."""
+    texts = {1: "return", 2: " a", 3: "a", 4: " +", 5: " b", 6: "b", 7: "\n    ", 8: "c", 9: "\n"}
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: texts[int(ids[0])])
+    ids = [1, 2, 4, 5, 9, 7, 1, 3, 4, 6, 9, 9]
+    documents = collect([{"input_ids": ids, "labels": ids}])
+    found = score(documents, np.asarray([0, 5, 11]), tokenizer, shortest=4)
+    np.testing.assert_array_equal(found, [1] * 5 + [0] * 6 + [np.nan])
+
+
+def test_a_word_may_be_cut_into_other_tokens_at_either_end():
+    """`Fran` after a line break is two tokens, ` Fran` one; and `up.` may be one token."""
+    texts = {1: " Fran", 2: "F", 3: "ran", 4: " baked", 5: " it", 6: " up", 7: ".", 8: " up.", 9: " x"}
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: texts[int(ids[0])])
+    past, own = [9, 1, 4, 5, 6, 7, 9], [2, 3, 4, 5, 8]
+    documents = collect([{"input_ids": past + own, "labels": [-100] * 7 + own}])
+    assert score(documents, np.asarray([0]), tokenizer, shortest=4).tolist() == [0] * 5
+    changed = collect([{"input_ids": past + [9, *own[1:]], "labels": [-100] * 7 + [9, *own[1:]]}])
+    assert score(changed, np.asarray([0]), tokenizer, shortest=4).tolist() == pytest.approx([0.4] * 5)
+
+
+def test_a_line_of_code_with_another_letter_is_new():
+    """`if grade == "B":` after `if grade == "A":` says something: the default keeps it."""
+    lines = [[1, 2, 3, 4, letter, 5, 6, 7] for letter in (10, 11)]
+    documents = collect([{"input_ids": sum(lines, []), "labels": sum(lines, [])}])
+    threshold = new_text.NewTextConfig(scorer="new_text").drop.below
+    assert (score(documents, np.asarray([0, 8]))[8:] > threshold).all()
+
+
 def test_short_units_are_not_scored():
     documents = collect([{"input_ids": [1, 2, 3, 1, 2, 3], "labels": [1, 2, 3, 1, 2, 3]}])
     starts = np.asarray([0, 3])
@@ -131,7 +180,8 @@ def test_short_units_are_not_scored():
 
 def test_fewer_tokens_than_a_run_repeat_nothing():
     documents = collect([{"input_ids": [1, 1], "labels": [1, 1]}])
-    assert new_text._may_repeat(documents, np.asarray([0]), 4).tolist() == [False]
+    words = new_text._Words.of(documents, PLAIN, np.asarray([0]), np.asarray([2]))
+    assert new_text._may_repeat(words, 4).tolist() == [False]
 
 
 def test_streams_are_scored_as_a_dataset_is(plan):  # noqa: F811

@@ -96,6 +96,14 @@ def line_breaks(tokenizer: Any, token_ids: ArrayLike) -> Bools:
     return marked
 
 
+def blanks(tokenizer: Any, token_ids: ArrayLike) -> Bools:
+    """Which tokens are white space and nothing else, (M,)."""
+    ids = np.asarray(token_ids)
+    flags, _ = _vocabulary_flags(tokenizer, ids, np.zeros(0, dtype=np.int64))
+    marked: Bools = (flags & BLANK)[ids] > 0
+    return marked
+
+
 def inside_characters(tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike) -> Bools | None:
     """Which tokens begin inside a character that the token before has begun, (M,); None if none does.
 

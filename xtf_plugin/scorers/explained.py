@@ -64,15 +64,16 @@ def _frozen(context: ScoringContext, config: ExplainedConfig) -> Score:
     return score
 
 
-@scorer("explained", ExplainedConfig, finds_nothing=True, frozen=_frozen)
+@scorer("explained", ExplainedConfig, finds_nothing=True, frozen=_frozen, version=2)
 def explained(context: ScoringContext, config: ExplainedConfig) -> Floats:
     """`1 - ((A + B) / 2 + PRIOR) / (C + PRIOR)` of a sentence or line, (M,) float32, at most 1; low is dropped.
 
-    A, B and C are the surprise (minus the log-probability, in nats) of the unit's first tokens: A right after its
+    A, B and C are the surprise (minus the log-probability, in nats) of the unit's first tokens, those of white space
+    alone left out, which the layout of the text before explains: A right after its
     prompt, B after the prompt and the text before the unit, C after what all prompts of the dataset have in common. So
     0 means that the context explains nothing of the unit, 0.3 that it explains three tenths of it, and a negative share
     that the context makes it less probable. The prompt of a turn is all that stands before the turn. Where there is no
-    prompt, B alone counts, and the first unit is NaN.
+    prompt, B alone counts, and the first unit is NaN. So is a unit of white space alone.
 
     Text that belongs to dropped text before it looks explained. So B of a kept unit is computed again, without the
     dropped units that stand directly before it, until nothing changes or three times; its first token, which lacks the
@@ -94,16 +95,23 @@ class _Units:
     def __init__(self, context: ScoringContext, config: ExplainedConfig) -> None:
         import numpy as np  # not at the top: a block is read without NumPy
 
+        from ..data.sentences import blanks
+
         documents = context.documents
         self.context, self.config, self.documents = context, config, documents
         self.starts = context.segments(config.unit)
         self.lengths = np.diff(self.starts, append=len(context.token_ids))
         self.read = np.minimum(self.lengths, config.first)
+        self.says = ~blanks(
+            context.tokenizer, context.token_ids
+        )  # white space is layout: the line before it explains it, whatever a unit says
         runs = documents.completion_runs
         self.turns = runs[np.searchsorted(runs, self.starts, side="right") - 1]  # first token of each unit's turn
         places = documents.completion_positions
         self.prompts = places[self.turns]  # tokens before the turn
-        self.open = ~context.protected[self.starts] & (places[self.starts] > 0)
+        self.open = (
+            ~context.protected[self.starts] & (places[self.starts] > 0) & (self._sums(self.says.astype(np.float32)) > 0)
+        )
 
     def scored(self, given: Explained) -> tuple[Floats, Explained]:
         """Scores of all completion tokens, and what was taken from the dataset."""
@@ -169,11 +177,12 @@ class _Units:
         return np.repeat(shares.astype(np.float32), self.lengths)
 
     def _sums(self, logprobs: Floats) -> Doubles:
-        """Log-probability of the first tokens of each unit, (S,)."""
+        """Sum over the first tokens of each unit that are more than white space, (S,)."""
         import numpy as np
 
         at = np.arange(len(logprobs)) - np.repeat(self.starts, self.lengths)
-        counted = np.where(at < self.config.first, np.nan_to_num(logprobs.astype(np.float64)), 0.0)
+        read = (at < self.config.first) & self.says
+        counted = np.where(read, np.nan_to_num(logprobs.astype(np.float64)), 0.0)
         sums: Doubles = np.add.reduceat(counted, self.starts) if len(self.starts) else np.zeros(0)
         return sums
 
@@ -192,11 +201,11 @@ class _Units:
         splices = Splices(keep[chosen], begin, begin + self.read[chosen], template)
         result = np.full(len(self.starts), np.nan)
         found = self.context.predictions_of(splices, self.config.reference).logprobs
+        place = np.arange(len(found)) - np.repeat(splices.offsets[:-1], np.diff(splices.offsets))
+        at = np.repeat(begin, np.diff(splices.offsets)) + place
         if skipped:
-            place = np.arange(len(found)) - np.repeat(splices.offsets[:-1], np.diff(splices.offsets))
-            at = np.repeat(begin, np.diff(splices.offsets)) + place
             found = np.where(place < skipped, self.context.log_probabilities(self.config.reference)[at], found)
-        result[chosen] = splices.per_splice(found)
+        result[chosen] = splices.per_splice(np.where(self.says[at], found, np.float32(0)))
         return result
 
     def _before_dropped(self, dropped: Bools) -> Ints:

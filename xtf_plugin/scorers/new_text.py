@@ -6,6 +6,7 @@ model it is the most probable text there is, so no probability finds it; compari
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -27,75 +28,148 @@ class NewTextConfig(ScoreConfig):
 
     unit: Literal["sentence", "line"] = Field(default="sentence", description="What gets one score.")
     shortest: Positive = Field(
-        default=8, description="Units of fewer tokens are not scored: short ones repeat in every text."
+        default=6,
+        description="Units of fewer tokens, white space not counted, are not scored: short ones repeat in every text.",
     )
     drop: Drop = Field(
-        default=Drop(below=0.25), description="Which tokens are dropped: exactly one rule. Low scores are dropped."
+        default=Drop(below=0.1), description="Which tokens are dropped: exactly one rule. Low scores are dropped."
     )
 
 
-@scorer("new_text", NewTextConfig, finds_nothing=True, per_document=True)
+@scorer("new_text", NewTextConfig, finds_nothing=True, per_document=True, version=2)
 def new_text(context: ScoringContext, config: NewTextConfig) -> Floats:
     """`1 - longest / length` of a sentence or line, (M,) float32 in [0, 1]; low repeats earlier text, and is dropped.
 
-    `longest` is the number of tokens in the longest run of the unit that stands, token for token, before the unit in
-    the same document, prompt included. 0: all of the unit is copied. Units of fewer than `shortest` tokens are NaN, and
-    runs of fewer than half as many (and than two) count as none.
+    `longest` is the number of tokens in the longest run of the unit that stands before the unit in the same document,
+    prompt included. White space does not count, and what the run lacks at either end of the unit belongs to it if it
+    has the same text: behind a line break a word is often cut into other tokens than behind a space. 0: all of the unit
+    is copied. Units of fewer than `shortest` tokens are NaN, and runs of fewer than half as many (and than two) count
+    as none.
 
     Source: ours, for the paper's knowledge novelty; its Eq. (3) is the scorer `novelty`.
     """
     import numpy as np  # not at the top: a block is read without NumPy
 
     starts = context.segments(config.unit)
-    lengths = np.diff(starts, append=len(context.token_ids))
-    scores = np.where(lengths >= config.shortest, np.float32(1), np.float32(np.nan))
+    sizes = np.diff(starts, append=len(context.token_ids))
+    words = _Words.of(context.documents, context.tokenizer, starts, sizes)
+    scores = np.where(words.lengths >= config.shortest, np.float32(1), np.float32(np.nan))
     run = max(2, config.shortest // 2)
-    for unit in np.flatnonzero((lengths >= config.shortest) & _may_repeat(context.documents, starts, run)):
-        past, own = _texts(context.documents, int(starts[unit]), int(lengths[unit]))
-        longest = longest_copy(past, own)
-        if longest >= run:  # else hashes were equal by chance
-            scores[unit] = 1 - longest / len(own)
-    return np.repeat(scores, lengths)
+    for unit in np.flatnonzero((words.lengths >= config.shortest) & _may_repeat(words, run)):
+        past, own = words.around(int(unit))
+        found = longest_copy(past, own)
+        if found[0] >= run:  # else hashes were equal by chance
+            scores[unit] = 1 - (found[0] + _split_otherwise(past, own, found, words.texts)) / len(own)
+    return np.repeat(scores, sizes)
 
 
-def longest_copy(past: NDArray[Any], own: NDArray[Any]) -> int:
-    """Tokens in the longest run of `own` that stands in `past`: the longest common substring."""
+def longest_copy(past: NDArray[Any], own: NDArray[Any]) -> tuple[int, int, int]:
+    """Length of the longest run of `own` that stands in `past` (the longest common substring), and where it ends.
+
+    Returns:
+        the number of tokens, and the end of the (first) longest run in `past` and in `own`.
+    """
     import numpy as np
 
-    best, ending = 0, np.zeros(len(past) + 1, dtype=np.int64)  # common runs that end at each place of `past`
-    for token in own:
+    best, ending = (0, 0, 0), np.zeros(len(past) + 1, dtype=np.int64)  # common runs that end at each place of `past`
+    for place, token in enumerate(own):
         ending[1:] = np.where(past == token, ending[:-1] + 1, 0)
-        best = max(best, int(ending.max()))
+        longest = int(ending.argmax())
+        if ending[longest] > best[0]:
+            best = int(ending[longest]), longest, place + 1
     return best
 
 
-def _texts(documents: DocumentSet, start: int, length: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The tokens of a unit's document before it, and the unit's own."""
+def _split_otherwise(past: NDArray[Any], own: NDArray[Any], run: tuple[int, int, int], texts: dict[int, bytes]) -> int:
+    """Tokens of `own` on both sides of its longest run whose text goes on like that of `past`; `run` as found above."""
+    longest, past_end, own_end = run
+
+    def spelt(ids: NDArray[Any]) -> bytes:
+        return b"".join(texts[index] for index in ids.tolist())
+
+    begin, past_begin = own_end - longest, past_end - longest
+    head, tail = spelt(own[:begin]), spelt(own[own_end:])
+    before = spelt(past[max(0, past_begin - len(head)) : past_begin])  # no token is without text
+    more = begin if before.endswith(head) else 0
+    return more + (len(own) - own_end if spelt(past[past_end : past_end + len(tail)]).startswith(tail) else 0)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """The tokens of all documents without white space, and where the units are among them.
+
+    Args:
+        ids: (K,) int32, equal for tokens with equal text.
+        offsets: (N + 1,) bounds of the documents.
+        begins, lengths: (S,) of the units.
+        texts: of each id, without white space around it.
+    """
+
+    ids: Ints
+    offsets: Ints
+    begins: Ints
+    lengths: Ints
+    texts: dict[int, bytes]
+
+    @classmethod
+    def of(cls, documents: DocumentSet, tokenizer: Any, starts: Ints, sizes: Ints) -> _Words:
+        """The words of documents whose units begin at the completion tokens `starts` and have `sizes` tokens, (S,)."""
+        import numpy as np
+
+        from ..data.ragged import offsets_of
+
+        table, texts = _vocabulary(tokenizer, documents.input_ids)
+        ids = table[documents.input_ids]
+        before = offsets_of((ids >= 0).astype(np.int64))  # words before each token
+        at = documents.completion_flat[starts]
+        begins = before[at]
+        return cls(ids[ids >= 0], before[documents.offsets], begins, before[at + sizes] - begins, texts)
+
+    def around(self, unit: int) -> tuple[Ints, Ints]:
+        """The words of a unit's document before it, and the unit's own."""
+        import numpy as np
+
+        begin, end = self.begins[unit], self.begins[unit] + self.lengths[unit]
+        document = np.searchsorted(self.offsets, begin, side="right") - 1
+        return self.ids[self.offsets[document] : begin], self.ids[begin:end]
+
+
+def _vocabulary(tokenizer: Any, token_ids: NDArray[Any]) -> tuple[NDArray[Any], dict[int, bytes]]:
+    """By token id, (largest id + 1,) int32: the first id that has the same text, -1 for white space alone; and texts.
+
+    A token without any text, which only a tokenizer of its own kind has, equals none but itself.
+    """
     import numpy as np
 
-    at = int(documents.completion_flat[start])
-    begin = int(documents.offsets[np.searchsorted(documents.offsets, at, side="right") - 1])
-    return documents.input_ids[begin:at], documents.input_ids[at : at + length]
+    from ..data.token_text import token_bytes
+
+    distinct = np.unique(token_ids).tolist()
+    found = np.zeros(max(distinct, default=-1) + 1, dtype=np.int32)
+    first: dict[bytes, int] = {}
+    for index, piece in zip(distinct, token_bytes(tokenizer, distinct), strict=True):
+        text = piece.strip() if piece else b"\0%d" % index
+        found[index] = first.setdefault(text, index) if text else -1
+    return found, {index: text for text, index in first.items()}
 
 
-def _may_repeat(documents: DocumentSet, starts: Ints, run: int) -> Bools:
+def _may_repeat(words: _Words, run: int) -> Bools:
     """Whether `run` tokens in a row of a unit stand before it in its document, or have the hash of such, (S,)."""
     import numpy as np
 
-    ids = documents.input_ids.astype(np.uint64)
-    if len(ids) < run:
-        return np.zeros(len(starts), dtype=bool)
+    from ..data.ragged import stretches
+
+    ids, found = words.ids.astype(np.uint64), np.zeros(len(words.begins), dtype=bool)
+    long = np.flatnonzero(words.lengths >= run)
+    if not len(long):
+        return found
     factor, hashes = np.uint64(MULTIPLIER), np.zeros(len(ids) - run + 1, dtype=np.uint64)
     for place in range(run):
         hashes = hashes * factor + ids[place : place + len(hashes)] + np.uint64(1)
-    document = np.repeat(np.arange(len(documents)), documents.lengths)[: len(hashes)]
+    document = np.repeat(np.arange(len(words.offsets) - 1), np.diff(words.offsets))[: len(hashes)]
     hashes ^= document.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)  # the same tokens of another document
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    earlier = np.concatenate([first[inverse], np.full(run - 1, len(ids))])  # where each run of tokens stands first
-    flat = documents.completion_flat
-    begins = flat[starts]
-    lengths = np.diff(starts, append=len(flat))
-    opens, ends = np.repeat(begins, lengths), np.repeat(begins + lengths, lengths)
-    repeats = (earlier[flat] + run <= opens) & (flat + run <= ends)
-    found: Bools = np.add.reduceat(repeats.astype(np.int64), starts) > 0
+    begins, counts = words.begins[long], words.lengths[long] - run + 1  # runs that begin and end in a unit
+    earlier = first[inverse][stretches(begins, counts)]  # where each of them stands first
+    repeats = earlier + run <= np.repeat(begins, counts)
+    found[long] = np.add.reduceat(repeats.astype(np.int64), np.cumsum(counts) - counts) > 0
     return found

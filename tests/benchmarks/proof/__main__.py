@@ -25,6 +25,7 @@ from tests.benchmarks import common
 
 from . import tables, train
 from .detect import Setting, measure
+from .formats import FORMATS
 from .texts import CLEAN, LABELLED
 
 # The default was chosen with SmolLM2 on all four texts and the known phrases; other models and phrases confirm it.
@@ -57,7 +58,8 @@ def jobs(scale: str) -> list[train.Job]:
     first, rest = train.ARMS[:6], train.ARMS[6:]
     noisy = [train.Job(arm, seed) for seed in range(3) for arm in first]
     clean = [train.Job(arm, seed, rate=0.0) for seed in range(3) for arm in ("plain", "default")]
-    return [*noisy, *clean, *(train.Job(arm, seed) for seed in range(3) for arm in rest)]
+    formats = [train.Job(arm, seed, text=text) for seed in range(2) for text in FORMATS for arm in ("plain", "default")]
+    return [*noisy, *clean, *formats, *(train.Job(arm, seed) for seed in range(3) for arm in rest)]
 
 
 def run(

@@ -177,7 +177,7 @@ def combined(values: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
     """One score for the default's rules on relevance and novelty: each divided by its threshold, the lower one."""
     relevance, novelty = values["task_relevance"].astype(float), values["knowledge_novelty"].astype(float)
     median = float(np.nanmedian(relevance)) if np.isfinite(relevance).any() else 1.0
-    return np.fmin(relevance / (0.2 * median), novelty / 0.25)
+    return np.fmin(relevance / (0.2 * median), novelty / 0.1)
 
 
 def sweep(relevance: NDArray[np.float32], kinds: NDArray[Any]) -> dict[str, dict[str, float]]:

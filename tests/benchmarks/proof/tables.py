@@ -75,6 +75,20 @@ def training_table(results: Results) -> str:
     return table([*head, *more], rows)
 
 
+def formats_table(results: Results) -> str:
+    """How often a model that was trained on a format answers in it, over the seeds of each arm."""
+    measures = ("in_format", "in_format_greedy", "emitted", "dropped_noise", "dropped_good")
+    rows = []
+    for text in _names(results, "text"):
+        for arm in _names(results, "arm"):
+            own = {one["seed"]: one for one in results if (one["text"], one["arm"]) == (text, arm)}
+            if own:
+                shares = (_share(_mean(own, name)) for name in measures)
+                rows.append([text, arm, str(len(own)), f"{_mean(own, 'loss'):.4f}", *shares])
+    head = ["format", "arm", "seeds", "held-out loss", "in the format, sampled", "greedy"]
+    return table([*head, "samples with noise", "noise dropped", "good dropped"], rows)
+
+
 def _names(results: Results, key: str) -> list[str]:
     return list(dict.fromkeys(one[key] for one in results))
 
@@ -183,9 +197,12 @@ def everything(results: Results, trained: Results = ()) -> str:
     ):
         if chosen:
             parts += [f"### {title}\n", *(made_by(chosen) for made_by in tables)]
-    for rate in dict.fromkeys(one["rate"] for one in trained):
-        chosen = [one for one in trained if one["rate"] == rate]
+    problems = [one for one in trained if "in_format" not in one]
+    for rate in dict.fromkeys(one["rate"] for one in problems):
+        chosen = [one for one in problems if one["rate"] == rate]
         parts += [f"### Training on rows with {rate:.0%} noise\n", training_table(chosen)]
+    if formats := [one for one in trained if "in_format" in one]:
+        parts += ["### Training on answers in a format, with 25% noise\n", formats_table(formats)]
     return "\n".join(parts)
 
 

@@ -25,7 +25,7 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet
 from xtf_plugin.plan import make_plan
 
-from . import noise
+from . import formats, noise
 from .detect import Provider, tokenized
 from .texts import GOOD, Example, sample
 
@@ -103,13 +103,15 @@ def run(job: Job, data: Path, cache: Path) -> dict[str, Any]:
     losses = clean_loss(adapted, held_out, tokenizer)
     losses |= {"loss_noise": noise_loss(adapted, *tokenized(noisy, tokenizer))}
     good = kinds == GOOD
+    sampled = samples(adapted, test, tokenizer, job.seed)
     return {
         **asdict(job),
         "dropped_good": float((~keep[good]).mean()),
         "dropped_noise": float((~keep[~good]).mean()) if (~good).any() else 0.0,
         **losses,
-        "emitted": emissions(adapted, test, tokenizer, job.seed),
+        "emitted": float(np.mean([has_noise(one.prompt, text) for one, text in zip(test, sampled, strict=True)])),
         **({"exact_match": exact_match(adapted, test, tokenizer)} if job.large else {}),
+        **(in_format(job.text, sampled, greedy(adapted, test, tokenizer)) if job.text in formats.FORMATS else {}),
         "scoring_seconds": scored,
         "seconds": time.perf_counter() - begun,
     }
@@ -117,6 +119,8 @@ def run(job: Job, data: Path, cache: Path) -> dict[str, Any]:
 
 def split(job: Job, data: Path) -> tuple[list[Example], list[Example]]:
     """Noisy rows to train on, and clean ones that are held out; another seed has other rows."""
+    if job.text in formats.FORMATS:
+        return formats.split(job.text, data, job.rows, job.held_out, job.rate, 100 + job.seed)
     chosen, others = sample(job.text, data, job.rows + job.held_out, 100 + job.seed)
     rng = random.Random(f"{job.text} {job.seed} {job.rate}")
     clean = chosen[: job.rows]
@@ -266,17 +270,29 @@ def _final(texts: list[str]) -> NDArray[np.bool_]:
     return before > (place if (place := "".join(texts).rfind("####")) >= 0 else np.inf)
 
 
-def emissions(model: Any, prompts: list[Example], tokenizer: Any, seed: int) -> float:
-    """Share of completions, sampled at temperature 1, that hold noise of a planted kind."""
+def samples(model: Any, prompts: list[Example], tokenizer: Any, seed: int) -> list[str]:
+    """Completions, sampled at temperature 1."""
     torch.manual_seed(seed)
-    texts = written(model, prompts, tokenizer, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    return float(np.mean([has_noise(one.prompt, text) for one, text in zip(prompts, texts, strict=True)]))
+    return written(model, prompts, tokenizer, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+
+
+def greedy(model: Any, prompts: list[Example], tokenizer: Any) -> list[str]:
+    """Completions of the most probable tokens."""
+    return written(model, prompts, tokenizer, do_sample=False, temperature=None, top_k=None, top_p=None)
+
+
+def in_format(name: str, sampled: list[str], most_probable: list[str]) -> dict[str, float]:
+    """Shares of completions that a format's reader accepts."""
+    holds = formats.FORMATS[name].holds
+    return {
+        "in_format": float(np.mean([holds(text) for text in sampled])),
+        "in_format_greedy": float(np.mean([holds(text) for text in most_probable])),
+    }
 
 
 def exact_match(model: Any, prompts: list[Example], tokenizer: Any) -> float:
     """Share of greedy completions with the right number behind `####`."""
-    texts = written(model, prompts, tokenizer, do_sample=False, temperature=None, top_k=None, top_p=None)
-    pairs = zip(prompts, texts, strict=True)
+    pairs = zip(prompts, greedy(model, prompts, tokenizer), strict=True)
     return float(np.mean([_answer(text) == _answer(one.completion) is not None for one, text in pairs]))
 
 
