@@ -392,6 +392,13 @@ def test_rows_are_neither_long_nor_do_they_read_beginnings_often(beginning, numb
     assert found == rows
 
 
+def test_behind_a_very_long_beginning_masks_stay_small():
+    """A mask has an entry for each token of a rest and each that it may see."""
+    documents = ends(200_000, 40, 100)
+    rows = tokens_of(documents, plan_rows(documents, np.arange(40), 1 << 20))
+    assert len(rows) > 1 and all(rest * (beginning + rest) <= branches.MASKED for beginning, rest in rows)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_documents_of_a_row_are_scored_by_one_rank(size):
     documents = alike(groups=20, each=7, seed=3)

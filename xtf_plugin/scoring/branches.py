@@ -31,6 +31,7 @@ from .self_check import CANNOT, low_precision
 # Tokens after a beginning that share its row: as many as the beginning has, but at least and at most so many. Each
 # attends to all of its row, so a long row costs time and the memory of its mask; a short one reads beginnings again.
 NARROW, WIDE = 512, 4_096
+MASKED = 1 << 26  # entries of a row's mask: behind a very long beginning, rows are short
 CHECKED = 4  # documents that the check reads both ways
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -110,7 +111,8 @@ def plan_rows(documents: DocumentSet, wanted: Ints, budget: int) -> list[Row]:
     rows: list[Row] = []
     for group in np.split(order, 1 + np.flatnonzero(np.diff(groups[order]))) if len(order) else []:
         longest, sizes = int(shared[group[0]]), documents.lengths[group] - shared[group]
-        room = min(max(longest, NARROW), WIDE, max(budget - longest, budget // 2, 1))
+        masked = MASKED // (longest + WIDE)
+        room = max(1, min(max(longest, NARROW), WIDE, masked, max(budget - longest, budget // 2)))
         number = max(1, -(-int(sizes.sum()) // room))
         even = -(-int(sizes.sum()) // number)
         room = min(room, even + int(sizes.max()) - 1)  # so that the last row is as full as the others
