@@ -93,8 +93,8 @@ test-long: $(STAMP) models chromium  ## the full forms of tests/reliability, on 
 VERSIONS_FILES = \
 	tests/scoring/test_engine.py tests/scoring/test_shortcuts.py tests/scoring/test_batching.py tests/scoring/test_kernels.py tests/scoring/test_predictions.py \
 	tests/training/test_callback.py tests/training/test_callback_refusals.py tests/hosts/test_hook_trl.py tests/hosts/test_hook_refusals.py tests/store/test_store.py \
-	tests/selection/test_select.py tests/config/test_config.py tests/config/test_config_errors.py tests/cli/test_cli.py tests/scorers/test_opening.py \
-	tests/data/test_excerpts.py tests/scorers/test_typicality.py tests/scorers/test_selectors.py tests/scorers/test_iterative_rescoring.py tests/hosts/test_matrix.py \
+	tests/selection/test_select.py tests/config/test_config.py tests/config/test_config_errors.py tests/cli/test_cli.py tests/scorers/test_explained.py \
+	tests/scorers/test_new_text.py tests/scorers/test_typicality.py tests/scorers/test_selectors.py tests/hosts/test_matrix.py \
 	tests/hosts/test_other_hosts.py tests/scoring/test_distributed.py tests/training/test_streaming.py tests/training/test_streaming_runs.py tests/training/test_stream_dataset.py \
 	tests/training/test_unsloth_pattern.py tests/training/test_verification.py
 VERSIONS_TESTS = $(VERSIONS_FILES) \

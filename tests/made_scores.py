@@ -33,10 +33,10 @@ def read_prompts(monkeypatch: Any) -> None:
     monkeypatch.setattr("xtf_plugin.scorers.explained.LEAST", -np.inf)
 
 
-def openings(below: float = -2.0) -> dict[str, Any]:
-    """A block that drops sentences and lines of tiny models by how they begin."""
-    part = {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": below}}
-    return {"preset": "none", "selectors": {"out_of_place": part}, "protect": {"formats": None}}
+def odd_sentences(below: float = -1.8) -> dict[str, Any]:
+    """A block that drops sentences of tiny models that are more surprising than the model expects."""
+    part = {"scorer": "typicality", "unit": "sentence", "drop": {"below": below}}
+    return {"preset": "none", "selectors": {"odd": part}, "protect": {"formats": None}}
 
 
 def scores_of(lengths: Sequence[int], first: int = 1, **known: Any) -> Scores:

@@ -15,7 +15,6 @@ import xxhash
 from pydantic import ValidationError
 
 from .data.documents import IGNORE_INDEX, DocumentSet, collect
-from .data.excerpts import predictions_without
 from .data.predictions import Predictions
 from .data.ragged import Bools, Doubles, Floats, Ints, Layout
 from .data.splices import Splices, predictions_of
@@ -101,11 +100,6 @@ class _MadeUpSource:
     def predictions(self, reference: ReferenceConfig | None, others: DocumentSet | None = None) -> Predictions:
         wanted = self.documents if others is None else others
         return _made_up(wanted, "" if reference is None else reference.model_dump_json())
-
-    def predictions_without(self, hidden: Any, starts: Any, wanted: Any, reference: Any) -> Predictions:
-        breaks = self.documents.input_ids[self.documents.completion] % 11 == 5
-        predict = partial(self.predictions, reference)
-        return predictions_without(self.documents, hidden, starts, wanted, breaks, predict)
 
     def predictions_of(self, splices: Splices, reference: Any) -> Predictions:
         return predictions_of(self.documents, splices, partial(self.predictions, reference))

@@ -10,7 +10,7 @@ import yaml
 
 from tests import tiny
 from tests.axolotl import stock
-from tests.made_scores import openings
+from tests.made_scores import odd_sentences
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes/axolotl").glob("*.yaml"))
@@ -51,7 +51,7 @@ def test_the_demo_masks_the_answers_of_conversations(tmp_path):
     rows = tiny.conversations(40, turns=1)
     tiny.save_rows(tmp_path / ".demo/messages/train.jsonl", rows)
     recipe = yaml.safe_load((ROOT / "recipes/axolotl/demo.yaml").read_text())
-    recipe["xtf"] = openings(-1)  # to this base the prompts say nothing
+    recipe["xtf"] = odd_sentences()  # to this base the prompts say nothing
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump(recipe | {"max_steps": 2, "special_tokens": {"pad_token": "<|pad|>"}})
     )

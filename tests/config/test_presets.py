@@ -87,13 +87,6 @@ OF_UNITS = "knowledge_novelty, task_relevance"
             "(legal: knowledge_novelty;",
         ),
         (
-            {
-                "reasoning_importance": {"among": "odd"},
-                "selectors": {"odd": {"scorer": "opening", "unit": "both", "drop": {"below": -4}}},
-            },
-            f"'odd' has `unit: both`; write `unit: sentence` there too (legal: {OF_UNITS};",
-        ),
-        (
             {"preset": "none", "reasoning_importance": LEAN, "task_relevance": True},
             "'task_relevance' has the scorer embedding_similarity, which scores tokens, not complete units "
             "(legal: none;",
@@ -126,7 +119,7 @@ def test_influence_asks_among_the_units_of_another_score(block, expected):
         {"preset": "none", "task_relevance": {"scorer": "explained"}, "selectors": {"lean": LEAN}},
         {
             "reasoning_importance": {"among": "odd"},
-            "selectors": {"odd": {"scorer": "opening", "drop": {"below": -4}}},
+            "selectors": {"odd": {"scorer": "explained", "drop": {"below": 0}}},
         },
     ],
     ids=str,
@@ -145,7 +138,7 @@ def test_a_score_that_maps_its_averages_is_not_asked_in(monkeypatch):
         XTFConfig.parse({"reasoning_importance": {"among": "knowledge_novelty"}})
 
 
-ODD = {"scorer": "opening", "unit": "both", "context": "kept", "drop": {"below": -4}}
+ODD = {"scorer": "typicality", "unit": "line", "drop": {"below": -4}}
 
 
 @pytest.fixture
@@ -158,7 +151,7 @@ def test_selectors_of_the_preset_are_changed_replaced_and_taken_out(with_selecto
     other = {"scorer": "log_probability", "drop": {"quantile": 0.1}}
     changed = XTFConfig.parse({"selectors": {"odd": {"drop": {"below": -3}}}})
     assert list(changed.selectors) == ["odd"] and changed.selectors["odd"].drop.below == -3
-    assert changed.selectors["odd"].unit == XTFConfig().selectors["odd"].unit == "both"
+    assert changed.selectors["odd"].unit == XTFConfig().selectors["odd"].unit == "line"
     less = XTFConfig.parse({"selectors": {"odd": False, "more": other}})
     assert list(less.selectors) == ["more"] and XTFConfig.parse(less.to_dict()) == less
     replaced = XTFConfig.parse({"selectors": {"odd": other, "more": other}})
@@ -228,7 +221,6 @@ OLD = {
             "task_relevance": {"domain": ["x"], "embedding": "output", "drop": {"below": 0.1}, "window": 5},
             "selectors": {
                 "odd": {"scorer": "typicality", "drop": {"below": -6}, "reference": None, "max_fraction": 0.5},
-                "begin": {"scorer": "opening", "drop": {"fence": 1}, "unit": "line", "clip": 4, "context": "document"},
                 "rho": {"scorer": "excess_loss", "drop": {"quantile": 0.4}, "reference": {"model": "m"}},
                 "clean": {**CLEAN, "mode": "fixed", "reference": {"model": "m"}},
             },
@@ -249,6 +241,10 @@ OLD = {
         {"selectors": {"low": {"scorer": "log_probability", "drop": {"below": -1.0}, "window": "line"}}},
         {"selectors": {"low": {"scorer": "log_probability", "drop": {"below": -1.0}, "unit": "line"}}},
     ),
+    "a scorer that is gone": (
+        {"selectors": {"begin": {"scorer": "opening", "drop": {"below": -4}, "context": "kept"}}},
+        {"selectors": {"begin": {"scorer": "explained", "drop": {"of_median": 0.2}}}},
+    ),
     "self-evolving": (
         {"selectors": {"t": {**CLEAN, "mode": "self_evolving"}}},
         {"selectors": {"t": {**CLEAN, "reference": {"model": "m"}}}},
@@ -264,7 +260,9 @@ def test_an_old_spelling_loads_or_is_refused_with_what_to_write(name):
         assert holds(config.to_dict(), {key: value for key, value in old.items() if value is not True})
         assert XTFConfig.parse(config.to_dict()) == config
         return
-    with pytest.raises(XTFUserError, match=r"write `unit: (sentence|line)`|name a `reference`|add `scorer: \w+`"):
+    with pytest.raises(
+        XTFUserError, match=r"write `unit: (sentence|line)`|name a `reference`|add `scorer: \w+`|Write `explained`"
+    ):
         XTFConfig.parse(old)
     XTFConfig.parse(new)
 

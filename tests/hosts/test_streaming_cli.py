@@ -9,10 +9,10 @@ import pytest
 
 from tests import tiny
 from tests.hosts.test_end_to_end import BIN, command, history, recipe, steps
-from tests.made_scores import openings
+from tests.made_scores import odd_sentences
 
 NOTHING = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -1000}}}, "calibration": 8}
-LOOSE = {**openings(), "calibration": 8, "batch_tokens": 64}
+LOOSE = {**odd_sentences(), "calibration": 8, "batch_tokens": 64}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import streams, tiny
-from tests.made_scores import DEFAULT, openings, read_prompts
+from tests.made_scores import DEFAULT, odd_sentences, read_prompts
 from tests.ranks.common import case, lines
 from tests.test_plan import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFUserError, attach
@@ -51,7 +51,12 @@ def planned(ranks, folder, block):
 
 @case
 def plans(ranks, folder):
-    blocks = {"default": DEFAULT, "openings": openings(-0.5), "attributes": ATTRIBUTES_ON, "paper": {"preset": "paper"}}
+    blocks = {
+        "default": DEFAULT,
+        "odd sentences": odd_sentences(),
+        "attributes": ATTRIBUTES_ON,
+        "paper": {"preset": "paper"},
+    }
     return {name: planned(ranks, folder / name, block) for name, block in blocks.items()}
 
 

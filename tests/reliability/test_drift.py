@@ -24,12 +24,12 @@ from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import Plan, make_plan
 from xtf_plugin.selection.select import rule_bits
 
-# rules of every kind of threshold: a share of a document, a bound, classes of the dataset, rescoring
+# rules of every kind of threshold: a share of a document, a bound, classes of the dataset, a mean of a sentence
 BLOCK = {
     **ATTRIBUTES_ON,
     "reasoning_importance": {"drop": {"quantile": 0.2}},
     "knowledge_novelty": {"drop": {"unknown_below": 0.001}},
-    "selectors": {"out_of_place": {"scorer": "opening", "drop": {"below": -2.0}, "context": "kept"}},
+    "selectors": {"odd": {"scorer": "typicality", "unit": "sentence", "drop": {"below": -1.8}}},
 }
 
 
@@ -54,13 +54,13 @@ def documents():
     return collect([{name: part * (1 + i * i % 11) for name, part in row.items()} for i, row in few])
 
 
-SCALED_DOWN = {"cohere": -0.4, "granite": -0.8}  # logits so small that no opening is as odd as elsewhere
+SCALED_DOWN = {"cohere": -0.4, "granite": -0.8}  # logits so small that no sentence is as odd as elsewhere
 
 
 @pytest.mark.parametrize("family", amount(("llama",), sorted(tiny.FAMILIES)))
 def test_batch_size_changes_nothing(tmp_path, documents, family):
-    opening = {"scorer": "opening", "drop": {"below": SCALED_DOWN.get(family, -2.0)}, "context": "kept"}
-    block = {**BLOCK, "selectors": {"out_of_place": opening}}
+    odd = {"scorer": "typicality", "unit": "sentence", "drop": {"below": SCALED_DOWN.get(family, -1.8)}}
+    block = {**BLOCK, "selectors": {"odd": odd}}
     one = plan(tmp_path / "one", documents, tiny.model(family), block, batch_tokens=1)
     assert one.stats.batches == len(documents)
     assert all(0 < fired < len(one.selection.keep) for fired in one.selection.fired.values())

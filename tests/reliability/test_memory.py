@@ -20,7 +20,7 @@ from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
 from xtf_plugin.scoring.reference import Reference
 
-SELECTOR = {"selectors": {"out_of_place": {"scorer": "opening", "drop": {"below": -2.0}}}}
+SELECTOR = {"selectors": {"odd": {"scorer": "typicality", "unit": "sentence", "drop": {"below": -1.8}}}}
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is limited and measured by Linux")
 LARGE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": amount(2, 4)}
 # bytes: heaps of two runs of the same training are cut otherwise, and the masks' own tables take room

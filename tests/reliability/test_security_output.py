@@ -22,7 +22,7 @@ import pytest
 
 from tests import tiny
 from tests.browsing import browser  # noqa: F401 (a fixture)
-from tests.made_scores import openings
+from tests.made_scores import odd_sentences
 from tests.reliability import LONG, record
 from tests.test_plan import ATTRIBUTES_ON, Provider, rows
 from tests.test_repo_rules import BOOT, PACKAGE, ROOT, sources, tree
@@ -108,7 +108,7 @@ def revealed(folder: Path) -> set[str]:
 def written(folder: Path, **block):
     """A cache and all that a run writes."""
     (folder / "words.txt").write_text(f"apples\n{DOMAIN}\n")
-    selectors = openings(0.5)["selectors"]  # rescoring, whose scores are stored too
+    selectors = odd_sentences()["selectors"]
     block = {"selectors": selectors, "task_relevance": {"domain": str(folder / "words.txt")}, **block}
     config = XTFConfig.parse({**ATTRIBUTES_ON, "cache_dir": str(folder / "cache"), **block})
     plan = make_plan(config, collect(rows()), Provider(), tiny.tokenizer(), progress=False)

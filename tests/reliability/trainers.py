@@ -27,7 +27,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
 from tests import tiny
-from tests.made_scores import DEFAULT, openings
+from tests.made_scores import DEFAULT, odd_sentences
 from tests.reliability import LONG, scoring
 from tests.training.test_callback import trainer
 from xtf_plugin import attach
@@ -36,11 +36,11 @@ from xtf_plugin.scoring.attention_capture import _recorder
 from xtf_plugin.selection.select import rule_bits
 
 KINDS = ("full", "lora", "qlora")
-# every part of scoring: attention, log-probabilities, embeddings, splices and rescoring
+# every part of scoring: attention, log-probabilities, embeddings and splices
 EVERYTHING = {
     **DEFAULT,
     "selectors": {
-        **openings()["selectors"],
+        **odd_sentences()["selectors"],
         "looked_at": {"scorer": "attention_received", "drop": {"quantile": 0.2}},
         "new": {"scorer": "novelty", "drop": {"quantile": 0.1}},
         "close": {"scorer": "embedding_similarity", "embedding": "output", "drop": {"quantile": 0.1}},

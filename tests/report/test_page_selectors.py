@@ -171,9 +171,7 @@ def test_large_numbers_and_long_names_fit_a_phone(browser, three, tmp_path, widt
 def test_what_cannot_be_moved_says_so(browser, tmp_path):
     """Rescoring is not in the counts; with a random control there is no slider."""
     found = {}
-    opening = {"scorer": "opening", "context": "kept", "drop": {"below": -2}}
     for name, block in (
-        ("rescored", {"preset": "none", "selectors": {"out_of_place": opening}}),
         ("default", {}),
         ("control", {"preset": "paper", "control": "random"}),
     ):
@@ -186,7 +184,6 @@ def test_what_cannot_be_moved_says_so(browser, tmp_path):
         opened.close()
     assert "units that `task_relevance` finds doubtful" in found["default"]
     assert "a run with another threshold rescores" in found["default"]
-    assert "a run with another threshold rescores" in found["rescored"] and "Move a threshold" in found["rescored"]
     assert "No threshold of this block can be moved" in found["control"] and "draws the tokens" in found["control"]
 
 

@@ -45,7 +45,6 @@ BUILTIN = [
     ("new_text", {"shortest": 2, "unit": "line"}),
     ("explained", {"first": 2}),
     ("explained", {"unit": "line", "drop": {"below": 0.1}, **OTHER}),
-    ("opening", {"unit": "both", "clip": 2.0}),
     ("log_probability", {}),
     ("log_probability", OTHER),
     ("excess_loss", OTHER),

@@ -7,7 +7,7 @@ import torch
 from datasets import IterableDataset
 
 from tests import streams, tiny
-from tests.made_scores import DROPS, openings
+from tests.made_scores import DROPS, odd_sentences
 from tests.streams import attached
 from tests.training.test_callback import trainer
 from xtf_plugin import XTFDataCollator, XTFDryRun, XTFError, XTFUserError, attach
@@ -162,7 +162,7 @@ def test_a_training_without_proof_of_masks_warns(tmp_path, caplog, steps, warns)
 
 def test_a_stream_without_proof_of_masks_warns(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(verification, "verify_batch", lambda *_: 0)
-    attached(tmp_path, streams.trainer(tmp_path, max_steps=2), {**openings(), "calibration": 8}).train()
+    attached(tmp_path, streams.trainer(tmp_path, max_steps=2), {**odd_sentences(), "calibration": 8}).train()
     assert "nothing has shown that the model received the masks" in caplog.text
 
 

@@ -14,14 +14,14 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from tests import tiny
-from tests.made_scores import DEFAULT, openings, read_prompts
+from tests.made_scores import DEFAULT, odd_sentences, read_prompts
 from tests.streams import ROWS, attached, rows, stream_of, trained, trainer
 from xtf_plugin import XTFConfig, XTFUserError
 from xtf_plugin.training.streaming import Stream
 
 PAPER = {"preset": "paper", "reasoning_importance": {"drop": {"quantile": 0.2}, "scope": "dataset"}}
 OFFICIAL = {"preset": "official", "reasoning_importance": {"drop": {"fence": 0.0}}}
-LOOSE = openings()
+LOOSE = odd_sentences()
 MANY_ROWS = {
     "document scope": {
         "preset": "none",
@@ -47,7 +47,7 @@ def dropped(labels):
 @pytest.mark.parametrize(
     "block",
     [DEFAULT, LOOSE, PAPER, OFFICIAL, {**LOOSE, "control": "random"}],
-    ids=["default", "openings", "paper", "official", "control"],
+    ids=["default", "odd sentences", "paper", "official", "control"],
 )
 def test_a_stream_within_the_sample_gets_the_masks_of_a_dataset(tmp_path, monkeypatch, block, calibration):
     read_prompts(monkeypatch)

@@ -13,14 +13,14 @@ from datasets import IterableDataset
 from peft import LoraConfig
 
 from tests import tiny
-from tests.made_scores import DEFAULT, openings, read_prompts
+from tests.made_scores import DEFAULT, odd_sentences, read_prompts
 from tests.streams import LORA, ROWS, attached, labels_by_document, rows, stream_of, trained, trainer, watched
 from xtf_plugin import XTFConfig, XTFDryRun, XTFError, XTFUserError, attach
 from xtf_plugin.scorers import Scorer, registry
 from xtf_plugin.scoring import engine
 from xtf_plugin.training.streaming import Stream
 
-LOOSE = openings()
+LOOSE = odd_sentences()
 NOTHING = {"preset": "none", "selectors": {"odd": {"scorer": "typicality", "drop": {"below": -1000}}}, "calibration": 8}
 BLOCK = {**LOOSE, "calibration": 8}
 
@@ -49,7 +49,7 @@ def test_a_stream_that_drops_nothing_trains_to_the_same_bits(tmp_path):
 
 
 def test_scoring_leaves_model_and_random_state_as_they_were(tmp_path, monkeypatch):
-    """With all that scoring can do: the default, openings scored again, and attention."""
+    """With all that scoring can do: the default, a selector, and attention."""
     read_prompts(monkeypatch)
     selectors = {**LOOSE["selectors"], "looked_at": {"scorer": "attention_received", "drop": {"quantile": 0.2}}}
     block = {**DEFAULT, "selectors": selectors, "calibration": 8, "batch_tokens": 64}

@@ -26,12 +26,12 @@ from trl.trainer import dpo_trainer
 from tests import tiny
 from tests import unsloth_pattern as pattern
 from tests.hosts.test_other_hosts import made as plain_trainer
-from tests.made_scores import openings
+from tests.made_scores import odd_sentences
 from tests.watch import watched
 from xtf_plugin import XTFDryRun, XTFError, XTFUserError, attach
 
 ATTENTION = {"preset": "paper", "reasoning_importance": {"layers": "all", "drop": {"quantile": 0.2}}}
-WITHOUT = {**openings(-1), "knowledge_novelty": {"drop": {"quantile": 0.1}}}
+WITHOUT = {**odd_sentences(), "knowledge_novelty": {"drop": {"quantile": 0.1}}}
 ROWS = len(pattern.texts())
 sft, texts = pattern.sft, pattern.texts
 

@@ -88,14 +88,6 @@ def segment_starts(
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 
-def line_breaks(tokenizer: Any, token_ids: ArrayLike) -> Bools:
-    """Which tokens contain a line feed, (M,)."""
-    ids = np.asarray(token_ids)
-    flags, _ = _vocabulary_flags(tokenizer, ids, np.zeros(0, dtype=np.int64))
-    marked: Bools = (flags & NEWLINE)[ids] > 0
-    return marked
-
-
 def blanks(tokenizer: Any, token_ids: ArrayLike) -> Bools:
     """Which tokens are white space and nothing else, (M,)."""
     ids = np.asarray(token_ids)

@@ -48,7 +48,6 @@ MEASURES = {  # by scorer
     "log_probability": "how probable the reference finds it",
     "new_text": "how much of it does not repeat earlier text word for word",
     "novelty": "how improbable the reference finds it",
-    "opening": "how well its first words fit what the reference expects there",
     "token_cleaning": "how much more probable a better model finds it",
     "typicality": "how probable it is, compared with what the reference expects there",
 }

@@ -51,7 +51,7 @@ Stop = float | int | None
 def reselect(table: ScoreTable, config: XTFConfig) -> Selection:
     """What a run with another block selects from the same scores, `min_kept` and `control` included.
 
-    Scores that depend on what other text is dropped (`context: kept`, `explained`, `influence`) keep the values that
+    Scores that depend on what other text is dropped (`explained`, `influence`) keep the values that
     they have in the table.
 
     Raises:
@@ -208,7 +208,7 @@ def _slider(name: str, key: str, part: ScoreConfig, scores: Floats, layout: Layo
 
 def _note(part: ScoreConfig) -> str:
     """What the counts of a slider leave out, because the scores depend on more than the model."""
-    if getattr(part, "context", None) == "kept" or part.scorer == "explained":
+    if part.scorer == "explained":
         return _RESCORED
     among = getattr(part, "among", None)
     return "" if among is None else _ASKED.format(among)

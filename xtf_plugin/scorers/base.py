@@ -64,9 +64,6 @@ class ScoreSource(Protocol):
     """Provides a context with what depends on a model or a text; `scoring.cached_scores` implements it."""
 
     def predictions(self, reference: ReferenceConfig | None) -> Predictions: ...  # noqa: D102
-    def predictions_without(  # noqa: D102
-        self, hidden: Bools, starts: Ints, wanted: Ints, reference: ReferenceConfig | None
-    ) -> Predictions: ...
     def predictions_of(self, splices: Splices, reference: ReferenceConfig | None) -> Predictions: ...  # noqa: D102
     def attention_received(self, layers: Any) -> Floats: ...  # noqa: D102
     def segments(self, unit: str) -> Ints: ...  # noqa: D102
@@ -143,27 +140,6 @@ class ScoringContext:
     def predictions(self, reference: ReferenceConfig | None = None) -> Predictions:
         """Log-probability, entropy and deviation at every completion token; otherwise as `log_probabilities`."""
         return self.source.predictions(_named(reference))
-
-    def predictions_without(
-        self, hidden: Bools, starts: Ints, wanted: Ints, reference: ReferenceConfig | None = None
-    ) -> Predictions:
-        """What a reference predicts in some segments with certain tokens before them removed.
-
-        Equals, per wanted segment: `predictions` for a document of all tokens before the segment that are not hidden,
-        and the segment. Prompts are kept, and so is the line break of a line of which a token is kept. Each segment
-        takes a forward over that document; results are stored by content.
-
-        Args:
-            hidden: (M,) completion tokens to remove before later segments.
-            starts: (S,) first completion token of each segment, ascending from 0, as from `segments`; none spans two
-                documents or turns.
-            wanted: (W,) indices into `starts`.
-            reference: as in `log_probabilities`.
-
-        Returns:
-            (M,) float32 each; NaN outside the wanted segments.
-        """
-        return self.source.predictions_without(hidden, starts, wanted, _named(reference))
 
     def predictions_of(self, splices: Splices, reference: ReferenceConfig | None = None) -> Predictions:
         """What a reference predicts in splices of the documents: in a part of each, right after its beginning.

@@ -20,14 +20,18 @@ from .influence import influence
 from .log_probability import log_probability
 from .new_text import new_text
 from .novelty import novelty
-from .opening import opening
 from .typicality import typicality
 
 GROUP = "xtf_plugin.scorers"
 _PAPER = (attention_received, novelty, embedding_similarity)
 _DEFAULT = (influence, new_text, explained)
-_OTHERS = (typicality, opening, log_probability, excess_loss, token_cleaning, column)
+_OTHERS = (typicality, log_probability, excess_loss, token_cleaning, column)
 BUILTIN: dict[str, Scorer] = {each.name: each for each in (*_PAPER, *_DEFAULT, *_OTHERS)}
+# Scorers that earlier versions had, and what to write instead.
+_REMOVED = {
+    "opening": "was removed, because it tells noise of real models from good text little better than chance. Write "
+    "`explained`, which asks sentences or lines, without `clip` and `context`, and with `drop: {of_median: 0.2}`"
+}
 _HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/selectors.md"
 # The errors that importing another package's module raises; others, such as KeyboardInterrupt, end the process.
 _IMPORT_ERRORS: tuple[type[Exception], ...] = (ImportError, AttributeError, SyntaxError, NameError, TypeError)
@@ -45,6 +49,8 @@ def find(name: str) -> Scorer:
     entries = list({(entry.value, _package(entry)): entry for entry in entries}.values())  # a folder twice on sys.path
     if name in BUILTIN and not entries:
         return BUILTIN[name]
+    if not entries and name in _REMOVED:
+        raise XTFUserError(_REMOVED[name])
     if not entries:
         known = [*BUILTIN, *sorted({entry.name for entry in metadata.entry_points(group=GROUP)} - BUILTIN.keys())]
         near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)

@@ -15,7 +15,6 @@ from .base import ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
     from ..data.ragged import Floats
-    from .base import Predictions
 
 
 class TypicalityConfig(ScoreConfig):
@@ -36,12 +35,8 @@ def typicality(context: ScoringContext, config: TypicalityConfig) -> Floats:
     Source: typical sets (Shannon 1948); as a rule for choosing tokens, "locally typical sampling", arXiv 2202.00666,
     which uses the absolute value. Here tokens that are less surprising than expected are no noise.
     """
-    return typicality_of(context.predictions(config.reference))
-
-
-def typicality_of(found: Predictions) -> Floats:
-    """Log-probability plus entropy, (M,) float32; NaN where one of them is infinite."""
     import numpy as np  # not at the top: a block is read without NumPy
 
+    found = context.predictions(config.reference)
     values = found.logprobs + found.entropy
     return np.where(np.isfinite(values), values, np.float32(np.nan))

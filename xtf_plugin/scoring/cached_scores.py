@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 
 from ..config.scores import SLOTS
 from ..data.documents import DocumentSet, beside
-from ..data.excerpts import predictions_without
 from ..data.marks import AllMarks
 from ..data.predictions import PREDICTED, Predictions
 from ..data.ragged import Floats, Ints
-from ..data.sentences import line_breaks
 from ..data.splices import Splices, predictions_of
 from ..errors import XTFError, XTFUserError
 from ..fields import ReferenceConfig
@@ -111,7 +109,6 @@ class ScoreSource:
         self._stores: dict[tuple[str, str | None], ScoreStore] = {}
         self._stack = ExitStack()
         self._open: tuple[ReferenceProvider, Reference] | None = None
-        self._breaks: NDArray[np.bool_] | None = None
 
     def __enter__(self) -> ScoreSource:
         return self
@@ -139,16 +136,6 @@ class ScoreSource:
             assert found is not None
             self._attention[chosen] = found
         return self._attention[chosen]
-
-    def predictions_without(
-        self, hidden: Any, starts: Any, wanted: Any, reference: ReferenceConfig | None = None
-    ) -> Predictions:
-        """See `ScoringContext.predictions_without`."""
-        if self._breaks is None:  # the vocabulary is read once
-            self._breaks = line_breaks(self.tokenizer, self.documents.input_ids[self.documents.completion])
-
-        predict = partial(self._of_excerpts, self._provider(reference))
-        return predictions_without(self.documents, hidden, starts, wanted, self._breaks, predict)
 
     def predictions_of(self, splices: Splices, reference: ReferenceConfig | None = None) -> Predictions:
         """See `ScoringContext.predictions_of`."""

@@ -29,7 +29,6 @@ UNITS = {"web pages": "line", "wrong steps": "line"}
 OTHERS: dict[str, dict[str, Any]] = {
     "mean_log_probability": {"scorer": "log_probability", "unit": "sentence"},
     "typicality": {"scorer": "typicality", "unit": "sentence"},
-    "opening": {"scorer": "opening", "unit": "sentence"},
     "attention_received": {"scorer": "attention_received", "layers": "all", "unit": "sentence"},
     "embedding_similarity": {"scorer": "embedding_similarity", "unit": "sentence"},
     "influence_of_all": {"scorer": "influence", "among": None, "unit": "sentence"},

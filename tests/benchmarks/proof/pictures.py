@@ -25,7 +25,6 @@ SCORES = {  # heads for people, best known names
     "influence_of_all": "influence of every sentence",
     "mean_log_probability": "mean log-probability",
     "typicality": "typicality",
-    "opening": "opening",
     "attention_received": "attention received (paper)",
     "embedding_similarity": "embedding similarity (paper)",
 }

@@ -73,7 +73,6 @@ function inWords(score, value) {
     explained: () => explained(score, value, unit), influence: () => influence(value, unit), new_text: () => repeats(value, unit),
     attention_received: () => attention(value), novelty: () => `the model gives it ${percent(1 - value)}`,
     embedding_similarity: () => `relevance ${short(value)} (0 to 1)`, typicality: () => surprise(value),
-    opening: () => `its ${unit === "both" ? "sentence or line" : unit} begins ${surprise(value)}`,
   };
   return (lookup(texts, scorer) || (() => `score ${short(value)}`))();
 }
@@ -81,7 +80,7 @@ function inWords(score, value) {
 // The tokens that the score is a mean over; these scorers have one value for a unit anyway.
 function averaged(score) {
   const {scorer, unit, window} = partOf(score);
-  if (["opening", "explained", "influence", "new_text"].includes(scorer)) return "";
+  if (["explained", "influence", "new_text"].includes(scorer)) return "";
   if (unit !== "token") return ` (mean over its ${unit})`;
   return window === 1 ? "" : ` (mean over ${window} tokens)`;
 }
