@@ -38,7 +38,7 @@ class Plan:
         reference: what to report of the run's own reference.
         stats: the cost of scoring.
         warnings: for the user.
-        scorers: what to report of each score's scorer, of other references and of rescoring.
+        scorers: what to report of each score's scorer, of other references and of parts of documents.
         streaming: what to report of the calibration sample, for a plan of one.
         recurring: texts that several documents share.
     """

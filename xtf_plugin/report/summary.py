@@ -152,7 +152,7 @@ def show(plan: Plan, written: list[Path]) -> None:
 
 
 def _scorer_lines(plan: Plan) -> list[str]:
-    """A line for each score, each further reference, and rescoring."""
+    """A line for each score, each further reference, and parts of documents."""
     lines = [
         f"{name}: {measure(scorer['scorer'])} ({scorer['scorer']} version {scorer['version']}, {scorer['package']})"
         for name, scorer in plan.scorers["scores"].items()
@@ -161,7 +161,7 @@ def _scorer_lines(plan: Plan) -> list[str]:
     line = "reference {name} ({source}): scored {documents:,} documents " + cost
     lines += [line.format(**reference) for reference in plan.scorers["references"]]
     if "excerpts" in plan.scorers:
-        line = "rescoring: scored {documents:,} excerpts of {tokens:,} tokens " + cost
+        line = "sentences: scored {documents:,} parts of documents, {tokens:,} tokens, " + cost
         lines.append(line.format(**plan.scorers["excerpts"]))
     return lines
 

@@ -63,7 +63,7 @@ class ReferenceProvider(Protocol):
 class ScoreSource:
     """Implements `scorers.base.ScoreSource`: predictions, attention and embeddings of references, on all ranks.
 
-    A context manager that holds at most one reference in memory: the last one used, so that several rounds of rescoring
+    A context manager that holds at most one reference in memory: the last one used, so that several rounds of `explained`
     load it once.
 
     Args:
@@ -319,7 +319,7 @@ class ScoreSource:
             sink,
             batch_tokens=None if self.config.batch_tokens == "auto" else int(self.config.batch_tokens),
             progress=self.progress,
-            label="scoring" if of_dataset else "rescoring",
+            label="scoring" if of_dataset else "scoring sentences",
             ranks=self.ranks,
             others=found.take,
         )
