@@ -63,8 +63,8 @@ class ReferenceProvider(Protocol):
 class ScoreSource:
     """Implements `scorers.base.ScoreSource`: predictions, attention and embeddings of references, on all ranks.
 
-    A context manager that holds at most one reference in memory: the last one used, so that several rounds of `explained`
-    load it once.
+    A context manager that holds at most one reference in memory: the last one used, so that several rounds of
+    `explained` load it once.
 
     Args:
         tokenizer: the training tokenizer.
