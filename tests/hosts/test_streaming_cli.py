@@ -58,7 +58,7 @@ def test_a_stream_that_drops_changes_training_but_not_evaluation(runs):
     facts = json.loads((runs / "drops/xtf/summary.json").read_text())
     assert facts["streaming"] == {"calibration": 8, "documents": 8, "rows": 8, "whole_stream": False}
     assert facts["reference"]["quantization"] == "nf4/fp4" and facts["totals"]["documents"] == 8
-    assert 0 < history(runs / "drops")[0]["xtf/dropped_by/out_of_place"] < 1
+    assert 0 < history(runs / "drops")[0]["xtf/dropped_by/odd"] < 1
 
 
 def test_a_mixture_of_streams(runs):

@@ -166,11 +166,11 @@ class TestTheJudge:
     def changed(self, plan, shift):
         """The same plan after one rule judges one token otherwise, whose score has moved by `shift` over the bound."""
         keep, reasons = plan.selection.keep.copy(), plan.selection.reasons.copy()
-        bound, bit = plan.selection.thresholds["out_of_place"]["drops"]["below"], rule_bits(plan.config)["out_of_place"]
-        scores = plan.selection.seen["out_of_place"].copy()
+        bound, bit = plan.selection.thresholds["odd"]["drops"]["below"], rule_bits(plan.config)["odd"]
+        scores = plan.selection.seen["odd"].copy()
         token = int(np.nanargmin(np.where(reasons == 0, np.abs(scores - bound), np.nan)))
         scores[token] = bound + shift
-        given = {**plan.selection.seen, "out_of_place": scores}
+        given = {**plan.selection.seen, "odd": scores}
         mine = judged(plan, keep=plan.selection.keep, reasons=plan.selection.reasons, **given)
         keep[token], reasons[token] = False, bit
         return mine, judged(plan, keep=keep, reasons=reasons, **given)

@@ -117,7 +117,7 @@ def written(folder: Path, **block):
 
 def test_the_cache_holds_no_text(tmp_path):
     written(tmp_path)
-    assert len(list((tmp_path / "cache").rglob("*.parquet"))) > 2 and len(texts()) > 10
+    assert len(list((tmp_path / "cache").rglob("*.parquet"))) >= 2 and len(texts()) > 10
     assert revealed(tmp_path / "cache") == set()
     assert len(revealed(tmp_path / "xtf")) > 5, "the search finds text where there is some"
 

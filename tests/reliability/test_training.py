@@ -30,7 +30,7 @@ from xtf_plugin.training.callback import XTFCallback
 FILLER = " Sure, happy to help!"
 UNEVEN = {"preset": "none", "force_drop": [FILLER.strip()], "protect": {"special_tokens": False}}
 NEVER = {
-    "out_of_place": {"drop": {"below": -1000.0}, "clip": 2000.0},
+    "odd": {"drop": {"below": -1000.0}},
     "looked_at": {"drop": {"below": 0.0}},
     "new": {"drop": {"known_above": 1.0}},
     "close": {"drop": {"below": 0.0}},

@@ -137,7 +137,7 @@ def test_metrics_are_a_running_figure(tmp_path):
     labelled = sum(label != -100 for row in made.train_dataset for label in row["labels"])
     kept = sum(int((batch["labels"] != -100).sum()) for batch in seen)
     assert logs[-1]["xtf/kept_fraction"] == pytest.approx(kept / labelled)
-    assert logs[-1]["xtf/dropped_by/out_of_place"] == pytest.approx(1 - kept / labelled)
+    assert logs[-1]["xtf/dropped_by/odd"] == pytest.approx(1 - kept / labelled)
     assert logs[0]["xtf/kept_fraction"] != logs[-1]["xtf/kept_fraction"]
 
 
