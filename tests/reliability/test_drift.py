@@ -168,7 +168,7 @@ class TestTheJudge:
         keep, reasons = plan.selection.keep.copy(), plan.selection.reasons.copy()
         bound, bit = plan.selection.thresholds["odd"]["drops"]["below"], rule_bits(plan.config)["odd"]
         scores = plan.selection.seen["odd"].copy()
-        token = int(np.nanargmin(np.where(reasons == 0, np.abs(scores - bound), np.nan)))
+        token = int(np.nanargmax(np.where(reasons == 0, np.abs(scores - bound), np.nan)))  # in the band of no rule
         scores[token] = bound + shift
         given = {**plan.selection.seen, "odd": scores}
         mine = judged(plan, keep=plan.selection.keep, reasons=plan.selection.reasons, **given)
