@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
@@ -51,6 +51,9 @@ ADAPTER_INITS: dict[str, tuple[Any, ...]] = {
         *("gaussian", "kaiming_uniform", "xavier_uniform", "lycoris", "bat", "mini", "zero"),
     ),
 }
+# Of the options that PEFT marks as a method of their own (in LoRA these are no types): the same. KaSA cuts the base's
+# smallest singular values off.
+VARIANTS = frozenset(("use_dora", "alora_invocation_tokens", "monteclora_config", "velora_config", "use_bdlora"))
 
 
 @dataclass
@@ -380,10 +383,13 @@ def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nul
 
 
 def _check_adapter(adapter: Any) -> None:
-    """Refuse a PEFT config whose type or initialisation is not known to leave the base weights unchanged."""
+    """Refuse a PEFT config whose type, initialisation or variant is not known to leave the base weights unchanged."""
     kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
-    found = [("peft_type", kind, tuple(sorted(ADAPTERS)))]
+    found: list[tuple[str, Any, tuple[Any, ...]]] = [("peft_type", kind, tuple(sorted(ADAPTERS)))]
     found += [(name, getattr(adapter, name), legal) for name, legal in ADAPTER_INITS.items() if hasattr(adapter, name)]
+    for option in fields(adapter):
+        if option.metadata.get("is_lora_variant") and option.name not in VARIANTS:
+            found.append((option.name, getattr(adapter, option.name) or None, (None,)))
     for name, value, legal in found:
         if value not in legal:
             raise XTFUserError(
