@@ -105,7 +105,12 @@ class Reference:
     @property
     def decoder(self) -> nn.Module:
         """The layers below the LM head. TRL patches `model.forward`, but not the decoder's."""
-        return self.model.get_decoder()  # type: ignore[no-any-return]
+        found: nn.Module = self.model.get_decoder()
+        if found is not self.model and not isinstance(found, nn.Linear):
+            return found
+        # transformers finds none in Llama 4, and the head in others
+        parts: list[nn.Module] = list(self.model.children())
+        return next(part for part in parts if any(each is self.embeddings for each in part.modules()))
 
     @property
     def embeddings(self) -> Any:
