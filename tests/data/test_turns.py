@@ -94,6 +94,25 @@ def test_a_separator_between_turns_is_no_end():
     assert rules_of(tokenizer, [row(tokenizer, "U: Hi\nA: ", "One.</s>\n\n")]).turns.ended.tolist() == [True]
 
 
+ALIKE = {  # what ends an answer, what begins the next turn, what ends all; the marks
+    ("<|end|>\n", "<|user|>", "<|endoftext|>"): {"<|end|>", "<|end|>\n<|endoftext|>"},
+    ("[/A]", "[Q]", "[END]"): {"[/A]", "[/A][END]"},
+    ("</s>", "<s>", "<eos>"): {"</s>", "</s><eos>"},
+    ("<|im_end|>\n", "<|im_start|>", ""): {"<|im_end|>"},
+    ("{end}", "{user}", "{unk}"): {"{end}", "{end}{unk}"},
+}
+
+
+@pytest.mark.parametrize("marks", ALIKE)
+def test_marks_that_begin_alike_are_told_apart(marks):
+    tokenizer, (end, begin, last) = plain(), marks
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}" + begin + "{{ m['content'] }}\n{% else %}A: "
+        "{{ m['content'] }}" + end + "{% endif %}{% endfor %}" + last
+    )
+    assert set(TurnTexts.of(tokenizer).ends) == ALIKE[marks]
+
+
 SAYS_NOTHING = [
     None,
     "{{ raise_exception('no') }}",

@@ -236,6 +236,8 @@ RIGHT = {
     "a mixture": files(),
     "a mixture with a part set aside": files(eval_strategy="steps", eval_steps=1, test_split_size=0.5),
     "conversations": {"rows": [{"conversations": shared(row["messages"])} for row in CHATS]},
+    "pairs beside conversations": {"rows": [{**row, "conversations": "none"} for row in PAIRS]},
+    "pairs beside messages that are text": {"rows": [{**row, "messages": "none"} for row in PAIRS]},
     "the configuration of a folder": {"dataset_config": "default"},
     "a configuration of a card": {"dataset_config": "b", "card": card("a", "b")},
     "the one configuration of a card": {"card": card("a")},

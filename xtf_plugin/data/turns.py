@@ -21,6 +21,7 @@ from .formats import MARK
 from .ragged import Bools, Ints
 from .token_text import match_spans, token_bytes
 
+_WITHOUT_PART = re.compile(r"[<\[{][^<>\[\]{}]*\Z")  # of two marks that begin alike, such as `<|user|>` and `<|end|>`
 _ASKED, _ANSWER = "xtf-question", "xtf-answer"
 
 
@@ -63,7 +64,7 @@ class TurnTexts:
         before, last = once.split(_ANSWER)
         between = whole.split(_ANSWER)[1].split(_ASKED)[0]
         inserted = before.removeprefix(asked) if before.startswith(asked) else ""
-        ends = {last.strip(), os.path.commonprefix([last, between]).strip()} - {""}
+        ends = {last.strip(), _WITHOUT_PART.sub("", os.path.commonprefix([last, between])).strip()} - {""}
         return cls(tuple(sorted(ends, key=len, reverse=True)), inserted.strip(), True)
 
 

@@ -121,6 +121,8 @@ def of_row(row: Row, recipe: Recipe, config: XTFConfig) -> Iterator[str]:
 
 
 def _of_messages(row: Row) -> Iterator[str]:
+    if "prompt" in row:
+        return
     for column, keys in (("messages", {"role"}), ("conversations", {"from", "value"})):
         messages, shape = row.get(column), ", ".join(sorted(keys | {"content"} if column == "messages" else keys))
         if column not in row or messages is None:
