@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tests import tiny
 from tests.axolotl import stock
-from xtf_plugin.hosts.preflight import problems
+from xtf_plugin.hosts.preflight import notes, problems
 from xtf_plugin.hosts.recipes import load_recipe, parse_block
 
 ASKED = [{"question": "What is 2 + 3?", "answer": "It is 5."}] * 4
@@ -85,18 +85,19 @@ def source_of(folder, rows, entry):
     return {"path": str(folder), **entry}
 
 
-def axolotl_reads(source, model):
-    """Whether Axolotl makes rows of tokens of a source."""
+def axolotl_row(source, model, **settings):
+    """The first row of tokens that Axolotl makes of a source; None: it fails."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    cfg = DictDefault({"sequence_len": 512, "train_on_inputs": False, "dataset_num_proc": 1, "seed": 7})
+    tokenizer.add_special_tokens(settings.get("special_tokens", {}))
+    cfg = DictDefault({"sequence_len": 512, "train_on_inputs": False, "dataset_num_proc": 1, "seed": 7, **settings})
     entry = DictDefault({"chat_template": "tokenizer_default", **source})
     try:
         made, _ = sft._load_and_process_single_dataset(
             dataset_config=entry, cfg=cfg, tokenizer=tokenizer, split="train", seed=7
         )
-        return "input_ids" in next(iter(made))
+        return next(iter(made))
     except Exception:
-        return False
+        return None
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -111,4 +112,52 @@ def test_check_and_axolotl_agree_about_data(model, tmp_path, monkeypatch, case):
     loaded = load_recipe(path)
     found = problems(loaded, parse_block(loaded))
     assert len(found) == bool(message) and all(message in problem for problem in found), found
-    assert axolotl_reads(source, model) is not bool(message)
+    assert (axolotl_row(source, model) is None) is bool(message)
+
+
+USER = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+ENDS = {  # a template, keys of the source and of the recipe; what is noted, or whether the end is trained
+    "the eos token": (USER + "{{ eos_token }}\n{% endfor %}", {}, {}, ""),
+    "another one": (
+        USER + "<|im_end|>\n{% endfor %}",
+        {},
+        {},
+        "writes '<|im_end|>', and Axolotl trains '<|endoftext|>'",
+    ),
+    "that is named": (USER + "<|im_end|>\n{% endfor %}", {}, {"eot_tokens": ["<|im_end|>"]}, ""),
+    "that is the eos token now": (
+        USER + "<|im_end|>\n{% endfor %}",
+        {},
+        {"special_tokens": {"eos_token": "<|im_end|>"}},
+        "",
+    ),
+    "that is not trained": (USER + "{{ eos_token }}\n{% endfor %}", {"train_on_eos": "none"}, {}, "train_on_eos: none"),
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_ends_of_turns_that_axolotl_does_not_train_are_noted(model, tmp_path, kind):
+    template, keys, settings, message = ENDS[kind]
+    file = tmp_path / "t.jinja"
+    file.write_text(template)
+    source = source_of(tmp_path, CHATS, {"type": "chat_template", **keys})
+    source |= {"chat_template": "jinja", "chat_template_jinja": str(file)}
+    path = tmp_path / "recipe.yaml"
+    recipe = {"base_model": str(model), "datasets": [source], "plugins": [stock.PLUGIN], "xtf": True, **settings}
+    path.write_text(yaml.safe_dump(recipe))
+    found = notes(load_recipe(path))
+    assert len(found) == bool(message) and all(message in note for note in found), found
+    row = axolotl_row(source, model, **settings)
+    trained = {token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ends = set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+    assert bool(trained & ends) is not bool(message)
+
+
+def test_templates_that_axolotl_brings_are_read(model, tmp_path):
+    source = source_of(tmp_path, CHATS, {"type": "chat_template", "chat_template": "gemma3"})
+    path = tmp_path / "recipe.yaml"
+    recipe = {"base_model": str(model), "datasets": [source], "plugins": [stock.PLUGIN], "xtf": True}
+    path.write_text(yaml.safe_dump(recipe))
+    (note,) = notes(load_recipe(path))
+    assert "writes '<end_of_turn>'" in note and "Set eot_tokens: ['<end_of_turn>']" in note

@@ -9,8 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.turns import TurnTexts
 from . import data_files
+from .chat_template import Template, special_tokens, text_of
 from .data_files import Splits
+from .model_files import source as source_of
 
 _READERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"}
 _TOKENISED = {"input_ids", "attention_mask", "labels"}
@@ -65,11 +68,39 @@ def of_columns(source: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[st
         )
 
 
-def notes(source: Mapping[str, Any]) -> Iterator[str]:
-    """What a source says about ends of turns, where that is seldom meant."""
-    chat = str(source.get("type")).split(".")[0] == "chat_template"
-    if chat and source.get("train_on_eos") == "none" and source.get("train_on_eot") in (None, "none", False):
+def notes(source: Mapping[str, Any], data: Mapping[str, Any], folder: Path | None) -> Iterator[str]:
+    """What a source says about ends of turns, where that is seldom meant.
+
+    Args:
+        source: one of the recipe's `datasets`.
+        data: the recipe.
+        folder: of the model's files, if they are here.
+    """
+    if str(source.get("type")).split(".")[0] != "chat_template":
+        return
+    if source.get("train_on_eos") == "none" and source.get("train_on_eot") in (None, "none"):
         yield (
             f"{source.get('path')}: no end of turn is trained (train_on_eos: none), so the model does not learn to "
             "stop. Remove it, or set train_on_eot: turn."
         )
+        return
+    special = {**special_tokens(folder), **(data.get("special_tokens") or {})}
+    text, trained = _template(source, data, folder), data.get("eot_tokens") or [special.get("eos_token")]
+    ends = TurnTexts.of(Template(text, special)).ends if text else ()
+    if ends and special and not any(str(token) in end for token in trained for end in ends):
+        yield (
+            f"{source.get('path')}: no end of turn is trained, so the model does not learn to stop: the chat template "
+            f"writes {ends[-1]!r}, and Axolotl trains {', '.join(map(repr, trained))}. Set eot_tokens: [{ends[-1]!r}]."
+        )
+
+
+def _template(source: Mapping[str, Any], data: Mapping[str, Any], folder: Path | None) -> str:
+    """The chat template of a source; empty if it is not known here."""
+    own = source if source.get("chat_template") else data
+    chosen = str(own.get("chat_template") or "tokenizer_default")
+    if chosen == "jinja":
+        given = str(own.get("chat_template_jinja") or "")
+        return Path(given).read_text(encoding="utf-8") if len(given) < 256 and Path(given).is_file() else given
+    found = text_of(folder) if folder and chosen.startswith("tokenizer_default") else ""
+    name = chosen.removeprefix("tokenizer_default_fallback_")
+    return found or source_of("axolotl", f"utils/chat_templates/templates/{name}.jinja")

@@ -78,16 +78,26 @@ def template_of(data: Mapping[str, Any], folder: Path | None, env: Mapping[str, 
     if text is None:
         if source is None or not any(source.glob("tokenizer*")):
             return None, ""  # on the hub, or not completely here
-        file = next((source / name for name in ("chat_template.jinja",) if (source / name).is_file()), None)
-        text = file.read_text(encoding="utf-8") if file else None
-        text = text or facts(source, "chat_template.json").get("chat_template")
-        text = text or facts(source, "tokenizer_config.json").get("chat_template")
+        text = text_of(source)
+    return (Template(text, special_tokens(source or folder)), "") if text else (None, "none")
+
+
+def text_of(folder: Path) -> str:
+    """The chat template of a tokenizer's folder; empty if it has none."""
+    file = folder / "chat_template.jinja"
+    text: Any = file.read_text(encoding="utf-8") if file.is_file() else None
+    text = text or facts(folder, "chat_template.json").get("chat_template")
+    text = text or facts(folder, "tokenizer_config.json").get("chat_template")
     if isinstance(text, list):  # older tokenizers name several
         text = {each.get("name"): each.get("template") for each in text}.get("default")
-    about = facts(source or folder, "tokenizer_config.json")
+    return str(text or "")
+
+
+def special_tokens(folder: Path | None) -> dict[str, str]:
+    """The special tokens of a tokenizer's folder, by name."""
+    about = facts(folder, "tokenizer_config.json")
     tokens = {name: about.get(name) for name in _SPECIAL}
-    special = {name: str(t.get("content") if isinstance(t, dict) else t) for name, t in tokens.items() if t}
-    return (Template(str(text), special), "") if text else (None, "none")
+    return {name: str(t.get("content") if isinstance(t, dict) else t) for name, t in tokens.items() if t}
 
 
 def is_chat(row: Row) -> bool:

@@ -58,9 +58,11 @@ def problems(recipe: Recipe, config: XTFConfig) -> list[str]:
 
 def notes(recipe: Recipe) -> list[str]:
     """One line for each thing that this recipe trains, or leaves out, and that is seldom meant; such a recipe runs."""
+    folder = _folder(recipe)
     if recipe.host == "axolotl":
-        return list(dict.fromkeys(note for source in sources(recipe) for note in axolotl_data.notes(source)))
-    template, _ = template_of(recipe.data, _folder(recipe), _environment(recipe))
+        found = [note for each in sources(recipe) for note in axolotl_data.notes(each, recipe.data, folder)]
+        return list(dict.fromkeys(found))
+    template, _ = template_of(recipe.data, folder, _environment(recipe))
     return list(of_turns(recipe.data, template, list(first_rows(recipe, []))))
 
 
