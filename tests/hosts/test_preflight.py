@@ -575,6 +575,33 @@ def test_axolotl(made, tmp_path):
     assert checked(path) == []
 
 
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"peft_init_lora_weights": "pissa"}, "pissa"),
+        ({"peft_init_lora_weights": "gaussian"}, ""),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "loftq"),
+        ({}, ""),
+        ({"peft_init_lora_weights": "pissa", "xtf": {"reference": {"model": "some/base"}}}, ""),
+    ],
+)
+def test_adapters_of_axolotl_that_change_the_base(made, tmp_path, monkeypatch, keys, named):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    write(tmp_path / "data/train.jsonl", CHATS)
+    data = {
+        "base_model": str(made / "model"),
+        "adapter": "lora",
+        "datasets": [{"path": str(tmp_path / "data"), "type": "chat_template"}],
+        "plugins": ["xtf_plugin.XTFPlugin"],
+        "xtf": True,
+        **keys,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data))
+    found = checked(path)
+    assert len(found) == bool(named) and all(f"peft_init_lora_weights: {named} changes" in each for each in found)
+
+
 def test_a_recipe_that_would_fail_is_refused(made, tmp_path):
     from xtf_plugin import cli
 

@@ -17,7 +17,8 @@ from tests import eager, tiny
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.scoring import engine, self_check
-from xtf_plugin.scoring.reference import ADAPTER_INITS, ADAPTERS, VARIANTS, Reference, borrow, resolve_layers
+from xtf_plugin.scoring.adapters import ADAPTER_INITS, ADAPTERS, VARIANTS
+from xtf_plugin.scoring.reference import Reference, borrow, resolve_layers
 from xtf_plugin.store.records import Records
 
 

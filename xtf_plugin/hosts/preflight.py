@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..scoring.adapters import ADAPTER_INITS
 from . import axolotl_data
 from .chat_template import notes as of_turns
 from .chat_template import of_template, template_of
@@ -49,6 +50,8 @@ def problems(recipe: Recipe, config: XTFConfig) -> list[str]:
     rows = list(first_rows(recipe, found))
     for row in rows:
         found += of_row(row, recipe, config)
+    if recipe.host == "axolotl" and not separate.model:
+        found += _of_adapters(data)
     if recipe.host == "trl":
         template, why = template_of(data, folder, env)
         found += [*_of_keys(data), *of_template(data, template, why, rows)]
@@ -88,6 +91,19 @@ def _of_output(recipe: Recipe) -> Iterator[str]:
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         yield f"output_dir: {recipe.output_dir()} cannot be written. Name a folder that you may write to."
+
+
+def _of_adapters(data: Mapping[str, Any]) -> Iterator[str]:
+    """The problem of an initialisation of Axolotl's adapters that changes the base model."""
+    peft = data.get("peft")
+    of_loftq = isinstance(peft, dict) and (peft.get("loftq_config") or {}).get("loftq_bits")
+    chosen = data.get("peft_init_lora_weights") or ("loftq" if of_loftq else True)
+    legal = ADAPTER_INITS["init_lora_weights"]
+    if data.get("adapter") in ("lora", "qlora") and chosen not in legal:
+        yield (
+            f"peft_init_lora_weights: {chosen} changes the base model, which is the reference with its adapters off. "
+            f"Legal: {', '.join(map(str, legal))}. Use one of them, or name the base under xtf `reference.model`."
+        )
 
 
 def _fields() -> dict[str, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..errors import XTFError, XTFUserError
+from .adapters import check_adapter
 from .attention_capture import Recorder, attention_switched, check_recorded, recording
 from .kernels import dispatch
 from .kernels.packing import Packed
@@ -35,25 +36,6 @@ MASKED = ("sdpa", "eager")  # attention functions that take masks of four dimens
 _KERNELS = "axolotl.kernels.lora"
 _PATCHES = "axolotl.monkeypatch.lora_kernels"
 _PROJECTIONS = {"apply_qkv": "original_apply_qkv_optional_v", "apply_o": "original_apply_o"}
-
-# PEFT adapters that leave the base weights unchanged, so that the model with its adapter off is the base model:
-# tests/scoring/test_engine.py, TestAdapters. Others, such as PiSSA, change the base weights.
-ADAPTERS = frozenset(
-    "ADALORA ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "
-    "LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING PSOFT PVERA "
-    "P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT".split()
-)
-ADAPTER_INITS: dict[str, tuple[Any, ...]] = {
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
-    "layer_replication": (None,),  # rebuilds the stack of layers, and turning the adapter off does not undo it
-    "init_weights": (
-        *(True, False, None),
-        *("gaussian", "kaiming_uniform", "xavier_uniform", "lycoris", "bat", "mini", "zero"),
-    ),
-}
-# Of the options that PEFT marks as a method of their own (in LoRA these are no types): the same. KaSA cuts the base's
-# smallest singular values off.
-VARIANTS = frozenset(("use_dora", "alora_invocation_tokens", "monteclora_config", "velora_config", "use_bdlora"))
 
 
 @dataclass
@@ -374,7 +356,7 @@ def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nul
     base = model
     if isinstance(model, PeftModel):
         for adapter in model.peft_config.values():
-            _check_adapter(adapter)
+            check_adapter(adapter)
         base, adapters_off = model.get_base_model(), model.disable_adapter
     elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise XTFUserError(
@@ -385,20 +367,3 @@ def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nul
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise XTFError(f"{name} ({type(base).__name__}) has no LM head. Train a causal language model with xtf.")
     return Reference(base, name, adapters_off, autocast)
-
-
-def _check_adapter(adapter: Any) -> None:
-    """Refuse a PEFT config whose type, initialisation or variant is not known to leave the base weights unchanged."""
-    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
-    found: list[tuple[str, Any, tuple[Any, ...]]] = [("peft_type", kind, tuple(sorted(ADAPTERS)))]
-    found += [(name, getattr(adapter, name), legal) for name, legal in ADAPTER_INITS.items() if hasattr(adapter, name)]
-    for option in fields(adapter):
-        if option.metadata.get("is_lora_variant") and option.name not in VARIANTS:
-            found.append((option.name, getattr(adapter, option.name) or None, (None,)))
-    for name, value, legal in found:
-        if value not in legal:
-            raise XTFUserError(
-                f"xtf: an adapter with {name}={value!r} may change the base model: the model with its adapter off is "
-                f"then not the base model. Legal: {', '.join(map(str, legal))}. Use one of them, or name the base "
-                "model under xtf `reference.model`."
-            )
