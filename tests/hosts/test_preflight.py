@@ -237,6 +237,8 @@ RIGHT = {
     "a mixture with a part set aside": files(eval_strategy="steps", eval_steps=1, test_split_size=0.5),
     "conversations": {"rows": [{"conversations": shared(row["messages"])} for row in CHATS]},
     "pairs beside conversations": {"rows": [{**row, "conversations": "none"} for row in PAIRS]},
+    "messages beside conversations": {"rows": [{**row, "conversations": "none"} for row in CHATS]},
+    "text beside conversations": {"rows": [{"text": "One. Two three.", "conversations": ["none"]}] * 4},
     "pairs beside messages that are text": {"rows": [{**row, "messages": "none"} for row in PAIRS]},
     "the configuration of a folder": {"dataset_config": "default"},
     "a configuration of a card": {"dataset_config": "b", "card": card("a", "b")},

@@ -79,7 +79,8 @@ def template_of(data: Mapping[str, Any], folder: Path | None, env: Mapping[str, 
         if source is None or not any(source.glob("tokenizer*")):
             return None, ""  # on the hub, or not completely here
         text = text_of(source)
-    return (Template(text, special_tokens(source or folder)), "") if text else (None, "none")
+    given = {"eos_token": str(data["eos_token"])} if data.get("eos_token") else {}
+    return (Template(text, {**special_tokens(source or folder), **given}), "") if text else (None, "none")
 
 
 def text_of(folder: Path) -> str:

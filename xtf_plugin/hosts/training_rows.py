@@ -115,18 +115,18 @@ def of_row(row: Row, recipe: Recipe, config: XTFConfig) -> Iterator[str]:
             f"the data has messages and text in the columns {columns}, of which TRL takes any one as the kind of the "
             "data. Remove those that are not trained on."
         )
-    yield from _of_messages(row)
+    yield from _of_messages(row, text)
     if data.get("assistant_only_loss") is True and not is_chat(row):
         yield "assistant_only_loss needs `messages`, and the data has none. Remove it."
 
 
-def _of_messages(row: Row) -> Iterator[str]:
-    if "prompt" in row:
+def _of_messages(row: Row, text: str) -> Iterator[str]:
+    column, keys, other = "messages", {"role"}, ""
+    if column not in row:
+        column, keys, other = "conversations", {"from", "value"}, " (or rename the column to `messages`)"
+    messages = row.get(column)
+    if messages is None or "prompt" in row or (column == "conversations" and text in row):
         return
-    for column, keys in (("messages", {"role"}), ("conversations", {"from", "value"})):
-        messages, shape = row.get(column), ", ".join(sorted(keys | {"content"} if column == "messages" else keys))
-        if column not in row or messages is None:
-            continue
-        if not isinstance(messages, list) or not all(isinstance(each, dict) and keys <= set(each) for each in messages):
-            other = " (or rename the column to `messages`)" if column == "conversations" else ""
-            yield f"`{column}` must be a list of {{{shape}}}. Convert the data{other}."
+    if not isinstance(messages, list) or not all(isinstance(each, dict) and keys <= set(each) for each in messages):
+        shape = "role, content" if column == "messages" else "from, value"
+        yield f"`{column}` must be a list of {{{shape}}}. Convert the data{other}."
