@@ -80,7 +80,7 @@ def check(
 ) -> None:
     """Validate block, recipe, paths, data and template without loading a model."""
     from .config.block import XTFConfig
-    from .hosts.preflight import problems
+    from .hosts.preflight import notes, problems
 
     if schema:
         typer.echo(json.dumps(XTFConfig.json_schema(), indent=2))
@@ -97,6 +97,8 @@ def check(
     typer.echo(f"{recipe}: ok")
     for name, value in _facts(loaded, config, hook).items():
         typer.echo(f"{name:<12}{value}")  # no table, which could break paths
+    for note in notes(loaded):
+        typer.echo(f"note: {note}")
 
 
 @app.command()

@@ -16,6 +16,7 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.data.token_text import token_bytes
 from xtf_plugin.data.turns import Turns, TurnTexts
+from xtf_plugin.errors import XTFUserError
 from xtf_plugin.selection.text_rules import TextRules, special_ids
 
 FIELD = ROOT / "tests/data/field"
@@ -93,11 +94,54 @@ def test_a_separator_between_turns_is_no_end():
     assert rules_of(tokenizer, [row(tokenizer, "U: Hi\nA: ", "One.</s>\n\n")]).turns.ended.tolist() == [True]
 
 
-@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{{ messages[0]['content'] }}", "{% if"])
+ALIKE = {  # what ends an answer, what begins the next turn, what ends all; the marks
+    ("<|end|>\n", "<|user|>", "<|endoftext|>"): {"<|end|>", "<|end|>\n<|endoftext|>"},
+    ("[/A]", "[Q]", "[END]"): {"[/A]", "[/A][END]"},
+    ("</s>", "<s>", "<eos>"): {"</s>", "</s><eos>"},
+    ("<|im_end|>\n", "<|im_start|>", ""): {"<|im_end|>"},
+    ("{end}", "{user}", "{unk}"): {"{end}", "{end}{unk}"},
+}
+
+
+@pytest.mark.parametrize("marks", ALIKE)
+def test_marks_that_begin_alike_are_told_apart(marks):
+    tokenizer, (end, begin, last) = plain(), marks
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}" + begin + "{{ m['content'] }}\n{% else %}A: "
+        "{{ m['content'] }}" + end + "{% endif %}{% endfor %}" + last
+    )
+    assert set(TurnTexts.of(tokenizer).ends) == ALIKE[marks]
+
+
+SAYS_NOTHING = [
+    None,
+    "{{ raise_exception('no') }}",
+    "{{ messages[0]['content'] }}",
+    "{% if",
+    "{{ 1 // 0 }}",
+    "{{ messages[9]['content'] + 1 }}",
+    "{{ messages | join(5) | int('a') + [] }}",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    "{{ ''.__class__.__mro__ }}{{ messages[0].content.__class__.__base__.__subclasses__() }}",
+    "{{ '%d' | format('a') }}",
+    "{{ 2 ** 9999999999999999999.0 }}",
+]
+
+
+@pytest.mark.parametrize("template", SAYS_NOTHING)
 def test_templates_that_say_nothing(template):
     tokenizer = plain()
     tokenizer.chat_template = template
     assert TurnTexts.of(tokenizer) == TurnTexts()
+
+
+def test_an_error_of_ours_in_a_template_is_not_hidden():
+    class Ours:
+        def apply_chat_template(self, *_, **__):
+            raise XTFUserError("xtf: ours")
+
+    with pytest.raises(XTFUserError, match="ours"):
+        TurnTexts.of(Ours())
 
 
 def warnings_of(tokenizer, rows, keep=None):

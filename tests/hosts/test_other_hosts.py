@@ -194,7 +194,7 @@ class TestRefusals:
             attach(host, True)
 
     def test_no_tokenizer(self, tmp_path):
-        host = made(tmp_path, collator=lambda rows: rows)
+        host = made(tmp_path, collator=lambda rows: seq2seq()(rows))
         host.processing_class = None
         with pytest.raises(XTFUserError, match="processing_class=tokenizer"):
             attach(host, BLOCK).train()

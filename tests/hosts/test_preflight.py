@@ -13,7 +13,7 @@ import yaml
 from tests import real, tiny
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.hosts import trl as trl_host
-from xtf_plugin.hosts.preflight import _fields, problems
+from xtf_plugin.hosts.preflight import _fields, notes, problems
 from xtf_plugin.hosts.recipes import load_recipe, parse_block
 
 PAIRS = [{"prompt": "What is 2 + 3?", "completion": " It is 5. Sure!"}] * 4
@@ -79,6 +79,22 @@ def block(**keys):
     return {"preset": "none", "knowledge_novelty": True, **keys}
 
 
+def files(**changes):
+    """A mixture of the one file of data."""
+    return {"dataset_name": ..., "datasets": [{"path": "json", "data_files": "data/train.jsonl"}], **changes}
+
+
+def card(*names):
+    parts = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: train.jsonl\n" for name in names
+    )
+    return f"---\nconfigs:\n{parts}---\n"
+
+
+def shared(messages):
+    return [{"from": each["role"], "value": each["content"]} for each in messages]
+
+
 MISTAKES = {
     "no such model": ({"model_name_or_path": "./no/such/model"}, "there is no folder ./no/such/model"),
     "no data": ({"dataset_name": ...}, "names no training data"),
@@ -87,6 +103,39 @@ MISTAKES = {
     "an empty file": ({"rows": []}, "it is empty"),
     "a broken file": ({"rows": [], "raw": '{"prompt": "a", }\n'}, "cannot be read"),
     "raw columns": ({"rows": [{"question": "a", "answer": "b"}]}, "columns question, answer"),
+    "a prompt beside text": ({"rows": [{"prompt": "a", "text": "b"}]}, "TRL does not read `text` beside it"),
+    "a prompt beside messages": ({"rows": [{**CHATS[0], "prompt": "a"}]}, "TRL does not read `messages` beside it"),
+    "a chat and a text": ({"rows": [{**PAIRS[0], "prompt": CHATS[0]["messages"]}]}, "has messages and text"),
+    "conversations of messages": (
+        {"rows": [{"conversations": CHATS[0]["messages"]}]},
+        "`conversations` must be a list of {from, value}",
+    ),
+    "a mixture to evaluate on": (files(eval_strategy="steps", eval_steps=1), "Set test_split_size, or eval_strategy"),
+    "another split of a mixture": (files(dataset_train_split="sft"), "has no split 'sft', only train"),
+    "a share of some": (
+        {"dataset_name": ..., "datasets": [{**files()["datasets"][0], "fraction": 0.5}, files()["datasets"][0]]},
+        "Set it for all, or for none",
+    ),
+    "no such configuration": ({"dataset_config": "main"}, "there is no configuration 'main', only default"),
+    "no such configuration of a card": ({"dataset_config": "c", "card": card("a", "b")}, "'c', only a, b"),
+    "which of two configurations": ({"card": card("a", "b")}, "has the configurations a, b. Set dataset_config"),
+    "no such configuration of a mixture": (
+        {"dataset_name": ..., "datasets": [{"path": "data", "name": "main"}]},
+        "there is no configuration 'main'",
+    ),
+    "a model at home": ({"model_name_or_path": "~/model"}, "no folder ~/model. `~` stands for no folder here"),
+    "a reference at home": ({"xtf": block(reference={"model": "~/model"})}, "`~` stands for no folder here"),
+    "data at home": ({"dataset_name": "~/data"}, "folder of data. `~` stands for no folder here"),
+    "files at home": (
+        {"dataset_name": ..., "datasets": [{"path": "json", "data_files": "~/data/train.jsonl"}]},
+        "no file ~/data/train.jsonl. `~` stands for no folder here",
+    ),
+    "a template at home": ({"rows": CHATS, "chat_template_path": "~/t.jinja"}, "`~` stands for no folder here"),
+    "a template without its ending": ({"rows": CHATS, "chat_template_path": "recipe.yaml"}, "is no .jinja file"),
+    "written by save_to_disk": ({"saved": "one"}, "was written by save_to_disk"),
+    "a split of save_to_disk": ({"saved": "several", "dataset_train_split": "sft"}, "no split 'sft', only train"),
+    "raw columns of save_to_disk": ({"saved": "several", "rows": [{"question": "a"}]}, "has the columns question"),
+    "packing without a length": ({"packing": True, "max_length": None}, "Set max_length"),
     "a prompt alone": ({"rows": [{"prompt": "a", "answer": "b"}]}, "no `completion`"),
     "only a test split": ({"file": "test.jsonl"}, "no split 'train', only test"),
     "another split": ({"dataset_train_split": "sft"}, "no split 'sft', only train"),
@@ -127,7 +176,7 @@ def recipe_with(made, tmp_path, changes):
     import shutil
 
     changes = dict(changes)
-    raw = changes.pop("raw", None)
+    raw, saved, head = (changes.pop(name, None) for name in ("raw", "saved", "card"))
     beside = changes.pop("beside", None)
     if {"template", "config", "without"} & set(changes):
         model = tmp_path / "model"
@@ -147,7 +196,23 @@ def recipe_with(made, tmp_path, changes):
     path = recipe_of(made, tmp_path, **changes)
     if raw is not None:
         (tmp_path / "data" / "train.jsonl").write_text(raw)
+    if saved:
+        save(tmp_path / "data", saved)
+    if head:
+        (tmp_path / "data" / "README.md").write_text(head)
     return path
+
+
+def save(folder, kind):
+    """Put what save_to_disk writes in the place of a file of rows."""
+    import shutil
+
+    from datasets import Dataset, DatasetDict
+
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    shutil.rmtree(folder)
+    made = Dataset.from_list(rows)
+    (made if kind == "one" else DatasetDict({"train": made})).save_to_disk(str(folder))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -168,17 +233,31 @@ RIGHT = {
     "text": {"rows": [{"text": "One. Two three."}] * 4},
     "a column of text": {"rows": [{"body": "One. Two three."}] * 4, "dataset_text_field": "body"},
     "a number as text": {"learning_rate": "1e-4"},
-    "a mixture": {"mixture": True},
+    "a mixture": files(),
+    "a mixture with a part set aside": files(eval_strategy="steps", eval_steps=1, test_split_size=0.5),
+    "conversations": {"rows": [{"conversations": shared(row["messages"])} for row in CHATS]},
+    "pairs beside conversations": {"rows": [{**row, "conversations": "none"} for row in PAIRS]},
+    "messages beside conversations": {"rows": [{**row, "conversations": "none"} for row in CHATS]},
+    "text beside conversations": {"rows": [{"text": "One. Two three.", "conversations": ["none"]}] * 4},
+    "pairs beside messages that are text": {"rows": [{**row, "messages": "none"} for row in PAIRS]},
+    "the configuration of a folder": {"dataset_config": "default"},
+    "a configuration of a card": {"dataset_config": "b", "card": card("a", "b")},
+    "the one configuration of a card": {"card": card("a")},
+    "splits of save_to_disk": {"saved": "several"},
+    "a file whose name begins with ~": {
+        **files(datasets=[{"path": "json", "data_files": "~rows.jsonl"}]),
+        "file": "../~rows.jsonl",
+    },
+    "an output folder at home": {"output_dir": "~/out"},
 }
 
 
 @pytest.mark.parametrize("recipe", RIGHT)
 def test_recipes_without_a_mistake_are_left_alone(made, tmp_path, monkeypatch, recipe):
-    changes = dict(RIGHT[recipe])
-    if changes.pop("mixture", False):
-        files = {"path": "json", "data_files": str(tmp_path / "data" / "train.jsonl")}
-        changes |= {"dataset_name": ..., "datasets": [files]}
-    path = recipe_of(made, tmp_path, **changes)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    path = recipe_with(made, tmp_path, RIGHT[recipe])
     assert checked(path) == []
     assert in_stock(path, monkeypatch)
 
@@ -376,6 +455,107 @@ def test_what_is_not_on_this_disk_is_left_to_the_run(made, tmp_path, monkeypatch
     assert "HF_HUB_OFFLINE is set" in problem
 
 
+def cached(made, hub, revisions):
+    """A hub's cache with a model; `revisions`: names and the model's chat template there."""
+    import shutil
+
+    for number, (name, template) in enumerate(revisions.items()):
+        commit = f"{number:040x}"
+        folder = hub / "models--some--model"
+        shutil.copytree(made / "model", folder / "snapshots" / commit)
+        (folder / "snapshots" / commit / "chat_template.jinja").write_text(template)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / name).write_text(commit)
+
+
+def test_the_revision_of_a_model_is_read(made, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    hub = tmp_path / "hub"
+    cached(made, hub, {"main": NO_MARKS, "old": tiny.CHAT_TEMPLATE})
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    for revision, right in ((..., False), ("old", True), ("main", False), (f"{1:040x}", True), ("gone", False)):
+        chats = {"rows": CHATS, "assistant_only_loss": True, "model_name_or_path": "some/model"}
+        path = recipe_of(made, tmp_path, model_revision=revision, **chats)
+        assert (checked(path) == []) is right, revision
+        assert in_stock(path, monkeypatch) is right
+    assert "some/model (revision gone) is not in the cache" in checked(path)[0]
+
+
+def test_the_env_block_of_a_recipe_says_where_models_are(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    cached(made, tmp_path / "home" / "hub", {"main": NO_MARKS})
+    chats = {"rows": CHATS, "assistant_only_loss": True, "model_name_or_path": "some/model"}
+    assert checked(recipe_of(made, tmp_path, **chats)) == []
+    found = checked(recipe_of(made, tmp_path, env={"HF_HUB_OFFLINE": 1}, **chats))
+    assert "is not in the cache" in found[0]
+    monkeypatch.delenv("HF_HUB_CACHE")
+    found = checked(recipe_of(made, tmp_path, env={"HF_HOME": str(tmp_path / "home")}, **chats))
+    assert len(found) == 1 and "{% generation %}" in found[0]
+
+
+ANSWER = "{% for m in messages %}{% if m['role'] == 'user' %}U: {{ m['content'] }}\n{% else %}A: "
+PROMPT = "{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+MARKED = ANSWER + "{% generation %}{{ m['content'] }}{% endgeneration %}"
+THINKS = "<think>\n\n</think>\n\n"
+TURNS = {  # a template; whether answers alone are trained; what is said of it, for messages and for pairs of them
+    "marked": (MARKED.replace("{% endgen", "<|im_end|>{% endgen") + PROMPT, True, "", ""),
+    "unmarked": (ANSWER + "{{ m['content'] }}<|im_end|>\n" + PROMPT, False, "", ""),
+    "no end": (ANSWER + "{{ m['content'] }}\n" + PROMPT, False, "nothing after", "nothing after"),
+    "no end in the marks": (MARKED + "\n" + PROMPT, True, "nothing after an answer", "nothing after an answer"),
+    "an end outside": (MARKED + "<|im_end|>\n" + PROMPT, True, "'<|im_end|>' outside", "'<|im_end|>' outside"),
+    "an eos token outside": (MARKED + "{{ eos_token }}\n" + PROMPT, True, "'<|endoftext|>' outside", "outside"),
+    "an insertion": (ANSWER + THINKS + "{{ m['content'] }}<|im_end|>" + PROMPT, False, "inserts", "inserts"),
+    "an insertion outside": (
+        MARKED.replace("{% gen", THINKS + "{% gen").replace("{% endgen", "<|im_end|>{% endgen") + PROMPT,
+        True,
+        "",
+        "",
+    ),
+    "an insertion inside": (
+        MARKED.replace("ion %}{{", f"ion %}}{THINKS}{{{{").replace("{% endgen", "<|im_end|>{% endgen") + PROMPT,
+        True,
+        "inserts '<think>\\n\\n</think>'",
+        "inserts",
+    ),
+    "that refuses": ("{{ raise_exception('no') }}", False, "", ""),
+    "that fails": ("{{ 1 / 0 }}", False, "", ""),
+}
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["messages", "pairs"])
+@pytest.mark.parametrize("kind", TURNS)
+def test_ends_of_turns_that_are_never_trained_are_noted(made, tmp_path, kind, pairs):
+    template, alone, *expected = TURNS[kind]
+    (tmp_path / "t.jinja").write_text(template)
+    rows = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in CHATS] if pairs else CHATS
+    changes = {"assistant_only_loss": alone, "chat_template_path": str(tmp_path / "t.jinja")}
+    path = recipe_of(made, tmp_path, rows=rows, **changes)
+    found = notes(load_recipe(path))
+    assert len(found) == bool(expected[pairs]) and all(expected[pairs] in note for note in found), found
+
+
+def test_answers_with_an_opening_of_their_own_are_not_noted(made, tmp_path):
+    (tmp_path / "t.jinja").write_text(TURNS["an insertion"][0])
+    rows = [
+        {"messages": [row["messages"][0], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nFive."}]}
+        for row in CHATS
+    ]
+    path = recipe_of(made, tmp_path, rows=rows, chat_template_path=str(tmp_path / "t.jinja"))
+    assert notes(load_recipe(path)) == []
+
+
+def test_check_prints_notes_and_says_ok(made, tmp_path, capsys):
+    from xtf_plugin import cli
+
+    (tmp_path / "t.jinja").write_text(TURNS["no end"][0])
+    cli.check(recipe_of(made, tmp_path, rows=CHATS, chat_template_path=str(tmp_path / "t.jinja")), False)
+    printed = capsys.readouterr().out
+    assert ": ok\n" in printed and "\nnote: no end of turn is trained" in printed
+
+
 def test_axolotl(made, tmp_path):
     write(tmp_path / "data/train.jsonl", CHATS)
     data = {
@@ -395,6 +575,33 @@ def test_axolotl(made, tmp_path):
     data |= {"datasets": [{"path": "s3://bucket/folder/file.jsonl"}]}
     path.write_text(yaml.safe_dump(data))
     assert checked(path) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"peft_init_lora_weights": "pissa"}, "pissa"),
+        ({"peft_init_lora_weights": "gaussian"}, ""),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "loftq"),
+        ({}, ""),
+        ({"peft_init_lora_weights": "pissa", "xtf": {"reference": {"model": "some/base"}}}, ""),
+    ],
+)
+def test_adapters_of_axolotl_that_change_the_base(made, tmp_path, monkeypatch, keys, named):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    write(tmp_path / "data/train.jsonl", CHATS)
+    data = {
+        "base_model": str(made / "model"),
+        "adapter": "lora",
+        "datasets": [{"path": str(tmp_path / "data"), "type": "chat_template"}],
+        "plugins": ["xtf_plugin.XTFPlugin"],
+        "xtf": True,
+        **keys,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data))
+    found = checked(path)
+    assert len(found) == bool(named) and all(f"peft_init_lora_weights: {named} changes" in each for each in found)
 
 
 def test_a_recipe_that_would_fail_is_refused(made, tmp_path):

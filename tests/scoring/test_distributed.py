@@ -220,7 +220,7 @@ def test_a_sharded_model_scores_in_step(two, name):
 
     first, second = (rank[name] for rank in two)
     assert first["batches"] != second["batches"], "the case must give the ranks unequal work"
-    checks = 3  # by our kernels, by the model itself, by the definition of attention received
+    checks = 4  # by our kernels, by the model itself, with other late tokens, by the definition of attention received
     assert first["forwards"] == second["forwards"] == checks + max(first["batches"], second["batches"])
     assert first["logprobs"] == second["logprobs"]
     assert first["vectors"] < 1e-6

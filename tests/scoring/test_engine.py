@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import pairwise
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -16,7 +17,8 @@ from tests import eager, tiny
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.scoring import engine, self_check
-from xtf_plugin.scoring.reference import ADAPTER_INITS, ADAPTERS, Reference, borrow, resolve_layers
+from xtf_plugin.scoring.adapters import ADAPTER_INITS, ADAPTERS, VARIANTS
+from xtf_plugin.scoring.reference import Reference, borrow, resolve_layers
 from xtf_plugin.store.records import Records
 
 
@@ -201,6 +203,10 @@ def literals(kind):
     return {bool: [True, False], type(None): [None]}.get(kind) or [v for part in get_args(kind) for v in literals(part)]
 
 
+def _types():
+    return {str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
 def adapters():
     """Every accepted adapter type of this PEFT with each accepted initialisation."""
     for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items():
@@ -228,24 +234,83 @@ class TestAdapters:
         "WAVEFT": {"n_frequency": 64},
     }
 
-    @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize(("kind", "made", "field", "value"), list(adapters()))
-    def test_accepted_adapters_leave_the_base_model_unchanged(self, kind, made, field, value):
+    OPTIONS = {  # of LoRA
+        "dora": {"use_dora": True},
+        "rslora": {"use_rslora": True},
+        "a trained head": {"modules_to_save": ["lm_head"]},
+        "trained embeddings": {"modules_to_save": ["embed_tokens"]},
+        "some trained tokens": {"trainable_token_indices": [5, 6, 7]},
+        "adapted embeddings": {"target_modules": ["embed_tokens"]},
+        "all linear layers": {"target_modules": "all-linear"},
+        "parameters": {"target_parameters": ["model.layers.0.self_attn.q_proj.weight"], "target_modules": ["v_proj"]},
+        "one layer": {"layers_to_transform": [0]},
+        "its own biases": {"lora_bias": True},
+        "ranks by module": {"rank_pattern": {"q_proj": 2}},
+        "after some tokens": {"alora_invocation_tokens": [7, 8]},
+        "monteclora": {"monteclora_config": {}},
+        "velora": {"velora_config": {}},
+        "in blocks": {"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["q_proj"]}},
+    }
+    NEED_TASKS = {"MULTITASK_PROMPT_TUNING", "POLY"}  # so that the adapted model is not run
+
+    def compare(self, kind, made, options):
+        """The adapter is trained first: most begin as the base model, and turning them off would change nothing."""
         plain, names = tiny.model(), get_type_hints(made)
-        options = {"task_type": "CAUSAL_LM", **({field: value} if field else {})}
         if "target_modules" in names:
-            options["target_modules"] = ["gate_proj"] if "feedforward_modules" in names else ["q_proj"]
+            options = {"target_modules": ["gate_proj"] if "feedforward_modules" in names else ["q_proj"], **options}
         if "feedforward_modules" in names:
             options["feedforward_modules"] = ["gate_proj"]
         if "num_virtual_tokens" in names:
             options["num_virtual_tokens"] = 4
-        options |= self.SIZES.get(kind, {})
+        options = {"task_type": "CAUSAL_LM", **options, **self.SIZES.get(kind, {})}
         ids = torch.arange(5, 40)[None]
         with torch.no_grad():
             expected = plain(input_ids=ids).logits
-            reference = borrow(get_peft_model(plain, made(**options)))
+            model = get_peft_model(plain, made(**options))
+            torch.manual_seed(1)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.3 * torch.randn_like(parameter)
+            if kind not in {*self.NEED_TASKS, "SHADOW"}:
+                assert not torch.allclose(model(input_ids=ids).logits[:, -35:], expected), "the adapter does nothing"
+            reference = borrow(model)
             with reference.scoring(record=False):
                 assert torch.equal(reference.model(input_ids=ids).logits, expected)
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize(("kind", "made", "field", "value"), list(adapters()))
+    def test_accepted_adapters_leave_the_base_model_unchanged(self, kind, made, field, value):
+        self.compare(kind, made, {field: value} if field else {})
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("option", OPTIONS)
+    def test_options_of_lora_leave_the_base_model_unchanged(self, option):
+        known = get_type_hints(LoraConfig)
+        if missing := self.OPTIONS[option].keys() - known:
+            pytest.skip(f"this PEFT has no {missing}")
+        self.compare("LORA", LoraConfig, dict(self.OPTIONS[option]))
+
+    @pytest.mark.parametrize("kind", sorted(_types() - ADAPTERS))
+    def test_other_types_of_peft_are_refused(self, kind):
+        model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj"]))
+        model.peft_config["default"].peft_type = kind
+        with pytest.raises(XTFUserError, match=f"peft_type='{kind}'"):
+            borrow(model)
+
+    def test_variants_of_lora_that_change_the_base_or_are_unknown_are_refused(self):
+        variants = {f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")}
+        for name in variants - VARIANTS:
+            model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj"]))
+            setattr(model.peft_config["default"], name, {"beta": 1.0})
+            with pytest.raises(XTFUserError, match=f"{name}=.*Legal: None.*reference.model"):
+                borrow(model)
+
+    def test_kasa_is_refused(self):
+        if "kasa_config" not in get_type_hints(LoraConfig):
+            pytest.skip("this PEFT has no KaSA")
+        model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj"], kasa_config={}))
+        with pytest.raises(XTFUserError, match="kasa_config"):
+            borrow(model)
 
     @pytest.mark.parametrize("value", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "unknown"])
     def test_initialisations_that_change_the_base_or_are_unknown_are_refused(self, value):

@@ -17,9 +17,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import XTFUserError
-from .ragged import offsets_of
+from .ragged import CHUNK_TOKENS, chunks, offsets_of
 
 IGNORE_INDEX = -100
+BLOCK = 8192  # documents whose tokens are joined at a time
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 KEY_BYTES = 16
@@ -185,20 +186,25 @@ class DocumentSet:
         return np.diff(self.offsets)
 
     @cached_property
-    def completion_flat(self) -> NDArray[np.int64]:
-        """Index of every completion token in `input_ids`, (M,)."""
-        return np.flatnonzero(self.completion)
+    def completion_flat(self) -> NDArray[Any]:
+        """Index of every completion token in `input_ids`, (M,); of 32 bits where these are enough, as it is kept."""
+        small, parts = len(self.completion) <= np.iinfo(np.int32).max, []
+        for part in chunks(len(self.completion), CHUNK_TOKENS):
+            found = np.flatnonzero(self.completion[part]) + part.start
+            parts.append(found.astype(np.int32) if small else found)
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     @cached_property
     def completion_offsets(self) -> NDArray[np.int64]:
         """(N + 1,) offsets of each document's completion tokens among all completion tokens."""
-        return np.searchsorted(self.completion_flat, self.offsets).astype(np.int64)
+        flat = self.completion_flat  # an array of another type would be copied
+        return np.searchsorted(flat, self.offsets.astype(flat.dtype)).astype(np.int64)
 
     @cached_property
     def completion_runs(self) -> NDArray[np.int64]:
         """Offsets of runs of adjacent completion tokens (an answer, a turn) among all completion tokens, (R + 1,)."""
         breaks = np.zeros(len(self.completion_flat), dtype=bool)
-        breaks[1:] = np.diff(self.completion_flat) > 1
+        breaks[1:] = self.completion_flat[1:] - self.completion_flat[:-1] > 1
         starts = self.completion_offsets
         breaks[starts[:-1][np.diff(starts) > 0]] = True  # a document's first completion token opens a run
         return np.append(np.flatnonzero(breaks), len(breaks))
@@ -206,8 +212,10 @@ class DocumentSet:
     @cached_property
     def completion_positions(self) -> NDArray[np.int32]:
         """Position of every completion token within its document, (M,)."""
-        starts = np.repeat(self.offsets[:-1], np.diff(self.completion_offsets))
-        return (self.completion_flat - starts).astype(np.int32)
+        starts = np.repeat(self.offsets[:-1].astype(self.completion_flat.dtype), np.diff(self.completion_offsets))
+        np.subtract(self.completion_flat, starts, out=starts)
+        positions: NDArray[np.int32] = starts.astype(np.int32, copy=False)
+        return positions
 
     def document(self, index: int) -> tuple[NDArray[np.int32], Mask]:
         """Token ids and label mask of one document."""
@@ -226,7 +234,7 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
         documents = split_row(row)
         row_sizes.append(len(documents))
         row_documents += [distinct.add(tokens, completion) for _, tokens, completion in documents]
-    if not any(mask[1:].any() for mask in distinct.masks):
+    if not distinct.predicts:
         raise XTFUserError(
             f"none of the {len(row_sizes)} training rows has a completion token that is predicted (a label other than "
             "-100 after a document's first token): there is nothing to score or to train on. Check "
@@ -278,27 +286,40 @@ class _Distinct:
 
     def __init__(self) -> None:
         self.index: dict[bytes, int] = {}
-        self.ids: list[NDArray[np.int32]] = []
-        self.masks: list[Mask] = []
+        self.lengths: list[int] = []
+        self.predicts = False  # whether a completion token is predicted
+        self._blocks: list[tuple[NDArray[np.int32], Mask]] = []
+        self._latest: list[tuple[NDArray[np.int32], Mask]] = []  # small arrays, which take twice their size
 
     def add(self, tokens: NDArray[Any], completion: Mask) -> int:
         """The index of a document."""
         key = document_key(tokens, completion)
         if key not in self.index:
-            self.index[key] = len(self.ids)
-            self.ids.append(_to_int32(tokens))
-            self.masks.append(completion)
+            self.index[key] = len(self.lengths)
+            self.lengths.append(len(tokens))
+            self.predicts = self.predicts or bool(completion[1:].any())
+            self._latest.append((_to_int32(tokens), completion))
+            if len(self._latest) == BLOCK:
+                self._join()
         return self.index[key]
+
+    def _join(self) -> None:
+        if self._latest:
+            ids, masks = zip(*self._latest, strict=True)
+            self._blocks.append((np.concatenate(ids), np.concatenate(masks)))
+            self._latest = []
 
     def documents(self, row_sizes: Sequence[int], row_documents: Sequence[int]) -> DocumentSet:
         """The documents, and those of each row."""
-        found = np.asarray(row_documents, dtype=np.int64)
+        self._join()
+        found, empty = np.asarray(row_documents, dtype=np.int64), (np.zeros(0, np.int32), np.zeros(0, bool))
+        ids, masks = zip(*(self._blocks or [empty]), strict=True)
         return DocumentSet(
             keys=np.frombuffer(b"".join(self.index), dtype=np.uint8).reshape(-1, KEY_BYTES),
             counts=np.bincount(found).astype(np.int64),
-            offsets=offsets_of(np.asarray([len(tokens) for tokens in self.ids], dtype=np.int64)),
-            input_ids=np.concatenate(self.ids),
-            completion=np.concatenate(self.masks),
+            offsets=offsets_of(np.asarray(self.lengths, dtype=np.int64)),
+            input_ids=np.concatenate(ids),
+            completion=np.concatenate(masks),
             row_offsets=offsets_of(np.asarray(row_sizes, dtype=np.int64)),
             row_documents=found,
         )

@@ -8,19 +8,31 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError  # of torch and of chat templates
 from numpy.typing import ArrayLike, NDArray
 
+from ..errors import XTFError
 from .documents import DocumentSet
 from .formats import MARK
 from .ragged import Bools, Ints
 from .token_text import match_spans, token_bytes
 
+_WITHOUT_PART = re.compile(r"[<\[{][^<>\[\]{}]*\Z")  # of two marks that begin alike, such as `<|user|>` and `<|end|>`
 _ASKED, _ANSWER = "xtf-question", "xtf-answer"
+
+
+def rendered(render: Callable[[], str]) -> str | None:
+    """What a chat template writes; None if it fails, by whatever its code raises."""
+    try:
+        return render()
+    except Exception as error:  # a template is a program
+        if isinstance(error, XTFError):
+            raise
+        return None
 
 
 @dataclass(frozen=True)
@@ -30,28 +42,30 @@ class TurnTexts:
     Args:
         ends: after the answers: the last one, and every one.
         inserted: between the prompt for an answer and its text.
+        known: whether the template rendered a conversation; otherwise the texts are empty.
     """
 
     ends: tuple[str, ...] = ()
     inserted: str = ""
+    known: bool = False
 
     @classmethod
     def of(cls, tokenizer: Any) -> TurnTexts:
         """Render a conversation of two turns; a template that refuses it gives empty texts."""
         turn = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWER}]
-        try:
-            whole = tokenizer.apply_chat_template([*turn, *turn], tokenize=False)
-            asked = tokenizer.apply_chat_template(turn[:1], tokenize=False, add_generation_prompt=True)
-            once = tokenizer.apply_chat_template(turn, tokenize=False)
-        except (TemplateError, ValueError, TypeError, LookupError, AttributeError):
+        write = tokenizer.apply_chat_template
+        whole = rendered(lambda: str(write([*turn, *turn], tokenize=False)))
+        asked = rendered(lambda: str(write(turn[:1], tokenize=False, add_generation_prompt=True)))
+        once = rendered(lambda: str(write(turn, tokenize=False)))
+        if whole is None or asked is None or once is None:
             return cls()
         if once.count(_ANSWER) != 1 or whole.count(_ANSWER) != 2:
             return cls()
         before, last = once.split(_ANSWER)
         between = whole.split(_ANSWER)[1].split(_ASKED)[0]
         inserted = before.removeprefix(asked) if before.startswith(asked) else ""
-        ends = {last.strip(), os.path.commonprefix([last, between]).strip()} - {""}
-        return cls(tuple(sorted(ends, key=len, reverse=True)), inserted.strip())
+        ends = {last.strip(), _WITHOUT_PART.sub("", os.path.commonprefix([last, between])).strip()} - {""}
+        return cls(tuple(sorted(ends, key=len, reverse=True)), inserted.strip(), True)
 
 
 @dataclass(frozen=True)

@@ -131,10 +131,13 @@ class _Units:
         median = self._median(shares)
         readable = given.readable if given.readable is not None else bool(median >= LEAST)
         if not readable:
-            self.context.warn(
+            why = (
                 f"the context explains {median:.2f} of the median {self.config.unit}: to this reference the prompts of "
-                "this data say too little, so it finds no text that is off the task"
             )
+            why += "this data say too little"
+            if np.isnan(median):
+                why = f"no {self.config.unit} is left to ask: all have no prompt, are a format, or are protected"
+            self.context.warn(f"{why}, so it finds no text that is off the task")
             return np.full(len(self.context.token_ids), np.nan, dtype=np.float32), Explained(template, -np.inf, False)
         limit = given.limit if given.limit is not None else self._limit(median)
         by_prompt = (behind - alone) / (PRIOR - alone)

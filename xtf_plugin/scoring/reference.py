@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..errors import XTFError, XTFUserError
+from .adapters import check_adapter
 from .attention_capture import Recorder, attention_switched, check_recorded, recording
 from .kernels import dispatch
 from .kernels.packing import Packed
@@ -35,22 +36,6 @@ MASKED = ("sdpa", "eager")  # attention functions that take masks of four dimens
 _KERNELS = "axolotl.kernels.lora"
 _PATCHES = "axolotl.monkeypatch.lora_kernels"
 _PROJECTIONS = {"apply_qkv": "original_apply_qkv_optional_v", "apply_o": "original_apply_o"}
-
-# PEFT adapters that leave the base weights unchanged, so that the model with its adapter off is the base model:
-# tests/scoring/test_engine.py, TestAdapters. Others, such as PiSSA, change the base weights.
-ADAPTERS = frozenset(
-    "ADALORA ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "
-    "LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING PSOFT PVERA "
-    "P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT".split()
-)
-ADAPTER_INITS: dict[str, tuple[Any, ...]] = {
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
-    "layer_replication": (None,),  # rebuilds the stack of layers, and turning the adapter off does not undo it
-    "init_weights": (
-        *(True, False, None),
-        *("gaussian", "kaiming_uniform", "xavier_uniform", "lycoris", "bat", "mini", "zero"),
-    ),
-}
 
 
 @dataclass
@@ -102,7 +87,12 @@ class Reference:
     @property
     def decoder(self) -> nn.Module:
         """The layers below the LM head. TRL patches `model.forward`, but not the decoder's."""
-        return self.model.get_decoder()  # type: ignore[no-any-return]
+        found: nn.Module = self.model.get_decoder()
+        if found is not self.model and not isinstance(found, nn.Linear):
+            return found
+        # transformers finds none in Llama 4, and the head in others
+        parts: list[nn.Module] = list(self.model.children())
+        return next(part for part in parts if any(each is self.embeddings for each in part.modules()))
 
     @property
     def embeddings(self) -> Any:
@@ -366,7 +356,7 @@ def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nul
     base = model
     if isinstance(model, PeftModel):
         for adapter in model.peft_config.values():
-            _check_adapter(adapter)
+            check_adapter(adapter)
         base, adapters_off = model.get_base_model(), model.disable_adapter
     elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise XTFUserError(
@@ -377,17 +367,3 @@ def borrow(model: Any, autocast: Callable[[], AbstractContextManager[Any]] = nul
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise XTFError(f"{name} ({type(base).__name__}) has no LM head. Train a causal language model with xtf.")
     return Reference(base, name, adapters_off, autocast)
-
-
-def _check_adapter(adapter: Any) -> None:
-    """Refuse a PEFT config whose type or initialisation is not known to leave the base weights unchanged."""
-    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
-    found = [("peft_type", kind, tuple(sorted(ADAPTERS)))]
-    found += [(name, getattr(adapter, name), legal) for name, legal in ADAPTER_INITS.items() if hasattr(adapter, name)]
-    for name, value, legal in found:
-        if value not in legal:
-            raise XTFUserError(
-                f"xtf: an adapter with {name}={value!r} may change the base model: the model with its adapter off is "
-                f"then not the base model. Legal: {', '.join(map(str, legal))}. Use one of them, or name the base "
-                "model under xtf `reference.model`."
-            )

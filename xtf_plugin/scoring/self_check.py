@@ -24,6 +24,7 @@ from .reference import Reference, rotary_switch
 logger = logging.getLogger(__name__)
 
 CHECK_TOKENS = 128  # length of the document of the check
+NEAR = 8  # tokens before a change that are looked at
 ROUNDING = 1e-4  # by how much packing may change scores in any case, and ...
 TIMES = 3.0  # ... as a multiple of the difference between two forwards that are equal but for rounding
 CANNOT = (XTFError, TypeError, ValueError, RuntimeError, LookupError, AttributeError)
@@ -128,7 +129,8 @@ def against_own_forward(
 ) -> None:
     """Compare log-probabilities with the model's own forward, and attention received with its definition.
 
-    Detects a head or attention of an unknown kind, and kernels that return wrong results here. Sets the reference's
+    Detects a head or attention of an unknown kind, attention to later tokens, and kernels that return wrong results
+    here. Sets the reference's
     `packs` and `checked`. Runs once for a reference, and once more when attention is first recorded.
 
     Args:
@@ -153,6 +155,7 @@ def against_own_forward(
 
     with reference.scoring(record=bool(layers)):
         ours, theirs = reference.with_full_weights(lambda: (run(False), _own_forward(reference, input_ids, "eager")))
+        ahead = reference.with_full_weights(lambda: _looking_ahead(reference, input_ids, ours.logprobs, layers))
         plain = reference.with_full_weights(lambda: run(True)) if layers else ours
         theirs, other = theirs.to(ours.logprobs.device), theirs
         if _in_8_bits(reference):  # rounding can change a value by a full step: two forwards show by how much
@@ -164,6 +167,7 @@ def against_own_forward(
         rounding = _mean_gap(other.to(theirs.device), theirs)
     _check_log_probabilities(reference, ours.logprobs, theirs, max(tolerance, TIMES * rounding))
     _check_attention(reference, ours.received, plain.received, tolerance)
+    _check_causal(reference, ahead, max(tolerance, TIMES * rounding))
     if not reference.lockstep and input_ids.device.type in packing.devices:  # all ranks would have to try the same
         equal = _Scores(theirs, plain.received)  # equal but for rounding, which affects packing as much
         reference.packs = _packs(reference, input_ids, ours, ours.gap(equal), layers, packing)
@@ -234,6 +238,23 @@ def _check_log_probabilities(reference: Reference, ours: Tensor, theirs: Tensor,
             f"{reference.name} ({type(reference.model).__name__}): log-probabilities differ from the model's own "
             f"forward by {gap:.2g} nats on average (allowed: {tolerance:.2g}). This architecture is not supported as a "
             "reference; name another one under `reference.model`."
+        )
+
+
+def _looking_ahead(reference: Reference, ids: Tensor, ours: Tensor, layers: tuple[int, ...]) -> float:
+    """By how much log-probabilities `ours` change, on average over some tokens, if only later tokens change."""
+    half = len(ids) // 2
+    near, lengths = slice(max(0, half - NEAR), half), torch.tensor([len(ids)], device=ids.device)
+    hidden, _ = reference.forward(torch.cat([ids[:half], ids[half:].flip(0)])[None], lengths, layers)
+    return _mean_gap(reference.predictions(hidden[0, near], ids[1:][near])[0], ours[near])
+
+
+def _check_causal(reference: Reference, gap: float, tolerance: float) -> None:
+    if not gap <= tolerance:
+        raise XTFError(
+            f"{reference.name} ({type(reference.model).__name__}): its tokens attend to later ones: log-probabilities "
+            f"change by {gap:.2g} nats when only later tokens change (allowed: {tolerance:.2g}). What a token tells is "
+            "then unknown; name a causal language model under `reference.model`."
         )
 
 

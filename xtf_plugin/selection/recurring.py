@@ -138,8 +138,8 @@ def _units(
     units = _Units(
         groups,
         owners[chosen],
-        (2 * np.add.reduceat((~selection.keep).astype(np.int64), starts) > lengths)[chosen],
-        (2 * np.add.reduceat(formatted.astype(np.int64), starts) > lengths)[chosen],
+        (2 * np.add.reduceat(~selection.keep, starts, dtype=np.int64) > lengths)[chosen],
+        (2 * np.add.reduceat(formatted, starts, dtype=np.int64) > lengths)[chosen],
         np.bitwise_or.reduceat(selection.reasons, starts)[chosen],
     )
     every = np.ones(len(chosen), dtype=bool)

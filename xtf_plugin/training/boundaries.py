@@ -1,28 +1,34 @@
-"""Finds which columns of a row decide about its documents, by trying the trainer's collator.
+"""Tries the trainer's collator before anything is scored: what it makes of rows must be what XTF plans for them.
 
-Rows may have `attention_mask`, `position_ids` or `seq_lengths` that a collator ignores (TRL's reads neither of the
-first two). A plan that read them would know other documents than the model gets.
+It also decides which columns of a row matter. Rows may have `attention_mask`, `position_ids` or `seq_lengths` that a
+collator ignores (TRL's reads neither of the first two). A plan that read them would know other documents than the model
+gets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from itertools import combinations
 from typing import Any
 
 import numpy as np
+import torch
 
-from ..data.documents import IGNORE_INDEX, split_row
-from ..errors import XTFUserError
-from .verification import documents_of
+from ..data.documents import IGNORE_INDEX, collect, split_row
+from ..errors import XTFError, XTFUserError
+from .verification import PlannedDocuments, documents_of, verify_batch
 
+TRIED = 2  # rows that the collator is given: alone, and together
 BOUNDARIES = ("seq_lengths", "position_ids", "attention_mask")
+
+_CANNOT = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 
 Shape = list[list[int]]  # token ids of each document that trains a label
 
 
 class Boundaries:
-    """Leaves out of rows the columns that a collator ignores.
+    """Leaves out of rows the columns that a collator ignores; refuses a collator that changes rows.
 
     Equals comparing, for every row, its documents with those of the batch that the collator makes of it. The collator
     is asked once for each column, about the first row where the column makes a difference.
@@ -38,6 +44,7 @@ class Boundaries:
         self.collator = collator
         self.ignored: set[str] = set()
         self._settled: set[str] = set()
+        self._first: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
 
     def visible(self, row: dict[str, Any], complete: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """`row` without the columns that are ignored.
@@ -47,12 +54,47 @@ class Boundaries:
             complete: returns the row as the collator gets it.
 
         Raises:
-            XTFUserError: the collator makes documents of the row that none of its columns explains.
+            XTFUserError: the collator makes documents of the row that none of its columns explains; or it changes
+                tokens or labels of the first rows.
         """
         open_ = [name for name in BOUNDARIES if name not in self._settled and _says_something(name, row)]
         if open_ and _documents(row) != _documents(_without(row, {*open_, *self.ignored})):
             self._settle(row, complete(), open_)
-        return _without(row, self.ignored)
+        visible = _without(row, self.ignored)
+        if len(self._first) < TRIED and "labels" in row:
+            self._first.append((visible, complete()))
+            self._try()
+        return visible
+
+    def _try(self) -> None:
+        """Refuse a collator that changes tokens or labels of the first rows."""
+        try:
+            documents = collect([visible for visible, _ in self._first])
+        except XTFUserError:
+            return  # of rows that train nothing; what is wrong with a row is said when all are collected
+        batch = self._collated([row for _, row in self._first])
+        if batch is None:
+            return
+        name = type(self.collator).__name__
+        if not hasattr(batch, "keys") or "labels" not in batch or "input_ids" not in batch:
+            raise XTFUserError(f"xtf: {name} returns no `labels` and `input_ids`, so no label can be masked.")
+        try:
+            verify_batch(PlannedDocuments(documents, np.ones(int(documents.completion.sum()), dtype=bool)), batch)
+        except XTFError as error:
+            raise XTFUserError(f"xtf: {name}, tried on rows of the dataset: {error}") from None
+        except _CANNOT:
+            return  # no tensors of two dimensions: the first training batch will tell
+
+    def _collated(self, rows: list[Mapping[str, Any]]) -> Any:
+        """The batch that the collator makes of rows; None if it does not take them."""
+        for nested in (False, True):  # a multipack sampler gives lists of lists
+            given = [dict(deepcopy(row)) for row in rows]
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    return self.collator([given] if nested else given)
+            except _CANNOT:
+                continue
+        return None
 
     def _settle(self, row: Mapping[str, Any], complete: Mapping[str, Any], doubtful: list[str]) -> None:
         batch = self._batch(complete)
@@ -80,7 +122,7 @@ class Boundaries:
                 size = batch["input_ids"].shape[1] if bounded else len(row["input_ids"])
                 made = {name: batch[name][:, :size] for name in ("input_ids", "labels")}
                 return _shape([*documents_of({**batch, **made})])
-            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):
+            except _CANNOT:
                 continue
         return None
 
