@@ -61,11 +61,14 @@ def checked(path):
 
 def in_stock(path, monkeypatch):
     """Whether stock TRL trains the recipe; in this process, since the imports take most of its time."""
+    from transformers import Trainer
+    from trl import SFTTrainer
     from trl.scripts import sft
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("_argument_added", "_block_parsed"):  # put back after the test: no other one has parsed a block
-        monkeypatch.setattr(trl_host, name, getattr(trl_host, name))
+    changed = [(trl_host, "_argument_added"), (trl_host, "_block_parsed"), (Trainer, "train")]
+    for owner, name in (*changed, (SFTTrainer, "__init__"), (SFTTrainer, "_prepare_dataset")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back after the test: no other one parses a block
     try:
         parser = sft.make_parser()
         arguments = parser.parse_args_and_config(args=["--config", str(path)], fail_with_unknown_args=True)
