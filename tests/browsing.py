@@ -23,30 +23,44 @@ def browser():
         started.close()
 
 
-def number(text: str) -> int:
-    return int(text.replace(",", ""))
+def shown(page) -> tuple[int, int] | None:
+    """The dropped tokens that the page counts, as (least, most); None where it says that it does not count."""
+    if not page.is_visible("#now-dropped"):
+        return None
+    ends = [int(text.replace(",", "")) for text in page.text_content("#now-dropped").split(" to ")]
+    return ends[0], ends[-1]
 
 
-def shown(page) -> dict[str, int]:
-    return {name: number(page.text_content(f"#now-{name}")) for name in ("kept", "dropped")}
+def put(page, score, key, value) -> None:
+    """Type a number into a rule's field, or switch the rule off with None."""
+    place = f"[data-score={score}][data-key={key}]"
+    if value is None:
+        page.uncheck(f"input[type=checkbox]{place}")
+    else:
+        page.fill(f"input[type=number]{place}", repr(value))
 
 
-def put(page, score, key, place) -> None:
-    """Move a slider as a hand would."""
-    script = "(input, place) => { input.value = place; input.dispatchEvent(new Event('input')); }"
-    page.eval_on_selector(f"input[data-score={score}][data-key={key}]", script, place)
+def values(page, score, key, most=12) -> list:
+    """Values of a rule, those of the page's own places and what lies between them."""
+    slider = page.evaluate("([score, key]) => sliders.find((s) => s.score === score && s.key === key)", [score, key])
+    found = slider["places"]
+    if slider["kind"] == "line":
+        start, slope = slider["line"]
+        found = [round((place - start) / slope, 4) for place in found]
+    if slider["kind"] != "class":
+        found = sorted({*found, *(round((a + b) / 2, 5) for a, b in zip(found, found[1:], strict=False))})
+    return found[:: max(1, len(found) // most)]
 
 
 def is_moved(page) -> bool:
     return page.text_content("#change") != "as in the run"
 
 
-def weigh(plan, keep):
-    return {"kept": int(plan.weights[keep].sum()), "dropped": int(plan.weights[~keep].sum())}
+def dropped(plan, keep) -> int:
+    return int(plan.weights[~keep].sum())
 
 
 def selected(plan, config):
-    """What a run with this config, but `min_kept: 0`, would select from the plan's scores: what moved sliders count."""
+    """What a run with this config selects from the plan's scores."""
     text = TextRules.find(config, plan.documents, tiny.tokenizer())
-    config = config.model_copy(update={"min_kept": 0})
-    return select(plan.scores, config, text.protected, text.forced, text.segments)
+    return select(plan.scores, config, text.protected, text.forced, text.segments, inside=text.inside)

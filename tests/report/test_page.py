@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.browsing import browser, is_moved, put, selected, shown, weigh  # noqa: F401 (a fixture)
+from tests.browsing import browser, dropped, is_moved, put, selected, shown, values  # noqa: F401 (a fixture)
 from tests.training.test_callback import trainer
 from xtf_plugin import attach, cli
 from xtf_plugin.config.block import XTFConfig
@@ -28,7 +28,6 @@ BLOCK = {
     "task_relevance": {"drop": {"cluster": 2, "of": 4}},
     "protect": {"special_tokens": True, "patterns": ["answer is \\d+"]},
     "force_drop": ["happy"],
-    "min_kept": 20,
 }
 
 
@@ -71,20 +70,12 @@ def test_totals_are_those_of_summary_and_table(run, page):
     plan, folder = run
     totals = json.loads((folder / "summary.json").read_text())["totals"]
     kept = np.asarray(pq.read_table(folder / "scores.parquet").column("kept").to_pylist())
-    assert shown(page) == {"kept": totals["kept_tokens"], "dropped": totals["dropped_tokens"]}
-    assert shown(page) == {"kept": int(kept.sum()), "dropped": int((~kept).sum())} == weigh(plan, plan.selection.keep)
+    lost = int((~kept).sum())
+    assert shown(page) == (lost, lost) and lost == totals["dropped_tokens"] == dropped(plan, plan.selection.keep)
     facts = page.text_content("#facts")
-    assert f"{totals['completion_tokens']:,}" in facts and f"{totals['dropped_tokens']:,}" in facts
-
-
-def test_the_page_counts_its_start_as_the_run_did(run, page):
-    """The page's own count leaves out the floor."""
-    plan, _ = run
-    counted, without = page.evaluate("count(start, S.config.combine)"), selected(plan, plan.config)
-    counts = {"kept": counted["tokens"] - counted["dropped"], "dropped": counted["dropped"]}
-    assert counts == weigh(plan, without.keep) != weigh(plan, plan.selection.keep)
-    assert counted["fired"] == plan.selection.fired
-    assert "without the tokens that only min_kept keeps" in page.text_content("#promise")
+    assert f"{totals['completion_tokens']:,}" in facts and f"{lost:,}" in facts
+    assert page.text_content("#headline").startswith(f"{100 * totals['kept_fraction']:.1f} %")
+    assert not page.is_visible("#bar")
 
 
 SLIDERS = (
@@ -95,58 +86,111 @@ SLIDERS = (
 )
 
 
+def pasted(page):
+    """The block that the page offers, as a run reads it."""
+    return XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])
+
+
 @pytest.mark.parametrize(("score", "key"), SLIDERS)
-def test_every_stop_counts_what_a_run_with_the_pasted_block_selects(run, page, score, key):
+def test_any_number_counts_what_a_run_with_the_pasted_block_selects(run, page, score, key):
+    """Between the two bounds, which are equal at the page's own places but for characters that are kept whole."""
     plan, _ = run
-    number_of_stops = int(page.get_attribute(f"input[data-score={score}][data-key={key}]", "max")) + 1
-    seen = set()
-    for place in range(number_of_stops):
-        put(page, score, key, place)
-        block = yaml.safe_load(page.text_content("#yaml"))["xtf"]
+    seen, exact = set(), 0
+    for value in (None, *values(page, score, key, 20)):
+        put(page, score, key, value)
         if page.is_visible("#illegal"):
             with pytest.raises(ValueError):
-                XTFConfig.parse(block)
+                pasted(page)
+            assert shown(page) is None
             continue
-        choice = selected(plan, XTFConfig.parse(block))
-        assert shown(page) == weigh(plan, choice.keep if is_moved(page) else plan.selection.keep), block
-        seen.add(shown(page)["kept"])
-    assert len(seen) > 2
+        config = pasted(page)
+        assert value is None or getattr(config, score).drop.model_dump()[key] == value
+        least, most = shown(page)
+        number = dropped(plan, selected(plan, config).keep)
+        assert least <= number <= most, (value, config)
+        exact += most - least <= page.evaluate(
+            "counted().dropped[1] && count(sliders.map((s, i) => placesOf(s, state.values[i])[0])).loose"
+        )
+        seen.add(number)
+    assert len(seen) > 2 and exact > 2
+
+
+def test_a_number_beyond_what_the_page_knows_is_not_counted(page):
+    put(page, "reasoning_importance", "quantile", 0.9)
+    assert shown(page) is None and "xtf score" in page.text_content("#change")
+    put(page, "reasoning_importance", "quantile", 1.5)
+    assert page.is_visible("#illegal") and "between 0 and 1" in page.text_content("#illegal")
 
 
 @pytest.mark.parametrize(("score", "key"), SLIDERS)
-def test_the_line_is_at_the_threshold_of_each_stop(run, page, score, key):
-    """At the threshold of a run with this stop; at the median, with a note, where every document has its own."""
+def test_line_and_thumb_are_at_the_threshold(run, page, score, key):
+    """Of a run with this number; at the median, with a note, where every document has its own."""
     plan, folder = run
     edges = json.loads((folder / "summary.json").read_text())["distributions"][score]["edges"]
-    for place in range(1, 4):
-        put(page, score, key, place)
-        drops = selected(plan, XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])).thresholds[score][
-            "drops"
-        ]
-        numbers = [
-            value["median"] if isinstance(value, dict) else value for value in drops.values() if value is not None
-        ]
-        places = [320 * (number - edges[0]) / (edges[-1] - edges[0]) for number in numbers]
+    checked = 0
+    for value in page.evaluate(f"sliders.find((s) => s.score === '{score}' && s.key === '{key}').places").copy()[1:4]:
+        line = page.evaluate(f"sliders.find((s) => s.score === '{score}' && s.key === '{key}').line")
+        put(page, score, key, (value - line[0]) / line[1] if line else value)
+        if page.is_visible("#illegal"):
+            continue
+        drops = selected(plan, pasted(page)).thresholds[score]["drops"]
+        numbers = [each["median"] if isinstance(each, dict) else each for each in drops.values() if each is not None]
+        places = [100 * (number - edges[0]) / (edges[-1] - edges[0]) for number in numbers]
         drawn = page.eval_on_selector_all(
             f"#histogram-{score} line", "all => all.map((e) => Number(e.getAttribute('x1')))"
         )
-        assert sorted(drawn) == pytest.approx(sorted(min(319, max(1, place)) for place in places), abs=0.1)
-        assert ("each document has its own threshold" in page.inner_text(f"#histogram-{score}")) == (key == "quantile")
-    put(page, score, key, 0)
-    assert page.locator(f"#histogram-{score} line").count() == (1 if score == "knowledge_novelty" else 0)
+        assert sorted(drawn) == pytest.approx(sorted(min(100, max(0, place)) for place in places), abs=0.1)
+        note = page.locator(f"section:has(> #histogram-{score})").inner_text()
+        assert ("each document has its own threshold" in note) == (key == "quantile")
+        if key != "cluster":
+            assert thumb(page, score, key) == pytest.approx(line_of(page, score, key), abs=1)
+        checked += 1
+    put(page, score, key, None)
+    assert checked and page.locator(f"#histogram-{score} line").count() == (1 if score == "knowledge_novelty" else 0)
+
+
+def thumb(page, score, key) -> float:
+    """Where the middle of a slider's thumb is, in pixels: it moves between 8 px from both ends."""
+    script = """input => { const box = input.getBoundingClientRect();
+      return box.left + 8 + (box.width - 16) * (input.value - input.min) / (input.max - input.min); }"""
+    return float(page.eval_on_selector(f"input[type=range][data-score={score}][data-key={key}]", script))
+
+
+def line_of(page, score, key) -> float:
+    """The line of a rule; of two rules of one score the one at its own threshold."""
+    lines = page.eval_on_selector_all(
+        f"#histogram-{score} line", "all => all.map((e) => e.getBoundingClientRect().left)"
+    )
+    return float(min(lines, key=lambda place: abs(place - thumb(page, score, key))))
+
+
+def test_a_slider_is_dragged_to_a_short_number(page):
+    place = "input[type=range][data-score=knowledge_novelty][data-key=known_above]"
+    page.locator(place).scroll_into_view_if_needed()
+    box = page.locator(place).bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.4, box["y"] + box["height"] / 2)
+    value = page.input_value("input[type=number][data-score=knowledge_novelty][data-key=known_above]")
+    assert value in page.text_content("#yaml") and len(value) < 9 and is_moved(page)
+    assert thumb(page, "knowledge_novelty", "known_above") == pytest.approx(box["x"] + box["width"] * 0.4, abs=3)
+    page.focus(place)
+    page.keyboard.press("ArrowRight")
+    assert page.input_value("input[type=number][data-score=knowledge_novelty][data-key=known_above]") != value
 
 
 @pytest.mark.parametrize("combine", ["majority", "intersection"])
 def test_combine_and_several_sliders_at_once(run, page, combine):
     plan, _ = run
     page.select_option("#combine", json.dumps(combine, separators=(",", ":")))
-    put(page, "reasoning_importance", "quantile", 9)
-    put(page, "task_relevance", "cluster", 1)
-    config = XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])
+    put(page, "reasoning_importance", "quantile", 0.3)
+    put(page, "task_relevance", "cluster", 2)
+    assert page.is_visible("#bar")
+    config = pasted(page)
     assert config.combine == combine
-    assert shown(page) == weigh(plan, selected(plan, config).keep)
+    least, most = shown(page)
+    assert least <= dropped(plan, selected(plan, config).keep) <= most
     page.click("#reset")
-    assert page.text_content("#change") == "as in the run" and shown(page) == weigh(plan, plan.selection.keep)
+    assert page.text_content("#change") == "as in the run" and shown(page) == (dropped(plan, plan.selection.keep),) * 2
+    assert not page.is_visible("#bar")
 
 
 def test_documents_are_shaded_as_a_run_would_decide(run, page):
@@ -155,10 +199,11 @@ def test_documents_are_shaded_as_a_run_would_decide(run, page):
     assert page.evaluate("documents.length") >= 100
     keys = {bytes(key).hex(): index for index, key in enumerate(plan.documents.keys)}
     keep = plan.selection.keep
-    for place in (None, 4):
+    page.check("[name=group][value=random]", force=True)
+    for place in (None, 0.05):
         if place is not None:
             put(page, "reasoning_importance", "quantile", place)
-            keep = selected(plan, XTFConfig.parse(yaml.safe_load(page.text_content("#yaml"))["xtf"])).keep
+            keep = selected(plan, pasted(page)).keep
         script = "documents.map((d) => [d.key, decide(d).map((t) => t.kept)])"
         for key, kept in page.evaluate(script):
             index = keys[key]
@@ -224,6 +269,7 @@ def test_a_mouse_at_rest_does_not_change_the_token(page):
 
 
 def test_filters_and_search(page):
+    page.check("[name=group][value=random]", force=True)
     everything = page.locator("article").count()
     page.select_option("#reason", "rule:task_relevance")
     assert page.evaluate("view.list.length") > 0
@@ -233,11 +279,51 @@ def test_filters_and_search(page):
     assert page.evaluate("view.list.length") == 1 and page.locator("article").count() == 1
     page.fill("#search", "the answer is")
     assert page.evaluate("view.list.length") > 50
-    page.select_option("#order", "most")
-    shares = page.evaluate("view.list.map(lost)")
-    assert shares == sorted(shares, reverse=True)
     page.click("#more")
     assert page.locator("article").count() == 2 * everything
+
+
+def test_groups_hold_what_their_names_say(run, page):
+    page.check("[name=group][value=most]", force=True)
+    shares = page.evaluate("view.list.map((d) => decide(d).filter((t) => !t.kept).length / d.flags.length)")
+    assert len(shares) > 3 and shares == sorted(shares, reverse=True) and shares[-1] > 0
+    page.check("[name=group][value=near]", force=True)
+    shares = page.evaluate("view.list.map((d) => d.flags.filter((flags) => flags & NEAR).length / d.flags.length)")
+    assert shares and shares == sorted(shares, reverse=True) and page.locator(".document .near").count()
+    page.check("[name=group][value=format]", force=True)
+    assert page.evaluate("view.list.length")
+    assert page.evaluate("view.list.every((d) => d.text.toLowerCase().includes(d.suspect.split(' ')[0]))")
+
+
+def test_charts_draw_the_tokens_of_each_place(run, page):
+    """Kept above dropped, in other colours; heights are shares of the largest bar."""
+    plan, _ = run
+    titles = page.locator("#charts figure >> nth=0 >> rect.lost title").all_text_contents()
+    counted = [title.split(": ")[1].split(" tokens")[0].replace(",", "").split(" of ") for title in titles]
+    assert sum(int(lost) for lost, _ in counted) == dropped(plan, plan.selection.keep)
+    assert sum(int(every) for _, every in counted) == int(plan.weights.sum())
+    script = "all => all.map((e) => Number(e.getAttribute('height')))"
+    lost, kept = (
+        page.eval_on_selector_all(f"#charts figure >> nth=0 >> rect.{kind}", script) for kind in ("lost", "kept")
+    )
+    tallest = max(int(every) for _, every in counted)
+    for part, rest, (number, every) in zip(lost, kept, counted, strict=True):
+        assert part / max(map(sum, zip(lost, kept, strict=True))) == pytest.approx(int(number) / tallest)
+        assert part + rest == pytest.approx(max(map(sum, zip(lost, kept, strict=True))) * int(every) / tallest)
+    colours = [page.eval_on_selector(f"rect.{kind}", "e => getComputedStyle(e).fill") for kind in ("lost", "kept")]
+    assert colours[0] != colours[1]
+
+
+def test_whitespace_is_plain_and_shown_on_demand(run, page):
+    plan, _ = run
+    text, key = page.evaluate("[view.list[0].text, view.list[0].key]")
+    at = [bytes(k).hex() for k in plan.documents.keys].index(key)
+    assert text == tiny.tokenizer().decode(plan.scores.token_ids[slice(*plan.scores.offsets[at : at + 2])])
+    drawn = "all => all.map((e) => e.textContent).join('')"
+    assert page.eval_on_selector_all(".document >> nth=0 >> .token", drawn) == text and " " in text
+    page.check("#whitespace")
+    marked = page.eval_on_selector_all(".document >> nth=0 >> .token", drawn)
+    assert marked == text.replace(" ", "·").replace("\n", "↵\n") != text
 
 
 def test_untrusted_tokens_are_text(run, page):
@@ -258,7 +344,9 @@ def test_it_fits_every_width_and_scheme(browser, run, scheme, width, tmp_path):
     opened = context.new_page()
     opened.goto((run[1] / "report.html").as_uri())
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
-    assert opened.eval_on_selector("#totals .scroll", "e => e.scrollWidth - e.clientWidth") == 0
+    assert opened.eval_on_selector_all(
+        ".card, figure, .score", "all => all.every((e) => e.scrollWidth <= e.clientWidth)"
+    )
     dark, light = "rgb(15, 20, 25)", "rgb(255, 255, 255)"
     assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == (dark if scheme == "dark" else light)
     opened.screenshot(path=tmp_path / "page.png", full_page=True)
@@ -285,6 +373,7 @@ def test_a_table_alone_gives_the_same_report(run, tmp_path, capsys):
 
 def test_a_prompt_is_shown_by_its_length(run, page):
     plan, _ = run
+    page.check("[name=group][value=random]", force=True)
     prompts = page.locator(".document .prompt").all_inner_texts()
     lengths = {int((~plan.documents.document(i)[1]).sum()) for i in range(len(plan.documents))}
     assert len(prompts) == page.locator(".document").count()

@@ -19,8 +19,9 @@ from tests.report.tables import plan_of, table_of
 from tests.selection.test_select import REASONING, config, from_bits
 from tests.training.test_callback import trainer
 from xtf_plugin import attach
-from xtf_plugin.report import page, terminal
-from xtf_plugin.report.summary import AROUND, TOP, Verdicts
+from xtf_plugin.report import page, terminal, whatif
+from xtf_plugin.report.page import sample
+from xtf_plugin.report.summary import Verdicts
 from xtf_plugin.selection.select import select
 
 ROOT = Path(__file__).parents[2]
@@ -45,11 +46,9 @@ def run(tmp_path_factory):
 
 def test_every_key_is_documented(run):
     _, summary, _ = run
-    documented = set(re.findall(r"`([\w.<>]+)`", (ROOT / "docs/report.md").read_text(encoding="utf-8")))
-    found = (
-        set(summary) | {f"totals.{key}" for key in summary["totals"]} | {f"tokens.{key}" for key in summary["tokens"]}
-    )
-    for key in found - {"totals", "tokens"}:
+    documented = set(re.findall(r"`([\w.<>]+)`", (ROOT / "docs/output-files.md").read_text(encoding="utf-8")))
+    found = set(summary) | {f"totals.{key}" for key in summary["totals"]}
+    for key in found - {"totals"}:
         assert {key, f"{key}.<score>"} & documented, key
     assert set(next(iter(summary["totals"]["scores"].values()))) <= documented
     assert (
@@ -110,44 +109,22 @@ def test_distributions_hold_every_token(run):
     assert summary["distributions"]["knowledge_novelty"]["median"] == pytest.approx(np.median(novelty), rel=0.1)
 
 
-def test_tables_of_tokens_count_occurrences(run):
-    _, summary, table = run
-    dropped = Counter(row["token_id"] for row in table if not row["kept"])
-    everywhere = Counter(row["token_id"] for row in table)
-    reported = summary["tokens"]["most_dropped"]
-    assert len(reported) == min(TOP, len(dropped)) > 5
-    assert [entry["tokens"] for entry in reported] == sorted(dropped.values(), reverse=True)[: len(reported)]
-    texts = {row["token_id"]: row["token"] for row in table}
-    for entry in reported:
-        assert entry["tokens"] == dropped[entry["token_id"]] and entry["of"] == everywhere[entry["token_id"]]
-        assert entry["token"] == texts[entry["token_id"]].replace(" ", "·").replace("\n", "↵\n")
-        document = [row for row in table if row["document"] == entry["example"]["document"]]
-        whole = "".join(row["token"] for row in document).replace(" ", "·")
-        assert entry["example"]["token"] == entry["token"]
-        assert entry["example"]["before"] + entry["token"] + entry["example"]["after"] in whole
-        assert len(entry["example"]["before"]) <= 20 * AROUND
+def test_borderline_text_is_near_a_threshold(run):
+    """At most 2 % of the scored tokens on each side; those of equal score with them."""
+    plan, _, _ = run
+    table = table_of(plan)
+    moved = whatif.build(table)
+    near = sample.near_threshold(table, replace_sliders(moved, "odd"))
+    values, limit = table.scores["odd"], -2.0
+    assert 0 < near.sum() < 0.06 * len(near)
+    for side in (values < limit, values >= limit):
+        outside = np.abs(values[side & ~near & ~np.isnan(values)] - limit)
+        assert not (side & near).any() or np.abs(values[side & near] - limit).max() <= outside.min()
+    assert not near[np.isnan(values)].any()
 
 
-def test_examples_show_characters_that_are_spread_over_several_tokens(tmp_path):
-    """The complete character, before, after and at the token itself."""
-    rows = [{**row, "completion": " 漢字 5 €" + row["completion"] + " 30 €, 漢."} for row in tiny.problems(8)]
-    made = trainer(tmp_path, rows=rows, max_steps=1, max_length=None)
-    attach(made, {"cache_dir": str(tmp_path / "cache"), "force_drop": [" 5", "30", "€,"], "min_kept": 0})
-    made.train()
-    plan = made._xtf_hooks.on_batch.__self__.plan
-    entries = table_of(plan).about["tokens"]["most_dropped"]
-    wholes = [terminal.visible(tiny.tokenizer().decode(plan.documents.document(i)[0])) for i in range(8)]
-    found = ["".join(entry["example"][part] for part in ("before", "token", "after")) for entry in entries]
-    assert len(entries) > 5 and all(any(text in whole for whole in wholes) for text in found), found
-    assert {entry["example"]["token"] for entry in entries if "⟨" in entry["token"]} == {"€"}
-    assert any("漢字" in text for text in found) and any("漢." in text for text in found)
-
-
-def test_borderline_tokens_are_kept(run):
-    plan, summary, table = run
-    border = summary["tokens"]["borderline_kept"]
-    kept = Counter(row["token_id"] for row in table if row["kept"])
-    assert border and all(entry["tokens"] <= kept[entry["token_id"]] for entry in border)
+def replace_sliders(moved, score):
+    return dataclasses.replace(moved, sliders=[slider for slider in moved.sliders if slider.score == score])
 
 
 def test_endings_count_documents_that_were_cut_off(run):
@@ -194,18 +171,37 @@ def test_a_token_of_100000_characters_is_shown_by_its_beginning():
 
 def test_characters_over_several_tokens_are_put_together():
     pieces = [b"a", b"\xf0\x9f", b"\x98", b"\x80", b"b", b"\xff", "漢".encode()[:2], "漢".encode()[2:]]
-    assert page._joined(pieces) == [(1, 3, "😀"), (6, 2, "漢")]
+    assert sample._joined(pieces) == [(1, 3, "😀", "😀"), (6, 2, "漢", "漢")]
+
+
+@pytest.mark.parametrize(
+    ("piece", "found"),
+    [
+        (b" a\n\tb.", None),
+        ("·".encode(), ("·", "·")),
+        (b"\xf0\x9f", ("⟨f0 9f⟩", None)),
+        ("\u202e. \n".encode(), ("\\u202e. \n", "\\u202e\\. \n")),
+        (b"\\x1b", None),
+        (b"x" * 1_000, (terminal.text_of(b"x" * 1_000), None)),
+    ],
+)
+def test_tokens_that_are_not_what_they_seem_say_so(piece, found):
+    """Shown with plain whitespace, and the regular expression that matches them."""
+    assert sample.odd(piece) == found
 
 
 def test_the_sample_is_bounded_and_the_same_for_the_same_data(run, monkeypatch):
     table = table_of(run[0])
-    first = page.page_data(table)["documents"]
-    assert first == page.page_data(table)["documents"]
-    assert {document["why"] for document in first} == {"loses most", "at random"}
-    monkeypatch.setattr(page, "room_for", lambda scores, sliders: 500)
+    data = page.page_data(table)
+    first = data["documents"]
+    assert data == page.page_data(table) and all(data["groups"][name] for name in sample.GROUPS)
+    assert {at for group in data["groups"].values() for at in group} == set(range(len(first)))
+    assert all(len(set(group)) == len(group) for group in data["groups"].values())
+    assert [bool(each["suspect"]) for each in first] == [at in data["groups"]["format"] for at in range(len(first))]
+    monkeypatch.setattr(sample, "room_for", lambda scores, sliders: 500)
     fewer = page.page_data(table)["documents"]
     assert 0 < len(fewer) < len(first) and sum(document["length"] for document in fewer) <= 500
-    monkeypatch.setattr(page, "LONGEST", 5)
+    monkeypatch.setattr(sample, "LONGEST", 5)
     for document in page.page_data(table)["documents"]:
         assert len(base64.b64decode(document["flags"])) == min(5, document["length"])
 

@@ -38,7 +38,13 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
     Equals `tokenizer.decode([id]).encode()`, except that leading spaces and incomplete characters are kept. Byte-level
     BPE and SentencePiece-style vocabularies are read exactly, added and special tokens are their literal content, and
     other vocabularies are decoded token by token. An id that the tokenizer does not know has no bytes.
+
+    Args:
+        tokenizer: of transformers; or the bytes of each token, as a score table has them.
+        ids: of tokens.
     """
+    if isinstance(tokenizer, Mapping):
+        return [tokenizer[i] for i in ids]
     from transformers import PreTrainedTokenizerFast  # not at the top: reports of stored scores need no tokenizer
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -17,7 +17,7 @@ from ..errors import XTFUserError
 from ..selection.select import reason_text, rule_bits
 from . import score_table, whatif
 from .score_table import ScoreTable
-from .summary import Verdicts, token_tables
+from .summary import Verdicts
 from .terminal import Document
 
 NOTE = (
@@ -53,7 +53,6 @@ def select_again(path: Path, config: XTFConfig, model: str | None) -> ScoreTable
         "thresholds": selection.thresholds,
         "totals": {**totals, **verdicts.totals()},
         "combinations": verdicts.combinations(),
-        "tokens": token_tables(found, whatif.build(found).sliders),
         "recurring": [],
         "warnings": [NOTE, *selection.warnings],
     }

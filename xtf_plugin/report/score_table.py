@@ -122,6 +122,13 @@ class ScoreTable:
         return Layout(self.offsets, self.counts)
 
     @property
+    def opens(self) -> Bools:
+        """Completion tokens that begin a document or follow a gap, (M,)."""
+        opens = np.append(True, np.diff(self.positions) != 1)[: len(self.positions)]
+        opens[self.offsets[:-1][np.diff(self.offsets) > 0]] = True
+        return opens
+
+    @property
     def weights(self) -> Ints:
         """How often each completion token occurs in the dataset, (M,)."""
         return self.layout.spread(self.counts)

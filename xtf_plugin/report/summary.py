@@ -1,14 +1,13 @@
 """A plan in numbers: the content of summary.json, metrics for the trackers, lines for the terminal.
 
-Counts are occurrences in the dataset. An example of a token comes from the first document, by key, that has it, so it
-does not depend on the order of rows.
+Counts are occurrences in the dataset.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
@@ -20,8 +19,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..config.block import XTFConfig
-from ..data.ragged import Bools, Floats, Ints, Layout, dataset_quantiles
-from ..data.token_text import SPREAD, characters
+from ..data.ragged import Floats, Ints, Layout, dataset_quantiles
 from ..environment import installed_version
 from ..selection.select import DECISIONS, Selection, rule_bits
 from ..selection.text_rules import special_ids
@@ -29,7 +27,7 @@ from . import whatif
 from .familiarity import familiarity
 from .score_table import ScoreTable, plain
 from .terminal import measure, on_one_line, text_of, totals_table
-from .whatif import Slider, WhatIf
+from .whatif import WhatIf
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -37,9 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BINS = 40
-TOP = 25
 FORMATS = 5  # lines in the terminal
-AROUND = 6  # tokens of context on each side of an example
 _ENDS = 0.002  # share of the scores beyond each end of a histogram
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
@@ -79,21 +75,20 @@ def described(plan: Plan, tokenizer: Any) -> tuple[ScoreTable, WhatIf]:
     found = {
         "distributions": {n: histogram(values, table.layout, table.weights) for n, values in table.scores.items()},
         "combinations": Verdicts(table.config, table, table.weights).combinations(),
-        "tokens": token_tables(table, moved.sliders),
         "endings": endings(table, plan, special_ids(tokenizer)),
     }
     return replace(table, about=summary(plan, tokenizer, found)), moved
 
 
 def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything in summary.json, as plain JSON values; docs/report.md describes the keys.
+    """Everything in summary.json, as plain JSON values; docs/output-files.md describes the keys.
 
     `found` are statistics of the score table; None leaves their keys out.
     """
     special = np.isin(plan.scores.token_ids, special_ids(tokenizer))
     stats, keep, weights = plan.stats, plan.selection.keep, plan.weights
     facts = {
-        "format": 2,
+        "format": 3,
         "config": plan.config.to_dict(),
         "reference": plan.reference,
         "versions": versions(),
@@ -274,62 +269,6 @@ def histogram(values: Floats, layout: Layout, weights: Ints) -> dict[str, Any]:
         "undefined": undefined,
         "median": float(f"{middle:.5g}"),
     }
-
-
-def token_tables(table: ScoreTable, sliders: Sequence[Slider]) -> dict[str, list[dict[str, Any]]]:
-    """The tokens that are dropped most often, and the kept tokens nearest to a threshold.
-
-    A kept token is on the border if its rule fires on it within the slider's next two stops. `cluster` is excluded: its
-    stops are classes and not thresholds in order.
-    """
-    border = np.zeros(len(table.keep), dtype=bool)
-    for slider in (each for each in sliders if each.key != "cluster"):
-        border |= slider.patterns[slider.codes, slider.at + 1 : slider.at + 3].any(axis=1)
-    return {"most_dropped": _most(table, ~table.keep), "borderline_kept": _most(table, table.keep & border)}
-
-
-def _most(table: ScoreTable, marks: Bools) -> list[dict[str, Any]]:
-    """The `TOP` token ids with the most marked occurrences."""
-    ids, weights = table.token_ids, table.weights
-    distinct, places = np.unique(ids, return_inverse=True)
-    places = places.reshape(-1)
-    marked = np.bincount(places[marks], weights=weights[marks], minlength=len(distinct)).astype(np.int64)
-    everywhere = np.bincount(places, weights=weights, minlength=len(distinct)).astype(np.int64)
-    order = np.lexsort((distinct, -marked))[:TOP]
-    order = order[marked[order] > 0]
-    where = np.flatnonzero(marks & np.isin(ids, distinct[order]))
-    ranks = np.empty(len(table.keys), dtype=np.int64)
-    ranks[by_key(table)] = np.arange(len(ranks))
-    where = where[np.lexsort((where, table.layout.spread(ranks)[where]))]
-    firsts = {int(ids[at]): int(at) for at in where[::-1]}
-    return [
-        {
-            "token_id": int(distinct[place]),
-            "token": text_of(table.pieces[int(distinct[place])]),
-            "tokens": int(marked[place]),
-            "of": int(everywhere[place]),
-            "example": _example(table, firsts[int(distinct[place])]),
-        }
-        for place in order.tolist()
-    ]
-
-
-def by_key(table: ScoreTable) -> Ints:
-    """Indices of the documents in the order of their keys; keys are hashes, so this order is random but fixed."""
-    return np.argsort(np.ascontiguousarray(table.keys).view("S16").reshape(-1), kind="stable")
-
-
-def _example(table: ScoreTable, at: int) -> dict[str, Any]:
-    """A token with the completion tokens around it; a character spread over several tokens is shown complete."""
-    document = int(np.searchsorted(table.offsets, at, side="right")) - 1
-    reach = AROUND + SPREAD
-    low, high = max(int(table.offsets[document]), at - reach), min(int(table.offsets[document + 1]), at + reach + 1)
-    texts = {"before": "", "token": "", "after": ""}
-    for first, number, text in characters([table.pieces[int(i)] for i in table.token_ids[low:high]]):
-        begin, end = low + first, low + first + number
-        if end > at - AROUND and begin <= at + AROUND:
-            texts["before" if end <= at else "after" if begin > at else "token"] += text_of(text)
-    return {"document": table.key(document), **texts}
 
 
 def endings(table: ScoreTable, plan: Plan, special: NDArray[np.int64]) -> dict[str, Any]:

@@ -108,13 +108,17 @@ def warnings_of(found: list[Recurring], documents: int) -> list[str]:
     ]
 
 
+def written(char: str) -> str:
+    """A regular expression that matches a character, in printable characters."""
+    return f"\\{char}" if char in r"\.^$*+?{}[]|()" else char if char == " " else escaped(char)
+
+
 def pattern_of(text: str, *, ends_line: bool = False) -> str:
     """A regular expression that matches a text, in printable characters.
 
     A text of a word or two is matched only as whole words. With `ends_line` the line breaks after it belong to it.
     """
-    special = {char: f"\\{char}" for char in r"\.^$*+?{}[]|()"} | {" ": " "}
-    body = "".join(special.get(char) or escaped(char) for char in text)
+    body = "".join(map(written, text))
     if len(text.split()) < WORDS:
         before, after = (r"\b" if char.isalnum() or char == "_" else "" for char in (text[0], text[-1]))
         body = before + body + after

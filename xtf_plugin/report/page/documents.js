@@ -1,9 +1,15 @@
-// Documents as text: completion tokens shaded as kept or dropped, and the scores of one token in words.
+// Answers as text: dropped words tinted, the scores of a word beside it, and marks by mouse or keyboard.
 "use strict";
 
 // `current`: the token that the tip describes. `held`: the token chosen by keyboard or click; the tip returns to it when the
 // mouse leaves.
-const view = {reason: "", text: "", order: "given", shown: PAGE, current: null, held: null, pointer: "", list: []};
+const view = {group: "most", reason: "", text: "", shown: PAGE, current: null, held: null, pointer: "", list: [], whitespace: false};
+const GROUPS = {
+  most: ["dropped most", "Answers that lose the largest share."],
+  near: ["borderline", "Answers with much text whose score is near a threshold: another setting would decide otherwise. Such words are underlined."],
+  format: ["suspected format", "Text that begins alike is dropped at the same place in several answers. A model may have to learn it; if so, mark it “keep”."],
+  random: ["at random", "Answers drawn at random."],
+};
 
 function matches(doc) {
   if (view.text && !doc.text.toLowerCase().includes(view.text)) return false;
@@ -17,13 +23,11 @@ function matches(doc) {
   return found.some((token) => token.bits >> place & 1);
 }
 
-const lost = (doc) => decide(doc).filter((token) => !token.kept).length / doc.flags.length;
-
 function listDocuments() {
-  view.list = documents.filter(matches);
-  if (view.order === "most") view.list.sort((a, b) => lost(b) - lost(a));
-  if (view.order === "least") view.list.sort((a, b) => lost(a) - lost(b));
+  const group = D.groups[view.group].map((i) => documents[i]);
+  view.list = (view.text ? documents : group).filter(matches);
   view.shown = PAGE;
+  put("about-group", view.text ? "All answers of this page that hold the text." : GROUPS[view.group][1]);
   showDocuments();
 }
 
@@ -31,78 +35,96 @@ function showDocuments() {
   hold(null);
   put("documents", ...view.list.slice(0, view.shown).map(article));
   const left = view.list.length - view.shown;
-  document.getElementById("more").hidden = left <= 0;
+  byId("more").hidden = left <= 0;
   put("more", `show ${Math.min(PAGE, Math.max(left, 0))} more`);
-  put("found", `${number(view.list.length)} of ${number(documents.length)} sampled documents; the dataset has ${number(S.totals.documents)}`);
+  put("found", `${plural(view.list.length, "answer")} here; the page has ${number(documents.length)} of the ${number(S.totals.documents)} of the data set`);
   shade();
 }
 
 function article(doc) {
   const text = make("div", {class: "text document", tabindex: 0, role: "group", dir: "auto",
-    "aria-label": `document of row ${doc.row}: use the arrow keys to go from token to token`});
-  doc.shown.forEach((shown, i) => {
-    if (doc.gaps.has(i)) text.append(make("span", {class: "prompt"}, `⟨prompt: ${number(doc.gaps.get(i))} tokens⟩ `));
-    if (shown.startsWith("·")) text.append(make("wbr", {}));  // browsers do not break lines at a "·"
+    "aria-label": `answer of row ${doc.row}: use the arrow keys to go from word to word`});
+  (view.whitespace ? doc.visible : doc.plain).forEach((shown, i) => {
+    if (doc.gaps.has(i)) text.append(make("span", {class: "prompt"}, `⟨prompt: ${plural(doc.gaps.get(i), "token")}⟩ `));
+    if (view.whitespace && shown.startsWith("·")) text.append(make("wbr"));  // browsers do not break lines at a "·"
     const token = make("span", {class: "token"}, shown);
     token.dataset.token = i;
     text.append(token);
   });
   text.doc = doc;
-  const left = doc.length - doc.shown.length;
-  if (left) text.append(make("p", {class: "note"}, `${number(left)} more completion tokens are not shown`));
+  const left = doc.length - doc.plain.length;
+  if (left) text.append(make("p", {class: "note"}, `${plural(left, "more token")} not shown`));
   const often = doc.occurrences > 1 ? ` · occurs ${number(doc.occurrences)} times` : "";
-  return make("article", {}, make("h3", {}, `row ${doc.row}`,
-    make("small", {}, ` · document ${doc.key.slice(0, 12)} · ${doc.why}${often} · `, make("span", {class: "kept-count"}))), text);
-}
-
-// Which underline belongs to which rule.
-function legend() {
-  const names = scores.map((score, i) => make("span", {class: `token rule-${i % 6}`}, named(score.name)));
-  if (scores.length > 1) names.push(make("span", {class: "token rules"}, "several"));
-  put("rules", "The underline shows which rule fired: ", make("span", {class: "text"}, ...names));
+  const begins = view.group === "format" && !view.text && doc.suspect ? ` · text that begins “${doc.suspect}”` : "";
+  return make("article", {}, make("h3", {}, `row ${doc.row}`, make("small", {}, " · ", make("span", {class: "kept-count"}), often + begins,
+    make("span", {class: "key-of"}, ` · ${doc.key.slice(0, 12)}`))), text);
 }
 
 function shade() {
   for (const text of document.querySelectorAll(".document")) {
-    const found = decide(text.doc);
+    const {doc} = text, found = decide(doc);
     text.found = found;
     for (const span of text.querySelectorAll(".token")) {
-      const token = found[span.dataset.token], names = ["token"];
+      const i = span.dataset.token, token = found[i], names = ["token"];
+      if (token.mark) names.push(`marked-${token.mark}`);
       if (!token.kept) names.push("dropped");
       else if (token.bits) names.push("spared");
-      const rules = scores.findIndex((_, i) => token.bits >> i & 1);
-      if (rules >= 0 && ones(token.bits) === 1) names.push(`rule-${rules % 6}`);
-      else if (rules >= 0) names.push("rules");
+      if (view.group === "near" && doc.flags[i] & NEAR) names.push("near");
       span.className = names.join(" ");
     }
     const kept = found.filter((token) => token.kept).length;
-    text.parentElement.querySelector(".kept-count").textContent = `kept ${number(kept)} of ${number(found.length)}`;
+    text.parentElement.querySelector(".kept-count").textContent = `kept ${number(kept)} of ${plural(found.length, "token")}`;
   }
   if (view.current) describe(view.current);
 }
 
+// [first, end) of the sentence or line of a token.
+function unitOf(doc, token) {
+  const after = doc.units.findIndex((first) => first > token);
+  return [after < 0 ? doc.units.at(-1) || 0 : doc.units[after - 1] || 0, after < 0 ? doc.plain.length : doc.units[after]];
+}
+
+// Marks the sentence of a token, or the token alone; `keep` undefined: takes the mark back.
+function markToken(span, keep, alone) {
+  const {doc} = span.closest(".document"), i = Number(span.dataset.token);
+  if (keep === undefined) {
+    const over = state.marks.find((each) => matched(doc, each).includes(i));
+    return over && mark(over.text, over.pattern, over.keep);
+  }
+  const made = patternOf(doc, ...(alone ? [i, i + 1] : unitOf(doc, i)));
+  if (made) mark(made.text, made.pattern, keep);
+}
+
 function describe(span) {
   const text = span.closest(".document"), doc = text.doc, i = Number(span.dataset.token), token = text.found[i];
-  const lines = [make("p", {class: "verdict"}, make("span", {class: "text"}, span.textContent), " ", verdict(token))];
+  const lines = [make("p", {class: "verdict"}, make("span", {class: "text"}, doc.visible[i]), " ", verdict(token))];
   for (const score of scores) {
     if (!Object.hasOwn(doc.scores, score.name)) continue;
     const hit = token.bits >> scores.indexOf(score) & 1;
     lines.push(make("p", {class: hit ? "hit" : ""}, `${hit ? "✗ " : "· "}${named(score.name)}: ${inWords(score.name, doc.scores[score.name][i])}${averaged(score.name)}`));
   }
-  const tip = document.getElementById("tip");
+  const tip = byId("tip"), held = span === view.held;
+  if (held) lines.push(buttons(span, token));
   tip.replaceChildren(...lines);
+  tip.classList.toggle("held", held);
   tip.hidden = false;
   const box = span.getBoundingClientRect(), own = tip.getBoundingClientRect();
   const left = Math.max(8, Math.min(box.left, document.documentElement.clientWidth - own.width - 8));
-  const above = box.top - own.height - 6;
+  const over = box.top - own.height - 6;
   tip.style.left = `${left + scrollX}px`;
-  tip.style.top = `${(above > 0 ? above : box.bottom + 6) + scrollY}px`;
+  tip.style.top = `${(over > 0 ? over : box.bottom + 6) + scrollY}px`;
+}
+
+function buttons(span, token) {
+  const button = (label, ...how) => make("button", {type: "button", tabindex: -1, onclick: () => markToken(span, ...how)}, label);
+  return make("p", {class: "controls"}, button("keep sentence", true), button("drop sentence", false), button("keep word", true, true),
+    button("drop word", false, true), token.mark ? button("undo") : null);
 }
 
 function point(span) {
   if (view.current) view.current.classList.remove("current");
   view.current = span;
-  if (!span) { document.getElementById("tip").hidden = true; return; }
+  if (!span) { byId("tip").hidden = true; return; }
   span.classList.add("current");
   describe(span);
 }
@@ -128,6 +150,8 @@ function walk(event) {
   const at = tokens.indexOf(view.held);
   const steps = {ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tokens.length - 1};
   if (event.key === "Escape") return hold(null);
+  const asked = {k: [true], x: [false], u: []}[event.key.toLowerCase()];
+  if (asked && view.held) return markToken(view.held, ...asked, ...(asked.length ? [event.shiftKey] : []));
   if (event.key === "d") steps.d = tokens.findIndex((span, i) => i > at && span.classList.contains("dropped"));
   if (!(event.key in steps)) return;
   event.preventDefault();
@@ -138,23 +162,25 @@ function walk(event) {
 }
 
 function startDocuments() {
-  const reasons = [["", "all"], ["dropped", "that lose tokens"], ["emptied", "dropped in full"],
-    ...scores.map((score) => [`rule:${score.name}`, `where ${named(score.name)} fired`]),
+  byId("groups").append(...Object.entries(GROUPS).map(([name, [label]]) => {
+    const input = make("input", {type: "radio", name: "group", value: name, onchange: () => { view.group = name; listDocuments(); }});
+    input.checked = name === view.group;
+    return make("label", {}, input, make("span", {}, `${label} (${number(D.groups[name].length)})`));
+  }));
+  const reasons = [["", "any decision"], ["dropped", "something dropped"], ["emptied", "all of it dropped"],
+    ...scores.map((score) => [`rule:${score.name}`, `${named(score.name)} firing`]),
     ...Object.entries(DECISIONS).map(([name, text]) => [`decided:${name}`, text])];
-  const select = document.getElementById("reason");
+  const select = byId("reason");
   select.replaceChildren(...reasons.map(([value, text]) => make("option", {value}, text)));
   select.addEventListener("change", () => { view.reason = select.value; listDocuments(); });
-  const order = document.getElementById("order");
-  order.addEventListener("change", () => { view.order = order.value; listDocuments(); });
-  const search = document.getElementById("search");
-  search.addEventListener("input", () => {
-    view.text = search.value.toLowerCase().replaceAll(" ", "·");
-    listDocuments();
-  });
-  document.getElementById("more").addEventListener("click", () => { view.shown += PAGE; showDocuments(); });
-  const box = document.getElementById("documents");
+  const search = byId("search");
+  search.addEventListener("input", () => { view.text = search.value.toLowerCase(); listDocuments(); });
+  byId("whitespace").addEventListener("change", (event) => { view.whitespace = event.target.checked; showDocuments(); });
+  byId("more").addEventListener("click", () => { view.shown += PAGE; showDocuments(); });
+  byId("tip").addEventListener("pointerdown", (event) => event.preventDefault());  // the focus stays on the answer
+  const box = byId("documents");
   box.addEventListener("pointermove", follow);
-  box.addEventListener("pointerleave", () => point(view.held));
+  box.addEventListener("pointerleave", (event) => { if (!byId("tip").contains(event.relatedTarget)) point(view.held); });
   box.addEventListener("click", (event) => { const span = event.target.closest(".token"); if (span) hold(span); });
   box.addEventListener("scroll", () => point(view.held), true);
   box.addEventListener("keydown", walk);
@@ -166,12 +192,11 @@ function startDocuments() {
 }
 
 showHeader();
-showRecurring();
-showTotals();
-showTokens();
+showKinds();
+showPlaces();
+showFormats();
 showRun();
 showSliders();
 startDocuments();
-legend();
 listDocuments();
 refresh();

@@ -86,6 +86,7 @@ function averaged(score) {
 }
 
 function verdict(token) {
+  if (token.mark) return `you marked: ${token.mark}`;
   const rules = scores.filter((_, place) => token.bits >> place & 1).map((score) => named(score.name));
   const fired = rules.length ? ` (fired: ${rules.join(", ")})` : "";
   if (token.why) return DECISIONS[token.why] + fired;
@@ -93,24 +94,27 @@ function verdict(token) {
   return `dropped: ${rules.join(", ")}`;
 }
 
-// Of a text that recurs.
-function decided(entry) {
-  const of = entry.dropped_in < entry.documents ? ` in ${number(entry.dropped_in)} of them` : "";
-  if (entry.dropped) return `dropped${of}: ${entry.why.map(named).join(", ")}`;
-  const spared = entry.dropped_in ? `kept in ${number(entry.documents - entry.dropped_in)} of them` : "kept";
-  return `${spared}: ${entry.why.includes("format") ? "format" : "no rule drops it"}`;
+// Why a rule drops text, by scorer.
+function reasonOf(score) {
+  const part = partOf(score) || {}, {known_above: known, unknown_below: unknown} = part.drop || {};
+  const both = known !== undefined && unknown !== undefined;
+  const texts = {
+    attention_received: "Gets little attention later", column: `Marked in the column ${part.column}`,
+    embedding_similarity: "Far from the words of the domain", excess_loss: "No harder than another model finds it",
+    explained: "Does not follow from the prompt", influence: "Doubtful, and not needed later",
+    log_probability: "Improbable for the model", new_text: "Repeats earlier text word for word",
+    novelty: both ? "Known already, or very improbable" : unknown === undefined ? "The model knows it already" : "Very improbable for the model",
+    opening: "Its first words do not fit there", token_cleaning: "A better model finds it no more probable",
+    typicality: "Less probable than usual",
+  };
+  return lookup(texts, part.scorer) || `Low ${named(score)}`;
 }
 
-function stopText(slider, stop) {
-  if (slider.key === "") return "as in the run";
-  if (stop === null) return "off";
-  const name = named(slider.score);
-  const texts = {
-    below: () => `${name} below ${short(stop)}`, quantile: () => `the lowest ${short(100 * stop)} % of ${name}`,
-    fence: () => `below Q1 − ${short(stop)} · IQR`, known_above: () => `given more than ${short(100 * stop)} % by the model`,
-    of_median: () => `${name} below ${short(100 * stop)} % of its median`,
-    unknown_below: () => `given less than ${short(100 * stop)} % by the model`, cluster: () => `class ${stop} of ${name}`,
-  };
-  const text = Object.hasOwn(texts, slider.key) ? texts[slider.key] : () => `${name}: ${slider.key} ${short(stop)}`;
-  return text();
+// Of a kind of dropped text: the score whose rule fired, or what else decided. No score can have one of these names.
+function kindTitle(why) {
+  const others = {forced: "Matches force_drop", control: "Drawn at random by the control", "+": "Several rules fired"};
+  return lookup(others, why) || reasonOf(why);
 }
+
+// "1,234" where both ends are equal.
+const between = ([low, high]) => (low === high ? number(low) : `${number(low)} to ${number(high)}`);
