@@ -116,20 +116,24 @@ def score(
 def show(
     target: TargetArgument,
     extra: ExtraArgument = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="How many documents.")] = 5,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many documents, those that lose most first.")] = 5,
     row: Annotated[int | None, typer.Option("--row", min=0, help="All documents of one dataset row.")] = None,
     document: Annotated[str | None, typer.Option("--document", help="Documents whose key begins so.")] = None,
     grep: Annotated[str | None, typer.Option("--grep", help="Documents whose completion this regex matches.")] = None,
     reason: Annotated[
         str | None,
-        typer.Option("--reason", help="Documents where it fired or decided: a score's name, or `protected`."),
+        typer.Option("--reason", help="Documents in which it dropped something: a score's name; or `protected`."),
     ] = None,
+    dropped: Annotated[bool, typer.Option("--dropped", help="Only documents in which something is dropped.")] = False,
 ) -> None:
-    """Print documents with kept and dropped tokens and reasons; scores first if there is no current table."""
+    """Print documents with kept and dropped tokens and reasons, those that lose most first.
+
+    Scores first if there is no current table.
+    """
     from .report import score_table, terminal
 
     console = Console()
-    wanted = terminal.Wanted(row, document, grep, reason)
+    wanted = terminal.Wanted(row, document, grep, reason, dropped)
     if table := _selected_again(target, extra or []):
         from .report import reselected
 
