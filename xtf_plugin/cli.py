@@ -99,6 +99,26 @@ def check(
         typer.echo(f"{name:<12}{value}")  # no table, which could break paths
 
 
+@app.command(epilog=f"More recipes, for word problems, code, medicine and finance, are in {environment.recipes()}.")
+def init(
+    model: Annotated[str, typer.Option("--model", help="A folder of save_pretrained, or a name on the hub.")],
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="A file (JSON Lines, JSON, CSV, Parquet), a folder of them, or a hub name.")
+    ],
+    host: Annotated[
+        str | None, typer.Option("--host", help="trl or axolotl. Default: trl, unless only axolotl is installed.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="The recipe; never overwritten.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a recipe for a model and a data set: QLoRA, the data's columns, an `xtf:` block. Loads no model.
+
+    Data under column names that the host does not know is written again, into a folder beside the recipe.
+    """
+    from .hosts.init_recipe import init as write
+
+    typer.echo(harmless("\n".join(write(model, dataset, host, output))))
+
+
 @app.command()
 def score(
     recipe: RecipeArgument,
@@ -165,6 +185,34 @@ def report(
     page = output or path.parent / writer.PAGE
     Console().print(writer.write_report(score_table.read(path), page))
     Console().print(Text(f"report: {page}"), soft_wrap=True)
+
+
+@app.command()
+def tune(
+    target: TargetArgument,
+    setting: Annotated[int | None, typer.Option("--setting", min=1, help="Print only the block of this one.")] = None,
+) -> None:
+    """Print what other settings of the block would drop, with examples, from stored scores; loads no model."""
+    from .report import score_table
+    from .report import tune as tuning
+
+    path, config = target, None
+    if target.suffix != ".parquet":
+        recipe = load_recipe(target)
+        path, config = recipe.scores_path(), parse_block(recipe)
+        if config is None:
+            raise XTFUserError(f"{target} {off(recipe)}: nothing to tune. The shortest block: `xtf: true`.")
+        if not path.exists():
+            raise XTFUserError(f"{target} has no stored scores ({path}). Score it first: xtf score {target}")
+    table = score_table.read(path)
+    found = tuning.settings(table, config or table.config)
+    if setting is None:
+        tuning.show(found, table, str(path), Console())
+        typer.echo(f"\nThe block of a setting, to paste: xtf tune {target} --setting N")
+        return
+    if setting > len(found):
+        raise XTFUserError(f"--setting {setting}: there are {len(found)} settings. List them: xtf tune {target}")
+    typer.echo(tuning.block_text(found[setting - 1].config), nl=False)
 
 
 @cache_app.command("list")
