@@ -1,4 +1,4 @@
-"""The `xtf` command: check a recipe, score it, show what would be dropped, manage the score cache.
+"""The `xtf` command: write a recipe, check it, score it, show what it or another setting drops, manage the score cache.
 
 It runs the host's own command as a subprocess and reads the files that this writes; it loads no model itself.
 Exit codes: 0 success, 2 wrong user input (one message, no traceback), 1 any other error.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="xtf",
-    help="Token-level noise filtering for supervised fine-tuning: check, score and inspect a recipe's `xtf:` block.",
+    help="Leaves noise in fine-tuning data out of the loss: write, check, score and tune a recipe's `xtf:` block.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -73,6 +73,26 @@ def _root(
     """Options before a command."""
 
 
+@app.command(epilog=f"More recipes, for word problems, code, medicine and finance, are in {environment.recipes()}.")
+def init(
+    model: Annotated[str, typer.Option("--model", help="A folder of save_pretrained, or a name on the hub.")],
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="A file (JSON Lines, JSON, CSV, Parquet), a folder of them, or a hub name.")
+    ],
+    host: Annotated[
+        str | None, typer.Option("--host", help="trl or axolotl. Default: trl, unless only axolotl is installed.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="The recipe; never overwritten.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a recipe for a model and a data set: QLoRA, the data's columns, an `xtf:` block. Loads no model.
+
+    Data under column names that the host does not know is written again, into a folder beside the recipe.
+    """
+    from .hosts.init_recipe import init as write
+
+    typer.echo(harmless("\n".join(write(model, dataset, host, output))))
+
+
 @app.command()
 def check(
     recipe: Annotated[Path | None, _RECIPE] = None,
@@ -97,26 +117,6 @@ def check(
     typer.echo(f"{recipe}: ok")
     for name, value in _facts(loaded, config, hook).items():
         typer.echo(f"{name:<12}{value}")  # no table, which could break paths
-
-
-@app.command(epilog=f"More recipes, for word problems, code, medicine and finance, are in {environment.recipes()}.")
-def init(
-    model: Annotated[str, typer.Option("--model", help="A folder of save_pretrained, or a name on the hub.")],
-    dataset: Annotated[
-        str, typer.Option("--dataset", help="A file (JSON Lines, JSON, CSV, Parquet), a folder of them, or a hub name.")
-    ],
-    host: Annotated[
-        str | None, typer.Option("--host", help="trl or axolotl. Default: trl, unless only axolotl is installed.")
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", help="The recipe; never overwritten.")] = Path("recipe.yaml"),
-) -> None:
-    """Write a recipe for a model and a data set: QLoRA, the data's columns, an `xtf:` block. Loads no model.
-
-    Data under column names that the host does not know is written again, into a folder beside the recipe.
-    """
-    from .hosts.init_recipe import init as write
-
-    typer.echo(harmless("\n".join(write(model, dataset, host, output))))
 
 
 @app.command()

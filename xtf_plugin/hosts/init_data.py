@@ -113,9 +113,11 @@ def open_source(name: str) -> Source:
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
+    from datasets import config
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
 
+    torch, config.TORCH_AVAILABLE = config.TORCH_AVAILABLE, False  # else a stream of rows imports it
     try:
         yield
     except XTFUserError:
@@ -128,6 +130,8 @@ def _readable(name: str) -> Iterator[None]:
             f"--dataset {name} cannot be read: {why}. Give a file ({', '.join(READERS)}), a folder of such files, or a "
             "data set's name on the hub."
         ) from error
+    finally:
+        config.TORCH_AVAILABLE = torch
 
 
 def _load(path: str, config: str | None, data_files: str | None) -> dict[str, Iterable[dict[str, Any]]]:

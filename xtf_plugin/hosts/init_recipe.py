@@ -100,8 +100,9 @@ def init(model: str, dataset: str, host: str | None, output: Path) -> list[str]:
             _write(output, text)
             found = _problems(output)
         finally:
-            if found or not output.exists():
-                output.unlink(missing_ok=True)
+            if found:
+                output.unlink()
+            if not output.exists():
                 shutil.rmtree(folder, ignore_errors=True)
         if not found:
             return [*said, f"wrote {output}, for {COMMANDS[chosen]}", f"next: xtf score {output}"]

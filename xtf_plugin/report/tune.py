@@ -38,9 +38,8 @@ _VALUES: dict[str, tuple[float, ...]] = {  # to choose from, by key of `drop`
     "quantile": _SHARES,
     "of_median": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9),
     "fence": (4.0, 3.0, 2.5, 2.0, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0.0),
-    "known_above": (0.9999, 0.999, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5),
-    "unknown_below": (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1),
 }
+_BY_SHARE = ("below", "known_above", "unknown_below")  # whose values are chosen by the shares that they drop
 ABOUT = (
     "about: scores depend on what is dropped there, and keep the values of the stored run; `xtf score` with that block "
     "counts exactly. All other numbers are those of a run."
@@ -121,9 +120,12 @@ def _others(key: str, part: ScoreConfig, scores: Floats, table: ScoreTable) -> I
 
     layout, own = table.layout, getattr(part.drop, key)
     total = max(1, int(layout.lengths @ layout.counts))
-    if key == "below":
-        values = dataset_quantiles(scores, layout, _SHARES).tolist()
-        choices = {float(f"{value:.2g}") for value in values if np.isfinite(value)}
+    if key in _BY_SHARE:
+        at_shares = dataset_quantiles(
+            scores, layout, [1 - share for share in _SHARES] if key == "unknown_below" else _SHARES
+        )
+        values = [value if key == "below" else 1 - value for value in at_shares if np.isfinite(value)]
+        choices = {float(f"{value:.2g}") for value in values if key == "below" or 1e-9 < value < 0.995}
     else:
         choices = set(range(1, part.drop.of + 1)) if key == "cluster" else set(_VALUES[key])
     shares = {value: fired(value) for value in sorted(choices - {own})}
