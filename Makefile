@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help audit chromium demo models screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long gpu gpu-kit proof docs clean
+.PHONY: help audit chromium demo models package screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long gpu gpu-kit proof docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -68,6 +68,19 @@ $(AXOLOTL_STAMP): pyproject.toml
 	$(AXOLOTL_VENV)/bin/python -m pip install -q "$(TORCH)"
 	$(AXOLOTL_VENV)/bin/python -m pip install -q "$(TORCH)" "$(AXOLOTL)" -e . pytest pytest-xdist
 	touch $@
+
+# In two environments: one that builds, and a clean one that has the wheel alone. Needs a package index.
+PACKAGE_VENV ?= .venv-package
+package: $(STAMP)  ## wheel and sdist in dist/, checked, and the quickstart run from the wheel in a clean environment
+	rm -rf dist
+	$(PYTHON) -m venv --clear $(PACKAGE_VENV)
+	$(PACKAGE_VENV)/bin/python -m pip install -q build twine
+	$(PACKAGE_VENV)/bin/python -m build --outdir dist .
+	$(PACKAGE_VENV)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(PACKAGE_VENV)
+	$(PACKAGE_VENV)/bin/python -m pip install -q "$(TORCH)"
+	$(PACKAGE_VENV)/bin/python -m pip install -q "$(TORCH)" dist/*.whl
+	$(BIN)/python -m tests.package $(PACKAGE_VENV)/bin
 
 # Known vulnerabilities of what `pip install xtf-plugin` brings, by PyPI's advisories; needs a network. What it finds is answered in SECURITY.md.
 audit: $(STAMP)  ## known vulnerabilities of the dependencies; needs a network
