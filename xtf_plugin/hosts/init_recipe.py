@@ -51,11 +51,18 @@ xtf:                                # the only addition to a stock recipe: {docs
 
 @dataclass(frozen=True)
 class Model:
-    """What a recipe needs to know of a model: whether it has a chat template, and its longest row (0: not known)."""
+    """What a recipe needs to know of a model.
+
+    Args:
+        template: whether it has a chat template.
+        positions: of its longest row; 0: not known.
+        unpadded: its EOS token, if it has no token for padding.
+    """
 
     name: str
     template: bool
     positions: int
+    unpadded: str | None
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,10 @@ def _model(name: str) -> Model:
     )
     about = _json(name, "config.json")
     positions = about.get("text_config", about).get("max_position_embeddings")
-    return Model(name, bool(template), positions if isinstance(positions, int) else 0)
+    end = settings.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    unpadded = None if settings.get("pad_token") else end
+    return Model(name, bool(template), positions if isinstance(positions, int) else 0, unpadded)
 
 
 def _json(name: str, file: str, needed: bool = False) -> dict[str, Any]:
@@ -307,6 +317,7 @@ def _trl(model: Model, source: Source, choice: Choice, length: tuple[int, str], 
 def _axolotl(model: Model, source: Source, choice: Choice, length: tuple[int, str], folder: str) -> list[str]:
     gpu = _on_gpu()
     kernels = ("lora_qkv_kernel", "lora_mlp_kernel", "lora_o_kernel", "lora_embedding_kernel")
+    padding: Line = ("special_tokens", {"pad_token": model.unpadded}, "the tokenizer has none for padding")
     cpu = [(name, False, "Triton: needs a GPU") for name in kernels] + [("tf32", False, "")]
     return [
         _lines(
@@ -316,6 +327,7 @@ def _axolotl(model: Model, source: Source, choice: Choice, length: tuple[int, st
             ("lora_r", 16, ""),
             ("lora_alpha", 32, ""),
             ("lora_target_linear", True, ""),
+            *((padding,) if model.unpadded else ()),
             *(() if gpu else cpu),
         ),
         _entry(source, choice, "axolotl")
