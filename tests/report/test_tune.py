@@ -138,6 +138,15 @@ def test_a_block_that_drops_nothing_is_given_some_that_do(tmp_path):
     assert 0 < found["mine stronger"].shares["mine"] < found["mine much stronger"].shares["mine"] < 0.15
 
 
+def test_where_no_threshold_drops_anything_the_reason_is_given(tmp_path):
+    """To a tiny model the prompts say nothing, so the default's scores are undefined."""
+    plan = plan_of(tmp_path, problems())
+    found = tune.settings(table_of(plan), plan.config)
+    text = " ".join(shown(found, plan).split())
+    assert [each.name for each in found] == ["as it is"] and "the prompts of this data say too little" in text
+    assert "No threshold of these scores drops anything here" in text and "selectors.md" in text
+
+
 def test_a_random_control_is_left_aside(two, tmp_path):
     table = table_of(two[1])
     drawn = plan_of(tmp_path, problems(), **TWO, control="random")

@@ -19,6 +19,7 @@ from rich.text import Text
 from ..config.block import XTFConfig
 from ..config.scores import SLOTS
 from ..data.ragged import Bools, Floats, Ints, dataset_quantiles
+from ..environment import docs
 from ..errors import XTFUserError
 from ..scorers import ScoreConfig, registry
 from ..selection.rules import fires
@@ -43,6 +44,10 @@ _BY_SHARE = ("below", "known_above", "unknown_below")  # whose values are chosen
 ABOUT = (
     "about: scores depend on what is dropped there, and keep the values of the stored run; `xtf score` with that block "
     "counts exactly. All other numbers are those of a run."
+)
+NOTHING = (
+    "No threshold of these scores drops anything here. Other scores, or another model that scores (`reference: {model: "
+    "...}`), may: change the block and run `xtf score`. What there is:"
 )
 
 
@@ -199,6 +204,11 @@ def show(found: list[Setting], table: ScoreTable, source: str, console: Console)
         console.print(Text(ABOUT, style="dim"))
     if base.config.control is not None:
         console.print(Text("The block draws its tokens at random; this is what its rules would drop.", style="dim"))
+    if not any(each.dropped.any() for each in found):
+        said = [str(text) for text in table.about.get("warnings", ()) if str(text).split(":")[0] in base.config.scores]
+        for text in [*said, f"{NOTHING} {docs('selectors.md')}"]:
+            console.print(Text(f"\n{on_one_line(text)}"))
+        return
     for number, each in enumerate(found, start=1):
         _show_examples(number, each, base, table, console)
 
