@@ -106,8 +106,13 @@ def test_conversations_are_trained_on_answers_alone(init, tmp_path):
     assert (second["prompt"], second["completion"]) == (messages[:3], messages[3:])
 
 
-def test_other_names_of_roles_become_those_of_templates(init, tmp_path):
-    init(save(SHARED))
+@pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
+def test_other_names_of_roles_become_those_of_templates(init, keys, tmp_path):
+    """TRL renames the keys `from` and `value`, but no roles."""
+    rows = [
+        {"messages": [dict(zip(keys, each.values(), strict=True)) for each in row["conversations"]]} for row in SHARED
+    ]
+    init(save(rows))
     roles = {each["role"] for row in rows_of(tmp_path / "recipe_data") for each in row["prompt"] + row["completion"]}
     assert roles == {"user", "assistant"}
 
@@ -208,6 +213,17 @@ def test_models_that_are_refused(init, models, tmp_path):
     (tmp_path / "empty").mkdir()
     code, _, err, _ = init(save(PLAIN), model=tmp_path / "empty")
     assert code == 2 and "has no config.json" in err and not (tmp_path / "recipe_data").exists()
+
+
+def test_a_home_folder_is_written_out(init, models, tmp_path, monkeypatch):
+    """Hosts take `~` for the name of a folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").symlink_to(models / "marked")
+    save(tiny.problems(4))
+    code, _, err, recipe = init("~/data.jsonl", "--model", "~/here")
+    assert code == 0, err
+    assert recipe["model_name_or_path"] == str(tmp_path / "here")
+    assert recipe["datasets"][0]["data_files"] == str(tmp_path / "data.jsonl")
 
 
 def test_nothing_is_overwritten(init, xtf, tmp_path):  # noqa: F811

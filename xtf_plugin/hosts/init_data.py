@@ -71,18 +71,20 @@ class Shape:
             of a question and its answer. text: one text without a prompt.
         columns: that are read; of a pair those of the question, then the answer's.
         keys: of a message's role and content.
+        usual: whether messages have the keys and roles that templates know.
     """
 
     kind: Kind
     columns: tuple[str, ...]
     keys: tuple[str, str] = ("role", "content")
+    usual: bool = True
 
     @property
     def of_trl(self) -> bool:
         """Whether TRL finds these columns, and roles in them, under these names."""
         if self.kind == "messages":
-            return self.columns[0] in ("messages", "conversations") and self.keys[0] == "role"
-        return self.keys[0] == "role" and (self.kind != "pair" or self.columns == ("prompt", "completion"))
+            return self.usual and self.columns[0] in ("messages", "conversations")
+        return self.usual and (self.kind != "pair" or self.columns == ("prompt", "completion"))
 
 
 def open_source(name: str) -> Source:
@@ -164,9 +166,9 @@ def shape_of(source: Source) -> Shape:
         raise XTFUserError(f"the column {media[0]} holds no text, and only text can be scored. Name another data set.")
     for name in CONVERSATIONS:
         if _is_chat(row.get(name)):
-            return Shape("messages", (name,), _keys(row[name]))
+            return Shape("messages", (name,), *_keys(row[name]))
     if _is_chat(row.get("prompt")) and _is_chat(row.get("completion")):
-        return Shape("turns", ("prompt", "completion"), _keys(row["prompt"]))
+        return Shape("turns", ("prompt", "completion"), *_keys(row["prompt"] + row["completion"]))
     texts = {name.lower(): name for name, value in row.items() if isinstance(value, str)}
     answer = next((texts[name] for name in ANSWERS if name in texts), None)
     question = next((texts[name] for name in QUESTIONS if name in texts and texts[name] != answer), None)
@@ -193,8 +195,10 @@ def _is_chat(value: Any) -> bool:
     return {"role", "content"} <= set(value[0]) or {"from", "value"} <= set(value[0])
 
 
-def _keys(messages: list[Row]) -> tuple[str, str]:
-    return ("role", "content") if {"role", "content"} <= set(messages[0]) else ("from", "value")
+def _keys(messages: list[Row]) -> tuple[tuple[str, str], bool]:
+    """The keys of messages, and whether templates know them and the roles."""
+    keys = ("role", "content") if {"role", "content"} <= set(messages[0]) else ("from", "value")
+    return keys, keys[0] == "role" and not any(each.get("role") in ROLES for each in messages)
 
 
 def converted(row: Row, shape: Shape, host: str, chat: bool) -> Iterator[dict[str, Any]]:

@@ -87,6 +87,7 @@ def init(model: str, dataset: str, host: str | None, output: Path) -> list[str]:
     Raises:
         XTFUserError: model or data cannot be read, no recipe for them would run, or a file is in the way.
     """
+    model, dataset = (os.path.expanduser(each) for each in (model, dataset))  # hosts read `~` as a name
     chosen, folder = _host(host), output.parent / f"{output.stem}_data"
     if output.suffix not in (".yaml", ".yml"):
         raise XTFUserError(f"--output {output}: a recipe is a YAML file. Choose a name that ends in .yaml.")
