@@ -206,6 +206,14 @@ def test_the_lines_that_convert_unknown_columns_work(init, tmp_path):
     assert code == 0 and recipe["datasets"][0]["data_files"] == "train.jsonl"
 
 
+def test_conversations_without_an_answer_are_refused(init, tmp_path):
+    """After the recipe that would have left them where they are was refused."""
+    rows = [{"messages": [{"role": "user", "content": "?"}]}] * 3
+    code, _, err, _ = init(save(rows), model="unmarked")
+    assert code == 2 and "no row has text in messages" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
 def test_models_that_are_refused(init, models, tmp_path):
     data = save(tiny.conversations(4))
     assert "has no chat template" in init(data, model="base")[2]

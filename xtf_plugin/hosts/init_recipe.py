@@ -98,7 +98,7 @@ def init(model: str, dataset: str, host: str | None, output: Path) -> list[str]:
     shape, found = shape_of(source), list[str]()
     for choice in _choices(chosen, shape, about):
         try:
-            said, data = [], source
+            said, data, found = [], source, []
             if choice.convert:
                 file = folder / "train.jsonl"
                 rows, without = write_converted(source, shape, chosen, choice.chat, file)
