@@ -19,6 +19,7 @@ from tests.made_scores import DEFAULT, DROPS, KN, RI, TR, openings, read_prompts
 from tests.report.tables import plan_of, saved, table_of
 from xtf_plugin import cli
 from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.plan import UNFILTERED
 from xtf_plugin.report import score_table, tune
 from xtf_plugin.report.page.block import minimal
 
@@ -145,6 +146,8 @@ def test_where_no_threshold_drops_anything_the_reason_is_given(tmp_path):
     text = " ".join(shown(found, plan).split())
     assert [each.name for each in found] == ["as it is"] and "the prompts of this data say too little" in text
     assert "No threshold of these scores drops anything here" in text and "selectors.md" in text
+    (warning,) = (text for text in plan.warnings if text.startswith("nothing at all is dropped"))
+    assert UNFILTERED in warning and warning.endswith("xtf tune RECIPE")  # a stream says another thing in its place
 
 
 def test_a_random_control_is_left_aside(two, tmp_path):
