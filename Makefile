@@ -132,15 +132,15 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 	$(BIN)/python -m tests.config_page --check
 
-# The tables of docs/benchmarks.md, which every program prints and puts into the page, between its own marks.
+# The tables of docs/benchmarks, which every program prints and puts into the page that has its marks.
 BENCH = $(BIN)/python -m tests.benchmarks
-PAGE = --write docs/benchmarks.md
+PAGE = --write docs/benchmarks
 
 # DATA: a folder with the public files that tests/benchmarks/proof/texts.py names. Without it the rows on real text are left out. Both targets are about CPUs, whatever else the machine has.
 bench bench-long: export CUDA_VISIBLE_DEVICES =
 
 # About 40 minutes on two cores, what is held against a figure first.
-bench: $(STAMP) models  ## the tables of docs/benchmarks.md for a CPU
+bench: $(STAMP) models  ## the tables of docs/benchmarks for a CPU
 	$(BENCH).reach $(PAGE)
 	$(BENCH).bench_scoring $(PAGE)
 	$(BENCH).bench_real $(PAGE)
@@ -169,7 +169,7 @@ bench-long: $(STAMP) models  ## the larger tables: more than an hour
 
 # Less than nine minutes; started again, it goes on where it stopped. Without a GPU it says what was not measured.
 gpu: $(STAMP) $(SMOLLM2)  ## all checks and measurements that need a GPU, most important first (docs/gpu.md)
-	$(BIN)/python -m tests.gpu --page docs/benchmarks.md
+	$(BIN)/python -m tests.gpu --page docs/benchmarks
 
 # HAVE: what `pip freeze` prints on that machine. KIT_MODELS: besides SmolLM2, for instance Qwen2.5-Coder-0.5B-Instruct.
 HAVE ?=
