@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help audit chromium demo models package screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long gpu gpu-kit proof docs clean
+.PHONY: help audit chromium demo models package screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long gpu gpu-kit proof docs docs-site clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q "$(TORCH)" -e ".[dev]"
+	$(BIN)/python -m pip install -q "$(TORCH)" -e ".[dev,docs]"
 	touch $(STAMP)
 
 # NAMES: the models to make; without it the three small ones (830 MB to download, 2.1 GB made).
@@ -48,7 +48,7 @@ demo: $(STAMP) $(SMOLLM2)  ## the plugin on a real model and noisy data, in a fe
 	@echo "report, to be opened in a browser: $(CURDIR)/.demo/run/xtf/report.html"
 
 # Two files at a time on two cores, one thread each: most of a test is Python, which uses one core.
-test: $(STAMP) $(SMOLLM2) lint chromium  ## lint, types and tests, with the newest TRL
+test: $(STAMP) $(SMOLLM2) lint docs-site chromium  ## lint, types and tests, with the newest TRL
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The report is tested in a real browser; Debian's, where it is missing and may be installed.
@@ -168,7 +168,7 @@ bench-long: $(STAMP) models  ## the larger tables: more than an hour
 	$(BENCH).agreement $(if $(DATA),$(DATA)/gsm8k_train.jsonl --prompt question --completion answer) $(PAGE)
 
 # Less than nine minutes; started again, it goes on where it stopped. Without a GPU it says what was not measured.
-gpu: $(STAMP) $(SMOLLM2)  ## all checks and measurements that need a GPU, most important first (docs/gpu.md)
+gpu: $(STAMP) $(SMOLLM2)  ## all checks and measurements that need a GPU, most important first (docs/gpu-checks.md)
 	$(BIN)/python -m tests.gpu --page docs/benchmarks
 
 # HAVE: what `pip freeze` prints on that machine. KIT_MODELS: besides SmolLM2, for instance Qwen2.5-Coder-0.5B-Instruct.
@@ -182,8 +182,12 @@ gpu-kit: $(STAMP)  ## the same for a GPU machine without a network: wheels, proj
 proof: $(STAMP) models  ## the tables of docs/evidence.md, on real models: about 90 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.proof --data $(DATA) --folder .proof --workers 2 --write docs/evidence.md --pictures docs/images
 
+# Fails for a link or an anchor that leads nowhere, and for a page that the navigation leaves out. Needs no network.
+docs-site: $(STAMP)  ## the documentation as a site, in .site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 docs: $(STAMP)  ## docs/config.md, from the configuration
 	$(BIN)/python -m tests.config_page
 
 clean:  ## what demo, tests and gpu-kit leave; models, figures and environments stay
-	rm -rf .demo .gpu-kit .reliability.jsonl .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .demo .gpu-kit .site .reliability.jsonl .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,7 @@ rule. Commands that train are run for real, in the order a reader would: on a ti
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -34,6 +36,7 @@ BIN = Path(sys.executable).parent
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 FENCED = [block for block in BLOCKS if block.language != "indented"]
 README = PAGES[0]
+QUICKSTART = ROOT / "docs/quickstart.md"
 SWITCHES = ("XTF_DISABLE", "XTF_DRY_RUN", "XTF_SCORES_OUTPUT", "TORCH_DEVICE_BACKEND_AUTOLOAD")
 TINY = {
     "model_name_or_path": "model",
@@ -113,7 +116,7 @@ def trained(workplace) -> Workplace:
 def run_bash(block: Block, trained: Workplace, monkeypatch) -> None:
     for words in commands(block.text):
         check_command(words)
-        if words[0] in ("trl", "xtf"):
+        if words[0] in ("trl", "xtf") and block.page != QUICKSTART:  # whose commands run in order, below
             result = trained.run(words)
             assert result.returncode == 0, result.stderr[-3000:]
 
@@ -165,16 +168,21 @@ def check_toml(block: Block, trained: Workplace | None = None, monkeypatch=None)
 
 
 @cache
-def demo_completions() -> list[str]:
-    """The completions of the demo's data as `xtf show` prints them, without marks."""
+def demo_rows() -> list[Any]:
+    """The rows of the demo's data, which know where their noise is."""
     sys.path.insert(0, str(ROOT / "recipes/demo"))
     try:
         import prepare
 
-        rows = [row for part in prepare.make_rows(0) for row in part]
+        return [row for part in prepare.make_rows(0) for row in part]
     finally:
         sys.path.pop(0)
-    return [terminal.visible(row.completion) for row in rows]
+
+
+@cache
+def demo_completions() -> list[str]:
+    """The completions of the demo's data as `xtf show` prints them, without marks."""
+    return [terminal.visible(row.completion) for row in demo_rows()]
 
 
 def check_text(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
@@ -183,7 +191,24 @@ def check_text(block: Block, trained: Workplace | None = None, monkeypatch=None)
     assert any(bare in text for text in demo_completions()), f"{block}: not the text of the demo"
 
 
-RULES = {"bash": run_bash, "yaml": check_yaml, "python": run_python, "toml": check_toml, "text": check_text}
+def check_diff(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
+    """The one kind there is: an answer of the demo, noise marked as dropped and the rest as kept."""
+    lines = [(line[:1], line[1:].strip()) for line in block.text.splitlines()]
+    for row in demo_rows():
+        noise = " ".join(row.completion[start:end] for start, end, _ in row.noise)
+        if all(text in (noise if mark == "-" else row.clean) for mark, text in lines):
+            return
+    pytest.fail(f"{block}: no answer of the demo has this noise and this text")
+
+
+RULES = {
+    "diff": check_diff,
+    "bash": run_bash,
+    "yaml": check_yaml,
+    "python": run_python,
+    "toml": check_toml,
+    "text": check_text,
+}
 
 
 def check_block(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
@@ -249,6 +274,50 @@ def test_first_commands_stand_at_the_top_of_the_readme():
     assert "pip install" in top and "make demo" in top
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_are_short(page):
+    """A page that is longer holds more than one idea; README is what somebody reads who has two minutes."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= (150 if page == README else 300)
+
+
+def test_examples_use_the_preset_that_we_recommend():
+    """`paper` and `official` are there to be compared with: who copies an example should not get them."""
+    texts = {str(block): block.text for block in FENCED if "xtf" in block.text}
+    assert len(texts) > 15
+    wrong = re.compile(r"preset\W+(paper|official)")
+    assert [name for name, text in texts.items() if wrong.search(text)] == []
+
+
+def test_figures_of_the_readme_stand_in_the_evidence():
+    text = prose(README)
+    helps = text[text.index("## Does it help?") : text.index("## Use it")]
+    figures = set(re.findall(r"[\d.]+(?= %)", helps)) | set(re.findall(r"([\d.]+) to [\d.]+ %", helps))
+    assert len(figures) > 8
+    evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    assert [one for one in figures if not re.search(rf"(?<![\d.]){re.escape(one)}(?![\d.]*\d)", evidence)] == []
+
+
+def test_messages_that_troubleshooting_quotes_exist():
+    """A quoted line is a message of the package; `…` stands for what a message fills in."""
+    sources = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "xtf_plugin").rglob("*.py")]
+    known = [
+        "".join(part.value if isinstance(part, ast.Constant) else "…" for part in text.values)
+        if isinstance(text, ast.JoinedStr)
+        else text.value
+        for tree in sources
+        for text in ast.walk(tree)
+        if isinstance(text, ast.JoinedStr) or (isinstance(text, ast.Constant) and isinstance(text.value, str))
+    ]
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^> (.+)$", page, re.MULTILINE)
+    assert len(quoted) > 10
+    whole = "\n".join(known)
+    for message in quoted:
+        missing = [part for part in re.split(r"…", message) if part.strip(" .,:;()") and part not in whole]
+        assert not missing, f"no message of the package has {missing}"
+
+
 def test_reference_of_the_block_is_fresh():
     assert config_page.main(["--check"]) is None
 
@@ -284,6 +353,8 @@ def test_every_decision_has_a_date_and_a_reason():
         ("", "anything"),
         ("toml", "a = 1"),
         ("text", "Nobody[-·wrote|TR-]·this."),
+        ("diff", "- For each egg in a simple cake you can use one of these:"),
+        ("diff", "  As an AI language model, I don't have personal opinions"),
         ("bash", "curl example.org"),
         ("bash", "pip install xtf"),
         ("bash", "make nothing-of-the-kind"),

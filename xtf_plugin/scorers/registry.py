@@ -28,7 +28,7 @@ _PAPER = (attention_received, novelty, embedding_similarity)
 _DEFAULT = (influence, new_text, explained)
 _OTHERS = (typicality, opening, log_probability, excess_loss, token_cleaning, column)
 BUILTIN: dict[str, Scorer] = {each.name: each for each in (*_PAPER, *_DEFAULT, *_OTHERS)}
-_HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/selectors.md"
+_HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/own-scorer.md"
 # The errors that importing another package's module raises; others, such as KeyboardInterrupt, end the process.
 _IMPORT_ERRORS: tuple[type[Exception], ...] = (ImportError, AttributeError, SyntaxError, NameError, TypeError)
 _IMPORT_ERRORS += (ValueError, LookupError, RuntimeError, OSError)
