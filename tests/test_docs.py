@@ -22,10 +22,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import config_page, tiny, unsloth_pattern
+from tests import config_page, real, tiny, unsloth_pattern
 from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.hosts.test_other_hosts import with_mask
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, prose, relative_links
+from tests.reliability import LONG
 from tests.test_plan import rows as labelled
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.hosts import axolotl_checks
@@ -230,6 +231,44 @@ def test_commands_in_prose_and_in_indented_blocks_exist(page):
         if first in CHECKS and rest:  # the others are formulas, keys and names
             for words in commands(text):
                 check_command(words)
+
+
+WHICH = ["tiny", pytest.param("real", marks=[real.needs(real.SMOLLM2), pytest.mark.skipif(not LONG, reason="long")])]
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_the_quickstart_runs_in_the_order_of_its_page(which, tmp_path):
+    """All commands but `pip` and the download of the model, for which another model stands at the same place."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+    model = tmp_path / ".models" / real.SMOLLM2
+    if which == "real":
+        model.parent.mkdir()
+        model.symlink_to(real.MODELS / real.SMOLLM2)
+    else:
+        tiny.save_base(model)
+    steps = [
+        words
+        for block in FENCED
+        if block.page == QUICKSTART and block.language == "bash"
+        for words in commands(block.text)
+    ]
+    assert [" ".join(words[:2]) for words in steps if words[0] in ("xtf", "trl")] == [
+        "xtf init",
+        "xtf check",
+        "xtf score",
+        "xtf show",
+        "xtf tune",
+        "trl sft",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    environment |= {"XTF_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for words in steps:
+        if words[0] == "pip" or words[1] == "recipes/models.py":
+            continue
+        command = [str(BIN / words[0]), *words[1:]]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        assert result.returncode == 0, f"{words}: {result.stdout[-2000:]}{result.stderr[-2000:]}"
+    assert "scored 0 documents" in result.stdout + result.stderr, "the training has scored again"
 
 
 def test_no_block_is_overlooked():
