@@ -138,7 +138,7 @@ def run_python(block: Block, trained: Workplace, monkeypatch) -> None:
     import trl
     from datasets import Dataset
 
-    folder = trained.folder / f"script-{block.line}"
+    folder = trained.folder / f"script-{block.page.stem}-{block.line}"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XTF_CACHE", str(folder / "cache"))
