@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import config_page, real, tiny, unsloth_pattern
+from tests import config_page, forked, real, tiny, unsloth_pattern
 from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.hosts.test_other_hosts import with_mask
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, prose, relative_links
@@ -39,6 +39,7 @@ FENCED = [block for block in BLOCKS if block.language != "indented"]
 README = PAGES[0]
 QUICKSTART = ROOT / "docs/quickstart.md"
 SWITCHES = ("XTF_DISABLE", "XTF_DRY_RUN", "XTF_SCORES_OUTPUT", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+HERE = {"HuggingFaceTB/SmolLM2-135M-Instruct": "model", "path/to/data.jsonl": "data/train.jsonl"}  # for `xtf init`
 TINY = {
     "model_name_or_path": "model",
     "dataset_name": "data",
@@ -88,16 +89,11 @@ class Workplace:
         if tuple(words) not in self.results:
             for name in (word for word in words if word.endswith(".yaml")):
                 self.write_recipe(name)
+            command = [*words, "--output", f"made-{len(self.results)}.yaml"] if words[:2] == ["xtf", "init"] else words
+            command = [HERE.get(word, word) for word in command]
             quiet = {"XTF_CACHE": "cache", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             environment = {name: value for name, value in os.environ.items() if name not in SWITCHES} | quiet
-            self.results[tuple(words)] = subprocess.run(
-                [str(BIN / words[0]), *words[1:]],
-                cwd=self.folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
+            self.results[tuple(words)] = forked.run([BIN / command[0], *command[1:]], cwd=self.folder, env=environment)
         return self.results[tuple(words)]
 
 
@@ -265,8 +261,7 @@ def test_the_quickstart_runs_in_the_order_of_its_page(which, tmp_path):
     for words in steps:
         if words[0] == "pip" or words[1] == "recipes/models.py":
             continue
-        command = [str(BIN / words[0]), *words[1:]]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        result = forked.run([BIN / words[0], *words[1:]], cwd=tmp_path, env=environment, timeout=900)
         assert result.returncode == 0, f"{words}: {result.stdout[-2000:]}{result.stderr[-2000:]}"
     assert "scored 0 documents" in result.stdout + result.stderr, "the training has scored again"
 
