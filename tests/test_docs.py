@@ -229,6 +229,14 @@ def test_commands_in_prose_and_in_indented_blocks_exist(page):
                 check_command(words)
 
 
+def assert_dropped_as_marked(block: Block, shown: str) -> None:
+    """What `xtf show` prints of an answer drops the lines that are marked so, and keeps the others."""
+    part = re.compile(r"\[-(.*?)\|[\w ]+-\]", re.DOTALL)
+    texts = {"-": "\n".join(part.findall(shown)), " ": part.sub("\n", shown)}
+    for line in block.text.splitlines():
+        assert terminal.visible(line[1:].strip()) in texts[line[0]], line
+
+
 WHICH = ["tiny", pytest.param("real", marks=[real.needs(real.SMOLLM2), pytest.mark.skipif(not LONG, reason="long")])]
 
 
@@ -264,6 +272,11 @@ def test_the_quickstart_runs_in_the_order_of_its_page(which, tmp_path):
         result = forked.run([BIN / words[0], *words[1:]], cwd=tmp_path, env=environment, timeout=900)
         assert result.returncode == 0, f"{words}: {result.stdout[-2000:]}{result.stderr[-2000:]}"
     assert "scored 0 documents" in result.stdout + result.stderr, "the training has scored again"
+    if which == "real":
+        shown = forked.run(
+            [BIN / "xtf", "show", "recipe.yaml", "--grep", "mashed"], cwd=tmp_path, env=environment
+        ).stdout
+        assert_dropped_as_marked(next(block for block in FENCED if block.language == "diff"), shown)
 
 
 def test_no_block_is_overlooked():
