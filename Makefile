@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help audit chromium demo models screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long gpu gpu-kit proof docs clean
+.PHONY: help audit chromium demo models package screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long gpu gpu-kit proof docs docs-site clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q "$(TORCH)" -e ".[dev]"
+	$(BIN)/python -m pip install -q "$(TORCH)" -e ".[dev,docs]"
 	touch $(STAMP)
 
 # NAMES: the models to make; without it the three small ones (830 MB to download, 2.1 GB made).
@@ -48,7 +48,7 @@ demo: $(STAMP) $(SMOLLM2)  ## the plugin on a real model and noisy data, in a fe
 	@echo "report, to be opened in a browser: $(CURDIR)/.demo/run/xtf/report.html"
 
 # Two files at a time on two cores, one thread each: most of a test is Python, which uses one core.
-test: $(STAMP) $(SMOLLM2) lint chromium  ## lint, types and tests, with the newest TRL
+test: $(STAMP) $(SMOLLM2) lint docs-site chromium  ## lint, types and tests, with the newest TRL
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The report is tested in a real browser; Debian's, where it is missing and may be installed.
@@ -68,6 +68,19 @@ $(AXOLOTL_STAMP): pyproject.toml
 	$(AXOLOTL_VENV)/bin/python -m pip install -q "$(TORCH)"
 	$(AXOLOTL_VENV)/bin/python -m pip install -q "$(TORCH)" "$(AXOLOTL)" -e . pytest pytest-xdist
 	touch $@
+
+# In two environments: one that builds, and a clean one that has the wheel alone. Needs a package index.
+PACKAGE_VENV ?= .venv-package
+package: $(STAMP)  ## wheel and sdist in dist/, checked, and the quickstart run from the wheel in a clean environment
+	rm -rf dist
+	$(PYTHON) -m venv --clear $(PACKAGE_VENV)
+	$(PACKAGE_VENV)/bin/python -m pip install -q build twine
+	$(PACKAGE_VENV)/bin/python -m build --outdir dist .
+	$(PACKAGE_VENV)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(PACKAGE_VENV)
+	$(PACKAGE_VENV)/bin/python -m pip install -q "$(TORCH)"
+	$(PACKAGE_VENV)/bin/python -m pip install -q "$(TORCH)" dist/*.whl
+	$(BIN)/python -m tests.package $(PACKAGE_VENV)/bin
 
 # Known vulnerabilities of what `pip install xtf-plugin` brings, by PyPI's advisories; needs a network. What it finds is answered in SECURITY.md.
 audit: $(STAMP)  ## known vulnerabilities of the dependencies; needs a network
@@ -119,15 +132,15 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 	$(BIN)/python -m tests.config_page --check
 
-# The tables of docs/benchmarks.md, which every program prints and puts into the page, between its own marks.
+# The tables of docs/benchmarks, which every program prints and puts into the page that has its marks.
 BENCH = $(BIN)/python -m tests.benchmarks
-PAGE = --write docs/benchmarks.md
+PAGE = --write docs/benchmarks
 
 # DATA: a folder with the public files that tests/benchmarks/proof/texts.py names. Without it the rows on real text are left out. Both targets are about CPUs, whatever else the machine has.
 bench bench-long: export CUDA_VISIBLE_DEVICES =
 
 # About 40 minutes on two cores, what is held against a figure first.
-bench: $(STAMP) models  ## the tables of docs/benchmarks.md for a CPU
+bench: $(STAMP) models  ## the tables of docs/benchmarks for a CPU
 	$(BENCH).reach $(PAGE)
 	$(BENCH).bench_scoring $(PAGE)
 	$(BENCH).bench_real $(PAGE)
@@ -155,8 +168,8 @@ bench-long: $(STAMP) models  ## the larger tables: more than an hour
 	$(BENCH).agreement $(if $(DATA),$(DATA)/gsm8k_train.jsonl --prompt question --completion answer) $(PAGE)
 
 # Less than nine minutes; started again, it goes on where it stopped. Without a GPU it says what was not measured.
-gpu: $(STAMP) $(SMOLLM2)  ## all checks and measurements that need a GPU, most important first (docs/gpu.md)
-	$(BIN)/python -m tests.gpu --page docs/benchmarks.md
+gpu: $(STAMP) $(SMOLLM2)  ## all checks and measurements that need a GPU, most important first (docs/gpu-checks.md)
+	$(BIN)/python -m tests.gpu --page docs/benchmarks
 
 # HAVE: what `pip freeze` prints on that machine. KIT_MODELS: besides SmolLM2, for instance Qwen2.5-Coder-0.5B-Instruct.
 HAVE ?=
@@ -169,8 +182,12 @@ gpu-kit: $(STAMP)  ## the same for a GPU machine without a network: wheels, proj
 proof: $(STAMP) models  ## the tables of docs/evidence.md, on real models: about 90 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.proof --data $(DATA) --folder .proof --workers 2 --write docs/evidence.md --pictures docs/images
 
+# Fails for a link or an anchor that leads nowhere, and for a page that the navigation leaves out. Needs no network.
+docs-site: $(STAMP)  ## the documentation as a site, in .site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 docs: $(STAMP)  ## docs/config.md, from the configuration
 	$(BIN)/python -m tests.config_page
 
 clean:  ## what demo, tests and gpu-kit leave; models, figures and environments stay
-	rm -rf .demo .gpu-kit .reliability.jsonl .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .demo .gpu-kit .site .reliability.jsonl .pytest_cache .mypy_cache .ruff_cache

@@ -20,6 +20,9 @@ _HEADER = """<!-- Generated from xtf_plugin/config by `python -m tests.config_pa
 
 # The `xtf:` block
 
+Most recipes need one line, `preset: default`. [Choosing what to drop](choosing.md) says when to set another key. This
+page lists all of them.
+
 The same block stands in a recipe, in `XTFConfig(...)`, and as JSON or YAML text after `--xtf`. `xtf: true` or `xtf: {}`
 takes the `default` preset; `xtf: false`, or no block, is stock training. Unknown keys are refused.
 

@@ -6,6 +6,7 @@ rule. Commands that train are run for real, in the order a reader would: on a ti
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
@@ -16,14 +17,16 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from tests import config_page, tiny, unsloth_pattern
+from tests import config_page, forked, real, tiny, unsloth_pattern
 from tests.doc_commands import CHECKS, PLACEHOLDER, check_command
 from tests.hosts.test_other_hosts import with_mask
 from tests.pages import PAGES, ROOT, Block, blocks, commands, inline_code, prose, relative_links
+from tests.reliability import LONG
 from tests.test_plan import rows as labelled
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.hosts import axolotl_checks
@@ -34,7 +37,9 @@ BIN = Path(sys.executable).parent
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 FENCED = [block for block in BLOCKS if block.language != "indented"]
 README = PAGES[0]
+QUICKSTART = ROOT / "docs/quickstart.md"
 SWITCHES = ("XTF_DISABLE", "XTF_DRY_RUN", "XTF_SCORES_OUTPUT", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+HERE = {"HuggingFaceTB/SmolLM2-135M-Instruct": "model", "path/to/data.jsonl": "data/train.jsonl"}  # for `xtf init`
 TINY = {
     "model_name_or_path": "model",
     "dataset_name": "data",
@@ -84,16 +89,11 @@ class Workplace:
         if tuple(words) not in self.results:
             for name in (word for word in words if word.endswith(".yaml")):
                 self.write_recipe(name)
+            command = [*words, "--output", f"made-{len(self.results)}.yaml"] if words[:2] == ["xtf", "init"] else words
+            command = [HERE.get(word, word) for word in command]
             quiet = {"XTF_CACHE": "cache", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             environment = {name: value for name, value in os.environ.items() if name not in SWITCHES} | quiet
-            self.results[tuple(words)] = subprocess.run(
-                [str(BIN / words[0]), *words[1:]],
-                cwd=self.folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
+            self.results[tuple(words)] = forked.run([BIN / command[0], *command[1:]], cwd=self.folder, env=environment)
         return self.results[tuple(words)]
 
 
@@ -113,7 +113,7 @@ def trained(workplace) -> Workplace:
 def run_bash(block: Block, trained: Workplace, monkeypatch) -> None:
     for words in commands(block.text):
         check_command(words)
-        if words[0] in ("trl", "xtf"):
+        if words[0] in ("trl", "xtf") and block.page != QUICKSTART:  # whose commands run in order, below
             result = trained.run(words)
             assert result.returncode == 0, result.stderr[-3000:]
 
@@ -134,7 +134,7 @@ def run_python(block: Block, trained: Workplace, monkeypatch) -> None:
     import trl
     from datasets import Dataset
 
-    folder = trained.folder / f"script-{block.line}"
+    folder = trained.folder / f"script-{block.page.stem}-{block.line}"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XTF_CACHE", str(folder / "cache"))
@@ -165,16 +165,21 @@ def check_toml(block: Block, trained: Workplace | None = None, monkeypatch=None)
 
 
 @cache
-def demo_completions() -> list[str]:
-    """The completions of the demo's data as `xtf show` prints them, without marks."""
+def demo_rows() -> list[Any]:
+    """The rows of the demo's data, which know where their noise is."""
     sys.path.insert(0, str(ROOT / "recipes/demo"))
     try:
         import prepare
 
-        rows = [row for part in prepare.make_rows(0) for row in part]
+        return [row for part in prepare.make_rows(0) for row in part]
     finally:
         sys.path.pop(0)
-    return [terminal.visible(row.completion) for row in rows]
+
+
+@cache
+def demo_completions() -> list[str]:
+    """The completions of the demo's data as `xtf show` prints them, without marks."""
+    return [terminal.visible(row.completion) for row in demo_rows()]
 
 
 def check_text(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
@@ -183,7 +188,24 @@ def check_text(block: Block, trained: Workplace | None = None, monkeypatch=None)
     assert any(bare in text for text in demo_completions()), f"{block}: not the text of the demo"
 
 
-RULES = {"bash": run_bash, "yaml": check_yaml, "python": run_python, "toml": check_toml, "text": check_text}
+def check_diff(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
+    """The one kind there is: an answer of the demo, noise marked as dropped and the rest as kept."""
+    lines = [(line[:1], line[1:].strip()) for line in block.text.splitlines()]
+    for row in demo_rows():
+        noise = " ".join(row.completion[start:end] for start, end, _ in row.noise)
+        if all(text in (noise if mark == "-" else row.clean) for mark, text in lines):
+            return
+    pytest.fail(f"{block}: no answer of the demo has this noise and this text")
+
+
+RULES = {
+    "diff": check_diff,
+    "bash": run_bash,
+    "yaml": check_yaml,
+    "python": run_python,
+    "toml": check_toml,
+    "text": check_text,
+}
 
 
 def check_block(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
@@ -205,6 +227,56 @@ def test_commands_in_prose_and_in_indented_blocks_exist(page):
         if first in CHECKS and rest:  # the others are formulas, keys and names
             for words in commands(text):
                 check_command(words)
+
+
+def assert_dropped_as_marked(block: Block, shown: str) -> None:
+    """What `xtf show` prints of an answer drops the lines that are marked so, and keeps the others."""
+    part = re.compile(r"\[-(.*?)\|[\w ]+-\]", re.DOTALL)
+    texts = {"-": "\n".join(part.findall(shown)), " ": part.sub("\n", shown)}
+    for line in block.text.splitlines():
+        assert terminal.visible(line[1:].strip()) in texts[line[0]], line
+
+
+WHICH = ["tiny", pytest.param("real", marks=[real.needs(real.SMOLLM2), pytest.mark.skipif(not LONG, reason="long")])]
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_the_quickstart_runs_in_the_order_of_its_page(which, tmp_path):
+    """All commands but `pip` and the download of the model, for which another model stands at the same place."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+    model = tmp_path / ".models" / real.SMOLLM2
+    if which == "real":
+        model.parent.mkdir()
+        model.symlink_to(real.MODELS / real.SMOLLM2)
+    else:
+        tiny.save_base(model)
+    steps = [
+        words
+        for block in FENCED
+        if block.page == QUICKSTART and block.language == "bash"
+        for words in commands(block.text)
+    ]
+    assert [" ".join(words[:2]) for words in steps if words[0] in ("xtf", "trl")] == [
+        "xtf init",
+        "xtf check",
+        "xtf score",
+        "xtf show",
+        "xtf tune",
+        "trl sft",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    environment |= {"XTF_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for words in steps:
+        if words[0] == "pip" or words[1] == "recipes/models.py":
+            continue
+        result = forked.run([BIN / words[0], *words[1:]], cwd=tmp_path, env=environment, timeout=900)
+        assert result.returncode == 0, f"{words}: {result.stdout[-2000:]}{result.stderr[-2000:]}"
+    assert "scored 0 documents" in result.stdout + result.stderr, "the training has scored again"
+    if which == "real":
+        shown = forked.run(
+            [BIN / "xtf", "show", "recipe.yaml", "--grep", "mashed"], cwd=tmp_path, env=environment
+        ).stdout
+        assert_dropped_as_marked(next(block for block in FENCED if block.language == "diff"), shown)
 
 
 def test_no_block_is_overlooked():
@@ -249,6 +321,50 @@ def test_first_commands_stand_at_the_top_of_the_readme():
     assert "pip install" in top and "make demo" in top
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_are_short(page):
+    """A page that is longer holds more than one idea; README is what somebody reads who has two minutes."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= (150 if page == README else 300)
+
+
+def test_examples_use_the_preset_that_we_recommend():
+    """`paper` and `official` are there to be compared with: who copies an example should not get them."""
+    texts = {str(block): block.text for block in FENCED if "xtf" in block.text}
+    assert len(texts) > 15
+    wrong = re.compile(r"preset\W+(paper|official)")
+    assert [name for name, text in texts.items() if wrong.search(text)] == []
+
+
+def test_figures_of_the_readme_stand_in_the_evidence():
+    text = prose(README)
+    helps = text[text.index("## Does it help?") : text.index("## Use it")]
+    figures = set(re.findall(r"[\d.]+(?= %)", helps)) | set(re.findall(r"([\d.]+) to [\d.]+ %", helps))
+    assert len(figures) > 8
+    evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    assert [one for one in figures if not re.search(rf"(?<![\d.]){re.escape(one)}(?![\d.]*\d)", evidence)] == []
+
+
+def test_messages_that_troubleshooting_quotes_exist():
+    """A quoted line is a message of the package; `…` stands for what a message fills in."""
+    sources = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "xtf_plugin").rglob("*.py")]
+    known = [
+        "".join(part.value if isinstance(part, ast.Constant) else "…" for part in text.values)
+        if isinstance(text, ast.JoinedStr)
+        else text.value
+        for tree in sources
+        for text in ast.walk(tree)
+        if isinstance(text, ast.JoinedStr) or (isinstance(text, ast.Constant) and isinstance(text.value, str))
+    ]
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^> (.+)$", page, re.MULTILINE)
+    assert len(quoted) > 10
+    whole = "\n".join(known)
+    for message in quoted:
+        missing = [part for part in message.split("…") if part.strip(" .,:;()") not in whole]
+        assert not missing, f"no message of the package has {missing}"
+
+
 def test_reference_of_the_block_is_fresh():
     assert config_page.main(["--check"]) is None
 
@@ -284,6 +400,8 @@ def test_every_decision_has_a_date_and_a_reason():
         ("", "anything"),
         ("toml", "a = 1"),
         ("text", "Nobody[-·wrote|TR-]·this."),
+        ("diff", "- For each egg in a simple cake you can use one of these:"),
+        ("diff", "  As an AI language model, I don't have personal opinions"),
         ("bash", "curl example.org"),
         ("bash", "pip install xtf"),
         ("bash", "make nothing-of-the-kind"),

@@ -1,4 +1,4 @@
-"""The `xtf` command: check a recipe, score it, show what would be dropped, manage the score cache.
+"""The `xtf` command: write a recipe, check it, score it, show what it or another setting drops, manage the score cache.
 
 It runs the host's own command as a subprocess and reads the files that this writes; it loads no model itself.
 Exit codes: 0 success, 2 wrong user input (one message, no traceback), 1 any other error.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="xtf",
-    help="Token-level noise filtering for supervised fine-tuning: check, score and inspect a recipe's `xtf:` block.",
+    help="Leaves noise in fine-tuning data out of the loss: write, check, score and tune a recipe's `xtf:` block.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -71,6 +71,26 @@ def _root(
     ] = False,
 ) -> None:
     """Options before a command."""
+
+
+@app.command(epilog=f"More recipes, for word problems, code, medicine and finance, are in {environment.recipes()}.")
+def init(
+    model: Annotated[str, typer.Option("--model", help="A folder of save_pretrained, or a name on the hub.")],
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="A file (JSON Lines, JSON, CSV, Parquet), a folder of them, or a hub name.")
+    ],
+    host: Annotated[
+        str | None, typer.Option("--host", help="trl or axolotl. Default: trl, unless only axolotl is installed.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="The recipe; never overwritten.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a recipe for a model and a data set: QLoRA, the data's columns, an `xtf:` block. Loads no model.
+
+    Data under column names that the host does not know is written again, into a folder beside the recipe.
+    """
+    from .hosts.init_recipe import init as write
+
+    typer.echo(harmless("\n".join(write(model, dataset, host, output))))
 
 
 @app.command()
@@ -118,20 +138,24 @@ def score(
 def show(
     target: TargetArgument,
     extra: ExtraArgument = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="How many documents.")] = 5,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many documents, those that lose most first.")] = 5,
     row: Annotated[int | None, typer.Option("--row", min=0, help="All documents of one dataset row.")] = None,
     document: Annotated[str | None, typer.Option("--document", help="Documents whose key begins so.")] = None,
     grep: Annotated[str | None, typer.Option("--grep", help="Documents whose completion this regex matches.")] = None,
     reason: Annotated[
         str | None,
-        typer.Option("--reason", help="Documents where it fired or decided: a score's name, or `protected`."),
+        typer.Option("--reason", help="Documents in which it dropped something: a score's name; or `protected`."),
     ] = None,
+    dropped: Annotated[bool, typer.Option("--dropped", help="Only documents in which something is dropped.")] = False,
 ) -> None:
-    """Print documents with kept and dropped tokens and reasons; scores first if there is no current table."""
+    """Print documents with kept and dropped tokens and reasons, those that lose most first.
+
+    Scores first if there is no current table.
+    """
     from .report import score_table, terminal
 
     console = Console()
-    wanted = terminal.Wanted(row, document, grep, reason)
+    wanted = terminal.Wanted(row, document, grep, reason, dropped)
     if table := _selected_again(target, extra or []):
         from .report import reselected
 
@@ -163,6 +187,34 @@ def report(
     page = output or path.parent / writer.PAGE
     Console().print(writer.write_report(score_table.read(path), page))
     Console().print(Text(f"report: {page}"), soft_wrap=True)
+
+
+@app.command()
+def tune(
+    target: TargetArgument,
+    setting: Annotated[int | None, typer.Option("--setting", min=1, help="Print only the block of this one.")] = None,
+) -> None:
+    """Print what other settings of the block would drop, with examples, from stored scores; loads no model."""
+    from .report import score_table
+    from .report import tune as tuning
+
+    path, config = target, None
+    if target.suffix != ".parquet":
+        recipe = load_recipe(target)
+        path, config = recipe.scores_path(), parse_block(recipe)
+        if config is None:
+            raise XTFUserError(f"{target} {off(recipe)}: nothing to tune. The shortest block: `xtf: true`.")
+        if not path.exists():
+            raise XTFUserError(f"{target} has no stored scores ({path}). Score it first: xtf score {target}")
+    table = score_table.read(path)
+    found = tuning.settings(table, config or table.config)
+    if setting is None:
+        tuning.show(found, table, str(path), Console())
+        typer.echo(f"\nThe block of a setting, to paste: xtf tune {target} --setting N")
+        return
+    if setting > len(found):
+        raise XTFUserError(f"--setting {setting}: there are {len(found)} settings. List them: xtf tune {target}")
+    typer.echo(tuning.block_text(found[setting - 1].config), nl=False)
 
 
 @cache_app.command("list")

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from .errors import XTFUserError
@@ -38,6 +39,22 @@ def installed_version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def docs(page: str) -> str:
+    """Where a page of docs/ is to be read: the address in the package's metadata (pyproject.toml), and the page."""
+    try:
+        urls = dict(line.split(", ", 1) for line in metadata.metadata("xtf-plugin").get_all("Project-URL") or ())
+    except metadata.PackageNotFoundError:
+        urls = {}
+    return f"{urls['Documentation']}/{page}" if "Documentation" in urls else f"docs/{page}"
+
+
+def recipes() -> Path:
+    """The folder of recipes: in the package, or in a clone beside it."""
+    package = Path(__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def hook_installed() -> bool:

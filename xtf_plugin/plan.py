@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from .fields import ReferenceConfig
 
 OF_ONE_RANK = ("cache_dir", "report")  # keys of the block that may differ between ranks
-NOTHING_DROPPED = "nothing at all is dropped: this run trains exactly as it would without its `xtf:` block"
+UNFILTERED = ": this run trains exactly as it would without its `xtf:` block"
+NOTHING_DROPPED = f"nothing at all is dropped{UNFILTERED}. What other thresholds drop: xtf tune RECIPE"
 
 
 @dataclass(frozen=True)

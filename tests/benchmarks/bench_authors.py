@@ -1,6 +1,6 @@
 """The scoring pass against the procedure that was published with the method, restated here from its description.
 
-    python -m tests.benchmarks.bench_authors [--lengths short] [--all-tokens] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_authors [--lengths short] [--all-tokens] [--write docs/benchmarks]
 
 That procedure takes one document at a time, three times over: a forward with attention maps of all layers in memory, of
 which the first layer's is averaged; a forward with logits of all positions and a softmax over the vocabulary; and for

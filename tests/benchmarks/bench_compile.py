@@ -1,6 +1,6 @@
 """`torch.compile` for a scoring pass: the time to compile, the time saved, and the tokens at which they are equal.
 
-    python -m tests.benchmarks.bench_compile [--dtype bf16] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_compile [--dtype bf16] [--write docs/benchmarks]
 
 The decoder of the 30M model of bench_scoring on its short documents, in batches of different shapes, as scoring has
 them. The pass itself does not compile anything: a user would need a C++ compiler.

@@ -1,6 +1,6 @@
 """The cost of scoring on a GPU, in one command of less than ten minutes.
 
-    python -m tests.benchmarks.bench_gpu [--minutes 8] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_gpu [--minutes 8] [--write docs/benchmarks]
 
 Triton's kernels against those of torch, the scoring pass against the floor, the published procedure, a training
 step, a whole run and weights in 4 bits (`gpu_parts`), the most important first. Each part has a

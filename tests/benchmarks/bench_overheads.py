@@ -1,6 +1,6 @@
 """What XTF costs outside the scoring pass: cached second start, boot hook, collator.
 
-    python -m tests.benchmarks.bench_overheads [--documents 200] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_overheads [--documents 200] [--write docs/benchmarks]
 
 Ratios are taken within one run; times are medians.
 """

@@ -1,6 +1,6 @@
 """The share of padding in the batches of a scoring pass.
 
-    python -m tests.benchmarks.bench_padding [--data FOLDER] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_padding [--data FOLDER] [--write docs/benchmarks]
 
 Lengths are those of a generated log-normal mix and, with a folder that holds the public files of `proof.texts`, of
 their documents under the tokenizer of SmolLM2 (`make models`). Nothing depends on a device. A CPU has padded

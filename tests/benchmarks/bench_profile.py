@@ -1,6 +1,6 @@
 """The time of the floor and of the scoring pass by kind of operation.
 
-    python -m tests.benchmarks.bench_profile [--device cuda] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_profile [--device cuda] [--write docs/benchmarks]
 
 On a CPU, the 30M model of bench_scoring; on a GPU, the model of bench_gpu. PyTorch's profiler measures single
 operations. On a CPU, an operation is attributed to attention or to the head's sums by its caller, and otherwise by its

@@ -1,6 +1,6 @@
 """Real pretrained models: the scoring pass against the floor, and its scores against the definitions.
 
-    python -m tests.benchmarks.bench_real [--models NAME ...] [--rows 24] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_real [--models NAME ...] [--rows 24] [--write docs/benchmarks]
 
 On a GPU if there is one, otherwise on the CPU. Text: the demo's question and answer pairs in each model's own chat
 template. Two tables:

@@ -1,6 +1,6 @@
 """What XTF adds to a QLoRA run of three epochs, and which of its parts take the time.
 
-    python -m tests.benchmarks.bench_run [--rows 32] [--quick] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_run [--rows 32] [--quick] [--write docs/benchmarks]
 
 SmolLM2-135M-Instruct (`make models`), its layers in 4 bits, with LoRA on all of them, under TRL's own trainer; the
 first rows of the demo's training data, some of them with noise. A real model on real text: how much the default reads

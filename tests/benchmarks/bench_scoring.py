@@ -1,7 +1,7 @@
 """Time and memory of the scoring pass against the floor: one no-grad decoder forward plus the LM head on completion
 positions.
 
-    python -m tests.benchmarks.bench_scoring [--sizes 30M 150M] [--no-memory] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_scoring [--sizes 30M 150M] [--no-memory] [--write docs/benchmarks]
 
 Random Llamas of about 30M and 150M parameters, in the same padded batches of at most 4,096 tokens for every procedure.
 Times are medians over rounds that run the procedures in turn, so that a slow period affects all of them. Only ratios

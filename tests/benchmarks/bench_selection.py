@@ -1,6 +1,6 @@
 """Time and memory from scores to masks, for datasets of up to hundreds of millions of completion tokens.
 
-    python -m tests.benchmarks.bench_selection [--millions 1 100] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_selection [--millions 1 100] [--write docs/benchmarks]
 
 Scores are drawn, not computed. Each row of the table is a process of its own: `select` with the rules of a preset, then
 the table that the collator looks keep flags up in, several times over, of which the medians are taken. Memory is what

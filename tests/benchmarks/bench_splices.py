@@ -1,6 +1,6 @@
 """What the scores of the default read and take, beside the same scores without their fast forms.
 
-    python -m tests.benchmarks.bench_splices [--rows 16] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_splices [--rows 16] [--write docs/benchmarks]
 
 `explained` and `influence` ask how probable text is after a part of its document (`data.splices`). Splices of a
 document begin alike, and the beginning is read once; the naive form reads each of them whole, in batches all the same.

@@ -1,6 +1,6 @@
 """A start with all scores stored: from the trainer's rows to masks, part by part.
 
-    python -m tests.benchmarks.bench_start [--documents 100000] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_start [--documents 100000] [--write docs/benchmarks]
 
 The scores in the store are drawn; the rows are a `datasets.Dataset` of 50 to 300 tokens each as a trainer has them, the
 model one of 30M weights in memory, whose fingerprint is part of a start. What scoring them would take is measured on

@@ -1,6 +1,6 @@
 """What masks do to a training step of a model with a large vocabulary.
 
-    python -m tests.benchmarks.bench_step [--repeats 5] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_step [--repeats 5] [--write docs/benchmarks]
 
 One trainer of TRL's with LoRA, a small decoder under a vocabulary of 128,256, and the same batch of rows for every
 variant: collated by the trainer's own collator, and by ours with masks that keep all, three quarters or half of the

@@ -1,6 +1,6 @@
 """What scoring a stream while it is trained on costs: step time and memory against the same streamed run without XTF.
 
-    python -m tests.benchmarks.bench_streaming [--steps 36] [--repeats 3] [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_streaming [--steps 36] [--repeats 3] [--write docs/benchmarks]
 
 A random Llama of about 30M parameters with LoRA on all linear layers, batches of four rows of 50 to 300 tokens that are
 scored once each. Every run has a process of its own, in turn. A chunk of rows is scored at once, before its first

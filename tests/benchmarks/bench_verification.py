@@ -1,6 +1,6 @@
 """What it takes to check a batch against a plan of documents that all have the same length.
 
-    python -m tests.benchmarks.bench_verification [--write docs/benchmarks.md]
+    python -m tests.benchmarks.bench_verification [--write docs/benchmarks]
 
 So it is with `wrapped` packing and with rows that are cut off at max_length. Batches of eight rows with an attention
 mask, labels as planned. The index is built once, at the first batch.

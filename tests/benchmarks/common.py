@@ -30,7 +30,9 @@ NOT_MEASURED = "not measured yet"
 def arguments(doc: str | None, repeats: int = 5) -> argparse.ArgumentParser:
     """The options that every benchmark takes."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="also put the table into this page, between this program's marks")
+    parser.add_argument(
+        "--write", type=Path, help="also put the table into this page or folder, between this program's marks"
+    )
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, and nothing else")
     return parser

@@ -1,6 +1,6 @@
 """What scoring may cost: the figures that benchmarks are held against, each stated here and nowhere else.
 
-    python -m tests.benchmarks.reach [--write docs/benchmarks.md]
+    python -m tests.benchmarks.reach [--write docs/benchmarks]
 
 A value is compared as it was measured, not as it is printed: 1.004 misses 1.00.
 """
@@ -89,7 +89,9 @@ def everything() -> list[list[str]]:
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="also put the table into this page, between the marks `reach`")
+    parser.add_argument(
+        "--write", type=Path, help="also put the table into this page or folder, between the marks `reach`"
+    )
     options = parser.parse_args(given)
     text = table(["what", "CPU, fp32", "CPU, bf16", "GPU, bf16"], everything())
     print(text)

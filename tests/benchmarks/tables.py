@@ -15,7 +15,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_into(page: Path, text: str, mark: str = BEGIN, end_mark: str = END) -> None:
-    """Put text between the marks of a page; ValueError if it has none."""
+    """Put text between the marks of a page, or of the one page of a folder that has them; ValueError without marks."""
+    if page.is_dir():
+        page = next((one for one in sorted(page.glob("*.md")) if mark in one.read_text(encoding="utf-8")), page)
+        if page.is_dir():
+            raise ValueError(f"no page in {page} has a line {mark}")
     before, begin, rest = page.read_text(encoding="utf-8").partition(mark)
     _, end, after = rest.partition(end_mark)
     if not begin or not end:

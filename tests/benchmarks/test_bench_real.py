@@ -6,13 +6,13 @@ import pytest
 
 from tests import real
 from tests.benchmarks import bench_real, common
-from tests.benchmarks.test_benchmarks import PAGE, parts
+from tests.benchmarks.test_benchmarks import all_pages, parts
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_both_tables_of_real_models_are_put_into_the_page(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    page.write_text(all_pages(), encoding="utf-8")
     bench_real.main(["--smoke", "--repeats", "1", "--write", str(page)])
     suffix = ", gpu" if common.device().type == "cuda" else ""
     for mark, head in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -37,7 +38,7 @@ from tests.gpu.parts import PARTS, Settings
 from tests.reliability import LONG
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/benchmarks.md"
+PAGES = ROOT / "docs/benchmarks"
 MARKS = {  # of the programs that have a `--smoke`
     bench_authors: "bench_authors",
     bench_compile: "compile",
@@ -66,6 +67,11 @@ OTHER_MARKS = {
 }
 
 
+def all_pages() -> str:
+    """The text of all pages of benchmarks, whose marks are written into."""
+    return "\n".join(page.read_text(encoding="utf-8") for page in sorted(PAGES.glob("*.md")))
+
+
 def parts(text: str, mark: str) -> tuple[str, str, str]:
     """What stands before, between and behind the marks of a page."""
     before, begin, rest = text.partition(f"<!-- {mark} -->")
@@ -79,7 +85,7 @@ def parts(text: str, mark: str) -> tuple[str, str, str]:
 @pytest.mark.parametrize("program", MARKS, ids=lambda m: m.__name__.split(".")[-1])
 def test_a_table_is_printed_and_put_into_the_page(program, tmp_path, capsys):
     page, mark = tmp_path / "page.md", MARKS[program]
-    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    page.write_text(all_pages(), encoding="utf-8")
     before, old, after = parts(page.read_text(encoding="utf-8"), mark)
     program.main(["--smoke", "--repeats", "1", "--write", str(page)])
     found = parts(page.read_text(encoding="utf-8"), mark)
@@ -92,13 +98,13 @@ def test_a_table_is_printed_and_put_into_the_page(program, tmp_path, capsys):
 
 
 def test_every_mark_of_the_page_has_a_program_and_every_program_a_make_target():
-    marks = re.findall(r"<!-- ([^/].*?) -->", PAGE.read_text(encoding="utf-8"))
+    marks = re.findall(r"<!-- ([^/].*?) -->", all_pages())
     assert sorted(marks) == sorted([*MARKS.values(), *OTHER_MARKS])
     named = "".join(
         subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for target in ("bench", "bench-long")
     )
-    on_a_gpu = Settings(Path("out"), Path("scratch"), Path("docs/benchmarks.md"), smoke=False)
+    on_a_gpu = Settings(Path("out"), Path("scratch"), Path("docs/benchmarks"), smoke=False)
     named += "\n".join(" ".join(part.command(on_a_gpu, 60.0)) for part in PARTS)  # what `make gpu` runs
     commands = [line for line in named.splitlines() if re.search(r"-m tests\.benchmarks\.(?!proof)", line)]
     run = {re.search(r"tests\.benchmarks\.(\w+)", line)[1] for line in commands}
@@ -135,10 +141,15 @@ class TestReach:
         assert str(reach.scoring(False, reach.CUDA, 8_192)) == "≤ 1.05"
 
     def test_the_page_has_the_figures_of_the_programs(self, tmp_path):
-        page = tmp_path / "page.md"
-        page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-        reach.main(["--write", str(page)])
-        assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+        shutil.copytree(PAGES, tmp_path / "pages")
+        reach.main(["--write", str(tmp_path / "pages")])
+        for page in PAGES.glob("*.md"):
+            assert (tmp_path / "pages" / page.name).read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+
+    def test_a_folder_in_which_no_page_has_the_marks_is_refused(self, tmp_path):
+        (tmp_path / "page.md").write_text("<!-- another -->\n<!-- /another -->\n", encoding="utf-8")
+        with pytest.raises(ValueError, match="no page in .* has a line <!-- reach -->"):
+            reach.main(["--write", str(tmp_path)])
 
 
 @pytest.mark.skipif(common.device().type == "cuda", reason="has a GPU")

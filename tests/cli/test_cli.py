@@ -258,8 +258,10 @@ def test_tables_that_are_none(xtf, tmp_path):
 
 def test_documents_beyond_the_first_batch_are_found(xtf, tmp_path):
     count = 70_000  # Parquet batches hold 65,536 rows
-    constant = {"document": "aa", "position": 1, "token": "t", "kept": True, "reason": ""}
-    wide = score_table(row=list(range(count)), **{name: [value] * count for name, value in constant.items()})
+    constant = {"position": 1, "token": "t", "kept": True, "reason": ""}
+    names = [f"{row:06x}" for row in range(count)]
+    columns = {name: [value] * count for name, value in constant.items()}
+    wide = score_table(row=list(range(count)), document=names, **columns)
     pq.write_table(wide, tmp_path / "scores.parquet")
     assert "row 69999 " in xtf("show", tmp_path / "scores.parquet", "--row", "69999")[1]
     assert xtf("show", tmp_path / "scores.parquet", "-n", "2")[1].count("row ") == 2

@@ -24,11 +24,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.faults import Fault, hooks, safety, scoring, selection, storing
+from tests.faults import Fault, commands, hooks, safety, scoring, selection, storing
 
 ROOT = Path(__file__).parents[2]
 PARTS = (selection.SELECTION, scoring.DOCUMENTS, scoring.SCORING, storing.STORE, hooks.HOOKS)
-PARTS += (safety.CLOSED, safety.RANKS, safety.BLOCK, safety.REPORT)
+PARTS += (safety.CLOSED, safety.RANKS, safety.BLOCK, safety.REPORT, commands.COMMANDS)
 FAULTS = {fault.name: fault for part in PARTS for fault in part}
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
 LIMIT = 900  # seconds of a test run: a fault may also make a test hang

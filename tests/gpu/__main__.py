@@ -1,6 +1,6 @@
 """Runs all checks and measurements that need a GPU, the most important first, in less than nine minutes.
 
-    python -m tests.gpu [--output .gpu] [--minutes 8.7] [--page docs/benchmarks.md]
+    python -m tests.gpu [--output .gpu] [--minutes 8.7] [--page docs/benchmarks]
 
 Every part (see `parts.py`) is a process of its own with a time limit: one that crashes or hangs takes no other with it.
 Its output goes to `<output>/<part>.log` while it runs, and its result to `<output>/results.jsonl` when it ends; tables
@@ -152,7 +152,7 @@ def main(given: Sequence[str] | None = None) -> int:
     """Parse the command line and run; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(".gpu"), help="logs and results")
-    parser.add_argument("--page", type=Path, help="put the tables into this page too")
+    parser.add_argument("--page", type=Path, help="put the tables into this page or folder too")
     parser.add_argument("--minutes", type=float, default=8.7, help="for all parts together")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on any device: shows that it runs")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts alone")

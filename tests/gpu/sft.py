@@ -1,6 +1,6 @@
 """The stock `trl sft` on a real model: 4-bit QLoRA with an `xtf:` block, as a user types it, and without one.
 
-    python -m tests.gpu.sft --output FOLDER [--smoke] [--write docs/benchmarks.md]
+    python -m tests.gpu.sft --output FOLDER [--smoke] [--write docs/benchmarks]
 
 The demo's recipe and data, in bfloat16 on a GPU. Three runs, each the stock command in a process of its own: the
 default block; the paper's three scores with rules that drop something, so that attention is recorded and masks are not

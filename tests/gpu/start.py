@@ -163,10 +163,10 @@ def main() -> int:
         print("error: project and wheels must be here; transfer those parts again.", file=sys.stderr)
         return 1
     options.output.mkdir(parents=True, exist_ok=True)
-    page = options.output / "benchmarks.md"
-    if not page.exists():
-        shutil.copy(unpacked / "project/project/docs/benchmarks.md", page)
-    words = ["--output", str(options.output.resolve()), "--page", str(page.resolve())]
+    pages = options.output / "benchmarks"
+    if not pages.exists():
+        shutil.copytree(unpacked / "project/project/docs/benchmarks", pages)
+    words = ["--output", str(options.output.resolve()), "--page", str(pages.resolve())]
     words += ["--minutes", f"{options.minutes - took / 60:.2f}", *others]
     tree = unpacked / "project/project"
     return subprocess.run([sys.executable, "-m", "tests.gpu", *words], env=env, cwd=tree, check=False).returncode

@@ -191,9 +191,11 @@ def test_what_tokens_hold_is_text_in_the_page_and_in_the_terminal(tmp_path: Path
         code, printed = run("show", str(path))
         assert code == 0 and not acts(printed), acts(printed)
         found, offsets = terminal.find(score_table.open_file(path), terminal.Wanted(), 9, path), plan.scores.offsets
-        for document, at in zip(found, plan.documents.row_documents, strict=True):
+        texts_by_key = {document.key: document.text for document in found}
+        assert len(texts_by_key) == len(found) == len(plan.documents)
+        for at in plan.documents.row_documents:
             whole = b"".join(known[token] for token in plan.scores.token_ids[offsets[at] : offsets[at + 1]])
-            assert document.text == whole.decode(errors="replace")
+            assert texts_by_key[plan.scores.keys[at].tobytes().hex()] == whole.decode(errors="replace")
         code, printed = run("report", str(path))
         assert code == 0 and not acts(printed.replace(str(path.parent), "")), acts(printed)
         again = (path.parent / "report.html").read_text(encoding="utf-8")

@@ -63,6 +63,11 @@ def test_no_shell_and_no_code_from_text(tmp_path):
 # for the complete package.
 ANSWERED = {
     ("B105", "xtf_plugin/report/terminal.py"): "what a scorer measures, in words; no password",
+    ("B615", "xtf_plugin/hosts/init_data.py"): "rows of the data set that the recipe then names; no code",
+    (
+        "B615",
+        "xtf_plugin/hosts/init_recipe.py",
+    ): "JSON and a template of what the recipe then names; they are only read",
     ("B615", "xtf_plugin/scoring/providers.py"): "`revision` is in **options; the user chooses it, and the key has it",
 }
 

@@ -117,6 +117,7 @@ def test_totals_print_as_shares():
 
 
 KEYS = ["aa00", "bb11", "aa22", "cc33"]
+MOST_DROPPED = ["aa22", "aa00", "bb11", "cc33"]  # a token of aa22 is dropped
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def file(tmp_path):
 
 def found(path, n=9, **wanted):
     given = {"row": None, "document": None, "grep": None, "reason": None, **wanted}
-    return list(find(open_file(path), Wanted(**given), n, path))
+    return find(open_file(path), Wanted(**given), n, path)
 
 
 def keys(path, n=9, **wanted):
@@ -155,18 +156,46 @@ def test_documents_are_complete_across_batches(file):
             return opened.iter_batches(batch_size=2, columns=columns)
 
     for source in (opened, Small()):
-        shown = list(find(source, Wanted(), 9, file))
-        assert [document.key for document in shown] == KEYS
+        shown = find(source, Wanted(), 9, file)
+        assert sorted(document.key for document in shown) == sorted(KEYS)
         assert [len(document.tokens) for document in shown] == [5] * 4
 
 
 def test_what_is_wanted(file):
-    assert keys(file) == KEYS and keys(file, n=2) == KEYS[:2]
+    assert keys(file) == MOST_DROPPED and keys(file, n=2) == MOST_DROPPED[:2]
     assert keys(file, row=0) == KEYS[:2] and keys(file, row=0, n=1) == KEYS[:2]
     assert keys(file, document="AA") == ["aa00", "aa22"] and keys(file, document="bb1", n=1) == ["bb11"]
     assert keys(file, grep=r"w6 needle w8") == ["bb11"] and keys(file, grep="absent") == []
     assert keys(file, reason="task_relevance") == ["aa22"] and keys(file, reason="protected") == ["cc33"]
     assert keys(file, reason="protected", row=0) == []
+    assert keys(file, dropped=True) == ["aa22"] and keys(file, dropped=True, row=0) == []
+
+
+def test_a_reason_is_one_that_drops(file):
+    """The rule of knowledge novelty fires in cc33 alone, where protection keeps the token."""
+    assert keys(file, reason="KN") == []
+
+
+def test_what_loses_most_comes_first_and_once(tmp_path):
+    """Shares decide, then lengths, then the place in the dataset; a repeated document is shown once."""
+    documents = {"aa": "-+++", "bb": "--++", "cc": "--", "dd": "+", "ee": "----", "ff": "-+++"}
+    order = ["aa", "bb", "cc", "dd", "ee", "ff", "cc", "ee", "aa"]
+    flags = [(row, key, at, sign == "+") for row, key in enumerate(order) for at, sign in enumerate(documents[key])]
+    columns = dict(zip(("row", "document", "position", "kept"), map(list, zip(*flags, strict=True)), strict=True))
+    wide = table_like(**columns, token=["t"] * len(flags), reason=[""] * len(flags))
+    pq.write_table(wide, path := tmp_path / "scores.parquet")
+    best = ["ee", "cc", "bb", "aa", "ff", "dd"]
+    assert [keys(path, n=n) for n in range(1, 7)] == [best[:n] for n in range(1, 7)]
+    assert keys(path, dropped=True) == best[:-1]
+    assert [document.row for document in found(path, document="cc")] == [2, 6]
+
+
+def test_a_table_without_drops_has_nothing_dropped_to_show(tmp_path, capsys):
+    wide = table_like(row=[0], document=["aa"], position=[0], token=["t"], kept=[True], reason=[""])
+    pq.write_table(wide, path := tmp_path / "scores.parquet")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["show", str(path), "--dropped"])
+    assert "has a dropped token" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -215,7 +244,7 @@ class TestText:
         assert "a😀b" in printed and "a[-😀|KN-]◌b" in printed and "\ufffd" not in printed
 
     def test_and_are_found(self, split):
-        assert keys(split, grep="^a😀b$") == ["aa00", "bb11"]
+        assert keys(split, grep="^a😀b$") == ["bb11", "aa00"]
 
     def test_a_run_writes_the_bytes(self, tmp_path):
         """Through a plan of the tiny tokenizer, which has no token for an emoji."""

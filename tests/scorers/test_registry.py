@@ -21,7 +21,7 @@ from xtf_plugin.errors import XTFError, XTFUserError
 from xtf_plugin.report.score_table import SCHEMA
 from xtf_plugin.scorers import ScoreConfig, Scorer, registry
 
-PAGE = ROOT / "docs" / "selectors.md"
+PAGE = ROOT / "docs" / "own-scorer.md"
 RHO = {"scorer": "excess_loss", "reference": {"model": "other", "quantization": "none"}, "drop": {"quantile": 0.4}}
 LOW = {"scorer": "log_probability", "drop": {"below": -1.0}}
 OFF = {"preset": "none"}
@@ -253,7 +253,7 @@ def plan_of(block, tmp_path):
 
 @pytest.fixture
 def documented(site):
-    """The package of docs/selectors.md, installed as its own two blocks say."""
+    """The package of docs/own-scorer.md, installed as its own two blocks say."""
     toml = next(block.text for block in blocks(PAGE) if block.language == "toml")
     code = next(block.text for block in blocks(PAGE) if "def repetition(" in block.text)
     assert len([line for line in code.splitlines() if line.strip()]) <= 20, "the page promises a small one"

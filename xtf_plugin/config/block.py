@@ -32,7 +32,7 @@ from ..fields import (
     Whole,
 )
 from ..scorers import ScoreConfig
-from .messages import explain, shown
+from .messages import NEXT, explain, shown
 from .scores import PRESETS, SLOTS, Selectors, Slot, complete, over_preset, unanswerable
 
 
@@ -138,7 +138,7 @@ class XTFConfig(Block):
             hint = f" For the preset write {{preset: {value}}}." if isinstance(value, str) and value in PRESETS else ""
             raise XTFUserError(
                 f"xtf: {shown(value)} is not a block.{hint} Legal: a mapping of settings, true (the defaults) or false "
-                "(off). See docs/config.md."
+                f"(off). {NEXT}"
             )
         return cls() if value is True else cls(**plain(value, 1))
 
@@ -205,7 +205,7 @@ def read(text: str) -> Any:
         # besides YAMLError, PyYAML's constructors raise these on scalars that do not fit their tag
         except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             why = " ".join(str(error).split())
-            raise XTFUserError(f"xtf: {text[:80]!r} is neither JSON nor YAML: {why}. See docs/config.md.") from None
+            raise XTFUserError(f"xtf: {text[:80]!r} is neither JSON nor YAML: {why}. {NEXT}") from None
     if value is None and text.strip().lower() not in ("null", "~"):
         raise XTFUserError(f"xtf: {text[:80]!r} is empty. Write true for the defaults, false for off, or a mapping.")
     return value

@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..environment import docs
 from ..fields import TAGS, Problems
 from .scores import MOST, PartProblems
 
 Schema = Mapping[str, Any]
-_NEXT = "See docs/config.md, or run `xtf check --schema`."
+NEXT = f"See {docs('config.md')}, or run `xtf check --schema`."
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _TEXTS = {"path": "path", "file-path": "path of a text file", "regex": "regular expression"}
 
@@ -97,8 +98,8 @@ def explain(error: ValidationError, root: Schema) -> str:
     """The message of an error: a line for each problem (dotted key, value, problem, legal values) and the next step."""
     lines = list(dict.fromkeys(line for found in error.errors(include_url=False) for line in _lines(found, root)))
     if len(lines) == 1:
-        return f"{lines[0]} {_NEXT}"
-    return "\n".join([f"the xtf: block has {len(lines)} problems:", *(f"  {line}" for line in lines), _NEXT])
+        return f"{lines[0]} {NEXT}"
+    return "\n".join([f"the xtf: block has {len(lines)} problems:", *(f"  {line}" for line in lines), NEXT])
 
 
 def _lines(found: Mapping[str, Any], root: Schema, start: str = "xtf") -> Iterator[str]:

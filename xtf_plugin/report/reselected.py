@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..selection.select import reason_text, rule_bits
 from . import score_table, whatif
 from .score_table import ScoreTable
 from .summary import Verdicts
-from .terminal import Document
+from .terminal import Document, Part
 
 NOTE = (
     "selected again from the stored scores, since only thresholds have changed; a run asks again of text whose scores "
@@ -59,20 +60,21 @@ def select_again(path: Path, config: XTFConfig, model: str | None) -> ScoreTable
     return replace(found, about=dict(score_table.plain(facts)))
 
 
-def documents(table: ScoreTable) -> Iterator[Document]:
-    """The distinct documents of a table as they are shown, in the order of their first rows."""
+def documents(table: ScoreTable) -> Iterator[Part]:
+    """The distinct documents of a table, in the order of their first rows."""
     bits = rule_bits(table.config)
     names = {int(each): reason_text(int(each), bits) for each in np.unique(table.reasons)}
-    for index, row in enumerate(table.rows.tolist()):
+
+    def read(index: int, where: slice) -> Document:
+        columns = {
+            "token_id": table.token_ids[where],
+            "token": pa.nulls(where.stop - where.start, pa.string()),
+            "kept": table.keep[where],
+            "reason": [names[int(each)] for each in table.reasons[where]],
+        }
+        return Document.read(int(table.rows[index]), table.key(index), pa.table(columns), table.pieces)
+
+    sizes, kept = table.layout.lengths, table.layout.count(table.keep)
+    for index in np.flatnonzero(sizes).tolist():
         where = slice(table.offsets[index], table.offsets[index + 1])
-        if where.start == where.stop:
-            continue
-        part = pa.table(
-            {
-                "token_id": table.token_ids[where],
-                "token": pa.nulls(where.stop - where.start, pa.string()),
-                "kept": table.keep[where],
-                "reason": [names[int(each)] for each in table.reasons[where]],
-            }
-        )
-        yield Document.read(row, table.key(index), part, table.pieces)
+        yield Part(table.key(index), int(sizes[index]), int(sizes[index] - kept[index]), partial(read, index, where))

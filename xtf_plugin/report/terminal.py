@@ -9,9 +9,10 @@ column `kept` distinguish it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from heapq import heappush, heappushpop
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +102,11 @@ class Document:
     tokens: list[Token]
     text: str
 
+    @property
+    def dropped(self) -> int:
+        """Number of tokens that are not kept."""
+        return sum(not token.kept for token in self.tokens)
+
     @classmethod
     def read(cls, row: int, key: str, part: pa.Table, pieces: Mapping[int, bytes]) -> Document:
         """From its rows of a score table; `pieces` are the bytes of tokens that are not UTF-8 by themselves.
@@ -127,7 +133,9 @@ class Wanted:
         row: of the dataset.
         document: the first hex digits of the key.
         grep: a regular expression that matches somewhere in the completion.
-        reason: a score whose rule fired in it (`RI`, `KN`, `TR` are names too), or what decided (see `DECISIONS`).
+        reason: a score whose rule dropped something in it (`RI`, `KN`, `TR` are names too), or what decided (see
+            `DECISIONS`).
+        dropped: only documents in which something is dropped.
 
     Raises:
         XTFUserError: a key that is not hexadecimal, or a pattern that is not a regular expression.
@@ -137,6 +145,7 @@ class Wanted:
     document: str | None = None
     grep: str | None = None
     reason: str | None = None
+    dropped: bool = False
 
     def __post_init__(self) -> None:
         if self.document is not None and not re.fullmatch(r"[0-9a-fA-F]{1,32}", self.document):
@@ -150,32 +159,39 @@ class Wanted:
         """For messages: "row 3, reason task_relevance"; empty if any document matches."""
         pattern = None if self.grep is None else repr(self.grep)
         parts = {"row": self.row, "document": self.document, "text that matches": pattern, "reason": self.reason}
-        return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
+        words = [f"{name} {value}" for name, value in parts.items() if value is not None]
+        return ", ".join([*words, *["a dropped token"] * self.dropped])
 
     def matches(self, document: Document) -> bool:
         """Whether to show a document."""
-        reason = FULL_NAMES.get(self.reason or "", self.reason)
         return (
             (self.row is None or document.row == self.row)
             and (self.document is None or document.key.startswith(self.document.lower()))
             and (self.grep is None or re.search(self.grep, document.text) is not None)
-            and (reason is None or any(reason in token.reason.split(",") for token in document.tokens))
+            and (self.reason is None or any(self._decided(token) for token in document.tokens))
+            and (not self.dropped or document.dropped > 0)
         )
 
+    def _decided(self, token: Token) -> bool:
+        """Whether the wanted reason dropped a token; `protected` and `floor` keep one."""
+        reason = FULL_NAMES.get(str(self.reason), self.reason)
+        return reason in token.reason.split(",") and (not token.kept or reason in ("protected", "floor"))
 
-def find(file: Any, wanted: Wanted, n: int, path: Path) -> Iterator[Document]:
-    """The first `n` matching documents of an open score table; all of them if a row or a document is wanted.
 
-    Reads the table only as far as it must.
+def find(file: Any, wanted: Wanted, n: int, path: Path) -> list[Document]:
+    """The `n` matching documents of an open score table that lose most; see `matching`.
 
     Raises:
         XTFUserError: no rule of the table has the wanted reason; and as `score_table.batches`.
     """
-    return matching(_documents(file, wanted, path), file.schema_arrow.names, wanted, n)
+    return matching(_parts(file, wanted, path), file.schema_arrow.names, wanted, n)
 
 
-def matching(documents: Iterable[Document], columns: Sequence[str], wanted: Wanted, n: int) -> Iterator[Document]:
-    """The first `n` matching ones of some documents; all of them if a row or a document is wanted.
+def matching(parts: Iterable[Part], columns: Sequence[str], wanted: Wanted, n: int) -> list[Document]:
+    """The `n` matching documents that lose the largest share of their tokens, each once, the largest share first.
+
+    Of equal shares the longer document comes first, then the one that the dataset has first. If a row or a document is
+    wanted: all that match, in the order of the dataset.
 
     Args:
         columns: of the score table.
@@ -187,20 +203,47 @@ def matching(documents: Iterable[Document], columns: Sequence[str], wanted: Want
     legal = [*SHORT_NAMES, *selectors, *DECISIONS]
     if wanted.reason not in (None, *legal, *FULL_NAMES):
         raise XTFUserError(f"--reason {wanted.reason!r} is no rule of this table. Legal: {', '.join(legal)}.")
-    found = filter(wanted.matches, documents)
-    return islice(found, n if wanted.row is None and wanted.document is None else None)
+    if wanted.row is not None or wanted.document is not None:
+        return [document for part in parts if wanted.matches(document := part.read())]
+    best: list[tuple[tuple[float, int, int], Document]] = []  # a heap, the document that loses least first
+    held = set[str]()
+    for place, part in enumerate(parts):
+        rank = (part.dropped / part.tokens, part.tokens, -place)
+        if (len(best) == n and rank < best[0][0]) or part.key in held:
+            continue
+        if wanted.matches(document := part.read()):
+            held.add(part.key)
+            if len(best) < n:
+                heappush(best, (rank, document))
+            else:
+                held.remove(heappushpop(best, (rank, document))[1].key)
+    return [document for _, document in sorted(best, key=lambda each: each[0], reverse=True)]
 
 
-def _documents(file: Any, wanted: Wanted, path: Path) -> Iterator[Document]:
+class Part(NamedTuple):
+    """A document of a table that has not been read yet: its key, its completion tokens, and how many are dropped."""
+
+    key: str
+    tokens: int
+    dropped: int
+    read: Callable[[], Document]
+
+
+def _parts(file: Any, wanted: Wanted, path: Path) -> Iterator[Part]:
     """Documents in order. The last one of a batch may continue in the next batch, so it is read with that."""
     rest, pieces = list[tuple[int, str, Any]](), _pieces(file, path)
+
+    def of(row: int, key: str, held: Any) -> Part:
+        kept = pc.sum(held["kept"]).as_py()
+        return Part(key, len(held), len(held) - kept, lambda: Document.read(row, key, held, pieces))
+
     for batch in score_table.batches(file, SCHEMA, path):
         if wanted.row is not None:
             batch = batch.filter(pc.equal(batch["row"], wanted.row))
         parts = list(score_table.iter_documents(pa.concat_tables([*(part for *_, part in rest), batch])))
         rest = parts[-1:]
-        yield from (Document.read(row, key, part, pieces) for row, key, part in parts[:-1])
-    yield from (Document.read(row, key, part, pieces) for row, key, part in rest)
+        yield from (of(*part) for part in parts[:-1])
+    yield from (of(*part) for part in rest)
 
 
 def _pieces(file: Any, path: Path) -> dict[int, bytes]:
@@ -233,14 +276,17 @@ def render_documents(found: Iterable[Document], wanted: str, console: Console, m
     for document in found:
         if not shown:
             console.print(Text(meaning, style="dim"), soft_wrap=True)
-        kept, total = sum(token.kept for token in document.tokens), len(document.tokens)
-        heading = f"row {document.row} · document {visible(document.key[:12])} · kept {kept} of {total}"
+        total = len(document.tokens)
+        kept = f"kept {total - document.dropped} of {total}"
+        heading = f"row {document.row} · document {visible(document.key[:12])} · {kept}"
         console.print()
         console.print(Text(heading, style="bold"), soft_wrap=True)
         console.print(render_tokens(document.tokens), soft_wrap=True)
         shown = True
     if wanted and not shown:
-        raise XTFUserError(f"no document of the score table has {wanted}; rows count from 0.")
+        raise XTFUserError(
+            f"no document of the score table has {wanted}; rows count from 0. What other thresholds drop: xtf tune"
+        )
 
 
 def render_tokens(tokens: Iterable[Token]) -> Text:

@@ -1,6 +1,6 @@
 """Scorers: one file each; read `base.py` first, then `log_probability.py`.
 
-What a package needs to bring a scorer of its own is named here; imports no torch. See docs/selectors.md.
+What a package needs to bring a scorer of its own is named here; imports no torch. See docs/own-scorer.md.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _REMOVED = {
     "opening": "was removed, because it tells noise of real models from good text little better than chance. Write "
     "`explained`, which asks sentences or lines, without `clip` and `context`, and with `drop: {of_median: 0.2}`"
 }
-_HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/selectors.md"
+_HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/own-scorer.md"
 # The errors that importing another package's module raises; others, such as KeyboardInterrupt, end the process.
 _IMPORT_ERRORS: tuple[type[Exception], ...] = (ImportError, AttributeError, SyntaxError, NameError, TypeError)
 _IMPORT_ERRORS += (ValueError, LookupError, RuntimeError, OSError)

@@ -50,7 +50,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     Example:
         >>> trainer = SFTTrainer(model, args=args, train_dataset=dataset, peft_config=peft_config)
-        >>> trainer.add_callback(XTFCallback(trainer, XTFConfig(preset="paper")))
+        >>> trainer.add_callback(XTFCallback(trainer, XTFConfig(preset="default")))
         >>> trainer.train()
     """
 
@@ -266,7 +266,7 @@ def attach(trainer: Any, config: XTFConfig | Mapping[str, Any] | bool | str | No
         XTFError: XTF is attached already. `trainer.train()` raises what only rows, batches or the reference show.
 
     Example:
-        >>> attach(trainer, {"preset": "paper", "min_kept": 1}).train()
+        >>> attach(trainer, {"preset": "default"}).train()
     """
     parsed = XTFConfig.parse(config)
     if parsed is not None:

@@ -31,7 +31,7 @@ from ..data.documents import IGNORE_INDEX, DocumentSet, collect, document_key, s
 from ..data.ragged import Bools, Ints, Layout
 from ..environment import WORKERS_REFUSED
 from ..errors import XTFError, XTFUserError
-from ..plan import NOTHING_DROPPED, Plan, make_plan, scores_of
+from ..plan import UNFILTERED, Plan, make_plan, scores_of
 from ..scoring.batching import ScoringStats, default_batch_tokens
 from ..scoring.cached_scores import ReferenceProvider, ScoreSource, frozen_scorers, run_scorers
 from ..scoring.engine import score
@@ -96,7 +96,7 @@ class Stream:
         warnings = plan.warnings
         if not complete:
             here = "in the calibration sample"
-            warnings = [text.replace(NOTHING_DROPPED, f"nothing at all is dropped {here}") for text in warnings]
+            warnings = [text.replace(UNFILTERED, f" {here}") for text in warnings]
             warnings = [text.replace("in the whole dataset", here) for text in warnings]
         return replace(plan, warnings=warnings, streaming=facts)
 
