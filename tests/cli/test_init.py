@@ -1,6 +1,6 @@
 """`xtf init`: from any usual data set to a recipe that `xtf check` passes and the stock command trains, or one message.
 
-Axolotl itself is in tests/axolotl/test_init.py.
+Axolotl itself is in tests/axolotl/test_init_axolotl.py.
 """
 
 from __future__ import annotations
