@@ -204,7 +204,7 @@ def test_words_of_the_defaults_scorers(browser, tmp_path):
     assert said("reasoning_importance", -0.01) == "nothing after this sentence leans on it (-0.01 nats)"
     assert said("knowledge_novelty", 0.08) == "92 % of this line repeats earlier text word for word"
     assert said("knowledge_novelty", 1) == "this line repeats no earlier text"
-    assert opened.evaluate("inWords('knowledge_novelty', NaN)") == "not asked, fewer than 8 tokens"
+    assert opened.evaluate("inWords('knowledge_novelty', NaN)") == "not asked, fewer than 6 tokens"
     asked = opened.evaluate("inWords('reasoning_importance', NaN)")
     assert asked == "not asked: task relevance leaves no doubt, or too little text follows"
     assert opened.evaluate("scores.map((score) => averaged(score.name))") == ["", "", ""]

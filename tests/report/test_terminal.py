@@ -305,7 +305,8 @@ def test_a_run_prints_the_scorer_of_a_slot_that_names_none(tmp_path, capsys, pre
     """A recipe from before the default had scorers of its own says nothing of it."""
     slots = {"reasoning_importance": False, "knowledge_novelty": True, "task_relevance": False}
     summary.show(plan_of(tmp_path, preset=preset, **slots), [])
-    line = f"xtf: knowledge_novelty: {terminal.measure(scorer)} ({scorer} version 1, xtf-plugin)\n"
+    version = registry.find(scorer).version
+    line = f"xtf: knowledge_novelty: {terminal.measure(scorer)} ({scorer} version {version}, xtf-plugin)\n"
     assert line in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from tests import tiny
-from tests.made_scores import DEFAULT, DROPS, KN, RI, TR, openings, read_prompts
+from tests.made_scores import DEFAULT, DROPS, KN, RI, TR, odd_sentences, read_prompts
 from tests.report.tables import plan_of, saved, table_of
 from xtf_plugin import cli
 from xtf_plugin.config.block import XTFConfig
@@ -96,11 +96,6 @@ def test_what_depends_on_what_is_dropped_says_about(default):
 )
 def test_what_is_exact_of_the_default(block, exact):
     assert tune._is_exact(XTFConfig(), XTFConfig(**block)) is exact
-
-
-def test_what_is_exact_where_dropped_text_is_left_out():
-    assert tune._is_exact(XTFConfig(**openings()), XTFConfig(**openings()))
-    assert not tune._is_exact(XTFConfig(**openings()), XTFConfig(**openings(-3.0)))
 
 
 def test_scores_that_another_one_reads_are_never_alone(default):
@@ -203,7 +198,7 @@ def test_text_of_the_data_cannot_act_on_the_terminal(two):
 
 
 def test_the_shortest_block_of_a_config():
-    for block in ({}, {TR: {"drop": {"of_median": 0.3}}}, DROPS, TWO, {"preset": "paper", RI: False}, openings()):
+    for block in ({}, {TR: {"drop": {"of_median": 0.3}}}, DROPS, TWO, {"preset": "paper", RI: False}, odd_sentences()):
         config = XTFConfig(**block)
         assert XTFConfig(**minimal(config)) == config
     assert minimal(XTFConfig(**{TR: {"drop": {"of_median": 0.3}}})) == {

@@ -97,8 +97,7 @@ def _is_exact(held: XTFConfig, config: XTFConfig) -> bool:
     before, now = held.scores, config.scores
     changed = {name for name, part in before.items() if name not in now or now[name].drop != part.drop}
     for name, part in now.items():
-        kept = getattr(part, "context", None) == "kept"
-        if (part.scorer == "explained" and name in changed) or (kept and changed):
+        if part.scorer == "explained" and name in changed:
             return False
         among = getattr(part, "among", None)
         read = {among} if part.scorer == "influence" else set(before) - {name}

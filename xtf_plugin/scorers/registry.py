@@ -9,6 +9,7 @@ import difflib
 import inspect
 from importlib import metadata
 
+from .. import environment
 from ..errors import XTFUserError
 from .attention_received import attention_received
 from .base import ScoreConfig, Scorer
@@ -32,7 +33,6 @@ _REMOVED = {
     "opening": "was removed, because it tells noise of real models from good text little better than chance. Write "
     "`explained`, which asks sentences or lines, without `clip` and `context`, and with `drop: {of_median: 0.2}`"
 }
-_HOW = f"a package registers one as an entry point of the group {GROUP}, see docs/own-scorer.md"
 # The errors that importing another package's module raises; others, such as KeyboardInterrupt, end the process.
 _IMPORT_ERRORS: tuple[type[Exception], ...] = (ImportError, AttributeError, SyntaxError, NameError, TypeError)
 _IMPORT_ERRORS += (ValueError, LookupError, RuntimeError, OSError)
@@ -55,11 +55,16 @@ def find(name: str) -> Scorer:
         known = [*BUILTIN, *sorted({entry.name for entry in metadata.entry_points(group=GROUP)} - BUILTIN.keys())]
         near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise XTFUserError(f"is no registered scorer. {hint}Registered: {', '.join(known)}; {_HOW}")
+        raise XTFUserError(f"is no registered scorer. {hint}Registered: {', '.join(known)}; {_how()}")
     if name in BUILTIN or len(entries) > 1:
         owners = ["xtf-plugin"] * (name in BUILTIN) + sorted(map(_package, entries))
         raise XTFUserError(f"is a scorer of several packages ({', '.join(owners)}); uninstall all but one of them")
     return _loaded(entries[0])
+
+
+def _how() -> str:
+    page = environment.docs("own-scorer.md")
+    return f"a package registers one as an entry point of the group {GROUP}, see {page}"
 
 
 def package_of(name: str) -> str:
