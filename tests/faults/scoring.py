@@ -138,8 +138,8 @@ SCORING = [
     fault(
         "batch-goes-beyond-its-budget",
         "scoring/batching.py",
-        "np.clip(budget // np.maximum(longest, 1), 1,",
-        "np.clip(budget // np.maximum(longest, 1) + 1, 1,",
+        "np.clip(budget // np.maximum(lengths.sum(axis=1), 1), 1,",
+        "np.clip(budget // np.maximum(lengths.sum(axis=1), 1) + 1, 1,",
         "test_batching.py",
     ),
     fault(

@@ -199,8 +199,8 @@ SELECTION = [
     fault(
         "sentence-ends-at-a-decimal-point",
         "data/sentences.py",
-        r're.compile(r"[.!?]\s")',
-        're.compile(r"[.!?]")',
+        r'rf"[.!?]{_CLOSERS}*\s|{_MARK}',
+        'rf"[.!?]{_CLOSERS}*|{_MARK}',
         "test_sentences.py",
     ),
     fault(
