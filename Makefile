@@ -44,6 +44,10 @@ demo: $(STAMP) $(SMOLLM2)  ## the plugin on a real model and noisy data, in a fe
 	$(BIN)/xtf report .demo/run/xtf/scores.parquet
 	$(BIN)/xtf show .demo/run/xtf/scores.parquet -n 1 --grep 'Absolutely!'
 	$(BIN)/python recipes/demo/judge.py .demo .demo/run/xtf/scores.parquet --model $(MODELS)/SmolLM2-135M-Instruct
+	@echo "The same run without the block, which is plain SFT, to compare with:"
+	sed '/^xtf:/,$$d' recipes/demo.yaml > .demo/plain.yaml
+	$(BIN)/trl sft --config .demo/plain.yaml --output_dir .demo/plain $(if $(filter .models,$(MODELS)),,--model_name_or_path $(MODELS)/SmolLM2-135M-Instruct)
+	$(BIN)/python recipes/demo/compare.py .demo .demo/plain .demo/run --model $(MODELS)/SmolLM2-135M-Instruct
 	@echo "score table: .demo/run/xtf/scores.parquet   summary: .demo/run/xtf/summary.json"
 	@echo "report, to be opened in a browser: $(CURDIR)/.demo/run/xtf/report.html"
 

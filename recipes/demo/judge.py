@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 GOOD = "good"
-EXAMPLES = 5  # pieces of dropped text that are printed
+EXAMPLES = 5  # pieces of good text that are printed, kept and lost
+LINE = range(40, 110)  # characters of a kept line that is printed
 MOST_AFTER = 4  # tokens of a completion behind its text: the end of the turn, and what the template puts behind it
 
 
@@ -29,11 +30,15 @@ class JudgeError(Exception):
 
 @dataclass
 class Counts:
-    """Completion tokens by kind (`good` or a kind of noise): all of them, those that were dropped, and their text."""
+    """Completion tokens by kind (`good` or a kind of noise): all of them, those that were dropped, and their text.
+
+    `kept` are lines of good text that are trained on.
+    """
 
     tokens: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     texts: dict[str, list[str]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
     def report(self) -> str:
         """The counts as a table for people."""
@@ -44,15 +49,20 @@ class Counts:
         text = [f"{'':15}{'tokens':>8}{'dropped':>9}{'share':>8}"]
         text += [f"{kind:15}{all_:8,}{gone:9,}{gone / all_ if all_ else 0.0:8.1%}" for kind, all_, gone in rows]
         total = noise[1] + self.dropped[GOOD]
-        good, bad = self.texts.get(GOOD, []), [text for kind in kinds for text in self.texts.get(kind, [])]
-        for title, texts in (("noise that was dropped", bad), ("good text that was lost", good)):
-            longest = sorted(texts, key=len, reverse=True)[:EXAMPLES]
-            text += [f"{title}:", *(f"  {one}" for one in longest)] if longest else []
+        for kind in kinds:  # one of each
+            text += [f"dropped, {kind}: {one}" for one in longest(self.texts.get(kind, []), 1)]
+        text += [f"kept: {one}" for one in longest(self.kept, EXAMPLES)]
+        text += [f"good, and lost: {one}" for one in longest(self.texts.get(GOOD, []), EXAMPLES)]
         if total:
             text.append(f"Of the {total:,} dropped tokens {noise[1]:,} are noise ({noise[1] / total:.1%}).")
         else:
             text.append("Nothing was dropped: this run trained on all of the noise, as plain SFT does.")
         return "\n".join(text)
+
+
+def longest(texts: Iterable[str], number: int) -> list[str]:
+    """The longest of some texts, each once."""
+    return sorted(dict.fromkeys(texts), key=len, reverse=True)[:number]
 
 
 def judge(tokenizer: Any, rows: Iterable[dict[str, Any]], documents: Iterable[dict[str, Sequence[Any]]]) -> Counts:
@@ -80,10 +90,13 @@ def judge(tokenizer: Any, rows: Iterable[dict[str, Any]], documents: Iterable[di
         kinds = kinds + [GOOD] * (len(ids) - len(kinds))
         counts.tokens.update(kinds)
         counts.dropped.update(kind for kind, kept in zip(kinds, document["kept"], strict=True) if not kept)
-        places = [kind if not kept else "" for kind, kept in zip(kinds, document["kept"], strict=True)]
-        for kind, run in itertools.groupby(range(len(ids)), key=places.__getitem__):
-            if kind:
-                counts.texts.setdefault(kind, []).append(repr(tokenizer.decode([ids[at] for at in run]).strip()))
+        places = list(zip(kinds, document["kept"], strict=True))
+        for (kind, kept), run in itertools.groupby(range(len(ids)), key=places.__getitem__):
+            text = tokenizer.decode([ids[at] for at in run], skip_special_tokens=kept).strip()
+            if not kept:
+                counts.texts.setdefault(kind, []).append(repr(text))
+            elif kind == GOOD:
+                counts.kept += [repr(line) for line in text.splitlines() if len(line) in LINE]
     return counts
 
 

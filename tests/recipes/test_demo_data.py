@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests import tiny
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 sys.path.insert(0, str(DEMO))  # the demo is a folder of scripts, not a package
 
+import compare  # noqa: E402
 import judge  # noqa: E402
 import noise  # noqa: E402
 import phrases  # noqa: E402
@@ -247,6 +251,40 @@ def test_the_judge_counts_noise_that_is_dropped_and_good_tokens_that_are_lost(pl
     both = table(lambda start: True)
     assert both.dropped == {noise.STOCK: noisy, judge.GOOD: before}
     assert f"Of the {noisy + before} dropped tokens {noisy} are noise" in both.report()
+
+
+def test_the_judge_prints_a_dropped_text_of_each_kind_and_lines_that_are_kept():
+    noise_of = {"stock phrase": ["'Sure!'", "'Certainly, my friend!'"], "digression": ["'It rained.'"]}
+    tokens = {"good": 9, "stock phrase": 2, "digression": 1}
+    counts = judge.Counts(judge.Counter(tokens), judge.Counter(noise_of.keys()), noise_of, ["'Two is even.'"])
+    lines = counts.report().splitlines()
+    assert [line for line in lines if ": '" in line] == [
+        "dropped, digression: 'It rained.'",
+        "dropped, stock phrase: 'Certainly, my friend!'",
+        "kept: 'Two is even.'",
+    ]
+
+
+def test_the_comparison_tells_the_loss_of_noise_from_that_of_good_text(monkeypatch):
+    """A model that is sure of the noise has a low loss on it, and writes it."""
+    fast, text = tiny.tokenizer(), "Sure, happy to help! Two and two are four."
+    rows = [{"prompt": [{"content": "How many?"}], "completion": text, "noise": [(0, 20, "stock phrase")]}]
+    monkeypatch.setattr(compare, "asked", lambda tokenizer, prompt: tokenizer("How many?")["input_ids"])
+    ids = fast("How many?" + text)["input_ids"]
+    part = len(fast("How many?")["input_ids"] + fast(text[:20])["input_ids"])
+
+    class Sure:
+        def __call__(self, input_ids, use_cache):
+            logits = torch.zeros(1, len(input_ids[0]), len(fast))
+            for place, token in enumerate(input_ids[0, 1:part]):
+                logits[0, place, token] = 50.0
+            return SimpleNamespace(logits=logits)
+
+    good, bad = compare.losses(Sure(), fast, rows)
+    assert bad < 0.01 and good == pytest.approx(math.log(len(fast)), abs=0.01) and len(ids) > part
+    written = "Absolutely! I can definitely help you with that. It is four."
+    texts = compare.report(rows, {"plain": ((good, bad), [written]), "ours": ((good, 9.0), ["Four."])})
+    assert "stock phrase, plain: 1 of 1" in texts and "stock phrase, ours: 0 of 1" in texts and "9.000" in texts
 
 
 def test_the_judge_says_when_nothing_is_dropped(planted):
