@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 from judge import GOOD, kind_of
-from phrases import CLOSINGS, DIGRESSIONS, OPENINGS, PAGE_REMAINS
 
 Row = dict[str, Any]
-NEW_TOKENS = 96
-PHRASES = (*OPENINGS, *CLOSINGS, *DIGRESSIONS, *PAGE_REMAINS)
+NEW_TOKENS, ANSWERED = 48, 3  # tokens of an answer, and questions
 
 
 def rows_of(demo: Path) -> list[Row]:
@@ -54,21 +52,12 @@ def losses(model: Any, tokenizer: Any, rows: Sequence[Row]) -> tuple[float, floa
 
 @torch.no_grad()
 def answers(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[str]:
-    """What a model answers, sampled at temperature 1; the same random numbers for every model."""
+    """How a model's most probable answers begin."""
     texts = []
-    for seed, row in enumerate(rows):
-        torch.manual_seed(seed)
+    for row in rows:
         ids = torch.tensor([asked(tokenizer, row["prompt"])])
-        made = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=NEW_TOKENS,
-            pad_token_id=tokenizer.eos_token_id,
-        )
+        given = {"attention_mask": torch.ones_like(ids), "pad_token_id": tokenizer.eos_token_id}
+        made = model.generate(input_ids=ids, **given, do_sample=False, max_new_tokens=NEW_TOKENS)
         texts.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())
     return texts
 
@@ -79,25 +68,13 @@ def asked(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
     return list(given["input_ids"])
 
 
-def has_phrase(text: str) -> bool:
-    """Whether a text holds a phrase of the demo's noise."""
-    return any(phrase[:20].lower() in text.lower() for phrase in PHRASES)
-
-
 def report(rows: Sequence[Row], found: dict[str, tuple[tuple[float, float], list[str]]]) -> str:
     """The comparison for people; `found` has losses and answers of each arm."""
-    lines = [f"{len(rows)} held-out answers, which hold noise:", f"{'':30}{'good text':>12}{'noise':>9}"]
-    for name, ((good, noise), _) in found.items():
-        lines.append(f"  {'loss, ' + name:28}{good:12.3f}{noise:9.3f}")
-    lines += [
-        f"  sampled answers with a stock phrase, {name}: {sum(map(has_phrase, texts))} of {len(texts)}"
-        for name, (_, texts) in found.items()
-    ]
-    lines.append("The same question, answered by each:")
-    every = [texts for _, texts in found.values()]
-    differs = next((at for at in range(len(rows)) if has_phrase(every[0][at]) and not has_phrase(every[-1][at])), 0)
-    lines.append(f"  {rows[differs]['prompt'][-1]['content']!r}")
-    lines += [f"  {name}: {texts[differs][:240]!r}" for name, (_, texts) in found.items()]
+    lines = [f"Loss on {len(rows)} held-out answers, which hold noise:", f"{'':14}{'good text':>10}{'noise':>8}"]
+    lines += [f"{name:14}{good:10.3f}{noise:8.3f}" for name, ((good, noise), _) in found.items()]
+    for at in range(len(next(iter(found.values()))[1])):
+        lines.append(f"asked: {rows[at]['prompt'][-1]['content']!r}")
+        lines += [f"  {name}: {texts[at]!r}" for name, (_, texts) in found.items()]
     return "\n".join(lines)
 
 
@@ -116,7 +93,7 @@ def main(given: Sequence[str] | None = None) -> int:
     for name, folder in (("plain SFT", options.plain), ("with XTF", options.filtered)):
         base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
         model = PeftModel.from_pretrained(base, folder).eval()
-        found[name] = losses(model, tokenizer, rows), answers(model, tokenizer, rows)
+        found[name] = losses(model, tokenizer, rows), answers(model, tokenizer, rows[:ANSWERED])
     print(report(rows, found))
     return 0
 

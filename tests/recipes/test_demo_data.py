@@ -282,9 +282,8 @@ def test_the_comparison_tells_the_loss_of_noise_from_that_of_good_text(monkeypat
 
     good, bad = compare.losses(Sure(), fast, rows)
     assert bad < 0.01 and good == pytest.approx(math.log(len(fast)), abs=0.01) and len(ids) > part
-    written = "Absolutely! I can definitely help you with that. It is four."
-    texts = compare.report(rows, {"plain": ((good, bad), [written]), "ours": ((good, 9.0), ["Four."])})
-    assert "stock phrase, plain: 1 of 1" in texts and "stock phrase, ours: 0 of 1" in texts and "9.000" in texts
+    texts = compare.report(rows, {"plain": ((good, bad), ["Sure! Four."]), "ours": ((good, 9.0), ["Four."])})
+    assert "plain: 'Sure! Four.'" in texts and "ours: 'Four.'" in texts and "9.000" in texts
 
 
 def test_the_judge_says_when_nothing_is_dropped(planted):
