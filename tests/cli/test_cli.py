@@ -83,6 +83,7 @@ def host(tmp_path, monkeypatch):
             import json, os, shutil, sys
             output = os.environ["XTF_SCORES_OUTPUT"]
             note = {{"argv": sys.argv[1:], "output": output, "dry": os.environ["XTF_DRY_RUN"]}}
+            note["path"] = os.environ["PATH"]
             json.dump(note, open({str(note)!r}, "w"))
             if {writes}:
                 os.makedirs(os.path.dirname(output), exist_ok=True)
@@ -136,7 +137,8 @@ def test_check_prints_the_schema(xtf):
 @pytest.mark.parametrize(
     "data, message",
     [
-        ({"xtf": ...}, "has no `xtf:` block"),
+        ({"xtf": ...}, "has no `xtf:` block,"),
+        ({"xtf": ..., "XTF": {"preset": "default"}}, "has no `xtf:` block (`XTF:` is none; write `xtf:`)"),
         ({"xtf": False}, "turns XTF off"),
         ({"xtf": {"pres": "paper"}}, "preset"),
         ({"env": {"XTF_DISABLE": 1}}, "XTF_DISABLE=1"),
@@ -201,6 +203,13 @@ def test_score_runs_the_hosts_own_command_as_a_dry_run(xtf, write, host, tmp_pat
     assert started["output"] == str(tmp_path / "out" / "xtf" / "scores.parquet")
     assert xtf("score", path, "--output", tmp_path / "mine.parquet")[0] == 0
     assert host.started()["output"] == str(tmp_path / "mine.parquet")
+
+
+def test_a_host_finds_its_launchers_without_an_activated_environment(xtf, write, host, monkeypatch):
+    """Axolotl starts `accelerate` by its name."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert xtf("score", write())[0] == 0
+    assert host.started()["path"].split(os.pathsep) == [os.path.dirname(sys.executable), "/nowhere"]
 
 
 @pytest.mark.parametrize("theirs, ours", [(2, 2), (1, 1), (77, 1)])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .. import environment
 from ..errors import XTFError, XTFUserError
-from . import axolotl_checks
+from . import axolotl_checks, fail_closed
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
@@ -155,7 +155,9 @@ def score_recipe(recipe: Recipe, extra: Sequence[str], output: Path | None) -> t
     if table.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise XTFUserError(f"the score table cannot be written to {table}. Name a file in a writable folder.")
     before = table.stat().st_mtime_ns if table.exists() else None
-    variables = {**os.environ, "XTF_DRY_RUN": "1", "XTF_SCORES_OUTPUT": str(table)}
+    # hosts start launchers by name
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    variables = {**os.environ, "PATH": path, "XTF_DRY_RUN": "1", "XTF_SCORES_OUTPUT": str(table)}
     code = subprocess.run([*host_command(recipe), *extra], env=variables, check=False).returncode
     if code == 0 and (not table.exists() or table.stat().st_mtime_ns == before):
         raise XTFError(f"the run ended without writing {table}: its `xtf:` block was not applied. Try: xtf check")
@@ -172,4 +174,7 @@ def host_command(recipe: Recipe) -> list[str]:
 
 def off(recipe: Recipe) -> str:
     """Why a recipe trains without XTF, to follow the recipe's name in a message."""
-    return "has no `xtf:` block" if recipe.block is None else "turns XTF off (`xtf: false`)"
+    if recipe.block is not None:
+        return "turns XTF off (`xtf: false`)"
+    meant = next((key for key in map(str, recipe.data) if fail_closed.meant_as_block(key)), None)
+    return "has no `xtf:` block" + (f" (`{meant}:` is none; write `xtf:`)" if meant else "")
