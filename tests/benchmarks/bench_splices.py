@@ -86,10 +86,10 @@ def apart(splices: Splices, source: DocumentSet, made: Any = Splices.documents) 
     return replace(made(splices, source), branches=None)
 
 
-def all_units(documents: DocumentSet, starts: np.ndarray, run: int) -> np.ndarray:
+def all_units(words: new_text._Words, run: int) -> np.ndarray:
     """That any unit may repeat earlier text."""
-    del documents, run
-    return np.ones(len(starts), dtype=bool)
+    del run
+    return np.ones(len(words.begins), dtype=bool)
 
 
 def one_pass(context: ScoringContext) -> np.ndarray:

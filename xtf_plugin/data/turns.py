@@ -52,8 +52,10 @@ class TurnTexts:
     @classmethod
     def of(cls, tokenizer: Any) -> TurnTexts:
         """Render a conversation of two turns; a template that refuses it gives empty texts."""
+        write = getattr(tokenizer, "apply_chat_template", None)
+        if write is None:
+            return cls()
         turn = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWER}]
-        write = tokenizer.apply_chat_template
         whole = rendered(lambda: str(write([*turn, *turn], tokenize=False)))
         asked = rendered(lambda: str(write(turn[:1], tokenize=False, add_generation_prompt=True)))
         once = rendered(lambda: str(write(turn, tokenize=False)))
