@@ -138,8 +138,9 @@ SCORING = [
     fault(
         "batch-goes-beyond-its-budget",
         "scoring/batching.py",
-        "np.clip(budget // np.maximum(lengths.sum(axis=1), 1), 1,",
-        "np.clip(budget // np.maximum(lengths.sum(axis=1), 1) + 1, 1,",
+        "after[1:][padded[1:] > budget] = INT64_MAX",
+        "pass",
+        "test_branches.py",
         "test_batching.py",
     ),
     fault(

@@ -213,8 +213,8 @@ SELECTION = [
     fault(
         "turns-are-searched-as-one-text",
         "data/documents.py",
-        "np.diff(self.completion_flat) > 1",
-        "np.diff(self.completion_flat) > 9",
+        "self.completion_flat[1:] - self.completion_flat[:-1] > 1",
+        "self.completion_flat[1:] - self.completion_flat[:-1] > 9",
         "test_plan.py",
         "test_token_text.py",
         "test_selectors.py",
