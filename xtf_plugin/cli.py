@@ -207,6 +207,12 @@ def tune(
         if not path.exists():
             raise XTFUserError(f"{target} has no stored scores ({path}). Score it first: xtf score {target}")
     table = score_table.read(path)
+    if config is not None and config.reference.model is None:
+        named, model = table.about.get("reference", {}).get("name"), recipe.model
+        if named != model:
+            raise XTFUserError(
+                f"{path} has the scores of {named}, but {target} trains {model}. Run: xtf score {target}"
+            )
     found = tuning.settings(table, config or table.config)
     if setting is None:
         tuning.show(found, table, str(path), Console())
@@ -314,7 +320,7 @@ def _selected_again(target: Path, extra: Sequence[str]) -> ScoreTable | None:
     path, config = recipe.scores_path(), parse_block(recipe)
     if config is None or not path.exists() or _is_current(path, target, recipe):
         return None
-    return reselected.select_again(path, config, recipe.data.get("model_name_or_path") or recipe.data.get("base_model"))
+    return reselected.select_again(path, config, recipe.model)
 
 
 def _is_current(path: Path, target: Path, recipe: Recipe) -> bool:

@@ -119,7 +119,14 @@ def test_every_kind_of_rule(tmp_path, drop):
     assert changes == [each.config for each in found] and len(found) > 1
 
 
-@pytest.mark.parametrize("drop", [{"known_above": 0.001}, {"known_above": 0.9, "unknown_below": 0.001}])
+@pytest.mark.parametrize(
+    "drop",
+    [
+        {"known_above": 0.001},
+        {"known_above": 0.9, "unknown_below": 0.001},
+        {"known_above": 0.02, "unknown_below": 0.005},
+    ],
+)
 def test_rules_of_novelty(tmp_path, drop):
     plan = plan_of(tmp_path, problems(), preset="none", **{KN: {"drop": drop}})
     found = tune.settings(table_of(plan), plan.config)
@@ -215,7 +222,7 @@ def call(*words):
 
 def recipe(folder, block, out):
     path = folder / "recipe.yaml"
-    data = {"model_name_or_path": "some/model", "dataset_name": "some/data", "output_dir": str(out), "xtf": block}
+    data = {"model_name_or_path": "tiny", "dataset_name": "some/data", "output_dir": str(out), "xtf": block}
     path.write_text(yaml.safe_dump(data))
     return path
 
@@ -250,6 +257,14 @@ def test_blocks_that_are_refused(two, tmp_path, capsys, block, message):
     saved(two[1], tmp_path / "out/xtf/scores.parquet")
     assert call("tune", recipe(tmp_path, block, tmp_path / "out")) == 2
     assert message in capsys.readouterr().err
+
+
+def test_scores_of_another_model_are_refused(two, tmp_path, capsys):
+    saved(two[1], tmp_path / "out/xtf/scores.parquet")
+    path = recipe(tmp_path, TWO, tmp_path / "out")
+    path.write_text(path.read_text().replace("tiny", "other/model"))
+    assert call("tune", path) == 2
+    assert f"trains other/model. Run: xtf score {path}" in capsys.readouterr().err
 
 
 def test_without_scores_the_next_step_is_named(tmp_path, capsys):

@@ -190,6 +190,24 @@ def test_white_space_says_nothing(tmp_path, read_prompts):
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)  # of the sentence before the space
 
 
+def test_white_space_goes_with_the_dropped_line_before_it(tmp_path, read_prompts):
+    """A blank line has no share of its own; the line behind it is read without it and the dropped one."""
+    texts = ("It is seven.\n\nThe sum is eight.\n", "It is seven.\n\nThe sum is nine.\n")
+    ids = [(chat(f"{one['prompt']}\nAnswer:"), chat(text)) for one, text in zip(tiny.problems(2), texts, strict=True)]
+    documents = collect([{"input_ids": past + own, "labels": [-100] * len(past) + own} for past, own in ids])
+    starts = sentences(documents, "line")
+    with asked(documents, tmp_path) as context:
+        found = explained._Units(context, part_of(unit="line"))
+        blank = found.silent
+        assert blank.any() and not blank[np.flatnonzero(blank) - 1].any()
+        dropped = np.append(blank[1:], False)  # the line before each blank one
+        begins = found._before_dropped(dropped)
+    behind = np.flatnonzero(blank) + 1
+    assert begins[behind].tolist() == starts[behind - 2].tolist()
+    others = ~blank & ~np.isin(np.arange(len(starts)), behind)
+    assert others.any() and begins[others].tolist() == starts[others].tolist()
+
+
 def test_protected_units_are_not_read(tmp_path, read_prompts):
     """They are kept whatever they score, and nothing before another unit is left out for them."""
     documents = several_turns()

@@ -38,16 +38,22 @@ def naive(documents, starts, shortest):
         own = [word for word in words[flat[start] : flat[end - 1] + 1] if word]
         if len(own) < shortest:
             continue
-        pairs = ((common(own[i:], past[j:]), -i, -j) for i in range(len(own)) for j in range(len(past)))
-        longest, i, j = max(pairs, default=(0, 0, 0))
-        head, tail = own[:-i], own[longest - i :]
-        same_head = "".join(past[:-j]).endswith("".join(head))
-        same_tail = "".join(past[longest - j :]).startswith("".join(tail))
+        pairs = [(common(own[i:], past[j:]), i, j) for i in range(len(own)) for j in range(len(past))]
+        longest = max((size for size, *_ in pairs), default=0)
+        more = [sides(own, past, i, j, size) for size, i, j in pairs if size == longest]
         if longest >= max(2, shortest // 2):
-            scores[start:end] = 1 - (longest + same_head * len(head) + same_tail * len(tail)) / len(own)
+            scores[start:end] = 1 - (longest + max(more)) / len(own)
         else:
             scores[start:end] = 1
     return scores
+
+
+def sides(own, past, i, j, size):
+    """Words on either side of a run that some words of the past spell, too."""
+    head, tail = own[:i], own[i + size :]
+    before = any("".join(past[at:j]) == "".join(head) for at in range(j + 1))
+    behind = any("".join(past[j + size : at]) == "".join(tail) for at in range(j + size, len(past) + 1))
+    return before * len(head) + behind * len(tail)
 
 
 def common(one, other):
@@ -161,6 +167,25 @@ def test_a_word_may_be_cut_into_other_tokens_at_either_end():
     assert score(documents, np.asarray([0]), tokenizer, shortest=4).tolist() == [0] * 5
     changed = collect([{"input_ids": past + [9, *own[1:]], "labels": [-100] * 7 + [9, *own[1:]]}])
     assert score(changed, np.asarray([0]), tokenizer, shortest=4).tolist() == pytest.approx([0.4] * 5)
+
+
+def test_a_word_that_goes_on_is_another_word():
+    """`base + rate` after `base + rates[`, and `John` after `Johnson`."""
+    texts = {1: "x", 2: " =", 3: " base", 4: " +", 5: " rates", 6: "[", 7: " rate", 8: "\u00a0="}
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: texts[int(ids[0])])
+    ids = [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 7, 1, 8, 3, 4, 7]
+    documents = collect([{"input_ids": ids, "labels": ids}])
+    found = score(documents, np.asarray([0, 6, 11]), tokenizer, shortest=4)
+    assert found[6:11].tolist() == pytest.approx([0.2] * 5)
+    assert found[11:].tolist() == [0] * 5, "white space beyond ASCII is white space"
+
+
+def test_the_best_of_equally_long_runs_counts():
+    texts = dict(enumerate("a b c d e f gh g h . z".split()))
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: texts[int(ids[0])])
+    past, own = [0, 1, 2, 3, 4, 5, 10, 9, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 7, 8]
+    documents = collect([{"input_ids": past + own, "labels": [-100] * len(past) + own}])
+    assert score(documents, np.asarray([0]), tokenizer).tolist() == [0] * 8
 
 
 def test_a_line_of_code_with_another_letter_is_new():

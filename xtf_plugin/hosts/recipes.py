@@ -45,6 +45,11 @@ class Recipe:
         return {str(key): str(value) for key, value in env.items()}
 
     @property
+    def model(self) -> str | None:
+        """The model that is trained, as the recipe names it."""
+        return self.data.get("model_name_or_path") or self.data.get("base_model")
+
+    @property
     def streamed(self) -> bool:
         """Whether the host streams the training data."""
         of_trl = "streaming" if self.data.get("datasets") else "dataset_streaming"

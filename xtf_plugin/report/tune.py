@@ -7,6 +7,7 @@ selected as a run selects, so its counts are those of a run, unless scores depen
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,13 +107,17 @@ def _is_exact(held: XTFConfig, config: XTFConfig) -> bool:
     return True
 
 
-def _thresholds(table: ScoreTable, config: XTFConfig) -> Iterator[tuple[str, str, XTFConfig]]:
+def _thresholds(table: ScoreTable, config: XTFConfig) -> list[tuple[str, str, XTFConfig]]:
     """(name, change, block) of a milder and a stronger threshold for each number of each rule."""
+    found = []
     for name, part in config.scores.items():
         for key in (key for key in part.drop.model_dump() if key != "of"):
             for word, value in _others(key, part, table.scores[name], table):
                 drop = {**part.drop.model_dump(), key: value}
-                yield f"{_short(name)} {word}", f"{key}: {value:g}", _changed(config, name, {"drop": drop})
+                with suppress(XTFUserError):  # the rule's other number may forbid this one
+                    changed = _changed(config, name, {"drop": drop})
+                    found.append((f"{_short(name)} {word}", f"{key}: {value:g}", changed))
+    return found
 
 
 def _others(key: str, part: ScoreConfig, scores: Floats, table: ScoreTable) -> Iterator[tuple[str, float]]:

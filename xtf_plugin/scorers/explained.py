@@ -68,12 +68,12 @@ def _frozen(context: ScoringContext, config: ExplainedConfig) -> Score:
 def explained(context: ScoringContext, config: ExplainedConfig) -> Floats:
     """`1 - ((A + B) / 2 + PRIOR) / (C + PRIOR)` of a sentence or line, (M,) float32, at most 1; low is dropped.
 
-    A, B and C are the surprise (minus the log-probability, in nats) of the unit's first tokens, those of white space
-    alone left out, which the layout of the text before explains: A right after its
-    prompt, B after the prompt and the text before the unit, C after what all prompts of the dataset have in common. So
-    0 means that the context explains nothing of the unit, 0.3 that it explains three tenths of it, and a negative share
-    that the context makes it less probable. The prompt of a turn is all that stands before the turn. Where there is no
-    prompt, B alone counts, and the first unit is NaN. So is a unit of white space alone.
+    A, B and C are the surprise (minus the log-probability, in nats) of the unit's first tokens: A right after its
+    prompt, B after the prompt and the text before the unit, C after what all prompts of the dataset have in common.
+    Tokens of white space alone do not count, because the lines around explain how a line is laid out. So 0 means that
+    the context explains nothing of the unit, 0.3 that it explains three tenths of it, and a negative share that the
+    context makes it less probable. The prompt of a turn is all that stands before the turn. Where there is no prompt, B
+    alone counts, and the first unit is NaN. So is a unit of white space alone.
 
     Text that belongs to dropped text before it looks explained. So B of a kept unit is computed again, without the
     dropped units that stand directly before it, until nothing changes or three times; its first token, which lacks the
@@ -102,16 +102,14 @@ class _Units:
         self.starts = context.segments(config.unit)
         self.lengths = np.diff(self.starts, append=len(context.token_ids))
         self.read = np.minimum(self.lengths, config.first)
-        self.says = ~blanks(
-            context.tokenizer, context.token_ids
-        )  # white space is layout: the line before it explains it, whatever a unit says
+        # white space is layout: the line before explains it, whatever the unit says
+        self.says = ~blanks(context.tokenizer, context.token_ids)
         runs = documents.completion_runs
         self.turns = runs[np.searchsorted(runs, self.starts, side="right") - 1]  # first token of each unit's turn
         places = documents.completion_positions
         self.prompts = places[self.turns]  # tokens before the turn
-        self.open = (
-            ~context.protected[self.starts] & (places[self.starts] > 0) & (self._sums(self.says.astype(np.float32)) > 0)
-        )
+        self.silent = self._sums(self.says.astype(np.float32)) == 0
+        self.open = ~context.protected[self.starts] & (places[self.starts] > 0) & ~self.silent
 
     def scored(self, given: Explained) -> tuple[Floats, Explained]:
         """Scores of all completion tokens, and what was taken from the dataset."""
@@ -212,10 +210,15 @@ class _Units:
         return result
 
     def _before_dropped(self, dropped: Bools) -> Ints:
-        """First token of the dropped units directly before each unit in its turn, or of the unit itself, (S,)."""
+        """First token of the dropped units directly before each unit in its turn, or of the unit itself, (S,).
+
+        Units of white space alone go with the dropped unit that they follow.
+        """
         import numpy as np
 
         starts = self.starts
+        speaks = np.maximum.accumulate(np.where(self.silent, 0, np.arange(len(starts))))
+        dropped = dropped[speaks] & (self.turns[speaks] == self.turns)
         opens = np.ones(len(starts), dtype=bool)  # units that no dropped unit of the same turn stands before
         opens[1:] = ~(dropped[:-1] & (self.turns[1:] == self.turns[:-1]))
         begins: Ints = starts[np.maximum.accumulate(np.where(opens, np.arange(len(starts)), 0))]

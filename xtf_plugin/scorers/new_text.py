@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..data.ragged import Bools, Floats, Ints
 
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that a power of it never becomes 0
+PLACES = 1_000  # of equally long runs of a unit whose ends are compared
 
 
 class NewTextConfig(ScoreConfig):
@@ -41,10 +42,9 @@ def new_text(context: ScoringContext, config: NewTextConfig) -> Floats:
     """`1 - longest / length` of a sentence or line, (M,) float32 in [0, 1]; low repeats earlier text, and is dropped.
 
     `longest` is the number of tokens in the longest run of the unit that stands before the unit in the same document,
-    prompt included. White space does not count, and what the run lacks at either end of the unit belongs to it if it
-    has the same text: behind a line break a word is often cut into other tokens than behind a space. 0: all of the unit
-    is copied. Units of fewer than `shortest` tokens are NaN, and runs of fewer than half as many (and than two) count
-    as none.
+    prompt included. White space does not count. The first and last words of a unit are compared by text if a tokenizer
+    has cut them into other tokens, as it often does behind a line break. 0: all of the unit is copied. Units of fewer
+    than `shortest` tokens are NaN, and runs of fewer than half as many (and than two) count as none.
 
     Source: ours, for the paper's knowledge novelty; its Eq. (3) is the scorer `novelty`.
     """
@@ -57,41 +57,51 @@ def new_text(context: ScoringContext, config: NewTextConfig) -> Floats:
     run = max(2, config.shortest // 2)
     for unit in np.flatnonzero((words.lengths >= config.shortest) & _may_repeat(words, run)):
         past, own = words.around(int(unit))
-        found = longest_copy(past, own)
-        if found[0] >= run:  # else hashes were equal by chance
-            scores[unit] = 1 - (found[0] + _split_otherwise(past, own, found, words.texts)) / len(own)
+        longest, ends = longest_copy(past, own)
+        if longest >= run:  # else hashes were equal by chance
+            more = max(_cut_otherwise(past, own, longest, *end, words.texts) for end in ends[:PLACES])
+            scores[unit] = 1 - (longest + more) / len(own)
     return np.repeat(scores, sizes)
 
 
-def longest_copy(past: NDArray[Any], own: NDArray[Any]) -> tuple[int, int, int]:
+def longest_copy(past: NDArray[Any], own: NDArray[Any]) -> tuple[int, list[tuple[int, int]]]:
     """Length of the longest run of `own` that stands in `past` (the longest common substring), and where it ends.
 
     Returns:
-        the number of tokens, and the end of the (first) longest run in `past` and in `own`.
+        the number of tokens, and the ends in `past` and in `own` of all runs of that length.
     """
     import numpy as np
 
-    best, ending = (0, 0, 0), np.zeros(len(past) + 1, dtype=np.int64)  # common runs that end at each place of `past`
+    best, ends = 0, list[tuple[int, int]]()
+    ending = np.zeros(len(past) + 1, dtype=np.int64)  # length of the common run that ends at each place of `past`
     for place, token in enumerate(own):
         ending[1:] = np.where(past == token, ending[:-1] + 1, 0)
-        longest = int(ending.argmax())
-        if ending[longest] > best[0]:
-            best = int(ending[longest]), longest, place + 1
-    return best
+        longest = int(ending.max())
+        if longest > best:
+            best, ends = longest, []
+        if longest and longest == best:
+            ends += [(end, place + 1) for end in np.flatnonzero(ending == best).tolist()]
+    return best, ends
 
 
-def _split_otherwise(past: NDArray[Any], own: NDArray[Any], run: tuple[int, int, int], texts: dict[int, bytes]) -> int:
-    """Tokens of `own` on both sides of its longest run whose text goes on like that of `past`; `run` as found above."""
-    longest, past_end, own_end = run
+def _cut_otherwise(
+    past: NDArray[Any], own: NDArray[Any], longest: int, past_end: int, own_end: int, texts: dict[int, bytes]
+) -> int:
+    """Tokens of `own` on either side of a run whose text stands in `past`, too, cut into other tokens."""
 
-    def spelt(ids: NDArray[Any]) -> bytes:
-        return b"".join(texts[index] for index in ids.tolist())
+    def begins(there: NDArray[Any], here: NDArray[Any], step: int) -> bool:
+        """Whether the first tokens of `there`, or with `step` -1 the last, are the text of `here`."""
+        text, read = b"".join(texts[index] for index in here.tolist()), b""
+        for index in there[::step].tolist():
+            if len(read) >= len(text):
+                break
+            read = read + texts[index] if step > 0 else texts[index] + read
+        return read == text
 
-    begin, past_begin = own_end - longest, past_end - longest
-    head, tail = spelt(own[:begin]), spelt(own[own_end:])
-    before = spelt(past[max(0, past_begin - len(head)) : past_begin])  # no token is without text
-    more = begin if before.endswith(head) else 0
-    return more + (len(own) - own_end if spelt(past[past_end : past_end + len(tail)]).startswith(tail) else 0)
+    begin = own_end - longest
+    head, tail = own[:begin], own[own_end:]
+    more = len(head) if begins(past[: past_end - longest], head, -1) else 0
+    return more + (len(tail) if begins(past[past_end:], tail, 1) else 0)
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,8 @@ def _vocabulary(tokenizer: Any, token_ids: NDArray[Any]) -> tuple[NDArray[Any], 
     found = np.zeros(max(distinct, default=-1) + 1, dtype=np.int32)
     first: dict[bytes, int] = {}
     for index, piece in zip(distinct, token_bytes(tokenizer, distinct), strict=True):
-        text = piece.strip() if piece else b"\0%d" % index
+        spelt = piece.decode("utf-8", "surrogateescape").strip().encode("utf-8", "surrogateescape")
+        text = spelt if piece else b"\0%d" % index
         found[index] = first.setdefault(text, index) if text else -1
     return found, {index: text for text, index in first.items()}
 

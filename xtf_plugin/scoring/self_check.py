@@ -245,7 +245,10 @@ def _looking_ahead(reference: Reference, ids: Tensor, ours: Tensor, layers: tupl
     """By how much log-probabilities `ours` change, on average over some tokens, if only later tokens change."""
     half = len(ids) // 2
     near, lengths = slice(max(0, half - NEAR), half), torch.tensor([len(ids)], device=ids.device)
-    hidden, _ = reference.forward(torch.cat([ids[:half], ids[half:].flip(0)])[None], lengths, layers)
+    later = ids[half:].flip(0)
+    if torch.equal(later, ids[half:]):  # it reads the same backwards
+        later = ids[: len(ids) - half].flip(0)
+    hidden, _ = reference.forward(torch.cat([ids[:half], later])[None], lengths, layers)
     return _mean_gap(reference.predictions(hidden[0, near], ids[1:][near])[0], ours[near])
 
 
