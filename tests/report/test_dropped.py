@@ -114,12 +114,23 @@ def test_texts_that_differ_in_digits_and_capitals_are_one(made):
         (["9"], " 9 ", "19"),
         (["a\u202eb \x1b c d"], "a\u202eb \x1b c d", "ab c d"),
         (["\\d+ is a pattern"], "\\d+ is a pattern", "1 is a pattern"),
+        (["Step 1: go on.", "step 2: go on."], "STEP 31: go on.", "Step: go on."),
+        (["Foo  bar is 1.", "Foo bar is 2.", "Foo\nbar is 3."], "Foo \t bar\xa0is 4.", "Foobar is 1."),
+        (["Foo\tbar is it", "Foo bar is it", "Foo\xa0bar is it"], "Foo\nbar is it", "FOO bar is it"),
+        (["1", "22"], "see 333 here", "a4"),
+        (["Step 1", "Step 22"], "Step 3", "Steps 3"),
+        (["a \ue000 b c 1", "a \ue000 b c 2"], "a \ue000 b c 3", "a 5 b c 1"),
     ],
 )
 def test_patterns_match_all_spellings_and_nothing_else(texts, matches, misses):
     found = dropped.pattern(texts[0], Counter(texts))
     assert found.isprintable() and all(re.search(found, text) for text in texts)
     assert re.search(found, matches) and not re.search(found, misses)
+
+
+def test_spellings_that_one_expression_matches_are_one_text():
+    assert dropped.folded("Step\xa01:  GO") == dropped.folded("step 22: go")
+    assert dropped.folded("Die Straße") != dropped.folded("Die STRASSE"), "(?i:ß) does not match SS"
 
 
 def test_no_pattern_for_blank_long_or_broken_text():

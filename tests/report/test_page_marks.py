@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import yaml
 
@@ -21,13 +22,17 @@ STRANGE = 'Odd (really) "quoted" \\d+ \u202e\x1b[1m 漢字 😀 tab\there, 100 %
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("marks")
-    rows = tiny.problems(12)
-    documents = []
-    for row in rows:
-        prompt, ids = (tiny.tokenizer()(text).input_ids for text in (row["prompt"], f" {STRANGE}\n{row['completion']}"))
-        documents.append({"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids})
-    plan = plan_of(folder, documents, **BLOCK)
+    plan = plan_of(folder, beginning(STRANGE), **BLOCK)
     return plan, page_of(table_of(plan), folder / "xtf/report.html")
+
+
+def beginning(line) -> list[dict[str, list[int]]]:
+    """Documents whose answers begin with a line."""
+    documents = []
+    for row in tiny.problems(12):
+        prompt, ids = (tiny.tokenizer()(text).input_ids for text in (row["prompt"], f" {line}\n{row['completion']}"))
+        documents.append({"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids})
+    return documents
 
 
 @pytest.fixture
@@ -100,6 +105,87 @@ def test_a_sentence_marked_drop_is_dropped_by_a_run(made, page):
     assert kept_of(plan, config, f"The answer is {number}.") == {False}
     page.keyboard.press("x")
     assert pasted(page) == plan.config, "the same key again takes the mark back"
+
+
+GUARDED = {**BLOCK, "min_kept": 0, "protect": {"patterns": ["The answer is.*"], "formats": 0.2}}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A run whose block protects the last sentence, and `# Work` as format."""
+    folder = tmp_path_factory.mktemp("guarded")
+    plan = plan_of(folder, beginning("# Work"), **GUARDED)
+    assert plan.text.formatted.any()
+    return plan, page_of(table_of(plan), folder / "xtf/report.html")
+
+
+def kept_on(page) -> dict[str, list[bool]]:
+    """What the page keeps, by document."""
+    return page.evaluate(
+        "Object.fromEntries(documents.map((doc) => [doc.key, decide(doc).map((token) => token.kept)]))"
+    )
+
+
+def kept_in(plan, config) -> dict[str, list[bool]]:
+    """What a run keeps, by document."""
+    parts = np.split(selected(plan, config).keep, plan.scores.offsets[1:-1])
+    return {key.tobytes().hex(): part.tolist() for key, part in zip(plan.scores.keys, parts, strict=True)}
+
+
+@pytest.fixture
+def guard(guarded, browser):
+    opened = browser.new_page()
+    opened.goto(guarded[1].as_uri())
+    yield opened
+    opened.close()
+
+
+def test_a_drop_mark_spares_what_the_block_protects(guarded, guard):
+    before = kept_on(guard)
+    hold(guard, "The answer is")
+    guard.keyboard.press("x")
+    config = pasted(guard)
+    assert len(config.force_drop) == 1 and kept_on(guard) == kept_in(guarded[0], config) == before
+    assert "protected" in guard.inner_text("#tip")
+
+
+def test_a_drop_mark_beats_a_format(guarded, guard):
+    before = kept_on(guard)
+    hold(guard, "# Work")
+    guard.keyboard.press("x")
+    assert kept_on(guard) == kept_in(guarded[0], pasted(guard)) != before
+
+
+def test_a_keep_mark_beats_a_later_drop_mark(guarded, guard):
+    hold(guard, PHRASE)
+    guard.keyboard.press("k")
+    before = kept_on(guard)
+    guard.keyboard.press("ArrowRight")
+    guard.keyboard.press("Shift+X")
+    config = pasted(guard)
+    assert len(config.force_drop) == 1 and len(config.protect.patterns) == 2
+    assert kept_on(guard) == kept_in(guarded[0], config) == before
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "\\bНапример:",
+        "(?i:\\bШАГ\\s+\\d+\\b)",
+        "\\bстр\\b",
+        "\\\\d\\.",
+        "\\bcafé\\b",
+        "(?i:\\b\\d+\\b)",
+    ],
+)
+def test_the_page_matches_patterns_as_python_does(page, pattern):
+    text = "Например: шаг 1, Шаг\xa0٣; строка стр. \\d. cafés café x9 99 _8"
+    script = """([text, pattern]) => {
+      const begins = Array.from(text, (_, i) => i);
+      return matched({spelling: text, begins, ends: begins.map((i) => i + 1)}, {pattern});
+    }"""
+    expected = [i for match in re.finditer(pattern, text) for i in range(*match.span())]
+    assert expected and page.evaluate(script, [text, pattern]) == expected
 
 
 def test_a_word_is_marked_as_a_whole_word(made, page):

@@ -112,16 +112,22 @@ def match_spans(tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, pa
         return marks
     distinct = np.unique(ids)
     pieces = token_bytes(tokenizer, distinct.tolist())
-    sizes = np.asarray([len(piece) for piece in pieces], dtype=np.int64)
     for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
         which = np.searchsorted(distinct, ids[start:stop])
-        data = b"".join([pieces[i] for i in which.tolist()])
-        text = data.decode("utf-8", errors="surrogateescape")
-        spans = [match.span() for pattern in compiled for match in pattern.finditer(text)]
-        spans = [(low, high) for low, high in spans if high > low]
-        if spans:
-            marks[start:stop] = _touched(byte_offsets(text, len(data))[np.asarray(spans)], sizes[which])
+        marks[start:stop] = match_run([pieces[i] for i in which.tolist()], compiled)
     return marks
+
+
+def match_run(pieces: Sequence[bytes], patterns: Sequence[re.Pattern[str]]) -> Bools:
+    """`match_spans` for the tokens of one run, given their bytes."""
+    data = b"".join(pieces)
+    text = data.decode("utf-8", errors="surrogateescape")
+    spans = [match.span() for pattern in patterns for match in pattern.finditer(text)]
+    spans = [(low, high) for low, high in spans if high > low]
+    if not spans:
+        return np.zeros(len(pieces), dtype=bool)
+    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    return _touched(byte_offsets(text, len(data))[np.asarray(spans)], sizes)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

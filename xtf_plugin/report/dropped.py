@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..data.ragged import Bools, Hashes, Ints, offsets_of, stretches
 from ..data.sentences import segment_starts
-from ..selection.recurring import FEWEST, pattern_of
+from ..selection.recurring import FEWEST, bounded, pattern_of, written
 from ..selection.select import CONTROL, FORCED, Reasons, rule_bits
 from .score_table import ScoreTable
 from .terminal import on_one_line
@@ -29,7 +29,6 @@ SHOWN = 240  # characters of a text
 LONGEST = 1_000  # characters of a text that a pattern may match
 SAME_PLACE = 0.6  # share of the pieces of a suspected format that stand in one tenth of their answers
 TENTHS = 10
-_DIGIT = "\ue000"  # stands for a run of digits; `pattern_of` writes it as a code
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,15 @@ def unit_starts(table: ScoreTable) -> Ints:
     if not len(table.token_ids):
         return np.zeros(0, dtype=np.int64)
     units = {part.unit for part in table.config.scores.values()}
-    special = [entry["token_id"] for entry in table.about.get("endings", {}).get("special_tokens", [])]
-    special = [token for token in special if isinstance(token, int)]  # a table may come from a stranger
     runs = np.append(np.flatnonzero(table.opens), len(table.token_ids))
     unit = "line" if "line" in units and "sentence" not in units else "sentence"
-    return segment_starts(unit, table.pieces, table.token_ids, runs, np.asarray(special, dtype=np.int64))
+    return segment_starts(unit, table.pieces, table.token_ids, runs, special_tokens(table))
+
+
+def special_tokens(table: ScoreTable) -> Ints:
+    """Ids of the special tokens of a table."""
+    special = [entry["token_id"] for entry in table.about.get("endings", {}).get("special_tokens", [])]
+    return np.asarray([token for token in special if isinstance(token, int)], dtype=np.int64)  # may be a stranger's
 
 
 def tenths(table: ScoreTable) -> Ints:
@@ -186,7 +189,11 @@ def _why(reason: int, bits: Mapping[str, int]) -> str:
 
 def folded(text: str) -> str:
     """A text without what near-equal ones differ in: capitals, the digits of numbers, whitespace."""
-    return re.sub(r"\d+", "0", " ".join(text.casefold().split()))
+    return _plain(text.lower())  # a regular expression without case matches no "ß" where "SS" stands
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\d+", "0", " ".join(text.split()))
 
 
 def pattern(text: str, spellings: Mapping[str, int]) -> str | None:
@@ -198,9 +205,13 @@ def pattern(text: str, spellings: Mapping[str, int]) -> str | None:
     others = {each.strip() for each in spellings}
     if len(others) == 1:
         return pattern_of(inner, ends_line=ends_line)
-    made = pattern_of(re.sub(r"\d+", _DIGIT, inner), ends_line=ends_line).replace("\\ue000", "\\d+")
-    made = re.sub(r"(?<!\\) ", r"\\s+", made)
-    return made if len({each.casefold() for each in others}) == len(others) else f"(?i:{made})"
+    made = bounded("".join(map(_varied, re.findall(r"\d+|\s+|.", inner))), inner, ends_line=ends_line)
+    return made if len({_plain(each) for each in others}) == 1 else f"(?i:{made})"
+
+
+def _varied(part: str) -> str:
+    """A regular expression for a run of digits or whitespace, or for a character."""
+    return r"\d+" if re.match(r"\d", part) else r"\s+" if part.isspace() else written(part)
 
 
 def suspects(table: ScoreTable, found: Pieces) -> list[tuple[str, list[int]]]:

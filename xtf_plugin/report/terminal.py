@@ -47,7 +47,7 @@ MEASURES = {  # by scorer
     "explained": "how much its prompt and the text before it explain of it",
     "influence": "how much the text after it leans on it",
     "log_probability": "how probable the reference finds it",
-    "new_text": "how much of it does not repeat earlier text word for word",
+    "new_text": "how much of it does not repeat earlier text",
     "novelty": "how improbable the reference finds it",
     "token_cleaning": "how much more probable a better model finds it",
     "typicality": "how probable it is, compared with what the reference expects there",

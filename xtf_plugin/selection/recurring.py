@@ -114,11 +114,15 @@ def written(char: str) -> str:
 
 
 def pattern_of(text: str, *, ends_line: bool = False) -> str:
-    """A regular expression that matches a text, in printable characters.
+    """A regular expression that matches a text, in printable characters; see `bounded`."""
+    return bounded("".join(map(written, text)), text, ends_line=ends_line)
+
+
+def bounded(body: str, text: str, *, ends_line: bool = False) -> str:
+    """The regular expression `body` of a text with its ends.
 
     A text of a word or two is matched only as whole words. With `ends_line` the line breaks after it belong to it.
     """
-    body = "".join(map(written, text))
     if len(text.split()) < WORDS:
         before, after = (r"\b" if char.isalnum() or char == "_" else "" for char in (text[0], text[-1]))
         body = before + body + after

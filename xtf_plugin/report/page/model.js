@@ -2,7 +2,7 @@
 "use strict";
 
 const PROTECTED = 1, FORCED = 2, LOOSE = 4;  // of a cell
-const KEPT = 4, NEAR = 8;  // of a token in a document
+const KEPT = 4, NEAR = 8, GIVEN = 16;  // of a token in a document
 const D = JSON.parse(document.getElementById("data").textContent);
 const S = D.summary;
 
@@ -154,12 +154,13 @@ function firesOn(doc, index, token, place) {
   return above(slider) ? score > limit : score < limit;
 }
 
-// {kept, bits, why, mark} of each completion token of a document, with sliders and marks where they are.
+// {kept, bits, why, mark} of each completion token of a document, with sliders and marks where they are. As in a run,
+// what is marked keep or protected by the block is not dropped by a mark; what is protected as format is.
 function decide(doc) {
   const found = moved() ? movedTo(doc) : own(doc);
-  for (const mark of state.marks) {
-    for (const token of matched(doc, mark)) Object.assign(found[token], {kept: mark.keep, mark: mark.keep ? "keep" : "drop"});
-  }
+  const marks = (keep) => state.marks.filter((mark) => mark.keep === keep).flatMap((mark) => matched(doc, mark));
+  for (const token of marks(false)) Object.assign(found[token], doc.flags[token] & GIVEN ? {why: "protected"} : {kept: false, mark: "drop"});
+  for (const token of marks(true)) Object.assign(found[token], {kept: true, mark: "keep"});
   return found;
 }
 
@@ -185,12 +186,16 @@ function own(doc) {  // the run's own decisions
   }));
 }
 
+// Python's classes, which know all scripts; JavaScript's `\b` and `\d` know ASCII alone.
+const WORD = "[\\p{L}\\p{N}_]";
+const CLASSES = {"\\b": `(?:(?<=${WORD})(?!${WORD})|(?<!${WORD})(?=${WORD}))`, "\\d": "\\p{Nd}", "\\s": "[\\p{Z}\\t-\\r\\x1c-\\x1f\\x85]"};
+
 // Tokens of a document that a mark's pattern matches; Python's syntax, as `pattern_of` writes it.
 function matched(doc, mark) {
   const folded = mark.pattern.startsWith("(?i:"), body = folded ? mark.pattern.slice(4, -1) : mark.pattern;
-  const text = body.replace(/\\(?:\\|U([0-9a-f]{8}))/g, (all, hex) => (hex ? String.fromCodePoint(parseInt(hex, 16)) : all));
+  const text = body.replace(/\\(?:[\\bds]|U([0-9a-f]{8}))/g, (all, hex) => (hex ? String.fromCodePoint(parseInt(hex, 16)) : CLASSES[all] || all));
   const found = [];
-  for (const match of doc.spelling.matchAll(new RegExp(text, folded ? "gi" : "g"))) {
+  for (const match of doc.spelling.matchAll(new RegExp(text, folded ? "giu" : "gu"))) {
     const start = match.index, end = start + match[0].length;
     doc.ends.forEach((until, i) => { if (until > start && doc.begins[i] < end) found.push(i); });
   }

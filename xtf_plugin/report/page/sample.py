@@ -7,16 +7,18 @@ near a threshold, and for those with a suspected format each; the rest is drawn 
 from __future__ import annotations
 
 import base64
+import itertools
+import re
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...data.ragged import Bools, Ints
-from ...data.token_text import characters
+from ...data.token_text import characters, match_run
 from ...errors import escaped
 from ...selection.recurring import written
-from .. import whatif
+from .. import dropped, whatif
 from ..score_table import ScoreTable
 from ..terminal import LONGEST_TEXT, text_of
 from ..whatif import Slider, WhatIf
@@ -24,7 +26,7 @@ from ..whatif import Slider, WhatIf
 DOCUMENTS = 300  # at most
 BYTES = 1_000_000  # of the page for all documents
 LONGEST = 4_000  # completion tokens shown of one document
-KEPT, NEAR = 4, 8  # flags beside whatif.PROTECTED and whatif.FORCED
+KEPT, NEAR, GIVEN = 4, 8, 16  # flags beside whatif.PROTECTED and whatif.FORCED; GIVEN: protected by the block itself
 NEAR_SHARE = 0.02  # of the dataset's scored tokens, on each side of a threshold
 OF_ONE = 3  # documents shown of each suspected format
 GROUPS = ("most", "near", "format", "random")
@@ -117,6 +119,7 @@ def document_data(
     skipped = np.diff(table.positions[here], prepend=-1) - 1
     flags = whatif.flags_of(table.protected[here], table.forced[here])
     flags = flags | table.keep[here] * np.uint8(KEPT) | near[here] * np.uint8(NEAR)
+    flags = flags | _given(table, document)[: here.stop - here.start] * np.uint8(GIVEN)
     units = starts[slice(*np.searchsorted(starts, [here.start, here.stop]))] - here.start
     return {
         "row": int(table.rows[document]),
@@ -132,6 +135,22 @@ def document_data(
         "gaps": [(at, int(skipped[at])) for at in np.flatnonzero(skipped > 0).tolist()],
         "joined": _joined([pieces[place] for place in places.tolist()]),
     }
+
+
+def _given(table: ScoreTable, document: int) -> Bools:
+    """Tokens of a document that force_drop does not drop: protected, but not as format alone."""
+    protect, here = table.config.protect, slice(*table.offsets[document : document + 2].tolist())
+    if protect.formats is None:
+        return table.protected[here]
+    found: Bools = np.isin(table.token_ids[here], dropped.special_tokens(table)) & table.protected[here]
+    pieces, patterns = (
+        [table.pieces[i] for i in table.token_ids[here].tolist()],
+        list(map(re.compile, protect.patterns)),
+    )
+    bounds = [*np.flatnonzero(table.opens[here]).tolist(), len(pieces)]
+    for start, end in itertools.pairwise(bounds):
+        found[start:end] |= match_run(pieces[start:end], patterns)
+    return found
 
 
 def _joined(pieces: list[bytes]) -> list[tuple[int, int, str, str | None]]:

@@ -53,7 +53,7 @@ function influence(value, unit) {
 }
 
 function repeats(value, unit) {
-  return value < 1 ? `${rounded(1 - value)} of this ${unit} repeats earlier text word for word` : `this ${unit} repeats no earlier text`;
+  return value < 1 ? `${rounded(1 - value)} of this ${unit} repeats earlier text` : `this ${unit} repeats no earlier text`;
 }
 
 // Why a scorer gives no score; scorers that have one for every token are left out.
@@ -102,9 +102,9 @@ function reasonOf(score) {
     attention_received: "Gets little attention later", column: `Marked in the column ${part.column}`,
     embedding_similarity: "Far from the words of the domain", excess_loss: "No harder than another model finds it",
     explained: "Does not follow from the prompt", influence: "Doubtful, and not needed later",
-    log_probability: "Improbable for the model", new_text: "Repeats earlier text word for word",
+    log_probability: "Improbable for the model", new_text: "Repeats earlier text",
     novelty: both ? "Known already, or very improbable" : unknown === undefined ? "The model knows it already" : "Very improbable for the model",
-    opening: "Its first words do not fit there", token_cleaning: "A better model finds it no more probable",
+    token_cleaning: "A better model finds it no more probable",
     typicality: "Less probable than usual",
   };
   return lookup(texts, part.scorer) || `Low ${named(score)}`;
