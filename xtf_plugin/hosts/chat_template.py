@@ -6,6 +6,7 @@ for chats alone.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def template_of(data: Mapping[str, Any], folder: Path | None, env: Mapping[str, 
     """The template that TRL would use, and what is wrong with it; neither: it is not known here."""
     given, source = data.get("chat_template_path"), folder
     text: Any = None
-    if given and Path(str(given)).is_file():
+    if given and os.path.isfile(str(given)):
         if not str(given).endswith((".jinja", ".j2")):
             return None, f"chat_template_path: {given} is no .jinja file, which TRL tells by its name. Rename it."
         text = Path(str(given)).read_text(encoding="utf-8", errors="replace")
