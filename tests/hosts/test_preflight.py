@@ -159,6 +159,15 @@ MISTAKES = {
     ),
     "chat without a template": ({"rows": CHATS, "template": None}, "no chat template"),
     "no such template": ({"rows": CHATS, "chat_template_path": "./no/such.jinja"}, "there is no ./no/such.jinja"),
+    "a template that is broken": ({"rows": CHATS, "template": "{% for"}, "does not render the data"),
+    "a template that refuses the data": (
+        {"rows": CHATS, "template": "{{ raise_exception('No user, please.') }}"},
+        "does not render the data: No user, please. Correct the template or the data",
+    ),
+    "a broken template of pairs": (
+        {"rows": [{"prompt": c["messages"][:1], "completion": c["messages"][1:]} for c in CHATS], "template": "{{ "},
+        "does not render the data",
+    ),
     "assistant-only loss without a chat": ({"assistant_only_loss": True}, "assistant_only_loss needs `messages`"),
     "an eos token that is none": ({"eos_token": "<|no|>"}, "is not in the tokenizer's vocabulary"),
     "an eos token that is a list": ({"eos_token": ["a"]}, "eos_token: ['a'] is not in the tokenizer's vocabulary"),
@@ -641,6 +650,35 @@ def test_values_of_another_type_in_axolotl(made, tmp_path, keys, message):
     path = axolotl_recipe(made, tmp_path, **keys)
     assert any(message in problem for problem in checked(path)) == bool(message)
     notes(load_recipe(path))
+
+
+@pytest.mark.parametrize("columns", ["messages", "tools", "table"])
+def test_a_template_of_what_is_not_known_here(made, tmp_path, columns):
+    """Messages of a table are not read, and tools are the host's to write; a syntax error is one anyway."""
+    rows = [{**row, "tools": None} if columns == "tools" else row for row in CHATS]
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('no') }}")
+    path = recipe_of(made, tmp_path, rows=rows, chat_template_path=str(tmp_path / "t.jinja"))
+    if columns == "table":
+        (tmp_path / "data/train.jsonl").unlink()
+        in_parquet(tmp_path / "data", "train.parquet", rows)
+    assert any("does not render" in each for each in checked(path)) == (columns == "messages")
+    (tmp_path / "t.jinja").write_text("{{ ")
+    assert any("does not render" in each for each in checked(path))
+
+
+def test_the_tokenizer_that_axolotl_is_told_to_take(made, tmp_path):
+    """Its eos token is the one that is trained, and its template the default one."""
+    import shutil
+
+    write(tmp_path / "data/train.jsonl", CHATS)
+    shutil.copytree(made / "model", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer/tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "eos_token": "<|im_end|>"}))
+    (note,) = notes(load_recipe(axolotl_recipe(made, tmp_path)))
+    assert "writes '<|im_end|>', and Axolotl trains '<|endoftext|>'" in note
+    for named in (str(tmp_path / "tokenizer"), "on/the-hub"):
+        assert notes(load_recipe(axolotl_recipe(made, tmp_path, tokenizer_config=named))) == []
 
 
 def test_a_recipe_that_would_fail_is_refused(made, tmp_path):

@@ -75,7 +75,7 @@ def notes(source: Mapping[str, Any], data: Mapping[str, Any], folder: Path | Non
     Args:
         source: one of the recipe's `datasets`.
         data: the recipe.
-        folder: of the model's files, if they are here.
+        folder: of the tokenizer's files, if they are here.
     """
     if str(source.get("type")).split(".")[0] != "chat_template":
         return

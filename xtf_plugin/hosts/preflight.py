@@ -45,7 +45,7 @@ def problems(recipe: Recipe, config: XTFConfig) -> list[str]:
     if separate.model:
         scored = folder_of(separate.model, separate.revision, env)
         found += [*of_model("reference.model", separate.model, separate.revision, env)]
-        found += of_tokenizers(folder, scored, separate.model)
+        found += of_tokenizers(_tokenizer(recipe), scored, separate.model)
     found += of_architecture(folder, scored, config)
     rows = list(first_rows(recipe, found))
     for row in rows:
@@ -61,7 +61,7 @@ def problems(recipe: Recipe, config: XTFConfig) -> list[str]:
 
 def notes(recipe: Recipe) -> list[str]:
     """One line for each thing that this recipe trains, or leaves out, and that is seldom meant; such a recipe runs."""
-    folder = _folder(recipe)
+    folder = _tokenizer(recipe)
     if recipe.host == "axolotl":
         found = [note for each in sources(recipe) for note in axolotl_data.notes(each, recipe.data, folder)]
         return list(dict.fromkeys(found))
@@ -84,6 +84,12 @@ def _model(recipe: Recipe) -> tuple[str, str | None]:
 
 def _folder(recipe: Recipe) -> Path | None:
     return folder_of(*_model(recipe), _environment(recipe))
+
+
+def _tokenizer(recipe: Recipe) -> Path | None:
+    """The folder of the tokenizer, which Axolotl takes from another model if it is told to."""
+    named = recipe.data.get("tokenizer_config") if recipe.host == "axolotl" else None
+    return folder_of(str(named), _model(recipe)[1], _environment(recipe)) if named else _folder(recipe)
 
 
 def _of_types(recipe: Recipe) -> Iterator[str]:
