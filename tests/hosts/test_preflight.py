@@ -662,6 +662,8 @@ def test_a_template_of_what_is_not_known_here(made, tmp_path, columns):
         (tmp_path / "data/train.jsonl").unlink()
         in_parquet(tmp_path / "data", "train.parquet", rows)
     assert any("does not render" in each for each in checked(path)) == (columns == "messages")
+    (tmp_path / "t.jinja").write_text("{{ image_token + 'x' }}")
+    assert not any("does not render" in each for each in checked(path))
     (tmp_path / "t.jinja").write_text("{{ ")
     assert any("does not render" in each for each in checked(path))
 

@@ -127,7 +127,7 @@ def of_template(data: Mapping[str, Any], template: Template | None, why: str, ro
 
 def _unrendered(template: Template, row: Row) -> str:
     """Why a template does not render a row; empty: it does, or it takes what is not known here."""
-    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
     prompt, answer = row.get("prompt"), row.get("completion")
     messages = row.get("messages") or row.get("conversations")
@@ -141,6 +141,8 @@ def _unrendered(template: Template, row: Row) -> str:
     whole = bool(found) and not {"tools", "chat_template_kwargs"} & set(row)
     try:
         template.apply_chat_template(found if whole else _PROBE)
+    except UndefinedError:
+        return ""  # perhaps a token that the tokenizer's class gives
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if whole or isinstance(error, TemplateSyntaxError):
             return " ".join(str(error).split()).rstrip(".") or type(error).__name__
