@@ -17,9 +17,11 @@ SHARED = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["questions", "questions of a base model", "conversations"])
+@pytest.mark.parametrize("kind", ["questions", "questions of a base model", "conversations", "conversations of a bot"])
 def test_stock_axolotl_trains_it(kind, tmp_path):
-    rows = SHARED if kind == "conversations" else PAIRS
+    rows = SHARED if "conversations" in kind else PAIRS
+    if "bot" in kind:
+        rows = json.loads(json.dumps(SHARED).replace('"gpt"', '"bot"'))
     tiny.save_base(tmp_path / "model")
     if "base model" in kind:
         (tmp_path / "model/chat_template.jinja").unlink()
@@ -39,6 +41,6 @@ def test_stock_axolotl_trains_it(kind, tmp_path):
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     totals = json.loads((tmp_path / "runs/recipe/xtf/summary.json").read_text())["totals"]
     turns = ("".join(m["value"] for m in row["conversations"] if m["from"] == "gpt") for row in SHARED)
-    answers = list(turns) if kind == "conversations" else [row["answer"] for row in PAIRS]
+    answers = list(turns) if "conversations" in kind else [row["answer"] for row in PAIRS]
     tokens = sum(len(tiny.tokenizer()(answer)["input_ids"]) for answer in answers)
     assert totals["documents"] == len(rows) and tokens <= totals["completion_tokens"] <= 1.2 * tokens

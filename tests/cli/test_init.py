@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,56 @@ def test_files_of_every_kind(init, kind, tmp_path):
 def test_known_names_of_columns(init, row, prompt, answer, tmp_path):
     init(save([row] * 3), model="base")
     assert rows_of(tmp_path / "recipe_data")[0] == {"prompt": prompt + "\n", "completion": answer}
+
+
+@pytest.mark.parametrize("host", ["trl", "axolotl"])
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "Add.", "input": "1", "context": "2", "output": "3"}, ("Add.\n\n1\n\n2\n", "3")),
+        ({"question": "1 - 1?", "answer": 0}, ("1 - 1?\n", "0")),
+        ({"prompt": "1 + 1?", "completion": 2}, ("1 + 1?\n", "2")),
+    ],
+    ids=["two contexts", "zero", "number"],
+)
+def test_what_a_host_cannot_read_is_written_again(init, monkeypatch, host, row, expected, tmp_path):
+    """Axolotl reads one column beside the question, and neither host reads numbers."""
+    monkeypatch.setattr(environment, "installed_version", lambda name: "0.19.0")
+    code, _, err, recipe = init(save([row] * 3), "--host", host, model="base")
+    assert code == 0, err
+    assert rows_of(tmp_path / "recipe_data")[0] == dict(zip(("prompt", "completion"), expected, strict=True))
+    if host == "axolotl":
+        type_ = recipe["datasets"][0]["type"]
+        assert (type_["field_instruction"], type_["field_output"]) == ("prompt", "completion")
+        assert type_["format"] == type_["no_input_format"] == "{instruction}" and "field_input" not in type_
+
+
+@pytest.mark.parametrize("empty", [None, []])
+def test_a_first_row_without_messages(init, empty):
+    code, _, err, recipe = init(save([{"messages": empty}, *tiny.conversations(3)]))
+    assert code == 0 and recipe["datasets"][0]["columns"] == ["messages"], err
+
+
+def test_an_answer_in_words_goes_before_a_number(init, tmp_path):
+    init(save([{"question": "1 + 2?", "answer": 3, "solution": "It is 3."}] * 3), model="base")
+    assert rows_of(tmp_path / "recipe_data")[0]["completion"] == "It is 3."
+
+
+@pytest.mark.parametrize("at", [0, 2], ids=["first", "later"])
+@pytest.mark.parametrize("role", ["bot", "model", "chatgpt", "gpt"])
+def test_roles_of_any_row_are_mapped(init, monkeypatch, role, at, tmp_path):
+    """Axolotl knows `human` and `gpt` by itself; what it does not know it would not train."""
+    rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}]} for _ in "abcd"]
+    rows[at]["messages"][1]["role"] = role
+    init(save(rows))
+    assert {row["completion"][0]["role"] for row in rows_of(tmp_path / "recipe_data")} == {"assistant"}
+    monkeypatch.setattr(environment, "installed_version", lambda name: "0.19.0")
+    Path("recipe.yaml").unlink()
+    shutil.rmtree("recipe_data")
+    _, _, _, recipe = init("data.jsonl", "--host", "axolotl")
+    roles = recipe["datasets"][0].get("roles")
+    assert (roles is None) == (role == "gpt")
+    assert roles is None or {role, "assistant", "gpt"} <= set(roles["assistant"])
 
 
 def test_rows_without_an_answer_are_counted_and_left_out(init, tmp_path):
@@ -304,6 +355,7 @@ def test_a_data_set_on_the_hub(init, monkeypatch):
 
 
 def test_no_torch_is_imported(models, tmp_path):
+    """Of transformers, only what renders chat templates, which takes no torch either."""
     data = tiny.save_rows(tmp_path / "data.jsonl", PLAIN)
     words = ["init", "--model", str(models / "marked"), "--dataset", str(data), "--output", str(tmp_path / "r.yaml")]
     code = f"""
@@ -312,7 +364,7 @@ from xtf_plugin import cli
 try:
     cli.main({words!r})
 finally:
-    print({{"torch", "transformers", "trl"}} & set(sys.modules))
+    print({{"torch", "transformers.modeling_utils", "trl"}} & set(sys.modules))
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.endswith("set()\n"), ended.stderr

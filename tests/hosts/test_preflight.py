@@ -105,6 +105,8 @@ MISTAKES = {
     "a data folder without data": ({"file": "notes.md"}, "holds no data file"),
     "an empty file": ({"rows": []}, "it is empty"),
     "a broken file": ({"rows": [], "raw": '{"prompt": "a", }\n'}, "cannot be read"),
+    "a line that is null": ({"raw": '{"prompt": "a", "completion": "b"}\nnull\n'}, "line 2 is no object"),
+    "a line that is a list": ({"raw": '{"prompt": "a", "completion": "b"}\n\n[1]\n'}, "line 3 is no object"),
     "raw columns": ({"rows": [{"question": "a", "answer": "b"}]}, "columns question, answer"),
     "a prompt beside text": ({"rows": [{"prompt": "a", "text": "b"}]}, "TRL does not read `text` beside it"),
     "a prompt beside messages": ({"rows": [{**CHATS[0], "prompt": "a"}]}, "TRL does not read `messages` beside it"),
@@ -157,8 +159,21 @@ MISTAKES = {
     ),
     "chat without a template": ({"rows": CHATS, "template": None}, "no chat template"),
     "no such template": ({"rows": CHATS, "chat_template_path": "./no/such.jinja"}, "there is no ./no/such.jinja"),
+    "a template that is broken": ({"rows": CHATS, "template": "{% for"}, "does not render the data"),
+    "a template that refuses the data": (
+        {"rows": CHATS, "template": "{{ raise_exception('No user, please.') }}"},
+        "does not render the data: No user, please. Correct the template or the data",
+    ),
+    "a broken template of pairs": (
+        {"rows": [{"prompt": c["messages"][:1], "completion": c["messages"][1:]} for c in CHATS], "template": "{{ "},
+        "does not render the data",
+    ),
     "assistant-only loss without a chat": ({"assistant_only_loss": True}, "assistant_only_loss needs `messages`"),
     "an eos token that is none": ({"eos_token": "<|no|>"}, "is not in the tokenizer's vocabulary"),
+    "an eos token that is a list": ({"eos_token": ["a"]}, "eos_token: ['a'] is not in the tokenizer's vocabulary"),
+    "a number for the data": ({"dataset_name": ..., "datasets": 5}, "datasets: 5 is no list"),
+    "a long path": ({"dataset_name": "./" + "x" * 5_000}, "there is no such folder of data"),
+    "a long path of a model": ({"model_name_or_path": "./" + "x" * 5_000}, "there is no folder"),
     "no such checkpoint": ({"resume_from_checkpoint": "./no/checkpoint"}, "there is no folder ./no/checkpoint"),
     "streamed without adapters": ({"dataset_streaming": True}, "Set use_peft: true, or reference.model"),
     "no such reference": ({"xtf": block(reference={"model": "./no/reference"})}, "reference.model: there is no folder"),
@@ -378,6 +393,13 @@ def test_a_file_of_one_long_line_is_not_read_whole(tmp_path):
     assert data_files.first_row([file], "json") is None
 
 
+def test_a_line_that_is_nested_deeply(made, tmp_path):
+    """It ends the process of the stock command."""
+    path = recipe_of(made, tmp_path)
+    (tmp_path / "data/train.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    assert "line 1 is nested too deeply" in checked(path)[0]
+
+
 def test_a_vocabulary_that_is_a_list(made, tmp_path):
     path = recipe_with(made, tmp_path, {"config": {}, "eos_token": "<|no|>"})
     file = tmp_path / "model" / "tokenizer.json"
@@ -580,6 +602,20 @@ def test_axolotl(made, tmp_path):
     assert checked(path) == []
 
 
+def axolotl_recipe(made, tmp_path, **changes):
+    data = {
+        "base_model": str(made / "model"),
+        "adapter": "lora",
+        "datasets": [{"path": str(tmp_path / "data"), "type": "chat_template"}],
+        "plugins": ["xtf_plugin.XTFPlugin"],
+        "xtf": True,
+        **changes,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
@@ -593,18 +629,58 @@ def test_axolotl(made, tmp_path):
 def test_adapters_of_axolotl_that_change_the_base(made, tmp_path, monkeypatch, keys, named):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     write(tmp_path / "data/train.jsonl", CHATS)
-    data = {
-        "base_model": str(made / "model"),
-        "adapter": "lora",
-        "datasets": [{"path": str(tmp_path / "data"), "type": "chat_template"}],
-        "plugins": ["xtf_plugin.XTFPlugin"],
-        "xtf": True,
-        **keys,
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(data))
+    path = axolotl_recipe(made, tmp_path, **keys)
     found = checked(path)
     assert len(found) == bool(named) and all(f"peft_init_lora_weights: {named} changes" in each for each in found)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"special_tokens": ["x"]}, "special_tokens: ['x'] is no mapping"),
+        ({"peft": "x"}, "peft: 'x' is no mapping"),
+        ({"peft": {"loftq_config": 3}}, ""),
+        ({"datasets": 5}, "datasets: 5 is no list"),
+        ({"datasets": [{"path": "./" + "x" * 5_000, "type": "chat_template"}]}, "there is no such folder of data"),
+    ],
+)
+def test_values_of_another_type_in_axolotl(made, tmp_path, keys, message):
+    """Axolotl's own schema says what is wrong inside `peft`."""
+    write(tmp_path / "data/train.jsonl", CHATS)
+    path = axolotl_recipe(made, tmp_path, **keys)
+    assert any(message in problem for problem in checked(path)) == bool(message)
+    notes(load_recipe(path))
+
+
+@pytest.mark.parametrize("columns", ["messages", "tools", "table"])
+def test_a_template_of_what_is_not_known_here(made, tmp_path, columns):
+    """Messages of a table are not read, and tools are the host's to write; a syntax error is one anyway."""
+    rows = [{**row, "tools": None} if columns == "tools" else row for row in CHATS]
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('no') }}")
+    path = recipe_of(made, tmp_path, rows=rows, chat_template_path=str(tmp_path / "t.jinja"))
+    if columns == "table":
+        (tmp_path / "data/train.jsonl").unlink()
+        in_parquet(tmp_path / "data", "train.parquet", rows)
+    assert any("does not render" in each for each in checked(path)) == (columns == "messages")
+    (tmp_path / "t.jinja").write_text("{{ image_token + 'x' }}")
+    assert not any("does not render" in each for each in checked(path))
+    (tmp_path / "t.jinja").write_text("{{ ")
+    assert any("does not render" in each for each in checked(path))
+
+
+def test_the_tokenizer_that_axolotl_is_told_to_take(made, tmp_path):
+    """Its eos token is the one that is trained, and its template the default one."""
+    import shutil
+
+    write(tmp_path / "data/train.jsonl", CHATS)
+    shutil.copytree(made / "model", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer/tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "eos_token": "<|im_end|>"}))
+    (note,) = notes(load_recipe(axolotl_recipe(made, tmp_path)))
+    assert "writes '<|im_end|>', and Axolotl trains '<|endoftext|>'" in note
+    for named in (str(tmp_path / "tokenizer"), "on/the-hub"):
+        assert notes(load_recipe(axolotl_recipe(made, tmp_path, tokenizer_config=named))) == []
 
 
 def test_a_recipe_that_would_fail_is_refused(made, tmp_path):

@@ -5,6 +5,7 @@ Axolotl also reads single files and folders of `save_to_disk`, and takes the rea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ _COLUMNS = {  # what a type cannot do without
 def splits_of(source: Mapping[str, Any]) -> tuple[Splits, str]:
     """As `data_files.splits_of`, for a source of Axolotl's `datasets`."""
     path, given = Path(str(source.get("path"))), source.get("data_files")
-    if path.is_file():
+    if os.path.isfile(path):  # unlike `Path`, it takes names of any length
         return {"train": [path]}, ""
-    if path.is_dir() and given:
+    if os.path.isdir(path) and given:
         return data_files.splits_of({**source, "path": reader(source), "data_dir": None})
     saved, split = data_files.saved_splits(path), str(source.get("split") or "train")
     if saved:  # a split that is not there is not missed if there is one for training
@@ -41,7 +42,7 @@ def splits_of(source: Mapping[str, Any]) -> tuple[Splits, str]:
 def reader(source: Mapping[str, Any]) -> str:
     """The kind of files that Axolotl reads a source as, where it is not a folder; otherwise its path."""
     path = str(source.get("path"))
-    if Path(path).is_dir() and not source.get("data_files"):
+    if os.path.isdir(path) and not source.get("data_files"):
         return path
     return str(source.get("ds_type") or next((kind for end, kind in _READERS.items() if end in path), "json"))
 
@@ -74,7 +75,7 @@ def notes(source: Mapping[str, Any], data: Mapping[str, Any], folder: Path | Non
     Args:
         source: one of the recipe's `datasets`.
         data: the recipe.
-        folder: of the model's files, if they are here.
+        folder: of the tokenizer's files, if they are here.
     """
     if str(source.get("type")).split(".")[0] != "chat_template":
         return
@@ -84,7 +85,8 @@ def notes(source: Mapping[str, Any], data: Mapping[str, Any], folder: Path | Non
             "stop. Remove it, or set train_on_eot: turn."
         )
         return
-    special = {**special_tokens(folder), **(data.get("special_tokens") or {})}
+    own = data.get("special_tokens")
+    special = {**special_tokens(folder), **(own if isinstance(own, dict) else {})}
     text, trained = _template(source, data, folder), data.get("eot_tokens") or [special.get("eos_token")]
     ends = TurnTexts.of(Template(text, special)).ends if text else ()
     if ends and special and not any(str(token) in end for token in trained for end in ends):

@@ -6,6 +6,7 @@ for chats alone.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def template_of(data: Mapping[str, Any], folder: Path | None, env: Mapping[str, 
     """The template that TRL would use, and what is wrong with it; neither: it is not known here."""
     given, source = data.get("chat_template_path"), folder
     text: Any = None
-    if given and Path(str(given)).is_file():
+    if given and os.path.isfile(str(given)):
         if not str(given).endswith((".jinja", ".j2")):
             return None, f"chat_template_path: {given} is no .jinja file, which TRL tells by its name. Rename it."
         text = Path(str(given)).read_text(encoding="utf-8", errors="replace")
@@ -120,6 +121,32 @@ def of_template(data: Mapping[str, Any], template: Template | None, why: str, ro
             "assistant_only_loss needs a chat template with {% generation %} around the answers, and this one has "
             "none. Set chat_template_path to one that has it."
         )
+    elif template and (why := _unrendered(template, next(row for row in rows if is_chat(row)))):
+        yield f"the chat template does not render the data: {why}. Correct the template or the data."
+
+
+def _unrendered(template: Template, row: Row) -> str:
+    """Why a template does not render a row; empty: it does, or it takes what is not known here."""
+    from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
+
+    prompt, answer = row.get("prompt"), row.get("completion")
+    messages = row.get("messages") or row.get("conversations")
+    if isinstance(prompt, list):
+        messages = prompt + (answer if isinstance(answer, list) else [])
+    found = [each for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+    found = [
+        {**each, "role": each.get("role", each.get("from")), "content": each.get("content", each.get("value"))}
+        for each in found
+    ]
+    whole = bool(found) and not {"tools", "chat_template_kwargs"} & set(row)
+    try:
+        template.apply_chat_template(found if whole else _PROBE)
+    except UndefinedError:
+        return ""  # perhaps a token that the tokenizer's class gives
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if whole or isinstance(error, TemplateSyntaxError):
+            return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return ""
 
 
 def _known(template: Template) -> bool:

@@ -44,8 +44,8 @@ def splits_of(entry: Mapping[str, Any]) -> tuple[Splits, str]:
     """
     path, given = str(entry.get("path")), entry.get("data_files")
     folder, built = Path(path), path in _BUILDERS
-    if not built and not folder.is_dir():
-        far = "://" in path or folder.exists() or not (path.startswith((".", "/", "~")) or path.count("/") > 1)
+    if not built and not os.path.isdir(folder):
+        far = "://" in path or os.path.exists(folder) or not (path.startswith((".", "/", "~")) or path.count("/") > 1)
         next_ = TILDE if path.startswith("~") else "Correct the path"
         return {}, "" if far else f"{path}: there is no such folder of data. {next_}."
     if not built and (why := _of_configurations(path, folder, entry.get("name"))):
@@ -95,7 +95,7 @@ def _card(folder: Path) -> dict[str, Any]:
 
 def saved_splits(folder: Path) -> Splits:
     """The files of a folder that save_to_disk wrote, by split; empty: it did not."""
-    if (folder / _ONE).is_file():
+    if os.path.isfile(folder / _ONE):
         return {"train": sorted(folder.glob("*.arrow"))}
     try:
         splits = json.loads((folder / _SEVERAL).read_text(encoding="utf-8"))["splits"]
@@ -175,12 +175,18 @@ def _of_json(file: Path) -> dict[str, Any] | None:
             lines.pop()  # which is not complete
         elif not any(line.strip() for line in lines):
             raise ValueError("it is empty")
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines or not (lines[0].startswith(b"{") and lines[0].endswith(b"}")):
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered or not (numbered[0][1].startswith(b"{") and numbered[0][1].endswith(b"}")):
         return None  # a list, or an object over several lines
     row: dict[str, Any] = {}
-    for line in lines:  # a column may begin later
-        row |= {name: value for name, value in json.loads(line).items() if row.get(name) is None}
+    for number, line in numbered:  # a column may begin later
+        try:
+            found = json.loads(line)
+        except RecursionError:
+            raise ValueError(f"line {number} is nested too deeply") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"line {number} is no object")
+        row |= {name: value for name, value in found.items() if row.get(name) is None}
     return row
 
 

@@ -71,20 +71,23 @@ class Shape:
             of a question and its answer. text: one text without a prompt.
         columns: that are read; of a pair those of the question, then the answer's.
         keys: of a message's role and content.
-        usual: whether messages have the keys and roles that templates know.
+        roles: of messages, by names that templates do not know.
+        texts: whether the answer of a pair is text; else it is a number.
     """
 
     kind: Kind
     columns: tuple[str, ...]
     keys: tuple[str, str] = ("role", "content")
-    usual: bool = True
+    roles: frozenset[str] = frozenset()
+    texts: bool = True
 
     @property
     def of_trl(self) -> bool:
         """Whether TRL finds these columns, and roles in them, under these names."""
+        usual = self.keys[0] == "role" and not self.roles and self.texts
         if self.kind == "messages":
-            return self.usual and self.columns[0] in ("messages", "conversations")
-        return self.usual and (self.kind != "pair" or self.columns == ("prompt", "completion"))
+            return usual and self.columns[0] in ("messages", "conversations")
+        return usual and (self.kind != "pair" or self.columns == ("prompt", "completion"))
 
 
 def open_source(name: str) -> Source:
@@ -161,21 +164,27 @@ def shape_of(source: Source) -> Shape:
     """
     row: dict[str, Any] = {}
     for each in source.head:  # a column may begin later
-        row |= {column: value for column, value in each.items() if row.get(column) is None}
+        row |= {
+            column: value
+            for column, value in each.items()
+            if column not in row or (value is not None and row[column] in (None, "", []))
+        }
     if media := [name for name in MEDIA if name in row]:
         raise XTFUserError(f"the column {media[0]} holds no text, and only text can be scored. Name another data set.")
     for name in CONVERSATIONS:
         if _is_chat(row.get(name)):
-            return Shape("messages", (name,), *_keys(row[name]))
+            return _of_chats("messages", (name,), row, source.head)
     if _is_chat(row.get("prompt")) and _is_chat(row.get("completion")):
-        return Shape("turns", ("prompt", "completion"), *_keys(row["prompt"] + row["completion"]))
+        return _of_chats("turns", ("prompt", "completion"), row, source.head)
     texts = {name.lower(): name for name, value in row.items() if isinstance(value, str)}
-    answer = next((texts[name] for name in ANSWERS if name in texts), None)
+    numbers = {name.lower(): name for name, value in row.items() if type(value) in (int, float)}
+    answers = [each[name] for each in (texts, numbers) for name in ANSWERS if name in each]
+    answer = next(iter(answers), None)
     question = next((texts[name] for name in QUESTIONS if name in texts and texts[name] != answer), None)
     if question and answer:
         more = [texts[name] for name in CONTEXTS if name in texts and texts[name] not in (question, answer)]
         more = more if question.lower() in ("instruction", "question") else []
-        return Shape("pair", (question, *more, answer))
+        return Shape("pair", (question, *more, answer), texts=answer in texts.values())
     if {"chosen", "rejected"} <= set(row):
         raise XTFUserError("the data holds preferences (`chosen`, `rejected`), and SFT trains on answers. Convert it.")
     if text := texts.get("text") or (next(iter(texts.values())) if len(texts) == len(row) == 1 else None):
@@ -195,10 +204,11 @@ def _is_chat(value: Any) -> bool:
     return {"role", "content"} <= set(value[0]) or {"from", "value"} <= set(value[0])
 
 
-def _keys(messages: list[Row]) -> tuple[tuple[str, str], bool]:
-    """The keys of messages, and whether templates know them and the roles."""
-    keys = ("role", "content") if {"role", "content"} <= set(messages[0]) else ("from", "value")
-    return keys, keys[0] == "role" and not any(each.get("role") in ROLES for each in messages)
+def _of_chats(kind: Kind, columns: tuple[str, ...], row: Row, head: Iterable[Row]) -> Shape:
+    """The shape of chats; a role may occur in a later row alone."""
+    keys = ("role", "content") if {"role", "content"} <= set(row[columns[0]][0]) else ("from", "value")
+    messages = (each for row in head for name in columns for each in row.get(name) or () if isinstance(each, Mapping))
+    return Shape(kind, columns, keys, frozenset(ROLES) & {str(each.get(keys[0])) for each in messages})
 
 
 def converted(row: Row, shape: Shape, host: str, chat: bool) -> Iterator[dict[str, Any]]:
@@ -207,21 +217,23 @@ def converted(row: Row, shape: Shape, host: str, chat: bool) -> Iterator[dict[st
     Of a conversation every answer gives a row, with what was said before it as its prompt.
 
     Args:
-        host: trl: `prompt` and `completion`. axolotl: `messages`.
-        chat: a pair becomes two messages, to which the chat template is applied; else texts.
+        host: whose names of columns are written.
+        chat: messages, to which the chat template is applied: trl: `prompt` and `completion`. axolotl: `messages`. Else
+            the texts of a pair, `prompt` and `completion`.
     """
     for prompt, answer in _answers(row, shape):
-        if host == "axolotl":
-            yield {"messages": [*prompt, answer]}
-        elif chat:
-            yield {"prompt": prompt, "completion": [answer]}
-        else:
+        if not chat:
             yield {"prompt": prompt[0]["content"] + "\n", "completion": answer["content"]}
+        elif host == "axolotl":
+            yield {"messages": [*prompt, answer]}
+        else:
+            yield {"prompt": prompt, "completion": [answer]}
 
 
 def _answers(row: Row, shape: Shape) -> Iterator[tuple[list[Any], Any]]:
     if shape.kind == "pair":
-        *questions, answer = (str(row.get(name) or "").strip() for name in shape.columns)
+        found = (row.get(name) for name in shape.columns)
+        *questions, answer = ("" if value is None else str(value).strip() for value in found)
         if questions[0] and answer:
             question = "\n\n".join(text for text in questions if text)
             yield [{"role": "user", "content": question}], {"role": "assistant", "content": answer}

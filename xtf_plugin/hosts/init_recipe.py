@@ -20,7 +20,7 @@ import yaml
 
 from ..environment import docs, installed_version
 from ..errors import XTFUserError
-from .init_data import Shape, Source, longest, open_source, shape_of, write_converted
+from .init_data import ROLES, Shape, Source, longest, open_source, shape_of, write_converted
 from .preflight import problems
 from .recipes import COMMANDS, load_recipe, parse_block
 
@@ -227,18 +227,25 @@ def _of_axolotl(shape: Shape, model: Model, named: str) -> Iterator[Choice]:
         yield Choice({"type": "completion", "field": shape.columns[0]}, f"{named}: {NO_PROMPT}")
     elif shape.kind == "messages":
         role, content = shape.keys
-        keys = {} if role == "role" else {"message_property_mappings": {"role": role, "content": content}}
+        keys: dict[str, Any] = {}
+        if role != "role":
+            keys["message_property_mappings"] = {"role": role, "content": content}
+        if shape.roles - {"human", "gpt"}:  # which Axolotl knows
+            keys["roles"] = {to: [to, *(name for name in ROLES if ROLES[name] == to)] for to in ("user", "assistant")}
         yield Choice({**chat, "field_messages": shape.columns[0], **keys}, f"conversations in {named}", (template,))
     elif shape.kind == "turns" or (model.template and not shape.of_trl):
         note = f"{named}, written again as `messages`, to which Axolotl applies the chat template"
         yield Choice(chat, note, (template,), convert=True, chat=True)
     else:
         question, *more, answer = shape.columns
+        convert, end = len(more) > 1 or not shape.texts, "" if shape.of_trl else "\n"
+        if convert:  # Axolotl reads one column beside the question's, and texts alone
+            question, more, answer, end = "prompt", [], "completion", ""
+            named += ", written again as `prompt` and `completion`"
         fields = {"field_instruction": question, "field_output": answer, **({"field_input": more[0]} if more else {})}
-        end = "" if shape.of_trl else "\n"
         formats = {"no_input_format": "{instruction}" + end}
         formats["format"] = "{instruction}\n\n{input}" + end if more else formats["no_input_format"]
-        yield Choice({"type": {**fields, **formats}}, f"{named}, {PLAIN}")
+        yield Choice({"type": {**fields, **formats}}, f"{named}, {PLAIN}", convert=convert)
 
 
 def recipe_text(

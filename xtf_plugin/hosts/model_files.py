@@ -31,16 +31,16 @@ def folder_of(name: str | None, revision: str | None, env: Mapping[str, str]) ->
         name, revision: as `from_pretrained` takes them.
         env: the variables of the process that will load it.
     """
-    if Path(str(name)).is_dir():
+    if os.path.isdir(str(name)):  # unlike `Path`, it takes names of any length
         return Path(str(name))
     home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     hub = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
     model = Path(os.path.expandvars(os.path.expanduser(hub)), "models--" + str(name).replace("/", "--"))
     named, commit = model / "refs" / (revision or "main"), revision or ""
-    if named.is_file():
+    if os.path.isfile(named):
         commit = named.read_text(encoding="utf-8").strip()
     found = model / "snapshots" / commit
-    return found if commit and (found / "config.json").is_file() else None
+    return found if commit and os.path.isfile(found / "config.json") else None
 
 
 def of_model(
@@ -48,7 +48,7 @@ def of_model(
 ) -> Iterator[str]:
     """Problems of a model's folder; `apart`: its tokenizer is in another one."""
     path = Path(name)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             next_ = TILDE if name.startswith("~") else "Give a folder written by save_pretrained, or a hub id"
             yield f"{what}: there is no folder {name}. {next_}."

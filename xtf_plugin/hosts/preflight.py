@@ -40,12 +40,12 @@ def problems(recipe: Recipe, config: XTFConfig) -> list[str]:
     data, env, separate = recipe.data, _environment(recipe), config.reference
     (name, revision), folder = _model(recipe), _folder(recipe)
     apart = bool(data.get("tokenizer_config"))
-    found = [*of_model("the model", name, revision, env, apart=apart), *_of_output(recipe)]
+    found = [*_of_types(recipe), *of_model("the model", name, revision, env, apart=apart), *_of_output(recipe)]
     scored = folder
     if separate.model:
         scored = folder_of(separate.model, separate.revision, env)
         found += [*of_model("reference.model", separate.model, separate.revision, env)]
-        found += of_tokenizers(folder, scored, separate.model)
+        found += of_tokenizers(_tokenizer(recipe), scored, separate.model)
     found += of_architecture(folder, scored, config)
     rows = list(first_rows(recipe, found))
     for row in rows:
@@ -61,7 +61,7 @@ def problems(recipe: Recipe, config: XTFConfig) -> list[str]:
 
 def notes(recipe: Recipe) -> list[str]:
     """One line for each thing that this recipe trains, or leaves out, and that is seldom meant; such a recipe runs."""
-    folder = _folder(recipe)
+    folder = _tokenizer(recipe)
     if recipe.host == "axolotl":
         found = [note for each in sources(recipe) for note in axolotl_data.notes(each, recipe.data, folder)]
         return list(dict.fromkeys(found))
@@ -86,6 +86,23 @@ def _folder(recipe: Recipe) -> Path | None:
     return folder_of(*_model(recipe), _environment(recipe))
 
 
+def _tokenizer(recipe: Recipe) -> Path | None:
+    """The folder of the tokenizer, which Axolotl takes from another model if it is told to."""
+    named = recipe.data.get("tokenizer_config") if recipe.host == "axolotl" else None
+    return folder_of(str(named), _model(recipe)[1], _environment(recipe)) if named else _folder(recipe)
+
+
+def _of_types(recipe: Recipe) -> Iterator[str]:
+    """Problems of keys that hold another type of value than the host reads."""
+    types: dict[str, type] = {"datasets": list}
+    if recipe.host == "axolotl":
+        types |= {"special_tokens": dict, "peft": dict}
+    for key, type_ in types.items():
+        value = recipe.data.get(key)
+        if value is not None and not isinstance(value, type_):
+            yield f"{key}: {value!r} is no {'list' if type_ is list else 'mapping'}. Write one, or remove it."
+
+
 def _of_output(recipe: Recipe) -> Iterator[str]:
     folder = recipe.output_dir().absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
@@ -96,7 +113,8 @@ def _of_output(recipe: Recipe) -> Iterator[str]:
 def _of_adapters(data: Mapping[str, Any]) -> Iterator[str]:
     """The problem of an initialisation of Axolotl's adapters that changes the base model."""
     peft = data.get("peft")
-    of_loftq = isinstance(peft, dict) and (peft.get("loftq_config") or {}).get("loftq_bits")
+    loftq = peft.get("loftq_config") if isinstance(peft, dict) else None
+    of_loftq = isinstance(loftq, dict) and loftq.get("loftq_bits")
     chosen = data.get("peft_init_lora_weights") or ("loftq" if of_loftq else True)
     legal = ADAPTER_INITS["init_lora_weights"]
     if data.get("adapter") in ("lora", "qlora") and chosen not in legal:
@@ -151,10 +169,10 @@ def _of_trl(data: Mapping[str, Any], streamed: bool, config: XTFConfig, folder: 
     if data.get("packing") is True and data.get("max_length", 0) is None:
         yield "packing needs a length to fill. Set max_length."
     resumed = data.get("resume_from_checkpoint")
-    if isinstance(resumed, str) and resumed.lower() not in ("true", "false") and not Path(resumed).is_dir():
+    if isinstance(resumed, str) and resumed.lower() not in ("true", "false") and not os.path.isdir(resumed):
         yield f"resume_from_checkpoint: there is no folder {resumed}. Correct the path, or remove it."
     known = vocabulary(folder)
     for key in ("eos_token", "pad_token"):
         cloned = key == "pad_token" and data.get("chat_template_path")  # perhaps with tokens
-        if known and not cloned and data.get(key) and data[key] not in known:
+        if known and not cloned and data.get(key) and not (isinstance(data[key], str) and data[key] in known):
             yield f"{key}: {data[key]!r} is not in the tokenizer's vocabulary. Correct it, or remove it."

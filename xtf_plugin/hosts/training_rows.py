@@ -75,7 +75,7 @@ def _wanted(data: Mapping[str, Any]) -> dict[str, str]:
 
 def _of_mixture(data: Mapping[str, Any]) -> Iterator[str]:
     """Problems of `datasets` in TRL: a mixture has a split `train`, and `test` if a part is set aside."""
-    if not data.get("datasets"):
+    if not isinstance(data.get("datasets"), list) or not data["datasets"]:
         return
     made = ["train"] if data.get("test_split_size") is None else ["train", "test"]
     for key, split in _wanted(data).items():
