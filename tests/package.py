@@ -63,7 +63,7 @@ def check_metadata(bin_: Path, folder: Path) -> None:
 def quickstart(bin_: Path, folder: Path) -> None:
     """From a model and a data set to scores, documents, other settings and a training run."""
     wanted = run(bin_, folder, "xtf", "init", "--model", "model", "--dataset", "data.jsonl")
-    assert "next: xtf score recipe.yaml" in wanted
+    assert "next: xtf check recipe.yaml" in wanted
     assert "recipe.yaml: ok" in run(bin_, folder, "xtf", "check", "recipe.yaml")
     assert "scores.parquet" in run(bin_, folder, "xtf", "score", "recipe.yaml")
     for name in ("scores.parquet", "summary.json", "report.html"):

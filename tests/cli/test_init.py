@@ -74,7 +74,7 @@ def save(rows: list[dict], name: str = "data.jsonl") -> str:
 def test_questions_and_answers_are_written_again(init, xtf, model, tmp_path):  # noqa: F811
     """TRL cannot rename columns."""
     code, out, _, recipe = init(save(PLAIN), model=model)
-    assert code == 0 and "12 rows" in out and "next: xtf score recipe.yaml" in out
+    assert code == 0 and "12 rows" in out and "next: xtf check recipe.yaml" in out
     assert recipe["datasets"] == [{"path": "recipe_data", "split": "train"}]
     row = rows_of(tmp_path / "recipe_data")[0]
     if model == "base":
@@ -88,7 +88,11 @@ def test_questions_and_answers_are_written_again(init, xtf, model, tmp_path):  #
 def test_columns_that_the_host_reads_are_left_where_they_are(init, tmp_path):
     _, _, _, recipe = init(save([{**row, "extra": 1} for row in tiny.problems(9)], "folder/train.jsonl").split("/")[0])
     assert recipe["datasets"] == [{"path": "folder", "split": "train", "columns": ["prompt", "completion"]}]
-    assert recipe["load_in_4bit"] is True and recipe["use_peft"] is True and "assistant_only_loss" not in recipe
+    assert (
+        recipe["load_in_4bit"] is init_recipe._on_gpu()
+        and recipe["use_peft"] is True
+        and "assistant_only_loss" not in recipe
+    )
     assert XTFConfig.parse(recipe["xtf"]) == XTFConfig()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "recipe.yaml"]
 

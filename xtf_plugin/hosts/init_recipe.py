@@ -113,7 +113,7 @@ def init(model: str, dataset: str, host: str | None, output: Path) -> list[str]:
             if not output.exists():
                 shutil.rmtree(folder, ignore_errors=True)
         if not found:
-            return [*said, f"wrote {output}, for {COMMANDS[chosen]}", f"next: xtf score {output}"]
+            return [*said, f"wrote {output}, for {COMMANDS[chosen]}", f"next: xtf check {output}"]
     raise XTFUserError("no recipe for these would run:\n" + "\n".join(f"- {each}" for each in found))
 
 
@@ -293,13 +293,20 @@ def _on_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
+def _bits(gpu: bool) -> Line:
+    """Whether the base is in 4 bits: a small one in 4 bits is a worse reference, and a CPU gains nothing by it."""
+    return "load_in_4bit", gpu, "true saves GPU memory; below a billion weights false scores better"
+
+
 def _trl(model: Model, source: Source, choice: Choice, length: tuple[int, str], folder: str) -> list[str]:
+    gpu = _on_gpu()
+    four: tuple[Line, ...] = (("bnb_4bit_quant_type", "nf4", ""),) if gpu else ()
     return [
         _lines(
             ("model_name_or_path", model.name, ""),
             ("dtype", "bfloat16", "float32 on a CPU without bfloat16 units"),
-            ("load_in_4bit", True, "the base is frozen, in 4 bits"),
-            ("bnb_4bit_quant_type", "nf4", ""),
+            _bits(gpu),
+            *four,
             ("use_peft", True, "LoRA adapters are what is trained"),
             ("lora_r", 16, ""),
             ("lora_alpha", 32, ""),
@@ -313,7 +320,7 @@ def _trl(model: Model, source: Source, choice: Choice, length: tuple[int, str], 
             ("learning_rate", 2.0e-4, ""),
             ("lr_scheduler_type", "cosine", ""),
             ("warmup_steps", 0.03, "below 1: a share of all steps"),
-            ("bf16", _on_gpu(), "true on a GPU, false on a CPU"),
+            ("bf16", gpu, "true on a GPU, false on a CPU"),
             ("logging_steps", 10, ""),
             ("report_to", "none", "or wandb, trackio, tensorboard"),
             ("seed", 0, ""),
@@ -330,8 +337,8 @@ def _axolotl(model: Model, source: Source, choice: Choice, length: tuple[int, st
     return [
         _lines(
             ("base_model", model.name, ""),
-            ("load_in_4bit", True, "the base is frozen, in 4 bits"),
-            ("adapter", "qlora", ""),
+            _bits(gpu),
+            ("adapter", "qlora" if gpu else "lora", ""),
             ("lora_r", 16, ""),
             ("lora_alpha", 32, ""),
             ("lora_target_linear", True, ""),

@@ -60,7 +60,11 @@ def _sentence(plan: Plan, facts: dict[str, float], level: str) -> str:
         evidence = "ProFit, arXiv 2601.09195: +3 to 11 % on models of 1.5 to 32 B"
         return f"{numbers}; published evidence ({evidence}) then favours dropping improbable tokens: {do}."
     if level == "weak":
-        do = f"consider removing {has}" if rules else "add no such rule"
+        do = (
+            f"consider removing {has}"
+            if rules
+            else "leave such rules out; a larger `reference.model` of the same family may know this data better"
+        )
         return (
             f"{numbers}; plain training on all tokens then beats leaving out improbable ones in published comparisons "
             f"(Beyond Log Likelihood, arXiv 2510.00526): {do}."

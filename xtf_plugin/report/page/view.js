@@ -133,8 +133,8 @@ function showRun() {
   const ends = S.endings, totals = S.totals, all = totals.completion_tokens;
   put("endings", ends.special_tokens.length ? table(["special token", "labelled", "dropped"], ends.special_tokens.map((e) =>
     [make("span", {class: "text"}, e.token), number(e.labelled), number(e.dropped)])) : "",
-    make("p", {}, `${number(ends.documents_ending_without_one)} of ${number(totals.documents)} answers train no end of turn: they were cut off ` +
-      "(max_length), their template writes none, or it has no label. The model does not learn to stop from them."));
+    make("p", {}, `${number(ends.documents_ending_without_one)} of ${number(totals.documents)} answers train no end of turn` +
+      (ends.documents_ending_without_one ? ": they were cut off (max_length), their template writes none, or it has no label. The model does not learn to stop from them." : ".")));
   const rows = Object.entries(totals.scores).map(([name, facts]) => [named(name), number(facts.fired), share(facts.fired, all), number(facts.dropped), number(facts.dropped_alone)]);
   rows.push(...Object.entries(totals.decided_by).filter(([, tokens]) => tokens).map(([name, tokens]) => [DECISIONS[name], number(tokens), share(tokens, all), "", ""]));
   put("totals", table(["rule", "fires on tokens", "share", "of these dropped", "by it alone"], rows));
