@@ -87,7 +87,7 @@ def _folder(recipe: Recipe) -> Path | None:
 
 
 def _tokenizer(recipe: Recipe) -> Path | None:
-    """The folder of the tokenizer, which Axolotl takes from another model if it is told to."""
+    """The folder of the tokenizer: that of `tokenizer_config`, if the recipe names one, else the model's."""
     named = recipe.data.get("tokenizer_config") if recipe.host == "axolotl" else None
     return folder_of(str(named), _model(recipe)[1], _environment(recipe)) if named else _folder(recipe)
 
