@@ -188,6 +188,13 @@ def test_the_best_of_equally_long_runs_counts():
     assert score(documents, np.asarray([0]), tokenizer).tolist() == [0] * 8
 
 
+def test_equally_long_runs_are_not_collected_without_end():
+    rng = np.random.default_rng(0)
+    past, own = rng.integers(0, 2, 4_000) * 2, np.tile([0, 1], 400)  # every 0 of `own` stands in half of `past`
+    longest, ends = new_text.longest_copy(past, own)
+    assert longest == 1 and len(ends) == new_text.PLACES
+
+
 def test_a_line_of_code_with_another_letter_is_new():
     """`if grade == "B":` after `if grade == "A":` says something: the default keeps it."""
     lines = [[1, 2, 3, 4, letter, 5, 6, 7] for letter in (10, 11)]

@@ -59,7 +59,7 @@ def new_text(context: ScoringContext, config: NewTextConfig) -> Floats:
         past, own = words.around(int(unit))
         longest, ends = longest_copy(past, own)
         if longest >= run:  # else hashes were equal by chance
-            more = max(_cut_otherwise(past, own, longest, *end, words.texts) for end in ends[:PLACES])
+            more = max(_cut_otherwise(past, own, longest, *end, words.texts) for end in ends)
             scores[unit] = 1 - (longest + more) / len(own)
     return np.repeat(scores, sizes)
 
@@ -68,7 +68,7 @@ def longest_copy(past: NDArray[Any], own: NDArray[Any]) -> tuple[int, list[tuple
     """Length of the longest run of `own` that stands in `past` (the longest common substring), and where it ends.
 
     Returns:
-        the number of tokens, and the ends in `past` and in `own` of all runs of that length.
+        the number of tokens, and the ends in `past` and in `own` of the runs of that length, at most `PLACES`.
     """
     import numpy as np
 
@@ -79,8 +79,8 @@ def longest_copy(past: NDArray[Any], own: NDArray[Any]) -> tuple[int, list[tuple
         longest = int(ending.max())
         if longest > best:
             best, ends = longest, []
-        if longest and longest == best:
-            ends += [(end, place + 1) for end in np.flatnonzero(ending == best).tolist()]
+        if longest and longest == best and len(ends) < PLACES:  # a table of numbers may have millions
+            ends += [(end, place + 1) for end in np.flatnonzero(ending == best)[: PLACES - len(ends)].tolist()]
     return best, ends
 
 
