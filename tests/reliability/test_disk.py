@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -139,12 +139,20 @@ def run(tmp_path, undisturbed):
         assert before and outcome.bytes == undisturbed[0].bytes
         assert sorted(outcome.scored) == sorted(undisturbed[0].scored)
         assert len(outcome.warnings) == len(set(outcome.warnings)), outcome.warnings
-        links = [path.readlink() for path in Path("/proc/self/fd").glob("*") if path.is_symlink()]
-        assert not [link for link in links if str(link).startswith(str(cache))], "a file is left open"
+        assert not [name for name in open_files() if name.startswith(str(cache))], "a file is left open"
         return outcome, before[0]
 
     run.cache, run.table = cache, table
     return run
+
+
+def open_files() -> list[str]:
+    """Names of this process's open files; one that another thread closes meanwhile is left out."""
+    found = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return found
 
 
 def check_later(run: Any, expected: whole.Outcome) -> int:
