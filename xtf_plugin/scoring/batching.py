@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.documents import INT64_MAX, DocumentSet
-from ..data.ragged import Bools, Ints, offsets_of, runs
+from ..data.ragged import Bools, Ints, offsets_of, runs, stretches
 from ..errors import XTFError
 from .kernels.packing import Packed
 
@@ -259,16 +259,15 @@ def laid_out(documents: DocumentSet, batch: NDArray[np.int64], device: torch.dev
     """Lay out the documents `batch` (n,), in that order, for one forward."""
     lengths = documents.lengths[batch]
     shape = (1, int(lengths.sum())) if packed else (len(batch), int(lengths.max()))
-    ids, mask = np.zeros(shape[0] * shape[1], dtype=np.int64), np.zeros(shape[0] * shape[1], dtype=bool)
     begins = np.cumsum(lengths) - lengths if packed else np.arange(len(batch)) * shape[1]
-    starts, sizes = np.zeros(len(batch), dtype=np.int64), np.zeros(len(batch), dtype=np.int64)
-    for row, index in enumerate(batch):
-        tokens, completion = documents.document(int(index))
-        here = slice(int(begins[row]), int(begins[row]) + len(tokens))
-        ids[here], mask[here] = tokens, completion
-        starts[row], sizes[row] = np.argmax(completion) if completion.any() else len(tokens), completion.sum()
+    source, into = stretches(documents.offsets[batch], lengths), stretches(begins, lengths)
+    ids = np.zeros(shape[0] * shape[1], dtype=np.int64)
+    ids[into] = documents.input_ids[source]
+    first, after = documents.completion_offsets[batch], documents.completion_offsets[batch + 1]
+    starts, some = lengths.copy(), after > first
+    starts[some] = documents.completion_positions[first[some]]
     bounds = np.append(begins, shape[1])
-    at = np.flatnonzero(mask)
+    at = into[documents.completion[source]]
     places = np.flatnonzero(~np.isin(at, begins))  # nothing predicts a document's first token
 
     def there(array: NDArray[Any]) -> Tensor:
@@ -281,7 +280,7 @@ def laid_out(documents: DocumentSet, batch: NDArray[np.int64], device: torch.dev
         completion=there(at),
         predicted=there(at[places]),
         start=0 if packed else min(int(starts.min()), shape[1] - 1),
-        offsets=offsets_of(sizes),
+        offsets=offsets_of(after - first),
         places=places,
         packed=Packed(there(bounds), there(starts), bounds) if packed else None,
     )

@@ -221,7 +221,7 @@ def _scores(documents: DocumentSet, batch: list[Row], reference: Reference) -> R
     rest = _Rest.of(documents, chosen, row)
     states = _read(reference, beginnings, rest)
     offsets = documents.completion_offsets
-    sizes = np.diff(offsets)[chosen]
+    sizes = offsets[chosen + 1] - offsets[chosen]
     at = stretches(offsets[chosen], sizes)  # the completion tokens
     owner = np.repeat(np.arange(len(chosen)), sizes)
     before = documents.completion_positions[at].astype(np.int64) - 1  # of the token that predicts each
