@@ -152,18 +152,21 @@ def against_own_forward(
         hidden, received = reference.forward(input_ids[None], lengths, layers, plainly=plainly)
         return _Scores.of(reference, hidden[0], input_ids, received)
 
+    def own(attention: str) -> Tensor:
+        found = reference.with_full_weights(lambda: _own_forward(reference, input_ids, attention))
+        return found.to(ours.logprobs.device)
+
     with reference.scoring(record=bool(layers)):
-        ours, theirs = reference.with_full_weights(lambda: (run(False), _own_forward(reference, input_ids, "eager")))
+        ours = reference.with_full_weights(lambda: run(False))
         ahead = reference.with_full_weights(lambda: _looking_ahead(reference, input_ids, ours.logprobs, layers))
         plain = reference.with_full_weights(lambda: run(True)) if layers else ours
-        theirs, other = theirs.to(ours.logprobs.device), theirs
+        theirs = other = own("eager")
         if _in_8_bits(reference):  # rounding can change a value by a full step: two forwards show by how much
-            other = reference.with_full_weights(lambda: _own_forward(reference, input_ids, "sdpa"))
+            other = own("sdpa")
         elif _mean_gap(ours.logprobs, theirs) > tolerance and low_precision(reference):
             # in 16 bits two right attention functions may differ by more than that: the training's own decides
-            theirs = reference.with_full_weights(lambda: _own_forward(reference, input_ids, trained_with))
-            theirs = other = theirs.to(ours.logprobs.device)
-        rounding = _mean_gap(other.to(theirs.device), theirs)
+            theirs = other = own(trained_with)
+        rounding = _mean_gap(other, theirs)
     _check_log_probabilities(reference, ours.logprobs, theirs, max(tolerance, TIMES * rounding))
     _check_attention(reference, ours.received, plain.received, tolerance)
     _check_causal(reference, ahead, max(tolerance, TIMES * rounding))
