@@ -393,6 +393,12 @@ def test_a_file_of_one_long_line_is_not_read_whole(tmp_path):
     assert data_files.first_row([file], "json") is None
 
 
+def test_a_card_with_a_day_that_does_not_exist_is_left_to_the_run(made, tmp_path):
+    path = recipe_of(made, tmp_path)
+    (tmp_path / "data" / "README.md").write_text("---\nmade: 2024-13-45\n---\n")
+    assert checked(path) == []
+
+
 def test_a_line_that_is_nested_deeply(made, tmp_path):
     """It ends the process of the stock command."""
     path = recipe_of(made, tmp_path)

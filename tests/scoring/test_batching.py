@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xtf_plugin.scoring import engine
-from xtf_plugin.scoring.batching import FORWARD_TOKENS, plan_wanted
+from xtf_plugin.scoring.batching import FORWARD_TOKENS, whole_batches_first
 
 
 def test_batches_respect_the_budget_and_waste_little():
@@ -58,16 +58,24 @@ def together(plans):
     return {frozenset(plan.tolist()) for plan in plans}
 
 
+def planned(lengths, wanted, budget, packed=False):
+    def plan(documents):
+        split = engine.plan_batches(lengths[documents], budget, packed=packed)
+        return [documents[batch] for batch in split]
+
+    return whole_batches_first(plan, wanted, np.arange(len(lengths)))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_missing_documents_keep_the_batches_of_a_complete_pass(packed):
     lengths = np.random.default_rng(0).integers(0, 90, 300)
     plans = list(engine.plan_batches(lengths, 700, packed=packed))
     everything = np.flatnonzero(lengths)
-    assert [p.tolist() for p in plan_wanted(lengths, everything, 700, packed=packed)] == [p.tolist() for p in plans]
+    assert [p.tolist() for p in planned(lengths, everything, 700, packed)] == [p.tolist() for p in plans]
     done = plans[1:4] + plans[7:8]
     broken = plans[5][:2]  # part of a batch is done
     wanted = np.setdiff1d(everything, np.concatenate([*done, broken]))
-    found = plan_wanted(lengths, wanted, 700, packed=packed)
+    found = planned(lengths, wanted, 700, packed)
     assert np.sort(np.concatenate(found)).tolist() == wanted.tolist()
     assert together(plans) - together(done) - {frozenset(plans[5].tolist())} <= together(found)
     assert frozenset(plans[5][2:].tolist()) in together(found)
@@ -76,6 +84,6 @@ def test_missing_documents_keep_the_batches_of_a_complete_pass(packed):
 def test_a_few_documents_of_many_share_a_new_batch():
     lengths = np.full(1_000, 10)
     wanted = np.arange(0, 1_000, 50)
-    (found,) = plan_wanted(lengths, wanted, 1_000)
+    (found,) = planned(lengths, wanted, 1_000)
     assert found.tolist() == wanted.tolist()
-    assert plan_wanted(lengths, wanted[:0], 1_000) == []
+    assert planned(lengths, wanted[:0], 1_000) == []

@@ -8,18 +8,19 @@ import pytest
 import torch
 from datasets import Dataset
 
+from xtf_plugin.training import streaming
 from xtf_plugin.training.streaming import ScoredAhead
 
 
 class TestScoredAhead:
-    def made(self, inner, most=4):
+    def made(self, inner):
         self.log = []
 
         def prepare(chunk):
             self.log.append([row["input_ids"][0] for row in chunk])
             return lambda place: self.log.append(place)
 
-        return ScoredAhead.around(inner, prepare, lambda: 10, most)
+        return ScoredAhead.around(inner, prepare, lambda: 10)
 
     def stream(self, **options):
         ids = [{"input_ids": [index] * 3} for index in range(11)]
@@ -30,6 +31,10 @@ class TestScoredAhead:
         assert next(ahead)["input_ids"] == [0, 0, 0] and self.log == [[0, 1, 2, 3], 0]
         assert [row["input_ids"][0] for row in ahead] == list(range(1, 11))
         assert [entry for entry in self.log if isinstance(entry, list)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+
+    def test_a_chunk_of_short_rows_ends_by_their_number(self, monkeypatch):
+        monkeypatch.setattr(streaming, "CHUNK_ROWS", 2)
+        assert next(iter(self.made(self.stream())))["input_ids"] == [0, 0, 0] and self.log == [[0, 1], 0]
 
     @pytest.mark.parametrize("read", [0, 1, 4, 6, 9, 11])
     def test_a_state_names_the_next_row_whatever_was_read_ahead(self, read):

@@ -201,11 +201,19 @@ def read(text: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError):
         try:
-            value = yaml.safe_load(text)
-        # besides YAMLError, PyYAML's constructors raise these on scalars that do not fit their tag
-        except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            value = of_yaml(text)
+        except ValueError as error:
             why = " ".join(str(error).split())
             raise XTFUserError(f"xtf: {text[:80]!r} is neither JSON nor YAML: {why}. {NEXT}") from None
     if value is None and text.strip().lower() not in ("null", "~"):
         raise XTFUserError(f"xtf: {text[:80]!r} is empty. Write true for the defaults, false for off, or a mapping.")
     return value
+
+
+def of_yaml(text: str) -> Any:
+    """The value of YAML text. Raises ValueError, with PyYAML's message, for any other text."""
+    try:
+        return yaml.safe_load(text)
+    # besides YAMLError, PyYAML's constructors raise these on scalars that do not fit their tag
+    except (yaml.YAMLError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from error

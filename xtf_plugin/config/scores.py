@@ -8,7 +8,7 @@ the schema of the class.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, WrapValidator
@@ -59,25 +59,21 @@ RESERVED = frozenset(
 class PartProblems(ValueError):
     """The part of a score that its scorer's config class refuses.
 
-    `usual` is the paper's scorer of a slot whose preset has another one, `usual_error` what that scorer refuses.
+    `usual` is the paper's scorer of a slot whose preset has another one, `usual_refuses` what that scorer refuses.
     """
 
     def __init__(self, model: type[ScoreConfig], error: ValidationError) -> None:
         super().__init__(str(error))
         self.model, self.error = model, error
         self.usual: str | None = None
-        self.usual_error: ValidationError | None = None
+        self.usual_refuses: Sequence[Mapping[str, Any]] = ()
 
     def of_usual(self, problem: Mapping[str, Any]) -> bool:
         """Whether the paper's scorer takes what this scorer refuses: it has the key, and not this problem with it."""
-        if self.usual is None:
-            return False
-        location, kind = problem["loc"], problem["type"]
-        others = [] if self.usual_error is None else self.usual_error.errors(include_url=False)
-        return not any(
-            (other["loc"], other["type"]) == (location, kind)
-            or (other["type"] == "extra_forbidden" and location[: len(other["loc"])] == other["loc"])
-            for other in others
+        return self.usual is not None and not any(
+            (other["loc"], other["type"]) == (problem["loc"], problem["type"])
+            or (other["type"] == "extra_forbidden" and problem["loc"][: len(other["loc"])] == other["loc"])
+            for other in self.usual_refuses
         )
 
 
@@ -117,7 +113,7 @@ def _slot(value: Any, _: Any, info: ValidationInfo) -> Any:
             try:
                 registry.find(usual).Config.model_validate({**value, "scorer": usual})
             except ValidationError as error:
-                problems.usual_error = error
+                problems.usual_refuses = error.errors(include_url=False)
         raise
 
 
@@ -214,7 +210,7 @@ def unanswerable(scores: Mapping[str, ScoreConfig]) -> list[tuple[str, Any, str]
 def _no_answer(part: ScoreConfig, other: ScoreConfig) -> str:
     """Why a score cannot say in which units of another one it is doubtful; empty if it can.
 
-    That takes one number for all of a unit, as the scorer gives it: averages are taken later, by the rule.
+    Its scorer must give one number for each unit. Averages over units do not count, since the rule takes them later.
     """
     scorer = registry.find(other.scorer)
     if scorer.reads_scores:

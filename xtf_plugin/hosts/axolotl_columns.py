@@ -1,7 +1,7 @@
 """Reads columns of marks in Axolotl, which drops all columns of text when it tokenises.
 
-Its prepared datasets do not hold them either. So each dataset of the recipe is loaded and tokenised once more, by
-Axolotl's own function, and a row of text and its tokens are the rows of one number.
+Its prepared datasets lack them too. So each dataset of the recipe is loaded and tokenised once more, by Axolotl's own
+function. Row i of the text then belongs to row i of the tokens.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _watched() -> Iterator[list[Dataset]]:
 
 
 def _texts(entry: Any) -> Sequence[str]:
-    """The columns in which Axolotl finds what is trained on; none where only `text` can tell."""
+    """Columns that hold what is trained on, by a dataset's type; none where only the score's key `text` can tell."""
     kind = entry.type if isinstance(entry.type, str) else ""
     if kind.startswith("chat_template"):
         return (entry.field_messages or "messages",)
@@ -89,7 +89,7 @@ def _texts(entry: Any) -> Sequence[str]:
 
 
 def _pieces(cfg: Any) -> Pieces:
-    """What Axolotl trains on of a row's tokens; rows that it leaves out do no harm."""
+    """What Axolotl trains on of a row's tokens. It leaves some rows out; their marks are never looked up."""
     if cfg.excess_length_strategy == "truncate":
         return lambda length: [slice(0, cfg.sequence_len)]
     return lambda length: [slice(0, length)]

@@ -34,7 +34,7 @@ def splits_of(source: Mapping[str, Any]) -> tuple[Splits, str]:
     if os.path.isdir(path) and given:
         return data_files.splits_of({**source, "path": reader(source), "data_dir": None})
     saved, split = data_files.saved_splits(path), str(source.get("split") or "train")
-    if saved:  # a split that is not there is not missed if there is one for training
+    if saved:  # in place of a split that is not there, Axolotl takes the one for training
         return {split: saved[split if split in saved else "train"]} if {split, "train"} & set(saved) else saved, ""
     return data_files.splits_of(source)
 

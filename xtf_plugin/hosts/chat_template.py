@@ -41,7 +41,7 @@ class Template:
         return self._render(messages, add_generation_prompt)[0]
 
     def trained(self) -> str:
-        """What a loss on answers alone trains of an answer that another turn follows."""
+        """What `assistant_only_loss` trains of an answer that another turn follows."""
         text, spans = self._render(_PROBE, False)
         return "".join(text[start:stop] for start, stop in spans)
 

@@ -81,14 +81,14 @@ def _of_configurations(path: str, folder: Path, name: Any) -> str:
 
 def _card(folder: Path) -> dict[str, Any]:
     """What the head of a folder's README.md says; empty if there is none."""
-    import yaml
+    from ..config.block import of_yaml
 
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.S)
     try:
-        found = yaml.safe_load(head[1]) if head else {}
-    except yaml.YAMLError:
+        found = of_yaml(head[1]) if head else {}
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -13,7 +13,7 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..environment import is_on
+from ..environment import NO_CAUSAL_LM, is_on
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 TILDE = "`~` stands for no folder here: write the whole path"
 
 _TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
-_NO_CAUSAL_LM = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
 def folder_of(name: str | None, revision: str | None, env: Mapping[str, str]) -> Path | None:
@@ -102,7 +101,7 @@ def of_architecture(trained: Path | None, scored: Path | None, config: XTFConfig
     """Problems of what a model computes, and of scores that its attention does not give."""
     about = facts(trained, "config.json")
     kind = " ".join(about.get("architectures") or [])
-    if about.get("is_encoder_decoder") or any(part in kind for part in _NO_CAUSAL_LM):
+    if about.get("is_encoder_decoder") or any(part in kind for part in NO_CAUSAL_LM):
         yield f"the model: {kind or 'it'} predicts no next tokens of its input. Train a causal language model."
     about = facts(scored, "config.json")
     if not any(part.scorer == "attention_received" for part in config.scores.values()):

@@ -85,16 +85,15 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    import yaml
+    from ..config.block import of_yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = of_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise XTFUserError(f"cannot read the recipe {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise XTFUserError(f"{path} is not a text file (not UTF-8 at byte {error.start}).") from error
-    # besides YAMLError, PyYAML's constructors raise these on scalars that do not fit their tag
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise XTFUserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise XTFUserError(f"{path} must hold a YAML mapping (`key: value` lines), not {type(data).__name__}.")

@@ -11,8 +11,7 @@ from typing import Any
 
 from ..errors import XTFUserError
 
-# PEFT adapters that leave the base weights unchanged, so that the model with its adapter off is the base model:
-# tests/scoring/test_engine.py, TestAdapters. Others, such as PiSSA, change the base weights.
+# Types of adapters that leave the base weights unchanged, as TestAdapters in tests/scoring/test_engine.py shows.
 ADAPTERS = frozenset(
     "ADALORA ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "
     "LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING PSOFT PVERA "
@@ -26,7 +25,7 @@ ADAPTER_INITS: dict[str, tuple[Any, ...]] = {
         *("gaussian", "kaiming_uniform", "xavier_uniform", "lycoris", "bat", "mini", "zero"),
     ),
 }
-# Of the options that PEFT marks as a method of their own (in LoRA these are no types): the same. KaSA cuts the base's
+# Options of LoRA that PEFT marks as variants, and that leave the base weights unchanged. Others do not: KaSA cuts the
 # smallest singular values off.
 VARIANTS = frozenset(("use_dora", "alora_invocation_tokens", "monteclora_config", "velora_config", "use_bdlora"))
 

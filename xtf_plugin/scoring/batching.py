@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.documents import INT64_MAX, DocumentSet
-from ..data.ragged import offsets_of, runs
+from ..data.ragged import Bools, Ints, offsets_of, runs, stretches
 from ..errors import XTFError
 from .kernels.packing import Packed
+
+T = TypeVar("T")
+B = TypeVar("B", bound=Ints | list[Ints])
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ class ScoringStats:
             setattr(self, name, getattr(self, name) + value)
 
     def part(self, documents: int, tokens: int, stored_documents: int) -> ScoringStats:
-        """Take the values of some documents out of this object: batches and halvings all, the rest by tokens."""
+        """Move what some documents took into an object of its own: all batches and halvings, the rest by tokens."""
         share = tokens / max(self.tokens, 1)
         padded, seconds = round(self.padded_tokens * share), self.seconds * share
         part = ScoringStats(documents, tokens, padded, seconds=seconds, stored_documents=stored_documents)
@@ -66,35 +69,25 @@ class ScoringStats:
         return part
 
 
-def plan_wanted(
-    lengths: NDArray[np.int64],
-    wanted: NDArray[np.int64],
-    budget: int,
-    *,
-    packed: bool = False,
-    apart: int | None = None,
-) -> list[NDArray[np.int64]]:
-    """`plan_batches` for the `wanted` documents, keeping the batches of a pass over all documents where possible.
+def whole_batches_first(plan: Callable[[Ints], list[B]], wanted: Ints, everything: Ints) -> list[B]:
+    """Batches of the `wanted` documents, keeping the batches of a plan for `everything` where possible.
 
-    The other documents of a batch change a score by rounding. A run that resumes after a kill lacks complete batches,
-    and scores them with the same bits as an uninterrupted run.
+    The other documents of a batch change a score by rounding. A run that resumes after a kill lacks whole batches, and
+    so scores them with the same bits as an uninterrupted run.
 
     Args:
-        lengths: (N,) tokens of each document.
-        wanted: (n,) indices into `lengths`.
-        packed, apart: see `plan_batches`.
-
-    Returns:
-        indices into `lengths`: first the batches that are wanted completely, then new batches of the rest.
+        plan: splits documents into batches: arrays of their indices, or lists of such arrays.
+        wanted: (n,) indices of documents, all in `everything`.
     """
-    chosen = np.zeros(len(lengths), dtype=bool)
-    chosen[wanted] = True
-    planned = plan_batches(lengths, budget, packed=packed, apart=apart)
-    complete = [batch for batch in planned if chosen[batch].all()]
-    for batch in complete:
-        chosen[batch] = False
-    rest = np.flatnonzero(chosen)
-    return [*complete, *(rest[part] for part in plan_batches(lengths[rest], budget, packed=packed, apart=apart))]
+    missing: Bools = np.zeros(int(everything.max(initial=-1)) + 1, dtype=bool)
+    missing[wanted] = True
+    whole: list[B] = []
+    for batch in plan(everything):
+        documents = np.concatenate(batch) if isinstance(batch, list) else batch
+        if missing[documents].all():
+            whole.append(batch)
+            missing[documents] = False
+    return [*whole, *plan(np.flatnonzero(missing))]
 
 
 def plan_batches(
@@ -162,7 +155,7 @@ class Meter:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def grown(self) -> int:
-        """Peak memory since `reset`, less what is allocated now."""
+        """Peak memory since `reset`, minus what is allocated now."""
         return torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
 
     def free(self) -> int:
@@ -188,6 +181,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error is a lack of memory; the CPU allocator raises a plain RuntimeError."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
+
+
+def within_memory(run: Callable[[], T]) -> tuple[T | None, str]:
+    """The result of `run`, or None and the text of the error if there is too little memory for it.
+
+    Only the text is kept: the error's traceback would keep the tensors of a forward alive.
+    """
+    try:
+        return run(), ""
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, str(error)
 
 
 def too_little(longest: int, problem: str) -> XTFError:
@@ -220,8 +226,8 @@ def halved(size: int, longest: int, tokens: int, device: torch.device, problem: 
 class Rows:
     """Documents on the reference's device: one a row with right padding, or all packed into one row.
 
-    Of M completion tokens, the P that are not a document's first are predicted. Indices replace masks here, since
-    indexing with a mask makes the host wait for a GPU.
+    P of the M completion tokens are predicted: all but first tokens of documents. Indices are used in place of masks,
+    since indexing with a mask makes the host wait for a GPU.
 
     Args:
         ids: (B, T) token ids; packed: (1, T).
@@ -253,16 +259,15 @@ def laid_out(documents: DocumentSet, batch: NDArray[np.int64], device: torch.dev
     """Lay out the documents `batch` (n,), in that order, for one forward."""
     lengths = documents.lengths[batch]
     shape = (1, int(lengths.sum())) if packed else (len(batch), int(lengths.max()))
-    ids, mask = np.zeros(shape[0] * shape[1], dtype=np.int64), np.zeros(shape[0] * shape[1], dtype=bool)
     begins = np.cumsum(lengths) - lengths if packed else np.arange(len(batch)) * shape[1]
-    starts, sizes = np.zeros(len(batch), dtype=np.int64), np.zeros(len(batch), dtype=np.int64)
-    for row, index in enumerate(batch):
-        tokens, completion = documents.document(int(index))
-        here = slice(int(begins[row]), int(begins[row]) + len(tokens))
-        ids[here], mask[here] = tokens, completion
-        starts[row], sizes[row] = np.argmax(completion) if completion.any() else len(tokens), completion.sum()
+    source, into = stretches(documents.offsets[batch], lengths), stretches(begins, lengths)
+    ids = np.zeros(shape[0] * shape[1], dtype=np.int64)
+    ids[into] = documents.input_ids[source]
+    first, after = documents.completion_offsets[batch], documents.completion_offsets[batch + 1]
+    starts, some = lengths.copy(), after > first
+    starts[some] = documents.completion_positions[first[some]]
     bounds = np.append(begins, shape[1])
-    at = np.flatnonzero(mask)
+    at = into[documents.completion[source]]
     places = np.flatnonzero(~np.isin(at, begins))  # nothing predicts a document's first token
 
     def there(array: NDArray[Any]) -> Tensor:
@@ -275,7 +280,7 @@ def laid_out(documents: DocumentSet, batch: NDArray[np.int64], device: torch.dev
         completion=there(at),
         predicted=there(at[places]),
         start=0 if packed else min(int(starts.min()), shape[1] - 1),
-        offsets=offsets_of(sizes),
+        offsets=offsets_of(after - first),
         places=places,
         packed=Packed(there(bounds), there(starts), bounds) if packed else None,
     )

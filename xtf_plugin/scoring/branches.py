@@ -1,9 +1,10 @@
 """Scores documents that begin alike: their common beginning is read once, and its keys and values are used for all.
 
-Splices of a document (`data.splices`) share its prompt or more; the document may be read with them, as a beginning that
-has nothing after it. One forward reads the beginnings of several groups, one a row. A second one reads the rest of all
-their documents, those of a group side by side in its row: each attends to itself and to as much of the beginning as it
-shares. Both use transformers' public interfaces: a cache, and masks of four dimensions.
+Documents that begin alike form a group: the splices of one document (`data.splices`), which share its prompt or more.
+The document itself may be in its group; it is the beginning then, with nothing after it. A batch has rows, each of one
+group, and takes two forwards. The first one reads the beginnings. The second one reads what the documents have after
+them, side by side in their row: each document attends to itself and to the part of the beginning that it shares. Both
+use public interfaces of transformers: a cache, and masks of four dimensions.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,15 +25,16 @@ from ..data.documents import Branches, DocumentSet
 from ..data.ragged import Floats, Ints, offsets_of, stretches
 from ..errors import XTFError
 from ..store.records import Records
-from .batching import ScoringStats, cheapest, halved, is_out_of_memory, laid_out
+from .batching import ScoringStats, cheapest, halved, is_out_of_memory, laid_out, whole_batches_first, within_memory
 from .distributed import share_out
 from .reference import Reference, rotary_switch
 from .self_check import CANNOT, low_precision
 
-# Tokens after a beginning that share its row: as many as the beginning has, but at least and at most so many. Each
-# attends to all of its row, so a long row costs time and the memory of its mask; a short one reads beginnings again.
+# How many tokens may follow a beginning in its row: as many as the beginning has, but at least NARROW and at most WIDE.
+# Each attends to its whole row, so a long row takes time, and memory for its mask. With short rows, beginnings are read
+# more often.
 NARROW, WIDE = 512, 4_096
-MASKED = 1 << 26  # entries of a row's mask: behind a very long beginning, rows are short
+MASKED = 1 << 26  # largest mask of a row: after a very long beginning, rows are short
 CHECKED = 4  # documents that the check reads both ways
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -61,7 +64,7 @@ def agrees(documents: DocumentSet, wanted: Ints, reference: Reference) -> bool:
     if reference.branches is None:
         beyond = wanted[documents.lengths[wanted] > _branches(documents).lengths[wanted]]
         few = beyond[np.argsort(documents.lengths[beyond], kind="stable")[-CHECKED:]]
-        if not len(few):  # all are beginnings, which nothing is different for
+        if not len(few):  # none has tokens after its beginning, so all are read as they are alone
             return True
         why = _difference(documents, few, reference)
         reference.branches = why is None
@@ -105,7 +108,7 @@ def _alone(documents: DocumentSet, index: int, reference: Reference) -> Floats:
 
 
 def plan_rows(documents: DocumentSet, wanted: Ints, budget: int) -> list[Row]:
-    """The `wanted` documents in rows of one group each, within a budget of tokens where a row has several documents."""
+    """The `wanted` documents in rows, each of one group; `budget` limits the tokens of rows of several documents."""
     groups, shared = _branches(documents).groups, _branches(documents).lengths
     order = wanted[np.lexsort((wanted, -shared[wanted], groups[wanted]))]
     rows: list[Row] = []
@@ -140,10 +143,11 @@ def _tokens(documents: DocumentSet, rows: list[Row]) -> Ints:
 
 
 def plan_branches(documents: DocumentSet, wanted: Ints, budget: int) -> list[list[Row]]:
-    """Batches of rows of like lengths, the longest first, within a budget of padded tokens where they have several."""
+    """Batches of rows of similar lengths, the longest first. A batch of several rows stays within the token budget."""
     rows = plan_rows(documents, wanted, budget)
     begins, rests = _tokens(documents, rows)
-    alike = (8 * np.log2(begins)).astype(np.int64)  # beginnings of like lengths, and among these by rest, up and down
+    # sorted by classes of similar beginnings, and within a class by the rest: down in one class, up in the next
+    alike = (8 * np.log2(begins)).astype(np.int64)
     order = np.lexsort((np.where(alike % 2, rests, -rests), -alike))
     split = cheapest(np.stack([begins, rests], axis=1)[order], budget)
     return [[rows[place] for place in order[batch]] for batch in split]
@@ -176,45 +180,30 @@ def score_branches(
         documents, wanted, reference: inside `reference.scoring(record=False, masked=True)`.
         budget: padded tokens of a batch.
         stats: tokens, padded tokens, batches and halvings are added to it.
-        planned: documents that batches are planned for, `wanted` among them. Those batches of which all documents are
-            wanted are kept, so that a run that resumes after a kill gets the same bits. None: `wanted`.
+        planned: documents of the whole pass, `wanted` among them; see `whole_batches_first`. None: `wanted`.
 
     Raises:
         XTFError: the decoder failed; a single document does not fit into memory.
     """
-    pending = _planned(documents, wanted, budget, wanted if planned is None else planned)[::-1]
+    plan = partial(plan_branches, documents, budget=budget)
+    pending = whole_batches_first(plan, wanted, wanted if planned is None else planned)[::-1]
     fits = None  # padded tokens, once memory ran out
     while pending:
-        batch, problem = pending.pop(), None
+        batch = pending.pop()
         begins, rests = _tokens(documents, batch)
         number, padded = sum(map(len, batch)), len(batch) * int(begins.max() + rests.max())
         if fits is None or padded <= fits or number == 1:
-            try:
-                records = _scores(documents, batch, reference)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                problem = str(error)  # the error's traceback would keep the tensors of the forward alive
-            else:
+            records, problem = within_memory(partial(_scores, documents, batch, reference))
+            if records is not None:
                 stats.tokens += int(begins.sum() + rests.sum())
                 stats.padded_tokens += padded
                 stats.batches += 1
                 yield records
                 continue
-        if problem is not None:
             longest = int(documents.lengths[np.concatenate(batch)].max())
             fits = halved(number, longest, padded, reference.device, problem)
             stats.halvings += 1
         pending += _halves(batch)[::-1]
-
-
-def _planned(documents: DocumentSet, wanted: Ints, budget: int, planned: Ints) -> list[list[Row]]:
-    """Batches of the `wanted` documents: first those of a plan for `planned` that are wanted completely."""
-    missing = np.zeros(len(documents), dtype=bool)
-    missing[wanted] = True
-    whole = [batch for batch in plan_branches(documents, planned, budget) if missing[np.concatenate(batch)].all()]
-    missing[np.concatenate([wanted[:0], *(row for batch in whole for row in batch)])] = False
-    return [*whole, *plan_branches(documents, np.flatnonzero(missing), budget)]
 
 
 def _halves(batch: list[Row]) -> list[list[Row]]:
@@ -232,7 +221,7 @@ def _scores(documents: DocumentSet, batch: list[Row], reference: Reference) -> R
     rest = _Rest.of(documents, chosen, row)
     states = _read(reference, beginnings, rest)
     offsets = documents.completion_offsets
-    sizes = np.diff(offsets)[chosen]
+    sizes = offsets[chosen + 1] - offsets[chosen]
     at = stretches(offsets[chosen], sizes)  # the completion tokens
     owner = np.repeat(np.arange(len(chosen)), sizes)
     before = documents.completion_positions[at].astype(np.int64) - 1  # of the token that predicts each

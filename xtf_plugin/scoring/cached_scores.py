@@ -149,10 +149,10 @@ class ScoreSource:
         return scores
 
     def _reads_again(self, documents: DocumentSet) -> bool:
-        """Whether beginnings of the dataset's documents that these begin like are a good part of the dataset.
+        """Whether these documents share beginnings with the dataset's that are a good part of its tokens.
 
-        Then one pass over both saves as many tokens. Otherwise the dataset has a pass of its own: on a GPU it takes
-        packed rows, which are faster than the padded rows of a pass that shares beginnings.
+        One pass over both then reads these tokens once instead of twice. Otherwise the dataset gets a pass of its own,
+        which is faster on a GPU: its rows are packed, and those of a pass that shares beginnings are padded.
         """
         if documents.branches is None:
             return False
@@ -348,10 +348,12 @@ def run_scorers(
     context = ScoringContext(source.documents, source.tokenizer, source, text.protected, text.forced)
     context.parts, chosen = config.scores, _scorers(config.scores)
     found = {}
-    for name, (scorer, part) in sorted(chosen.items(), key=lambda item: _turn(item[1][0])):
+    # scorers that read attention come first, those that read other scores last
+    for name in sorted(chosen, key=lambda each: (not chosen[each][0].reads_attention, chosen[each][0].reads_scores)):
+        scorer, part = chosen[name]
         function = (frozen or {}).get(name, scorer.score)
         try:
-            # a rule without scores is warned of, or is none
+            # NaN for all tokens is no error where the rule warns of it, or where clean data has nothing to find
             needed = source.whole and scorer.name not in SLOTS.values() and not scorer.finds_nothing
             found[name] = _checked(name, scorer, function(context, part), len(context.token_ids), needed)
         except XTFUserError as error:
@@ -361,10 +363,6 @@ def run_scorers(
         source.warnings += [f"{name}: {warning}" for warning in context.warnings]
         context.warnings.clear()
     return {name: found[name] for name in chosen}
-
-
-def _turn(scorer: Scorer) -> int:
-    return 0 if scorer.reads_attention else 2 if scorer.reads_scores else 1
 
 
 def frozen_scorers(

@@ -29,12 +29,12 @@ from .batching import (
     budget_for,
     default_batch_tokens,
     halved,
-    is_out_of_memory,
     laid_out,
     meter,
     plan_batches,
-    plan_wanted,
     too_little,
+    whole_batches_first,
+    within_memory,
 )
 from .branches import agrees, can_branch, score_branches, share_out_rows
 from .distributed import ALONE, Ranks, exchange_results, share_out
@@ -147,7 +147,8 @@ class _Pass:
         launched: deque[Callable[[], Records]] = deque()
         failed = None
         try:
-            for _ in self._launches(wanted, budget, launched):
+            for collect in self._launches(wanted, budget):
+                launched.append(collect)
                 if len(launched) > LAG.get(self.reference.device.type, 0):
                     yield launched.popleft()()
         except (RuntimeError, ValueError) as error:
@@ -167,56 +168,52 @@ class _Pass:
             self.bar.update(int(mean * len(records.keys)))
             yield records
 
-    def _launches(
-        self, wanted: NDArray[np.int64], budget: int | None, launched: deque[Callable[[], Records]]
-    ) -> Iterator[None]:
-        """Launch one batch after the other, and yield after each."""
+    def _launches(self, wanted: NDArray[np.int64], budget: int | None) -> Iterator[Callable[[], Records]]:
+        """Launch one batch after the other, and yield the function that waits for its scores."""
         lengths, packs = self.documents.lengths, self.packs
         gauge = meter(self.reference.device) if budget is None else None
-        budget = budget or (default_batch_tokens(self.reference.device) if gauge is None else PROBE_TOKENS)
-        options: dict[str, Any] = {"packed": packs, "apart": self.apart}
-        pending = plan_wanted(lengths, wanted, budget, **options)[::-1]
+        limit = budget or (default_batch_tokens(self.reference.device) if gauge is None else PROBE_TOKENS)
+
+        def plan(documents: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+            split = plan_batches(lengths[documents], limit, packed=packs, apart=self.apart)
+            return [documents[batch] for batch in split]
+
+        pending = whole_batches_first(plan, wanted, np.arange(len(lengths)))[::-1]
         while pending:
             batch = pending.pop()
             tokens = int(lengths[batch].sum()) if packs else len(batch) * int(lengths[batch[0]])
-            problem = None
-            try:
-                if gauge is not None:
-                    gauge.reset()
-                launched.append(self._launch(batch))
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                problem = str(error)  # the error's traceback would keep the tensors of the forward alive
-            if problem is not None:
-                budget = halved(len(batch), int(lengths[batch[0]]), tokens, self.reference.device, problem)
+            if gauge is not None:
+                gauge.reset()
+            collect, problem = within_memory(partial(self._launch, batch))
+            if collect is None:
+                limit = halved(len(batch), int(lengths[batch[0]]), tokens, self.reference.device, problem)
                 pending.append(batch)
                 self.stats.halvings += 1
             else:
-                yield
+                yield collect
                 if gauge is None:
                     continue
-                budget = budget_for(tokens, gauge.grown(), gauge.free())
+                limit = budget_for(tokens, gauge.grown(), gauge.free())
             gauge = None
-            rest = np.concatenate([np.zeros(0, dtype=np.int64), *pending[::-1]])
-            pending = [rest[part] for part in plan_batches(lengths[rest], budget, **options)][::-1]
+            pending = plan(np.concatenate([wanted[:0], *pending[::-1]]))[::-1]
 
     def in_step(self, wanted: NDArray[np.int64], budget: int, forwards: int, filler: int) -> Iterator[Records]:
         """Scores of the `wanted` documents in exactly `forwards` forwards: the document `filler` makes up the number.
 
         A lack of memory ends the run, since the other ranks wait for this one in the same forward.
         """
+
+        def at_once(documents: NDArray[np.int64]) -> Records:
+            return self._launch(documents)()
+
         done = 0
         for batch in plan_batches(self.documents.lengths[wanted], budget, apart=self.apart):
-            try:
-                records = self._launch(wanted[batch])()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
+            records, problem = within_memory(partial(at_once, wanted[batch]))
+            if records is None:
                 raise XTFError(
                     f"out of memory while scoring {len(batch)} documents with a model that is sharded between ranks "
-                    f"({error}). Set xtf `batch_tokens` below {budget}."
-                ) from error
+                    f"({problem}). Set xtf `batch_tokens` below {budget}."
+                )
             done += 1
             yield records
         for _ in range(done, forwards):
@@ -273,15 +270,15 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
                     return reference.embeddings(ids)  # type: ignore[no-any-return]
                 return reference.forward(ids[:, None], torch.ones_like(ids), ())[0][:, 0]
 
-            try:
+            weighted = partial(reference.with_full_weights, run)
+            # in lockstep, other ranks wait in the same forward
+            vectors, problem = (weighted(), "") if reference.lockstep else within_memory(weighted)
+            if vectors is not None:
                 # detach: hooks for gradient checkpointing set requires_grad on embeddings
-                parts.append(reference.with_full_weights(run).detach().float().cpu())
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or reference.lockstep:  # other ranks wait in the same forward
-                    raise
-                if len(ids) == 1:
-                    raise too_little(1, str(error)) from None
-                chunk = len(ids) // 2
-            else:
+                parts.append(vectors.detach().float().cpu())
                 low += len(ids)
+            elif len(ids) == 1:
+                raise too_little(1, problem)
+            else:
+                chunk = len(ids) // 2
     return torch.cat(parts)

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 CHECK_TOKENS = 128  # length of the document of the check
 NEAR = 8  # tokens before a change that are looked at
-ROUNDING = 1e-4  # by how much packing may change scores in any case, and ...
-TIMES = 3.0  # ... as a multiple of the difference between two forwards that are equal but for rounding
+ROUNDING = 1e-4  # packing may change scores by this ...
+TIMES = 3.0  # ... or by this multiple of the difference between two forwards that are equal but for rounding
 CANNOT = (XTFError, TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 
 
@@ -129,9 +129,8 @@ def against_own_forward(
 ) -> None:
     """Compare log-probabilities with the model's own forward, and attention received with its definition.
 
-    Detects a head or attention of an unknown kind, attention to later tokens, and kernels that return wrong results
-    here. Sets the reference's
-    `packs` and `checked`. Runs once for a reference, and once more when attention is first recorded.
+    Finds heads and attention of an unknown kind, attention to later tokens, and kernels that return wrong results here.
+    Sets `packs` and `checked` of the reference. Runs once for a reference, and again when attention is first recorded.
 
     Args:
         input_ids: (T,) of a short document; fewer than 2 tokens: nothing is checked.
@@ -153,18 +152,21 @@ def against_own_forward(
         hidden, received = reference.forward(input_ids[None], lengths, layers, plainly=plainly)
         return _Scores.of(reference, hidden[0], input_ids, received)
 
+    def own(attention: str) -> Tensor:
+        found = reference.with_full_weights(lambda: _own_forward(reference, input_ids, attention))
+        return found.to(ours.logprobs.device)
+
     with reference.scoring(record=bool(layers)):
-        ours, theirs = reference.with_full_weights(lambda: (run(False), _own_forward(reference, input_ids, "eager")))
+        ours = reference.with_full_weights(lambda: run(False))
         ahead = reference.with_full_weights(lambda: _looking_ahead(reference, input_ids, ours.logprobs, layers))
         plain = reference.with_full_weights(lambda: run(True)) if layers else ours
-        theirs, other = theirs.to(ours.logprobs.device), theirs
+        theirs = other = own("eager")
         if _in_8_bits(reference):  # rounding can change a value by a full step: two forwards show by how much
-            other = reference.with_full_weights(lambda: _own_forward(reference, input_ids, "sdpa"))
+            other = own("sdpa")
         elif _mean_gap(ours.logprobs, theirs) > tolerance and low_precision(reference):
             # in 16 bits two right attention functions may differ by more than that: the training's own decides
-            theirs = reference.with_full_weights(lambda: _own_forward(reference, input_ids, trained_with))
-            theirs = other = theirs.to(ours.logprobs.device)
-        rounding = _mean_gap(other.to(theirs.device), theirs)
+            theirs = other = own(trained_with)
+        rounding = _mean_gap(other, theirs)
     _check_log_probabilities(reference, ours.logprobs, theirs, max(tolerance, TIMES * rounding))
     _check_attention(reference, ours.received, plain.received, tolerance)
     _check_causal(reference, ahead, max(tolerance, TIMES * rounding))
@@ -256,8 +258,8 @@ def _check_causal(reference: Reference, gap: float, tolerance: float) -> None:
     if not gap <= tolerance:
         raise XTFError(
             f"{reference.name} ({type(reference.model).__name__}): its tokens attend to later ones: log-probabilities "
-            f"change by {gap:.2g} nats when only later tokens change (allowed: {tolerance:.2g}). What a token tells is "
-            "then unknown; name a causal language model under `reference.model`."
+            f"change by {gap:.2g} nats when only later tokens change (allowed: {tolerance:.2g}). Such scores say "
+            "nothing about a token; name a causal language model under `reference.model`."
         )
 
 

@@ -1,8 +1,8 @@
 """Tries the trainer's collator before anything is scored: what it makes of rows must be what XTF plans for them.
 
-It also decides which columns of a row matter. Rows may have `attention_mask`, `position_ids` or `seq_lengths` that a
-collator ignores (TRL's reads neither of the first two). A plan that read them would know other documents than the model
-gets.
+It also finds out which columns of a row matter. Rows may have `attention_mask`, `position_ids` or `seq_lengths` that
+the collator ignores (TRL's reads neither of the first two). If XTF read them, it would plan other documents than the
+model gets.
 """
 
 from __future__ import annotations
@@ -115,16 +115,14 @@ class Boundaries:
 
     def _batch(self, row: Mapping[str, Any]) -> Shape | None:
         """The documents with a trained label that the collator makes of a row; None if it does not take one alone."""
-        for given in ([dict(row)], [[dict(row)]]):  # a multipack sampler gives lists of lists
-            try:
-                batch = self.collator(given)
-                bounded = any(batch.get(name) is not None for name in ("attention_mask", "position_ids"))
-                size = batch["input_ids"].shape[1] if bounded else len(row["input_ids"])
-                made = {name: batch[name][:, :size] for name in ("input_ids", "labels")}
-                return _shape([*documents_of({**batch, **made})])
-            except _CANNOT:
-                continue
-        return None
+        batch = self._collated([row])
+        try:
+            bounded = any(batch.get(name) is not None for name in ("attention_mask", "position_ids"))
+            size = batch["input_ids"].shape[1] if bounded else len(row["input_ids"])
+            made = {name: batch[name][:, :size] for name in ("input_ids", "labels")}
+            return _shape([*documents_of({**batch, **made})])
+        except _CANNOT:
+            return None
 
 
 def _says_something(name: str, row: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
@@ -49,7 +49,7 @@ Visible = Callable[[Any], dict[str, Any]]
 Providers = Callable[[DocumentSet], ReferenceProvider]
 
 CHUNK_BATCHES = 4  # scoring batches per chunk: enough to sort documents by length, with a short wait
-CHUNK_ROWS = 1_024  # at most, however short they are
+CHUNK_ROWS = 1_024  # rows per chunk at most, however short they are
 MAX_HALVINGS = 4  # of the batch size that later chunks start with, after memory ran out
 
 
@@ -126,7 +126,7 @@ class Stream:
 
     def around(self, dataset: Any) -> ScoredAhead:
         """The dataset, with every row scored before it is yielded."""
-        return ScoredAhead.around(dataset, self._prepare, lambda: CHUNK_BATCHES * self.batch_tokens, CHUNK_ROWS)
+        return ScoredAhead.around(dataset, self._prepare, lambda: CHUNK_BATCHES * self.batch_tokens)
 
     def metrics(self) -> dict[str, float]:
         """As `report.summary.metrics`, of the rows read so far."""
@@ -159,27 +159,21 @@ class Stream:
         """The calibration sample, and whether the stream ends with it."""
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(0)  # the same sample in every training run, also in a second one in this process
-        rows, ended = iter(dataset), False
+        rows = iter(dataset)
         if rows is dataset:
             raise XTFUserError(
                 f"xtf: the streamed train_dataset ({type(dataset).__name__}) is its own iterator, so training would "
                 "miss the rows of the calibration sample. Let its __iter__ return a new iterator from the beginning."
             )
-
-        def first() -> Iterator[Mapping[str, Any]]:
-            nonlocal ended
-            found = 0
-            for row in rows:
-                yield (seen := self._visible(row))
-                found += len(split_row(seen))
-                if found >= self.config.calibration:
-                    return
-            ended = True
-
-        sample = collect(first())
+        sample, documents = list[dict[str, Any]](), 0
+        for row in rows:
+            sample.append(self._visible(row))
+            documents += len(split_row(sample[-1]))
+            if documents >= self.config.calibration:
+                break
         if hasattr(rows, "close"):
             rows.close()
-        return sample, ended
+        return collect(sample), documents < self.config.calibration
 
     def _prepare(self, rows: list[Any]) -> OnYield:
         """Score and select the new documents of a chunk; see `ScoredAhead`."""
@@ -262,13 +256,10 @@ class ScoredAhead(torch.utils.data.IterableDataset[Any]):
         inner: an iterable dataset of rows with `input_ids`.
         prepare: takes a chunk of rows; returns a function that is called with the index of each row before its yield.
         tokens: returns the number of tokens that end a chunk.
-        max_rows: the number of rows that end a chunk, however short they are.
     """
 
-    def __init__(
-        self, inner: Any, prepare: Callable[[list[Any]], OnYield], tokens: Callable[[], int], max_rows: int
-    ) -> None:
-        self.inner, self.prepare, self.tokens, self.max_rows = inner, prepare, tokens, max_rows
+    def __init__(self, inner: Any, prepare: Callable[[list[Any]], OnYield], tokens: Callable[[], int]) -> None:
+        self.inner, self.prepare, self.tokens = inner, prepare, tokens
         # where the next iteration starts: a state of `inner` (None: its own), and a number of rows to skip
         self._start: tuple[Any, int] = (None, 0)
         self._at = self._start
@@ -296,7 +287,7 @@ class ScoredAhead(torch.utils.data.IterableDataset[Any]):
 
     def _chunk(self, source: Iterator[Any]) -> list[Any]:
         rows, tokens, enough = list[Any](), 0, self.tokens()
-        for row in islice(source, self.max_rows):
+        for row in islice(source, CHUNK_ROWS):
             rows.append(row)
             tokens += len(row["input_ids"]) if "input_ids" in row else 0  # `prepare` refuses rows without
             if tokens >= enough:

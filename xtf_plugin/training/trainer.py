@@ -15,13 +15,12 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
 
-from ..environment import WORKERS_REFUSED, is_on, signature_columns
+from ..environment import NO_CAUSAL_LM, WORKERS_REFUSED, is_on, signature_columns
 from ..errors import XTFUserError
 from .boundaries import Boundaries
 from .collator import USE_STREAM
 
 _UNSLOTHS_COPY = re.compile(r"_?Unsloth(\w+Trainer)")  # a rewritten copy of TRL's trainer
-_NO_CAUSAL_LM = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _NOT_TEXT = ("pixel_values", "pixel_values_videos", "image", "images", "input_features", "inputs_embeds")
 READ_TWICE = 64  # rows of a dataset that may make its rows anew
 READ_COLUMNS = ("input_ids", "labels", "attention_mask", "seq_lengths", "position_ids")
@@ -110,7 +109,7 @@ def _check_model(trainer: str, model: Any) -> None:
             "causal language model (AutoModelForCausalLM), or remove the block."
         )
     headless = hasattr(base, "get_output_embeddings") and base.get_output_embeddings() is None
-    if headless or any(part in name for part in _NO_CAUSAL_LM):
+    if headless or any(part in name for part in NO_CAUSAL_LM):
         raise XTFUserError(
             f"xtf: {trainer} trains {name}, which predicts no next tokens: it has no LM head. Load the model with "
             "AutoModelForCausalLM, or remove the block."
