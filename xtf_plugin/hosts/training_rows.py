@@ -90,9 +90,12 @@ def _of_mixture(data: Mapping[str, Any]) -> Iterator[str]:
 def of_row(row: Row, recipe: Recipe, config: XTFConfig) -> Iterator[str]:
     """Problems of the columns of a row."""
     columns, data = ", ".join(row), recipe.data
-    for name in (getattr(part, "column", None) for part in config.scores.values()):
-        if name is not None and name not in row:
-            yield f"the data has no column {name!r} for a score, only {columns}. Correct `column`."
+    named = [(getattr(part, "column", None), "a score", "column") for part in config.scores.values()]
+    named += [(name, "report_by", "report_by") for name in config.report_columns]
+    for name, reader, key in named:
+        if name is not None and name not in row and not (key == "report_by" and name == "dataset"):
+            left_out = "" if recipe.host == "axolotl" else ", or add the column to `columns` under `datasets`"
+            yield f"the data has no column {name!r} for {reader}, only {columns}. Correct `{key}`{left_out}."
     if recipe.host != "trl":
         return
     if images := [name for name in _IMAGES if name in row]:

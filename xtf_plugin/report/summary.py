@@ -24,9 +24,10 @@ from ..environment import installed_version
 from ..selection.select import DECISIONS, Selection, rule_bits
 from ..selection.text_rules import special_ids
 from . import whatif
+from .by_value import by_value
 from .familiarity import familiarity
 from .score_table import ScoreTable, plain
-from .terminal import measure, on_one_line, text_of, totals_table
+from .terminal import by_table, measure, on_one_line, text_of, totals_table
 from .whatif import WhatIf
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
     """
     special = np.isin(plan.scores.token_ids, special_ids(tokenizer))
     stats, keep, weights = plan.stats, plan.selection.keep, plan.weights
+    layout = Layout(plan.scores.offsets, plan.scores.counts)
     facts = {
         "format": 3,
         "config": plan.config.to_dict(),
@@ -94,6 +96,7 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
         "versions": versions(),
         "thresholds": plan.selection.thresholds,
         "totals": totals(plan),
+        **({"by": by_value(plan.groups, layout, plan.selection.keep)} if plan.groups else {}),
         "familiarity": familiarity(plan),
         "formats": [{"text": on_one_line(text), "share": round(part, 4)} for text, part in plan.text.formats.items()],
         "recurring": [{**asdict(each), "text": on_one_line(each.text)} for each in plan.recurring],
@@ -129,7 +132,11 @@ def show(plan: Plan, written: list[Path]) -> None:
     advice = familiarity(plan).get("advice")
     if advice:
         logger.info("xtf: %s", advice)
-    Console(stderr=True, soft_wrap=True).print(totals_table(totals(plan)))
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(totals_table(totals(plan)))
+    layout = Layout(plan.scores.offsets, plan.scores.counts)
+    for column, values in by_value(plan.groups, layout, plan.selection.keep).items():
+        console.print(by_table(column, values))
     print_lines(
         [
             *lines,

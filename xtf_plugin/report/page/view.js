@@ -108,6 +108,9 @@ function showPlaces() {
   const key = () => make("span", {class: "key"}, make("span", {class: "kept"}), "kept ", make("span", {class: "lost"}), "dropped, with its share");
   const figure = (title, bars) => make("figure", {}, make("figcaption", {}, make("b", {}, title), key()), chart(bars, title));
   put("charts", figure("By tenth of the answer", tenths), figure("By length of the answer, in tokens", lengths));
+  put("by", ...Object.entries(S.by || {}).map(([column, values]) => table([`By ${column}`, "answers", "tokens", "dropped", "share"],
+    values.map((each) => [each.values === 1 ? each.value : `${number(each.values)} ${each.value}`, number(each.documents), number(each.tokens),
+      number(each.dropped_tokens), share(each.dropped_tokens, each.tokens)]))));
 }
 
 // Texts that are kept as format, and those that nothing drops although many answers share them.
