@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from ..environment import is_on
-from ..errors import XTFUserError
+from ..errors import XTFUserError, reason
+from . import hub
+from .data_files import first_row
 
 Row = Mapping[str, Any]
 Kind = Literal["messages", "turns", "pair", "text"]
@@ -35,6 +37,12 @@ CONVERT = """    import json
         for row in load_dataset({source}, split={split!r}):
             new = {{"prompt": row["YOUR QUESTION"] + "\\n", "completion": row["YOUR ANSWER"]}}
             file.write(json.dumps(new) + "\\n")"""
+
+
+SEPARATE = """    import csv
+    with open({file!r}, newline="", encoding="utf-8-sig") as old, \\
+            open("train.csv", "w", newline="", encoding="utf-8") as new:
+        csv.writer(new).writerows(csv.reader(old, delimiter={sign!r}))"""
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,12 @@ def open_source(name: str) -> Source:
             legal = ", ".join(READERS)
             raise XTFUserError(f"--dataset {name}: cannot read files ending in {local.suffix!r}. Legal: {legal}.")
         path, data_files = READERS[local.suffix], name
+        if path == "csv":
+            _check_separator(name, local)
     elif not local.is_dir() and (name.startswith((".", "/", "~")) or local.suffix in READERS or name.count("/") > 1):
         raise XTFUserError(f"--dataset {name}: there is no such file or folder. Correct the path.")
+    if not local.exists() and (why := hub.missing("dataset", name, None, os.environ)):
+        raise XTFUserError(f"--dataset: {why}")
     with _readable(name):
         configs = [] if local.exists() else _configs(name)
         config = "default" if "default" in configs else next(iter(configs), None)
@@ -114,6 +126,20 @@ def open_source(name: str) -> Source:
     if not head:
         raise XTFUserError(f"--dataset {name}: it holds no rows. Name another one.")
     return Source(path, data_files, config, configs, split, head)
+
+
+def _check_separator(name: str, file: Path) -> None:
+    """Refuse a CSV file of one column whose name holds the sign that separates the real ones."""
+    header: list[str] = []
+    with suppress(OSError, ValueError):
+        header = list(first_row([file], "csv") or ())
+    sign = next((each for each in ";\t|" if len(header) == 1 and each in header[0]), None)
+    if sign is not None:
+        raise XTFUserError(
+            f"--dataset {name}: its columns are separated by {sign!r}. Hosts read commas alone, so each line would be "
+            f"one text under the name {header[0]!r}. Write it again, and start with --dataset train.csv:\n"
+            + SEPARATE.format(file=str(file), sign=sign)
+        )
 
 
 @contextmanager
@@ -130,7 +156,7 @@ def _readable(name: str) -> Iterator[None]:
     except StopIteration:
         raise XTFUserError(f"--dataset {name}: it holds no rows. Name another one.") from None
     except (DatasetsError, ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        why = " ".join(str(error.__cause__ or error).split())[:300].rstrip(".")
+        why = reason(error.__cause__ or error)[:300].rstrip(".")
         raise XTFUserError(
             f"--dataset {name} cannot be read: {why}. Give a file ({', '.join(READERS)}), a folder of such files, or a "
             "data set's name on the hub."

@@ -20,6 +20,7 @@ import yaml
 
 from ..environment import docs, installed_version
 from ..errors import XTFUserError
+from . import hub
 from .init_data import ROLES, Shape, Source, longest, open_source, shape_of, write_converted
 from .preflight import problems
 from .recipes import COMMANDS, load_recipe, parse_block
@@ -174,6 +175,8 @@ def _file(name: str, file: str, needed: bool = False) -> Path | None:
         return folder / file if (folder / file).is_file() else None
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise XTFUserError(f"--model {name}: there is no such folder. Give a folder of save_pretrained, or a hub id.")
+    if needed and (why := hub.missing("model", name, None, os.environ)):
+        raise XTFUserError(f"--model: {why}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

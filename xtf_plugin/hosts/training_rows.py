@@ -1,16 +1,18 @@
 """The first row of each source of a recipe's training data, and what is wrong with sources and rows.
 
-Only files on this disk are read. What is on a hub is left to the run.
+Only files on this disk are read. Of data on the hub only its name is checked.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import axolotl_data
+from ..errors import reason
+from . import axolotl_data, hub
 from .chat_template import Row, is_chat
-from .data_files import first_row, splits_of
+from .data_files import first_row, is_named_on_hub, splits_of
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
@@ -32,6 +34,9 @@ def first_rows(recipe: Recipe, found: list[str]) -> Iterator[Row]:
     for source in named:
         path, split = str(source.get("path")), str(source.get("split") or "train")
         by_split, why = splits_of(source) if recipe.host == "trl" else axolotl_data.splits_of(source)
+        if not why and not by_split and is_named_on_hub(path):
+            why = hub.missing("dataset", path, None, {**os.environ, **recipe.env})
+            why = f"datasets: {why}" if why else ""
         if why:
             found.append(why)
         if not by_split:
@@ -46,7 +51,7 @@ def first_rows(recipe: Recipe, found: list[str]) -> Iterator[Row]:
         try:
             row = first_row(files, axolotl_data.reader(source) if recipe.host == "axolotl" else path)
         except (OSError, ValueError) as error:
-            found.append(f"{files[0]} cannot be read: {error}. Repair the file.")
+            found.append(f"{files[0]} cannot be read: {reason(error)}. Repair the file.")
             continue
         if row is not None and recipe.host == "axolotl":
             found += axolotl_data.of_columns(source, row)

@@ -25,7 +25,7 @@ from ..config.block import XTFConfig
 from ..data import token_text
 from ..data.ragged import Bools, Floats, Ints, Layout, offsets_of, runs, stretches
 from ..data.values import Grouping
-from ..errors import XTFUserError
+from ..errors import XTFUserError, reason
 from ..selection.select import DECISIONS, Reasons, reason_text, rule_bits
 
 if TYPE_CHECKING:
@@ -288,8 +288,8 @@ def open_file(path: Path) -> Any:
         return pq.ParquetFile(files.for_arrow(path), page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise XTFUserError(
-            f"cannot read the score table {path}: {error}. Give a scores.parquet that `xtf score` or a training run "
-            "with an `xtf:` block wrote."
+            f"cannot read the score table {path}: {reason(error)}. Give a scores.parquet that `xtf score` or a "
+            "training run with an `xtf:` block wrote."
         ) from error
 
 
@@ -327,7 +327,7 @@ def batches(file: Any, schema: Any, path: Path) -> Iterator[Any]:
                 raise ValueError(f"rows without {', '.join(empty)}")
             yield piece
     except (OSError, LookupError, ValueError, pa.ArrowException) as error:
-        raise XTFUserError(f"{path} cannot be read: {error}. {ADVICE}") from error
+        raise XTFUserError(f"{path} cannot be read: {reason(error)}. {ADVICE}") from error
 
 
 def iter_documents(held: Any) -> Iterator[tuple[int, str, Any]]:

@@ -178,6 +178,19 @@ class Wanted:
         return reason in token.reason.split(",") and (not token.kept or reason in ("protected", "floor"))
 
 
+def check_row(row: int | None, about: Mapping[str, Any]) -> None:
+    """Refuse a dataset row beyond the last one of a table with the metadata `about`.
+
+    Raises:
+        XTFUserError: names the number of rows.
+    """
+    totals = about.get("totals")
+    rows = totals.get("rows") if isinstance(totals, Mapping) else None
+    if row is not None and isinstance(rows, int) and row >= rows:
+        legal = f"0 to {rows - 1:,} are legal" if rows else "none is legal"
+        raise XTFUserError(f"--row {row}: the score table is of {rows:,} rows, so {legal}. Packed rows count as one.")
+
+
 def find(file: Any, wanted: Wanted, n: int, path: Path) -> list[Document]:
     """The `n` matching documents of an open score table that lose most; see `matching`.
 

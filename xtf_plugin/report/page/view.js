@@ -113,7 +113,7 @@ function showPlaces() {
       number(each.dropped_tokens), share(each.dropped_tokens, each.tokens)]))));
 }
 
-// Texts that are kept as format, and those that nothing drops although many answers share them.
+// Texts that are kept as format, and those that nothing drops although several answers share them.
 function showFormats() {
   const all = S.totals.documents, part = (value) => `${(100 * value).toFixed(0)} %`;
   const kept = (S.recurring || []).filter((each) => !each.dropped);
