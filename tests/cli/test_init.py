@@ -114,6 +114,27 @@ def test_conversations_are_trained_on_answers_alone(init, tmp_path):
     assert (second["prompt"], second["completion"]) == (messages[:3], messages[3:])
 
 
+LABELLED = {
+    "written again": [{**row, "source": ["web", "book"][at % 2], "id": f"row {at}"} for at, row in enumerate(PLAIN)]
+}
+LABELLED["left"] = [{**row, "source": "ab"[at % 2]} for at, row in enumerate(tiny.conversations(6))]
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_a_column_that_drops_can_be_counted_by_is_kept(init, xtf, kind, tmp_path):  # noqa: F811
+    """Also where rows are written again; a column that names single rows is not."""
+    code, _, _, recipe = init(save(LABELLED[kind]))
+    assert code == 0 and "  # report_by: source  " in Path("recipe.yaml").read_text()
+    if kind == "left":
+        assert recipe["datasets"][0]["columns"] == ["messages", "source"]
+    else:
+        rows = rows_of(tmp_path / "recipe_data")
+        assert {row["source"] for row in rows} == {"web", "book"} and "id" not in rows[0]
+    text = Path("recipe.yaml").read_text().replace("  # report_by: source", "  report_by: source")
+    Path("recipe.yaml").write_text(text)
+    assert xtf("check", "recipe.yaml")[0] == 0
+
+
 @pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
 def test_other_names_of_roles_become_those_of_templates(init, keys, tmp_path):
     """TRL renames the keys `from` and `value`, but no roles."""

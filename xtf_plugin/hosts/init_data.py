@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +30,7 @@ ANSWERS = ("completion", "answer", "response", "output", "solution", "assistant"
 CONTEXTS = ("input", "context")  # read after an instruction or a question
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "chat")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+LABEL, LABELS = 60, 20  # characters of a label, and different ones in a column
 MEDIA = ("image", "images", "audio", "video", "pixel_values")
 CONVERT = """    import json
     from datasets import load_dataset
@@ -81,6 +82,7 @@ class Shape:
         keys: of a message's role and content.
         roles: of messages, by names that templates do not know.
         texts: whether the answer of a pair is text; else it is a number.
+        labels: columns that are kept beside these, see `labels_of`.
     """
 
     kind: Kind
@@ -88,6 +90,7 @@ class Shape:
     keys: tuple[str, str] = ("role", "content")
     roles: frozenset[str] = frozenset()
     texts: bool = True
+    labels: tuple[str, ...] = ()
 
     @property
     def of_trl(self) -> bool:
@@ -114,7 +117,7 @@ def open_source(name: str) -> Source:
         if path == "csv":
             _check_separator(name, local)
     elif not local.is_dir() and (name.startswith((".", "/", "~")) or local.suffix in READERS or name.count("/") > 1):
-        raise XTFUserError(f"--dataset {name}: there is no such file or folder. Correct the path.")
+        raise XTFUserError(f"--dataset {name}: there is no such file or folder{hub.looked_at(name)}. Correct the path.")
     if not local.exists() and (why := hub.missing("dataset", name, None, os.environ)):
         raise XTFUserError(f"--dataset: {why}")
     with _readable(name):
@@ -224,6 +227,17 @@ def shape_of(source: Source) -> Shape:
     )
 
 
+def labels_of(head: Sequence[Row], shape: Shape) -> tuple[str, ...]:
+    """Columns of short texts that several rows share, such as a source: `report_by` can count drops by them."""
+    read = {*shape.columns, *QUESTIONS, *ANSWERS, *CONTEXTS, *CONVERSATIONS, "text", "chosen", "rejected"}
+    found = []
+    for name in dict.fromkeys(name for row in head for name in row if name not in read):
+        values = [row[name] for row in head if row.get(name) is not None]
+        if values and all(isinstance(each, str) and len(each) <= LABEL for each in values):
+            found += [name] * (1 < len(set(values)) <= min(LABELS, len(values) // 2))
+    return tuple(found)
+
+
 def _is_chat(value: Any) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(each, Mapping) for each in value):
         return False
@@ -289,7 +303,8 @@ def write_converted(source: Source, shape: Shape, host: str, chat: bool, file: P
         file.parent.mkdir(parents=True)
         with file.open("w", encoding="utf-8", errors="replace") as lines:
             for row in source.rows():
-                made = list(converted(row, shape, host, chat))
+                kept = {name: row.get(name) for name in shape.labels}
+                made = [each | kept for each in converted(row, shape, host, chat)]
                 lines.writelines(json.dumps(each, ensure_ascii=False, default=str) + "\n" for each in made)
                 written, without = written + len(made), without + (not made)
     except FileExistsError:
