@@ -308,8 +308,8 @@ def test_a_run_prints_kept_texts_that_recur_with_the_line_that_drops_them(tmp_pa
         made.append({"input_ids": [1, *ids], "labels": [-100, *ids]})
     rule = {"scorer": "log_probability", "unit": "sentence", "drop": {"below": -1e9}}
     summary.show(plan_of(tmp_path, made, preset="none", selectors={"mine": rule}), [])
-    line = 'no rule drops "I hope this helps!", which 4 documents have. If it is noise, add to the block: force_drop: '
-    assert f'xtf: {line}["I hope this helps!"]\n' in capsys.readouterr().err
+    line = '"I hope this helps!" is kept in 4 of the 4 documents that have it. If it is noise, add to the block: '
+    assert f'xtf: {line}force_drop: ["I hope this helps!"]\n' in capsys.readouterr().err
 
 
 def test_a_row_beyond_the_last_one_is_refused_with_the_number_of_rows(tmp_path):

@@ -183,8 +183,11 @@ def _text_lines(plan: Plan) -> list[str]:
         kept = len(plan.recurring) - dropped
         lines.append(f"texts that recur: {dropped} dropped, {kept} kept; the report lists them")
     said = [each for each in plan.recurring if not each.dropped and not each.why][:NAMED]
-    line = 'no rule drops "{}", which {:,} documents have. If it is noise, add to the block: {}'
-    lines += [line.format(on_one_line(each.text), each.documents, harmless(each.setting)) for each in said]
+    line = '"{}" is kept in {:,} of the {:,} documents that have it. If it is noise, add to the block: {}'
+    lines += [
+        line.format(on_one_line(each.text), each.documents - each.dropped_in, each.documents, harmless(each.setting))
+        for each in said
+    ]
     return lines
 
 
