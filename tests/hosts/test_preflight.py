@@ -103,6 +103,10 @@ def shared(messages):
 
 MISTAKES = {
     "no such model": ({"model_name_or_path": "./no/such/model"}, "there is no folder ./no/such/model"),
+    "no column of report_by": (
+        {"xtf": block(report_by="source")},
+        "no column 'source' for report_by, only prompt, comp",
+    ),
     "a bare name of a model": ({"model_name_or_path": "model"}, "/model, so model would be fetched from"),
     "a bare name of data": ({"dataset_name": "data/sets"}, "/data/sets, so data/sets would be fetched from"),
     "no data": ({"dataset_name": ...}, "names no training data"),

@@ -16,8 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from ..config.block import XTFConfig
 from ..errors import XTFUserError
 from ..training.columns import Columns, Pieces, read
-
-PATH = "dataset"  # in `report_by`, unless the data has such a column: the path of each of the recipe's datasets
+from .axolotl_data import BY_PATH
 
 
 def read_columns(cfg: Any, tokenizer: Any, config: XTFConfig) -> Columns:
@@ -38,8 +37,8 @@ def read_columns(cfg: Any, tokenizer: Any, config: XTFConfig) -> Columns:
             )
         tokens = tokenised.select_columns(["input_ids", "labels"])
         rest = raw.select_columns([name for name in raw.column_names if name not in tokens.column_names])
-        if PATH in config.report_columns and PATH not in raw.column_names:
-            rest = rest.add_column(PATH, [str(entry.path)] * len(rest))
+        if BY_PATH in config.report_columns and BY_PATH not in raw.column_names:
+            rest = rest.add_column(BY_PATH, [str(entry.path)] * len(rest))
         found.append(
             read(
                 concatenate_datasets([tokens, rest], axis=1),

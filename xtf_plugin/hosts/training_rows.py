@@ -98,8 +98,10 @@ def of_row(row: Row, recipe: Recipe, config: XTFConfig) -> Iterator[str]:
     named = [(getattr(part, "column", None), "a score", "column") for part in config.scores.values()]
     named += [(name, "report_by", "report_by") for name in config.report_columns]
     for name, reader, key in named:
-        if name is not None and name not in row and not (key == "report_by" and name == "dataset"):
-            left_out = "" if recipe.host == "axolotl" else ", or add the column to `columns` under `datasets`"
+        by_path = recipe.host == "axolotl" and key == "report_by" and name == axolotl_data.BY_PATH
+        if name is not None and name not in row and not by_path:
+            chosen = any(isinstance(each.get("columns"), list) for each in sources(recipe))
+            left_out = ", or add the column to `columns` under `datasets`" if chosen else ""
             yield f"the data has no column {name!r} for {reader}, only {columns}. Correct `{key}`{left_out}."
     if recipe.host != "trl":
         return
