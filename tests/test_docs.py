@@ -365,6 +365,13 @@ def test_messages_that_troubleshooting_quotes_exist():
         assert not missing, f"no message of the package has {missing}"
 
 
+def test_choosing_names_the_thresholds_of_the_default():
+    """What else is worth a try, `xtf tune` says: from the data, and in one place."""
+    rows = re.findall(r"^\| .+ \| `(\w+)` \| `(\{.+\})` \|$", (ROOT / "docs/choosing.md").read_text(), re.MULTILINE)
+    wanted = {name: part.drop.model_dump() for name, part in XTFConfig().scores.items()}
+    assert {name: yaml.safe_load(drop) for name, drop in rows} == wanted
+
+
 def test_reference_of_the_block_is_fresh():
     assert config_page.main(["--check"]) is None
 

@@ -144,7 +144,11 @@ def show(
     grep: Annotated[str | None, typer.Option("--grep", help="Documents whose completion this regex matches.")] = None,
     reason: Annotated[
         str | None,
-        typer.Option("--reason", help="Documents in which it dropped something: a score's name; or `protected`."),
+        typer.Option(
+            "--reason",
+            help="Documents in which it dropped something: RI, KN, TR or the name of a score; or in which it decided: "
+            "protected, floor, forced, control.",
+        ),
     ] = None,
     dropped: Annotated[bool, typer.Option("--dropped", help="Only documents in which something is dropped.")] = False,
 ) -> None:
@@ -159,13 +163,16 @@ def show(
     if table := _selected_again(target, extra or []):
         from .report import reselected
 
+        terminal.check_row(row, table.about)
         console.print(Text(f"xtf: {reselected.NOTE}", style="dim"), soft_wrap=True)
         shown = terminal.matching(reselected.documents(table), list(table.scores), wanted, n)
         terminal.render_documents(shown, wanted.described(), console, terminal.legend(table.about))
         return
     path = _table_path(target, extra or [])
     file = score_table.open_file(path)
-    found, meaning = terminal.find(file, wanted, n, path), terminal.legend(score_table.metadata(file, path))
+    about = score_table.metadata(file, path)
+    terminal.check_row(row, about)
+    found, meaning = terminal.find(file, wanted, n, path), terminal.legend(about)
     terminal.render_documents(found, wanted.described(), console, meaning)
 
 

@@ -34,6 +34,11 @@ def escaped(char: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+def reason(error: BaseException) -> str:
+    """The text of an error on one line and without its full stop, to stand inside a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
 def harmless(text: str) -> str:
     """A message with everything escaped that could act on a terminal, except spaces and line ends."""
     return "".join(char if char in " \n" else escaped(char) for char in text)

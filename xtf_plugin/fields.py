@@ -31,6 +31,7 @@ from pydantic import (
 
 # A union's branch is chosen by the value's type, so that pydantic reports the errors of that branch alone.
 TAGS = TEXT, OTHER = "<text>", "<other>"
+T = TypeVar("T")
 _EXPONENT = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+")
 
 
@@ -46,7 +47,7 @@ def _number(value: Any) -> float:
     if isinstance(value, str) and _EXPONENT.fullmatch(value):  # YAML 1.1 reads 1e-3 as text
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError("is not a number" + (" but text; remove the quotes" if isinstance(value, str) else ""))
+        raise ValueError("is not a number" + _but_text(value))
     try:
         number = float(value)
     except OverflowError:
@@ -54,6 +55,17 @@ def _number(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError("is not a finite number")
     return number
+
+
+def _but_text(value: Any) -> str:
+    """What to add where text stands in place of a number."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ", but text"
+    return ", but text; remove the quotes"
 
 
 def _whole(value: Any) -> int:
@@ -93,9 +105,9 @@ def _regex(pattern: str) -> str:
     return pattern
 
 
-def _once(values: list[int]) -> list[int]:
+def _once(values: list[T]) -> list[T]:
     if len(set(values)) < len(values):
-        raise ValueError("names a layer twice")
+        raise ValueError("names one of them twice")
     return values
 
 
@@ -134,7 +146,6 @@ def _by_text(value: Any) -> str:
     return TEXT if isinstance(value, str | os.PathLike) else OTHER
 
 
-T = TypeVar("T")
 N = TypeVar("N")
 ByText = Annotated[Annotated[T, Tag(TEXT)] | Annotated[N, Tag(OTHER)], Discriminator(_by_text)]
 
@@ -159,6 +170,9 @@ Layers = ByText[
     Annotated[
         list[Whole], Field(min_length=1, json_schema_extra=_SET), AfterValidator(_once), BeforeValidator(_listed)
     ],
+]
+Columns = ByText[
+    Name, Annotated[list[Name], Field(json_schema_extra=_SET), AfterValidator(_once), BeforeValidator(_listed)]
 ]
 _DOMAIN_SCHEMA = {"anyOf": [{"const": "dataset"}, {"type": "string", "minLength": 1, "format": "file-path"}]}
 Domain = ByText[

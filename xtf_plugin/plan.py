@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from .data.documents import DocumentSet
 from .data.marks import AllMarks
 from .data.predictions import Predictions
 from .data.ragged import Floats, Ints
+from .data.values import UNKNOWN, Grouping, Values
 from .scoring.batching import ScoringStats
 from .scoring.cached_scores import ReferenceProvider, ScoreSource, about_scorers, run_scorers
 from .scoring.distributed import ALONE, Ranks
@@ -42,6 +43,7 @@ class Plan:
         scorers: what to report of each score's scorer, of other references and of parts of documents.
         streaming: what to report of the calibration sample, for a plan of one.
         recurring: texts that several documents share.
+        groups: what drops are counted by, by column.
     """
 
     config: XTFConfig
@@ -55,6 +57,7 @@ class Plan:
     scorers: dict[str, Any] = field(default_factory=dict)
     streaming: dict[str, Any] = field(default_factory=dict)
     recurring: list[Recurring] = field(default_factory=list)
+    groups: Mapping[str, Grouping] = field(default_factory=dict)
 
     def masks(self) -> MaskTable:
         """The table that the collator needs."""
@@ -76,6 +79,7 @@ def make_plan(
     progress: bool = True,
     ranks: Ranks = ALONE,
     marks: AllMarks | None = None,
+    values: Mapping[str, Values] | None = None,
 ) -> Plan:
     """Score the documents that have no scores yet, and decide for every completion token.
 
@@ -85,6 +89,7 @@ def make_plan(
         references: makes the provider of a score's own reference.
         ranks: of the run; each scores a share, and all get the same plan.
         marks: of the columns that the scorer `column` reads.
+        values: of the columns of `report_by`.
 
     Raises:
         XTFError: ranks differ in block, data, reference or masks; see also `engine.score` and `run_scorers`.
@@ -98,11 +103,12 @@ def make_plan(
     about_run: dict[str, Any] = {"progress": progress, "ranks": ranks, "marks": marks}
     with ScoreSource(config, documents, tokenizer, provider, references, **about_run) as source:
         fingerprint = source.fingerprint(provider)
-        values = run_scorers(config, source, text)
-    scores = scores_of(documents, source.known, values)
+        computed = run_scorers(config, source, text)
+    scores = scores_of(documents, source.known, computed)
     selection = select(scores, config, text.protected, text.forced, text.segments, inside=text.inside)
     ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
     shared = recurring(config, documents, text, selection, tokenizer)
+    groups = {column: each.of(documents) for column, each in (values or {}).items()}
     return Plan(
         config,
         documents,
@@ -111,13 +117,14 @@ def make_plan(
         selection,
         reference={**provider.description(), "fingerprint": fingerprint},
         stats=source.stats,
-        warnings=_warnings(config, documents, source, text, selection, shared),
+        warnings=[*_warnings(config, documents, source, text, selection, shared), *_unread(groups, documents)],
         scorers={
             "scores": about_scorers(config.scores),
             "references": source.passes,
             **source.about_excerpts(),
         },
         recurring=shared,
+        groups=groups,
     )
 
 
@@ -138,6 +145,20 @@ def _warnings(
     if selection.keep.all():
         found.append(NOTHING_DROPPED)
     return found
+
+
+def _unread(groups: Mapping[str, Grouping], documents: DocumentSet) -> list[str]:
+    """Warnings of documents whose value is not known."""
+    unread = {
+        column: int(documents.counts[each.codes == each.names.index(UNKNOWN)].sum())
+        for column, each in groups.items()
+        if UNKNOWN in each.names
+    }
+    return [
+        f"report_by: {number:,} documents are not among the rows that {column} was read from, so something changed "
+        f"them afterwards; they are counted as {UNKNOWN}"
+        for column, number in unread.items()
+    ]
 
 
 def scores_of(documents: DocumentSet, stored: Predictions | None, values: dict[str, Floats]) -> Scores:

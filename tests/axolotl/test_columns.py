@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pyarrow.parquet as pq
 import pytest
 
@@ -90,3 +93,39 @@ def test_a_mark_that_does_not_fit_is_refused_by_row(base, tmp_path):
     assert result.returncode == 2
     assert f"row 3 of the dataset {entry['path']}, column noise: the span [0, 900] does not fit" in result.stderr
     assert not list(tmp_path.glob("out.seen*"))
+
+
+@pytest.mark.parametrize("options", [{}, PACKED], ids=["rows", "packed"])
+def test_drops_are_counted_by_source_and_by_dataset(base, tmp_path, options):
+    """Two datasets: one has sources, the other a null in the column; only the first has marks."""
+    marks = marked(stock.conversations(), None)
+    first = [{**row, "source": "web" if row["noise"] else "book"} for row in marks]
+    others = [{**row, "noise": None, "source": None} for row in tiny.conversations(4, turns=2, seed=3)]
+    entries = []
+    for name, rows in (("first", first), ("others", others)):
+        tiny.save_rows(tmp_path / f"{name}.jsonl", rows)
+        entries.append({"path": str(tmp_path / f"{name}.jsonl"), "ds_type": "json", "type": "chat_template"})
+    given = {**block(), "report_by": ["source", "dataset"]}
+    path = stock.write(base, tmp_path / "out", "chat", xtf=given, datasets=entries, **options)
+    stock.train(path, tmp_path / "out", tmp_path / "cache")
+    by = json.loads((tmp_path / "out/xtf/summary.json").read_text())["by"]
+    half = stock.ROWS // 2
+    assert {each["value"]: each["documents"] for each in by["source"]} == {"web": half, "book": half, "(no value)": 4}
+    assert [each["value"] for each in by["source"] if each["dropped_tokens"]] == ["web"]
+    assert [(each["value"], each["documents"]) for each in by["dataset"]] == [
+        (entries[0]["path"], stock.ROWS),
+        (entries[1]["path"], 4),
+    ]
+    assert by["dataset"][0]["dropped_tokens"] == by["source"][0]["dropped_tokens"]
+
+
+def test_a_missing_column_is_refused_before_the_model_is_loaded(base, tmp_path):
+    shutil.copytree(base / "model", tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    changes = {"base_model": str(tmp_path / "model"), "xtf": {"preset": "default", "report_by": "source"}}
+    path = stock.write(base, tmp_path / "out", "chat", **changes)
+    result = stock.train(path, tmp_path / "out", tmp_path / "cache", ok=False)
+    assert result.returncode == 2
+    assert f"the dataset {base / 'chat.jsonl'} has no column 'source' (it has [" in result.stderr
+    checked = stock.command(stock.BIN / "xtf", "check", path, cache=tmp_path / "cache")
+    assert checked.returncode == 2 and "no column 'source' for report_by, only messages, noise" in checked.stderr

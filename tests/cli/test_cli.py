@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from xtf_plugin import cli, environment
-from xtf_plugin.hosts import recipes
+from xtf_plugin.hosts import hub, recipes
 from xtf_plugin.report.score_table import SCHEMA
 
 
@@ -45,6 +45,7 @@ def calm_environment(monkeypatch):
     names = ("XTF_DISABLE", "TORCH_DEVICE_BACKEND_AUTOLOAD", "XTF_DRY_RUN", "XTF_SCORES_OUTPUT", "HF_HUB_OFFLINE")
     for name in names:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub, "missing", lambda *_: "")  # tests/hosts/test_preflight.py asks one
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -22,8 +23,10 @@ from tests import forked, tiny
 from tests.cli.test_cli import calm_environment, xtf  # noqa: F401 (fixtures)
 from xtf_plugin import environment
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.hosts import init_recipe
+from xtf_plugin.errors import XTFUserError
+from xtf_plugin.hosts import hub, init_recipe
 
+MISSING = hub.missing  # which `calm_environment` replaces
 PLAIN = [{"question": row["prompt"], "answer": row["completion"].strip(), "id": 7} for row in tiny.problems(12)]
 NAMES = {"user": "human", "assistant": "gpt"}
 SHARED = [
@@ -109,6 +112,27 @@ def test_conversations_are_trained_on_answers_alone(init, tmp_path):
     messages = tiny.conversations(6, turns=2)[0]["messages"]
     assert (first["prompt"], first["completion"]) == (messages[:1], messages[1:2])
     assert (second["prompt"], second["completion"]) == (messages[:3], messages[3:])
+
+
+LABELLED = {
+    "written again": [{**row, "source": ["web", "book"][at % 2], "id": f"row {at}"} for at, row in enumerate(PLAIN)]
+}
+LABELLED["left"] = [{**row, "source": "ab"[at % 2]} for at, row in enumerate(tiny.conversations(6))]
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_a_column_that_drops_can_be_counted_by_is_kept(init, xtf, kind, tmp_path):  # noqa: F811
+    """Also where rows are written again; a column that names single rows is not."""
+    code, _, _, recipe = init(save(LABELLED[kind]))
+    assert code == 0 and "  # report_by: source  " in Path("recipe.yaml").read_text()
+    if kind == "left":
+        assert recipe["datasets"][0]["columns"] == ["messages", "source"]
+    else:
+        rows = rows_of(tmp_path / "recipe_data")
+        assert {row["source"] for row in rows} == {"web", "book"} and "id" not in rows[0]
+    text = Path("recipe.yaml").read_text().replace("  # report_by: source", "  report_by: source")
+    Path("recipe.yaml").write_text(text)
+    assert xtf("check", "recipe.yaml")[0] == 0
 
 
 @pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
@@ -227,7 +251,9 @@ def test_long_rows_get_room_up_to_what_the_model_reads(init, models):
 REFUSED = {
     "no such file": ("nowhere.jsonl", None, "there is no such file or folder"),
     "no such folder": ("./nowhere", None, "there is no such file or folder"),
-    "not on the hub": ("some/data", None, "cannot be read"),
+    "not on the hub": ("some/data", None, "so some/data would be fetched from the Hugging Face hub"),
+    "columns between semicolons": ("data.csv", b"question;answer\na;b, c\n", "separated by ';'"),
+    "columns between tabs": ("data.csv", b"question\tanswer\na\tb\n", "separated by '\\t'"),
     "another kind of file": ("data.xlsx", b"PK", "cannot read files ending in '.xlsx'"),
     "empty": ("data.jsonl", b"", "holds no rows"),
     "broken": ("data.jsonl", b'{"question": "a", "answer"\n', "cannot be read"),
@@ -244,10 +270,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_data_that_is_refused(init, name, tmp_path):
+def test_data_that_is_refused(init, name, tmp_path, monkeypatch):
     dataset, content, message = REFUSED[name]
     if content is not None:
         Path(dataset).write_bytes(content)
+    monkeypatch.setattr(hub, "missing", MISSING)
     code, out, err, _ = init(dataset)
     assert code == 2 and out == "" and message in err and "Traceback" not in err
     assert not (tmp_path / "recipe_data").exists()
@@ -267,6 +294,27 @@ def test_conversations_without_an_answer_are_refused(init, tmp_path):
     code, _, err, _ = init(save(rows), model="unmarked")
     assert code == 2 and "no row has text in messages" in err
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_a_csv_file_is_written_again_with_commas(init, tmp_path):
+    (tmp_path / "odd.csv").write_text('question;answer\nWhat, then?;An answer.\nWhy?;"One; with a sign."\n')
+    code, _, err, _ = init("odd.csv")
+    program = err[err.index("    import csv") :]
+    subprocess.run([sys.executable, "-c", "if True:\n" + program], check=True, capture_output=True)
+    code, _, _, _ = init("train.csv")
+    rows = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in rows_of(tmp_path / "recipe_data")]
+    assert code == 0 and rows == [("What, then?", "An answer."), ("Why?", "One; with a sign.")]
+
+
+def test_a_mistyped_model_is_refused_without_retries(init, monkeypatch, models, tmp_path):
+    monkeypatch.setattr(hub, "missing", MISSING)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    code, out, err, _ = init(save(PLAIN), model=models.parent / "nowhere")
+    assert code == 2 and "there is no such folder" in err
+    with pytest.raises(XTFUserError, match="so modle would be fetched from the Hugging Face hub: .* cannot be reached"):
+        init_recipe.init("modle", "data.jsonl", None, tmp_path / "other.yaml")
+    assert time.monotonic() - start < 10 and out == ""
 
 
 def test_models_that_are_refused(init, models, tmp_path):

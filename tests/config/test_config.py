@@ -67,6 +67,7 @@ cache_dir: null
 batch_tokens: auto
 calibration: 1000
 report: true
+report_by: []
 dry_run: false
 """
 

@@ -296,3 +296,10 @@ def test_junk_text_is_refused_and_nothing_else(text):
     except XTFUserError:
         return
     assert config is None or isinstance(config, XTFConfig)
+
+
+@pytest.mark.parametrize(("value", "said"), [("x", "but text."), ("0.2", "but text; remove the quotes.")])
+def test_text_in_place_of_a_number(value, said):
+    with pytest.raises(XTFUserError) as refused:
+        XTFConfig(task_relevance={"drop": {"of_median": value}})
+    assert f"'{value}' is not a number, {said} Legal: " in str(refused.value)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,6 +14,7 @@ import yaml
 
 from tests import real, tiny
 from xtf_plugin.errors import XTFUserError
+from xtf_plugin.hosts import hub
 from xtf_plugin.hosts import trl as trl_host
 from xtf_plugin.hosts.preflight import _fields, notes, problems
 from xtf_plugin.hosts.recipes import load_recipe, parse_block
@@ -100,6 +103,12 @@ def shared(messages):
 
 MISTAKES = {
     "no such model": ({"model_name_or_path": "./no/such/model"}, "there is no folder ./no/such/model"),
+    "no column of report_by": (
+        {"xtf": block(report_by="source")},
+        "no column 'source' for report_by, only prompt, comp",
+    ),
+    "a bare name of a model": ({"model_name_or_path": "model"}, "/model, so model would be fetched from"),
+    "a bare name of data": ({"dataset_name": "data/sets"}, "/data/sets, so data/sets would be fetched from"),
     "no data": ({"dataset_name": ...}, "names no training data"),
     "no such data": ({"dataset_name": "./no/such/data"}, "there is no such folder of data"),
     "a data folder without data": ({"file": "notes.md"}, "holds no data file"),
@@ -476,14 +485,70 @@ def test_a_reference_with_another_tokenizer(made, tmp_path):
     assert "has another vocabulary" in problem
 
 
-def test_what_is_not_on_this_disk_is_left_to_the_run(made, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    path = recipe_of(made, tmp_path, model_name_or_path="some/model", dataset_name="some/data")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    assert checked(path) == []
+@pytest.fixture
+def hub_at(monkeypatch, tmp_path):
+    """A hub that knows some names, and the requests that it got; its caches are empty."""
+    asked = []
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if self.path.endswith(("/some/model", "/some/data")) else 401)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_hub_is_asked_once_for_what_is_not_on_this_disk(made, tmp_path, monkeypatch, hub_at):
+    recipe = load_recipe(recipe_of(made, tmp_path, model_name_or_path="some/model", dataset_name="some/data"))
+    assert problems(recipe, parse_block(recipe)) == [] and notes(recipe) == []
+    assert hub_at == ["/api/models/some/model", "/api/datasets/some/data"]
+    monkeypatch.chdir(tmp_path)
+    model, data = checked(recipe_of(made, tmp_path, model_name_or_path="models/tiny", dataset_name="mine"))
+    for problem, name, kind in ((model, "models/tiny", "model"), (data, "mine", "dataset")):
+        assert f"there is no folder {tmp_path / name}, so {name} would be fetched from the Hugging Face hub" in problem
+        assert f"it has no such {kind}, or you may not read it" in problem
+    reference = block(reference={"model": "another"})
+    assert checked(recipe_of(made, tmp_path, xtf=reference))[0].startswith("reference.model: there is no folder")
+    (problem,) = checked(recipe_of(made, tmp_path, model_name_or_path="./tiny"))
+    assert f"there is no folder ./tiny (looked for: {tmp_path / 'tiny'})" in problem
+
+
+def test_a_hub_out_of_reach_is_said_at_once(made, tmp_path, monkeypatch, hub_at):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    model, data = checked(recipe_of(made, tmp_path, model_name_or_path="some/model", dataset_name="some/data"))
+    assert "http://127.0.0.1:9 cannot be reached" in model and "cannot be reached" in data
+    assert time.monotonic() - start < 10
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model, data = checked(recipe_of(made, tmp_path, model_name_or_path="some/model", dataset_name="some/data"))
+    assert "HF_HUB_OFFLINE is set" in model and "HF_HUB_OFFLINE is set" in data
+
+
+@pytest.mark.parametrize("folder", ["home/hub/datasets--some--data", "home/datasets/some___data"])
+def test_data_in_a_cache_is_left_to_the_run(made, tmp_path, monkeypatch, hub_at, folder):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / folder).mkdir(parents=True)
+    assert checked(recipe_of(made, tmp_path, dataset_name="some/data")) == [] == hub_at
+
+
+def test_a_file_that_cannot_be_read_is_named_with_one_full_stop(made, tmp_path):
+    path = recipe_of(made, tmp_path)
+    (tmp_path / "data/train.jsonl").unlink()
+    (tmp_path / "data/train.parquet").write_bytes(b"no Parquet")
     (problem,) = checked(path)
-    assert "HF_HUB_OFFLINE is set" in problem
+    assert "cannot be read: " in problem and ".." not in problem and problem.endswith(". Repair the file.")
 
 
 def cached(made, hub, revisions):
@@ -514,7 +579,7 @@ def test_the_revision_of_a_model_is_read(made, tmp_path, monkeypatch):
     assert "some/model (revision gone) is not in the cache" in checked(path)[0]
 
 
-def test_the_env_block_of_a_recipe_says_where_models_are(made, tmp_path, monkeypatch):
+def test_the_env_block_of_a_recipe_says_where_models_are(made, tmp_path, monkeypatch, hub_at):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     cached(made, tmp_path / "home" / "hub", {"main": NO_MARKS})
@@ -633,6 +698,7 @@ def axolotl_recipe(made, tmp_path, **changes):
     ],
 )
 def test_adapters_of_axolotl_that_change_the_base(made, tmp_path, monkeypatch, keys, named):
+    monkeypatch.setattr(hub, "missing", lambda *_: "")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     write(tmp_path / "data/train.jsonl", CHATS)
     path = axolotl_recipe(made, tmp_path, **keys)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import yaml
 
+from tests import tiny
 from tests.report.tables import plan_of
 from tests.test_plan import rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.report.familiarity import RULE, familiarity
-from xtf_plugin.report.summary import show
+from xtf_plugin.report.summary import show, summary
 
 OWN = {"scorer": "log_probability", "drop": {"quantile": 0.1}}
 IMPROBABLE = {"scorer": "novelty", "drop": {"unknown_below": 0.1}}
@@ -89,3 +90,14 @@ def test_it_is_printed_and_logged(plan, capsys, caplog):
         show(made, [])
     advice = familiarity(made)["advice"]
     assert f"xtf: {advice}" in capsys.readouterr().err and advice in caplog.text
+
+
+@pytest.mark.parametrize(("chance", "warned"), [(0.1, True), (0.5, False)])
+def test_a_reference_that_knows_the_data_badly_is_a_warning(plan, capsys, chance, warned):
+    """In summary.json, and so at the top of the page, and in the terminal."""
+    made = plan([chance])
+    facts = summary(made, tiny.tokenizer())
+    assert (familiarity(made)["advice"] in facts["warnings"]) == warned
+    assert ("knows this data badly" in "".join(facts["warnings"])) == warned
+    show(made, [])
+    assert ("xtf: warning: The reference knows this data badly" in capsys.readouterr().err) == warned

@@ -107,6 +107,41 @@ def test_a_sentence_marked_drop_is_dropped_by_a_run(made, page):
     assert pasted(page) == plan.config, "the same key again takes the mark back"
 
 
+def counts(page) -> dict[int, str]:
+    """What the page says of the kept tokens of each answer, by its row."""
+    script = """() => Array.from(document.querySelectorAll(".document"), (box) =>
+      [box.doc.row, box.parentElement.querySelector(".kept-count").textContent])"""
+    return dict(page.evaluate(script))
+
+
+def test_answers_are_counted_as_a_run_counts_them_or_not_at_all(browser, tmp_path):  # noqa: F811
+    """`min_kept` brings back tokens of short answers; no count of the page may leave that out."""
+    plan = plan_of(tmp_path, beginning("Odd"), **{**BLOCK, "min_kept": 10})
+    page = browser.new_page()
+    page.goto(page_of(table_of(plan), tmp_path / "xtf/report.html").as_uri())
+    rows, offsets = {}, plan.scores.offsets
+
+    def kept(config):
+        keep = selected(plan, config).keep
+        return {row: int(keep[offsets[row] : offsets[row + 1]].sum()) for row in rows}
+
+    page.check("input[name=group][value=random]")
+    rows = counts(page)
+    assert {row: int(text.split()[1]) for row, text in rows.items()} == kept(plan.config)
+    hidden = set()
+    for value in (0.5, 0.99, 1e-9):
+        put(page, "knowledge_novelty", "unknown_below", value)
+        shown_, wanted = counts(page), kept(pasted(page))
+        assert all(int(text.split()[1]) == wanted[row] for row, text in shown_.items() if text.startswith("kept"))
+        hidden |= {text.startswith("kept") for text in shown_.values()}
+    assert hidden == {True, False}, "the thresholds must show both"
+    page.click("#reset")
+    hold(page, "Odd")
+    page.keyboard.press("x")
+    assert all("not counted" in text for text in counts(page).values())
+    page.close()
+
+
 GUARDED = {**BLOCK, "min_kept": 0, "protect": {"patterns": ["The answer is.*"], "formats": 0.2}}
 
 

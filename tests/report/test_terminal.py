@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from tests import tiny
 from tests.cli.test_cli import score_table as table_like
@@ -20,7 +21,7 @@ from tests.report.tables import plan_of, saved
 from xtf_plugin import cli
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.report import summary, terminal
-from xtf_plugin.report.score_table import iter_documents, open_file
+from xtf_plugin.report.score_table import iter_documents, metadata, open_file
 from xtf_plugin.report.terminal import Document, Wanted, find
 from xtf_plugin.scorers import registry
 
@@ -298,6 +299,34 @@ def test_a_run_prints_its_formats_and_what_recurs(tmp_path, capsys):
     assert printed.count("opens a line in") == summary.FORMATS and "kept as format: 2 more openings" in printed
     assert re.search(r"texts that recur: \d dropped, \d kept; the report lists them", printed)
     assert "mine: how probable the reference finds it (log_probability version 1, xtf-plugin)" in printed
+
+
+def test_a_run_prints_kept_texts_that_recur_with_the_line_that_drops_them(tmp_path, capsys):
+    fast, made = tiny.tokenizer(), []
+    for at in range(12):
+        ids = fast(f"The sum is {at}." + " I hope this helps!" * (at < 4))["input_ids"]
+        made.append({"input_ids": [1, *ids], "labels": [-100, *ids]})
+    rule = {"scorer": "log_probability", "unit": "sentence", "drop": {"below": -1e9}}
+    summary.show(plan_of(tmp_path, made, preset="none", selectors={"mine": rule}), [])
+    line = '"I hope this helps!" is kept in 4 of the 4 documents that have it. If it is noise, add to the block: '
+    assert f'xtf: {line}force_drop: ["I hope this helps!"]\n' in capsys.readouterr().err
+
+
+def test_a_row_beyond_the_last_one_is_refused_with_the_number_of_rows(tmp_path):
+    table = saved(plan_of(tmp_path), tmp_path / "scores.parquet")
+    about = metadata(open_file(table), table)
+    rows = about["totals"]["rows"]
+    terminal.check_row(rows - 1, about)
+    terminal.check_row(99, {})  # of another tool
+    with pytest.raises(XTFUserError, match=f"--row {rows}: the score table is of {rows} rows, so 0 to {rows - 1}"):
+        terminal.check_row(rows, about)
+    with pytest.raises(SystemExit):
+        cli.main(["show", str(table), "--row", "999"])
+
+
+def test_the_help_names_every_reason():
+    shown = CliRunner().invoke(cli.app, ["show", "--help"], env={"COLUMNS": "200"}).output
+    assert all(name in shown for name in (*terminal.SHORT_NAMES.values(), *terminal.DECISIONS))
 
 
 @pytest.mark.parametrize(("preset", "scorer"), [("default", "new_text"), ("none", "novelty")])

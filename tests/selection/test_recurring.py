@@ -103,6 +103,19 @@ def test_three_documents_are_needed():
     assert FILLER in [each.text for each in run(answers(3) + texts[2:])[2]]
 
 
+@pytest.mark.parametrize(
+    ("having", "documents", "listed"), [(3, 30, True), (2, 30, False), (3, 300, True), (3, 301, False)]
+)
+def test_a_kept_text_that_nothing_protects_is_listed_from_three_documents_and_a_hundredth_of_all(
+    having, documents, listed
+):
+    help_ = "I hope this helps!"
+    texts = [f"The sum is {at}. {help_ if at < having else ''}" for at in range(documents)]
+    found = [each for each in run(texts)[2] if each.text == help_]
+    assert [(each.documents, each.dropped, each.why) for each in found] == [(having, False, [])] * listed
+    assert all(yaml.safe_load(each.setting) == {"force_drop": [help_]} for each in found)
+
+
 @pytest.mark.parametrize(("until", "dropped"), [(2, False), (3, True)])
 def test_a_text_that_is_dropped_in_some_documents_only(until, dropped):
     (entry,) = [each for each in run(until=until)[2] if each.text == FILLER]

@@ -257,8 +257,7 @@ def test_a_column_that_is_computed_when_rows_are_read():
     ids = fast(text)["input_ids"]
     dataset = Dataset.from_list([{"input_ids": ids, "labels": ids, "completion": text}])
     dataset.set_transform(lambda batch: {**batch, "noise": [[span(one)] for one in batch["completion"]]})
-    part = XTFConfig.parse(CRITIC).selectors["critic"]
-    (marks,) = columns.read(dataset, [part], fast).values()
+    (marks,) = columns.read(dataset, XTFConfig.parse(CRITIC), fast).marks.values()
     flags = marks.of(collect([{"input_ids": ids, "labels": ids}]))
     assert fast.decode([token for token, flag in zip(ids, flags, strict=True) if flag]).strip() == NOISE
 

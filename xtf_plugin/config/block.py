@@ -22,6 +22,7 @@ from ..fields import (
     Block,
     ByText,
     Calibration,
+    Columns,
     Count,
     PathText,
     Patterns,
@@ -110,6 +111,11 @@ class XTFConfig(Block):
         default=True,
         description="true: write report.html, summary.json and scores.parquet to `output_dir`/xtf; a path: there.",
     )
+    report_by: Columns = Field(
+        default=[],
+        description="Columns of the dataset, such as `source`: the report counts what is dropped for each of their "
+        "values. One name, or a list.",
+    )
     dry_run: StrictBool = Field(default=False, description="Score, report, then end the run before the first step.")
 
     def __init__(self, /, **block: Any) -> None:
@@ -147,6 +153,11 @@ class XTFConfig(Block):
         """The scores that are on, by name: slots in the order of `SLOTS`, then selectors in the order of the block."""
         slots = {name: part for name in SLOTS if isinstance(part := getattr(self, name), ScoreConfig)}
         return {**slots, **self.selectors}
+
+    @property
+    def report_columns(self) -> list[str]:
+        """The columns of `report_by`."""
+        return [self.report_by] if isinstance(self.report_by, str) else self.report_by
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as plain JSON values; `XTFConfig.parse` turns it back into an equal config.

@@ -49,8 +49,8 @@ def _legal_one(schema: Schema, root: Schema) -> str:
     if "properties" in schema:
         return _legal_mapping(schema, root)
     if kind == "array":
-        extra = " (not empty" * ("minItems" in schema) + ", each once" * ("uniqueItems" in schema)
-        return f"[{legal(schema['items'], root)}, ...]{extra}{')' if extra else ''}"
+        extra = ["not empty"] * ("minItems" in schema) + ["each once"] * ("uniqueItems" in schema)
+        return f"[{legal(schema['items'], root)}, ...]" + (f" ({', '.join(extra)})" if extra else "")
     if kind == "string":
         return _TEXTS.get(schema.get("format", ""), "text")
     if kind == "object":

@@ -220,12 +220,17 @@ def _no_answer(part: ScoreConfig, other: ScoreConfig) -> str:
     return "" if other.unit == part.unit else f"has `unit: {other.unit}`; write `unit: {part.unit}` there too"
 
 
-def check_streamed(scores: Mapping[str, ScoreConfig]) -> None:
-    """Refuse scores that cannot be computed for streamed data.
+_NOT_STREAMED = "Remove it, or do not stream: dataset_streaming: false (streaming: false under `datasets`)."
+
+
+def check_streamed(scores: Mapping[str, ScoreConfig], columns: Sequence[str] = ()) -> None:
+    """Refuse scores that cannot be computed for streamed data, and columns of `report_by`.
 
     Raises:
         XTFUserError: a scorer needs the whole dataset, or has a reference of its own; names the score.
     """
+    if columns:
+        raise XTFUserError(f"xtf: the training data is streamed, so no column is read for report_by. {_NOT_STREAMED}")
     for name, part in scores.items():
         scorer = registry.find(part.scorer)
         own = [value for _, value in part if isinstance(value, ReferenceConfig) and value.model]
@@ -235,10 +240,7 @@ def check_streamed(scores: Mapping[str, ScoreConfig]) -> None:
             why = f"has a reference of its own ({own[0].model}), which would have to stay loaded beside training"
         else:
             continue
-        raise XTFUserError(
-            f"xtf: the training data is streamed, and {name} {why}. Remove it, or do not stream: "
-            "dataset_streaming: false (streaming: false under `datasets`)."
-        )
+        raise XTFUserError(f"xtf: the training data is streamed, and {name} {why}. {_NOT_STREAMED}")
 
 
 def schemas() -> dict[str, dict[str, Any]]:

@@ -431,12 +431,3 @@ class Marks:
 
 
 AllMarks = Mapping[tuple[str, str, str | None], Marks]  # by column, format and column of the text
-
-
-def joined(found: Sequence[AllMarks]) -> AllMarks:
-    """The marks of several datasets together."""
-    first, *others = found
-    for other in others:
-        for key, marks in other.items():
-            first[key].join(marks)
-    return first

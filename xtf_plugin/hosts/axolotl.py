@@ -77,19 +77,32 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
         return f"{__name__}.XTFArgs"
 
     @exit_on_error
+    def pre_model_load(self, cfg: Any) -> None:
+        """Read the columns of the data that the block names: a wrong one is refused before the model is loaded."""
+        from ..config.block import XTFConfig
+        from ..training.columns import wanted
+
+        config = XTFConfig.parse(cfg.get("xtf"))
+        if config is None or not wanted(config):
+            return
+        from axolotl.loaders import load_tokenizer
+
+        from .axolotl_columns import read_columns
+
+        self._columns = read_columns(cfg, load_tokenizer(cfg), config)
+
+    @exit_on_error
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Attach XTF to the trainer. A dry run ends here, before Axolotl writes into its output folder."""
         from ..config.block import XTFConfig
-        from ..scorers.column import column_parts
+        from ..training import columns
         from ..training.callback import attach
 
         config = XTFConfig.parse(cfg.get("xtf"))
         if config is None:
             return
-        if column_parts(config.scores):
-            from .axolotl_columns import leave_marks
-
-            leave_marks(cfg, trainer, config)
+        if columns.wanted(config):
+            setattr(trainer, columns.ATTRIBUTE, self._columns)
         attach(trainer, config)
         trainer.train = exit_on_error(trainer.train)
         if config.dry_run or is_on(os.environ.get("XTF_DRY_RUN")):

@@ -1,4 +1,4 @@
-"""Reads columns of marks in Axolotl, which drops all columns of text when it tokenises.
+"""Reads columns of the data in Axolotl, which drops all columns of text when it tokenises.
 
 Its prepared datasets lack them too. So each dataset of the recipe is loaded and tokenised once more, by Axolotl's own
 function. Row i of the text then belongs to row i of the tokens.
@@ -14,42 +14,46 @@ from axolotl.utils.data import sft
 from datasets import Dataset, concatenate_datasets
 
 from ..config.block import XTFConfig
-from ..data.marks import AllMarks, joined
 from ..errors import XTFUserError
-from ..scorers.column import column_parts
-from ..training.columns import ATTRIBUTE, Pieces, read
+from ..training.columns import Columns, Pieces, read
+from .axolotl_data import BY_PATH
 
 
-def leave_marks(cfg: Any, trainer: Any, config: XTFConfig) -> None:
-    """Leave the marks of the training data at the trainer.
+def read_columns(cfg: Any, tokenizer: Any, config: XTFConfig) -> Columns:
+    """What the columns that a block names say of the training data.
 
     Raises:
         XTFUserError: rows and their tokens do not correspond, or see `training.columns.read`.
     """
-    parts = list(column_parts(config.scores).values())
-    longest, found = cfg.sequence_len, list[AllMarks]()
+    longest, found = cfg.sequence_len, list[Columns]()
     for entry in sft.datasets_with_name_generator(cfg.datasets):
-        raw, tokenised = _both(entry, cfg, trainer.processing_class)
+        raw, tokenised = _both(entry, cfg, tokenizer)
         where = f"the dataset {entry.path}"
         if len(raw) != len(tokenised):
             raise XTFUserError(
                 f"xtf: Axolotl makes {len(tokenised)} rows of the {len(raw)} rows of {where} (type: {entry.type}), so "
-                "marks do not fit them. Use a type that makes one row of each, such as chat_template or alpaca."
+                "columns do not fit them. Use a type that makes one row of each, such as chat_template or alpaca, or "
+                "remove the scorer `column` and `report_by`."
             )
         tokens = tokenised.select_columns(["input_ids", "labels"])
         rest = raw.select_columns([name for name in raw.column_names if name not in tokens.column_names])
+        if BY_PATH in config.report_columns and BY_PATH not in raw.column_names:
+            rest = rest.add_column(BY_PATH, [str(entry.path)] * len(rest))
         found.append(
             read(
                 concatenate_datasets([tokens, rest], axis=1),
-                parts,
-                trainer.processing_class,
+                config,
+                tokenizer,
                 pieces=_pieces(cfg),
                 cut=lambda length: length >= longest,
                 where=where,
                 texts=_texts(entry),
             )
         )
-    setattr(trainer, ATTRIBUTE, joined(found))
+    first, *others = found
+    for other in others:
+        first.join(other)
+    return first
 
 
 def _both(entry: Any, cfg: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:

@@ -16,6 +16,7 @@ from .chat_template import Template, special_tokens, text_of
 from .data_files import Splits
 from .model_files import source as source_of
 
+BY_PATH = "dataset"  # in `report_by`, unless the data has such a column: the path of each of the recipe's datasets
 _READERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"}
 _TOKENISED = {"input_ids", "attention_mask", "labels"}
 _COLUMNS = {  # what a type cannot do without

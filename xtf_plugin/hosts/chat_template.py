@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.turns import TurnTexts, rendered
-from .model_files import TILDE, facts, folder_of
+from .hub import folder_of
+from .model_files import TILDE, facts
 
 Row = Mapping[str, Any]
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")

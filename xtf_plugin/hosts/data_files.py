@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .hub import looked_at
 from .model_files import TILDE
 
 _BUILDERS = {"json": ".json .jsonl", "csv": ".csv", "parquet": ".parquet", "text": ".txt", "arrow": ".arrow"}
@@ -36,6 +37,11 @@ _HEAD = 1 << 22  # bytes of a file that are read
 Splits = dict[str, list[Path]]
 
 
+def is_named_on_hub(path: str) -> bool:
+    """Whether a source that is not on this disk is looked for on the hub."""
+    return path not in _BUILDERS and "://" not in path and not os.path.exists(path)
+
+
 def splits_of(entry: Mapping[str, Any]) -> tuple[Splits, str]:
     """The data files of a source by split, and what is wrong with it; neither: it is not known here.
 
@@ -47,7 +53,7 @@ def splits_of(entry: Mapping[str, Any]) -> tuple[Splits, str]:
     if not built and not os.path.isdir(folder):
         far = "://" in path or os.path.exists(folder) or not (path.startswith((".", "/", "~")) or path.count("/") > 1)
         next_ = TILDE if path.startswith("~") else "Correct the path"
-        return {}, "" if far else f"{path}: there is no such folder of data. {next_}."
+        return {}, "" if far else f"{path}: there is no such folder of data{looked_at(path)}. {next_}."
     if not built and (why := _of_configurations(path, folder, entry.get("name"))):
         return {}, why
     inside = os.path.expanduser(str(entry.get("data_dir") or ""))

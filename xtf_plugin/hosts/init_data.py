@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from ..environment import is_on
-from ..errors import XTFUserError
+from ..errors import XTFUserError, reason
+from . import hub
+from .data_files import first_row
 
 Row = Mapping[str, Any]
 Kind = Literal["messages", "turns", "pair", "text"]
@@ -28,6 +30,7 @@ ANSWERS = ("completion", "answer", "response", "output", "solution", "assistant"
 CONTEXTS = ("input", "context")  # read after an instruction or a question
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "chat")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+LABEL, LABELS = 60, 20  # characters of a label, and different ones in a column
 MEDIA = ("image", "images", "audio", "video", "pixel_values")
 CONVERT = """    import json
     from datasets import load_dataset
@@ -35,6 +38,12 @@ CONVERT = """    import json
         for row in load_dataset({source}, split={split!r}):
             new = {{"prompt": row["YOUR QUESTION"] + "\\n", "completion": row["YOUR ANSWER"]}}
             file.write(json.dumps(new) + "\\n")"""
+
+
+SEPARATE = """    import csv
+    with open({file!r}, newline="", encoding="utf-8-sig") as old, \\
+            open("train.csv", "w", newline="", encoding="utf-8") as new:
+        csv.writer(new).writerows(csv.reader(old, delimiter={sign!r}))"""
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class Shape:
         keys: of a message's role and content.
         roles: of messages, by names that templates do not know.
         texts: whether the answer of a pair is text; else it is a number.
+        labels: columns that are kept beside these, see `labels_of`.
     """
 
     kind: Kind
@@ -80,6 +90,7 @@ class Shape:
     keys: tuple[str, str] = ("role", "content")
     roles: frozenset[str] = frozenset()
     texts: bool = True
+    labels: tuple[str, ...] = ()
 
     @property
     def of_trl(self) -> bool:
@@ -103,8 +114,12 @@ def open_source(name: str) -> Source:
             legal = ", ".join(READERS)
             raise XTFUserError(f"--dataset {name}: cannot read files ending in {local.suffix!r}. Legal: {legal}.")
         path, data_files = READERS[local.suffix], name
+        if path == "csv":
+            _check_separator(name, local)
     elif not local.is_dir() and (name.startswith((".", "/", "~")) or local.suffix in READERS or name.count("/") > 1):
-        raise XTFUserError(f"--dataset {name}: there is no such file or folder. Correct the path.")
+        raise XTFUserError(f"--dataset {name}: there is no such file or folder{hub.looked_at(name)}. Correct the path.")
+    if not local.exists() and (why := hub.missing("dataset", name, None, os.environ)):
+        raise XTFUserError(f"--dataset: {why}")
     with _readable(name):
         configs = [] if local.exists() else _configs(name)
         config = "default" if "default" in configs else next(iter(configs), None)
@@ -114,6 +129,20 @@ def open_source(name: str) -> Source:
     if not head:
         raise XTFUserError(f"--dataset {name}: it holds no rows. Name another one.")
     return Source(path, data_files, config, configs, split, head)
+
+
+def _check_separator(name: str, file: Path) -> None:
+    """Refuse a CSV file of one column whose name holds the sign that separates the real ones."""
+    header: list[str] = []
+    with suppress(OSError, ValueError):
+        header = list(first_row([file], "csv") or ())
+    sign = next((each for each in ";\t|" if len(header) == 1 and each in header[0]), None)
+    if sign is not None:
+        raise XTFUserError(
+            f"--dataset {name}: its columns are separated by {sign!r}. Hosts read commas alone, so each line would be "
+            f"one text under the name {header[0]!r}. Write it again, and start with --dataset train.csv:\n"
+            + SEPARATE.format(file=str(file), sign=sign)
+        )
 
 
 @contextmanager
@@ -130,7 +159,7 @@ def _readable(name: str) -> Iterator[None]:
     except StopIteration:
         raise XTFUserError(f"--dataset {name}: it holds no rows. Name another one.") from None
     except (DatasetsError, ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        why = " ".join(str(error.__cause__ or error).split())[:300].rstrip(".")
+        why = reason(error.__cause__ or error)[:300].rstrip(".")
         raise XTFUserError(
             f"--dataset {name} cannot be read: {why}. Give a file ({', '.join(READERS)}), a folder of such files, or a "
             "data set's name on the hub."
@@ -198,6 +227,17 @@ def shape_of(source: Source) -> Shape:
     )
 
 
+def labels_of(head: Sequence[Row], shape: Shape) -> tuple[str, ...]:
+    """Columns of short texts that several rows share, such as a source: `report_by` can count drops by them."""
+    read = {*shape.columns, *QUESTIONS, *ANSWERS, *CONTEXTS, *CONVERSATIONS, "text", "chosen", "rejected"}
+    found = []
+    for name in dict.fromkeys(name for row in head for name in row if name not in read):
+        values = [row[name] for row in head if row.get(name) is not None]
+        if values and all(isinstance(each, str) and len(each) <= LABEL for each in values):
+            found += [name] * (1 < len(set(values)) <= min(LABELS, len(values) // 2))
+    return tuple(found)
+
+
 def _is_chat(value: Any) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(each, Mapping) for each in value):
         return False
@@ -263,7 +303,8 @@ def write_converted(source: Source, shape: Shape, host: str, chat: bool, file: P
         file.parent.mkdir(parents=True)
         with file.open("w", encoding="utf-8", errors="replace") as lines:
             for row in source.rows():
-                made = list(converted(row, shape, host, chat))
+                kept = {name: row.get(name) for name in shape.labels}
+                made = [each | kept for each in converted(row, shape, host, chat)]
                 lines.writelines(json.dumps(each, ensure_ascii=False, default=str) + "\n" for each in made)
                 written, without = written + len(made), without + (not made)
     except FileExistsError:

@@ -20,7 +20,8 @@ import yaml
 
 from ..environment import docs, installed_version
 from ..errors import XTFUserError
-from .init_data import ROLES, Shape, Source, longest, open_source, shape_of, write_converted
+from . import hub
+from .init_data import ROLES, Shape, Source, labels_of, longest, open_source, shape_of, write_converted
 from .preflight import problems
 from .recipes import COMMANDS, load_recipe, parse_block
 
@@ -96,6 +97,7 @@ def init(model: str, dataset: str, host: str | None, output: Path) -> list[str]:
             raise XTFUserError(f"{path} exists and is not overwritten. Remove it, or choose another --output.")
     source, about = open_source(dataset), _model(model)
     shape, found = shape_of(source), list[str]()
+    shape = replace(shape, labels=labels_of(source.head, shape))
     for choice in _choices(chosen, shape, about):
         try:
             said, data, found = [], source, []
@@ -104,7 +106,7 @@ def init(model: str, dataset: str, host: str | None, output: Path) -> list[str]:
                 rows, without = write_converted(source, shape, chosen, choice.chat, file)
                 said = [f"wrote {file}: {rows:,} rows" + f"; {without:,} without an answer left out" * (without > 0)]
                 data = replace(source, path=str(folder), data_files=None, config=None, configs=[], split="train")
-            text = recipe_text(chosen, dataset, data, about, choice, longest(source.head, shape), output)
+            text = recipe_text(chosen, dataset, data, about, choice, shape, output)
             _write(output, text)
             found = _problems(output)
         finally:
@@ -173,7 +175,12 @@ def _file(name: str, file: str, needed: bool = False) -> Path | None:
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise XTFUserError(f"--model {name}: there is no such folder. Give a folder of save_pretrained, or a hub id.")
+        raise XTFUserError(
+            f"--model {name}: there is no such folder{hub.looked_at(name)}. Give a folder of save_pretrained, or "
+            "a hub id."
+        )
+    if needed and (why := hub.missing("model", name, None, os.environ)):
+        raise XTFUserError(f"--model: {why}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -202,7 +209,7 @@ def _choices(host: str, shape: Shape, model: Model) -> Iterator[Choice]:
 
 
 def _of_trl(shape: Shape, model: Model, named: str) -> Iterator[Choice]:
-    columns = {"columns": list(shape.columns)}
+    columns = {"columns": [*shape.columns, *shape.labels]}
     if shape.kind == "text":
         field = (("dataset_text_field", shape.columns[0], ""),) if shape.columns[0] != "text" else ()
         yield Choice(columns, f"{named}: {NO_PROMPT}", field)
@@ -249,13 +256,13 @@ def _of_axolotl(shape: Shape, model: Model, named: str) -> Iterator[Choice]:
 
 
 def recipe_text(
-    host: str, dataset: str, source: Source, model: Model, choice: Choice, tokens: int, output: Path
+    host: str, dataset: str, source: Source, model: Model, choice: Choice, shape: Shape, output: Path
 ) -> str:
-    """The recipe; `tokens`: about the length of the longest row."""
+    """The recipe."""
     words = {"model": model.name, "data": dataset, "path": str(output), "command": COMMANDS[host]}
     head = HEAD.format(**{name: " ".join(text.split()) for name, text in words.items()})
     make = _axolotl if host == "axolotl" else _trl
-    length = SHORTEST
+    length, tokens = SHORTEST, longest(source.head, shape)
     while length < min(tokens, LONGEST):
         length *= 2
     length = min(length, model.positions or length)
@@ -264,7 +271,16 @@ def recipe_text(
     note = choice.note + (f". Other configurations: {', '.join(others[:8])}" if others else "")
     parts = make(model, source, choice, (length, limit), f"runs/{output.stem}")
     data = [f"# Data: {' '.join(note.split())}.\n" + parts[1]]
-    return "\n".join([head, parts[0], *data, *parts[2:], BLOCK.replace("{docs}", docs("config.md"))])
+    return "\n".join(
+        [head, parts[0], *data, *parts[2:], BLOCK.replace("{docs}", docs("config.md")) + _of_labels(shape)]
+    )
+
+
+def _of_labels(shape: Shape) -> str:
+    """A line of the block that counts drops by the columns of labels; empty if there is none."""
+    names = list(shape.labels)
+    named = names[0] if len(names) == 1 else names
+    return _lines(("  # report_by", named, "the report counts what is left out for each value")) if names else ""
 
 
 def _entry(source: Source, choice: Choice, host: str) -> str:

@@ -1,6 +1,6 @@
 """What the files of a model say: whether it can be loaded, its tokens, its architecture.
 
-No host is imported for it, so `xtf check` answers in a moment. A hub model counts as far as it is in the hub's cache.
+No host is imported for it, so `xtf check` answers in a moment. Of a model on the hub only what its cache holds is read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..environment import NO_CAUSAL_LM, is_on
+from ..environment import NO_CAUSAL_LM
+from . import hub
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
@@ -21,25 +22,6 @@ if TYPE_CHECKING:
 TILDE = "`~` stands for no folder here: write the whole path"
 
 _TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
-
-
-def folder_of(name: str | None, revision: str | None, env: Mapping[str, str]) -> Path | None:
-    """The folder of a model's files: its own, or that of its revision in the hub's cache; None: not here.
-
-    Args:
-        name, revision: as `from_pretrained` takes them.
-        env: the variables of the process that will load it.
-    """
-    if os.path.isdir(str(name)):  # unlike `Path`, it takes names of any length
-        return Path(str(name))
-    home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    hub = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    model = Path(os.path.expandvars(os.path.expanduser(hub)), "models--" + str(name).replace("/", "--"))
-    named, commit = model / "refs" / (revision or "main"), revision or ""
-    if os.path.isfile(named):
-        commit = named.read_text(encoding="utf-8").strip()
-    found = model / "snapshots" / commit
-    return found if commit and os.path.isfile(found / "config.json") else None
 
 
 def of_model(
@@ -50,10 +32,9 @@ def of_model(
     if not os.path.isdir(path):
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             next_ = TILDE if name.startswith("~") else "Give a folder written by save_pretrained, or a hub id"
-            yield f"{what}: there is no folder {name}. {next_}."
-        elif is_on(env.get("HF_HUB_OFFLINE")) and folder_of(name, revision, env) is None:
-            of = f" (revision {revision})" if revision else ""
-            yield f"{what}: {name}{of} is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or name a folder."
+            yield f"{what}: there is no folder {name}{hub.looked_at(name)}. {next_}."
+        elif why := hub.missing("model", name, revision, env):
+            yield f"{what}: {why}"
         return
     if not (path / "config.json").is_file():
         adapters = (path / "adapter_config.json").is_file()

@@ -1,8 +1,8 @@
 """What a recipe will die of, found before a host is imported or a model is loaded.
 
 A model of 8 billion weights takes minutes to load, and many runs end after that: by a wrong path, a missing column, a
-template without marks. All of this can be read from files. What cannot be known here (a data set on the hub that is not
-in the cache) is left to the run.
+template without marks. All of this can be read from files. Of what is not on this disk the hub is asked once whether it
+has it; the rest is left to the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ..scoring.adapters import ADAPTER_INITS
 from . import axolotl_data
 from .chat_template import notes as of_turns
 from .chat_template import of_template, template_of
-from .model_files import folder_of, of_architecture, of_model, of_tokenizers, source, vocabulary
+from .hub import folder_of
+from .model_files import of_architecture, of_model, of_tokenizers, source, vocabulary
 from .training_rows import first_rows, of_row, sources
 
 if TYPE_CHECKING:

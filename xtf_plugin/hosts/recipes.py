@@ -119,7 +119,7 @@ def parse_block(recipe: Recipe) -> XTFConfig | None:
     elif recipe.streamed:
         if recipe.data.get("dataloader_num_workers"):
             raise XTFUserError(environment.WORKERS_REFUSED.format(workers=recipe.data["dataloader_num_workers"]))
-        check_streamed(config.scores)
+        check_streamed(config.scores, config.report_columns)
     return config
 
 

@@ -1,16 +1,18 @@
 """The first row of each source of a recipe's training data, and what is wrong with sources and rows.
 
-Only files on this disk are read. What is on a hub is left to the run.
+Only files on this disk are read. Of data on the hub only its name is checked.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import axolotl_data
+from ..errors import reason
+from . import axolotl_data, hub
 from .chat_template import Row, is_chat
-from .data_files import first_row, splits_of
+from .data_files import first_row, is_named_on_hub, splits_of
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
@@ -32,6 +34,9 @@ def first_rows(recipe: Recipe, found: list[str]) -> Iterator[Row]:
     for source in named:
         path, split = str(source.get("path")), str(source.get("split") or "train")
         by_split, why = splits_of(source) if recipe.host == "trl" else axolotl_data.splits_of(source)
+        if not why and not by_split and is_named_on_hub(path):
+            why = hub.missing("dataset", path, None, {**os.environ, **recipe.env})
+            why = f"datasets: {why}" if why else ""
         if why:
             found.append(why)
         if not by_split:
@@ -46,7 +51,7 @@ def first_rows(recipe: Recipe, found: list[str]) -> Iterator[Row]:
         try:
             row = first_row(files, axolotl_data.reader(source) if recipe.host == "axolotl" else path)
         except (OSError, ValueError) as error:
-            found.append(f"{files[0]} cannot be read: {error}. Repair the file.")
+            found.append(f"{files[0]} cannot be read: {reason(error)}. Repair the file.")
             continue
         if row is not None and recipe.host == "axolotl":
             found += axolotl_data.of_columns(source, row)
@@ -90,9 +95,14 @@ def _of_mixture(data: Mapping[str, Any]) -> Iterator[str]:
 def of_row(row: Row, recipe: Recipe, config: XTFConfig) -> Iterator[str]:
     """Problems of the columns of a row."""
     columns, data = ", ".join(row), recipe.data
-    for name in (getattr(part, "column", None) for part in config.scores.values()):
-        if name is not None and name not in row:
-            yield f"the data has no column {name!r} for a score, only {columns}. Correct `column`."
+    named = [(getattr(part, "column", None), "a score", "column") for part in config.scores.values()]
+    named += [(name, "report_by", "report_by") for name in config.report_columns]
+    for name, reader, key in named:
+        by_path = recipe.host == "axolotl" and key == "report_by" and name == axolotl_data.BY_PATH
+        if name is not None and name not in row and not by_path:
+            chosen = any(isinstance(each.get("columns"), list) for each in sources(recipe))
+            left_out = ", or add the column to `columns` under `datasets`" if chosen else ""
+            yield f"the data has no column {name!r} for {reader}, only {columns}. Correct `{key}`{left_out}."
     if recipe.host != "trl":
         return
     if images := [name for name in _IMAGES if name in row]:

@@ -141,9 +141,13 @@ def _init_with_attach(original: Any) -> Any:
     def init_and_attach(self: Any, block: Any, *args: Any, **kwargs: Any) -> None:
         with complete_installation():
             from ..config.block import XTFConfig
+            from ..training import columns
             from ..training.callback import attach
         config = XTFConfig.parse(block)  # a wrong block is refused before the trainer is built
         self._xtf_block = config
+        known = getattr(kwargs.get("train_dataset"), "column_names", None)
+        if config is not None and isinstance(known, list):  # here, before the model is loaded
+            columns.check(known, config)
         original(self, *args, **kwargs)
         if config is not None:
             attach(self, config)

@@ -1,4 +1,4 @@
-"""Reads columns of marks in TRL: `SFTTrainer._prepare_dataset` drops them when it packs, and cuts rows.
+"""Reads columns of the data in TRL: `SFTTrainer._prepare_dataset` drops them when it packs, and cuts rows.
 
 So the method is called twice. The first call tokenises and does nothing else, and its rows still have all columns. The
 second one gets these rows and cuts, packs and shuffles them, as it does for any dataset that is tokenised already.
@@ -15,8 +15,7 @@ from datasets import Dataset
 
 from ..config.block import XTFConfig
 from ..errors import XTFUserError
-from ..scorers.column import column_parts
-from ..training.columns import ATTRIBUTE, Pieces, read, texts_in
+from ..training.columns import ATTRIBUTE, Pieces, read, texts_in, wanted
 
 _NEEDED = {"dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"}
 # settings with which the first call only tokenises
@@ -24,11 +23,11 @@ _NOTHING_ELSE = {"max_length": None, "shuffle_dataset": False, "use_liger_kernel
 
 
 def prepare(original: Any, config: XTFConfig, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call `original`, TRL's `_prepare_dataset`; leave the marks of the training data at the trainer."""
+    """Call `original`, TRL's `_prepare_dataset`; leave what the columns say at the trainer."""
     bound = inspect.signature(original).bind(trainer, *args, **kwargs)
-    given, parts = bound.arguments, list(column_parts(config.scores).values())
+    given = bound.arguments
     # without these, and for streams, the run is refused later: the rows that are trained on have no such column
-    if not parts or not given.keys() >= _NEEDED or not isinstance(given["dataset"], Dataset):
+    if not wanted(config) or not given.keys() >= _NEEDED or not isinstance(given["dataset"], Dataset):
         return original(trainer, *args, **kwargs)
     if given["dataset_name"] != "train":
         return original(trainer, *args, **kwargs)
@@ -41,7 +40,7 @@ def prepare(original: Any, config: XTFConfig, trainer: Any, *args: Any, **kwargs
     tokenised = original(*bound.args, **bound.kwargs)
     processing = given["processing_class"]
     tokenizer = getattr(processing, "tokenizer", processing)
-    setattr(trainer, ATTRIBUTE, read(tokenised, parts, tokenizer, pieces=pieces, texts=texts_in(settings)))
+    setattr(trainer, ATTRIBUTE, read(tokenised, config, tokenizer, pieces=pieces, texts=texts_in(settings)))
     given |= {"dataset": tokenised, "args": settings, "packing": packing, "formatting_func": None}
     return original(*bound.args, **bound.kwargs)
 
@@ -51,8 +50,8 @@ def _pieces(settings: Any, packing: bool) -> Pieces:
     longest, strategy = settings.max_length, settings.packing_strategy
     if packing and strategy not in ("bfd", "bfd_split"):
         raise XTFUserError(
-            f"xtf: packing_strategy: {strategy} cuts rows at any place, so a column of marks no longer fits them. Use "
-            "packing_strategy: bfd, or bfd_split."
+            f"xtf: packing_strategy: {strategy} cuts rows at any place, so columns of the data no longer fit them. "
+            "Use packing_strategy: bfd, or bfd_split."
         )
 
     def pieces(length: int) -> Iterable[slice]:

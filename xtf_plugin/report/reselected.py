@@ -17,6 +17,7 @@ from ..config.block import XTFConfig
 from ..errors import XTFUserError
 from ..selection.select import reason_text, rule_bits
 from . import score_table, whatif
+from .by_value import by_value
 from .score_table import ScoreTable
 from .summary import Verdicts
 from .terminal import Document, Part
@@ -41,10 +42,13 @@ def select_again(path: Path, config: XTFConfig, model: str | None) -> ScoreTable
     except XTFUserError:
         return None
     named = table.about.get("reference", {}).get("name")
+    if not table.groups.keys() >= set(config.report_columns):
+        return None
     if table.config.to_dict() == config.to_dict() or (config.reference.model is None and named != model):
         return None
     scores = {name: table.scores[name] for name in config.scores}  # the block may have lost some
-    found = replace(table, config=config, scores=scores, keep=selection.keep, reasons=selection.reasons)
+    groups = {column: table.groups[column] for column in config.report_columns}
+    found = replace(table, config=config, scores=scores, keep=selection.keep, reasons=selection.reasons, groups=groups)
     verdicts = Verdicts(config, found, found.weights)
     emptied = (found.layout.lengths > 0) & (found.layout.count(found.keep) == 0)
     totals = {**table.about["totals"], "fully_dropped_documents": int(found.counts[emptied].sum())}
@@ -54,6 +58,7 @@ def select_again(path: Path, config: XTFConfig, model: str | None) -> ScoreTable
         "thresholds": selection.thresholds,
         "totals": {**totals, **verdicts.totals()},
         "combinations": verdicts.combinations(),
+        "by": by_value(groups, found.layout, found.keep),
         "recurring": [],
         "warnings": [NOTE, *selection.warnings],
     }

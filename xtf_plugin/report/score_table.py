@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ from .. import files
 from ..config.block import XTFConfig
 from ..data import token_text
 from ..data.ragged import Bools, Floats, Ints, Layout, offsets_of, runs, stretches
-from ..errors import XTFUserError
+from ..data.values import Grouping
+from ..errors import XTFUserError, reason
 from ..selection.select import DECISIONS, Reasons, reason_text, rule_bits
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ SCHEMA = pa.schema(
 )
 CHUNK_TOKENS = 500_000
 ADVICE = "Make it again: xtf score RECIPE"
+BY = "by:"  # before the name of a column of the dataset, which no score's name can begin with
 _REQUIRED = ("row", "document", "position", "token_id", "kept", "protected", "forced")  # never null
 _ROW_GROUP = 1 << 18
 _DICTIONARY_BYTES = 1 << 23  # beyond it Parquet writes every string in full: 36 bytes of document key for each token
@@ -74,6 +76,7 @@ class ScoreTable:
         logprobs: (M,) float32 natural-log probabilities; None: not scored.
         keep: (M,); reasons: (M,) bits, see `selection.select.rule_bits`; protected, forced: (M,).
         pieces: bytes of each token id.
+        groups: what drops are counted by, by column.
     """
 
     about: Mapping[str, Any]
@@ -91,6 +94,7 @@ class ScoreTable:
     protected: Bools
     forced: Bools
     pieces: Mapping[int, bytes]
+    groups: Mapping[str, Grouping] = field(default_factory=dict)
 
     @classmethod
     def of_plan(cls, plan: Plan, tokenizer: Any) -> ScoreTable:
@@ -114,6 +118,7 @@ class ScoreTable:
             protected=text.protected,
             forced=np.zeros_like(text.protected) if text.forced is None else text.forced,
             pieces=dict(zip(ids, token_text.token_bytes(tokenizer, ids), strict=True)),
+            groups=plan.groups,
         )
 
     @property
@@ -175,6 +180,10 @@ def _chunks(table: ScoreTable, documents: DocumentSet, schema: Any) -> Iterator[
     keys = pa.array([table.key(document) for document in range(len(table.keys))], pa.string())
     off = np.full(len(table.token_ids), np.nan, dtype=np.float32)
     floats = {**table.scores, "log_probability": off if table.logprobs is None else table.logprobs}
+    groups = {
+        BY + column: pa.array(names, pa.string()).take(pa.array(codes))
+        for column, (names, codes) in table.groups.items()
+    }
     for row, document, where in _occurrences(documents, table.offsets):
         columns = {
             "row": row,
@@ -186,6 +195,7 @@ def _chunks(table: ScoreTable, documents: DocumentSet, schema: Any) -> Iterator[
             "reason": reasons.take(pa.array(table.reasons[where])),
             "protected": table.protected[where],
             "forced": table.forced[where],
+            **{name: values.take(pa.array(document)) for name, values in groups.items()},
         }
         for name in set(schema.names) - columns.keys():
             columns[name] = pa.array(floats.get(name, off)[where], pa.float32(), from_pandas=True)
@@ -263,7 +273,13 @@ def _table(about: Mapping[str, Any], config: XTFConfig, held: Any) -> ScoreTable
         protected=column("protected"),
         forced=column("forced"),
         pieces=pieces,
+        groups={name: _grouping(held[BY + name], begins[first]) for name in config.report_columns},
     )
+
+
+def _grouping(values: Any, first: Ints) -> Grouping:
+    codes, names = _codes(values)
+    return Grouping(names, codes[first].astype(np.int64))
 
 
 def open_file(path: Path) -> Any:
@@ -272,8 +288,8 @@ def open_file(path: Path) -> Any:
         return pq.ParquetFile(files.for_arrow(path), page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise XTFUserError(
-            f"cannot read the score table {path}: {error}. Give a scores.parquet that `xtf score` or a training run "
-            "with an `xtf:` block wrote."
+            f"cannot read the score table {path}: {reason(error)}. Give a scores.parquet that `xtf score` or a "
+            "training run with an `xtf:` block wrote."
         ) from error
 
 
@@ -311,7 +327,7 @@ def batches(file: Any, schema: Any, path: Path) -> Iterator[Any]:
                 raise ValueError(f"rows without {', '.join(empty)}")
             yield piece
     except (OSError, LookupError, ValueError, pa.ArrowException) as error:
-        raise XTFUserError(f"{path} cannot be read: {error}. {ADVICE}") from error
+        raise XTFUserError(f"{path} cannot be read: {reason(error)}. {ADVICE}") from error
 
 
 def iter_documents(held: Any) -> Iterator[tuple[int, str, Any]]:
@@ -336,8 +352,9 @@ def _codes(column: Any) -> tuple[NDArray[np.int32], list[str]]:
 
 
 def _schema(config: XTFConfig) -> Any:
-    """`SCHEMA` with a column for each selector."""
-    return pa.schema([*SCHEMA, *((name, pa.float32()) for name in config.selectors)])
+    """`SCHEMA` with a column for each selector, and for each column of `report_by`."""
+    selectors = ((name, pa.float32()) for name in config.selectors)
+    return pa.schema([*SCHEMA, *selectors, *((BY + name, pa.string()) for name in config.report_columns)])
 
 
 def _sum(text: bytes) -> bytes:

@@ -21,12 +21,14 @@ from .. import __version__
 from ..config.block import XTFConfig
 from ..data.ragged import Floats, Ints, Layout, dataset_quantiles
 from ..environment import installed_version
+from ..errors import harmless
 from ..selection.select import DECISIONS, Selection, rule_bits
 from ..selection.text_rules import special_ids
 from . import whatif
+from .by_value import by_value
 from .familiarity import familiarity
 from .score_table import ScoreTable, plain
-from .terminal import measure, on_one_line, text_of, totals_table
+from .terminal import by_table, measure, on_one_line, text_of, totals_table
 from .whatif import WhatIf
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 BINS = 40
 FORMATS = 5  # lines in the terminal
+NAMED = 3  # kept texts that recur, in the terminal
 _ENDS = 0.002  # share of the scores beyond each end of a histogram
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
@@ -87,6 +90,8 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
     """
     special = np.isin(plan.scores.token_ids, special_ids(tokenizer))
     stats, keep, weights = plan.stats, plan.selection.keep, plan.weights
+    layout = Layout(plan.scores.offsets, plan.scores.counts)
+    known = familiarity(plan)
     facts = {
         "format": 3,
         "config": plan.config.to_dict(),
@@ -94,7 +99,8 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
         "versions": versions(),
         "thresholds": plan.selection.thresholds,
         "totals": totals(plan),
-        "familiarity": familiarity(plan),
+        **({"by": by_value(plan.groups, layout, plan.selection.keep)} if plan.groups else {}),
+        "familiarity": known,
         "formats": [{"text": on_one_line(text), "share": round(part, 4)} for text, part in plan.text.formats.items()],
         "recurring": [{**asdict(each), "text": on_one_line(each.text)} for each in plan.recurring],
         **(found or {}),
@@ -114,7 +120,7 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
         "scorers": plan.scorers,
         **({"streaming": plan.streaming} if plan.streaming else {}),
         "loss_is_comparable_with_plain_sft": False,
-        "warnings": plan.warnings,
+        "warnings": [*plan.warnings, *([known["advice"]] if known.get("level") == "weak" else [])],
     }
     return dict(plain(facts))
 
@@ -126,10 +132,14 @@ def show(plan: Plan, written: list[Path]) -> None:
         which = "the whole stream" if plan.streaming["whole_stream"] else "not the whole stream"
         sample = f"calibration sample: the first {plan.streaming['documents']:,} documents of the stream, {which}"
         lines.append(f"{sample}; all figures are of this sample")
-    advice = familiarity(plan).get("advice")
-    if advice:
+    known = familiarity(plan)
+    if advice := known.get("advice"):
         logger.info("xtf: %s", advice)
-    Console(stderr=True, soft_wrap=True).print(totals_table(totals(plan)))
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(totals_table(totals(plan)))
+    layout = Layout(plan.scores.offsets, plan.scores.counts)
+    for column, values in by_value(plan.groups, layout, plan.selection.keep).items():
+        console.print(by_table(column, values))
     print_lines(
         [
             *lines,
@@ -138,7 +148,7 @@ def show(plan: Plan, written: list[Path]) -> None:
             f"({share(stats.tokens, stats.seconds):,.0f} tokens/s), {stats.stored_documents:,} came from the store",
             *_scorer_lines(plan),
             *_text_lines(plan),
-            *([advice] if advice else []),
+            *([("warning: " if known["level"] == "weak" else "") + advice] if advice else []),
             "the training loss is taken over kept tokens only and is not comparable with plain SFT's.",
             *(f"warning: {warning}" for warning in plan.warnings),
             *(f"wrote {path}" for path in written),
@@ -172,6 +182,12 @@ def _text_lines(plan: Plan) -> list[str]:
     if plan.recurring:
         kept = len(plan.recurring) - dropped
         lines.append(f"texts that recur: {dropped} dropped, {kept} kept; the report lists them")
+    said = [each for each in plan.recurring if not each.dropped and not each.why][:NAMED]
+    line = '"{}" is kept in {:,} of the {:,} documents that have it. If it is noise, add to the block: {}'
+    lines += [
+        line.format(on_one_line(each.text), each.documents - each.dropped_in, each.documents, harmless(each.setting))
+        for each in said
+    ]
     return lines
 
 

@@ -178,6 +178,19 @@ class Wanted:
         return reason in token.reason.split(",") and (not token.kept or reason in ("protected", "floor"))
 
 
+def check_row(row: int | None, about: Mapping[str, Any]) -> None:
+    """Refuse a dataset row beyond the last one of a table with the metadata `about`.
+
+    Raises:
+        XTFUserError: names the number of rows.
+    """
+    totals = about.get("totals")
+    rows = totals.get("rows") if isinstance(totals, Mapping) else None
+    if row is not None and isinstance(rows, int) and row >= rows:
+        legal = f"0 to {rows - 1:,} are legal" if rows else "none is legal"
+        raise XTFUserError(f"--row {row}: the score table is of {rows:,} rows, so {legal}. Packed rows count as one.")
+
+
 def find(file: Any, wanted: Wanted, n: int, path: Path) -> list[Document]:
     """The `n` matching documents of an open score table that lose most; see `matching`.
 
@@ -199,7 +212,9 @@ def matching(parts: Iterable[Part], columns: Sequence[str], wanted: Wanted, n: i
     Raises:
         XTFUserError: no rule of the table has the wanted reason.
     """
-    selectors = [name for name in columns if name not in score_table.SCHEMA.names]
+    selectors = [
+        name for name in columns if name not in score_table.SCHEMA.names and not name.startswith(score_table.BY)
+    ]
     legal = [*SHORT_NAMES, *selectors, *DECISIONS]
     if wanted.reason not in (None, *legal, *FULL_NAMES):
         raise XTFUserError(f"--reason {wanted.reason!r} is no rule of this table. Legal: {', '.join(legal)}.")
@@ -326,4 +341,17 @@ def totals_table(totals: Mapping[str, Any]) -> Table:
             add(DECISIONS[name], count)
     table.caption = "by score: tokens on which its rule fired; of these dropped; of these by no other rule"
     table.caption_justify = "left"
+    return table
+
+
+def by_table(column: str, values: Iterable[Mapping[str, Any]]) -> Table:
+    """`by.<column>` of summary.json to print: what is dropped for each value of a column of the dataset."""
+    table = Table(title=f"by {on_one_line(column)}", title_justify="left")
+    table.add_column("")
+    for heading in ("documents", "tokens", "dropped", "share"):
+        table.add_column(heading, justify="right")
+    for each in values:
+        name = each["value"] if each["values"] == 1 else f"{each['values']:,} {each['value']}"
+        counts = (f"{each[key]:,}" for key in ("documents", "tokens", "dropped_tokens"))
+        table.add_row(Text(name), *counts, f"{100 * each['dropped_fraction']:.2f} %")
     return table

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import Group
 
 from ..errors import XTFUserError
 from ..files import write_whole
 from . import page, score_table
 from .score_table import ScoreTable
 from .summary import described, summary
-from .terminal import totals_table
+from .terminal import by_table, totals_table
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -77,14 +77,15 @@ def _table_and_page(plan: Plan, tokenizer: Any, path: Path) -> tuple[ScoreTable,
         return replace(ScoreTable.of_plan(plan, tokenizer), about=summary(plan, tokenizer)), None
 
 
-def write_report(table: ScoreTable, path: Path) -> Table:
-    """Write report.html of a score table; return its totals to print.
+def write_report(table: ScoreTable, path: Path) -> Group:
+    """Write report.html of a score table; return its totals, and those by column, to print.
 
     Raises:
         XTFUserError: the table holds what no run writes, or the page cannot be written.
     """
     try:
-        shares = totals_table(table.about["totals"])
+        by = (by_table(column, values) for column, values in table.about.get("by", {}).items())
+        shares = Group(totals_table(table.about["totals"]), *by)
         html = page.render(page.page_data(table), page.title(path)).encode()
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ..config.block import XTFConfig
 
 FEWEST = 3  # documents
-SHARED = 0.2  # of the documents: a dropped text gives a warning, a kept one that nothing protects is listed
+SHARED = 0.2  # of the documents: a dropped text gives a warning
+OFTEN = 0.01  # of the documents: a kept text that nothing protects is listed
 MOST = 10  # texts listed of each decision
 WARNED = 3  # texts in warnings
 LONGEST = 300  # characters of a text; a longer one is a repeated document rather than a phrase
@@ -216,7 +217,7 @@ def _described(
     why = [name for name, bit in bits.items() if fired & bit]
     if not dropped and units.formatted[here].any():
         why = ["format"]
-    elif not dropped and (number < SHARED * total or len(text.split()) < WORDS):
+    elif not dropped and (number < max(FEWEST, OFTEN * total) or len(text.split()) < WORDS):
         return None
     quoted = json.dumps([pattern_of(text, ends_line=ends_line)], ensure_ascii=False)
     setting = f"protect: {{patterns: {quoted}}}" if dropped else f"force_drop: {quoted}"

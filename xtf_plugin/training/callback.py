@@ -24,7 +24,7 @@ from ..scoring.distributed import Ranks
 from ..scoring.providers import BorrowedReference, SeparateReference, loading_all_weights
 from .boundaries import Boundaries
 from .collator import XTFDataCollator
-from .columns import marks_of
+from .columns import columns_of
 from .streaming import Stream, check_base
 from .trainer import check_trainer, log_report, rows, rows_in_flight, streamed, text_tokenizer, visible_part
 from .verification import CHECKED, LabelVerifier, PlannedDocuments
@@ -78,12 +78,13 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         if self._stream is not None:
             self._begin_streaming(self._stream, progress, resumed=state.global_step > 0)
             return
-        marks = marks_of(self.trainer, self.config)
+        columns = columns_of(self.trainer, self.config)
         documents = collect(rows(self.trainer, self._read_as_collated()))
         separate = partial(self._separate, documents)
         provider = self._borrowed or self.ranks.run_with_heartbeat(lambda: separate(self.config.reference))
         tokenizer = text_tokenizer(self.trainer)
-        options: dict[str, Any] = {"references": separate, "progress": progress, "ranks": self.ranks, "marks": marks}
+        options: dict[str, Any] = {"references": separate, "progress": progress, "ranks": self.ranks}
+        options |= columns._asdict()
         with loading_all_weights():  # on the main thread: `make_plan` may load references on another one
             plan = make_plan(self.config, documents, provider, tokenizer, **options)
         self._adopt(plan)

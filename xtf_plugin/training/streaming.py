@@ -63,7 +63,7 @@ class Stream:
     """
 
     def __init__(self, config: XTFConfig, tokenizer: Any) -> None:
-        check_streamed(config.scores)
+        check_streamed(config.scores, config.report_columns)
         self.config, self.tokenizer = config, tokenizer
         self.masks: LiveMasks | None = None
         self._visible: Visible = dict

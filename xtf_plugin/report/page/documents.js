@@ -73,7 +73,8 @@ function shade() {
       span.className = names.join(" ");
     }
     const kept = found.filter((token) => token.kept).length;
-    text.parentElement.querySelector(".kept-count").textContent = `kept ${number(kept)} of ${plural(found.length, "token")}`;
+    text.parentElement.querySelector(".kept-count").textContent =
+      isCounted(kept) ? `kept ${number(kept)} of ${plural(found.length, "token")}` : `${plural(found.length, "token")}, not counted`;
   }
   if (view.current) describe(view.current);
 }

@@ -104,6 +104,13 @@ function counted() {
   return {fired, dropped: moved() ? [Math.max(0, low.dropped - low.loose - D.whatif.slack), high.dropped] : [own, own]};
 }
 
+// Whether a run keeps as many tokens of an answer as the page shows. min_kept brings tokens back where fewer are left, and
+// between two known values of a slider the page shows the lower one.
+function isCounted(kept) {
+  const known = (slider, i) => { const [low, high] = placesOf(slider, state.values[i]); return slider.kind === "line" || low === high; };
+  return !unknown() && (!moved() || (kept > S.config.min_kept && sliders.every(known)));
+}
+
 // The text of each token. A character spread over several tokens is in the first; the others show "◌".
 function textsOf(raw, shown) {
   const texts = Array.from(raw.ids, shown);

@@ -108,16 +108,19 @@ function showPlaces() {
   const key = () => make("span", {class: "key"}, make("span", {class: "kept"}), "kept ", make("span", {class: "lost"}), "dropped, with its share");
   const figure = (title, bars) => make("figure", {}, make("figcaption", {}, make("b", {}, title), key()), chart(bars, title));
   put("charts", figure("By tenth of the answer", tenths), figure("By length of the answer, in tokens", lengths));
+  put("by", ...Object.entries(S.by || {}).map(([column, values]) => table([`By ${column}`, "answers", "tokens", "dropped", "share"],
+    values.map((each) => [each.values === 1 ? each.value : `${number(each.values)} ${each.value}`, number(each.documents), number(each.tokens),
+      number(each.dropped_tokens), share(each.dropped_tokens, each.tokens)]))));
 }
 
-// Texts that are kept as format, and those that nothing drops although many answers share them.
+// Texts that are kept as format, and those that nothing drops although several answers share them.
 function showFormats() {
   const all = S.totals.documents, part = (value) => `${(100 * value).toFixed(0)} %`;
   const kept = (S.recurring || []).filter((each) => !each.dropped);
   const shown = new Set(kept.map((each) => each.text)), openings = (S.formats || []).filter((each) => !shown.has(each.text));
   byId("formats").hidden = !kept.length && !openings.length;
   const rows = kept.map((each) => [make("span", {class: "text"}, each.text), `${number(each.documents)} (${part(each.documents / all)})`,
-    each.why.includes("format") ? "format" : "no rule drops it", dropButton(each)]);
+    each.why.includes("format") ? "format" : each.dropped_in ? `dropped in ${number(each.dropped_in)} of them` : "no rule drops it", dropButton(each)]);
   rows.push(...openings.slice(0, 12).map((each) => [make("span", {class: "text"}, each.text), part(each.share), "opens a line: format", ""]));
   put("repeated", make("p", {class: "note"}, "A format is to be learned, a phrase that says nothing is not; only a reader can tell."),
     table(["text", "answers", "why it is kept", ""], rows));
