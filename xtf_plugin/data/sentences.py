@@ -96,6 +96,11 @@ def blanks(tokenizer: Any, token_ids: ArrayLike) -> Bools:
     return marked
 
 
+def ends_sentence(text: str) -> bool:
+    """Whether a text ends with the mark of a sentence, perhaps with quotes and brackets after it."""
+    return _OPEN.search(text) is not None or _WIDE.search(text) is not None
+
+
 def inside_characters(tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike) -> Bools | None:
     """Which tokens begin inside a character that the token before has begun, (M,); None if none does.
 
