@@ -90,6 +90,23 @@ def test_the_cost_counts_all_tokens_that_were_read():
     assert detect._cost(made, documents, 2.0) == {"tokens": 1.5, "seconds": 2.0}
 
 
+@real.needs(real.SMOLLM2)
+def test_running_text_is_measured_and_tabled(tmp_path):
+    made = detect.measure_form(detect.Form("chat", 4), tmp_path, tmp_path)
+    assert 0 < made["rules"]["running_text"]["good"] < 1  # lists and tables of clean answers
+    cells = [cell.strip() for cell in tables.everything([{**made, "made": "here"}]).splitlines()[-1].split("|")[1:-1]]
+    assert cells == ["chat", "0%", "–", f"{made['rules']['running_text']['good']:.1%}", "–", "–"]
+    assert "running text, chat" in tables.line(made)
+
+
+def test_pages_are_halved(tmp_path):
+    (tmp_path / "noise").mkdir()
+    rows = [{"title": str(at), "lines": ["one", "two"], "article": [True, False]} for at in range(5)]
+    (tmp_path / "noise/web_pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    halves = [[one.prompt for one in texts.sample(name, tmp_path, 9, 0)[0]] for name in texts.HALVES]
+    assert [sorted(half) for half in halves] == [[f"Title: {at}\n\n" for at in part] for part in ((0, 2, 4), (1, 3))]
+
+
 def test_settings_have_keys_of_their_own():
     one = Setting("m", "chat", 0.25, 3)
     assert (

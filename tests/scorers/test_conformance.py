@@ -49,6 +49,7 @@ BUILTIN = [
     ("log_probability", OTHER),
     ("excess_loss", OTHER),
     ("token_cleaning", OTHER),
+    ("running_text", {}),
     ("column", {"column": "noise", "format": "lines", "text": "answer"}),
 ]
 
@@ -59,7 +60,7 @@ def test_every_built_in_scorer_is_among_them():
 
 @pytest.mark.parametrize(("name", "options"), BUILTIN, ids=str)
 def test_built_in_scorers_conform(name, options):
-    tokenizer = tiny.tokenizer() if "domain" in options or name in ("explained", "new_text") else None
+    tokenizer = tiny.tokenizer() if "domain" in options or name in ("explained", "new_text", "running_text") else None
     assert check_scorer(registry.BUILTIN[name], options, tokenizer).dtype == np.float32
 
 

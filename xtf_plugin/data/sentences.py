@@ -16,6 +16,7 @@ import numpy as np
 import regex
 from numpy.typing import ArrayLike, NDArray
 
+from . import json_strings
 from .ragged import Bools, Ints, chunks, runs
 from .token_text import token_bytes
 
@@ -33,6 +34,7 @@ MORE = np.uint32(1 << 13)  # CLOSER but for what also opens a quote, or further 
 SPACES = np.uint32(1 << 14)  # ends with a letter of a script that has spaces between sentences and not between words
 HIGH = np.uint32(1 << 15)  # begins, after whitespace, with a character beyond ASCII
 LEAD, TAIL = np.uint32(1 << 16), np.uint32(1 << 17)  # begins, or ends, inside a character
+BRACE = np.uint32(1 << 18)  # holds the brace that opens an object of JSON
 
 _CLOSERS = r"[\p{Pe}\p{Pf}\p{M}\u200d\"'“‘*_`]"
 _MARK = r"[\p{SB=STerm}．｡།༎--[!?]]"
@@ -59,6 +61,8 @@ def segment_starts(
     - with `.`, `!` or `?` before whitespace, so a decimal point ends none; with quotes and brackets between them;
     - with a mark of another script (`。`, `।`, `؟`, ...), with or without whitespace;
     - in Thai and Lao, which have no such mark, with a space between two letters.
+    - in a string of JSON, with an escaped line break; lines end there, too. A string in which a sentence or line ends
+      is cut from the quotes around it, so that keys, quotes and braces are segments of their own.
     The dot of a known abbreviation, of letters with dots (`e.g.`) and of a number that begins a line ends none. Tokens
     of whitespace alone belong to the sentence before them. A special token is a segment of its own. No segment begins
     inside a character, and none spans two runs.
@@ -84,7 +88,9 @@ def segment_starts(
         begins[offsets[part] - start] = True
         if len(here):
             _join_characters(here, ids[start:stop], begins[:-1], pieces)
-            found.append(np.flatnonzero(_starts(here, begins[:-1], unit)) + start)
+            starts = _starts(here, begins[:-1], unit)
+            _cut_strings(starts, here, ids[start:stop], begins[:-1], pieces, unit)
+            found.append(np.flatnonzero(starts) + start)
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 
@@ -94,6 +100,11 @@ def blanks(tokenizer: Any, token_ids: ArrayLike) -> Bools:
     flags, _ = _vocabulary_flags(tokenizer, ids, np.zeros(0, dtype=np.int64))
     marked: Bools = (flags & BLANK)[ids] > 0
     return marked
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether a text ends with the mark of a sentence, perhaps with quotes and brackets after it."""
+    return _OPEN.search(text) is not None or _WIDE.search(text) is not None
 
 
 def inside_characters(tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike) -> Bools | None:
@@ -131,6 +142,7 @@ def _flags_of(piece: bytes) -> int:
         NUMBER: stripped.isdecimal(),
         SPACES: _SPACES.search(text) is not None,
         HIGH: first > "\x7f",
+        BRACE: "{" in text,
         LEAD: bool(piece) and piece[0] & 0xC0 == 0x80,
         TAIL: bool(text) and "\udc80" <= text[-1] <= "\udcff" and _unfinished(piece),
     }
@@ -144,7 +156,7 @@ def _unfinished(piece: bytes) -> bool:
 
 
 def _vocabulary_flags(tokenizer: Any, ids: NDArray[Any], special_ids: NDArray[Any]) -> tuple[Flags, dict[int, bytes]]:
-    """Flags by token id, 0 for ids that do not occur; and the bytes of those that hold a part of a character."""
+    """Flags by token id, 0 for ids that do not occur; and the bytes of each id that does."""
     seen = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
     for part in chunks(len(ids), CHUNK_TOKENS):  # np.unique would sort a copy of the dataset
         seen[ids[part]] = True
@@ -153,8 +165,7 @@ def _vocabulary_flags(tokenizer: Any, ids: NDArray[Any], special_ids: NDArray[An
     pieces = token_bytes(tokenizer, distinct.tolist())
     flags[distinct] = [_flags_of(piece) for piece in pieces]
     flags[distinct[np.isin(distinct, special_ids)]] = SPECIAL
-    partial = np.flatnonzero(flags[distinct] & (LEAD | TAIL))
-    return flags, {int(distinct[at]): pieces[at] for at in partial}
+    return flags, dict(zip(distinct.tolist(), pieces, strict=True))
 
 
 def _join_characters(flags: Flags, ids: NDArray[Any], begins: Bools, pieces: dict[int, bytes]) -> None:
@@ -192,6 +203,27 @@ def _starts(flags: Flags, begins: Bools, unit: str) -> Bools:
         next_ = next_[next_ < len(flags)]
         starts[next_[(flags[next_] & quiet) == 0]] = True
     return starts
+
+
+def _cut_strings(
+    starts: Bools, flags: Flags, ids: NDArray[Any], begins: Bools, pieces: dict[int, bytes], unit: str
+) -> None:
+    """Cut strings of JSON behind line breaks, and those in which something ends from what is around; changes `starts`.
+
+    What is between two such strings is one segment, unless it has line feeds.
+    """
+    bounds = np.append(np.flatnonzero(begins), len(flags))
+    for run in np.unique(np.searchsorted(bounds, np.flatnonzero((flags & BRACE) > 0), side="right")).tolist():
+        low, high = bounds[run - 1], bounds[run]
+        own, holds = starts[low:high], flags[low:high]
+        for (first, last), breaks in json_strings.strings([pieces[index] for index in ids[low:high].tolist()]):
+            for begin, behind in breaks:  # white space, which belongs to what it ends
+                own[begin:behind] = False
+            cuts = [behind for _, behind in breaks if behind < last]
+            if first < last and (cuts or (unit == "sentence" and own[first + 1 : last].any())):
+                own[last + 1 : last + 2] &= (holds[last : last + 1] & NEWLINE) > 0
+                places = np.asarray([at for at in (first, *cuts, last) if at < len(own)])
+                own[places[(holds[places] & LEAD) == 0]] = True
 
 
 def _walk(flags: Flags, at: Ints, over: np.uint32, stop: Bools) -> Ints:

@@ -49,6 +49,7 @@ MEASURES = {  # by scorer
     "log_probability": "how probable the reference finds it",
     "new_text": "how much of it does not repeat earlier text",
     "novelty": "how improbable the reference finds it",
+    "running_text": "how much running text it and the lines around it have",
     "token_cleaning": "how much more probable a better model finds it",
     "typicality": "how probable it is, compared with what the reference expects there",
 }

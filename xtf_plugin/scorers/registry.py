@@ -21,12 +21,13 @@ from .influence import influence
 from .log_probability import log_probability
 from .new_text import new_text
 from .novelty import novelty
+from .running_text import running_text
 from .typicality import typicality
 
 GROUP = "xtf_plugin.scorers"
 _PAPER = (attention_received, novelty, embedding_similarity)
 _DEFAULT = (influence, new_text, explained)
-_OTHERS = (typicality, log_probability, excess_loss, token_cleaning, column)
+_OTHERS = (typicality, log_probability, excess_loss, token_cleaning, running_text, column)
 BUILTIN: dict[str, Scorer] = {each.name: each for each in (*_PAPER, *_DEFAULT, *_OTHERS)}
 # Scorers that earlier versions had, and what to write instead.
 _REMOVED = {

@@ -24,9 +24,9 @@ from tests import real
 from tests.benchmarks import common
 
 from . import tables, train
-from .detect import Setting, measure
+from .detect import Form, Setting, measure, measure_form
 from .formats import FORMATS
-from .texts import CLEAN, LABELLED
+from .texts import CLEAN, HALVES, LABELLED
 
 # The default was chosen with SmolLM2 on all four texts and the known phrases; other models and phrases confirm it.
 NUMBERS = {real.SMOLLM2: 60, real.GEMMA3: 30, real.QWEN: 30}
@@ -48,6 +48,11 @@ def settings(scale: str) -> list[Setting]:
     return [*planted, *clean, *new, *labelled, *tokens, Setting(small, "GSM8K", 0.25, 60, "nf4"), *rates]
 
 
+def forms(scale: str) -> list[Form]:
+    """All measurements of `running_text`: on half of the pages each, and on text that has no menus."""
+    return [] if scale == "gpu" else [*(Form(half, 41) for half in HALVES), *(Form(text, 60) for text in CLEAN)]
+
+
 def jobs(scale: str) -> list[train.Job]:
     """All training runs, most important first."""
     if scale == "smoke":
@@ -63,7 +68,7 @@ def jobs(scale: str) -> list[train.Job]:
 
 
 def run(
-    work: Sequence[Setting | train.Job], folder: Path, data: Path, minutes: float, part: tuple[int, int] = (0, 1)
+    work: Sequence[Setting | Form | train.Job], folder: Path, data: Path, minutes: float, part: tuple[int, int] = (0, 1)
 ) -> list[dict[str, Any]]:
     """Measure what is missing, and return all that is there; `part` (i, n): only every n-th one is measured."""
     begun, found = time.monotonic(), []
@@ -77,6 +82,8 @@ def run(
                 continue
             if isinstance(setting, train.Job):  # arms of a seed share their scores
                 result = train.run(setting, data, folder / "cache" / f"training {setting.seed} {setting.rate}")
+            elif isinstance(setting, Form):
+                result = measure_form(setting, data, folder / "cache" / setting.key)
             else:  # a cache of its own, so that the cost is that of a first run
                 result = measure(setting, data, folder / "cache" / setting.key)
             made = path.with_suffix(".part")
@@ -124,7 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
     begun, found, trained = time.monotonic(), [], []
     first, number = map(int, given.part.split("/"))
     if given.only != "train":
-        found = run(settings(given.scale), given.folder, given.data, given.minutes, (first, number))
+        found = run(
+            [*settings(given.scale), *forms(given.scale)], given.folder, given.data, given.minutes, (first, number)
+        )
     if given.only != "detect":
         left = given.minutes - (time.monotonic() - begun) / 60
         trained = run(jobs(given.scale), given.folder, given.data, left, (first, number))

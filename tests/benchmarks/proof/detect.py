@@ -62,6 +62,20 @@ class Setting:
         return "-".join(str(value) for value in asdict(self).values()).replace(" ", "_")
 
 
+@dataclass(frozen=True)
+class Form:
+    """One measurement of `running_text`, which reads the form of lines: it needs a tokenizer, and no model."""
+
+    text: str
+    number: int
+    model: str = real.SMOLLM2
+
+    @property
+    def key(self) -> str:
+        """The name of its results."""
+        return f"form-{self.text}-{self.number}".replace(" ", "_")
+
+
 @dataclass
 class Provider:
     """A loaded model as the run's own reference; implements `ReferenceProvider`."""
@@ -165,6 +179,25 @@ def measure(setting: Setting, data: Path, cache: Path) -> dict[str, Any]:
     starts = segment_starts(documents, tokenizer, unit)
     result["auc"] = {name: _auc_by_kind(value, kinds, starts) for name, value in values.items()}
     return result
+
+
+def measure_form(form: Form, data: Path, cache: Path) -> dict[str, Any]:
+    """What `running_text` drops of a text, and its AUC over lines and over tokens, as JSON."""
+    tokenizer = real.tokenizer(form.model)
+    documents, kinds = tokenized(sample(form.text, data, form.number, 0)[0], tokenizer)
+    block = {"preset": "none", "selectors": {"running_text": {"scorer": "running_text"}}, "cache_dir": str(cache)}
+    made = make_plan(XTFConfig.parse(block), documents, Provider(form.model, "none", None), tokenizer, progress=False)
+    values = made.selection.seen["running_text"]
+    lines = _auc_by_kind(values, kinds, segment_starts(documents, tokenizer, "line"))
+    return {
+        **asdict(form),
+        "rate": 0.0,
+        "shape": "form",
+        "tokens": len(kinds),
+        "noise": float((kinds != GOOD).mean()),
+        "rules": {"running_text": dropped(~made.selection.keep, kinds)},
+        "auc": {"lines": lines["all"], "tokens": auc(values, kinds != GOOD)},
+    }
 
 
 def _with_unit(block: dict[str, Any], unit: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ Results = Sequence[dict[str, Any]]
 
 def line(one: dict[str, Any]) -> str:
     """One result in a line, for the log."""
+    if one["shape"] == "form":
+        return f"running text, {one['text']}: found / good lost {_both(one['rules']['running_text'])}"
     rule = one["rules"]["default"]
     return (
         f"{one['model']} {one['text']} {one['rate']:.0%} {one['phrases']} {one['shape']}: found {rule['found']:.1%}, "
@@ -176,11 +178,27 @@ def rules_table(results: Results) -> str:
     return table(["model", "text", "noise", *(f"{name}: found / good lost" for name in names)], rows)
 
 
+def forms_of_lines_table(results: Results) -> str:
+    """What `running_text` finds and loses, and its AUC."""
+    rows = [
+        [
+            one["text"],
+            _share(one["noise"], 0),
+            *(_share(one["rules"]["running_text"].get(part)) for part in ("found", "good")),
+            *(_auc(one["auc"][part]) for part in ("lines", "tokens")),
+        ]
+        for one in results
+    ]
+    return table(["text", "noise", "found", "good lost", "AUC over lines", "AUC over tokens"], rows)
+
+
 def everything(results: Results, trained: Results = ()) -> str:
     """All tables, as Markdown."""
     if not results and not trained:
         return "not measured yet\n"
     made = "\n".join(dict.fromkeys(f"{one['made']}." for one in (*results, *trained)))
+    by_form = [one for one in results if one["shape"] == "form"]
+    results = [one for one in results if one["shape"] != "form"]
     planted = [one for one in results if one["rate"] > 0 and one["shape"] == "spans"]
     clean = [one for one in results if one["rate"] == 0 and one["noise"] == 0]
     labelled = [one for one in results if one["rate"] == 0 and one["noise"] > 0]
@@ -193,6 +211,7 @@ def everything(results: Results, trained: Results = ()) -> str:
         ("Planted spans: other rules", planted, (rules_table,)),
         ("Clean text: what every rule drops", clean, (rules_table,)),
         ("Real noise", labelled, (scores_table, rules_table)),
+        ("Lines without running text: `running_text`, which asks no model", by_form, (forms_of_lines_table,)),
         ("Single tokens", tokens, (scores_table, rules_table)),
     ):
         if chosen:

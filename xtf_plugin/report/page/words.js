@@ -73,6 +73,7 @@ function inWords(score, value) {
     explained: () => explained(score, value, unit), influence: () => influence(value, unit), new_text: () => repeats(value, unit),
     attention_received: () => attention(value), novelty: () => `the model gives it ${percent(1 - value)}`,
     embedding_similarity: () => `relevance ${short(value)} (0 to 1)`, typicality: () => surprise(value),
+    running_text: () => `${number(Math.round(value))} characters of running text in and around this line`,
   };
   return (lookup(texts, scorer) || (() => `score ${short(value)}`))();
 }
@@ -80,7 +81,7 @@ function inWords(score, value) {
 // The tokens that the score is a mean over; these scorers have one value for a unit anyway.
 function averaged(score) {
   const {scorer, unit, window} = partOf(score);
-  if (["explained", "influence", "new_text"].includes(scorer)) return "";
+  if (["explained", "influence", "new_text", "running_text"].includes(scorer)) return "";
   if (unit !== "token") return ` (mean over its ${unit})`;
   return window === 1 ? "" : ` (mean over ${window} tokens)`;
 }
@@ -104,6 +105,7 @@ function reasonOf(score) {
     explained: "Does not follow from the prompt", influence: "Doubtful, and not needed later",
     log_probability: "Improbable for the model", new_text: "Repeats earlier text",
     novelty: both ? "Known already, or very improbable" : unknown === undefined ? "The model knows it already" : "Very improbable for the model",
+    running_text: "No running text",
     token_cleaning: "A better model finds it no more probable",
     typicality: "Less probable than usual",
   };
