@@ -54,7 +54,7 @@ class Provider:
 
 HEAD = ["what", "measured", "reach"]
 # what a plan needs of a tokenizer if no rule reads text
-NO_TEXT = SimpleNamespace(all_special_ids=[], added_tokens_decoder={})
+NO_TEXT = SimpleNamespace(all_special_ids=[], added_tokens_decoder={}, decode=lambda ids, **_: f" {ids}")
 
 
 def make_rows(count: int, low: int = 50, high: int = 300, vocabulary: int = VOCABULARY):

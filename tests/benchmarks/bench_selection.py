@@ -11,6 +11,7 @@ select from.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ from xtf_plugin.selection.select import Scores, select
 MANY = 10**8  # tokens that the reach is stated for
 HEAD = ["block", "completion tokens", "selection, s", "mask table, s", "ns a token", "memory, GB", "reach"]
 MEAN = 170  # completion tokens of a document
+SENTENCE = 20  # tokens of one
 BLOCKS = {
     "default": {"preset": "default"},
     "paper": {"preset": "paper"},
@@ -68,16 +70,24 @@ def make_scores(tokens: int, config: XTFConfig) -> Scores:
     )
 
 
+def sentences(scores: Scores) -> dict[str, np.ndarray]:
+    """First tokens of sentences of one length; a document begins one."""
+    starts = np.concatenate([np.arange(low, high, SENTENCE) for low, high in itertools.pairwise(scores.offsets)])
+    return {"sentence": starts}
+
+
 def measure(block: str, tokens: int, repeats: int) -> tuple[int, float, float, float]:
     """Completion tokens; median seconds of the selection and of the mask table, and gigabytes that they take."""
     config = XTFConfig.parse(BLOCKS[block])
     assert config is not None
     scores, selecting, building = make_scores(tokens, config), [], []
-    select(make_scores(10_000, config), config)  # imports and first calls
+    few = make_scores(10_000, config)
+    select(few, config, segments=sentences(few))  # imports and first calls
+    starts = sentences(scores)
 
     def run() -> None:
         begin = time.perf_counter()
-        selection = select(scores, config)
+        selection = select(scores, config, segments=starts)
         selecting.append(time.perf_counter() - begin)
         MaskTable.build(scores.keys, scores.offsets, selection.keep, selection.best)
         building.append(time.perf_counter() - begin - selecting[-1])

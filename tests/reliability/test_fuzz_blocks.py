@@ -177,6 +177,7 @@ def names(message: str, key: Any, value: Any, home: list[Any]) -> bool:
     if isinstance(key, int):
         about.append(f"[{key}]")
     about += [f".{name}" for name in value] if isinstance(value, dict) else []
+    about += [f".{word}" for word in ("null", "true", "false") if json.dumps(key, default=str) == word]  # YAML's words
     about += [
         repr(key)[:20],
         repr(value)[:20],

@@ -176,8 +176,8 @@ def _prepare_with_columns(original: Any) -> Any:
     def _prepare_dataset(self: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "_xtf_block", None) is None:
             return original(self, *args, **kwargs)
-        from .trl_columns import prepare
-
+        with complete_installation():
+            from .trl_columns import prepare
         return prepare(original, self._xtf_block, self, *args, **kwargs)
 
     return _prepare_dataset
