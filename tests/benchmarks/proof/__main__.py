@@ -42,6 +42,7 @@ def settings(scale: str) -> list[Setting]:
     planted = [Setting(m, text, 0.25, n, compared=m == small) for m, n in NUMBERS.items() for text in CLEAN]
     clean = [Setting(m, text, 0.0, n) for m, n in NUMBERS.items() for text in CLEAN]
     labelled = [Setting(small, text, 0.0, 20 if text == "web pages" else 100) for text in LABELLED]
+    labelled += [Setting(model, "stock sentences", 0.0, 50) for model in (real.GEMMA3, real.QWEN)]
     new = [Setting(small, text, 0.25, 60, phrases="new", seed=1) for text in CLEAN]
     tokens = [Setting(small, text, 0.05, 60, shape="tokens") for text in CLEAN]
     rates = [Setting(small, text, rate, 60) for rate in (0.1, 0.4) for text in CLEAN]

@@ -1,4 +1,4 @@
-"""The texts: three public sets and a chat set without noise, and three public sets with labelled noise.
+"""The texts: three public sets and a chat set without noise, and public sets with labelled noise.
 
 The public files are no part of this project; docs/evidence.md says where they come from. Text is cut into pieces with
 a kind each: `good`, or what is wrong with it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 GOOD = "good"
 ROOT = Path(__file__).parents[3]
+STOCK = re.compile(r"[^.!?\n]*AI language model[^.!?\n]*[.!?]?")
 CONTEXT = 900  # characters of a medical abstract: longer ones take most of the machine's time
 
 
@@ -93,16 +95,26 @@ def half_of_the_pages(first: int) -> Callable[[Path], list[Example]]:
 def hallucinated(data: Path) -> list[Example]:
     """Answers of a chat model, in which people marked what is made up."""
     return [
-        Example(x["prompt"], tuple(_cut(x["completion"], x["spans"])), chat=True)
+        Example(x["prompt"], tuple(_cut(x["completion"], x["spans"], "made up")), chat=True)
         for x in _lines(data / "noise/hallucinated_spans.jsonl")
     ]
 
 
-def _cut(text: str, spans: list[list[int]]) -> Iterator[tuple[str, str]]:
+def _cut(text: str, spans: list[list[int]], kind: str) -> Iterator[tuple[str, str]]:
     marks = sorted({0, len(text), *(place for span in spans for place in span)})
     for low, high in zip(marks, marks[1:], strict=False):
         inside = any(start <= low < end for start, end in spans)
-        yield text[low:high], "made up" if inside else GOOD
+        yield text[low:high], kind if inside else GOOD
+
+
+def stock_sentences(data: Path) -> list[Example]:
+    """The same answers, whose noise is the sentences that speak of the model itself: nobody planted them."""
+    found = []
+    for x in _lines(data / "noise/hallucinated_spans.jsonl"):
+        text, spans = x["completion"], [list(match.span()) for match in STOCK.finditer(x["completion"])]
+        if spans:
+            found.append(Example(x["prompt"], tuple(_cut(text, spans, "stock sentence")), chat=True))
+    return found
 
 
 def wrong_steps(data: Path) -> list[Example]:
@@ -126,6 +138,7 @@ CLEAN: dict[str, Callable[[Path], list[Example]]] = {
 }
 LABELLED: dict[str, Callable[[Path], list[Example]]] = {
     "web pages": web_pages,
+    "stock sentences": stock_sentences,
     "made-up spans": hallucinated,
     "wrong steps": wrong_steps,
 }
