@@ -7,17 +7,18 @@ Splices of one document share their beginning, which a reference needs to read o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .documents import Branches, DocumentSet, from_arrays
+from .documents import Branches, DocumentSet, from_blocks
 from .predictions import PREDICTED, Predictions
-from .ragged import Bools, Doubles, Floats, Ints, offsets_of, runs, stretches
+from .ragged import CHUNK_TOKENS, Bools, Doubles, Floats, Ints, offsets_of, runs, stretches
 
+Block = tuple[NDArray[np.int32], Bools, Ints]
 TOGETHER = 1 << 27  # tokens that are laid out at a time, at most ten bytes each
 
 
@@ -53,7 +54,7 @@ class Splices:
     def parts(self, source: DocumentSet, size: int) -> list[Splices]:
         """Splices in a row with at most `size` tokens together; a longer one is alone."""
         first, stop = self._rest(source)
-        past = np.where(self.keep >= 0, source.completion_positions[self.keep], len(self.template))
+        past = self._past(source)
         where = runs(offsets_of(past + stop - first), size)
         return [Splices(self.keep[at], self.begin[at], self.end[at], self.template) for at in where]
 
@@ -62,19 +63,31 @@ class Splices:
 
         Their group is the index of the source's document that they begin like; -1: they begin with the template.
         """
-        flat, (first, stop) = source.completion_flat, self._rest(source)
-        own = np.searchsorted(source.offsets, first, side="right") - 1
-        cut = np.where(self.keep >= 0, flat[np.maximum(self.keep, 0)], 0)
-        ids: list[NDArray[np.int32]] = []
-        masks: list[Bools] = []
-        for place in range(len(first)):
-            kept = self.keep[place] >= 0
-            past = source.input_ids[source.offsets[own[place]] : cut[place]] if kept else self.template
-            here = slice(first[place], stop[place])
-            ids.append(np.concatenate([past, source.input_ids[here]]))
-            masks.append(np.concatenate([np.zeros(len(past), dtype=bool), source.completion[here]]))
-        lengths = np.asarray([len(tokens) for tokens in ids], dtype=np.int64) - (stop - first)
-        return from_arrays(ids, masks, Branches(np.where(self.keep >= 0, own, -1), lengths))
+        first, stop = self._rest(source)
+        kept, own = self.keep >= 0, np.searchsorted(source.offsets, first, side="right") - 1
+        begins = np.where(kept, source.offsets[own], len(source.input_ids))  # the template stands behind the documents
+        past = self._past(source)
+        blocks = self._blocks(source, np.stack([begins, first], 1), np.stack([past, stop - first], 1))
+        return from_blocks(blocks, Branches(np.where(kept, own, -1), past))
+
+    def _blocks(self, source: DocumentSet, begins: Ints, sizes: Ints) -> Iterator[Block]:
+        """Token ids, label masks and lengths of splices, many at a time.
+
+        Args:
+            begins, sizes: (W, 2) of the two parts of each splice, in the documents' tokens and the template behind them.
+        """
+        ids = np.concatenate([source.input_ids, self.template])
+        completion = np.concatenate([source.completion, np.zeros(len(self.template), dtype=bool)])
+        for part in runs(offsets_of(sizes.sum(1)), CHUNK_TOKENS):
+            own = sizes[part]
+            where = stretches(begins[part].reshape(-1), own.reshape(-1))
+            asked = np.repeat(np.tile([False, True], len(own)), own.reshape(-1))
+            yield ids[where], completion[where] & asked, own.sum(1)
+
+    def _past(self, source: DocumentSet) -> Ints:
+        """Tokens that each splice reads at its beginning, (W,)."""
+        past: Ints = np.where(self.keep >= 0, source.completion_positions[self.keep], len(self.template))
+        return past
 
     def _rest(self, source: DocumentSet) -> tuple[Ints, Ints]:
         """Where what each splice reads after its beginning starts and ends in `input_ids`, (W,) each."""

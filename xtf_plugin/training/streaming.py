@@ -27,7 +27,8 @@ from torch import nn
 
 from ..config.block import XTFConfig
 from ..config.scores import check_streamed
-from ..data.documents import IGNORE_INDEX, DocumentSet, collect, document_key, split_row
+from ..data.documents import IGNORE_INDEX, DocumentSet, collect, split_row
+from ..data.keys import document_key
 from ..data.ragged import Bools, Ints, Layout
 from ..environment import WORKERS_REFUSED
 from ..errors import XTFError, XTFUserError
