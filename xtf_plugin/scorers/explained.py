@@ -235,23 +235,27 @@ def common_template(documents: DocumentSet, tokenizer: Any) -> NDArray[Any]:
     runs, flat = documents.completion_runs[:-1], documents.completion_flat
     ends = flat[runs]
     begins = documents.offsets[np.searchsorted(documents.offsets, ends, side="right") - 1]
-    prompts = [documents.input_ids[low:high] for low, high in zip(begins, ends, strict=True) if high > low]
-    if prompts:
-        front, back = prompts[0], prompts[0][::-1]
-        for prompt in prompts[1:]:
-            front, back = _same(front, prompt), _same(back, prompt[::-1])
-        back = back[: max(0, min(map(len, prompts)) - len(front))][::-1]
-        template = np.concatenate([front, back])
+    some = np.flatnonzero(ends > begins)
+    if len(some):
+        ids, begins, ends = documents.input_ids, begins[some], ends[some]
+        front = _alike(ids, begins, ends - begins, 1)
+        back = min(_alike(ids, ends - 1, ends - begins, -1), int((ends - begins).min()) - front)
+        template = np.concatenate([ids[begins[0] : begins[0] + front], ids[ends[0] - back : ends[0]]])
         if len(template):
             return template
     ids = [value for name in ("bos_token_id", "eos_token_id") if (value := getattr(tokenizer, name, None)) is not None]
     return np.asarray(ids[:1] or documents.input_ids[:1], dtype=np.int32)
 
 
-def _same(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
-    """The common beginning of two arrays."""
+def _alike(ids: NDArray[Any], starts: Ints, sizes: Ints, step: int) -> int:
+    """How many tokens all spans of `ids` of these sizes, (n,), begin with, or with `step` -1 end with."""
     import numpy as np
 
-    size = min(len(one), len(other))
-    differs = np.flatnonzero(one[:size] != other[:size])
-    return one[: differs[0] if len(differs) else size]
+    from ..data.ragged import CHUNK_TOKENS
+
+    size, low = int(sizes.min()), 0
+    while size and low < len(starts):
+        places, some = step * np.arange(size), starts[low : low + max(1, CHUNK_TOKENS // size)]
+        differs = np.flatnonzero((ids[some[:, None] + places] != ids[starts[0] + places]).any(axis=0))
+        size, low = int(differs[0]) if len(differs) else size, low + len(some)
+    return size

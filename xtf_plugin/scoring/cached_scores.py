@@ -78,6 +78,7 @@ class ScoreSource:
         passes: the same for other references, for the summary.
         excerpts: the same for documents outside the dataset.
         warnings: about the references.
+        units: first tokens of sentences and lines, by unit, as far as they are known.
     """
 
     whole = True  # the documents are a complete dataset, in which at least one score must be defined
@@ -100,6 +101,7 @@ class ScoreSource:
         self.stats, self.excerpts = ScoringStats(), ScoringStats()
         self.passes: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+        self.units: dict[str, Ints] = {}
         self._main, self._references, self._marks = main, references, marks or {}
         self._attention: dict[tuple[int, ...], Floats] = {}
         self._others: dict[ReferenceConfig, StoredScores] = {}
@@ -175,7 +177,9 @@ class ScoreSource:
 
     def segments(self, unit: str) -> NDArray[np.int64]:
         """See `ScoringContext.segments`."""
-        return segment_starts(self.documents, self.tokenizer, unit)
+        if unit not in self.units:
+            self.units[unit] = segment_starts(self.documents, self.tokenizer, unit)
+        return self.units[unit]
 
     def embeddings(self, token_ids: NDArray[np.int64], kind: str) -> Floats:
         """See `ScoringContext.embeddings`."""
@@ -347,6 +351,7 @@ def run_scorers(
     """
     context = ScoringContext(source.documents, source.tokenizer, source, text.protected, text.forced)
     context.parts, chosen = config.scores, _scorers(config.scores)
+    source.units.update(text.segments)
     found = {}
     for name, (scorer, part) in sorted(chosen.items(), key=lambda item: _turn(item[1][0])):
         function = (frozen or {}).get(name, scorer.score)
