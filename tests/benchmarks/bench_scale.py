@@ -35,7 +35,7 @@ from tests.benchmarks.common import arguments, publish, resident
 from xtf_plugin import plan
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import DocumentSet, collect
-from xtf_plugin.data.ragged import offsets_of
+from xtf_plugin.data.ragged import offsets_of, stretches
 from xtf_plugin.scoring import cached_scores
 from xtf_plugin.scoring.batching import ScoringStats
 from xtf_plugin.store.records import Records
@@ -66,23 +66,27 @@ def pieces(tokenizer: Any) -> tuple[list[Any], list[Any]]:
 
 
 def make_rows(count: int, tokenizer: Any) -> Iterator[pa.RecordBatch]:
-    """Batches of rows with `input_ids` and `labels`, as a trainer has them."""
+    """Batches of rows with `input_ids` and `labels`, as a trainer has them: a prompt, sentences, and an end of turn."""
     rng, (prompts, sentences) = np.random.default_rng(0), pieces(tokenizer)
-    words, end = np.concatenate(sentences), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    order = rng.integers(0, len(sentences), 20_000)
+    answers, asked = (np.concatenate(parts) for parts in ([sentences[at] for at in order], prompts))
+    words = np.concatenate([answers, asked, [tokenizer.convert_tokens_to_ids("<|im_end|>")]]).astype(np.int32)
+    starts = offsets_of(np.asarray([len(sentences[at]) for at in order]))
+    starts = starts[: np.searchsorted(starts, len(answers) - LONGEST)]
+    bounds = len(answers) + offsets_of(np.asarray([len(prompt) for prompt in prompts]))
     for low in range(0, count, WRITTEN):
-        ids, labels = [], []
-        for length in rng.integers(SHORTEST, LONGEST + 1, min(WRITTEN, count - low)).tolist():
-            prompt = prompts[rng.integers(len(prompts))][: length // 2]
-            parts, left = [], length - len(prompt) - 1
-            while left > 0:
-                parts.append(sentences[rng.integers(len(sentences))][:left])
-                left -= len(parts[-1])
-            answer = np.concatenate(parts)
-            changed = rng.random(len(answer)) < CHANGED
-            answer[changed] = rng.choice(words, int(changed.sum()))
-            ids.append(np.concatenate([prompt, answer, [end]]).astype(np.int32))
-            labels.append(np.where(np.arange(length) < len(prompt), -100, ids[-1]).astype(np.int64))
-        yield pa.record_batch({"input_ids": pa.array(ids), "labels": pa.array(labels)})
+        lengths = rng.integers(SHORTEST, LONGEST + 1, min(WRITTEN, count - low))
+        which = rng.integers(0, len(prompts), len(lengths))
+        own = np.minimum(np.diff(bounds)[which], lengths // 2)
+        begins = np.stack([bounds[which], rng.choice(starts, len(lengths)), np.full(len(lengths), len(words) - 1)], 1)
+        sizes = np.stack([own, lengths - own - 1, np.ones_like(own)], 1).reshape(-1)
+        ids = words[stretches(begins.reshape(-1), sizes)]
+        kind = np.repeat(np.tile([0, 1, 2], len(lengths)), sizes)
+        changed = (kind == 1) & (rng.random(len(ids)) < CHANGED)
+        ids[changed] = rng.choice(answers, int(changed.sum()))
+        offsets, labels = pa.array(offsets_of(lengths), pa.int32()), np.where(kind == 0, -100, ids).astype(np.int64)
+        lists = {name: pa.ListArray.from_arrays(offsets, each) for name, each in (("input_ids", ids), ("labels", labels))}
+        yield pa.record_batch(lists)
 
 
 def save_rows(path: Path, count: int, tokenizer: Any) -> None:
