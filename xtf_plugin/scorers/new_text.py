@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..data.ragged import Bools, Floats, Ints
 
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that a power of it never becomes 0
+TABLE = 1 << 20  # places in both texts that are compared at a time
 PLACES = 1_000  # of equally long runs of a unit whose ends are compared
 
 
@@ -86,14 +87,21 @@ def longest_copy(past: NDArray[Any], own: NDArray[Any]) -> tuple[int, list[tuple
     import numpy as np
 
     best, ends = 0, list[tuple[int, int]]()
-    ending = np.zeros(len(past) + 1, dtype=np.int64)  # length of the common run that ends at each place of `past`
-    for place, token in enumerate(own):
-        ending[1:] = np.where(past == token, ending[:-1] + 1, 0)
-        longest = int(ending.max())
+    together = max(1, TABLE // (len(past) + 1))
+    last = np.zeros(len(past) + 1, dtype=np.int32)
+    for low in range(0, len(own), together):
+        equal = past == own[low : low + together, None]
+        ending = np.zeros((len(equal), len(past) + 1), dtype=np.int32)  # length of the common run that ends there
+        for row, same in zip(ending, equal, strict=True):
+            np.multiply(last[:-1] + 1, same, out=row[1:])
+            last = row
+        longest = int(ending.max(initial=0))
         if longest > best:
             best, ends = longest, []
         if longest and longest == best and len(ends) < PLACES:  # a table of numbers may have millions
-            ends += [(end, place + 1) for end in np.flatnonzero(ending == best)[: PLACES - len(ends)].tolist()]
+            here, there = np.nonzero(ending == best)
+            left = PLACES - len(ends)
+            ends += zip(there[:left].tolist(), (here[:left] + low + 1).tolist(), strict=True)
     return best, ends
 
 
