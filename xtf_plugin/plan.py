@@ -99,7 +99,7 @@ def make_plan(
     with ScoreSource(config, documents, tokenizer, provider, references, **about_run) as source:
         fingerprint = source.fingerprint(provider)
         values = run_scorers(config, source, text)
-    scores = scores_of(documents, source.known, values)
+        scores = scores_of(documents, source.known, values)
     selection = select(scores, config, text.protected, text.forced, text.segments, inside=text.inside)
     ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
     shared = recurring(config, documents, text, selection, tokenizer)
@@ -146,7 +146,7 @@ def scores_of(documents: DocumentSet, stored: Predictions | None, values: dict[s
         keys=documents.keys,
         offsets=documents.completion_offsets,
         counts=documents.counts,
-        token_ids=documents.input_ids[documents.completion],
+        token_ids=documents.completion_ids,
         positions=documents.completion_positions,
         values=values,
         logprobs=None if stored is None else stored.logprobs,

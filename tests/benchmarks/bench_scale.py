@@ -85,7 +85,9 @@ def make_rows(count: int, tokenizer: Any) -> Iterator[pa.RecordBatch]:
         changed = (kind == 1) & (rng.random(len(ids)) < CHANGED)
         ids[changed] = rng.choice(answers, int(changed.sum()))
         offsets, labels = pa.array(offsets_of(lengths), pa.int32()), np.where(kind == 0, -100, ids).astype(np.int64)
-        lists = {name: pa.ListArray.from_arrays(offsets, each) for name, each in (("input_ids", ids), ("labels", labels))}
+        lists = {
+            name: pa.ListArray.from_arrays(offsets, each) for name, each in (("input_ids", ids), ("labels", labels))
+        }
         yield pa.record_batch(lists)
 
 

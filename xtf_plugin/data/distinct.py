@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import XTFUserError
 from .keys import KEY_BYTES, distinct, document_keys
-from .ragged import Bools, Ints, offsets_of, stretches
+from .ragged import Bools, Ints, Layout, offsets_of, stretches
 
 BLOCK = 8192  # documents that are looked at together
 INT32_MAX = 2**31 - 1
@@ -22,6 +22,7 @@ class _Block:
 
     keys: NDArray[np.uint8]
     lengths: Ints
+    trained: Ints
     input_ids: NDArray[np.int32]
     completion: Bools
     which: Ints
@@ -30,15 +31,18 @@ class _Block:
 class Distinct:
     """Documents are added; their distinct ones are the attributes after `finish`.
 
+    Args:
+        tokens: whether token ids and label masks are kept; else they stay empty.
+
     Attributes:
         added: number of documents that were added.
         predicts: whether a completion token is predicted: one that is not the first of its document.
-        keys: (N, 16) uint8. lengths: (N,). input_ids, completion: flat.
+        keys: (N, 16) uint8. lengths, trained: (N,) tokens and completion tokens of each. input_ids, completion: flat.
         which: (added,) the distinct document that each added one is.
     """
 
-    def __init__(self) -> None:
-        self.added, self.predicts = 0, False
+    def __init__(self, *, tokens: bool = True) -> None:
+        self.added, self.predicts, self._tokens = 0, False, tokens
         self._blocks: list[_Block] = []
         self._latest: list[tuple[NDArray[Any], Bools]] = []
 
@@ -58,14 +62,16 @@ class Distinct:
         offsets, ids = offsets_of(lengths), _to_int32(input_ids)
         firsts = int(completion[offsets[:-1][lengths > 0]].sum())
         self.predicts = self.predicts or int(completion.sum()) > firsts
-        keys = document_keys(ids, completion, offsets)
+        keys, trained = document_keys(ids, completion, offsets), Layout(offsets, lengths).count(completion)
         places, which = distinct(keys)
-        if len(places) < len(keys):
+        if not self._tokens:
+            ids, completion = ids[:0].copy(), completion[:0].copy()
+        elif len(places) < len(keys):
             inside = stretches(offsets[places], lengths[places])
-            ids, completion, lengths, keys = ids[inside], completion[inside], lengths[places], keys[places]
+            ids, completion = ids[inside], completion[inside]
         before = sum(len(block.keys) for block in self._blocks)
         self.added += len(which)
-        self._blocks.append(_Block(keys, lengths, ids, completion, which + before))
+        self._blocks.append(_Block(keys[places], lengths[places], trained[places], ids, completion, which + before))
 
     def _join(self) -> None:
         if self._latest:
@@ -77,19 +83,20 @@ class Distinct:
     def finish(self) -> Distinct:
         """Put the blocks together; to be called once, after all documents were added."""
         self._join()
-        nothing = np.zeros(0, dtype=np.int64)
         blocks, self._blocks = self._blocks, []
-        self.keys = np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *(block.keys for block in blocks)])
-        self.lengths = np.concatenate([nothing, *(block.lengths for block in blocks)])
-        self.input_ids = np.concatenate([np.zeros(0, np.int32), *(block.input_ids for block in blocks)])
-        self.completion = np.concatenate([np.zeros(0, bool), *(block.completion for block in blocks)])
-        places, again = distinct(self.keys)
+        nothing = np.zeros(0, dtype=np.int64)
+        keys = np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *(block.keys for block in blocks)])
+        lengths = np.concatenate([nothing, *(block.lengths for block in blocks)])
+        trained = np.concatenate([nothing, *(block.trained for block in blocks)])
+        places, again = distinct(keys)
+        self.keys, self.lengths, self.trained = keys[places], lengths[places], trained[places]
         self.which = again[np.concatenate([nothing, *(block.which for block in blocks)])]
+        self.completion = np.concatenate([np.zeros(0, bool), *(block.completion for block in blocks)])
+        self.input_ids = np.concatenate([np.zeros(0, np.int32), *(block.input_ids for block in blocks)])
         del blocks
-        if len(places) < len(self.keys):
-            inside = stretches(offsets_of(self.lengths)[places], self.lengths[places])
+        if self._tokens and len(places) < len(keys):
+            inside = stretches(offsets_of(lengths)[places], self.lengths)
             self.input_ids, self.completion = self.input_ids[inside], self.completion[inside]
-            self.keys, self.lengths = self.keys[places], self.lengths[places]
         return self
 
 

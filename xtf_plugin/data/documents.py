@@ -180,6 +180,11 @@ class DocumentSet:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     @cached_property
+    def completion_ids(self) -> NDArray[np.int32]:
+        """Token ids of all completion tokens, (M,)."""
+        return self.input_ids[self.completion]
+
+    @cached_property
     def completion_offsets(self) -> NDArray[np.int64]:
         """(N + 1,) offsets of each document's completion tokens among all completion tokens."""
         flat = self.completion_flat  # an array of another type would be copied

@@ -92,7 +92,7 @@ def blanks(tokenizer: Any, token_ids: ArrayLike) -> Bools:
     """Which tokens are white space and nothing else, (M,)."""
     ids = np.asarray(token_ids)
     flags, _ = _vocabulary_flags(tokenizer, ids, np.zeros(0, dtype=np.int64))
-    marked: Bools = (flags & BLANK)[ids] > 0
+    marked: Bools = ((flags & BLANK) > 0)[ids]
     return marked
 
 

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from .distinct import Distinct
 from .documents import Branches, DocumentSet, from_blocks
 from .predictions import PREDICTED, Predictions
 from .ragged import CHUNK_TOKENS, Bools, Doubles, Floats, Ints, offsets_of, runs, stretches
@@ -45,11 +46,21 @@ class Splices:
         """(W + 1,) bounds of the splices among all tokens that are scored."""
         return offsets_of(self.end - self.begin)
 
-    def per_splice(self, values: Floats) -> Doubles:
-        """Sums of per-token values (sum of lengths,) over each splice, (W,) float64; an undefined value counts as 0."""
-        known = np.concatenate([np.nan_to_num(values.astype(np.float64)), [0.0]])
-        sums = np.add.reduceat(known, self.offsets[:-1]) if len(self.keep) else np.zeros(0)
-        return np.where(self.end > self.begin, sums, 0.0)
+    def sums(self, values: Callable[[slice, Ints, Ints], Floats]) -> Doubles:
+        """Sums over the tokens of each splice, (W,) float64; an undefined value counts as 0.
+
+        Args:
+            values: of some tokens in a row: a slice of all tokens that are scored, the place of each in its splice, and
+                its index among the completion tokens.
+        """
+        sums = np.zeros(len(self.keep))
+        for part in runs(self.offsets, CHUNK_TOKENS):
+            bounds = self.offsets[part.start : part.stop + 1]
+            lengths = np.diff(bounds)
+            place, at = stretches(np.zeros_like(lengths), lengths), stretches(self.begin[part], lengths)
+            known = np.nan_to_num(values(slice(int(bounds[0]), int(bounds[-1])), place, at).astype(np.float64))
+            sums[part] = np.add.reduceat(known, bounds[:-1] - bounds[0])
+        return sums
 
     def parts(self, source: DocumentSet, size: int) -> list[Splices]:
         """Splices in a row with at most `size` tokens together; a longer one is alone."""
@@ -63,26 +74,29 @@ class Splices:
 
         Their group is the index of the source's document that they begin like; -1: they begin with the template.
         """
-        first, stop = self._rest(source)
+        first, _ = self._rest(source)
         kept, own = self.keep >= 0, np.searchsorted(source.offsets, first, side="right") - 1
-        begins = np.where(kept, source.offsets[own], len(source.input_ids))  # the template stands behind the documents
-        past = self._past(source)
-        blocks = self._blocks(source, np.stack([begins, first], 1), np.stack([past, stop - first], 1))
-        return from_blocks(blocks, Branches(np.where(kept, own, -1), past))
+        return from_blocks(self._blocks(source), Branches(np.where(kept, own, -1), self._past(source)))
 
-    def _blocks(self, source: DocumentSet, begins: Ints, sizes: Ints) -> Iterator[Block]:
-        """Token ids, label masks and lengths of splices, many at a time.
+    def distinct(self, source: DocumentSet) -> Distinct:
+        """The keys of `documents`, without laying all of them out."""
+        found = Distinct(tokens=False)
+        for block in self._blocks(source):
+            found.extend(*block)
+        return found.finish()
 
-        Args:
-            begins, sizes: (W, 2) of the two parts of each splice, in the documents' tokens and the template behind them.
-        """
+    def _blocks(self, source: DocumentSet) -> Iterator[Block]:
+        """Token ids, label masks and lengths of the splices, many at a time."""
         ids = np.concatenate([source.input_ids, self.template])
         completion = np.concatenate([source.completion, np.zeros(len(self.template), dtype=bool)])
+        first, stop = self._rest(source)
+        own = np.searchsorted(source.offsets, first, side="right") - 1
+        begins = np.where(self.keep >= 0, source.offsets[own], len(source.input_ids))  # of the template, at the end
+        begins, sizes = np.stack([begins, first], 1), np.stack([self._past(source), stop - first], 1)
         for part in runs(offsets_of(sizes.sum(1)), CHUNK_TOKENS):
-            own = sizes[part]
-            where = stretches(begins[part].reshape(-1), own.reshape(-1))
-            asked = np.repeat(np.tile([False, True], len(own)), own.reshape(-1))
-            yield ids[where], completion[where] & asked, own.sum(1)
+            where = stretches(begins[part].reshape(-1), sizes[part].reshape(-1))
+            asked = np.repeat(np.tile([False, True], len(sizes[part])), sizes[part].reshape(-1))
+            yield ids[where], completion[where] & asked, sizes[part].sum(1)
 
     def _past(self, source: DocumentSet) -> Ints:
         """Tokens that each splice reads at its beginning, (W,)."""
@@ -109,8 +123,26 @@ def predictions_of(
     columns = {name: [np.zeros(0, dtype=np.float32)] for name in PREDICTED}
     for part in splices.parts(documents, TOGETHER):  # each repeats its prompt: together they can be many datasets
         made = part.documents(documents)
-        found = predict(made)
-        at = stretches(made.completion_offsets[made.row_documents], np.diff(part.offsets))
+        found = spread(predict(made), made.completion_offsets, made.row_documents)
         for name, values in columns.items():
-            values.append(getattr(found, name)[at])
+            values.append(getattr(found, name))
     return Predictions(**{name: np.concatenate(values) for name, values in columns.items()})
+
+
+def spread(found: Predictions, offsets: Ints, which: Ints) -> Predictions:
+    """What is predicted in some documents, (M,), for splices that equal them, (sum of their lengths,).
+
+    Args:
+        found: predictions of documents, whose tokens end at `offsets`, (N + 1,).
+        which: (W,) the document that each splice is.
+    """
+    lengths, columns = np.diff(offsets), {}
+    ends = offsets_of(lengths[which])
+    for name in PREDICTED:
+        columns[name] = np.empty(ends[-1], dtype=np.float32)
+        for part in runs(ends, CHUNK_TOKENS):
+            here = which[part]
+            columns[name][ends[part.start] : ends[part.stop]] = getattr(found, name)[
+                stretches(offsets[here], lengths[here])
+            ]
+    return Predictions(**columns)

@@ -18,7 +18,6 @@ from ..files import digest
 from .base import ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 

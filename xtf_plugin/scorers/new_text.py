@@ -68,7 +68,7 @@ def _scores(words: _Words, shortest: int) -> Floats:
     import numpy as np
 
     long, run = words.lengths >= shortest, max(2, shortest // 2)
-    scores = np.where(long, np.float32(1), np.float32(np.nan))
+    scores: Floats = np.where(long, np.float32(1), np.float32(np.nan))
     for unit in np.flatnonzero(long & _may_repeat(words, run)):
         past, own = words.around(int(unit))
         longest, ends = longest_copy(past, own)
@@ -175,11 +175,13 @@ class _Words:
     @classmethod
     def of(cls, documents: DocumentSet, part: slice, vocabulary: _Vocabulary, starts: Ints, sizes: Ints) -> _Words:
         """The words of the documents `part`, whose units begin at the completion tokens `starts`, (S,)."""
+        import numpy as np
+
         from ..data.ragged import offsets_of
 
         bounds = documents.offsets[part.start : part.stop + 1]
         ids = vocabulary.first[documents.input_ids[bounds[0] : bounds[-1]]]
-        before = offsets_of(ids >= 0)  # words before each token
+        before = offsets_of((ids >= 0).astype(np.int64))  # words before each token
         at = documents.completion_flat[starts] - bounds[0]
         begins = before[at]
         return cls(ids[ids >= 0], before[bounds - bounds[0]], begins, before[at + sizes] - begins, vocabulary.texts)
