@@ -52,7 +52,6 @@ MEMORY = Reach("1.05")
 AUTHORS = {FP32: Reach("20", at_most=False), BF16: Reach("60", at_most=False), CUDA: Reach("200", at_most=False)}
 PADDING = Reach("3", " %")
 START, START_SHARE = Reach("5", " s"), Reach("2", " %")
-MANY, MANY_MEMORY = Reach("30", " s"), Reach("4", " GB")  # a million short documents
 SELECTION, SELECTION_MEMORY = Reach("30", " s"), Reach("2", " GB")
 VERIFIED = Reach("1", " ms")
 COLLATOR, STEP = Reach("0.5", " %"), Reach("1.00")
