@@ -167,6 +167,7 @@ bench-long: $(STAMP) models  ## the larger tables: more than an hour
 	$(BENCH).bench_authors $(PAGE)
 	$(BENCH).bench_run $(PAGE)
 	$(BENCH).bench_selection --millions 1 10 100 $(PAGE)
+	$(BENCH).bench_scale $(PAGE)
 	$(BENCH).bench_streaming $(PAGE)
 	$(BENCH).bench_compile $(PAGE)
 	$(BENCH).agreement $(if $(DATA),$(DATA)/gsm8k_train.jsonl --prompt question --completion answer) $(PAGE)

@@ -91,6 +91,16 @@ class TestStore:
         assert second.stats.stored_documents == 12 and second.stats.documents == 0
         assert np.array_equal(first.selection.keep, second.selection.keep)
 
+    def test_stored_sentences_are_not_laid_out_again(self, plan, monkeypatch):
+        block = {"preset": "default"}
+        first = plan(block)
+        assert first.scorers["excerpts"]["documents"] > 12
+        monkeypatch.setattr("xtf_plugin.data.splices.Splices.documents", lambda *_: 1 / 0)
+        second = plan(block)
+        assert second.scorers["excerpts"]["stored_documents"] == first.scorers["excerpts"]["documents"]
+        for name, values in first.scores.values.items():
+            np.testing.assert_array_equal(second.scores.values[name], values)
+
     @pytest.mark.parametrize(
         "block",
         [

@@ -167,7 +167,7 @@ def scores_of(documents: DocumentSet, stored: Predictions | None, values: dict[s
         keys=documents.keys,
         offsets=documents.completion_offsets,
         counts=documents.counts,
-        token_ids=documents.input_ids[documents.completion],
+        token_ids=documents.completion_ids,
         positions=documents.completion_positions,
         values=values,
         logprobs=None if stored is None else stored.logprobs,

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from xtf_plugin.data.documents import collect, document_key, split_row
+from xtf_plugin.data.documents import collect, split_row
+from xtf_plugin.data.keys import document_key
 from xtf_plugin.errors import XTFUserError
 
 

@@ -7,7 +7,7 @@ from tests.faults import fault
 DOCUMENTS = [
     fault(
         "key-ignores-the-labels",
-        "data/documents.py",
+        "data/keys.py",
         "state.update(np.packbits(completion).data)",
         "pass",
         "test_documents.py",

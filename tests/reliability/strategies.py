@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from tests.reliability import LONG, amount
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.data.documents import DocumentSet, document_key
+from xtf_plugin.data.documents import DocumentSet
+from xtf_plugin.data.keys import document_key
 from xtf_plugin.selection.masks import MaskTable
 from xtf_plugin.selection.select import CONTROL, FLOOR, FORCED, PROTECTED, Scores, Selection, rule_bits, select
 from xtf_plugin.training.collator import XTFDataCollator

@@ -16,7 +16,8 @@ from tests.made_scores import with_scores
 from tests.reliability import amount, record
 from tests.reliability.strategies import IGNORED, flat_labels
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.data.documents import DocumentSet, collect, document_key
+from xtf_plugin.data.documents import DocumentSet, collect
+from xtf_plugin.data.keys import document_key
 from xtf_plugin.plan import scores_of
 from xtf_plugin.selection.masks import MaskTable
 from xtf_plugin.selection.select import Selection, select

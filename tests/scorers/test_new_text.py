@@ -27,6 +27,11 @@ TOKENIZER = SimpleNamespace(decode=lambda ids, **_: text_of(int(ids[0])))
 PLAIN = SimpleNamespace(decode=lambda ids, **_: f"w{int(ids[0])}")
 
 
+def words_of(documents, tokenizer, starts, sizes):
+    vocabulary = new_text._Vocabulary.of(tokenizer, documents.input_ids)
+    return new_text._Words.of(documents, slice(0, len(documents)), vocabulary, starts, sizes)
+
+
 def naive(documents, starts, shortest):
     """Every run of every unit, compared with every place before the unit in its document, prompt included."""
     flat = np.flatnonzero(documents.completion)
@@ -103,10 +108,10 @@ def test_equals_the_loop_over_pairs(shortest, vocabulary):
 
 
 def test_runs_that_the_hash_calls_equal_are_compared_token_by_token(monkeypatch):
-    """With a factor of 0 the hash of a run is its last token, so that nearly every unit may repeat something."""
+    """With a factor of 0 all runs of a document have the same hash, so that nearly every unit may repeat something."""
     rng = np.random.default_rng(3)
     documents, starts = random_documents(rng, 40)
-    words = new_text._Words.of(documents, TOKENIZER, starts, sizes_of(documents, starts))
+    words = words_of(documents, TOKENIZER, starts, sizes_of(documents, starts))
     few = new_text._may_repeat(words, 4).sum()
     monkeypatch.setattr(new_text, "MULTIPLIER", 0)
     assert new_text._may_repeat(words, 4).sum() > few
@@ -212,7 +217,7 @@ def test_short_units_are_not_scored():
 
 def test_fewer_tokens_than_a_run_repeat_nothing():
     documents = collect([{"input_ids": [1, 1], "labels": [1, 1]}])
-    words = new_text._Words.of(documents, PLAIN, np.asarray([0]), np.asarray([2]))
+    words = words_of(documents, PLAIN, np.asarray([0]), np.asarray([2]))
     assert new_text._may_repeat(words, 4).tolist() == [False]
 
 

@@ -14,13 +14,19 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from tests import eager, tiny
 from tests.scoring.test_engine import by_document
-from xtf_plugin.data.documents import Branches, beside, collect, from_arrays
+from xtf_plugin.data.documents import Branches, beside, collect, from_blocks
 from xtf_plugin.errors import XTFError
 from xtf_plugin.scoring import branches, engine
 from xtf_plugin.scoring.batching import ScoringStats
 from xtf_plugin.scoring.branches import agrees, can_branch, plan_branches, plan_rows, score_branches, share_out_rows
 from xtf_plugin.scoring.reference import Reference
 from xtf_plugin.store.records import Records
+
+
+def made_of(ids, masks, branches):
+    """The distinct ones of some documents."""
+    lengths = np.asarray([len(mask) for mask in masks])
+    return from_blocks([(np.concatenate(ids), np.concatenate(masks), lengths)], branches)
 
 
 def alike(groups=6, each=4, seed=0, longest=30):
@@ -39,7 +45,7 @@ def alike(groups=6, each=4, seed=0, longest=30):
             masks.append(np.concatenate([np.zeros(shared, dtype=bool), marked]))
             group_of.append(group - 1)  # -1, a group like any other, is that of a template
             lengths.append(shared)
-    return from_arrays(ids, masks, Branches(np.asarray(group_of), np.asarray(lengths)))
+    return made_of(ids, masks, Branches(np.asarray(group_of), np.asarray(lengths)))
 
 
 def scored(documents, model, **options):
@@ -167,7 +173,7 @@ def conversations():
             masks.append(np.arange(turn + 3) >= turn)
             groups.append(index)
             lengths.append(turn)
-    return documents, from_arrays(ids, masks, Branches(np.asarray(groups), np.asarray(lengths)))
+    return documents, made_of(ids, masks, Branches(np.asarray(groups), np.asarray(lengths)))
 
 
 @pytest.mark.parametrize("budget", [1, 60, 100_000])
@@ -372,7 +378,7 @@ def ends(beginning, number, size):
     first = np.arange(4, 4 + beginning)
     ids = [np.append(first, np.full(size, token)).astype(np.int32) for token in range(4, 4 + number)]
     masks = [np.arange(beginning + size) >= beginning] * number
-    return from_arrays(ids, masks, Branches(np.zeros(number, dtype=np.int64), np.full(number, beginning)))
+    return made_of(ids, masks, Branches(np.zeros(number, dtype=np.int64), np.full(number, beginning)))
 
 
 @pytest.mark.parametrize(

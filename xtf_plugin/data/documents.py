@@ -7,38 +7,23 @@ sharding or reloading a prepared dataset, and adding rows to a dataset leaves th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from ..errors import XTFUserError
+from .distinct import Distinct
 from .ragged import CHUNK_TOKENS, chunks, offsets_of
 
 IGNORE_INDEX = -100
-BLOCK = 8192  # documents whose tokens are joined at a time
-INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
-KEY_BYTES = 16
 
 Ids = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-
-
-def document_key(input_ids: NDArray[Any], completion: Mask) -> bytes:
-    """128-bit key of a document: `xxh3_128(int64 little-endian token ids + packed label mask)`, 16 bytes.
-
-    Args:
-        input_ids: (T,) token ids.
-        completion: (T,) True where the label is not -100.
-    """
-    state = xxhash.xxh3_128(np.ascontiguousarray(input_ids, dtype="<i8").data)
-    state.update(np.packbits(completion).data)
-    return state.digest()
 
 
 def split_row(row: Mapping[str, Any]) -> list[tuple[slice, Ids, Mask]]:
@@ -195,6 +180,11 @@ class DocumentSet:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     @cached_property
+    def completion_ids(self) -> NDArray[np.int32]:
+        """Token ids of all completion tokens, (M,)."""
+        return self.input_ids[self.completion]
+
+    @cached_property
     def completion_offsets(self) -> NDArray[np.int64]:
         """(N + 1,) offsets of each document's completion tokens among all completion tokens."""
         flat = self.completion_flat  # an array of another type would be copied
@@ -223,41 +213,74 @@ class DocumentSet:
         return self.input_ids[where], self.completion[where]
 
 
-def collect(rows: Iterable[Mapping[str, Any]]) -> DocumentSet:
+@dataclass(frozen=True)
+class PlainRows:
+    """Rows that are one document each, as flat arrays, so that a large dataset is not read row by row.
+
+    Args:
+        input_ids: flat integer token ids; labels: flat, -100 where nothing is trained.
+        lengths: (n,) tokens of each row.
+    """
+
+    input_ids: NDArray[Any]
+    labels: NDArray[Any]
+    lengths: NDArray[np.int64]
+
+
+def collect(rows: Iterable[Mapping[str, Any] | PlainRows]) -> DocumentSet:
     """Collect the distinct documents of a dataset in order of first appearance.
 
     Raises:
         XTFUserError: as in `split_row`; a token id is negative or beyond 32 bits; no completion token is predicted.
     """
-    distinct, row_sizes, row_documents = _Distinct(), [], []
+    found, sizes = Distinct(), list[int]()
     for row in rows:
+        if isinstance(row, PlainRows):
+            found.extend(row.input_ids, row.labels != IGNORE_INDEX, row.lengths)
+            sizes += [1] * len(row.lengths)
+            continue
         documents = split_row(row)
-        row_sizes.append(len(documents))
-        row_documents += [distinct.add(tokens, completion) for _, tokens, completion in documents]
-    if not distinct.predicts:
+        sizes.append(len(documents))
+        for _, tokens, completion in documents:
+            found.add(tokens, completion)
+    made = _documents(found, np.asarray(sizes, dtype=np.int64))
+    if not found.predicts:
         raise XTFUserError(
-            f"none of the {len(row_sizes)} training rows has a completion token that is predicted (a label other than "
+            f"none of the {len(sizes)} training rows has a completion token that is predicted (a label other than "
             "-100 after a document's first token): there is nothing to score or to train on. Check "
             "completion_only_loss / assistant_only_loss, the chat template and max_length."
         )
-    return distinct.documents(row_sizes, row_documents)
+    return made
 
 
-def from_arrays(ids: Sequence[NDArray[np.int32]], completions: Sequence[Mask], branches: Branches) -> DocumentSet:
-    """The distinct documents among some token ids and label masks; row `i` is document `i` of the input.
+def _documents(found: Distinct, row_sizes: NDArray[np.int64]) -> DocumentSet:
+    """The distinct documents that were found in rows of these numbers of documents."""
+    found.finish()
+    return DocumentSet(
+        keys=found.keys,
+        counts=np.bincount(found.which, minlength=len(found.keys)).astype(np.int64),
+        offsets=offsets_of(found.lengths),
+        input_ids=found.input_ids,
+        completion=found.completion,
+        row_offsets=offsets_of(row_sizes),
+        row_documents=found.which,
+    )
+
+
+def from_blocks(blocks: Iterable[tuple[NDArray[np.int32], Mask, NDArray[np.int64]]], branches: Branches) -> DocumentSet:
+    """The distinct documents among those of some blocks; row `i` is document `i` of the input.
 
     Args:
+        blocks: token ids and label masks, flat, and the lengths of the documents.
         branches: common beginnings of the input.
     """
-    distinct = _Distinct()
-    firsts: list[int] = []
-    rows: list[int] = []
-    for place, (tokens, completion) in enumerate(zip(ids, completions, strict=True)):
-        rows.append(distinct.add(tokens, completion))
-        if rows[-1] == len(firsts):
-            firsts.append(place)
-    kept = Branches(branches.groups[firsts], branches.lengths[firsts])
-    return replace(distinct.documents([1] * len(rows), rows), branches=kept)
+    found = Distinct()
+    for ids, completion, lengths in blocks:
+        found.extend(ids, completion, lengths)
+    made = _documents(found, np.ones(found.added, dtype=np.int64))
+    firsts = np.empty(len(made), dtype=np.int64)
+    firsts[found.which[::-1]] = np.arange(found.added)[::-1]  # the first of equal ones is written last
+    return replace(made, branches=Branches(branches.groups[firsts], branches.lengths[firsts]))
 
 
 def beside(documents: DocumentSet, others: DocumentSet) -> DocumentSet:
@@ -279,56 +302,3 @@ def beside(documents: DocumentSet, others: DocumentSet) -> DocumentSet:
             np.concatenate([np.arange(len(documents)), groups]), np.concatenate([documents.lengths, lengths])
         ),
     )
-
-
-class _Distinct:
-    """Collects distinct documents in order of first appearance."""
-
-    def __init__(self) -> None:
-        self.index: dict[bytes, int] = {}
-        self.lengths: list[int] = []
-        self.predicts = False  # whether a completion token is predicted
-        self._blocks: list[tuple[NDArray[np.int32], Mask]] = []
-        self._latest: list[tuple[NDArray[np.int32], Mask]] = []  # small arrays, which take twice their size
-
-    def add(self, tokens: NDArray[Any], completion: Mask) -> int:
-        """The index of a document."""
-        key = document_key(tokens, completion)
-        if key not in self.index:
-            self.index[key] = len(self.lengths)
-            self.lengths.append(len(tokens))
-            self.predicts = self.predicts or bool(completion[1:].any())
-            self._latest.append((_to_int32(tokens), completion))
-            if len(self._latest) == BLOCK:
-                self._join()
-        return self.index[key]
-
-    def _join(self) -> None:
-        if self._latest:
-            ids, masks = zip(*self._latest, strict=True)
-            self._blocks.append((np.concatenate(ids), np.concatenate(masks)))
-            self._latest = []
-
-    def documents(self, row_sizes: Sequence[int], row_documents: Sequence[int]) -> DocumentSet:
-        """The documents, and those of each row."""
-        self._join()
-        found, empty = np.asarray(row_documents, dtype=np.int64), (np.zeros(0, np.int32), np.zeros(0, bool))
-        ids, masks = zip(*(self._blocks or [empty]), strict=True)
-        return DocumentSet(
-            keys=np.frombuffer(b"".join(self.index), dtype=np.uint8).reshape(-1, KEY_BYTES),
-            counts=np.bincount(found).astype(np.int64),
-            offsets=offsets_of(np.asarray(self.lengths, dtype=np.int64)),
-            input_ids=np.concatenate(ids),
-            completion=np.concatenate(masks),
-            row_offsets=offsets_of(np.asarray(row_sizes, dtype=np.int64)),
-            row_documents=found,
-        )
-
-
-def _to_int32(tokens: NDArray[Any]) -> NDArray[np.int32]:
-    if tokens.dtype == np.int32:
-        return tokens
-    if len(tokens) and tokens.view(np.uint64).max() > INT32_MAX:  # as unsigned numbers, negative ones are large too
-        bad = tokens[(tokens < 0) | (tokens > INT32_MAX)][0]
-        raise XTFUserError(f"a training row holds the token id {int(bad)}, which no tokenizer gives; tokenise again.")
-    return tokens.astype(np.int32)

@@ -41,7 +41,7 @@ def format_tokens(
         tokenizer: of the token ids.
         special_ids: ids of special tokens, each of which is a unit.
     """
-    ids = documents.input_ids[documents.completion]
+    ids = documents.completion_ids
     lengths = np.diff(starts, append=len(ids))
     document = np.searchsorted(documents.completion_offsets, starts, side="right") - 1
     total = int(documents.counts.sum())
@@ -66,7 +66,7 @@ def known_format_tokens(documents: DocumentSet, starts: Ints, openings: Collecti
         documents, starts, tokenizer: as in `format_tokens`.
         openings: that `format_tokens` found in the sample.
     """
-    ids = documents.input_ids[documents.completion]
+    ids = documents.completion_ids
     lengths = np.diff(starts, append=len(ids))
     reach = np.zeros(len(starts), dtype=np.int64)
     for size in range(1, LONGEST + 1):

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import XTFUserError
-from .documents import DocumentSet, document_key
+from .documents import DocumentSet
+from .keys import document_key
 from .ragged import Bools, Ints
 from .token_text import byte_offsets, token_bytes
 

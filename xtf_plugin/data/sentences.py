@@ -17,8 +17,8 @@ import regex
 from numpy.typing import ArrayLike, NDArray
 
 from . import json_strings
-from .ragged import Bools, Ints, chunks, runs
-from .token_text import token_bytes
+from .ragged import Bools, Ints, runs
+from .token_text import distinct_ids, token_bytes
 
 Flags = NDArray[np.uint32]
 
@@ -98,7 +98,7 @@ def blanks(tokenizer: Any, token_ids: ArrayLike) -> Bools:
     """Which tokens are white space and nothing else, (M,)."""
     ids = np.asarray(token_ids)
     flags, _ = _vocabulary_flags(tokenizer, ids, np.zeros(0, dtype=np.int64))
-    marked: Bools = (flags & BLANK)[ids] > 0
+    marked: Bools = ((flags & BLANK) > 0)[ids]
     return marked
 
 
@@ -157,11 +157,8 @@ def _unfinished(piece: bytes) -> bool:
 
 def _vocabulary_flags(tokenizer: Any, ids: NDArray[Any], special_ids: NDArray[Any]) -> tuple[Flags, dict[int, bytes]]:
     """Flags by token id, 0 for ids that do not occur; and the bytes of each id that does."""
-    seen = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
-    for part in chunks(len(ids), CHUNK_TOKENS):  # np.unique would sort a copy of the dataset
-        seen[ids[part]] = True
-    distinct = np.flatnonzero(seen)
-    flags = np.zeros(len(seen), dtype=np.uint32)
+    distinct = distinct_ids(ids)
+    flags = np.zeros(int(ids.max(initial=-1)) + 1, dtype=np.uint32)
     pieces = token_bytes(tokenizer, distinct.tolist())
     flags[distinct] = [_flags_of(piece) for piece in pieces]
     flags[distinct[np.isin(distinct, special_ids)]] = SPECIAL

@@ -7,17 +7,19 @@ Splices of one document share their beginning, which a reference needs to read o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .documents import Branches, DocumentSet, from_arrays
+from .distinct import Distinct
+from .documents import Branches, DocumentSet, from_blocks
 from .predictions import PREDICTED, Predictions
-from .ragged import Bools, Doubles, Floats, Ints, offsets_of, runs, stretches
+from .ragged import CHUNK_TOKENS, Bools, Doubles, Floats, Ints, offsets_of, runs, stretches
 
+Block = tuple[NDArray[np.int32], Bools, Ints]
 TOGETHER = 1 << 27  # tokens that are laid out at a time, at most ten bytes each
 
 
@@ -44,16 +46,26 @@ class Splices:
         """(W + 1,) bounds of the splices among all tokens that are scored."""
         return offsets_of(self.end - self.begin)
 
-    def per_splice(self, values: Floats) -> Doubles:
-        """Sums of per-token values (sum of lengths,) over each splice, (W,) float64; an undefined value counts as 0."""
-        known = np.concatenate([np.nan_to_num(values.astype(np.float64)), [0.0]])
-        sums = np.add.reduceat(known, self.offsets[:-1]) if len(self.keep) else np.zeros(0)
-        return np.where(self.end > self.begin, sums, 0.0)
+    def sums(self, values: Callable[[slice, Ints, Ints], Floats]) -> Doubles:
+        """Sums over the tokens of each splice, (W,) float64; an undefined value counts as 0.
+
+        Args:
+            values: of some tokens in a row: a slice of all tokens that are scored, the place of each in its splice, and
+                its index among the completion tokens.
+        """
+        sums = np.zeros(len(self.keep))
+        for part in runs(self.offsets, CHUNK_TOKENS):
+            bounds = self.offsets[part.start : part.stop + 1]
+            lengths = np.diff(bounds)
+            place, at = stretches(np.zeros_like(lengths), lengths), stretches(self.begin[part], lengths)
+            known = np.nan_to_num(values(slice(int(bounds[0]), int(bounds[-1])), place, at).astype(np.float64))
+            sums[part] = np.add.reduceat(known, bounds[:-1] - bounds[0])
+        return sums
 
     def parts(self, source: DocumentSet, size: int) -> list[Splices]:
         """Splices in a row with at most `size` tokens together; a longer one is alone."""
         first, stop = self._rest(source)
-        past = np.where(self.keep >= 0, source.completion_positions[self.keep], len(self.template))
+        past = self._past(source)
         where = runs(offsets_of(past + stop - first), size)
         return [Splices(self.keep[at], self.begin[at], self.end[at], self.template) for at in where]
 
@@ -62,19 +74,34 @@ class Splices:
 
         Their group is the index of the source's document that they begin like; -1: they begin with the template.
         """
-        flat, (first, stop) = source.completion_flat, self._rest(source)
+        first, _ = self._rest(source)
+        kept, own = self.keep >= 0, np.searchsorted(source.offsets, first, side="right") - 1
+        return from_blocks(self._blocks(source), Branches(np.where(kept, own, -1), self._past(source)))
+
+    def distinct(self, source: DocumentSet) -> Distinct:
+        """The keys of `documents`, without laying all of them out."""
+        found = Distinct(tokens=False)
+        for block in self._blocks(source):
+            found.extend(*block)
+        return found.finish()
+
+    def _blocks(self, source: DocumentSet) -> Iterator[Block]:
+        """Token ids, label masks and lengths of the splices, many at a time."""
+        ids = np.concatenate([source.input_ids, self.template])
+        completion = np.concatenate([source.completion, np.zeros(len(self.template), dtype=bool)])
+        first, stop = self._rest(source)
         own = np.searchsorted(source.offsets, first, side="right") - 1
-        cut = np.where(self.keep >= 0, flat[np.maximum(self.keep, 0)], 0)
-        ids: list[NDArray[np.int32]] = []
-        masks: list[Bools] = []
-        for place in range(len(first)):
-            kept = self.keep[place] >= 0
-            past = source.input_ids[source.offsets[own[place]] : cut[place]] if kept else self.template
-            here = slice(first[place], stop[place])
-            ids.append(np.concatenate([past, source.input_ids[here]]))
-            masks.append(np.concatenate([np.zeros(len(past), dtype=bool), source.completion[here]]))
-        lengths = np.asarray([len(tokens) for tokens in ids], dtype=np.int64) - (stop - first)
-        return from_arrays(ids, masks, Branches(np.where(self.keep >= 0, own, -1), lengths))
+        begins = np.where(self.keep >= 0, source.offsets[own], len(source.input_ids))  # of the template, at the end
+        begins, sizes = np.stack([begins, first], 1), np.stack([self._past(source), stop - first], 1)
+        for part in runs(offsets_of(sizes.sum(1)), CHUNK_TOKENS):
+            where = stretches(begins[part].reshape(-1), sizes[part].reshape(-1))
+            asked = np.repeat(np.tile([False, True], len(sizes[part])), sizes[part].reshape(-1))
+            yield ids[where], completion[where] & asked, sizes[part].sum(1)
+
+    def _past(self, source: DocumentSet) -> Ints:
+        """Tokens that each splice reads at its beginning, (W,)."""
+        past: Ints = np.where(self.keep >= 0, source.completion_positions[self.keep], len(self.template))
+        return past
 
     def _rest(self, source: DocumentSet) -> tuple[Ints, Ints]:
         """Where what each splice reads after its beginning starts and ends in `input_ids`, (W,) each."""
@@ -96,8 +123,26 @@ def predictions_of(
     columns = {name: [np.zeros(0, dtype=np.float32)] for name in PREDICTED}
     for part in splices.parts(documents, TOGETHER):  # each repeats its prompt: together they can be many datasets
         made = part.documents(documents)
-        found = predict(made)
-        at = stretches(made.completion_offsets[made.row_documents], np.diff(part.offsets))
+        found = spread(predict(made), made.completion_offsets, made.row_documents)
         for name, values in columns.items():
-            values.append(getattr(found, name)[at])
+            values.append(getattr(found, name))
     return Predictions(**{name: np.concatenate(values) for name, values in columns.items()})
+
+
+def spread(found: Predictions, offsets: Ints, which: Ints) -> Predictions:
+    """What is predicted in some documents, (M,), for splices that equal them, (sum of their lengths,).
+
+    Args:
+        found: predictions of documents, whose tokens end at `offsets`, (N + 1,).
+        which: (W,) the document that each splice is.
+    """
+    lengths, columns = np.diff(offsets), {}
+    ends = offsets_of(lengths[which])
+    for name in PREDICTED:
+        columns[name] = np.empty(ends[-1], dtype=np.float32)
+        for part in runs(ends, CHUNK_TOKENS):
+            here = which[part]
+            columns[name][ends[part.start] : ends[part.stop]] = getattr(found, name)[
+                stretches(offsets[here], lengths[here])
+            ]
+    return Predictions(**columns)

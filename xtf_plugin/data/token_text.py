@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import XTFUserError
-from .ragged import Bools, Ints
+from .ragged import CHUNK_TOKENS, Bools, Ints, chunks
 
+DENSE = 1 << 22  # larger ids, which no vocabulary has, are sorted, as a table of them would take too much memory
 SPREAD = 8  # tokens that one character may be spread over
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -68,6 +69,16 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
     return result
 
 
+def distinct_ids(token_ids: NDArray[Any]) -> NDArray[np.int64]:
+    """`np.unique(token_ids)`, ascending; by counting where ids are small, in a tenth of the time."""
+    if not len(token_ids) or int(token_ids.max()) >= DENSE:
+        return np.unique(token_ids)
+    seen = np.zeros(int(token_ids.max()) + 1, dtype=bool)
+    for part in chunks(len(token_ids), CHUNK_TOKENS):
+        seen[token_ids[part]] = True
+    return np.flatnonzero(seen)
+
+
 def characters(pieces: Sequence[bytes]) -> Iterator[tuple[int, int, bytes]]:
     """Group tokens that share a character: (first token, number of tokens, bytes) of each group, in order."""
     place = 0
@@ -110,7 +121,7 @@ def match_spans(tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, pa
     marks = np.zeros(len(ids), dtype=bool)
     if not compiled or not len(ids):
         return marks
-    distinct = np.unique(ids)
+    distinct = distinct_ids(ids)
     pieces = token_bytes(tokenizer, distinct.tolist())
     for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
         which = np.searchsorted(distinct, ids[start:stop])

@@ -102,7 +102,7 @@ class Turns:
             special_ids: ids of special tokens.
             texts: of the tokenizer, if they are known.
         """
-        ids, offsets = documents.input_ids[documents.completion], documents.completion_runs
+        ids, offsets = documents.completion_ids, documents.completion_runs
         starts, stops = offsets[:-1], offsets[1:]
         texts = texts or TurnTexts.of(tokenizer)
         special, marks = np.isin(ids, np.asarray(special_ids)), None

@@ -107,7 +107,7 @@ class ScoringContext:
         import numpy as np  # not at the top: a block is read without NumPy
 
         self.documents, self.tokenizer, self.source = documents, tokenizer, source
-        self.token_ids: NDArray[np.int32] = _read_only(documents.input_ids[documents.completion])
+        self.token_ids: NDArray[np.int32] = _read_only(documents.completion_ids)
         self.positions: NDArray[np.int32] = _read_only(documents.completion_positions)
         self.offsets: Ints = _read_only(documents.completion_offsets)
         self.counts: Ints = _read_only(documents.counts)

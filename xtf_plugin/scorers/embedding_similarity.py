@@ -18,15 +18,14 @@ from ..files import digest
 from .base import ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from ..data.documents import DocumentSet
     from ..data.ragged import Floats, Ints
     from .base import Score
 
 VOCABULARY_CHUNK = 4_096
-DENSE = 1 << 22  # ids below it may index an array; no vocabulary is larger, but a broken dataset may have such ids
 
 
 class EmbeddingSimilarityConfig(ScoreConfig):
@@ -83,15 +82,16 @@ class _Domain:
     def __init__(self, context: ScoringContext, config: EmbeddingSimilarityConfig) -> None:
         import numpy as np
 
+        from ..data.token_text import distinct_ids
+
         self.context, self.embedding = context, config.embedding
         self.ids: NDArray[Any]
-        self.scored_ids = _distinct(context.token_ids)
+        self.scored_ids = distinct_ids(context.token_ids)
         self.pieces: list[list[int]] | None = None
         self.weights: Ints | None = None
         if config.domain == "dataset":
-            ids, repeats = context.documents.input_ids, context.documents.lengths
-            self.ids = _distinct(ids)
-            self.weights = np.bincount(_places(self.ids, ids), np.repeat(context.counts, repeats)).astype(np.int64)
+            self.ids = distinct_ids(context.documents.input_ids)
+            self.weights = _occurrences(self.ids, context.documents)
         else:
             self.pieces = _word_pieces(context.tokenizer, config.domain)
             self.ids = np.unique(np.concatenate([np.asarray(piece, dtype=np.int64) for piece in self.pieces]))
@@ -181,22 +181,28 @@ def cosine_distance(vectors: Tensor, domain: Tensor) -> Tensor:
     return distance
 
 
-def _distinct(token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
-    """`np.unique(token_ids)` by counting, in a tenth of the time."""
+def _occurrences(distinct: Ints, documents: DocumentSet) -> Ints:
+    """How often each of the distinct ids occurs in the dataset, (n,)."""
     import numpy as np
 
-    if not len(token_ids) or int(token_ids.max()) >= DENSE:
-        return np.unique(token_ids)
-    return np.flatnonzero(np.bincount(token_ids)).astype(np.int32)
+    from ..data.ragged import Layout
+
+    number = np.zeros(len(distinct), dtype=np.int64)
+    for tokens, _, part in Layout(documents.offsets, documents.counts).chunks():
+        places = _places(distinct, documents.input_ids[tokens])
+        number += np.bincount(places, part.spread(part.counts), len(distinct)).astype(np.int64)
+    return number
 
 
 def _places(distinct: NDArray[Any], token_ids: NDArray[Any]) -> Ints:
     """`np.searchsorted(distinct, token_ids)` by table; `distinct` holds all of the ids."""
     import numpy as np
 
+    from ..data.token_text import DENSE
+
     if not len(distinct) or int(distinct[-1]) >= DENSE:
         return np.searchsorted(distinct, token_ids)
-    places = np.zeros(int(distinct[-1]) + 1, dtype=np.int64)
+    places = np.zeros(int(distinct[-1]) + 1, dtype=np.int32)
     places[distinct] = np.arange(len(distinct))
     found: Ints = places[token_ids]
     return found

@@ -181,10 +181,14 @@ class _Units:
         """Sum over the first tokens of each unit that are more than white space, (S,)."""
         import numpy as np
 
-        at = np.arange(len(logprobs)) - np.repeat(self.starts, self.lengths)
-        read = (at < self.config.first) & self.says
-        counted = np.where(read, np.nan_to_num(logprobs.astype(np.float64)), 0.0)
-        sums: Doubles = np.add.reduceat(counted, self.starts) if len(self.starts) else np.zeros(0)
+        from ..data.ragged import CHUNK_TOKENS, runs, stretches
+
+        ends, sums = np.append(self.starts, len(logprobs)), np.zeros(len(self.starts))
+        for part in runs(ends, CHUNK_TOKENS):
+            here, first = slice(int(ends[part.start]), int(ends[part.stop])), self.starts[part] - ends[part.start]
+            place = stretches(np.zeros_like(first), self.lengths[part])
+            read = (place < self.config.first) & self.says[here]
+            sums[part] = np.add.reduceat(np.where(read, np.nan_to_num(logprobs[here].astype(np.float64)), 0.0), first)
         return sums
 
     def _surprise(self, keep: Ints, template: NDArray[Any], only: Ints | None = None, skipped: int = 0) -> Doubles:
@@ -202,11 +206,13 @@ class _Units:
         splices = Splices(keep[chosen], begin, begin + self.read[chosen], template)
         result = np.full(len(self.starts), np.nan)
         found = self.context.predictions_of(splices, self.config.reference).logprobs
-        place = np.arange(len(found)) - np.repeat(splices.offsets[:-1], np.diff(splices.offsets))
-        at = np.repeat(begin, np.diff(splices.offsets)) + place
-        if skipped:
-            found = np.where(place < skipped, self.context.log_probabilities(self.config.reference)[at], found)
-        result[chosen] = splices.per_splice(np.where(self.says[at], found, np.float32(0)))
+        own = self.context.log_probabilities(self.config.reference) if skipped else found
+
+        def counted(tokens: slice, place: Ints, at: Ints) -> Floats:
+            here = np.where(place < skipped, own[at], found[tokens]) if skipped else found[tokens]
+            return np.where(self.says[at], here, np.float32(0))
+
+        result[chosen] = splices.sums(counted)
         return result
 
     def _before_dropped(self, dropped: Bools) -> Ints:
@@ -235,23 +241,29 @@ def common_template(documents: DocumentSet, tokenizer: Any) -> NDArray[Any]:
     runs, flat = documents.completion_runs[:-1], documents.completion_flat
     ends = flat[runs]
     begins = documents.offsets[np.searchsorted(documents.offsets, ends, side="right") - 1]
-    prompts = [documents.input_ids[low:high] for low, high in zip(begins, ends, strict=True) if high > low]
-    if prompts:
-        front, back = prompts[0], prompts[0][::-1]
-        for prompt in prompts[1:]:
-            front, back = _same(front, prompt), _same(back, prompt[::-1])
-        back = back[: max(0, min(map(len, prompts)) - len(front))][::-1]
-        template = np.concatenate([front, back])
+    some = np.flatnonzero(ends > begins)
+    if len(some):
+        ids, begins, ends = documents.input_ids, begins[some], ends[some]
+        front = _alike(ids, begins, ends - begins, 1)
+        back = min(_alike(ids, ends - 1, ends - begins, -1), int((ends - begins).min()) - front)
+        template = np.concatenate([ids[begins[0] : begins[0] + front], ids[ends[0] - back : ends[0]]])
         if len(template):
             return template
-    ids = [value for name in ("bos_token_id", "eos_token_id") if (value := getattr(tokenizer, name, None)) is not None]
-    return np.asarray(ids[:1] or documents.input_ids[:1], dtype=np.int32)
+    marks = [
+        value for name in ("bos_token_id", "eos_token_id") if (value := getattr(tokenizer, name, None)) is not None
+    ]
+    return np.asarray(marks[:1] or documents.input_ids[:1], dtype=np.int32)
 
 
-def _same(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
-    """The common beginning of two arrays."""
+def _alike(ids: NDArray[Any], starts: Ints, sizes: Ints, step: int) -> int:
+    """How many tokens all spans of `ids` of these sizes, (n,), begin with, or with `step` -1 end with."""
     import numpy as np
 
-    size = min(len(one), len(other))
-    differs = np.flatnonzero(one[:size] != other[:size])
-    return one[: differs[0] if len(differs) else size]
+    from ..data.ragged import CHUNK_TOKENS
+
+    size, low = int(sizes.min()), 0
+    while size and low < len(starts):
+        places, some = step * np.arange(size), starts[low : low + max(1, CHUNK_TOKENS // size)]
+        differs = np.flatnonzero((ids[some[:, None] + places] != ids[starts[0] + places]).any(axis=0))
+        size, low = int(differs[0]) if len(differs) else size, low + len(some)
+    return size

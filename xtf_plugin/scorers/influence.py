@@ -15,7 +15,7 @@ from ..fields import Drop, NonNegative, Positive, ReferenceConfig
 from .base import Score, ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
-    from ..data.ragged import Bools, Floats
+    from ..data.ragged import Bools, Floats, Ints
 
 CLIP = 1.0  # nats: a single token shows at most this much
 SKIPPED = 2  # first tokens after a unit: they show how a text goes on, not what it says
@@ -105,9 +105,11 @@ def _influence(context: ScoringContext, config: InfluenceConfig, doubtful: tuple
         splices = Splices(starts[chosen], begin[chosen], end[chosen], template)
         without = context.predictions_of(splices, config.reference).logprobs
         with_it = context.log_probabilities(config.reference)
-        sizes = np.diff(splices.offsets)
-        place = np.arange(len(without)) - np.repeat(splices.offsets[:-1], sizes)
-        at = np.repeat(begin[chosen], sizes) + place
-        change = np.clip(with_it[at] - without, -CLIP, CLIP)
-        result[chosen] = splices.per_splice(np.where(place < SKIPPED, np.float32(0), change))
+
+        def change(tokens: slice, place: Ints, at: Ints) -> Floats:
+            more = np.clip(with_it[at] - without[tokens], -CLIP, CLIP)
+            changes: Floats = np.where(place < SKIPPED, np.float32(0), more)
+            return changes
+
+        result[chosen] = splices.sums(change)
     return np.repeat(result, lengths)

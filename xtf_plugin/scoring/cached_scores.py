@@ -19,8 +19,8 @@ from ..config.scores import SLOTS
 from ..data.documents import DocumentSet, beside
 from ..data.marks import AllMarks
 from ..data.predictions import PREDICTED, Predictions
-from ..data.ragged import Floats, Ints
-from ..data.splices import Splices, predictions_of
+from ..data.ragged import Floats, Ints, offsets_of
+from ..data.splices import Splices, predictions_of, spread
 from ..errors import XTFError, XTFUserError
 from ..fields import ReferenceConfig
 from ..scorers import ScoreConfig, Scorer, ScoringContext, registry
@@ -78,6 +78,7 @@ class ScoreSource:
         passes: the same for other references, for the summary.
         excerpts: the same for documents outside the dataset.
         warnings: about the references.
+        units: first tokens of sentences and lines, by unit, as far as they are known.
     """
 
     whole = True  # the documents are a complete dataset, in which at least one score must be defined
@@ -100,6 +101,7 @@ class ScoreSource:
         self.stats, self.excerpts = ScoringStats(), ScoringStats()
         self.passes: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+        self.units: dict[str, Ints] = {}
         self._main, self._references, self._marks = main, references, marks or {}
         self._attention: dict[tuple[int, ...], Floats] = {}
         self._others: dict[ReferenceConfig, StoredScores] = {}
@@ -116,6 +118,7 @@ class ScoreSource:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._open = None
+        self._others, self._attention, self.known = {}, {}, None  # as large as the dataset, and read by scorers alone
 
     def predictions(self, reference: ReferenceConfig | None = None) -> StoredScores:
         """See `ScoringContext.predictions`; None: the run's own reference."""
@@ -139,7 +142,23 @@ class ScoreSource:
 
     def predictions_of(self, splices: Splices, reference: ReferenceConfig | None = None) -> Predictions:
         """See `ScoringContext.predictions_of`."""
-        return predictions_of(self.documents, splices, partial(self._of_excerpts, self._provider(reference)))
+        provider = self._provider(reference)
+        known = self._stored(provider, splices)
+        if known is not None:
+            return known
+        return predictions_of(self.documents, splices, partial(self._of_excerpts, provider))
+
+    def _stored(self, provider: ReferenceProvider, splices: Splices) -> Predictions | None:
+        """Predictions of splices that are all stored, which need not be laid out; None: some are to be scored."""
+        wanted, (store, _) = splices.distinct(self.documents), self._store(provider, ())
+        with store:
+            found = store.lookup(wanted.keys, wanted.trained)
+            pool(self.ranks, found)
+        if not found.found.all():
+            return None
+        self.excerpts.add(ScoringStats(stored_documents=len(wanted.keys)))
+        columns = {name: self.ranks.broadcast_if_different(found.columns[name]) for name in PREDICTED}
+        return spread(Predictions(**columns), offsets_of(wanted.trained), wanted.which)
 
     def _of_excerpts(self, provider: ReferenceProvider, documents: DocumentSet) -> StoredScores:
         if provider is self._main and self.known is None and self._reads_again(documents):
@@ -175,7 +194,9 @@ class ScoreSource:
 
     def segments(self, unit: str) -> NDArray[np.int64]:
         """See `ScoringContext.segments`."""
-        return segment_starts(self.documents, self.tokenizer, unit)
+        if unit not in self.units:
+            self.units[unit] = segment_starts(self.documents, self.tokenizer, unit)
+        return self.units[unit]
 
     def embeddings(self, token_ids: NDArray[np.int64], kind: str) -> Floats:
         """See `ScoringContext.embeddings`."""
@@ -274,14 +295,9 @@ class ScoreSource:
         Returns:
             the scores, facts about the reference, statistics of the pass, and indices of the documents that it scored.
         """
-        fingerprint, tag = self.fingerprint(provider), ",".join(map(str, layers)) or None
-        about = {**provider.description(), "fingerprint": fingerprint}
-        if (fingerprint, tag) not in self._stores:
-            root = self.config.resolved_cache_dir()
-            made = ScoreStore(root, fingerprint, tag, description=about, index=self._index)
-            self._stores[fingerprint, tag] = made
+        store, about = self._store(provider, layers)
         sizes = np.diff(documents.completion_offsets)
-        with self._stores[fingerprint, tag] as store:
+        with store:
             found = store.lookup(documents.keys, sizes)
             pool(self.ranks, found)
             missing = np.flatnonzero(~found.found & (sizes > 0))
@@ -290,6 +306,16 @@ class ScoreSource:
         # ranks may have stored different scores of a document, and all plans must have the same bits
         columns = {name: self.ranks.broadcast_if_different(values) for name, values in found.columns.items()}
         return StoredScores(**columns), about, stats, missing
+
+    def _store(self, provider: ReferenceProvider, layers: tuple[int, ...]) -> tuple[ScoreStore, dict[str, Any]]:
+        """The store of a reference's scores, and facts about the reference."""
+        fingerprint, tag = self.fingerprint(provider), ",".join(map(str, layers)) or None
+        about = {**provider.description(), "fingerprint": fingerprint}
+        if (fingerprint, tag) not in self._stores:
+            root = self.config.resolved_cache_dir()
+            made = ScoreStore(root, fingerprint, tag, description=about, index=self._index)
+            self._stores[fingerprint, tag] = made
+        return self._stores[fingerprint, tag], about
 
     def _fill(
         self,
@@ -347,6 +373,7 @@ def run_scorers(
     """
     context = ScoringContext(source.documents, source.tokenizer, source, text.protected, text.forced)
     context.parts, chosen = config.scores, _scorers(config.scores)
+    source.units.update(text.segments)
     found = {}
     # scorers that read attention come first, those that read other scores last
     for name in sorted(chosen, key=lambda each: (not chosen[each][0].reads_attention, chosen[each][0].reads_scores)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.documents import KEY_BYTES
+from ..data.keys import KEY_BYTES
 from ..data.ragged import Layout, offsets_of
 
 

@@ -84,7 +84,7 @@ def recurring(
     starts = text.segments.get("sentence", text.segments.get("line"))
     if starts is None or not len(starts) or config.control is not None:
         return []
-    ids = documents.input_ids[documents.completion]
+    ids = documents.completion_ids
     given = text.protected if text.formatted is None else text.protected & ~text.formatted
     given = given if text.forced is None else given | text.forced
     open_ = ~np.logical_or.reduceat(given, starts) & ~np.isin(ids[starts], special_ids(tokenizer))

@@ -49,7 +49,7 @@ class TextRules:
 
         `sample`: the rules of a stream's calibration sample, for later documents of it; its formats are taken.
         """
-        token_ids, runs = documents.input_ids[documents.completion], documents.completion_runs
+        token_ids, runs = documents.completion_ids, documents.completion_runs
         protected = np.zeros(len(token_ids), dtype=bool)
         special = special_ids(tokenizer)
         known = None if sample is None or sample.turns is None else sample.turns.texts
@@ -82,7 +82,7 @@ class TextRules:
 
 def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> Ints:
     """First completion tokens of the sentences or lines, among all completion tokens."""
-    token_ids, runs = documents.input_ids[documents.completion], documents.completion_runs
+    token_ids, runs = documents.completion_ids, documents.completion_runs
     return sentences.segment_starts(unit, tokenizer, token_ids, runs, special_ids(tokenizer))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.documents import KEY_BYTES
+from ..data.keys import KEY_BYTES, halves, key_order
 from ..data.predictions import Predictions
 from ..data.ragged import Floats, Ints, offsets_of, stretches
 
@@ -103,22 +103,21 @@ class Lookup:
         self.found = np.zeros(len(self.lengths), dtype=bool)
         names, total = COLUMNS if attention else COLUMNS[:-1], int(self.lengths.sum())
         self.columns = {name: np.full(total, np.nan, dtype=np.float32) for name in names}
-        identity = identities(keys, self.lengths)
-        self._order = np.argsort(identity, kind="stable")
-        self._sorted = identity[self._order]
+        self._halves = halves(keys)
+        self._order = key_order(self._halves)
+        self._sorted = self._halves[self._order, 0]
 
-    def wants(self, identity: NDArray[np.bytes_]) -> bool:
-        """Whether any of these `identities` is requested and not found yet."""
-        low, high = self._places(identity)
-        return not self.found[self._order[low[high > low]]].all()
+    def wants(self, keys: NDArray[np.uint8], lengths: Ints) -> bool:
+        """Whether any of these documents is requested and not found yet."""
+        return not self.found[self._pairs(keys, lengths)[0]].all()
 
     def take(self, records: Records) -> None:
         """Copy the scores of documents that are requested and not found yet."""
-        identity, source = np.unique(identities(records.keys, records.lengths), return_index=True)
-        low, high = self._places(identity)
-        target, source = self._order[stretches(low, high - low)], np.repeat(source, high - low)
+        target, source = self._pairs(records.keys, records.lengths)
         new = ~self.found[target]
-        target, starts = target[new], records.offsets[source[new]]
+        target, first = np.unique(target[new], return_index=True)
+        source = source[new][first]
+        starts = records.offsets[source]
         into, out_of = (stretches(begin, self.lengths[target]) for begin in (self.starts[target], starts))
         for name, values in self.columns.items():
             values[into] = records.columns[name][out_of]
@@ -131,12 +130,11 @@ class Lookup:
         columns = {name: values[out_of] for name, values in self.columns.items()}
         return Records(keys=self.keys[wanted], offsets=offsets_of(lengths), **columns)
 
-    def _places(self, identity: NDArray[np.bytes_]) -> tuple[Ints, Ints]:
-        """First and end position in `_order` of each identity."""
-        return np.searchsorted(self._sorted, identity, "left"), np.searchsorted(self._sorted, identity, "right")
-
-
-def identities(keys: NDArray[np.uint8], lengths: Ints) -> NDArray[np.bytes_]:
-    """Key and length of each document as one fixed-width string, (N,), to sort and compare."""
-    joined = np.concatenate([keys, lengths.astype("<i8").reshape(-1, 1).view(np.uint8).reshape(len(keys), 8)], axis=1)
-    return joined.view(f"S{KEY_BYTES + 8}").reshape(-1)
+    def _pairs(self, keys: NDArray[np.uint8], lengths: Ints) -> tuple[Ints, Ints]:
+        """Indices of equal documents, of equal length: the requested ones, and those given; ascending for each."""
+        numbers = halves(keys)
+        order = key_order(numbers)
+        low, high = (np.searchsorted(self._sorted, numbers[order, 0], side) for side in ("left", "right"))
+        target, source = self._order[stretches(low, high - low)], np.repeat(order, high - low)
+        equal = (self._halves[target] == numbers[source]).all(axis=1) & (self.lengths[target] == lengths[source])
+        return target[equal], source[equal]

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from ..data.documents import KEY_BYTES
+from ..data.keys import KEY_BYTES
 from ..data.ragged import Floats, Ints, offsets_of
 from ..errors import XTFError
 from .records import COLUMNS, Records

@@ -28,10 +28,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from .. import files
-from ..data.documents import KEY_BYTES
+from ..data.keys import KEY_BYTES
+from ..data.ragged import Ints
 from ..errors import harmless
 from . import shard_format
-from .records import Lookup, Records, identities, merge
+from .records import Lookup, Records, merge
 from .shard_format import BadShard, NewerShard
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ REFERENCE = re.compile(r"[0-9a-f]{8,128}")
 LAYER_FOLDER = re.compile(r"none|layers-[0-9a-f,_]+")
 _NAME_LIMIT = 100  # file systems allow 255 bytes; an irregular choice among a hundred layers would exceed that
 
-Index = dict[Path, NDArray[np.bytes_]]  # `records.identities` of the documents in each shard
+Index = dict[Path, tuple[NDArray[np.uint8], Ints]]  # keys and lengths of the documents in each shard
 
 
 class ScoreStore:
@@ -110,11 +111,11 @@ class ScoreStore:
         for path in self._candidates():
             if found.found.all():
                 break
-            if path in self._index and not found.wants(self._index[path]):
+            if path in self._index and not found.wants(*self._index[path]):
                 continue
             records = self.read(path)
             if records is not None:
-                self._index[path] = identities(records.keys, records.lengths)
+                self._index[path] = records.keys, records.lengths
                 found.take(records)
         for records in self._buffer:
             found.take(records)
@@ -153,7 +154,7 @@ class ScoreStore:
                 name, data = shard_format.encode(pending[0], self.reference, self.layers)
                 files.write_whole(self.directory / name, data)
                 records = pending.pop(0)
-                self._index[self.directory / name] = identities(records.keys, records.lengths)
+                self._index[self.directory / name] = records.keys, records.lengths
             self.persistent = True
         except OSError as error:
             if self.persistent:

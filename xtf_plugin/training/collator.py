@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data.documents import IGNORE_INDEX, document_key, numbers, split_row
+from ..data.documents import IGNORE_INDEX, numbers, split_row
+from ..data.keys import document_key
 from ..errors import XTFError
 
 MAX_WORKERS = 256

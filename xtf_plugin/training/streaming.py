@@ -27,8 +27,10 @@ from torch import nn
 
 from ..config.block import XTFConfig
 from ..config.scores import check_streamed
-from ..data.documents import IGNORE_INDEX, DocumentSet, collect, document_key, split_row
+from ..data.documents import IGNORE_INDEX, DocumentSet, collect, split_row
+from ..data.keys import document_key
 from ..data.ragged import Bools, Ints, Layout
+from ..data.splices import Splices
 from ..environment import WORKERS_REFUSED
 from ..errors import XTFError, XTFUserError
 from ..plan import UNFILTERED, Plan, make_plan, scores_of
@@ -403,6 +405,9 @@ class _ChunkSource(ScoreSource):
         stats = score(documents, wanted, self.reference, layers, take, batch_tokens=budget, progress=False)
         self.warnings += self.reference.take_warnings()
         return StoredScores(**lookup.columns), {}, stats, wanted
+
+    def _stored(self, provider: Any, splices: Splices) -> None:
+        """Nothing is."""
 
     def _check(self, scores: StoredScores, about: dict[str, Any], prefix: str = "") -> None:
         """Accept documents without any finite score, which a dataset may not have: a chunk can be one document."""

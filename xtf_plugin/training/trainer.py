@@ -15,6 +15,8 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
 
+from ..data.documents import PlainRows
+from ..data.ragged import offsets_of
 from ..environment import NO_CAUSAL_LM, WORKERS_REFUSED, is_on, signature_columns
 from ..errors import XTFUserError
 from .boundaries import Boundaries
@@ -198,10 +200,11 @@ def _reaching(trainer: Any) -> Callable[[str], bool]:
     return set(signature_columns(trainer)).__contains__
 
 
-def rows(trainer: Any, boundaries: Boundaries) -> Iterator[dict[str, Any]]:
+def rows(trainer: Any, boundaries: Boundaries) -> Iterator[dict[str, Any] | PlainRows]:
     """The rows of a map-style train dataset, with the columns that are read, reach the collator and matter to it.
 
-    Arrow-backed columns become numpy arrays, without Python lists in between.
+    Arrow-backed columns become numpy arrays, without Python lists in between, and where no column cuts a row, all rows
+    of a batch at once.
 
     Raises:
         XTFUserError: a row is not what can be masked; rows change whenever they are read.
@@ -222,12 +225,38 @@ def rows(trainer: Any, boundaries: Boundaries) -> Iterator[dict[str, Any]]:
         )
     done = 0
     for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1_000):
+        plain = _plain(batch, [name for name in names if name not in boundaries.ignored]) if done else None
+        if plain is not None:  # after the first rows, which `boundaries` tries the collator on
+            yield plain
+            done += len(batch)
+            continue
         columns = {name: arrays(name, batch.column(name)) for name in names}
         for index in range(len(batch)):
             row = {name: parts[index] for name, parts in columns.items() if parts[index] is not None}
             place = done + index
             yield boundaries.visible(row, lambda: {k: v for k, v in dataset[place].items() if reaches(k)})  # noqa: B023
         done += len(batch)
+
+
+def _plain(batch: Any, names: Sequence[str]) -> PlainRows | None:
+    """A batch of an Arrow dataset whose rows are one document each, of all their tokens; None for any other batch."""
+    columns = {name: batch.column(name).combine_chunks() for name in names}
+    lists = all(pa.types.is_list(column.type) or pa.types.is_large_list(column.type) for column in columns.values())
+    if not lists or any(column.null_count or column.flatten().null_count for column in columns.values()):
+        return None
+    if not all(pa.types.is_integer(column.type.value_type) for column in columns.values()):
+        return None
+    values = {name: column.flatten().to_numpy() for name, column in columns.items()}
+    lengths = {name: column.value_lengths().to_numpy().astype(np.int64) for name, column in columns.items()}
+    own, sizes = lengths.pop("input_ids"), lengths.pop("seq_lengths", None)
+    whole = sizes is None or ((sizes == 1).all() and np.array_equal(values["seq_lengths"], own))
+    if not whole or not all(np.array_equal(other, own) for other in lengths.values()):
+        return None
+    if not values.get("attention_mask", own).all():
+        return None
+    restarts = values["position_ids"] == 0 if "position_ids" in values else np.zeros(0, dtype=bool)
+    restarts[offsets_of(own)[:-1][own > 0] if len(restarts) else []] = False
+    return None if restarts.any() else PlainRows(values["input_ids"], values["labels"], own)
 
 
 def _check_stable(part: Callable[[Any], dict[str, Any]], dataset: Any) -> None:
