@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .documents import DocumentSet, document_key
+from .documents import DocumentSet
+from .keys import document_key
 from .ragged import Bools, Ints
 
 NONE, UNKNOWN = "(no value)", "(not known)"
