@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -236,6 +237,11 @@ def test_word_files_are_read_before_any_model(tmp_path):
     assert "not a file" in refusal(relevance(domain=str(tmp_path)))
     path.write_text("café\n", encoding="utf-8")
     assert XTFConfig.parse(relevance(domain=str(path))).task_relevance.domain == str(path)
+
+
+def test_an_array_is_refused_as_a_list_is():
+    with pytest.raises(XTFUserError, match=r"xtf.reasoning_importance.scorer: \[1, 2\]"):
+        XTFConfig.parse({"preset": "default", "reasoning_importance": {"scorer": np.array([1, 2])}})
 
 
 def test_blocks_that_hold_themselves_are_refused():

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 from platformdirs import user_cache_dir
 from pydantic import Field, StrictBool, ValidationError, model_validator
@@ -200,9 +201,12 @@ class XTFConfig(Block):
 
 
 def plain(value: Any, depth: int = 5) -> Any:
-    """Mappings as dicts with text keys, to the depth of a block (a YAML alias can make a mapping contain itself)."""
+    """Mappings as dicts with text keys, to the depth of a block (a YAML alias can make a mapping contain itself).
+
+    Arrays become lists, because comparing them with a value gives no single answer.
+    """
     if not isinstance(value, Mapping) or depth == 0:
-        return value
+        return value.tolist() if isinstance(value, np.ndarray) else value
     return {key if isinstance(key, str) else shown(key): plain(item, depth - 1) for key, item in value.items()}
 
 
