@@ -185,7 +185,7 @@ gpu-kit: $(STAMP)  ## the same for a GPU machine without a network: wheels, proj
 
 # DATA: a folder with the public files that tests/benchmarks/proof/texts.py names. Started again, it goes on where it stopped.
 proof: $(STAMP) models  ## the tables of docs/evidence.md, on real models: about 90 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.proof --data $(DATA) --folder .proof --workers 2 --write docs/evidence.md --pictures docs/images
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.proof --data $(DATA) --folder .proof --workers 2 --write docs/evidence.md --further docs/evidence/tables.md --pictures docs/images
 
 # Fails for a link or an anchor that leads nowhere, and for a page that the navigation leaves out. Needs no network.
 docs-site: $(STAMP)  ## the documentation as a site, in .site/

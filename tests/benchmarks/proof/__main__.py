@@ -122,6 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="also write all results into this file, a line each")
     parser.add_argument("--pictures", type=Path, help="also draw the pictures into this folder")
     parser.add_argument("--write", type=Path, help="also put the tables into this page")
+    parser.add_argument("--further", type=Path, help="also put those of single scores and other rules into this page")
     given = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -150,6 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
         given.results.write_text("".join(record(one) for one in (*found, *trained)), encoding="utf-8")
     if given.write:
         tables.write(given.write, text)
+    if given.further:
+        tables.write(given.further, tables.further(found))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,30 +192,41 @@ def forms_of_lines_table(results: Results) -> str:
     return table(["text", "noise", "found", "good lost", "AUC over lines", "AUC over tokens"], rows)
 
 
+def _made(results: Results) -> str:
+    return "\n".join(dict.fromkeys(f"{one['made']}." for one in results)) + "\n"
+
+
+def _titled(*tables: tuple[str, Results, tuple[Callable[[Results], str], ...]]) -> list[str]:
+    """A title and its tables, for all that was measured."""
+    return [
+        part
+        for title, chosen, made in tables
+        if chosen
+        for part in (f"### {title}\n", *(make(chosen) for make in made))
+    ]
+
+
+def _planted(results: Results) -> Results:
+    return [one for one in results if one["rate"] > 0 and one["shape"] == "spans"]
+
+
+def _clean(results: Results) -> Results:
+    return [one for one in results if one["rate"] == 0 and one["noise"] == 0 and one["shape"] != "form"]
+
+
 def everything(results: Results, trained: Results = ()) -> str:
-    """All tables, as Markdown."""
+    """The tables that answer whether it helps, as Markdown."""
     if not results and not trained:
         return "not measured yet\n"
-    made = "\n".join(dict.fromkeys(f"{one['made']}." for one in (*results, *trained)))
     by_form = [one for one in results if one["shape"] == "form"]
-    results = [one for one in results if one["shape"] != "form"]
-    planted = [one for one in results if one["rate"] > 0 and one["shape"] == "spans"]
-    clean = [one for one in results if one["rate"] == 0 and one["noise"] == 0]
-    labelled = [one for one in results if one["rate"] == 0 and one["noise"] > 0]
-    tokens = [one for one in results if one["shape"] == "tokens"]
-    parts = [made + "\n"]
-    for title, chosen, tables in (
-        ("Planted spans: the default", planted, (found_table,)),
-        ("Clean text: the default", clean, (found_table,)),
-        ("Planted spans: AUC of each score, by sentence", planted, (scores_table,)),
-        ("Planted spans: other rules", planted, (rules_table,)),
-        ("Clean text: what every rule drops", clean, (rules_table,)),
+    labelled = [one for one in results if one["rate"] == 0 and one["noise"] > 0 and one["shape"] != "form"]
+    parts = [_made([*results, *trained])]
+    parts += _titled(
+        ("Planted spans: the default", _planted(results), (found_table,)),
+        ("Clean text: the default", _clean(results), (found_table,)),
         ("Real noise", labelled, (scores_table, rules_table)),
         ("Lines without running text: `running_text`, which asks no model", by_form, (forms_of_lines_table,)),
-        ("Single tokens", tokens, (scores_table, rules_table)),
-    ):
-        if chosen:
-            parts += [f"### {title}\n", *(made_by(chosen) for made_by in tables)]
+    )
     problems = [one for one in trained if "in_format" not in one]
     for rate in dict.fromkeys(one["rate"] for one in problems):
         chosen = [one for one in problems if one["rate"] == rate]
@@ -223,6 +234,22 @@ def everything(results: Results, trained: Results = ()) -> str:
     if formats := [one for one in trained if "in_format" in one]:
         parts += ["### Training on answers in a format, with 25% noise\n", formats_table(formats)]
     return "\n".join(parts)
+
+
+def further(results: Results) -> str:
+    """The tables of single scores, of other rules and of single tokens, as Markdown."""
+    tokens = [one for one in results if one["shape"] == "tokens"]
+    return "\n".join(
+        [
+            _made([one for one in results if one["shape"] != "form"]),
+            *_titled(
+                ("Planted spans: AUC of each score, by sentence", _planted(results), (scores_table,)),
+                ("Planted spans: other rules", _planted(results), (rules_table,)),
+                ("Clean text: what every rule drops", _clean(results), (rules_table,)),
+                ("Single tokens", tokens, (scores_table, rules_table)),
+            ),
+        ]
+    )
 
 
 def write(page: Path, text: str) -> None:
