@@ -163,11 +163,21 @@ def test_a_record_has_no_text_of_public_files():
     assert json.loads(line) == {"auc": {"all": 0.12346}}
 
 
-def test_pictures_are_drawn_from_results(tmp_path):
+def test_pictures_are_drawn_from_results(tmp_path, monkeypatch):
     shares = {"good": 0.01, "found": 0.9}
     found = {"rate": 0.25, "shape": "spans", "phrases": "known", "precision": "bf16", "model": "m"}
     found |= {"rules": {name: shares for name in RULES}, "auc": {"task_relevance": {"all": 0.9}}}
-    pictures.draw([found], [trained("plain", 0, 0), trained("default", 0, -0.1), trained("default", 1, 0)], tmp_path)
+    runs = [trained("plain", 0, 0), trained("default", 0, -0.1), trained("default", 1, 0)]
+    drawn = []
+
+    def training(figure, results):
+        drawn.append(results)
+        pictures_training(figure, results)
+
+    pictures_training = pictures.training
+    monkeypatch.setattr(pictures, "training", training)
+    pictures.draw([found], [*runs, {**trained("plain", 0, 9), "in_format": 0.5}], tmp_path)
+    assert drawn == [runs], "losses of another task are not comparable"
     names = ("evidence-rules", "evidence-scores", "evidence-training")
     texts = [(tmp_path / f"{name}.svg").read_text() for name in names]
     assert len(texts) == 3 and all(text.lstrip().startswith("<?xml") for text in texts)
