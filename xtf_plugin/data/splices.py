@@ -123,26 +123,30 @@ def predictions_of(
     columns = {name: [np.zeros(0, dtype=np.float32)] for name in PREDICTED}
     for part in splices.parts(documents, TOGETHER):  # each repeats its prompt: together they can be many datasets
         made = part.documents(documents)
-        found = spread(predict(made), made.completion_offsets, made.row_documents)
+        predicted = predict(made)
+        found = spread(
+            {name: getattr(predicted, name) for name in columns}, made.completion_offsets, made.row_documents
+        )
         for name, values in columns.items():
             values.append(getattr(found, name))
     return Predictions(**{name: np.concatenate(values) for name, values in columns.items()})
 
 
-def spread(found: Predictions, offsets: Ints, which: Ints) -> Predictions:
+def spread(columns: dict[str, Floats], offsets: Ints, which: Ints) -> Predictions:
     """What is predicted in some documents, (M,), for splices that equal them, (sum of their lengths,).
 
     Args:
-        found: predictions of documents, whose tokens end at `offsets`, (N + 1,).
+        columns: predictions of documents, whose tokens end at `offsets`, (N + 1,); taken out as they are used, since
+            each is as large as a dataset.
         which: (W,) the document that each splice is.
     """
-    lengths, columns = np.diff(offsets), {}
+    lengths, found = np.diff(offsets), {}
     ends = offsets_of(lengths[which])
     for name in PREDICTED:
-        columns[name] = np.empty(ends[-1], dtype=np.float32)
+        column, found[name] = columns.pop(name), np.empty(ends[-1], dtype=np.float32)
         for part in runs(ends, CHUNK_TOKENS):
             here = which[part]
-            columns[name][ends[part.start] : ends[part.stop]] = getattr(found, name)[
-                stretches(offsets[here], lengths[here])
-            ]
-    return Predictions(**columns)
+            where = stretches(offsets[here], lengths[here])
+            found[name][ends[part.start] : ends[part.stop]] = column[where]
+        del column
+    return Predictions(**found)

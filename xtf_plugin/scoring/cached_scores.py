@@ -157,8 +157,9 @@ class ScoreSource:
         if not found.found.all():
             return None
         self.excerpts.add(ScoringStats(stored_documents=len(wanted.keys)))
-        columns = {name: self.ranks.broadcast_if_different(found.columns[name]) for name in PREDICTED}
-        return spread(Predictions(**columns), offsets_of(wanted.trained), wanted.which)
+        columns = {name: self.ranks.broadcast_if_different(found.columns.pop(name)) for name in PREDICTED}
+        del found
+        return spread(columns, offsets_of(wanted.trained), wanted.which)
 
     def _of_excerpts(self, provider: ReferenceProvider, documents: DocumentSet) -> StoredScores:
         if provider is self._main and self.known is None and self._reads_again(documents):

@@ -6,6 +6,8 @@ here the split is exact over the distinct values.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -61,17 +63,22 @@ def _tally(values: NDArray[np.generic], weights: NDArray[np.generic] | None) -> 
     mass: Floats = np.zeros(0)
     for piece in chunks(len(values), _SLICE):
         part = values[piece]
-        if weights is None:
-            found, number = np.unique(part, return_counts=True)
-            count = number.astype(np.float64)
-        else:
-            found, inverse = np.unique(part, return_inverse=True)
-            count = np.bincount(inverse.ravel(), weights=weights[piece])
-        points, merged = np.unique(np.concatenate([points, found.astype(np.float64)]), return_inverse=True)
-        mass = np.bincount(merged.ravel(), weights=np.concatenate([mass, count])).astype(np.float64)
+        if weights is not None:  # most documents occur once, and counting takes a fifth of the time of adding up
+            more = weights[piece] != 1
+            points, mass = _added(points, mass, part[more], weights[piece][more])
+            part = part[~more]
+        points, mass = _added(points, mass, *np.unique(part, return_counts=True))
         if len(points) > MAX_DISTINCT:
             return _histogram(values, weights)
     return points, mass
+
+
+def _added(points: Floats, mass: Floats, values: NDArray[Any], weights: NDArray[Any]) -> tuple[Floats, Floats]:
+    """Distinct points with their weights, and some more values with theirs."""
+    if not len(values):
+        return points, mass
+    points, merged = np.unique(np.concatenate([points, values.astype(np.float64)]), return_inverse=True)
+    return points, np.bincount(merged.ravel(), weights=np.concatenate([mass, weights])).astype(np.float64)
 
 
 def _histogram(values: NDArray[np.generic], weights: NDArray[np.generic] | None) -> tuple[Floats, Floats]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.documents import DocumentSet
-from ..data.ragged import Bools, Hashes, Ints, runs
+from ..data.ragged import Bools, Hashes, Ints, Layout, runs
 from ..data.token_text import token_bytes
 from ..errors import escaped, harmless
 from .select import Selection, rule_bits
@@ -135,6 +135,7 @@ def _units(
 ) -> tuple[_Units, dict[int, int]]:
     """The open units whose tokens recur, and the first unit of each group that may be listed."""
     lengths = np.diff(starts, append=len(selection.keep))
+    layout = Layout(np.append(starts, len(selection.keep)), np.ones_like(starts))
     owners = np.searchsorted(documents.completion_offsets, starts, side="right") - 1
     chosen = np.flatnonzero(open_)
     # of token ids: two units with equal text and other tokens are put together by `_by_text`
@@ -147,8 +148,8 @@ def _units(
     units = _Units(
         groups,
         owners[chosen],
-        (2 * np.add.reduceat(~selection.keep, starts, dtype=np.int64) > lengths)[chosen],
-        (2 * np.add.reduceat(formatted, starts, dtype=np.int64) > lengths)[chosen],
+        (2 * layout.count(~selection.keep) > lengths)[chosen],
+        (2 * layout.count(formatted) > lengths)[chosen],
         np.bitwise_or.reduceat(selection.reasons, starts)[chosen],
     )
     every = np.ones(len(chosen), dtype=bool)

@@ -219,12 +219,13 @@ def _keep_characters(keep: Bools, reasons: Reasons, inside: Bools | None) -> Non
     """Keep all tokens of a character of which one is kept; changes `keep` and `reasons`."""
     if inside is None:
         return
-    starts = np.flatnonzero(~inside | (np.arange(len(inside)) == 0))
-    sizes = np.diff(starts, append=len(keep))
-    many = np.flatnonzero(sizes > 1)
-    some = np.logical_or.reduceat(keep, starts)[many] if len(many) else np.zeros(0, dtype=bool)
+    goes_on = np.append(inside[1:], False)  # whether the character goes on in the next token
+    starts = np.flatnonzero(goes_on & ~inside)
+    sizes = np.flatnonzero(inside & ~goes_on) + 1 - starts
+    bounds = np.stack([starts, starts + sizes], 1).reshape(-1)
+    some = np.logical_or.reduceat(np.append(keep, False), bounds)[::2] if len(starts) else np.zeros(0, dtype=bool)
     for step in range(int(sizes.max(initial=0))):
-        here = starts[many[some & (sizes[many] > step)]] + step
+        here = starts[some & (sizes > step)] + step
         here = here[~keep[here]]
         keep[here] = True
         reasons[here] = (reasons[here] | PROTECTED) & ~np.uint16(FORCED)
