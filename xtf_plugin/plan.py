@@ -104,7 +104,7 @@ def make_plan(
     with ScoreSource(config, documents, tokenizer, provider, references, **about_run) as source:
         fingerprint = source.fingerprint(provider)
         computed = run_scorers(config, source, text)
-    scores = scores_of(documents, source.known, computed)
+        scores = scores_of(documents, source.known, computed)
     selection = select(scores, config, text.protected, text.forced, text.segments, inside=text.inside)
     ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
     shared = recurring(config, documents, text, selection, tokenizer)
