@@ -13,6 +13,20 @@ DOCUMENTS = [
         "test_documents.py",
     ),
     fault(
+        "rows-read-together-ignore-padding",
+        "training/trainer.py",
+        'if not values.get("attention_mask", own).all():',
+        "if False:",
+        "test_rows.py",
+    ),
+    fault(
+        "half-of-a-key-is-enough",
+        "data/keys.py",
+        "(numbers[order[1:]] != numbers[order[:-1]]).any(axis=1)",
+        "numbers[order[1:], 0] != numbers[order[:-1], 0]",
+        "test_keys.py",
+    ),
+    fault(
         "packed-rows-are-one-document",
         "data/documents.py",
         "return [0, *np.cumsum(lengths).tolist()]",
@@ -209,8 +223,8 @@ SCORING = [
     fault(
         "domain-ignores-how-often-a-document-occurs",
         "scorers/embedding_similarity.py",
-        "np.repeat(context.counts, repeats)",
-        "np.repeat(np.ones_like(context.counts), repeats)",
+        "np.bincount(places, part.spread(part.counts), len(distinct))",
+        "np.bincount(places, minlength=len(distinct))",
         "test_plan.py",
         "test_fuzz_scores.py",
         "test_conformance.py",

@@ -54,8 +54,9 @@ def scored(ranks, root, documents, reference, budget=100):
     config = XTFConfig.parse({"cache_dir": str(root), "batch_tokens": budget})
     with ScoreSource(config, documents, None, Opened(reference), ranks=ranks) as source:
         attention, stats = source.attention_received([0, 1]), source.stats
+        logprobs = source.predictions().logprobs
     return {
-        "logprobs": lines(source.predictions().logprobs),
+        "logprobs": lines(logprobs),
         "attention": lines(attention),
         "stats": [stats.documents, stats.tokens, stats.batches],
         "reused": source.stats.stored_documents,
