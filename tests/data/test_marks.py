@@ -13,7 +13,6 @@ from xtf_plugin.data.marks import (
     Part,
     RowTexts,
     Speller,
-    joined,
     line_spans,
     spans_of,
     texts_of,
@@ -312,9 +311,9 @@ class TestTable:
 
     def test_several_datasets(self):
         one, two = self.table(([1, 2], [0, 1])), self.table(([3, 4], [0, 1]), ([1, 2], None))
-        marks = joined([{("noise", "spans", None): one}, {("noise", "spans", None): two}])["noise", "spans", None]
-        assert marks.of(collect([self.row([1, 2]), self.row([3, 4])])).tolist() == [True, True]
-        assert len(marks.notes()) == 1
+        one.join(two)
+        assert one.of(collect([self.row([1, 2]), self.row([3, 4])])).tolist() == [True, True]
+        assert len(one.notes()) == 1
 
     def test_a_document_that_was_not_read_is_refused(self):
         with pytest.raises(XTFUserError, match="do not hold 1 of the 2 documents"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests import tiny
 from tests.made_scores import KN
 from tests.pages import ROOT, blocks, inline_code
 from tests.test_plan import Provider, rows
@@ -283,10 +284,10 @@ class TestDocumentedPackage:
 
     def test_the_command_line_finds_it_without_torch(self, documented, tmp_path):
         site, selectors = documented
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(
-            yaml.safe_dump({"model_name_or_path": "m", "dataset_name": "d", "xtf": {"selectors": selectors}})
-        )
+        recipe, block = tmp_path / "recipe.yaml", {"selectors": selectors}
+        base, rows = tiny.save_base(tmp_path / "base"), tiny.save_rows(tmp_path / "rows.jsonl", tiny.problems(4))
+        data = [{"path": "json", "data_files": str(rows)}]
+        recipe.write_text(yaml.safe_dump({"model_name_or_path": str(base), "datasets": data, "xtf": block}))
         words = [str(Path(sys.executable).parent / "xtf"), "check", str(recipe)]
         path = {"PYTHONPATH": f"{site}:{ROOT}", "PATH": "/usr/bin:/bin"}
         result = subprocess.run(words, env=path, capture_output=True, text=True, timeout=120)
