@@ -212,7 +212,7 @@ def adapters():
     for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items():
         hints = get_type_hints(made)
         field = next((name for name in ADAPTER_INITS if name in hints), None)
-        known = (literals(hints[field]) if field == "init_weights" else ADAPTER_INITS[field]) if field else [None]
+        known = literals(hints[field]) if field else [None]  # an older PEFT knows fewer
         legal = [value for value in known if field is None or value in ADAPTER_INITS[field]]
         if str(kind.value) in ADAPTERS:
             for value in legal:
