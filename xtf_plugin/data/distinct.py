@@ -43,6 +43,7 @@ class Distinct:
 
     def __init__(self, *, tokens: bool = True) -> None:
         self.added, self.predicts, self._tokens = 0, False, tokens
+        self._kept = 0  # documents in the blocks
         self._blocks: list[_Block] = []
         self._latest: list[tuple[NDArray[Any], Bools]] = []
 
@@ -69,9 +70,9 @@ class Distinct:
         elif len(places) < len(keys):
             inside = stretches(offsets[places], lengths[places])
             ids, completion = ids[inside], completion[inside]
-        before = sum(len(block.keys) for block in self._blocks)
         self.added += len(which)
-        self._blocks.append(_Block(keys[places], lengths[places], trained[places], ids, completion, which + before))
+        self._blocks.append(_Block(keys[places], lengths[places], trained[places], ids, completion, which + self._kept))
+        self._kept += len(places)
 
     def _join(self) -> None:
         if self._latest:
