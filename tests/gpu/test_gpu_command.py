@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -92,6 +93,15 @@ def test_without_a_gpu_every_part_says_that_it_was_not_measured(tmp_path, capsys
     assert all(f"{part.description}: not measured" in printed for part in PARTS)
 
 
+@pytest.fixture
+def interruptible():
+    """A shell that starts tests in the background lets them ignore SIGINT; `main` undoes that, as this does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_part_whose_time_is_over_can_write_what_it_has(tmp_path):
     code = "try:\n  import time; time.sleep(60)\nfinally:\n  print('the table so far')"
     found = command.run_all(settings(tmp_path), [part("slow", code, limit=6.0)], 1.0)
