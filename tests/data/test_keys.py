@@ -13,7 +13,7 @@ from xtf_plugin.data.ragged import offsets_of
 
 def random_documents(rng, number, longest):
     lengths = rng.integers(0, longest, number)
-    ids = [rng.integers(0, 2**31 - 1, length).astype(np.int32) for length in lengths]
+    ids = [rng.integers(0, 1 << 22, length).astype(np.int32) for length in lengths]
     return ids, [rng.random(length) < 0.5 for length in lengths]
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.reliability import LONG, amount
 from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.distinct import TOKEN_IDS
 from xtf_plugin.data.documents import DocumentSet
 from xtf_plugin.data.keys import document_key
 from xtf_plugin.selection.masks import MaskTable
@@ -223,7 +224,7 @@ class Reading:
         if len(tokens) != len(kept):
             raise Refused("input_ids")
         start, end = self.inside([label != IGNORED for label in kept])
-        if any(not 0 <= token < 2**31 for token in tokens[start:end]):
+        if any(not 0 <= token < TOKEN_IDS for token in tokens[start:end]):
             raise Refused("input_ids")
         cuts = [start + cut for cut in self.cuts(start, end)]
         spans = zip(cuts[:-1], cuts[1:], strict=True)

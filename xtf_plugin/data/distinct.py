@@ -13,7 +13,7 @@ from .keys import KEY_BYTES, distinct, document_keys
 from .ragged import Bools, Ints, Layout, offsets_of, stretches
 
 BLOCK = 8192  # documents that are looked at together
-INT32_MAX = 2**31 - 1
+TOKEN_IDS = 1 << 22  # more than any vocabulary has: tables by token id stay small, whatever the data hold
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Distinct:
         """Add documents of these lengths (n,), whose token ids and label masks follow each other.
 
         Raises:
-            XTFUserError: a token id is negative or beyond 32 bits.
+            XTFUserError: a token id is negative, or `TOKEN_IDS` or more.
         """
         self._join()
         offsets, ids = offsets_of(lengths), _to_int32(input_ids)
@@ -102,10 +102,7 @@ class Distinct:
 
 
 def _to_int32(tokens: NDArray[Any]) -> NDArray[np.int32]:
-    if tokens.dtype == np.int32 and (not len(tokens) or int(tokens.min()) >= 0):
-        return tokens
-    tokens = tokens.astype(np.int64, copy=False)
-    if len(tokens) and tokens.view(np.uint64).max() > INT32_MAX:  # as unsigned numbers, negative ones are large too
-        bad = tokens[(tokens < 0) | (tokens > INT32_MAX)][0]
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < TOKEN_IDS:
+        bad = tokens[(tokens < 0) | (tokens >= TOKEN_IDS)][0]
         raise XTFUserError(f"a training row holds the token id {int(bad)}, which no tokenizer gives; tokenise again.")
-    return tokens.astype(np.int32)
+    return tokens.astype(np.int32, copy=False)

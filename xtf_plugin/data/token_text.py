@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import XTFUserError
 from .ragged import CHUNK_TOKENS, Bools, Ints, chunks
 
-DENSE = 1 << 22  # larger ids, which no vocabulary has, are sorted, as a table of them would take too much memory
 SPREAD = 8  # tokens that one character may be spread over
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -70,10 +69,8 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
 
 
 def distinct_ids(token_ids: NDArray[Any]) -> NDArray[np.int64]:
-    """`np.unique(token_ids)`, ascending; by counting where ids are small, in a tenth of the time."""
-    if not len(token_ids) or int(token_ids.max()) >= DENSE:
-        return np.unique(token_ids)
-    seen = np.zeros(int(token_ids.max()) + 1, dtype=bool)
+    """`np.unique(token_ids)`, ascending, by a table of ids; in a tenth of the time."""
+    seen = np.zeros(int(token_ids.max(initial=-1)) + 1, dtype=bool)
     for part in chunks(len(token_ids), CHUNK_TOKENS):
         seen[token_ids[part]] = True
     return np.flatnonzero(seen)

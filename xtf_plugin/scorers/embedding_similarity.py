@@ -198,11 +198,7 @@ def _places(distinct: NDArray[Any], token_ids: NDArray[Any]) -> Ints:
     """`np.searchsorted(distinct, token_ids)` by table; `distinct` holds all of the ids."""
     import numpy as np
 
-    from ..data.token_text import DENSE
-
-    if not len(distinct) or int(distinct[-1]) >= DENSE:
-        return np.searchsorted(distinct, token_ids)
-    places = np.zeros(int(distinct[-1]) + 1, dtype=np.int32)
+    places = np.zeros(int(distinct.max(initial=-1)) + 1, dtype=np.int32)
     places[distinct] = np.arange(len(distinct))
     found: Ints = places[token_ids]
     return found
