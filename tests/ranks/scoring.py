@@ -14,9 +14,11 @@ from tests.test_plan import Provider, rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFError
-from xtf_plugin.scoring import distributed, engine
+from xtf_plugin.scorers import ScoringContext, registry
+from xtf_plugin.scorers.new_text import NewTextConfig
+from xtf_plugin.scoring import dataset_scores, distributed, engine
 from xtf_plugin.scoring.cached_scores import ScoreSource
-from xtf_plugin.scoring.distributed import Ranks
+from xtf_plugin.scoring.distributed import ALONE, Ranks
 from xtf_plugin.scoring.reference import Reference
 from xtf_plugin.store.store import ScoreStore
 
@@ -47,6 +49,26 @@ def a_table_that_one_rank_has(ranks, folder):
     for compute in (forbidden, forbidden):
         found = ScoreSource(config, collect(rows(2)), None, Provider(), ranks=ranks).vocabulary_table(key, compute)
     return {"table": lines(found), "files": len(list((folder / f"table-{ranks.rank}").rglob("relevance-*.parquet")))}
+
+
+@case
+def scores_of_the_dataset_that_one_rank_has(ranks, folder):
+    """On the disk of the first rank, as a start wrote them: every rank has them, and none computes any."""
+    large, dataset_scores.LARGE = dataset_scores.LARGE, 1
+    scorer, part = registry.find("new_text"), NewTextConfig(scorer="new_text")
+    config = XTFConfig.parse({"cache_dir": str(folder / f"scores-{ranks.rank}")})
+
+    def found(ranks, compute):
+        source = ScoreSource(config, collect(rows(2)), tiny.tokenizer(), Provider(), ranks=ranks)
+        context = ScoringContext(source.documents, source.tokenizer, source)
+        return dataset_scores.dataset_scores(source, context, scorer, part, compute)
+
+    values = np.arange(len(collect(rows(2)).completion_ids), dtype=np.float32)
+    if ranks.main:
+        found(ALONE, lambda *_: values)
+    right = bool((found(ranks, lambda *_: forbidden()) == values).all())
+    dataset_scores.LARGE = large
+    return {"right": right}
 
 
 @case

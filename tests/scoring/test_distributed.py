@@ -70,6 +70,10 @@ def test_a_stored_table_of_one_rank_serves_all(two):
     assert [rank["a_table_that_one_rank_has"] for rank in two] == [{"table": [1, 2, 3], "files": 1}] * 2
 
 
+def test_stored_scores_of_the_first_rank_serve_all(two):
+    assert [rank["scores_of_the_dataset_that_one_rank_has"] for rank in two] == [{"right": True}] * 2
+
+
 def test_ranks_with_other_data_are_refused_on_every_rank(two):
     for rank in two:
         assert "do not hold the same training data: rank 1 differs from rank 0" in rank["disagreement"]

@@ -35,10 +35,13 @@ def strings(pieces: Sequence[bytes]) -> Iterator[tuple[Span, list[Span]]]:
     """
     data = b"".join(pieces)
     text = data.decode("utf-8", errors="surrogateescape")
+    found = list(_spans(text))
+    if not found:  # most braces are those of code or LaTeX
+        return
     places = byte_offsets(text, len(data))
     ends = np.cumsum([len(piece) for piece in pieces])
     begins = ends - [len(piece) for piece in pieces]
-    for spans in _spans(text):
+    for spans in found:
         low, high = places[np.asarray(spans)].T
         first, behind = np.searchsorted(begins, low), np.searchsorted(ends, high, side="right")
         whole, *breaks = zip(first.tolist(), behind.tolist(), strict=True)

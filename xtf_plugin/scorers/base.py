@@ -230,6 +230,8 @@ class Scorer:
         reads_attention: it runs before the others, so that one pass of the reference serves all.
         reads_scores: it runs after the others, because it reads `context.scores`.
         finds_nothing: that its rule fires on nothing is no reason for a warning: clean data has nothing to find.
+        stored: scores of a large dataset are stored as a whole: they depend on nothing but documents, tokenizer,
+            `protected`, `forced`, options and the run's own reference.
         seen: maps averaged scores to what the rule sees; None: they are not changed.
         frozen: `frozen(context, config)` -> a `score` for later documents of a stream, using statistics of the
             documents of `context`. None: `per_document` scorers need none; others are refused for streams.
@@ -243,6 +245,7 @@ class Scorer:
     reads_attention: bool = False
     reads_scores: bool = False
     finds_nothing: bool = False
+    stored: bool = False
     seen: Callable[[Floats], Floats] | None = None
     frozen: Callable[[ScoringContext, Any], Score] | None = None
 

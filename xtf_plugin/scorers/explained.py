@@ -64,7 +64,7 @@ def _frozen(context: ScoringContext, config: ExplainedConfig) -> Score:
     return score
 
 
-@scorer("explained", ExplainedConfig, finds_nothing=True, frozen=_frozen, version=3)
+@scorer("explained", ExplainedConfig, finds_nothing=True, stored=True, frozen=_frozen, version=3)
 def explained(context: ScoringContext, config: ExplainedConfig) -> Floats:
     """`1 - ((A + B) / 2 + PRIOR) / (C + PRIOR)` of a sentence or line, (M,) float32, at most 1; low is dropped.
 

@@ -38,7 +38,7 @@ class NewTextConfig(ScoreConfig):
     )
 
 
-@scorer("new_text", NewTextConfig, finds_nothing=True, per_document=True, version=3)
+@scorer("new_text", NewTextConfig, finds_nothing=True, per_document=True, stored=True, version=3)
 def new_text(context: ScoringContext, config: NewTextConfig) -> Floats:
     """`1 - longest / length` of a sentence or line, (M,) float32 in [0, 1]; low repeats earlier text, and is dropped.
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -29,6 +30,7 @@ from ..store.admin import warn_of_unused_scores
 from ..store.records import Lookup, Records, StoredScores
 from ..store.store import Index, ScoreStore, cached_table, reference_folder, store_table, table_name
 from .batching import ScoringStats
+from .dataset_scores import dataset_scores
 from .distributed import ALONE, Ranks, pool
 from .engine import gather_vectors, score
 from .fingerprint import weights_sample
@@ -210,8 +212,8 @@ class ScoreSource:
 
     def vocabulary_table(self, key: str, compute: Callable[[], Floats]) -> Floats:
         """See `ScoringContext.vocabulary_table`."""
-        fingerprint = self.fingerprint(self._main)
-        path = reference_folder(self.config.resolved_cache_dir(), fingerprint) / table_name(key)
+        folder, fingerprint = self.folder()
+        path = folder / table_name(key)
         stored = cached_table(path, fingerprint)
         sent = max(self.ranks.gather(b"" if stored is None else stored.tobytes()))  # all have to take the same branch
         table = np.frombuffer(sent, dtype=np.float32) if sent else compute()
@@ -233,6 +235,11 @@ class ScoreSource:
             found = self._fingerprints[id(provider)] = self.ranks.run_with_heartbeat(provider.fingerprint)
             self.ranks.agree(found.encode(), "reference")
         return self._fingerprints[id(provider)]
+
+    def folder(self) -> tuple[Path, str]:
+        """Where tables of the run's own reference are stored, and its fingerprint."""
+        fingerprint = self.fingerprint(self._main)
+        return reference_folder(self.config.resolved_cache_dir(), fingerprint), fingerprint
 
     def about_excerpts(self) -> dict[str, Any]:
         """Statistics of documents outside the dataset, for the summary; empty if there were none."""
@@ -383,7 +390,8 @@ def run_scorers(
         try:
             # NaN for all tokens is no error where the rule warns of it, or where clean data has nothing to find
             needed = source.whole and scorer.name not in SLOTS.values() and not scorer.finds_nothing
-            found[name] = _checked(name, scorer, function(context, part), len(context.token_ids), needed)
+            values = dataset_scores(source, context, scorer, part, function)
+            found[name] = _checked(name, scorer, values, len(context.token_ids), needed)
         except XTFUserError as error:
             path = f"xtf.selectors.{name}" if name in config.selectors else f"xtf.{name}"
             raise XTFUserError(_named(str(error), path, part)) from error

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _File = tuple[Path, os.stat_result]
 _SHARD = re.compile(r"[0-9a-f]{32}\.parquet")
-_CONTENT = re.compile(r"(relevance-)?[0-9a-f]{32}\.parquet(\.damaged)?")
+_CONTENT = re.compile(r"((relevance|scores)-)?[0-9a-f]{32}\.parquet(\.damaged)?")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CacheEntry:
     """One score folder: a reference and the layers that attention received is averaged over.
 
     `documents` and `tokens` count records: a document that was scored twice counts twice. `bytes` of the first entry of
-    a reference includes its relevance tables. `modified` is in POSIX seconds.
+    a reference includes its tables. `modified` is in POSIX seconds.
     """
 
     reference: str

@@ -7,6 +7,7 @@ documents are scored again. If a folder cannot be written, scores stay in memory
     <root>/v2/<reference>/reference.json          description of the reference, for `xtf cache list`
     <root>/v2/<reference>/<layers>/<hash>.parquet a shard, see shard_format.py; `.damaged` is appended if set aside
     <root>/v2/<reference>/relevance-<hash>.parquet a table over the vocabulary, so that a second run needs no model
+    <root>/v2/<reference>/scores-<hash>.parquet  one score of a large dataset, so that a second start finds it at once
 """
 
 from __future__ import annotations
@@ -295,7 +296,7 @@ def cached_table(path: Path, reference: str) -> NDArray[np.float32] | None:
                 logger.warning("xtf: %s: no regular file; %s; it is computed again", path, files.set_aside(path))
             return None
         table = pq.read_table(files.for_arrow(path), memory_map=False)
-        values: NDArray[np.float32] = table.column("relevance").to_numpy().astype(np.float32)
+        values: NDArray[np.float32] = table.column("relevance").to_numpy().astype(np.float32, copy=False)
         checksum = (table.schema.metadata or {}).get(b"checksum", b"").decode()
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
         logger.warning("xtf: %s cannot be read (%s); it is computed again", path, error)
@@ -310,7 +311,8 @@ def store_table(path: Path, reference: str, values: NDArray[np.float32]) -> None
     """Write a table; a folder that cannot be written is logged."""
     metadata = {"checksum": _checksum(path, reference, values)}
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table({"relevance": values}).replace_schema_metadata(metadata), buffer)
+    table = pa.table({"relevance": values}).replace_schema_metadata(metadata)
+    pq.write_table(table, buffer, compression="lz4", use_dictionary=False)  # a dictionary of scores takes time
     try:
         files.write_whole(path, memoryview(buffer.getvalue()))
     except OSError as error:
@@ -319,12 +321,12 @@ def store_table(path: Path, reference: str, values: NDArray[np.float32]) -> None
 
 def _checksum(path: Path, reference: str, values: NDArray[np.float32]) -> str:
     """Digest of values, name and reference, which a table of another reference does not match."""
-    content = xxhash.xxh3_128_hexdigest(values.tobytes())
+    content = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values).data)
     return files.digest({"table": path.name, "reference": reference, "values": content})
 
 
-def table_name(key: str) -> str:
-    """File name of a stored table; `key` is hex."""
+def table_name(key: str, kind: str = "relevance") -> str:
+    """File name of a stored table: `relevance` over the vocabulary, or `scores` of a dataset; `key` is hex."""
     if not re.fullmatch(r"[0-9a-f]{32}", key):
         raise ValueError(f"not a table key: {key!r}")
-    return f"relevance-{key}.parquet"
+    return f"{kind}-{key}.parquet"
