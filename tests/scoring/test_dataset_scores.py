@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.made_scores import KN, TR
+from tests.made_scores import KN, RI, TR
 from tests.test_plan import Provider, rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
@@ -16,15 +16,17 @@ from xtf_plugin.plan import make_plan
 from xtf_plugin.scorers import explained, new_text
 from xtf_plugin.scoring import dataset_scores
 
+EVERY_UNIT = {"reasoning_importance": {"among": None}}
+
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    """A plan of any dataset, as if it were a large one; to random weights all prompts say too little."""
+    """A plan of any dataset, as if it were large; to random weights prompts say too little, and no unit is doubtful."""
     monkeypatch.setattr(dataset_scores, "LARGE", 1)
     monkeypatch.setattr(explained, "LEAST", -np.inf)
 
     def make(block=None, data=None, tokenizer=None):
-        config = XTFConfig.parse({"cache_dir": str(tmp_path), **(block or {})})
+        config = XTFConfig.parse({"cache_dir": str(tmp_path), **EVERY_UNIT, **(block or {})})
         made, provider = collect(rows() if data is None else data), Provider()
         made = make_plan(config, made, provider, tokenizer or tiny.tokenizer(), progress=False)
         made.__dict__["opened"] = provider.opened
@@ -43,16 +45,16 @@ def broken(*_, **__):
 
 def test_the_same_start_asks_for_no_sentence(plan, tmp_path, monkeypatch):
     first = plan()
-    assert len(tables(tmp_path)) == 2
+    assert len(tables(tmp_path)) == 3
     monkeypatch.setattr("xtf_plugin.data.splices.Splices.distinct", broken)
     monkeypatch.setattr(new_text, "_scores", broken)
-    second = plan({"reasoning_importance": False})
+    second = plan()
     assert second.opened == 0
-    for name in (TR, KN):
+    for name in (TR, KN, RI):
         assert np.isfinite(first.scores.values[name]).any()
         np.testing.assert_array_equal(second.scores.values[name], first.scores.values[name])
     np.testing.assert_array_equal(second.scores.logprobs, first.scores.logprobs)
-    assert len(tables(tmp_path)) == 2
+    assert len(tables(tmp_path)) == 3
 
 
 def other_spelling():
@@ -82,6 +84,7 @@ STARTS = {
     "protected": {"block": {"protect": {"patterns": ["[A-Z]"]}}},
     "forced": {"block": {"force_drop": ["[A-Z]"]}},
     "threshold": {"block": {"task_relevance": {"drop": {"of_median": 0.9}}}},
+    "option of another": {"block": {"task_relevance": {"drop": {"below": 0.05}}}},
     "option": {"block": {"task_relevance": {"first": 3}, "knowledge_novelty": {"shortest": 2}}},
     "unit": {"block": {"task_relevance": {"unit": "line"}, "knowledge_novelty": {"unit": "line"}, **RI_OFF}},
     "spelling": {"tokenizer": other_spelling},
@@ -94,10 +97,10 @@ def test_another_start_computes_its_own(plan, what, tmp_path, monkeypatch):
     given = {name: value() if callable(value) else value for name, value in STARTS[what].items()}
     plan()
     found = plan(**given)
-    assert len(tables(tmp_path)) > 2
+    assert len(tables(tmp_path)) > 3
     monkeypatch.setattr(dataset_scores, "LARGE", 10**6)
     alone = plan(**given)
-    for name in (TR, KN):
+    for name in found.scores.values:
         np.testing.assert_array_equal(found.scores.values[name], alone.scores.values[name])
 
 
@@ -105,7 +108,7 @@ def test_another_version_computes_its_own(plan, tmp_path, monkeypatch):
     plan()
     monkeypatch.setattr(dataset_scores, "__version__", "99")
     plan()
-    assert len(tables(tmp_path)) == 4
+    assert len(tables(tmp_path)) == 6
 
 
 def test_a_damaged_table_is_computed_again(plan, tmp_path, caplog):
@@ -122,7 +125,7 @@ def test_scores_with_a_warning_are_not_stored(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(explained, "LEAST", np.inf)
     for _ in range(2):
         assert any("say too little" in warning for warning in plan().warnings)
-    assert len(tables(tmp_path)) == 1
+    assert len(tables(tmp_path)) == 2
 
 
 def test_another_reference_of_a_score_has_no_table(plan, tmp_path):

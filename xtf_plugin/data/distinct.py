@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import XTFUserError
 from .keys import KEY_BYTES, distinct, document_keys
-from .ragged import Bools, Ints, Layout, offsets_of, stretches
+from .ragged import Bools, Ints, Layout, gathered, offsets_of, stretches
 
 BLOCK = 8192  # documents that are looked at together
 TOKEN_IDS = 1 << 22  # more than any vocabulary has: tables by token id stay small, whatever the data hold
@@ -96,8 +96,9 @@ class Distinct:
         self.input_ids = np.concatenate([np.zeros(0, np.int32), *(block.input_ids for block in blocks)])
         del blocks
         if self._tokens and len(places) < len(keys):
-            inside = stretches(offsets_of(lengths)[places], self.lengths)
-            self.input_ids, self.completion = self.input_ids[inside], self.completion[inside]
+            starts = offsets_of(lengths)[places]
+            self.input_ids = gathered(self.input_ids, starts, self.lengths)
+            self.completion = gathered(self.completion, starts, self.lengths)
         return self
 
 

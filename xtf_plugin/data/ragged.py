@@ -136,7 +136,12 @@ def segment_means(scores: Floats, layout: Layout, starts: Ints) -> Floats:
 
     Args:
         starts: (S,) strictly ascending first tokens of the segments; every non-empty document begins one.
+
+    Returns:
+        `scores` itself if it has one value in each segment, as scorers of sentences give it.
     """
+    if _one_value_each(scores, starts):
+        return scores
     result = np.empty_like(scores)
     for tokens, _, _ in layout.chunks():
         if tokens.start == tokens.stop:
@@ -150,6 +155,14 @@ def segment_means(scores: Floats, layout: Layout, starts: Ints) -> Floats:
         means = np.repeat(total / np.maximum(number, 1), lengths)
         result[tokens] = np.where(known, means, np.nan)
     return result
+
+
+def _one_value_each(scores: Floats, starts: Ints) -> bool:
+    """Whether all scores of each segment have the same bits."""
+    bits, first = scores.view(np.uint32), np.zeros(len(scores), dtype=bool)
+    first[starts] = True
+    here = (slice(part.start, part.stop + 1) for part in chunks(len(scores) - 1, CHUNK_TOKENS))
+    return not any(((bits[at][1:] != bits[at][:-1]) & ~first[at][1:]).any() for at in here)
 
 
 def _sliding_sum(values: Doubles, window: int) -> Doubles:
@@ -290,6 +303,15 @@ def _mix(state: Hashes) -> Hashes:
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: Hashes = state ^ (state >> np.uint64(31))
     return mixed
+
+
+def gathered(values: NDArray[T], starts: Ints, lengths: Ints) -> NDArray[T]:
+    """`values[stretches(starts, lengths)]`, without indices of all of them at a time."""
+    ends = offsets_of(lengths)
+    result = np.empty(int(ends[-1]), dtype=values.dtype)
+    for part in runs(ends, CHUNK_TOKENS):
+        result[ends[part.start] : ends[part.stop]] = values[stretches(starts[part], lengths[part])]
+    return result
 
 
 def stretches(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .distinct import Distinct
 from .documents import Branches, DocumentSet, from_blocks
 from .predictions import PREDICTED, Predictions
-from .ragged import CHUNK_TOKENS, Bools, Doubles, Floats, Ints, offsets_of, runs, stretches
+from .ragged import CHUNK_TOKENS, Bools, Doubles, Floats, Ints, gathered, offsets_of, runs, stretches
 
 Block = tuple[NDArray[np.int32], Bools, Ints]
 TOGETHER = 1 << 27  # tokens that are laid out at a time, at most ten bytes each
@@ -141,12 +141,6 @@ def spread(columns: dict[str, Floats], offsets: Ints, which: Ints) -> Prediction
         which: (W,) the document that each splice is.
     """
     lengths, found = np.diff(offsets), {}
-    ends = offsets_of(lengths[which])
     for name in PREDICTED:
-        column, found[name] = columns.pop(name), np.empty(ends[-1], dtype=np.float32)
-        for part in runs(ends, CHUNK_TOKENS):
-            here = which[part]
-            where = stretches(offsets[here], lengths[here])
-            found[name][ends[part.start] : ends[part.stop]] = column[where]
-        del column
+        found[name] = gathered(columns.pop(name), offsets[which], lengths[which])
     return Predictions(**found)

@@ -231,7 +231,7 @@ class Scorer:
         reads_scores: it runs after the others, because it reads `context.scores`.
         finds_nothing: that its rule fires on nothing is no reason for a warning: clean data has nothing to find.
         stored: scores of a large dataset are stored as a whole: they depend on nothing but documents, tokenizer,
-            `protected`, `forced`, options and the run's own reference.
+            `protected`, `forced`, options, the run's own reference and, with `reads_scores`, scores and their options.
         seen: maps averaged scores to what the rule sees; None: they are not changed.
         frozen: `frozen(context, config)` -> a `score` for later documents of a stream, using statistics of the
             documents of `context`. None: `per_document` scorers need none; others are refused for streams.

@@ -48,7 +48,7 @@ def _frozen(context: ScoringContext, config: InfluenceConfig) -> Score:
     return lambda later, part: _influence(later, part, doubtful)
 
 
-@scorer("influence", InfluenceConfig, finds_nothing=True, reads_scores=True, frozen=_frozen, version=2)
+@scorer("influence", InfluenceConfig, finds_nothing=True, reads_scores=True, stored=True, frozen=_frozen, version=2)
 def influence(context: ScoringContext, config: InfluenceConfig) -> Floats:
     """`sum_t clip(log P(t | all before) - log P(t | all before but the unit), -1, 1)`, (M,) float32 in nats.
 

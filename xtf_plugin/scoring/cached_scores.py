@@ -283,7 +283,7 @@ class ScoreSource:
     def _check(self, scores: StoredScores, about: dict[str, Any], prefix: str = "") -> None:
         """Warn of undefined log-probabilities; raise XTFError if all are undefined."""
         expected = self.documents.completion_positions > 0  # a document's first token has no prediction
-        undefined, total = int((~np.isfinite(scores.logprobs[expected])).sum()), int(expected.sum())
+        undefined, total = np.count_nonzero(~np.isfinite(scores.logprobs) & expected), np.count_nonzero(expected)
         if total and undefined == total:
             raise XTFError(
                 f"the reference {about.get('name')} gives NaN or infinite log-probabilities for all {total} completion "

@@ -59,6 +59,8 @@ def input_key(context: ScoringContext, scorer: Scorer, part: ScoreConfig) -> str
     """Hex digest of all that the scores of a scorer with `stored` depend on besides the reference."""
     documents, tokenizer = context.documents, context.tokenizer
     arrays: list[Any] = [documents.keys, documents.counts, context.protected, context.forced]
+    read = sorted(context.scores) if scorer.reads_scores else []
+    arrays += [context.scores[name] for name in read]
     arrays += [] if part.unit == "token" else [context.segments(part.unit)]
     spelt = b"".join(
         len(piece).to_bytes(4, "little") + piece
@@ -67,7 +69,7 @@ def input_key(context: ScoringContext, scorer: Scorer, part: ScoreConfig) -> str
     return digest(
         {
             "version": [__version__, scorer.name, scorer.version],
-            "block": part.model_dump(mode="json"),
+            "block": [each.model_dump(mode="json") for each in (part, *(context.parts[name] for name in read))],
             "marks": [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")],
             "arrays": [xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).data) for array in arrays],
             "tokens": xxhash.xxh3_128_hexdigest(spelt),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..data.keys import KEY_BYTES, halves, key_order
 from ..data.predictions import Predictions
-from ..data.ragged import Floats, Ints, offsets_of, stretches
+from ..data.ragged import Floats, Ints, gathered, offsets_of, stretches
 
 COLUMNS = ("logprobs", "entropy", "deviation", "attention")
 
@@ -126,8 +126,7 @@ class Lookup:
     def records(self, wanted: Ints) -> Records:
         """The scores of some of the requested documents, by index."""
         lengths = self.lengths[wanted]
-        out_of = stretches(self.starts[wanted], lengths)
-        columns = {name: values[out_of] for name, values in self.columns.items()}
+        columns = {name: gathered(values, self.starts[wanted], lengths) for name, values in self.columns.items()}
         return Records(keys=self.keys[wanted], offsets=offsets_of(lengths), **columns)
 
     def _pairs(self, keys: NDArray[np.uint8], lengths: Ints) -> tuple[Ints, Ints]:

@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -109,15 +110,8 @@ class ScoreStore:
             keys: (N, 16) uint8 document keys. lengths: (N,) completion tokens of each.
         """
         found = Lookup(keys, lengths, attention=self.layers is not None)
-        for path in self._candidates():
-            if found.found.all():
-                break
-            if path in self._index and not found.wants(*self._index[path]):
-                continue
-            records = self.read(path)
-            if records is not None:
-                self._index[path] = records.keys, records.lengths
-                found.take(records)
+        for records in self._shards(found):
+            found.take(records)
         for records in self._buffer:
             found.take(records)
         return found
@@ -168,6 +162,26 @@ class ScoreStore:
             self.persistent = False
         finally:
             self._buffer = pending
+
+    def _shards(self, found: Lookup) -> Iterator[Records]:
+        """Shards that may hold what is not found yet; while one is used, the next is read on another core."""
+        reading: list[tuple[Path, Future[Records | None]]] = []
+        with ThreadPoolExecutor(1) as reader:
+            for path in self._candidates():
+                if found.found.all():
+                    break
+                if path not in self._index or found.wants(*self._index[path]):
+                    reading.append((path, reader.submit(self.read, path)))
+                if len(reading) > 1:
+                    yield from self._indexed(*reading.pop(0))
+            for path, shard in reading:
+                yield from self._indexed(path, shard)
+
+    def _indexed(self, path: Path, shard: Future[Records | None]) -> Iterator[Records]:
+        records = shard.result()
+        if records is not None:
+            self._index[path] = records.keys, records.lengths
+            yield records
 
     def _candidates(self) -> Iterator[Path]:
         folders = [self.directory]
@@ -312,7 +326,8 @@ def store_table(path: Path, reference: str, values: NDArray[np.float32]) -> None
     metadata = {"checksum": _checksum(path, reference, values)}
     buffer = pa.BufferOutputStream()
     table = pa.table({"relevance": values}).replace_schema_metadata(metadata)
-    pq.write_table(table, buffer, compression="lz4", use_dictionary=False)  # a dictionary of scores takes time
+    # a dictionary of scores takes time, and one group of rows is read without a copy
+    pq.write_table(table, buffer, compression="lz4", use_dictionary=False, row_group_size=max(1, len(values)))
     try:
         files.write_whole(path, memoryview(buffer.getvalue()))
     except OSError as error:
