@@ -27,7 +27,8 @@ PRELOADED = """
     transformers.integrations.bitsandbytes transformers.models.llama.modeling_llama transformers.models.auto
     datasets peft bitsandbytes accelerate accelerate.commands.launch pandas pyarrow.parquet pydantic rich.console
     typer yaml tqdm.auto xxhash platformdirs
-    wandb numba pydantic_extra_types torch.distributed.fsdp torch.distributed.checkpoint torch.distributed.tensor
+    wandb numba pydantic_extra_types.language_code torch.distributed.fsdp torch.distributed.checkpoint
+    torch.distributed.tensor.parallel torch.distributed.optim
 """.split()
 BIN = os.path.dirname(sys.executable)
 # In place of the interpreter: asks the server, and is the command as far as signals and the exit code go.
