@@ -5,8 +5,8 @@ what belongs to them, but neither hosts (`trl`, `axolotl`) nor the package; a co
 own environment, working directory and `sitecustomize`, and with what PyTorch does at the end of `import torch`. The
 Python processes that a command starts itself are forked from the same server.
 
-What differs from a process of its own: torch is complete when the hook comes, and hash seeds are equal. So every host
-has some tests that start real processes, see `REAL`.
+What differs from a process of its own: torch is complete when the hook comes, hash seeds are equal, and `datasets`
+saves without a pool of one process. So every host has some tests that start real processes, see `REAL`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.axolotl import stock
-from tests.reliability import amount
 
 PACKED = {
     "sample_packing": True,
@@ -104,8 +103,7 @@ def test_packed_rows_two_a_batch(base, plain, tmp_path):
     assert all(expected[ids] == kept for ids, kept in found)
 
 
-# With what is above, each kind and each shape is seen; `XTF_TEST_LONG=1 make test-axolotl` packs the other kinds, too.
-@pytest.mark.parametrize("kind", groups(amount(["text"], [kind for kind in KINDS if kind != "chat"])))
+@pytest.mark.parametrize("kind", groups([kind for kind in KINDS if kind != "chat"]))
 def test_packed_labels_are_those_of_the_plain_run(plain, train, kind):
     data, settings = KINDS[kind]
     assert train(kind, **PACKED) == trained_on(plain(data, **settings))
