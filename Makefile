@@ -94,7 +94,7 @@ audit: $(STAMP)  ## known vulnerabilities of the dependencies; needs a network
 # The full forms of tests/reliability and of what else has a short one, under an hour on two cores; what they found goes into
 # docs/reliability.md. One thread: the models are tiny, and threads that wait for each other beside anything else on the machine
 # take many times as long. Processes of stock commands are real ones, not forked (tests/forked.py).
-LONG_TESTS = tests/reliability tests/scoring/test_triton_kernels.py tests/gpu/test_gpu_command.py tests/benchmarks/test_benchmarks.py tests/hosts/test_end_to_end.py tests/hosts/test_launchers.py
+LONG_TESTS = tests/reliability tests/scoring/test_real_models.py tests/scoring/test_triton_kernels.py tests/gpu/test_gpu_command.py tests/benchmarks/test_benchmarks.py tests/hosts/test_end_to_end.py tests/hosts/test_launchers.py
 test-long: export OMP_NUM_THREADS = 1
 test-long: export XTF_TEST_REAL_PROCESSES = 1
 test-long: $(STAMP) models chromium  ## the full forms of tests/reliability, on all real models: about an hour

@@ -5,8 +5,8 @@ what belongs to them, but neither hosts (`trl`, `axolotl`) nor the package; a co
 own environment, working directory and `sitecustomize`, and with what PyTorch does at the end of `import torch`. The
 Python processes that a command starts itself are forked from the same server.
 
-What differs from a process of its own: torch is complete when the hook comes, and hash seeds are equal. So every host
-has some tests that start real processes, see `REAL`.
+What differs from a process of its own: torch is complete when the hook comes, hash seeds are equal, and `datasets`
+saves without a pool of one process. So every host has some tests that start real processes, see `REAL`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ REAL = "XTF_TEST_REAL_PROCESSES"  # set it to 1 and nothing is forked
 # Read while a command runs, never when a package is imported: such variables may differ between commands of a server.
 AT_RUN_TIME = {"PYTEST_CURRENT_TEST", "PYTHONPATH", "PWD", "RECORD", "PRETEND", "SEED", "CALLS", "RECORDER"}
 AT_RUN_TIME |= {"TORCH_DEVICE_BACKEND_AUTOLOAD", "COLUMNS", "PYTEST_XDIST_WORKER"}
+PREFIXES = ("XTF_", "WANDB_", "TRACKIO_", "TENSORBOARD_")  # all of whose variables are such ones
 
 
 def run(
@@ -40,7 +41,7 @@ def run(
     environment, folder = dict(os.environ if env is None else env), str(cwd or Path.cwd())
     if os.environ.get(REAL) == "1" or not hasattr(os, "pidfd_open"):  # Linux alone has it
         return subprocess.run(given, env=environment, cwd=folder, capture_output=True, text=True, timeout=timeout)
-    fixed = {k: v for k, v in environment.items() if k not in AT_RUN_TIME and not k.startswith("XTF_")}
+    fixed = {k: v for k, v in environment.items() if k not in AT_RUN_TIME and not k.startswith(PREFIXES)}
     address = _server(tuple(sorted(fixed.items())))
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, open(os.devnull) as nothing:
         with socket.socket(socket.AF_UNIX) as connection:

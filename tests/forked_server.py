@@ -7,6 +7,7 @@ whoever asked for it is gone. Standard library alone, and no module of the tests
 import array
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -27,6 +28,8 @@ PRELOADED = """
     transformers.integrations.bitsandbytes transformers.models.llama.modeling_llama transformers.models.auto
     datasets peft bitsandbytes accelerate accelerate.commands.launch pandas pyarrow.parquet pydantic rich.console
     typer yaml tqdm.auto xxhash platformdirs
+    wandb numba pydantic_extra_types.language_code torch.distributed.fsdp torch.distributed.checkpoint
+    torch.distributed.tensor.parallel torch.distributed.optim
 """.split()
 BIN = os.path.dirname(sys.executable)
 # In place of the interpreter: asks the server, and is the command as far as signals and the exit code go.
@@ -177,11 +180,24 @@ def command(request, files, made, shim):
     os._exit(code & 0xFF)
 
 
+def save_in_one_process():
+    """Let `datasets` save without a pool of one process, which is spawned and imports everything again: six seconds."""
+    if kind := getattr(sys.modules.get("datasets"), "Dataset", None):
+        own = kind.save_to_disk
+
+        @functools.wraps(own)
+        def save_to_disk(self, *args, num_proc=None, **options):
+            return own(self, *args, num_proc=None if num_proc == 1 else num_proc, **options)
+
+        kind.save_to_disk = save_to_disk
+
+
 def serve(address):
     before = dict(os.environ)
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    save_in_one_process()
     assert "xtf_plugin" not in sys.modules and threading.active_count() == 1
     made = {name: value for name, value in os.environ.items() if before.get(name) != value}
     shim = os.path.join(os.path.dirname(address), "python")

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tests import forked
 from xtf_plugin import cli, environment
 from xtf_plugin.hosts import hub, recipes
 from xtf_plugin.report.score_table import SCHEMA
@@ -280,7 +281,7 @@ def test_documents_beyond_the_first_batch_are_found(xtf, tmp_path):
 def test_stock_trl_refuses_a_wrong_block_before_it_launches(write):
     path = write(xtf={"min_kpet": 1}, dataset_name="none", bf16=False, use_cpu=True)
     command = recipes.host_command(recipes.load_recipe(path))
-    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    process = forked.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert process.returncode == 2
     assert "min_kpet" in process.stderr and "trl sft: error:" in process.stderr
     assert "Traceback" not in process.stderr and "accelerate" not in process.stderr

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -425,7 +426,7 @@ finally:
 @pytest.mark.parametrize("rows", [PLAIN, tiny.conversations(12)], ids=["questions", "conversations"])
 def test_stock_trl_trains_the_recipe(init, rows, tmp_path):
     init(save(rows))
-    trl = Path(sys.executable).parent / "trl"
-    result = forked.run([trl, "sft", "--config", "recipe.yaml", "--max_steps", "1", "--use_cpu"], cwd=tmp_path)
+    words = [Path(sys.executable).parent / "trl", "sft", "--config", "recipe.yaml", "--max_steps", "1", "--use_cpu"]
+    result = forked.run(words, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "runs/recipe/xtf/summary.json").is_file() and "train_loss" in result.stdout + result.stderr

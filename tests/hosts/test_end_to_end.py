@@ -115,7 +115,7 @@ def test_training_arguments_load_without_us(runs):
         "import sys, torch; sys.modules['xtf_plugin'] = None;"
         f"a = torch.load({str(folder / 'drops/training_args.bin')!r}, weights_only=False); print(type(a.xtf).__name__)"
     )
-    result = command(sys.executable, "-c", code, cache=folder, real=True, XTF_DISABLE="1")
+    result = command(sys.executable, "-c", code, cache=folder, XTF_DISABLE="1")
     assert result.stdout.split()[-1] == "dict", result.stderr[-2000:]
 
 
@@ -137,7 +137,7 @@ def test_other_launchers_apply_the_block(base, tmp_path, launcher):
         if launcher == "python -m"
         else [BIN / "accelerate", "launch", "--num_processes", "1", "--cpu", "-m", "trl.scripts.sft"]
     )
-    result = command(*script, "--config", path, cache=tmp_path / "cache", real=True)
+    result = command(*script, "--config", path, cache=tmp_path / "cache")
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads((tmp_path / "out/xtf/summary.json").read_text())["totals"]["dropped_tokens"] > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -11,7 +12,7 @@ import time
 
 import pytest
 
-from tests import tiny
+from tests import forked, tiny
 from tests.hosts.test_end_to_end import BIN, recipe
 from tests.reliability import LONG, amount, record, scoring
 from xtf_plugin.scoring.batching import plan_batches
@@ -179,16 +180,26 @@ def stock(tmp_path_factory):
     tiny.save_rows(folder / "data/train.jsonl", tiny.problems(500))
     block = {"preset": "paper", "batch_tokens": 64}
 
-    def train(name, cache):
+    def words(name):
         changes = {"max_steps": 1, "save_strategy": "no", "gradient_accumulation_steps": 1, "disable_tqdm": False}
-        path = recipe(folder, folder / name, xtf=block, **changes)
-        words = [str(BIN / "trl"), "sft", "--config", str(path)]
-        environment = {**os.environ, "XTF_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        with (folder / f"{name}.log").open("w") as log:
-            return subprocess.Popen(words, env=environment, stdout=log, stderr=log)
+        return [str(BIN / "trl"), "sft", "--config", str(recipe(folder, folder / name, xtf=block, **changes))]
 
-    assert train("undisturbed", folder / "cache").wait(300) == 0, (folder / "undisturbed.log").read_text()[-3000:]
-    return folder, train
+    def environment(cache):
+        return {**os.environ, "XTF_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def start(name, cache):
+        """A real command in a group of its own: the process that scores is one that a launcher has started."""
+        with (folder / f"{name}.log").open("w") as log:
+            together = {"stdout": log, "stderr": log, "start_new_session": True}
+            return subprocess.Popen(words(name), env=environment(cache), **together)
+
+    def finish(name, cache):
+        """To its end, without the seconds that its imports take."""
+        ended = forked.run(words(name), env=environment(cache), timeout=300)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+
+    finish("undisturbed", folder / "cache")
+    return folder, start, finish
 
 
 def killed_while_scoring(process, log, cache, wait):
@@ -196,24 +207,25 @@ def killed_while_scoring(process, log, cache, wait):
     while "xtf: scoring" not in log.read_text() and process.poll() is None:
         time.sleep(0.005)
     time.sleep(wait)
-    process.kill()
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        os.killpg(process.pid, signal.SIGKILL)
     return process.wait() == -signal.SIGKILL and not scoring.stored(cache)
 
 
 @pytest.mark.parametrize("attempt", range(amount(1, 10)))
 def test_the_stock_command_is_killed_while_it_scores(stock, attempt):
-    folder, train = stock
+    folder, start, finish = stock
     wait, killed = random.Random(attempt).uniform(0, 1.5), False
     for trial in range(6):
         name, cache = f"run-{attempt}-{trial}", folder / f"cache-{attempt}-{trial}"
-        process = train(name, cache)
+        process = start(name, cache)
         killed = killed_while_scoring(process, folder / f"{name}.log", cache, wait / 2**trial)
         if killed:
             break
         assert process.returncode in (0, -signal.SIGKILL), (folder / f"{name}.log").read_text()[-3000:]
     assert killed, "it always ended, or had scored, before it was killed"
     assert not (folder / name / "xtf/scores.parquet").exists()
-    assert train(name, cache).wait(300) == 0, (folder / f"{name}.log").read_text()[-3000:]
+    finish(name, cache)
     tables = [scoring.table_hash(folder / run / "xtf/scores.parquet") for run in (name, "undisturbed")]
     assert tables[0] == tables[1]
     assert not scoring.strays(cache, folder / name)

@@ -16,17 +16,17 @@ EXACT = 2e-4  # what float32 may differ by from the definitions
 MODELS = [pytest.param(name, marks=real.needs(name)) for name in (real.NAMES if LONG else real.NAMES[:1])]
 
 
-def scored(name: str, precision: str, compute: torch.dtype | None = None):
-    """Scores by the package and by the definitions, of one loaded model."""
-    model, documents = real.load(name, precision, compute=compute), real.documents(name, amount(4, 12))
-    layers = tuple(range(model.config.num_hidden_layers))
-    return real.ours(model, documents, layers), real.definition(model, documents, layers)
+def loaded(name: str, precision: str, compute: torch.dtype | None = None):
+    """A model, documents under its tokenizer, and all of its layers."""
+    model = real.load(name, precision, compute=compute)
+    return model, real.documents(name, amount(4, 12)), tuple(range(model.config.num_hidden_layers))
 
 
 @pytest.mark.skipif(not LONG, reason="the short form is in tests/scoring/test_real_models.py; `make test-long` runs it")
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_equals_the_definitions(name):
-    found, truth = scored(name, "fp32")
+    model = loaded(name, "fp32")
+    found, truth = real.ours(*model), real.definition(*model)
     for score, error in real.errors(truth, found).items():
         assert float(error.max()) <= EXACT, score
     assert float(truth.logprobs.nan_to_num().mean()) > -4, "the model does not read this text: a broken conversion"
@@ -35,8 +35,9 @@ def test_float32_equals_the_definitions(name):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("precision", amount(["nf4"], ["bf16", "nf4"]))
 def test_low_precision_is_no_further_off_than_eager_in_that_precision(name, precision):
-    found, naive = scored(name, precision)
-    truth = scored(name, "nf4" if precision == "nf4" else "fp32", torch.float32)[1]
+    model = loaded(name, precision)
+    found, naive = real.ours(*model), real.definition(*model)
+    truth = real.definition(*loaded(name, "nf4" if precision == "nf4" else "fp32", torch.float32))
     ours, theirs = real.errors(truth, found), real.errors(truth, naive)
     for score in ours:
         mean, high, _ = real.spread(ours[score])

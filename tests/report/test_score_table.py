@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests import tiny
+from tests import forked, tiny
 from tests.report.tables import plan_of, saved, table_of
 from tests.test_plan import ATTRIBUTES_ON, rows
 from xtf_plugin.config.block import XTFConfig
@@ -247,7 +246,8 @@ def test_a_disk_that_fills_while_writing_raises_once_and_leaves_no_file(tmp_path
     command = [sys.executable, "-c", LIMITED, str(tmp_path), str(documents)]
     repository = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([repository, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    done = forked.run(command, env=environment)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("raised:") and "Exception" not in done.stderr and "Traceback" not in done.stderr
     assert os.listdir(tmp_path / "out") == []
 

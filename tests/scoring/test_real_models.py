@@ -1,7 +1,7 @@
 """The stock commands on a real pretrained model: 4-bit QLoRA, chats, `xtf score`, and masks against eager float32.
 
 Other tests use tiny random models on meaningless text. Here tokens, templates, sizes and scores are those of a real
-model (tests/real.py). `make test-long` scores the larger models.
+model (tests/real.py). `make test-long` takes more questions, and scores the larger models.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import pytest
 import yaml
 
 from tests import eager, forked, real, tiny
+from tests.reliability import amount
 
 pytestmark = real.needs(real.SMOLLM2)
 
 BIN = Path(sys.executable).parent
-COUNT = 8
+COUNT = amount(4, 8)  # questions
 BAND = 1e-4  # scores this close to a threshold may be on either side of it
 RECEIVED, PROBABILITY = 0.15, 0.01
 BLOCK = {
@@ -56,7 +57,7 @@ def run(folder: Path, *words: str, rows, block=BLOCK, **changes):
         "use_peft": True,
         "lora_target_modules": ["q_proj", "v_proj"],
         "dtype": "float32",
-        "per_device_train_batch_size": 4,
+        "per_device_train_batch_size": COUNT // 2,
         "max_steps": 2,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -120,7 +121,8 @@ def test_only_assistant_tokens_of_a_chat_are_dropped(tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text(tiny.CHAT_TEMPLATE)
     chat = {"chat_template_path": str(template), "assistant_only_loss": True}
-    out, steps = run(tmp_path, str(BIN / "trl"), "sft", "--config", rows=chats(), per_device_train_batch_size=2, **chat)
+    batches = {"per_device_train_batch_size": 2, "max_steps": COUNT // 4}
+    out, steps = run(tmp_path, str(BIN / "trl"), "sft", "--config", rows=chats(), **batches, **chat)
     table, fast = table_of(out), real.tokenizer(real.SMOLLM2)
     assert trained_on_the_table(steps, table) == len(table) == COUNT // 2
     for row, chat in zip(table, chats(), strict=True):

@@ -28,8 +28,7 @@ def tracked(tmp_path_factory):
     places = {"TENSORBOARD_LOGGING_DIR": folder / "events", "WANDB_DIR": folder, "TRACKIO_DIR": folder / "trackio"}
     quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_LOG_MODEL": "end", "TRACKIO_PROJECT": "test"}
     environment = {name: str(place) for name, place in places.items()} | quiet
-    # a real process: trackers read these variables when they are imported
-    result = command(BIN / "trl", "sft", "--config", path, cache=folder / "cache", real=True, **environment)
+    result = command(BIN / "trl", "sft", "--config", path, cache=folder / "cache", **environment)
     assert result.returncode == 0, result.stderr[-4000:]
     return folder
 
