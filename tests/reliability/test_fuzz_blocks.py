@@ -11,10 +11,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
-from functools import cache
-from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +26,6 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.plan import scores_of
-from xtf_plugin.scorers import registry
 from xtf_plugin.selection.masks import MaskTable
 
 ROOT = XTFConfig.json_schema()
@@ -186,13 +182,6 @@ def names(message: str, key: Any, value: Any, home: list[Any]) -> bool:
     ]
     about += ["xtf.force_drop: [] is empty", "xtf.combine.at_least: ", "xtf.control: "]  # of the block as a whole
     return any(text and text in message for text in about)
-
-
-@pytest.fixture(autouse=True)
-def entry_points_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For speed alone: every part of a block looks for the packages that bring scorers, 10 ms each time."""
-    found = cache(lambda **wanted: metadata.entry_points(**wanted))
-    monkeypatch.setattr(registry, "metadata", SimpleNamespace(entry_points=found, EntryPoint=metadata.EntryPoint))
 
 
 def rows() -> list[dict[str, Any]]:

@@ -96,9 +96,25 @@ def rows(draw: Any) -> list[dict[str, Any]]:
     return made
 
 
-ITEMS = [-1, -100, TOKEN_IDS, 2**31, 2**40, 2**63, 2**70, -(2**70), 1.5, 7.0, float("nan"), float("inf"), None, "7"]
-ITEMS += ["a", True, [1], [], b"1", {}, np.float32(0.5), np.uint64(2**64 - 100), np.datetime64("2020-01-01"), 1j, "0"]
-ITEMS += [0]
+ITEMS = [
+    -1,
+    -100,
+    TOKEN_IDS,
+    2**31,
+    2**40,
+    2**63,
+    2**70,
+    -(2**70),
+    1.5,
+    7.0,
+    float("nan"),
+    float("inf"),
+    None,
+    "7",
+    "a",
+    True,
+]
+ITEMS += [[1], [], b"1", {}, np.float32(0.5), np.uint64(2**64 - 100), np.datetime64("2020-01-01"), 1j, "0", 0]
 WHOLES = [None, [], 3, 0, "12", b"12", {}, [[1, 2]], [[1], [2, 3]], [None], ["a"], np.zeros((2, 2)), np.asarray(4)]
 WHOLES += [[2.9, 2.9], [1, -1, 4], [0, 4], [10**30], range(4), np.asarray(["a", "b"]), torch.ones(4, 1), torch.ones(())]
 WHOLES += [torch.zeros(4), torch.zeros(4, requires_grad=True), torch.ones(4, dtype=torch.bfloat16)]

@@ -296,3 +296,17 @@ class TestDocumentedPackage:
         recipe.write_text(recipe.read_text().replace("repetition", "repetitoin"))
         result = subprocess.run(words, env=path, capture_output=True, text=True, timeout=120)
         assert result.returncode == 2 and "Did you mean repetition?" in " ".join(result.stderr.split())
+
+
+def test_packages_are_looked_up_once_until_one_is_installed(site, monkeypatch):
+    """Each look reads a file of every package."""
+    looks, look = [], registry.metadata.entry_points
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda **wanted: looks.append(wanted) or look(**wanted))
+    registry._read.cache_clear()
+    for _ in range(3):
+        XTFConfig.parse({})
+        assert registry.package_of("new_one") == "xtf-plugin"
+    assert len(looks) == 1
+    install(site, "new_one", "")
+    assert registry.package_of("new_one") == "pkg-new_one 1.0"
+    assert len(looks) == 2

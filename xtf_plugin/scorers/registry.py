@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
+import sys
+from functools import lru_cache
 from importlib import metadata
 
 from .. import environment
@@ -46,14 +49,14 @@ def find(name: str) -> Scorer:
         XTFUserError: no such name, two packages claim it, its package cannot be imported, or it does not conform. The
             text follows the name in the message: "is no registered scorer ...".
     """
-    entries = list(metadata.entry_points(group=GROUP, name=name))
+    entries = [entry for entry in _registered() if entry.name == name]
     entries = list({(entry.value, _package(entry)): entry for entry in entries}.values())  # a folder twice on sys.path
     if name in BUILTIN and not entries:
         return BUILTIN[name]
     if not entries and name in _REMOVED:
         raise XTFUserError(_REMOVED[name])
     if not entries:
-        known = [*BUILTIN, *sorted({entry.name for entry in metadata.entry_points(group=GROUP)} - BUILTIN.keys())]
+        known = [*BUILTIN, *sorted({entry.name for entry in _registered()} - BUILTIN.keys())]
         near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise XTFUserError(f"is no registered scorer. {hint}Registered: {', '.join(known)}; {_how()}")
@@ -70,8 +73,29 @@ def _how() -> str:
 
 def package_of(name: str) -> str:
     """The distribution that registers a scorer, with its version: "some-package 1.2"."""
-    found = list(metadata.entry_points(group=GROUP, name=name))
+    found = [entry for entry in _registered() if entry.name == name]
     return _package(found[0]) if found else "xtf-plugin"
+
+
+def _registered() -> tuple[metadata.EntryPoint, ...]:
+    """The entry points of all packages, read again only if one was installed or removed, or `sys.path` changed.
+
+    A command asks dozens of times, and each reading takes 20 ms, since it opens a file of every installed package.
+    """
+    return _read(tuple((place, _changed(place)) for place in sys.path))
+
+
+@lru_cache(maxsize=1)
+def _read(places: tuple[tuple[str, int], ...]) -> tuple[metadata.EntryPoint, ...]:
+    return tuple(metadata.entry_points(group=GROUP))
+
+
+def _changed(place: str) -> int:
+    """When a folder's entries last changed."""
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _package(entry: metadata.EntryPoint) -> str:
