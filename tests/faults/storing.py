@@ -146,4 +146,32 @@ STORE = [
         "test_providers.py",
         "test_callback.py::test_resumed_full_fine_tuning_without_its_scores_is_refused",
     ),
+    fault(
+        "scores-of-a-dataset-ignore-protection",
+        "scoring/dataset_scores.py",
+        "[documents.keys, documents.counts, context.protected, context.forced]",
+        "[documents.keys, documents.counts, context.forced]",
+        "test_dataset_scores.py",
+    ),
+    fault(
+        "scores-of-a-dataset-ignore-what-they-read",
+        "scoring/dataset_scores.py",
+        "read = sorted(context.scores) if scorer.reads_scores else []",
+        "read: list[str] = []",
+        "test_dataset_scores.py",
+    ),
+    fault(
+        "scores-of-a-dataset-hide-a-warning",
+        "scoring/dataset_scores.py",
+        "if source.ranks.main and not context.warnings:",
+        "if source.ranks.main:",
+        "test_dataset_scores.py",
+    ),
+    fault(
+        "new-package-of-scorers-is-not-found",
+        "scorers/registry.py",
+        "return _read(tuple((place, _changed(place)) for place in sys.path))",
+        "return _read(tuple((place, 0) for place in sys.path))",
+        "test_registry.py",
+    ),
 ]

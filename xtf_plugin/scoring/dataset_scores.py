@@ -70,6 +70,7 @@ def input_key(context: ScoringContext, scorer: Scorer, part: ScoreConfig) -> str
         {
             "version": [__version__, scorer.name, scorer.version],
             "block": [each.model_dump(mode="json") for each in (part, *(context.parts[name] for name in read))],
+            "read": read,
             "marks": [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")],
             "arrays": [xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).data) for array in arrays],
             "tokens": xxhash.xxh3_128_hexdigest(spelt),
