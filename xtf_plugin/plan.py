@@ -11,7 +11,6 @@ import numpy as np
 
 from .data.documents import DocumentSet
 from .data.marks import AllMarks
-from .data.predictions import Predictions
 from .data.ragged import Floats, Ints
 from .data.values import UNKNOWN, Grouping, Values
 from .scoring.batching import ScoringStats
@@ -104,7 +103,7 @@ def make_plan(
     with ScoreSource(config, documents, tokenizer, provider, references, **about_run) as source:
         fingerprint = source.fingerprint(provider)
         computed = run_scorers(config, source, text)
-        scores = scores_of(documents, source.known, computed)
+        scores = scores_of(documents, source.logprobs, computed)
     selection = select(scores, config, text.protected, text.forced, text.segments, inside=text.inside)
     ranks.agree(selection.keep.tobytes() + selection.best.tobytes(), "masks")
     shared = recurring(config, documents, text, selection, tokenizer)
@@ -161,7 +160,7 @@ def _unread(groups: Mapping[str, Grouping], documents: DocumentSet) -> list[str]
     ]
 
 
-def scores_of(documents: DocumentSet, stored: Predictions | None, values: dict[str, Floats]) -> Scores:
+def scores_of(documents: DocumentSet, logprobs: Floats | None, values: dict[str, Floats]) -> Scores:
     """Scores of the documents' completion tokens."""
     return Scores(
         keys=documents.keys,
@@ -170,5 +169,5 @@ def scores_of(documents: DocumentSet, stored: Predictions | None, values: dict[s
         token_ids=documents.completion_ids,
         positions=documents.completion_positions,
         values=values,
-        logprobs=None if stored is None else stored.logprobs,
+        logprobs=logprobs,
     )

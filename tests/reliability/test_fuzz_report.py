@@ -36,7 +36,6 @@ from tests.report.tables import page_of
 from xtf_plugin import cli
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
-from xtf_plugin.data.predictions import Predictions
 from xtf_plugin.data.token_text import byte_alphabet
 from xtf_plugin.plan import Plan, scores_of
 from xtf_plugin.report import page, score_table, terminal
@@ -92,10 +91,9 @@ def plan_of(number: int, tokenizer: Any, block: dict[str, Any], name: str) -> Pl
     assert config is not None
     size = int(documents.completion_offsets[-1])
     noise = rng.exponential(size=(4, size)).astype(np.float32)
-    stored = Predictions(-noise[0], noise[1], noise[2])
     values = {"knowledge_novelty": -noise[0], "reasoning_importance": noise[3]}
     values |= {selector: -noise[1] for selector in config.selectors}
-    scores = scores_of(documents, stored, values)
+    scores = scores_of(documents, -noise[0], values)
     text = TextRules.find(config, documents, tokenizer)
     selection = select(scores, config, text.protected, text.forced, text.segments)
     about = {"scores": {}, "references": []}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.test_plan import Provider, rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
-from xtf_plugin.scorers import explained, new_text
+from xtf_plugin.scorers import explained
 from xtf_plugin.scoring import dataset_scores
 
 EVERY_UNIT = {"reasoning_importance": {"among": None}}
@@ -45,16 +46,16 @@ def broken(*_, **__):
 
 def test_the_same_start_asks_for_no_sentence(plan, tmp_path, monkeypatch):
     first = plan()
-    assert len(tables(tmp_path)) == 3
-    monkeypatch.setattr("xtf_plugin.data.splices.Splices.distinct", broken)
-    monkeypatch.setattr(new_text, "_scores", broken)
+    assert len(tables(tmp_path)) == 4
+    for used in ("data.splices.Splices.distinct", "scorers.new_text._scores", "store.store.ScoreStore.lookup"):
+        monkeypatch.setattr(f"xtf_plugin.{used}", broken)
     second = plan()
-    assert second.opened == 0
+    assert second.opened == 0 and second.stats.stored_documents == first.stats.documents
     for name in (TR, KN, RI):
         assert np.isfinite(first.scores.values[name]).any()
         np.testing.assert_array_equal(second.scores.values[name], first.scores.values[name])
     np.testing.assert_array_equal(second.scores.logprobs, first.scores.logprobs)
-    assert len(tables(tmp_path)) == 3
+    assert len(tables(tmp_path)) == 4
 
 
 def other_spelling():
@@ -97,7 +98,7 @@ def test_another_start_computes_its_own(plan, what, tmp_path, monkeypatch):
     given = {name: value() if callable(value) else value for name, value in STARTS[what].items()}
     plan()
     found = plan(**given)
-    assert len(tables(tmp_path)) > 3
+    assert len(tables(tmp_path)) > 4
     monkeypatch.setattr(dataset_scores, "LARGE", 10**6)
     alone = plan(**given)
     for name in found.scores.values:
@@ -108,7 +109,7 @@ def test_another_version_computes_its_own(plan, tmp_path, monkeypatch):
     plan()
     monkeypatch.setattr(dataset_scores, "__version__", "99")
     plan()
-    assert len(tables(tmp_path)) == 6
+    assert len(tables(tmp_path)) == 7
 
 
 def test_a_damaged_table_is_computed_again(plan, tmp_path, caplog):
@@ -125,14 +126,15 @@ def test_scores_with_a_warning_are_not_stored(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(explained, "LEAST", np.inf)
     for _ in range(2):
         assert any("say too little" in warning for warning in plan().warnings)
-    assert len(tables(tmp_path)) == 2
+    assert len(tables(tmp_path)) == 3
 
 
-def test_another_reference_of_a_score_has_no_table(plan, tmp_path):
+def test_another_reference_of_a_score_has_no_table(plan):
     """Its fingerprint is no part of the key."""
-    part = explained.ExplainedConfig.model_validate({"scorer": "explained", "reference": {"model": "some/model"}})
-    assert not dataset_scores._own_reference(part)
-    assert dataset_scores._own_reference(explained.ExplainedConfig.model_validate({"scorer": "explained"}))
+    source, context = SimpleNamespace(whole=True), SimpleNamespace(token_ids=[1])
+    for reference, stored in ((None, True), ({"model": "some/model"}, False)):
+        part = explained.ExplainedConfig.model_validate({"scorer": "explained", "reference": reference})
+        assert dataset_scores.is_stored(source, context, explained.explained, part) is stored
 
 
 def test_small_datasets_have_no_tables(plan, tmp_path, monkeypatch):

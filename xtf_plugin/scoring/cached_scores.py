@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128_hexdigest
 
 from ..config.scores import SLOTS
 from ..data.documents import DocumentSet, beside
@@ -24,13 +25,14 @@ from ..data.ragged import Floats, Ints, offsets_of
 from ..data.splices import Splices, predictions_of, spread
 from ..errors import XTFError, XTFUserError
 from ..fields import ReferenceConfig
+from ..files import digest
 from ..scorers import ScoreConfig, Scorer, ScoringContext, registry
 from ..selection.text_rules import TextRules, segment_starts
 from ..store.admin import warn_of_unused_scores
 from ..store.records import Lookup, Records, StoredScores
 from ..store.store import Index, ScoreStore, cached_table, reference_folder, store_table, table_name
 from .batching import ScoringStats
-from .dataset_scores import dataset_scores
+from .dataset_scores import dataset_scores, is_stored, stored_or
 from .distributed import ALONE, Ranks, pool
 from .engine import gather_vectors, score
 from .fingerprint import weights_sample
@@ -76,6 +78,7 @@ class ScoreSource:
 
     Attributes:
         known: predictions of the run's own reference; None until they are needed.
+        logprobs: its log-probabilities; None until they are needed.
         stats: statistics of its passes over the dataset.
         passes: the same for other references, for the summary.
         excerpts: the same for documents outside the dataset.
@@ -100,6 +103,7 @@ class ScoreSource:
         self.config, self.documents, self.tokenizer = config, documents, tokenizer
         self.progress, self.ranks = progress, ranks
         self.known: StoredScores | None = None
+        self.logprobs: Floats | None = None
         self.stats, self.excerpts = ScoringStats(), ScoringStats()
         self.passes: list[dict[str, Any]] = []
         self.warnings: list[str] = []
@@ -128,7 +132,7 @@ class ScoreSource:
             return self.known or self._score_main(())
         if reference not in self._others:
             scores, about, stats, _ = self._scored(self._provider(reference), self.documents, ())
-            self._check(scores, about, f"{about.get('name')}: ")
+            self._check(scores.logprobs, about, f"{about.get('name')}: ")
             self._others[reference] = scores
             self.passes.append({**about, **asdict(stats)})
         return self._others[reference]
@@ -253,9 +257,19 @@ class ScoreSource:
             self._know(scores, about)
         return scores
 
+    def recall(self) -> None:
+        """Find all log-probabilities of a large dataset at once, or store them for the next start. A collective."""
+        sizes = np.diff(self.documents.completion_offsets)
+        key = digest({"log-probabilities": xxh3_128_hexdigest(self.documents.keys.data)})
+        found, stored = stored_or(self, key, int(sizes.sum()), lambda: self.predictions().logprobs)
+        if stored and self.known is None:
+            self._check(found, self._main.description())
+            self.logprobs = found
+            self.stats.add(ScoringStats(stored_documents=int((sizes > 0).sum())))
+
     def _know(self, scores: StoredScores, about: dict[str, Any]) -> None:
-        self._check(scores, about)
-        self.known = scores
+        self._check(scores.logprobs, about)
+        self.known, self.logprobs = scores, scores.logprobs
 
     def _on_all(self, provider: ReferenceProvider) -> Reference:
         """Open a reference on every rank, and check that its weights agree. A collective."""
@@ -280,10 +294,10 @@ class ScoreSource:
             self._providers[reference] = self.ranks.run_with_heartbeat(partial(self._references, reference))
         return self._providers[reference]
 
-    def _check(self, scores: StoredScores, about: dict[str, Any], prefix: str = "") -> None:
+    def _check(self, logprobs: Floats, about: dict[str, Any], prefix: str = "") -> None:
         """Warn of undefined log-probabilities; raise XTFError if all are undefined."""
         expected = self.documents.completion_positions > 0  # a document's first token has no prediction
-        undefined, total = np.count_nonzero(~np.isfinite(scores.logprobs) & expected), np.count_nonzero(expected)
+        undefined, total = np.count_nonzero(~np.isfinite(logprobs) & expected), np.count_nonzero(expected)
         if total and undefined == total:
             raise XTFError(
                 f"the reference {about.get('name')} gives NaN or infinite log-probabilities for all {total} completion "
@@ -382,7 +396,7 @@ def run_scorers(
     context = ScoringContext(source.documents, source.tokenizer, source, text.protected, text.forced)
     context.parts, chosen = config.scores, _scorers(config.scores)
     source.units.update(text.segments)
-    found = {}
+    found, kept = {}, {name: is_stored(source, context, *each) for name, each in chosen.items()}
     # scorers that read attention come first, those that read other scores last
     for name in sorted(chosen, key=lambda each: (not chosen[each][0].reads_attention, chosen[each][0].reads_scores)):
         scorer, part = chosen[name]
@@ -390,7 +404,8 @@ def run_scorers(
         try:
             # NaN for all tokens is no error where the rule warns of it, or where clean data has nothing to find
             needed = source.whole and scorer.name not in SLOTS.values() and not scorer.finds_nothing
-            values = dataset_scores(source, context, scorer, part, function)
+            compute = partial(dataset_scores, source, context, scorer, part, function)
+            values = compute() if kept[name] else function(context, part)
             found[name] = _checked(name, scorer, values, len(context.token_ids), needed)
         except XTFUserError as error:
             path = f"xtf.selectors.{name}" if name in config.selectors else f"xtf.{name}"
@@ -398,6 +413,8 @@ def run_scorers(
         context.scores[name] = found[name]
         source.warnings += [f"{name}: {warning}" for warning in context.warnings]
         context.warnings.clear()
+    if any(kept.values()):
+        source.recall()  # reports show them, though no scorer asked for them
     return {name: found[name] for name in chosen}
 
 

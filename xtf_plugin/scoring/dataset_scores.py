@@ -31,7 +31,13 @@ class Source(Protocol):
     whole: bool
 
     def folder(self) -> tuple[Path, str]: ...  # noqa: D102
-    def predictions(self) -> Any: ...  # noqa: D102
+
+
+def is_stored(source: Source, context: ScoringContext, scorer: Scorer, part: ScoreConfig) -> bool:
+    """Whether the scores of a part of the block are stored as a whole."""
+    reference = getattr(part, "reference", None)
+    own = reference is None or not reference.model
+    return own and scorer.stored and source.whole and len(context.token_ids) >= LARGE
 
 
 def dataset_scores(
@@ -41,18 +47,27 @@ def dataset_scores(
 
     Scores with warnings are not stored, so that each start warns.
     """
-    if not (scorer.stored and source.whole and len(context.token_ids) >= LARGE and _own_reference(part)):
-        return function(context, part)
+    size, key = len(context.token_ids), input_key(context, scorer, part)
+    return stored_or(source, key, size, lambda: function(context, part), lambda: not context.warnings)[0]
+
+
+def stored_or(
+    source: Source, key: str, size: int, compute: Callable[[], Floats], lasting: Callable[[], bool] = lambda: True
+) -> tuple[Floats, bool]:
+    """The table of `size` numbers that is stored under a key, else `compute()`, which is stored if it is `lasting`.
+
+    A collective: the first rank's disk decides for all. Returns the table, and whether it was stored.
+    """
     folder, fingerprint = source.folder()
-    path = folder / table_name(input_key(context, scorer, part), "scores")
+    path = folder / table_name(key, "scores")
     found = cached_table(path, fingerprint)
-    if source.ranks.gather(b"" if found is None else b"stored")[0]:  # all ranks have to take the same branch
-        source.predictions()  # reports show them
-        return source.ranks.broadcast_if_different(_undefined(context) if found is None else found)
-    found = function(context, part)
-    if source.ranks.main and not context.warnings:
+    if source.ranks.gather(b"" if found is None else b"stored")[0]:
+        mine = np.full(size, np.nan, dtype=np.float32) if found is None else found
+        return source.ranks.broadcast_if_different(mine), True
+    found = compute()
+    if source.ranks.main and lasting():
         store_table(path, fingerprint, found)
-    return found
+    return found, False
 
 
 def input_key(context: ScoringContext, scorer: Scorer, part: ScoreConfig) -> str:
@@ -76,12 +91,3 @@ def input_key(context: ScoringContext, scorer: Scorer, part: ScoreConfig) -> str
             "tokens": xxhash.xxh3_128_hexdigest(spelt),
         }
     )
-
-
-def _own_reference(part: ScoreConfig) -> bool:
-    reference = getattr(part, "reference", None)
-    return reference is None or not reference.model
-
-
-def _undefined(context: ScoringContext) -> Floats:
-    return np.full(len(context.token_ids), np.nan, dtype=np.float32)

@@ -29,7 +29,7 @@ from ..config.block import XTFConfig
 from ..config.scores import check_streamed
 from ..data.documents import IGNORE_INDEX, DocumentSet, collect, split_row
 from ..data.keys import document_key
-from ..data.ragged import Bools, Ints, Layout
+from ..data.ragged import Bools, Floats, Ints, Layout
 from ..data.splices import Splices
 from ..environment import WORKERS_REFUSED
 from ..errors import XTFError, XTFUserError
@@ -220,7 +220,7 @@ class Stream:
             text = TextRules.find(self.config, documents, self.tokenizer, self._text)
             source = _ChunkSource(self.config, documents, self.tokenizer, reference, self.batch_tokens)
             values = run_scorers(self.config, source, text, self._frozen)
-            scores = scores_of(documents, source.known, values)
+            scores = scores_of(documents, source.logprobs, values)
             selection = select(
                 scores, self.config, text.protected, text.forced, text.segments, self._rules, inside=text.inside
             )
@@ -409,7 +409,7 @@ class _ChunkSource(ScoreSource):
     def _stored(self, provider: Any, splices: Splices) -> None:
         """Nothing is."""
 
-    def _check(self, scores: StoredScores, about: dict[str, Any], prefix: str = "") -> None:
+    def _check(self, logprobs: Floats, about: dict[str, Any], prefix: str = "") -> None:
         """Accept documents without any finite score, which a dataset may not have: a chunk can be one document."""
 
 
