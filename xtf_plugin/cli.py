@@ -84,7 +84,7 @@ def init(
     ] = None,
     output: Annotated[Path, typer.Option("--output", help="The recipe; never overwritten.")] = Path("recipe.yaml"),
 ) -> None:
-    """Write a recipe for a model and a data set: QLoRA, the data's columns, an `xtf:` block. Loads no model.
+    """Write a recipe for a model and a data set: LoRA, the data's columns, an `xtf:` block. Loads no model.
 
     Data under column names that the host does not know is written again, into a folder beside the recipe.
     """

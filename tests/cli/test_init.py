@@ -79,6 +79,7 @@ def test_questions_and_answers_are_written_again(init, xtf, model, tmp_path):  #
     code, out, _, recipe = init(save(PLAIN), model=model)
     assert code == 0 and "12 rows" in out and "next: xtf check recipe.yaml" in out
     assert recipe["datasets"] == [{"path": "recipe_data", "split": "train"}]
+    assert "after a change of data.jsonl, remove recipe_data and this file" in (tmp_path / "recipe.yaml").read_text()
     row = rows_of(tmp_path / "recipe_data")[0]
     if model == "base":
         assert row == {"prompt": PLAIN[0]["question"] + "\n", "completion": PLAIN[0]["answer"]}
@@ -98,6 +99,12 @@ def test_columns_that_the_host_reads_are_left_where_they_are(init, tmp_path):
     )
     assert XTFConfig.parse(recipe["xtf"]) == XTFConfig()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("rows, every", [(12, 1), (200, 10)])
+def test_a_run_of_few_steps_logs_each(init, rows, every):
+    """With 10, the quickstart's seven steps ended without a logged loss."""
+    assert init(save([{"prompt": f"{n}?", "completion": f"{n}."} for n in range(rows)]))[3]["logging_steps"] == every
 
 
 def test_conversations_are_trained_on_answers_alone(init, tmp_path):

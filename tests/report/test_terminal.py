@@ -72,6 +72,15 @@ def test_nothing_found_is_an_error_only_if_something_was_wanted():
         terminal.render_documents([], "row 1", console)
 
 
+def test_documents_that_lose_nothing_are_followed_by_a_word_of_it():
+    """The first documents are those that lose most, which a reader of documents without a mark cannot see."""
+    whole = [document for document in documents() if not document.dropped]
+    stream = io.StringIO()
+    terminal.render_documents(whole, "", Console(file=stream, width=200))
+    assert "\nNothing is dropped, from any document." in stream.getvalue()
+    assert "Nothing is dropped" not in printed()
+
+
 def test_colour_on_a_terminal():
     assert "\x1b[" in printed(force_terminal=True, color_system="standard")
 
