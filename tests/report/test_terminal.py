@@ -122,6 +122,17 @@ def test_totals_print_as_shares():
     lines = [line.replace("│", " ").split() for line in text.splitlines()]
     assert all([name, "3", "37.50", "%", "2", "1"] in lines for name in ("knowledge_novelty", "mine"))
     assert "kept by protection" in text and "min_kept" not in text
+    assert "the draw" not in text
+
+
+def test_the_share_that_a_control_decided_is_explained():
+    counts = {"documents": 4, "completion_tokens": 8, "kept_tokens": 4, "dropped_tokens": 4}
+    decided = {"protected": 0, "floor": 0, "forced": 0, "control": 6}
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(terminal.totals_table({**counts, "scores": {}, "decided_by": decided}))
+    assert "decided by the control: dropped by the draw, or kept although a rule fired" in " ".join(
+        stream.getvalue().split()
+    )
     nothing = dict.fromkeys(counts, 0)
     Console(file=io.StringIO()).print(terminal.totals_table({**nothing, "scores": {}, "decided_by": {}}))
 

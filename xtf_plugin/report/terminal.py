@@ -304,8 +304,9 @@ def render_documents(found: Iterable[Document], wanted: str, console: Console, m
             Text("Nothing is dropped, from any document. What other thresholds drop: xtf tune"), soft_wrap=True
         )
     if wanted and not shown:
+        counted = "; rows count from 0" if wanted.startswith("row ") else ""
         raise XTFUserError(
-            f"no document of the score table has {wanted}; rows count from 0. What other thresholds drop: xtf tune"
+            f"no document of the score table has {wanted}{counted}. What other thresholds drop: xtf tune"
         )
 
 
@@ -345,6 +346,8 @@ def totals_table(totals: Mapping[str, Any]) -> Table:
         if count:
             add(DECISIONS[name], count)
     table.caption = "by score: tokens on which its rule fired; of these dropped; of these by no other rule"
+    if totals["decided_by"].get("control"):
+        table.caption += "\ndecided by the control: dropped by the draw, or kept although a rule fired"
     table.caption_justify = "left"
     return table
 
