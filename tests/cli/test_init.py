@@ -292,7 +292,10 @@ def test_the_lines_that_convert_unknown_columns_work(init, tmp_path):
     program = err[err.index("    import json") :].replace("YOUR QUESTION", "foo").replace("YOUR ANSWER", "bar")
     subprocess.run([sys.executable, "-c", "if True:\n" + program], check=True, capture_output=True)
     code, _, _, recipe = init("train.jsonl")
-    assert code == 0 and recipe["datasets"][0]["data_files"] == "train.jsonl"
+    assert code == 0 and recipe["datasets"][0]["path"] == "recipe_data"
+    assert rows_of(tmp_path / "recipe_data")[0]["prompt"] == [
+        {"role": "user", "content": "1 + 2?"}
+    ]  # as a chat model reads
 
 
 def test_conversations_without_an_answer_are_refused(init, tmp_path):

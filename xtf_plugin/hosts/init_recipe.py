@@ -270,10 +270,10 @@ def recipe_text(
     limit = f"longer rows are cut; the longest of the first {len(source.head)} has at most about {tokens:,} tokens"
     others = [name for name in source.configs if name != source.config]
     note = choice.note + (f". Other configurations: {', '.join(others[:8])}" if others else "")
-    if choice.convert:
-        note += f". These are copies: after a change of {dataset}, remove {source.path} and this file, and start again"
     parts = make(model, source, choice, (length, limit), f"runs/{output.stem}")
-    data = [f"# Data: {' '.join(note.split())}.\n" + parts[1]]
+    again = f"after a change of {dataset}, remove {source.path} and this file, and start again"
+    copied = f"# These are copies: {' '.join(again.split())}.\n" if choice.convert else ""
+    data = [f"# Data: {' '.join(note.split())}.\n{copied}{parts[1]}"]
     return "\n".join(
         [head, parts[0], *data, *parts[2:], BLOCK.replace("{docs}", docs("config.md")) + _of_labels(shape)]
     )
