@@ -84,7 +84,7 @@ def init(
     ] = None,
     output: Annotated[Path, typer.Option("--output", help="The recipe; never overwritten.")] = Path("recipe.yaml"),
 ) -> None:
-    """Write a recipe for a model and a data set: QLoRA, the data's columns, an `xtf:` block. Loads no model.
+    """Write a recipe for a model and a data set: LoRA, the data's columns, an `xtf:` block. Loads no model.
 
     Data under column names that the host does not know is written again, into a folder beside the recipe.
     """
@@ -119,6 +119,7 @@ def check(
         typer.echo(f"{name:<12}{value}")  # no table, which could break paths
     for note in notes(loaded):
         typer.echo(f"note: {note}")
+    typer.echo(f"next: xtf score {recipe}")
 
 
 @app.command()
@@ -128,9 +129,17 @@ def score(
     output: Annotated[Path | None, typer.Option("--output", help="Also write the score table here.")] = None,
 ) -> None:
     """Run the host's own pipeline up to the first optimizer step; write score table and report."""
-    path, code = score_recipe(load_recipe(recipe), extra or [], output)
+    loaded = load_recipe(recipe)
+    path, code = score_recipe(loaded, extra or [], output)
     if code == 0:
         typer.echo(f"scores: {path}")
+        # with other arguments or another place, the recipe does not lead to this table
+        target = path if extra or output else recipe
+        page = path.parent / "report.html"
+        looked_at = f", or open {page} in a browser" if page.exists() else ""
+        typer.echo(f"next: xtf show {target}, xtf tune {target}{looked_at}")
+    elif not extra:
+        _say_why(loaded)
     raise typer.Exit(code)
 
 
@@ -303,6 +312,19 @@ def _facts(recipe: Recipe, config: XTFConfig, hook: str) -> dict[str, str]:
     }
 
 
+def _say_why(recipe: Recipe) -> None:
+    """After a failed run, what `xtf check` knows of it: the host's traceback seldom says it."""
+    from .hosts.preflight import problems
+
+    config = parse_block(recipe)
+    found = problems(recipe, config) if config is not None else []
+    if found:
+        lines = "\n".join(f"- {problem}" for problem in found)
+        typer.echo(
+            harmless(f"\nxtf: error: {recipe.path}: the run failed, and `xtf check` names this:\n{lines}"), err=True
+        )
+
+
 def _table_path(target: Path, extra: Sequence[str]) -> Path:
     """The score table of a target; scores a recipe first if its table is missing or outdated, or `extra` is given."""
     if target.suffix == ".parquet":
@@ -313,6 +335,8 @@ def _table_path(target: Path, extra: Sequence[str]) -> Path:
         return path
     path, code = score_recipe(recipe, extra, None)
     if code:
+        if not extra:
+            _say_why(recipe)
         raise typer.Exit(code)
     return path
 

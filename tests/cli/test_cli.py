@@ -141,6 +141,8 @@ def test_check_prints_the_schema(xtf):
     [
         ({"xtf": ...}, "has no `xtf:` block,"),
         ({"xtf": ..., "XTF": {"preset": "default"}}, "has no `xtf:` block (`XTF:` is none; write `xtf:`)"),
+        ({"xtf": ..., "datasets": [{"path": "d", "xtf": True}]}, "(the one under `datasets:` is not read; write it at"),
+        ({"xtf": None, "preset": "default"}, "block is empty. Write `xtf: true` for the defaults"),
         ({"xtf": False}, "turns XTF off"),
         ({"xtf": {"pres": "paper"}}, "preset"),
         ({"env": {"XTF_DISABLE": 1}}, "XTF_DISABLE=1"),
@@ -173,6 +175,30 @@ def test_check_refuses_what_is_no_recipe(xtf, tmp_path, content, message):
     assert code == 2 and message in err
 
 
+@pytest.mark.parametrize(
+    "block, line, key",
+    [
+        ("xtf:\n  force_drop: [a]\n  min_kept: 1\n  force_drop: [b]\n", 5, "force_drop"),
+        ("xtf: true\nxtf: false\n", 3, "xtf"),
+        ("xtf: {protect: {patterns: [a], patterns: [b]}}\n", 2, "patterns"),
+        ("xtf: {seed: 1, protect: {formats: null}, seed: 2}\n", 2, "seed"),
+    ],
+)
+def test_a_key_that_is_written_twice_is_refused(xtf, tmp_path, block, line, key):
+    """Lines that a run suggests are pasted one below the other, and YAML would keep the last alone."""
+    path = tmp_path / "r.yaml"
+    path.write_text("model_name_or_path: m\n" + block)
+    code, _, err = xtf("check", path)
+    assert code == 2 and f"line {line}: `{key}:` is there a second time" in err
+
+
+def test_a_block_that_contains_itself_is_read(xtf, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model_name_or_path: m\nxtf: &a {protect: *a}\n")
+    code, _, err = xtf("check", path)
+    assert code == 2 and "second time" not in err
+
+
 def test_check_needs_file_hook_and_version(xtf, write, monkeypatch, tmp_path):
     assert xtf("check", tmp_path / "absent.yaml")[0] == 2
     assert xtf("check")[0] == 2
@@ -200,6 +226,9 @@ def test_score_runs_the_hosts_own_command_as_a_dry_run(xtf, write, host, tmp_pat
     code, out, _ = xtf("score", path, "--", "--max_steps", "3")
     started = host.started()
     assert code == 0 and "scores.parquet" in out
+    assert (
+        f"next: xtf show {tmp_path / 'out/xtf/scores.parquet'}" in out
+    )  # not the recipe: other arguments, other scores
     assert started["argv"] == ["sft", "--config", str(path), "--max_steps", "3"]
     assert started["dry"] == "1"
     assert started["output"] == str(tmp_path / "out" / "xtf" / "scores.parquet")
@@ -218,6 +247,23 @@ def test_a_host_finds_its_launchers_without_an_activated_environment(xtf, write,
 def test_score_passes_the_exit_code_through(xtf, write, host, theirs, ours):
     host(code=theirs, writes=False)
     assert xtf("score", write())[0] == ours
+
+
+@pytest.mark.parametrize("command", ["score", "show"])
+def test_a_failed_run_ends_with_what_check_knows(xtf, write, host, tmp_path, command):
+    """The host's traceback of a folder that is not there speaks of the hub."""
+    host(code=1, writes=False)
+    code, _, err = xtf(command, write(dataset_name=str(tmp_path / "absent")))
+    assert code == 1 and err.splitlines()[-1].startswith("- ") and "absent" in err.splitlines()[-1]
+    assert xtf(command, write())[2] == ""
+
+
+def test_score_says_what_to_do_next(xtf, write, host, tmp_path):
+    path, page = write(), tmp_path / "out/xtf/report.html"
+    assert f"next: xtf show {path}, xtf tune {path}\n" in xtf("score", path)[1]  # as with `report: false`
+    page.touch()
+    assert f"next: xtf show {path}, xtf tune {path}, or open {page} in a browser" in xtf("score", path)[1]
+    assert f"next: xtf score {path}" in xtf("check", path)[1]
 
 
 def test_score_without_a_new_table_is_a_failure(xtf, write, host):

@@ -80,6 +80,7 @@ def test_questions_and_answers_are_written_again(init, xtf, model, tmp_path):  #
     code, out, _, recipe = init(save(PLAIN), model=model)
     assert code == 0 and "12 rows" in out and "next: xtf check recipe.yaml" in out
     assert recipe["datasets"] == [{"path": "recipe_data", "split": "train"}]
+    assert "after a change of data.jsonl, remove recipe_data and this file" in (tmp_path / "recipe.yaml").read_text()
     row = rows_of(tmp_path / "recipe_data")[0]
     if model == "base":
         assert row == {"prompt": PLAIN[0]["question"] + "\n", "completion": PLAIN[0]["answer"]}
@@ -99,6 +100,12 @@ def test_columns_that_the_host_reads_are_left_where_they_are(init, tmp_path):
     )
     assert XTFConfig.parse(recipe["xtf"]) == XTFConfig()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("rows, every", [(12, 1), (200, 10)])
+def test_a_run_of_few_steps_logs_each(init, rows, every):
+    """With 10, the quickstart's seven steps ended without a logged loss."""
+    assert init(save([{"prompt": f"{n}?", "completion": f"{n}."} for n in range(rows)]))[3]["logging_steps"] == every
 
 
 def test_conversations_are_trained_on_answers_alone(init, tmp_path):
@@ -286,7 +293,10 @@ def test_the_lines_that_convert_unknown_columns_work(init, tmp_path):
     program = err[err.index("    import json") :].replace("YOUR QUESTION", "foo").replace("YOUR ANSWER", "bar")
     subprocess.run([sys.executable, "-c", "if True:\n" + program], check=True, capture_output=True)
     code, _, _, recipe = init("train.jsonl")
-    assert code == 0 and recipe["datasets"][0]["data_files"] == "train.jsonl"
+    assert code == 0 and recipe["datasets"][0]["path"] == "recipe_data"
+    assert rows_of(tmp_path / "recipe_data")[0]["prompt"] == [
+        {"role": "user", "content": "1 + 2?"}
+    ]  # as a chat model reads
 
 
 def test_conversations_without_an_answer_are_refused(init, tmp_path):

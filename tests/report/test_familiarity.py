@@ -64,7 +64,8 @@ def test_advice_for_a_strong_reference_is_a_block_that_is_accepted(plan):
     ("chance", "block", "said"),
     [
         (0.9, {**BLOCK, "selectors": {"mine": IMPROBABLE}}, "as mine does"),
-        (0.1, BLOCK, "leave such rules out"),
+        (0.1, BLOCK, "Read what is dropped before you train"),
+        (0.1, BLOCK, "No rule here drops improbable tokens, and none should"),
         (0.1, {**BLOCK, "selectors": {"mine": IMPROBABLE}}, "consider removing mine"),
         (0.5, BLOCK, "neither keeping nor dropping"),
         (0.9, {**BLOCK, "reference": {"model": "other"}}, "it is not the model that is trained"),

@@ -295,6 +295,20 @@ def test_groups_hold_what_their_names_say(run, page):
     assert page.evaluate("view.list.every((d) => d.text.toLowerCase().includes(d.suspect.split(' ')[0]))")
 
 
+def test_a_run_that_drops_nothing_opens_on_answers(browser, tmp_path):  # noqa: F811
+    """The first group, "dropped most", is empty then."""
+    made = trainer(tmp_path, rows=tiny.problems(12), max_steps=1, max_length=None)
+    attach(
+        made, {"cache_dir": str(tmp_path / "cache"), **{**BLOCK, "force_drop": []}, "protect": {"patterns": ["(?s).*"]}}
+    )
+    made.train()
+    page = browser.new_page()
+    page.goto((tmp_path / "out/xtf/report.html").as_uri())
+    assert page.text_content("#reasons") == "Nothing is dropped." and page.text_content("#about-kinds") == ""
+    assert page.locator("article").count() > 5
+    page.close()
+
+
 def test_charts_draw_the_tokens_of_each_place(run, page):
     """Kept above dropped, in other colours; heights are shares of the largest bar."""
     plan, _ = run

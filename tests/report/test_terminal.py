@@ -72,6 +72,15 @@ def test_nothing_found_is_an_error_only_if_something_was_wanted():
         terminal.render_documents([], "row 1", console)
 
 
+def test_documents_that_lose_nothing_are_followed_by_a_word_of_it():
+    """The first documents are those that lose most, which a reader of documents without a mark cannot see."""
+    whole = [document for document in documents() if not document.dropped]
+    stream = io.StringIO()
+    terminal.render_documents(whole, "", Console(file=stream, width=200))
+    assert "\nNothing is dropped, from any document." in stream.getvalue()
+    assert "Nothing is dropped" not in printed()
+
+
 def test_colour_on_a_terminal():
     assert "\x1b[" in printed(force_terminal=True, color_system="standard")
 
@@ -113,6 +122,17 @@ def test_totals_print_as_shares():
     lines = [line.replace("│", " ").split() for line in text.splitlines()]
     assert all([name, "3", "37.50", "%", "2", "1"] in lines for name in ("knowledge_novelty", "mine"))
     assert "kept by protection" in text and "min_kept" not in text
+    assert "the draw" not in text
+
+
+def test_the_share_that_a_control_decided_is_explained():
+    counts = {"documents": 4, "completion_tokens": 8, "kept_tokens": 4, "dropped_tokens": 4}
+    decided = {"protected": 0, "floor": 0, "forced": 0, "control": 6}
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(terminal.totals_table({**counts, "scores": {}, "decided_by": decided}))
+    assert "decided by the control: dropped by the draw, or kept although a rule fired" in " ".join(
+        stream.getvalue().split()
+    )
     nothing = dict.fromkeys(counts, 0)
     Console(file=io.StringIO()).print(terminal.totals_table({**nothing, "scores": {}, "decided_by": {}}))
 

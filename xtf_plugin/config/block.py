@@ -232,3 +232,24 @@ def of_yaml(text: str) -> Any:
     # besides YAMLError, PyYAML's constructors raise these on scalars that do not fit their tag
     except (yaml.YAMLError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from error
+
+
+def repeated_key(text: str) -> tuple[str, int] | None:
+    """A key of a recipe's `xtf:` block, or `xtf` itself, that is written twice, and its line; None: there is none.
+
+    `text` is YAML that can be read. A reader of YAML takes the last of two and says nothing.
+    """
+    recipe = yaml.compose(text, Loader=yaml.SafeLoader)
+    of_recipe = recipe.value if isinstance(recipe, yaml.MappingNode) else []
+    block = [(key, value) for key, value in of_recipe if key.value == "xtf"]
+    waiting, mappings = [block], set[int]()  # an alias can make a mapping contain itself
+    while waiting:
+        seen = set[str]()
+        for key, value in waiting.pop(0):
+            if str(key.value) in seen:
+                return str(key.value), key.start_mark.line + 1
+            seen.add(str(key.value))
+            if isinstance(value, yaml.MappingNode) and id(value) not in mappings:
+                mappings.add(id(value))
+                waiting.append(value.value)
+    return None

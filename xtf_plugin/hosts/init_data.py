@@ -36,7 +36,7 @@ CONVERT = """    import json
     from datasets import load_dataset
     with open("train.jsonl", "w", encoding="utf-8") as file:
         for row in load_dataset({source}, split={split!r}):
-            new = {{"prompt": row["YOUR QUESTION"] + "\\n", "completion": row["YOUR ANSWER"]}}
+            new = {{"question": row["YOUR QUESTION"], "answer": row["YOUR ANSWER"]}}
             file.write(json.dumps(new) + "\\n")"""
 
 

@@ -1,7 +1,7 @@
 """`xtf init`: a recipe for a model and a data set, which `xtf check` passes and the stock command trains.
 
 Nothing is asked. The columns of the data, the model's chat template and the installed host say what must be in it; all
-else is QLoRA with values that suit most models, in a file that its user reads and changes.
+else is LoRA, in 4 bits on a GPU, with values that suit most models, in a file that its user reads and changes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import yaml
 from ..environment import docs, installed_version
 from ..errors import XTFUserError
 from . import hub
+from .init_data import HEAD as HEAD_ROWS
 from .init_data import ROLES, Shape, Source, labels_of, longest, open_source, shape_of, write_converted
 from .preflight import problems
 from .recipes import COMMANDS, load_recipe, parse_block
@@ -33,7 +34,7 @@ PLAIN = "plain text: no chat template is applied to it"
 Line = tuple[str, Any, str]  # key, value, comment
 
 HEAD = """\
-# QLoRA fine-tuning of {model} on {data}. Written by `xtf init`; every line may be changed.
+# LoRA fine-tuning of {model} on {data}. Written by `xtf init`; every line may be changed.
 #
 #   xtf check {path}
 #   xtf score {path}    # scores the answers and ends before training; look with: xtf show, xtf tune
@@ -270,7 +271,9 @@ def recipe_text(
     others = [name for name in source.configs if name != source.config]
     note = choice.note + (f". Other configurations: {', '.join(others[:8])}" if others else "")
     parts = make(model, source, choice, (length, limit), f"runs/{output.stem}")
-    data = [f"# Data: {' '.join(note.split())}.\n" + parts[1]]
+    again = f"after a change of {dataset}, remove {source.path} and this file, and start again"
+    copied = f"# These are copies: {' '.join(again.split())}.\n" if choice.convert else ""
+    data = [f"# Data: {' '.join(note.split())}.\n{copied}{parts[1]}"]
     return "\n".join(
         [head, parts[0], *data, *parts[2:], BLOCK.replace("{docs}", docs("config.md")) + _of_labels(shape)]
     )
@@ -314,6 +317,11 @@ def _bits(gpu: bool) -> Line:
     return "load_in_4bit", gpu, "true saves GPU memory; below a billion weights false scores better"
 
 
+def _logging(source: Source) -> Line:
+    """Few rows make few steps: with 10 such a run would end before it logs anything."""
+    return "logging_steps", 1 if len(source.head) < HEAD_ROWS else 10, ""
+
+
 def _trl(model: Model, source: Source, choice: Choice, length: tuple[int, str], folder: str) -> list[str]:
     gpu = _on_gpu()
     four: tuple[Line, ...] = (("bnb_4bit_quant_type", "nf4", ""),) if gpu else ()
@@ -337,7 +345,7 @@ def _trl(model: Model, source: Source, choice: Choice, length: tuple[int, str], 
             ("lr_scheduler_type", "cosine", ""),
             ("warmup_steps", 0.03, "below 1: a share of all steps"),
             ("bf16", gpu, "true on a GPU, false on a CPU"),
-            ("logging_steps", 10, ""),
+            _logging(source),
             ("report_to", "none", "or wandb, trackio, tensorboard"),
             ("seed", 0, ""),
             ("output_dir", folder, ""),
@@ -372,7 +380,7 @@ def _axolotl(model: Model, source: Source, choice: Choice, length: tuple[int, st
             ("warmup_ratio", 0.03, ""),
             ("optimizer", "adamw_torch", ""),
             ("bf16", "auto" if gpu else False, "auto on a GPU, false on a CPU"),
-            ("logging_steps", 10, ""),
+            _logging(source),
             ("seed", 0, ""),
             ("output_dir", folder, ""),
         )

@@ -81,14 +81,17 @@ def load_recipe(path: str | Path) -> Recipe:
             f"{path}: cannot tell whose recipe this is. Set `model_name_or_path` (TRL) or `base_model` (Axolotl), not "
             f"both; found the keys: {', '.join(map(str, data)) or 'none'}."
         )
+    if "xtf" in data and data["xtf"] is None:
+        raise XTFUserError(f"{path}: {fail_closed.EMPTY_BLOCK} Settings of the block are indented below `xtf:`.")
     return Recipe(path=path, host=hosts[0], data=data, block=data.get("xtf"))
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    from ..config.block import of_yaml
+    from ..config.block import of_yaml, repeated_key
 
     try:
-        data = of_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = of_yaml(text)
     except OSError as error:
         raise XTFUserError(f"cannot read the recipe {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
@@ -97,6 +100,12 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise XTFUserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise XTFUserError(f"{path} must hold a YAML mapping (`key: value` lines), not {type(data).__name__}.")
+    if repeated := repeated_key(text):
+        key, line = repeated
+        raise XTFUserError(
+            f"{path}, line {line}: `{key}:` is there a second time, and YAML keeps the last one alone. Write it once; "
+            "what is a list takes all entries in one: [..., ...]."
+        )
     return data
 
 
@@ -181,4 +190,8 @@ def off(recipe: Recipe) -> str:
     if recipe.block is not None:
         return "turns XTF off (`xtf: false`)"
     meant = next((key for key in map(str, recipe.data) if fail_closed.meant_as_block(key)), None)
-    return "has no `xtf:` block" + (f" (`{meant}:` is none; write `xtf:`)" if meant else "")
+    why = f" (`{meant}:` is none; write `xtf:`)" if meant else ""
+    for key, value in recipe.data.items():
+        if any(isinstance(each, dict) and "xtf" in each for each in (value if isinstance(value, list) else [value])):
+            why = f" (the one under `{key}:` is not read; write it at the left edge)"
+    return f"has no `xtf:` block{why}"

@@ -60,14 +60,13 @@ def _sentence(plan: Plan, facts: dict[str, float], level: str) -> str:
         evidence = "ProFit, arXiv 2601.09195: +3 to 11 % on models of 1.5 to 32 B"
         return f"{numbers}; published evidence ({evidence}) then favours dropping improbable tokens: {do}."
     if level == "weak":
-        do = (
-            f"consider removing {has}"
-            if rules
-            else "leave such rules out; a larger `reference.model` of the same family may know this data better"
-        )
+        found = "plain training on all tokens beats leaving out improbable ones in published comparisons"
+        source = "(Beyond Log Likelihood, arXiv 2510.00526)"
+        if rules:
+            return f"{numbers}; then {found} {source}: consider removing {has}."
         return (
-            f"{numbers}; plain training on all tokens then beats leaving out improbable ones in published comparisons "
-            f"(Beyond Log Likelihood, arXiv 2510.00526): {do}."
+            f"{numbers}. Read what is dropped before you train; a larger `reference.model` of the same family may know "
+            f"this data better. No rule here drops improbable tokens, and none should: {found} {source}."
         )
     return f"{numbers}; publications then favour neither keeping nor dropping improbable tokens."
 

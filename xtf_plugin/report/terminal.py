@@ -283,12 +283,12 @@ def legend(about: Mapping[str, Any]) -> str:
 
 
 def render_documents(found: Iterable[Document], wanted: str, console: Console, meaning: str = LEGEND) -> None:
-    """Print documents below `meaning`, see `legend`.
+    """Print documents below `meaning`, see `legend`; without `wanted` (in words) those that lose most come first.
 
     Raises:
-        XTFUserError: there is none, and `wanted` (in words) is not empty.
+        XTFUserError: there is none, and `wanted` is not empty.
     """
-    shown = False
+    shown = dropped = 0
     for document in found:
         if not shown:
             console.print(Text(meaning, style="dim"), soft_wrap=True)
@@ -298,10 +298,15 @@ def render_documents(found: Iterable[Document], wanted: str, console: Console, m
         console.print()
         console.print(Text(heading, style="bold"), soft_wrap=True)
         console.print(render_tokens(document.tokens), soft_wrap=True)
-        shown = True
+        shown, dropped = shown + 1, dropped + document.dropped
+    if shown and not dropped and not wanted:
+        console.print(
+            Text("Nothing is dropped, from any document. What other thresholds drop: xtf tune"), soft_wrap=True
+        )
     if wanted and not shown:
+        counted = "; rows count from 0" if wanted.startswith("row ") else ""
         raise XTFUserError(
-            f"no document of the score table has {wanted}; rows count from 0. What other thresholds drop: xtf tune"
+            f"no document of the score table has {wanted}{counted}. What other thresholds drop: xtf tune"
         )
 
 
@@ -341,6 +346,8 @@ def totals_table(totals: Mapping[str, Any]) -> Table:
         if count:
             add(DECISIONS[name], count)
     table.caption = "by score: tokens on which its rule fired; of these dropped; of these by no other rule"
+    if totals["decided_by"].get("control"):
+        table.caption += "\ndecided by the control: dropped by the draw, or kept although a rule fired"
     table.caption_justify = "left"
     return table
 

@@ -43,8 +43,8 @@ _VALUES: dict[str, tuple[float, ...]] = {  # to choose from, by key of `drop`
 }
 _BY_SHARE = ("below", "known_above", "unknown_below")  # whose values are chosen by the shares that they drop
 ABOUT = (
-    "about: scores depend on what is dropped there, and keep the values of the stored run; `xtf score` with that block "
-    "counts exactly. All other numbers are those of a run."
+    "about: an estimate, since these scores change with what is dropped; `xtf score` with that block counts exactly. "
+    "All other numbers are those of a run."
 )
 NOTHING = (
     "No threshold of these scores drops anything here. Other scores, or another model that scores (`reference: {model: "
@@ -202,7 +202,7 @@ def show(found: list[Setting], table: ScoreTable, source: str, console: Console)
     console.print(Text(heading, style="bold"), soft_wrap=True)
     console.print(rows)
     words = [f"{short} {name}" for name, short in SHORT_NAMES.items() if name in base.config.scores]
-    legend = "; ".join([*words, "more: drops this, and the block as it is keeps it; less: the other way round"])
+    legend = "; ".join([*words, "more: what it drops and #1 keeps; less: what it keeps and #1 drops"])
     console.print(Text(legend, style="dim"))
     if not all(each.exact for each in found):
         console.print(Text(ABOUT, style="dim"))

@@ -163,6 +163,7 @@ function walk(event) {
 }
 
 function startDocuments() {
+  view.group = Object.keys(GROUPS).find((name) => D.groups[name].length) || view.group;
   byId("groups").append(...Object.entries(GROUPS).map(([name, [label]]) => {
     const input = make("input", {type: "radio", name: "group", value: name, onchange: () => { view.group = name; listDocuments(); }});
     input.checked = name === view.group;

@@ -66,12 +66,12 @@ function showSliders() {
     return make("section", {class: "score"}, make("h3", {}, named(score.name)), make("div", {class: "scale", id: `histogram-${score.name}`}), ...rules,
       make("p", {id: `counts-${score.name}`, class: "note"}), make("p", {class: "note"}, "The score: ", lookup(D.measures, score.name), "."));
   }));
-  put("promise", sliders.some((slider) => slider.key) ? "Move a threshold, or type any number. The figures are those of the whole data set; the heights of bars are square roots."
+  put("promise", sliders.some((slider) => slider.key) ? "Move a threshold, or type any number. The figures are those of the whole data set; the bars grow with the square root of their tokens, so that small ones show."
     : "No threshold of this block can be moved.");
   const combine = byId("combine"), own = S.config.combine, choices = ["union", "majority", "intersection"];
   if (typeof own !== "string") choices.push(own);
   combine.replaceChildren(...choices.map((choice) => make("option", {value: JSON.stringify(choice)},
-    typeof choice === "string" ? choice : `at least ${choice.at_least}`)));
+    typeof choice === "string" ? `${{union: "any score", majority: "most scores", intersection: "every score"}[choice]} (${choice})` : `at least ${choice.at_least} scores`)));
   combine.value = JSON.stringify(own);
   combine.disabled = Boolean(S.config.control);
   combine.closest("p").hidden = scores.length < 2;

@@ -85,6 +85,7 @@ function marker(text, pattern, keep) {
 
 function showKinds() {
   const all = S.totals.dropped_tokens;
+  put("about-kinds", D.kinds.length ? "By reason, with the share of the dropped text that each accounts for." : "");
   put("reasons", ...D.kinds.map((kind) => {
     const lines = kind.listed.map((each) => make("li", {}, make("span", {class: "said"}, each.text),
       make("span", {class: "often"}, each.number > 1 ? `×${number(each.number)}` : "",
