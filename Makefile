@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help audit chromium demo models package screenshots test test-axolotl test-long test-versions test-lowest test-middle lint bench bench-long gpu gpu-kit proof docs docs-site clean
+.PHONY: help audit chromium demo models package screenshots test test-axolotl test-long test-versions test-lowest test-middle test-python lint bench bench-long gpu gpu-kit proof docs docs-site clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -118,6 +118,13 @@ VERSIONS_TESTS = $(VERSIONS_FILES) \
 	'tests/hosts/test_launchers.py::test_two_ranks_train_on_the_masks_of_one[torchrun]' \
 	tests/hosts/test_end_to_end.py::test_other_launchers_apply_the_block \
 	tests/hosts/test_end_to_end.py::test_score_agrees_with_eager_float32
+
+PYTHON_TESTS = tests/data tests/config tests/store tests/cli tests/scorers tests/selection tests/test_plan.py \
+	tests/hosts/test_end_to_end.py tests/training/test_callback.py
+
+# For example: make test-python PYTHON=python3.13 VENV=.venv-3.13
+test-python: $(STAMP)  ## a third of the tests with PYTHON, in the environment VENV
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTHON_TESTS)
 
 test-versions: test-lowest test-middle  ## tests with the lowest versions that are supported, and with middle ones
 
