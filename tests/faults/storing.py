@@ -163,8 +163,8 @@ STORE = [
     fault(
         "scores-of-a-dataset-hide-a-warning",
         "scoring/dataset_scores.py",
-        "if source.ranks.main and not context.warnings:",
-        "if source.ranks.main:",
+        "lambda: function(context, part), lambda: not context.warnings)[0]",
+        "lambda: function(context, part))[0]",
         "test_dataset_scores.py",
     ),
     fault(

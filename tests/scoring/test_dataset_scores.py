@@ -14,7 +14,7 @@ from tests.test_plan import Provider, rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import make_plan
-from xtf_plugin.scorers import explained
+from xtf_plugin.scorers import ScoringContext, explained, registry
 from xtf_plugin.scoring import dataset_scores
 
 EVERY_UNIT = {"reasoning_importance": {"among": None}}
@@ -103,6 +103,24 @@ def test_another_start_computes_its_own(plan, what, tmp_path, monkeypatch):
     alone = plan(**given)
     for name in found.scores.values:
         np.testing.assert_array_equal(found.scores.values[name], alone.scores.values[name])
+
+
+def test_a_score_that_reads_others_depends_on_them_and_their_options():
+    made = collect(rows())
+    config = XTFConfig.parse({"selectors": {"own": {"scorer": "log_probability", "drop": {"below": -9}}}})
+    other = XTFConfig.parse({"selectors": {"own": {"scorer": "log_probability", "drop": {"below": -8}}}})
+    noise = np.random.default_rng(0).random((2, len(made.completion_ids)), dtype=np.float32)
+
+    def key(name, parts, values):
+        context = ScoringContext(made, tiny.tokenizer(), SimpleNamespace(segments=lambda unit: np.asarray([0])))
+        context.parts, context.scores = parts.scores, {"own": values}
+        part = config.scores[name]
+        return dataset_scores.input_key(context, registry.find(part.scorer), part)
+
+    for name, reads in ((RI, True), (TR, False)):
+        assert key(name, config, noise[0]) == key(name, config, noise[0])
+        assert (key(name, config, noise[0]) != key(name, config, noise[1])) is reads
+        assert (key(name, config, noise[0]) != key(name, other, noise[0])) is reads
 
 
 def test_another_version_computes_its_own(plan, tmp_path, monkeypatch):
