@@ -47,6 +47,7 @@ xtf:                                # the only addition to a stock recipe: {docs
   #   drop: {of_median: 0.3}        # 0.2 if not given, more drops more. `xtf tune` shows what others drop
   # protect:
   #   patterns: ['####.*']          # regular expressions: what they match is always trained
+  # force_drop: ['I hope .*helps!'] # regular expressions: what they match is always left out
   # control: random                 # for the comparison run: leaves out as many tokens at random
 """
 
