@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 
+import numpy as np
 import pytest
 
 from tests.store.test_store import OTHER, REFERENCE, fill, shard_files
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.store import admin
+from xtf_plugin.store.store import store_table, table_name
 
 
 def test_cache_list(tmp_path):
@@ -42,6 +44,16 @@ def test_prune_by_age_and_reference(tmp_path):
     assert prune(tmp_path, older=9).removed == would.removed
     assert not (tmp_path / "v2" / REFERENCE).exists() and (tmp_path / "v2" / OTHER).exists()
     assert len(prune(tmp_path, reference=OTHER).removed) == 1
+
+
+@pytest.mark.parametrize("kind", ["relevance", "scores"])
+def test_tables_are_listed_and_pruned_as_the_store_names_them(tmp_path, kind):
+    fill(tmp_path)
+    table = tmp_path / "v2" / REFERENCE / table_name("ab" * 16, kind)
+    store_table(table, REFERENCE, np.ones(3, dtype=np.float32))
+    (entry,) = admin.list_cache(tmp_path)
+    assert entry.bytes == sum(path.stat().st_size for path in (tmp_path / "v2").rglob("*.parquet"))
+    assert table in prune(tmp_path, everything=True).removed and not table.exists()
 
 
 def test_prune_deletes_only_our_own_files(tmp_path):
