@@ -232,7 +232,7 @@ def tune(
     found = tuning.settings(table, config or table.config)
     if setting is None:
         tuning.show(found, table, str(path), Console())
-        typer.echo(f"\nThe block of a setting, to paste: xtf tune {target} --setting N")
+        typer.echo(f"\nThe block of a setting, to paste in place of the recipe's own: xtf tune {target} --setting N")
         return
     if setting > len(found):
         raise XTFUserError(f"--setting {setting}: there are {len(found)} settings. List them: xtf tune {target}")
@@ -331,8 +331,10 @@ def _table_path(target: Path, extra: Sequence[str]) -> Path:
         return target
     recipe = load_recipe(target)
     path = recipe.scores_path(extra)
-    if not extra and _is_current(path, target, recipe):
+    why = "arguments follow `--`" if extra else _outdated(path, target, recipe)
+    if not why:
         return path
+    typer.echo(f"xtf: scoring first, since {why}", err=True)
     path, code = score_recipe(recipe, extra, None)
     if code:
         if not extra:
@@ -349,22 +351,25 @@ def _selected_again(target: Path, extra: Sequence[str]) -> ScoreTable | None:
         return None
     recipe = load_recipe(target)
     path, config = recipe.scores_path(), parse_block(recipe)
-    if config is None or not path.exists() or _is_current(path, target, recipe):
+    if config is None or not path.exists() or not _outdated(path, target, recipe):
         return None
     return reselected.select_again(path, config, recipe.model)
 
 
-def _is_current(path: Path, target: Path, recipe: Recipe) -> bool:
-    """Whether a score table has this format, is younger than its recipe, and was made with the recipe's block."""
+def _outdated(path: Path, target: Path, recipe: Recipe) -> str:
+    """Why a recipe's score table has to be made again; empty if it is current."""
     from .config.block import XTFConfig
     from .report import score_table
 
-    if not path.exists() or path.stat().st_mtime_ns < target.stat().st_mtime_ns:
-        return False
+    if not path.exists():
+        return f"{target} has no score table yet"
     config, about = XTFConfig.parse(recipe.block), score_table.metadata(score_table.open_file(path), path)
     if about.get("format", score_table.FORMAT) != score_table.FORMAT:
-        return False
-    return config is None or about.get("config") in (None, config.to_dict())
+        return f"{path} is of another version of xtf-plugin"
+    if config is not None and about.get("config") not in (None, config.to_dict()):
+        return "the block has changed, and more of it than thresholds. What is stored is not scored again"
+    newer = path.stat().st_mtime_ns < target.stat().st_mtime_ns
+    return f"{target} is newer than its score table. What is stored is not scored again" if newer else ""
 
 
 if __name__ == "__main__":

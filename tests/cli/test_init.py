@@ -358,6 +358,9 @@ def test_nothing_is_overwritten(init, xtf, tmp_path):  # noqa: F811
     words = ("init", "--model", "m", "--dataset", "data.jsonl")
     code, _, err = xtf(*words)
     assert code == 2 and "recipe.yaml exists" in err and (tmp_path / "recipe.yaml").read_text() == "mine"
+    (tmp_path / "recipe.yaml").unlink()
+    assert init(save(PLAIN))[0] == 0
+    assert "data.jsonl) and is not overwritten" in xtf(*words)[2]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_levels(plan, chance, level):
 
 def test_advice_for_a_strong_reference_is_a_block_that_is_accepted(plan):
     advice = familiarity(plan([0.9]))["advice"]
-    assert RULE in advice and "in place of" not in advice and "100% of the completion tokens" in advice
+    assert RULE in advice and "in place of" not in advice and "100% of the answer tokens" in advice
     XTFConfig.parse({"preset": "none", **yaml.safe_load(RULE)})
     default = familiarity(plan([0.9], {"preset": "default"}))["advice"]
     assert f"{RULE}, in place of its new_text" in default
@@ -64,8 +64,8 @@ def test_advice_for_a_strong_reference_is_a_block_that_is_accepted(plan):
     ("chance", "block", "said"),
     [
         (0.9, {**BLOCK, "selectors": {"mine": IMPROBABLE}}, "as mine does"),
-        (0.1, BLOCK, "Read what is dropped before you train"),
-        (0.1, BLOCK, "No rule here drops improbable tokens, and none should"),
+        (0.1, BLOCK, "So read what is dropped before you train"),
+        (0.1, BLOCK, "against dropping improbable tokens; no rule here does"),
         (0.1, {**BLOCK, "selectors": {"mine": IMPROBABLE}}, "consider removing mine"),
         (0.5, BLOCK, "neither keeping nor dropping"),
         (0.9, {**BLOCK, "reference": {"model": "other"}}, "it is not the model that is trained"),
@@ -99,6 +99,6 @@ def test_a_reference_that_knows_the_data_badly_is_a_warning(plan, capsys, chance
     made = plan([chance])
     facts = summary(made, tiny.tokenizer())
     assert (familiarity(made)["advice"] in facts["warnings"]) == warned
-    assert ("knows this data badly" in "".join(facts["warnings"])) == warned
+    assert ("finds this data hard to predict" in "".join(facts["warnings"])) == warned
     show(made, [])
-    assert ("xtf: warning: The reference knows this data badly" in capsys.readouterr().err) == warned
+    assert ("xtf: warning: The reference finds this data hard to predict" in capsys.readouterr().err) == warned

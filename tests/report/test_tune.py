@@ -249,7 +249,7 @@ def test_commands_on_a_recipe_and_on_a_table(two, tmp_path, capsys):
     ("block", "message"),
     [
         (False, "turns XTF off"),
-        ({**TWO, "force_drop": ["x"]}, "run `xtf score` with that block"),
+        ({**TWO, "force_drop": ["x"]}, "`force_drop` of the block changed after the table was made. Run `xtf score`"),
         ({"min_kpet": 1}, "min_kept"),
     ],
 )

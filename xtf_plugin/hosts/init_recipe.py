@@ -96,7 +96,9 @@ def init(model: str, dataset: str, host: str | None, output: Path) -> list[str]:
         raise XTFUserError(f"--output {output}: a recipe is a YAML file. Choose a name that ends in .yaml.")
     for path in (output, folder):
         if path.exists():
-            raise XTFUserError(f"{path} exists and is not overwritten. Remove it, or choose another --output.")
+            raise XTFUserError(
+                f"{path} exists{_about(path)} and is not overwritten. Remove it, or name another file: --output X.yaml"
+            )
     source, about = open_source(dataset), _model(model)
     shape, found = shape_of(source), list[str]()
     shape = replace(shape, labels=labels_of(source.head, shape))
@@ -119,6 +121,15 @@ def init(model: str, dataset: str, host: str | None, output: Path) -> list[str]:
         if not found:
             return [*said, f"wrote {output}, for {COMMANDS[chosen]}", f"next: xtf check {output}"]
     raise XTFUserError("no recipe for these would run:\n" + "\n".join(f"- {each}" for each in found))
+
+
+def _about(path: Path) -> str:
+    """What a recipe that `init` wrote is for, by its first line; empty for other files."""
+    with suppress(OSError, UnicodeDecodeError):
+        first, _, rest = path.read_text(encoding="utf-8").partition(". Written by `xtf init`")
+        if rest and "\n" not in first:
+            return f" ({first.removeprefix('# ')})"
+    return ""
 
 
 def _write(output: Path, text: str) -> None:

@@ -45,11 +45,10 @@ def familiarity(plan: Plan) -> dict[str, Any]:
 
 
 def _sentence(plan: Plan, facts: dict[str, float], level: str) -> str:
-    how = {"strong": "well", "weak": "badly", "between": "neither well nor badly"}[level]
+    how = {"strong": "easy", "weak": "hard", "between": "neither easy nor hard"}[level]
     numbers = (
-        f"The reference knows this data {how}: {facts['above_half']:.0%} of the completion tokens have a probability "
-        f"above 0.5, {facts['below_tenth']:.0%} one below 0.1 (mean {facts['mean_probability']:.2f}, "
-        f"{facts['mean_log_probability']:.2f} nats)"
+        f"The reference finds this data {how} to predict: {facts['above_half']:.0%} of the answer tokens have a "
+        f"probability above 0.5, {facts['below_tenth']:.0%} one below 0.1 (mean {facts['mean_probability']:.2f})"
     )
     if plan.config.reference.model is not None:
         return f"{numbers}; it is not the model that is trained, so nothing follows for improbable tokens."
@@ -60,13 +59,12 @@ def _sentence(plan: Plan, facts: dict[str, float], level: str) -> str:
         evidence = "ProFit, arXiv 2601.09195: +3 to 11 % on models of 1.5 to 32 B"
         return f"{numbers}; published evidence ({evidence}) then favours dropping improbable tokens: {do}."
     if level == "weak":
-        found = "plain training on all tokens beats leaving out improbable ones in published comparisons"
-        source = "(Beyond Log Likelihood, arXiv 2510.00526)"
+        found = "on such data, published evidence (arXiv 2510.00526) is against dropping improbable tokens"
         if rules:
-            return f"{numbers}; then {found} {source}: consider removing {has}."
+            return f"{numbers}; {found}: consider removing {has}."
         return (
-            f"{numbers}. Read what is dropped before you train; a larger `reference.model` of the same family may know "
-            f"this data better. No rule here drops improbable tokens, and none should: {found} {source}."
+            f"{numbers}. So read what is dropped before you train; a larger model of the same family may score better "
+            f"(`reference: {{model: ...}}`). Also, {found}; no rule here does."
         )
     return f"{numbers}; publications then favour neither keeping nor dropping improbable tokens."
 

@@ -331,7 +331,7 @@ def totals_table(totals: Mapping[str, Any]) -> Table:
     tokens = totals["completion_tokens"]
     table = Table(title=f"{totals['documents']:,} documents, {tokens:,} completion tokens", title_justify="left")
     table.add_column("")
-    for heading in ("tokens", "share", "dropped", "alone"):
+    for heading in ("tokens", "share", "of these dropped", "by it alone"):
         table.add_column(heading, justify="right")
 
     def add(name: str, count: int, *more: int, last: bool = False) -> None:
@@ -345,7 +345,7 @@ def totals_table(totals: Mapping[str, Any]) -> Table:
     for name, count in totals["decided_by"].items():
         if count:
             add(DECISIONS[name], count)
-    table.caption = "by score: tokens on which its rule fired; of these dropped; of these by no other rule"
+    table.caption = "tokens of a score: those on which its rule fired"
     if totals["decided_by"].get("control"):
         table.caption += "\ndecided by the control: dropped by the draw, or kept although a rule fired"
     table.caption_justify = "left"

@@ -203,6 +203,7 @@ def show(found: list[Setting], table: ScoreTable, source: str, console: Console)
     console.print(rows)
     words = [f"{short} {name}" for name, short in SHORT_NAMES.items() if name in base.config.scores]
     legend = "; ".join([*words, "more: what it drops and #1 keeps; less: what it keeps and #1 drops"])
+    legend += f". Below: up to {EXAMPLES} examples of each"
     console.print(Text(legend, style="dim"))
     if not all(each.exact for each in found):
         console.print(Text(ABOUT, style="dim"))

@@ -58,7 +58,9 @@ def reselect(table: ScoreTable, config: XTFConfig) -> Selection:
     wanted, held = _scored(config), _scored(table.config)
     other = [name for name, settings in wanted.items() if held.get(name) != settings]
     if other:
-        raise XTFUserError(f"{', '.join(other)}: not as this score table was scored; run `xtf score` with that block.")
+        raise XTFUserError(
+            f"`{'`, `'.join(other)}` of the block changed after the table was made. Run `xtf score` with this block."
+        )
     scores = Scores(table.keys, table.offsets, table.counts, table.token_ids, table.positions, logprobs=table.logprobs)
     return select(scores, config, table.protected, table.forced, seen=table.scores, inside=_inside(table))
 

@@ -84,8 +84,8 @@ def warn_of_unused_scores(root: Path, reference: str, description: Mapping[str, 
         names = [name for name in description if name not in ("fingerprint", "name", "source")]
         unlike = [f"{name} {other[name]}" for name in names if name in other and other[name] != description[name]]
         logger.warning(
-            "xtf: the cache holds scores of %s that this run cannot use: they were made with %s; this run has %s. "
-            "To score elsewhere for this run, score with its settings.",
+            "xtf: this run scores anew: the cache holds scores of %s, but they were made with %s; this run has %s. "
+            "If they were meant for this run, score with its settings.",
             description.get("name"),
             harmless(", ".join(unlike)) or "other files or another version",
             ", ".join(f"{name} {description[name]}" for name in names),
