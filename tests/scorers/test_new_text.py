@@ -174,6 +174,16 @@ def test_a_word_may_be_cut_into_other_tokens_at_either_end():
     assert score(changed, np.asarray([0]), tokenizer, shortest=4).tolist() == pytest.approx([0.4] * 5)
 
 
+def test_an_escaped_line_break_is_white_space():
+    """In a string of JSON `.\\` and `n` are tokens; a sentence of six words is a copy in spite of them."""
+    texts = {1: "Rich", 2: " is", 3: " 9", 4: ".", 5: ".\\", 6: "n", 7: "\\n\\t", 8: " now", 9: "\n"}
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: texts[int(ids[0])])
+    past = [1, 2, 3, 4, 9]
+    for own, new in (([1, 2, 3, 5, 6], 0), ([1, 2, 3, 4, 7], 0), ([1, 2, 3, 5, 8], 0.4), ([1, 2, 3, 4, 6], 0.2)):
+        documents = collect([{"input_ids": past + own, "labels": [-100] * 5 + own}])
+        assert score(documents, np.asarray([0]), tokenizer, shortest=4).tolist() == pytest.approx([new] * 5)
+
+
 def test_a_word_that_goes_on_is_another_word():
     """`base + rate` after `base + rates[`, and `John` after `Johnson`."""
     texts = {1: "x", 2: " =", 3: " base", 4: " +", 5: " rates", 6: "[", 7: " rate", 8: "\u00a0="}

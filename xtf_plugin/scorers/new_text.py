@@ -6,6 +6,7 @@ model it is the most probable text there is, so no probability finds it; compari
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that a power of it never becomes 0
 TABLE = 1 << 20  # places in both texts that are compared at a time
 PLACES = 1_000  # of equally long runs of a unit whose ends are compared
+_ESCAPED = re.compile(rb"(?:\\[nrt])+\Z")
 
 
 class NewTextConfig(ScoreConfig):
@@ -38,7 +40,7 @@ class NewTextConfig(ScoreConfig):
     )
 
 
-@scorer("new_text", NewTextConfig, finds_nothing=True, per_document=True, stored=True, version=3)
+@scorer("new_text", NewTextConfig, finds_nothing=True, per_document=True, stored=True, version=4)
 def new_text(context: ScoringContext, config: NewTextConfig) -> Floats:
     """`1 - longest / length` of a sentence or line, (M,) float32 in [0, 1]; low repeats earlier text, and is dropped.
 
@@ -108,11 +110,15 @@ def longest_copy(past: NDArray[Any], own: NDArray[Any]) -> tuple[int, list[tuple
 def _cut_otherwise(
     past: NDArray[Any], own: NDArray[Any], longest: int, past_end: int, own_end: int, texts: dict[int, bytes]
 ) -> int:
-    """Tokens of `own` on either side of a run whose text stands in `past`, too, cut into other tokens."""
+    """Tokens of `own` on either side of a run whose text stands in `past`, too, cut into other tokens.
+
+    An escaped line break, with which a sentence in a string of JSON ends, is white space.
+    """
 
     def begins(there: NDArray[Any], here: NDArray[Any], step: int) -> bool:
         """Whether the first tokens of `there`, or with `step` -1 the last, are the text of `here`."""
         text, read = b"".join(texts[index] for index in here.tolist()), b""
+        text = _ESCAPED.sub(b"", text) if step > 0 else text
         for index in there[::step].tolist():
             if len(read) >= len(text):
                 break
