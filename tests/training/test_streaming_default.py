@@ -24,8 +24,8 @@ from xtf_plugin.selection.text_rules import TextRules
 from xtf_plugin.training import streaming
 
 SAMPLE, LATER = 16, 24
-SHARE, DOUBTFUL = 0.2, 3.0
-SEED = 4  # of random weights by which the median share is positive
+SHARE, DOUBTFUL = 0.5, 1.5
+SEED = 6  # of random weights by which the median share is positive, and protected sentences would change it
 
 
 def data():
@@ -77,6 +77,9 @@ def test_a_chunk_gets_the_scores_that_the_sample_s_template_limits_and_median_gi
     assert median > 0 and fixed.limit > 0 and len(fixed.template) > 1
     later = context_of(config, listed[SAMPLE:])
     relevance = _Units(later, part).scored(fixed)[0]
+    bare = ScoringContext(sample.documents, tiny.tokenizer(), sample.source)
+    other = _Units(later, part).scored(_Units(bare, part).scored(Explained())[1])[0]
+    assert np.nanmax(abs(other - relevance)) > 0.001, "what is protected makes no difference to this sample"
     later.scores["task_relevance"] = relevance
     leaning = _influence(later, config.reasoning_importance, (SHARE * median, DOUBTFUL * median))
     assert 0 < np.isfinite(leaning).mean() < 1 and (relevance < fixed.limit).any()
