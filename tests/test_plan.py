@@ -75,8 +75,8 @@ def plan(tmp_path):
 @pytest.mark.parametrize(("formats", "units"), [(None, ["line"]), (0.5, ["line", "sentence"])])
 def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch, formats, units):
     searched, split = [], []
-    find, starts = token_text.match_spans, sentences.segment_starts
-    monkeypatch.setattr(token_text, "match_spans", lambda *given: searched.append(given[-1]) or find(*given))
+    find, starts = token_text.match_each, sentences.segment_starts
+    monkeypatch.setattr(token_text, "match_each", lambda *given: searched.append(given[-1]) or find(*given))
     monkeypatch.setattr(sentences, "segment_starts", lambda *given: split.append(given[0]) or starts(*given))
     protect = {"patterns": ["\\d+"], "formats": formats}
     block = {"protect": protect, "force_drop": ["happy"], "task_relevance": {"unit": "line"}}
@@ -281,12 +281,12 @@ def test_scores_made_with_other_settings_are_reported_once(plan, caplog):
 
     block = {"reasoning_importance": False}
     plan(block, provider=Elsewhere("cuda"))
-    assert "this run cannot use" not in caplog.text
+    assert "this run scores anew" not in caplog.text
     plan(block, provider=Elsewhere("cpu"))
-    found = [record.message for record in caplog.records if "this run cannot use" in record.message]
+    found = [record.message for record in caplog.records if "this run scores anew" in record.message]
     assert len(found) == 1
     assert "made with device cuda; this run has device cpu, autocast no" in found[0]
     caplog.clear()
     plan(block, provider=Elsewhere("cpu"))
     plan(block, provider=Elsewhere("cuda"))
-    assert "this run cannot use" not in caplog.text
+    assert "this run scores anew" not in caplog.text

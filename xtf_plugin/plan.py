@@ -137,8 +137,8 @@ def _warnings(
 ) -> list[str]:
     """All warnings about a plan."""
     found = [*source.warnings, *selection.warnings, *warnings_of(shared, int(documents.counts.sum()))]
-    if text.forced is not None and not text.forced.any():
-        found.append(f"force_drop: {config.force_drop} matches nothing in the dataset")
+    idle = [each for each in text.matches if not each.tokens]
+    found += [f"{each.key}: {each.pattern!r} matches nothing in the dataset" for each in idle]
     if text.turns is not None:
         found += text.turns.warnings(selection.keep, documents.counts)
     if selection.keep.all():

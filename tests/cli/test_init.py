@@ -79,7 +79,7 @@ def test_questions_and_answers_are_written_again(init, xtf, model, tmp_path):  #
     """TRL cannot rename columns."""
     code, out, _, recipe = init(save(PLAIN), model=model)
     assert code == 0 and "12 rows" in out and "next: xtf check recipe.yaml" in out
-    assert recipe["datasets"] == [{"path": "recipe_data", "split": "train"}]
+    assert recipe["datasets"] == [{"path": "./recipe_data", "split": "train"}]
     assert "after a change of data.jsonl, remove recipe_data and this file" in (tmp_path / "recipe.yaml").read_text()
     row = rows_of(tmp_path / "recipe_data")[0]
     if model == "base":
@@ -92,7 +92,7 @@ def test_questions_and_answers_are_written_again(init, xtf, model, tmp_path):  #
 
 def test_columns_that_the_host_reads_are_left_where_they_are(init, tmp_path):
     _, _, _, recipe = init(save([{**row, "extra": 1} for row in tiny.problems(9)], "folder/train.jsonl").split("/")[0])
-    assert recipe["datasets"] == [{"path": "folder", "split": "train", "columns": ["prompt", "completion"]}]
+    assert recipe["datasets"] == [{"path": "./folder", "split": "train", "columns": ["prompt", "completion"]}]
     assert (
         recipe["load_in_4bit"] is init_recipe._on_gpu()
         and recipe["use_peft"] is True
@@ -293,7 +293,7 @@ def test_the_lines_that_convert_unknown_columns_work(init, tmp_path):
     program = err[err.index("    import json") :].replace("YOUR QUESTION", "foo").replace("YOUR ANSWER", "bar")
     subprocess.run([sys.executable, "-c", "if True:\n" + program], check=True, capture_output=True)
     code, _, _, recipe = init("train.jsonl")
-    assert code == 0 and recipe["datasets"][0]["path"] == "recipe_data"
+    assert code == 0 and recipe["datasets"][0]["path"] == "./recipe_data"
     assert rows_of(tmp_path / "recipe_data")[0]["prompt"] == [
         {"role": "user", "content": "1 + 2?"}
     ]  # as a chat model reads
@@ -348,6 +348,17 @@ def test_a_home_folder_is_written_out(init, models, tmp_path, monkeypatch):
     assert recipe["datasets"][0]["data_files"] == str(tmp_path / "data.jsonl")
 
 
+def test_data_beside_the_recipe_are_not_looked_for_elsewhere(init, xtf, tmp_path, monkeypatch):  # noqa: F811
+    """`datasets` takes a name that is no folder from its cache, and another project may have left one there."""
+    assert init(save(PLAIN))[0] == 0
+    monkeypatch.chdir(tmp_path.parent)
+    code, _, err = xtf("check", tmp_path / "recipe.yaml")
+    assert code == 2 and f"./recipe_data: there is no such folder of data (looked for: {tmp_path.parent}" in err
+    (tmp_path / "bare.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("./recipe_data", "recipe_data"))
+    code, _, err = xtf("check", tmp_path / "bare.yaml")
+    assert code == 2 and "recipe_data is a folder beside the recipe" in err and f"Run this in {tmp_path}." in err
+
+
 def test_nothing_is_overwritten(init, xtf, tmp_path):  # noqa: F811
     (tmp_path / "recipe_data").mkdir()
     (tmp_path / "recipe_data/mine").touch()
@@ -388,7 +399,7 @@ def test_the_host_is_the_one_that_is_installed(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "model", "expected"),
     [
-        (PLAIN, "marked", {"path": "recipe_data", "type": "chat_template", "field_messages": "messages"}),
+        (PLAIN, "marked", {"path": "./recipe_data", "type": "chat_template", "field_messages": "messages"}),
         (PLAIN, "base", {"path": "data.jsonl", "ds_type": "json"}),
         (SHARED, "marked", {"message_property_mappings": {"role": "from", "content": "value"}}),
         ([{"text": "a"}], "base", {"type": "completion", "field": "text"}),

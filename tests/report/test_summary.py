@@ -19,7 +19,7 @@ from tests.report.tables import plan_of, table_of
 from tests.selection.test_select import REASONING, config, from_bits
 from tests.training.test_callback import trainer
 from xtf_plugin import attach
-from xtf_plugin.report import page, terminal, whatif
+from xtf_plugin.report import page, summary, terminal, whatif
 from xtf_plugin.report.page import sample
 from xtf_plugin.report.summary import Verdicts
 from xtf_plugin.selection.select import select
@@ -87,6 +87,21 @@ def test_a_text_that_rules_drop_in_many_documents_is_a_warning(tmp_path):
     assert any(text.setting in warning and warning.startswith("knowledge_novelty: drops") for warning in plan.warnings)
     fixed = plan_of(tmp_path, **block, **yaml.safe_load(text.setting))
     assert not any(text.setting in warning for warning in fixed.warnings)
+
+
+def test_the_matches_of_patterns_are_printed(tmp_path, capsys):
+    """A pattern that takes more than is meant, or nothing, shows at once."""
+    block = {"force_drop": ["Sure.*", "Sure thing"], "protect": {"patterns": ["22"]}}
+    plan = plan_of(tmp_path, **BLOCK, **block)
+    protected, dropped, absent = summary.summary(plan, tiny.tokenizer())["patterns"]
+    assert [each["key"] for each in (protected, dropped, absent)] == ["protect.patterns", "force_drop", "force_drop"]
+    assert dropped["documents"] == 12 and dropped["tokens"] == int(plan.weights[plan.text.forced].sum())
+    assert dropped["tokens"] <= 12 * dropped["most"] and absent["documents"] == 0
+    summary.show(plan, [])
+    said = capsys.readouterr().err
+    figures = f"in 12 documents, {dropped['tokens']} tokens, at most {dropped['most']} in one"
+    assert f"xtf: force_drop 'Sure.*': {figures}" in said and "'Sure thing': in" not in said
+    assert "xtf: warning: force_drop: 'Sure thing' matches nothing in the dataset" in said
 
 
 def test_combinations_add_up(run):

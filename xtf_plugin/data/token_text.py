@@ -113,29 +113,37 @@ def match_spans(tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, pa
     Raises:
         XTFUserError: a pattern is not a regular expression.
     """
+    return match_each(tokenizer, token_ids, run_offsets, patterns)[0]
+
+
+def match_each(
+    tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, patterns: Sequence[str]
+) -> tuple[Bools, NDArray[np.int32]]:
+    """`match_spans`, and how many tokens of each run each pattern marks, (P, R)."""
     compiled = [_compiled(pattern) for pattern in patterns]
     ids, offsets = np.asarray(token_ids), np.asarray(run_offsets, dtype=np.int64)
-    marks = np.zeros(len(ids), dtype=bool)
+    marks, numbers = np.zeros(len(ids), dtype=bool), np.zeros((len(compiled), len(offsets) - 1), dtype=np.int32)
     if not compiled or not len(ids):
-        return marks
+        return marks, numbers
     distinct = distinct_ids(ids)
     pieces = token_bytes(tokenizer, distinct.tolist())
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+    for run, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         which = np.searchsorted(distinct, ids[start:stop])
-        marks[start:stop] = match_run([pieces[i] for i in which.tolist()], compiled)
-    return marks
+        for place, found in match_run([pieces[i] for i in which.tolist()], compiled):
+            marks[start:stop] |= found
+            numbers[place, run] = found.sum()
+    return marks, numbers
 
 
-def match_run(pieces: Sequence[bytes], patterns: Sequence[re.Pattern[str]]) -> Bools:
-    """`match_spans` for the tokens of one run, given their bytes."""
+def match_run(pieces: Sequence[bytes], patterns: Sequence[re.Pattern[str]]) -> Iterator[tuple[int, Bools]]:
+    """The index of each pattern that matches in one run, given its tokens' bytes, and the tokens that it marks."""
     data = b"".join(pieces)
     text = data.decode("utf-8", errors="surrogateescape")
-    spans = [match.span() for pattern in patterns for match in pattern.finditer(text)]
-    spans = [(low, high) for low, high in spans if high > low]
-    if not spans:
-        return np.zeros(len(pieces), dtype=bool)
-    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
-    return _touched(byte_offsets(text, len(data))[np.asarray(spans)], sizes)
+    for place, pattern in enumerate(patterns):
+        spans = [match.span() for match in pattern.finditer(text) if match.end() > match.start()]
+        if spans:
+            sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+            yield place, _touched(byte_offsets(text, len(data))[np.asarray(spans)], sizes)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -47,7 +47,7 @@ xtf:                                # the only addition to a stock recipe: {docs
   #   drop: {of_median: 0.3}        # 0.2 if not given, more drops more. `xtf tune` shows what others drop
   # protect:
   #   patterns: ['####.*']          # regular expressions: what they match is always trained
-  # force_drop: ['I hope .*helps!'] # regular expressions: what they match is always left out
+  # force_drop: ['I hope this helps[.!]'] # regular expressions: what they match is always left out
   # control: random                 # for the comparison run: leaves out as many tokens at random
 """
 
@@ -300,7 +300,7 @@ def _of_labels(shape: Shape) -> str:
 
 def _entry(source: Source, choice: Choice, host: str) -> str:
     """The list `datasets` with its one source."""
-    where: dict[str, Any] = {"path": source.path}
+    where: dict[str, Any] = {"path": _here(source.path)}
     if source.data_files and host == "axolotl":
         where = {"path": source.data_files, "ds_type": source.path}
     elif source.data_files:
@@ -308,6 +308,11 @@ def _entry(source: Source, choice: Choice, host: str) -> str:
     name = {"name": source.config} if source.config not in (None, "default") else {}
     entry = {**where, **name, "split": source.split, **choice.entry}
     return "datasets:\n" + indent(yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000), "  ")
+
+
+def _here(path: str) -> str:
+    """A path that `datasets` cannot take for a name on the hub, or in its cache, where the folder is not there."""
+    return path if path.startswith((".", "/")) or not Path(path).is_dir() else f"./{path}"
 
 
 def _lines(*lines: Line) -> str:

@@ -35,7 +35,7 @@ def first_rows(recipe: Recipe, found: list[str]) -> Iterator[Row]:
         path, split = str(source.get("path")), str(source.get("split") or "train")
         by_split, why = splits_of(source) if recipe.host == "trl" else axolotl_data.splits_of(source)
         if not why and not by_split and is_named_on_hub(path):
-            why = hub.missing("dataset", path, None, {**os.environ, **recipe.env})
+            why = _beside(recipe, path) or hub.missing("dataset", path, None, {**os.environ, **recipe.env})
             why = f"datasets: {why}" if why else ""
         if why:
             found.append(why)
@@ -58,6 +58,14 @@ def first_rows(recipe: Recipe, found: list[str]) -> Iterator[Row]:
         if row is not None:
             columns = source.get("columns")
             yield {name: row[name] for name in row if not isinstance(columns, list) or name in columns}
+
+
+def _beside(recipe: Recipe, path: str) -> str:
+    """What is wrong with a folder of data that is not in the current folder, but beside the recipe; empty: nothing."""
+    folder = recipe.path.parent.absolute()
+    if not (folder / path).is_dir():
+        return ""
+    return f"{path} is a folder beside the recipe, and paths count from the current folder. Run this in {folder}."
 
 
 def sources(recipe: Recipe) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 BINS = 40
 FORMATS = 5  # lines in the terminal
+PATTERNS = 12  # of the block whose matches are printed
 NAMED = 3  # kept texts that recur, in the terminal
 _ENDS = 0.002  # share of the scores beyond each end of a histogram
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -102,6 +103,7 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
         **({"by": by_value(plan.groups, layout, plan.selection.keep)} if plan.groups else {}),
         "familiarity": known,
         "formats": [{"text": on_one_line(text), "share": round(part, 4)} for text, part in plan.text.formats.items()],
+        "patterns": [asdict(each) for each in plan.text.matches],
         "recurring": [{**asdict(each), "text": on_one_line(each.text)} for each in plan.recurring],
         **(found or {}),
         "special_tokens": {
@@ -172,12 +174,18 @@ def _scorer_lines(plan: Plan) -> list[str]:
 
 
 def _text_lines(plan: Plan) -> list[str]:
-    """Lines about openings that are kept as format, and about texts that recur."""
+    """Lines about openings that are kept as format, the block's patterns, and texts that recur."""
     formats = list(plan.text.formats.items())
     line = 'kept as format: "{}" opens a line in {:.0%} of documents'
     lines = [line.format(on_one_line(text), part) for text, part in formats[:FORMATS]]
     if len(formats) > FORMATS:
         lines.append(f"kept as format: {len(formats) - FORMATS} more openings, see the report")
+    lines += [
+        f"{each.key} {harmless(repr(each.pattern))}: in {each.documents:,} documents, {each.tokens:,} tokens, at most "
+        f"{each.most:,} in one"
+        for each in plan.text.matches[:PATTERNS]
+        if each.tokens
+    ]
     dropped = sum(each.dropped for each in plan.recurring)
     if plan.recurring:
         kept = len(plan.recurring) - dropped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,38 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Match:
+    """What a regular expression of the block matches in the dataset.
+
+    Args:
+        key: `protect.patterns` or `force_drop`.
+        documents, tokens: in which it matches, and which it marks.
+        most: tokens that it marks in one document.
+    """
+
+    key: str
+    pattern: str
+    documents: int
+    tokens: int
+    most: int
+
+    @classmethod
+    def find(
+        cls, key: str, patterns: Sequence[str], documents: DocumentSet, tokenizer: Any
+    ) -> tuple[Bools, Sequence[Match]]:
+        """The completion tokens that some patterns mark, (M,), and what each of them matches."""
+        runs, ids = documents.completion_runs, documents.completion_ids
+        marks, numbers = token_text.match_each(tokenizer, ids, runs, patterns)
+        owners = np.searchsorted(documents.completion_offsets, runs[:-1], side="right") - 1
+        matches = []
+        for pattern, each in zip(patterns, numbers, strict=True):
+            sums = np.bincount(owners, each, len(documents.counts)).astype(np.int64)
+            found, tokens = documents.counts[sums > 0].sum(), sums @ documents.counts
+            matches.append(cls(key, pattern, int(found), int(tokens), int(sums.max(initial=0))))
+        return marks, matches
+
+
+@dataclass(frozen=True)
 class TextRules:
     """What a block reads from the text of a set of documents.
 
@@ -31,6 +63,7 @@ class TextRules:
         formats: share of documents by opening that is protected as format, most frequent first.
         inside: (M,) completion tokens that begin inside a character; None: none.
         turns: how the answers begin and end; None: not looked at.
+        matches: what each pattern of the block matches.
     """
 
     protected: Bools
@@ -40,6 +73,7 @@ class TextRules:
     formats: Mapping[str, float] = field(default_factory=dict)
     inside: Bools | None = None
     turns: Turns | None = None
+    matches: Sequence[Match] = ()
 
     @classmethod
     def find(
@@ -57,18 +91,17 @@ class TextRules:
         if config.protect.special_tokens:
             protected |= np.isin(token_ids, special)
             protected |= False if turns.marks is None else turns.marks
-        if config.protect.patterns:
-            protected |= token_text.match_spans(tokenizer, token_ids, runs, config.protect.patterns)
-        forced = None
-        if config.force_drop:
-            forced = token_text.match_spans(tokenizer, token_ids, runs, config.force_drop)
+        marks, matches = Match.find("protect.patterns", config.protect.patterns, documents, tokenizer)
+        protected |= marks
+        marks, others = Match.find("force_drop", config.force_drop, documents, tokenizer)
+        matches, forced = (*matches, *others), marks if config.force_drop else None
         share = config.protect.formats if len(token_ids) else None
         units = {part.unit for part in config.scores.values()} & {"sentence", "line"}
         units |= set() if share is None else {"sentence"}
         segments: dict[str, Ints] = {unit: segment_starts(documents, tokenizer, unit) for unit in sorted(units)}
         inside: Bools | None = sentences.inside_characters(tokenizer, token_ids, runs)
         if share is None:
-            return cls(protected, forced, segments, inside=inside, turns=turns)
+            return cls(protected, forced, segments, inside=inside, turns=turns, matches=matches)
         starts = segments["sentence"]
         if sample is None:
             found, formats = format_tokens(documents, starts, share, tokenizer, special)
@@ -77,7 +110,7 @@ class TextRules:
             found = known_format_tokens(documents, starts, formats, tokenizer)
         if forced is not None:
             found &= ~forced  # what the user asks for wins over what was found
-        return cls(protected | found, forced, segments, found, formats, inside, turns)
+        return cls(protected | found, forced, segments, found, formats, inside, turns, matches)
 
 
 def segment_starts(documents: DocumentSet, tokenizer: Any, unit: str) -> Ints:

@@ -149,7 +149,8 @@ def _given(table: ScoreTable, document: int) -> Bools:
     )
     bounds = [*np.flatnonzero(table.opens[here]).tolist(), len(pieces)]
     for start, end in itertools.pairwise(bounds):
-        found[start:end] |= match_run(pieces[start:end], patterns)
+        for _, marks in match_run(pieces[start:end], patterns):
+            found[start:end] |= marks
     return found
 
 
