@@ -362,7 +362,7 @@ def _outdated(path: Path, target: Path, recipe: Recipe) -> str:
     from .report import score_table
 
     if not path.exists():
-        return f"{target} has no score table yet"
+        return f"there is no score table {path.absolute()} yet"
     config, about = XTFConfig.parse(recipe.block), score_table.metadata(score_table.open_file(path), path)
     if about.get("format", score_table.FORMAT) != score_table.FORMAT:
         return f"{path} is of another version of xtf-plugin"

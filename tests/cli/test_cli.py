@@ -23,9 +23,10 @@ from xtf_plugin.hosts import hub, recipes
 from xtf_plugin.report.score_table import SCHEMA
 
 
-def score_table(row, document, position, token, kept, reason, token_id=None):
+def score_table(row, document, position, token, kept, reason, prompt=None, token_id=None):
     """A score table as a run writes it, all scores undefined."""
     decided = {"row": row, "document": document, "position": position, "token": token, "kept": kept, "reason": reason}
+    decided |= {} if prompt is None else {"prompt": prompt}
     no = [False] * len(row)
     decided |= {"token_id": token_id or list(range(len(row))), "protected": no, "forced": no}
     return pa.table([pa.array(decided.get(n, [None] * len(row)), SCHEMA.field(n).type) for n in SCHEMA.names], SCHEMA)
@@ -255,7 +256,7 @@ def test_a_failed_run_ends_with_what_check_knows(xtf, write, host, tmp_path, com
     host(code=1, writes=False)
     code, _, err = xtf(command, write(dataset_name=str(tmp_path / "absent")))
     first = "scoring first, since" in err.splitlines()[0]
-    assert first == (command == "show") and ("has no score table yet" in err) == first
+    assert first == (command == "show") and ("there is no score table" in err) == first
     assert code == 1 and err.splitlines()[-1].startswith("- ") and "absent" in err.splitlines()[-1]
     assert "- " not in xtf(command, write())[2]
 

@@ -50,6 +50,18 @@ CASES = {
         relevance(drop={"known_above": 0.9}),
         ["xtf.task_relevance.drop.known_above", "cluster"],
     ),
+    "rule beside its drop": (
+        {"task_relevance": {"of_median": 0.3}},
+        ["xtf.task_relevance.of_median: unknown key", "It belongs under xtf.task_relevance.drop."],
+    ),
+    "number for a rule": ({"task_relevance": {"drop": 0.3}}, ["Did you mean drop: {of_median: 0.3}?"]),
+    "list for protect": ({"protect": ["Answer: .*"]}, ["Did you mean protect: {patterns: ['Answer: .*']}?"]),
+    "short name of a slot": ({"RI": False}, ["xtf.RI: unknown key", "RI stands for reasoning_importance."]),
+    "scorer of a slot": ({"explaned": {}}, ["explained is a scorer: write `task_relevance: {...}`."]),
+    "scorer as a key": (
+        {"typicality": {}},
+        ["write `selectors: {a_name: {scorer: typicality, drop: ...}}`."],
+    ),
     "dashes": ({"min-kept": 1}, ["xtf.min-kept", "Did you mean min_kept?"]),
     "key that is no text": ({3: 1}, ["xtf.3", "preset"]),
     "key named self": ({"self": 1}, ["xtf.self"]),

@@ -32,8 +32,9 @@ STORE = [
     fault(
         "shard-with-missing-scores-is-believed",
         "store/shard_format.py",
-        "if lists.null_count or values.null_count:",
-        "if lists.null_count:",
+        'if lists.null_count or values.null_count:\n        raise BadShard("missing scores")\n'
+        "    return offsets_of(lists.value_lengths().to_numpy()), values.to_numpy()",
+        "return offsets_of(lists.value_lengths().to_numpy(False)), values.to_numpy(False)",
         "store/test_damage.py",
         "reliability/test_damage.py",
     ),

@@ -65,7 +65,7 @@ def test_advice_for_a_strong_reference_is_a_block_that_is_accepted(plan):
     [
         (0.9, {**BLOCK, "selectors": {"mine": IMPROBABLE}}, "as mine does"),
         (0.1, BLOCK, "So read what is dropped before you train"),
-        (0.1, BLOCK, "against dropping improbable tokens; no rule here does"),
+        (0.1, BLOCK, "No rule here drops improbable tokens, and on such data none should"),
         (0.1, {**BLOCK, "selectors": {"mine": IMPROBABLE}}, "consider removing mine"),
         (0.5, BLOCK, "neither keeping nor dropping"),
         (0.9, {**BLOCK, "reference": {"model": "other"}}, "it is not the model that is trained"),

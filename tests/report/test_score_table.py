@@ -29,6 +29,7 @@ COLUMNS = {
     "position": pa.int32(),
     "token_id": pa.int32(),
     "token": pa.string(),
+    "prompt": pa.string(),
     "reasoning_importance": pa.float32(),
     "knowledge_novelty": pa.float32(),
     "task_relevance": pa.float32(),
@@ -81,6 +82,11 @@ def test_columns_and_values(plan, path):
     for name, values in {**seen, "log_probability": scores.logprobs, "protected": plan.text.protected}.items():
         np.testing.assert_array_equal(held[name].to_numpy(), values[where], err_msg=name)
     assert held["reasoning_importance"].null_count == np.isnan(selection.seen["reasoning_importance"][where]).sum() > 0
+    first = where == scores.offsets[[document for _, document, _ in spots]]  # a document has one answer
+    assert [text is not None for text in held["prompt"].to_pylist()] == first.tolist()
+    given = [plan.documents.document(document) for _, document, _ in np.asarray(spots)[first].tolist()]
+    texts = [tiny.tokenizer().decode(ids[: completion.argmax()][-64:]) for ids, completion in given]
+    assert [text for text in held["prompt"].to_pylist() if text is not None] == texts
     names = {name for text in held["reason"].to_pylist() for name in text.split(",")}
     assert {"floor", "protected", "forced", "odd"} <= names
     assert held["token"].to_pylist() == [tiny.tokenizer().decode([token]) for token in held["token_id"].to_pylist()]
@@ -99,9 +105,9 @@ def test_metadata_is_the_summary_in_strict_json(plan, path):
     odd = dataclasses.replace(table_of(plan), about={"reference": {"a": float("inf"), "b": np.float32(0.5)}})
     score_table.write(odd, plan.documents, path.with_name("odd.parquet"))
     found = json.loads(pq.read_schema(path.with_name("odd.parquet")).metadata[b"xtf"], parse_constant=refuse)
-    assert found["reference"] == {"a": None, "b": 0.5} and found["format"] == 2
+    assert found["reference"] == {"a": None, "b": 0.5} and found["format"] == 3
     found = json.loads(pq.read_schema(path).metadata[b"xtf"])
-    assert found.items() >= {**table_of(plan).about, "format": 2, "bytes": {}}.items()
+    assert found.items() >= {**table_of(plan).about, "format": 3, "bytes": {}}.items()
     assert found["totals"]["kept_tokens"] == sum(pq.read_table(path)["kept"].to_pylist())
 
 
@@ -122,8 +128,10 @@ def same(found, expected):
         elif isinstance(theirs, np.ndarray):
             np.testing.assert_array_equal(ours[where], theirs, err_msg=field.name)
             assert ours.dtype == theirs.dtype
-        elif field.name != "about":
+        elif field.name not in ("about", "before"):
             assert ours == theirs, field.name
+    opens = np.flatnonzero(expected.opens)
+    assert found.before(where[opens]) == expected.before(opens) and any(expected.before(opens))
     return where
 
 
@@ -262,7 +270,7 @@ ODD = {
     "other": (lambda table, path: pa.table({"row": [1]}), "no score table"),
     "foreign": (lambda table, path: table.replace_schema_metadata({b"xtf": b"[]"}), "no score table"),
     "earlier": (lambda table, path: table.replace_schema_metadata(about(path, format=1)), "format 1; .*xtf score"),
-    "later": (lambda table, path: table.replace_schema_metadata(about(path, format=3)), "format 3; .*Upgrade"),
+    "later": (lambda table, path: table.replace_schema_metadata(about(path, format=4)), "format 4; .*Upgrade"),
     "columns": (lambda table, path: table.drop_columns(["forced"]), "no column forced"),
     "selector": (lambda table, path: table.drop_columns(["odd"]), "no column odd"),
     "kept": (lambda table, path: changed(table, "kept", pa.nulls(table.num_rows, pa.bool_())), "rows without kept"),
@@ -271,10 +279,10 @@ ODD = {
     "row": (lambda table, path: changed(table, "row", pa.array([["a"]] * table.num_rows)), "cannot be read"),
     "block": (lambda table, path: table.replace_schema_metadata(about(path, config={"preset": "x"})), "xtf.preset"),
     "bytes": (lambda table, path: table.replace_schema_metadata(about(path, bytes=[])), "not what this"),
-    "empty": (lambda table, path: table.replace_schema_metadata({b"xtf": b'{"format": 2}'}), "not what this"),
+    "empty": (lambda table, path: table.replace_schema_metadata({b"xtf": b'{"format": 3}'}), "not what this"),
     "number": (lambda table, path: table.replace_schema_metadata(about(path, config={"seed": 1e999})), "xtf.seed"),
     "damaged": (
-        lambda table, path: table.replace_schema_metadata({**table.schema.metadata, b"xtf": b'{"format": 2}'}),
+        lambda table, path: table.replace_schema_metadata({**table.schema.metadata, b"xtf": b'{"format": 3}'}),
         "damaged",
     ),
 }

@@ -19,6 +19,7 @@ from tests import tiny
 from tests.cli.test_cli import score_table as table_like
 from tests.report.tables import plan_of, saved
 from xtf_plugin import cli
+from xtf_plugin.config.scores import SHORT_NAMES
 from xtf_plugin.errors import XTFUserError
 from xtf_plugin.report import summary, terminal
 from xtf_plugin.report.score_table import iter_documents, metadata, open_file
@@ -39,7 +40,7 @@ ROWS = [
 
 
 def documents(rows=ROWS):
-    names = ("row", "document", "position", "token", "kept", "reason")
+    names = ("row", "document", "position", "token", "kept", "reason", "prompt")[: len(rows[0])]
     held = table_like(**{name: [row[index] for row in rows] for index, name in enumerate(names)})
     return [Document.read(row, key, part, {}) for row, key, part in iter_documents(held)]
 
@@ -57,6 +58,21 @@ def test_drops_and_reasons_read_without_colour():
     assert "|KN protected+}" in text
     assert "[-·two|RI TR-]" in text
     assert "[-x|forced-]{+y|RI floor+}" in text
+
+
+def test_what_is_before_an_answer_is_shown_above_it():
+    """Each turn of a conversation has its own; marks do not go on over it. Only the end of a long prompt is shown."""
+    rows = [
+        (0, "aa", 3, "Yes", True, "", "Is a cat\n an animal?"),
+        (0, "aa", 4, ".", False, "novelty", None),
+        (0, "aa", 8, "No", False, "novelty", "x" * 300 + "And \x1b[31mso?"),
+        (0, "aa", 9, ".\n", True, "", None),
+    ]
+    text = printed(rows)
+    assert "prompt: …Is a cat↵ an animal?\nYes[-.|novelty-]\nprompt: …x" in text and "\x1b" not in text
+    line = text.splitlines()[text.splitlines().index("prompt: …Is a cat↵ an animal?") + 2]
+    assert line.endswith("And \\x1b[31mso?") and len(line) == len("prompt: …") + terminal.PROMPT
+    assert "\n[-No|novelty-].↵" in text
 
 
 def test_documents_are_cut_at_rows_keys_and_positions():
@@ -188,7 +204,7 @@ def test_what_is_wanted(file):
     assert keys(file, document="AA") == ["aa00", "aa22"] and keys(file, document="bb1", n=1) == ["bb11"]
     assert keys(file, grep=r"w6 needle w8") == ["bb11"] and keys(file, grep="absent") == []
     assert keys(file, reason="task_relevance") == ["aa22"] and keys(file, reason="protected") == ["cc33"]
-    assert keys(file, reason="protected", row=0) == []
+    assert keys(file, reason="protected", row=0) == [] and keys(file, reason="tr") == ["aa22"]
     assert keys(file, dropped=True) == ["aa22"] and keys(file, dropped=True, row=0) == []
 
 
@@ -224,7 +240,8 @@ def test_a_table_without_drops_has_nothing_dropped_to_show(tmp_path, capsys):
     [
         ({"document": "xyz"}, "no document key"),
         ({"grep": "("}, "no regular expression"),
-        ({"reason": "novelty"}, "Legal: reasoning_importance, knowledge_novelty"),
+        ({"reason": "novelty"}, r"Legal: RI \(reasoning_importance\), KN \(knowledge_novelty\)"),
+        ({"reason": "task_relevence"}, r"Did you mean task_relevance\?"),
     ],
 )
 def test_what_is_refused(file, wanted, message):
@@ -346,7 +363,7 @@ def test_a_row_beyond_the_last_one_is_refused_with_the_number_of_rows(tmp_path):
 
 def test_the_help_names_every_reason():
     shown = CliRunner().invoke(cli.app, ["show", "--help"], env={"COLUMNS": "200"}).output
-    assert all(name in shown for name in (*terminal.SHORT_NAMES.values(), *terminal.DECISIONS))
+    assert all(name in shown for name in (*SHORT_NAMES.values(), *terminal.DECISIONS))
 
 
 @pytest.mark.parametrize(("preset", "scorer"), [("default", "new_text"), ("none", "novelty")])
@@ -370,7 +387,7 @@ def test_a_table_of_format_1_is_shown_and_its_report_is_refused(file, capsys):
     assert "needle" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         cli.main(["report", str(file)])
-    assert "format 1; this xtf-plugin reads format 2. Make it again: xtf score RECIPE" in capsys.readouterr().err
+    assert "format 1; this xtf-plugin reads format 3. Make it again: xtf score RECIPE" in capsys.readouterr().err
 
 
 def test_columns_in_other_widths_are_read(file):

@@ -198,6 +198,16 @@ def test_examples_are_what_is_dropped(default):
     assert "Sure, happy to help!" in " ".join(everything)  # the most frequent sentence
 
 
+def test_what_is_forced_out_is_counted_apart_and_no_example_of_a_score(tmp_path, monkeypatch):
+    read_prompts(monkeypatch)
+    plan = plan_of(tmp_path, problems(), **DEFAULT, force_drop=["Sure, happy to help!"])
+    text = shown(tune.settings(table_of(plan), plan.config), plan, 120)
+    head, base = (line.split() for line in text.splitlines()[1:3])
+    forced = 100 * plan.weights[plan.text.forced & ~plan.selection.keep].sum() / plan.weights.sum()
+    assert head[-3:] == ["forced", "more", "less"] and base[-1] == f"{forced:.1f}" != "0.0"
+    assert "drops  Sure, happy to help!" not in text
+
+
 def test_text_of_the_data_cannot_act_on_the_terminal(two):
     table = table_of(two[1])
     evil = replace(table, pieces=dict.fromkeys(table.pieces, b"\x1b[31m\xe2\x80\xae"))

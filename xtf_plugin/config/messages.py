@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from ..environment import docs
 from ..fields import TAGS, Problems
-from .scores import MOST, PartProblems
+from ..scorers import registry
+from .scores import FULL_NAMES, MOST, PRESETS, SLOTS, PartProblems
 
 Schema = Mapping[str, Any]
 NEXT = f"See {docs('config.md')}, or run `xtf check --schema`."
@@ -114,7 +115,7 @@ def _lines(found: Mapping[str, Any], root: Schema, start: str = "xtf") -> Iterat
             hint = f" The paper's scorer takes it: add `scorer: {cause.usual}`." if cause.of_usual(inner) else ""
             yield from (line + hint for line in _lines(inner, cause.model.model_json_schema(), path))
     elif kind == "extra_forbidden":
-        yield f"{path}: unknown key (with value {shown(value)}). {_nearest_key(str(location[-1]), parent, root)}"
+        yield f"{path}: unknown key (with value {shown(value)}). {_nearest_key(str(location[-1]), parent, root, start)}"
     elif isinstance(cause, Problems):
         yield from (f"{path}.{key}: {shown(wrong)} {why}." for key, wrong, why in cause.problems)
     elif kind == "missing":
@@ -122,7 +123,7 @@ def _lines(found: Mapping[str, Any], root: Schema, start: str = "xtf") -> Iterat
     else:
         why = str(cause) if isinstance(cause, ValueError) else "is not legal"
         near = _nearest(value, _names(schema, root)) if isinstance(value, str) else None
-        hint = f"Did you mean {near}? " if near else ""
+        hint = f"Did you mean {near}? " if near else _corrected(str(location[-1]) if location else "", value, parent)
         yield f"{path}: {shown(value)} {why}. {hint}Legal: {legal(schema, root)}."
 
 
@@ -156,11 +157,29 @@ def _nearest(word: str, words: Sequence[str]) -> str | None:
     return found[0] if found and len(word) <= 80 else None
 
 
-def _nearest_key(key: str, parent: Schema, root: Schema) -> str:
+def _corrected(key: str, value: Any, parent: Schema) -> str:
+    """A value that is likely meant, in YAML: of a rule its usual number, of `protect` its patterns; empty: unknown."""
+    if key == "drop" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        usual = parent["properties"][key].get("default") or {"quantile": None}
+        return f"Did you mean drop: {{{next(iter(usual))}: {value:g}}}? "
+    if key == "protect" and isinstance(value, (str, list)):
+        return f"Did you mean protect: {{patterns: {shown(value if isinstance(value, list) else [value])}}}? "
+    return ""
+
+
+def _nearest_key(key: str, parent: Schema, root: Schema, start: str) -> str:
     keys = list(parent["properties"])
-    homes = [path for path, section in sections(root) if key in section["properties"] and section is not parent]
-    near = _nearest(key, keys)
-    hint = f"It belongs under {' or '.join(homes)}. " if homes else f"Did you mean {near}? " if near else ""
+    homes = [path for path, section in sections(root, start) if key in section["properties"] and section is not parent]
+    of_block = "preset" in keys
+    near = _nearest(key, [*keys, *registry.BUILTIN] if of_block else keys)
+    if of_block and key.upper() in FULL_NAMES:
+        hint = f"In reports {key.upper()} stands for {FULL_NAMES[key.upper()]}. "
+    elif near in keys or not near or homes:
+        hint = f"It belongs under {' or '.join(homes)}. " if homes else f"Did you mean {near}? " if near else ""
+    else:
+        slots = [name for name in SLOTS if PRESETS["default"].get(name, {}).get("scorer") == near]
+        where = f"{slots[0]}: {{...}}" if slots else f"selectors: {{a_name: {{scorer: {near}, drop: ...}}}}"
+        hint = f"{near} is a scorer: write `{where}`. "
     return f"{hint}Legal keys: {', '.join(keys)}."
 
 

@@ -47,12 +47,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "min_kept": 0,
     },
 }
+SHORT_NAMES = {"reasoning_importance": "RI", "knowledge_novelty": "KN", "task_relevance": "TR"}  # in reports
+FULL_NAMES = {short: name for name, short in SHORT_NAMES.items()}
 MOST = 8  # selectors
 SWITCH = {"const": False, "type": "boolean"}
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 # Names that reasons, metrics or columns of the score table already have.
 RESERVED = frozenset(
-    "row document position token_id token kept reason protected forced log_probability floor control".split()
+    "row document position token_id token prompt kept reason protected forced log_probability floor control".split()
 ) | set(SLOTS)
 
 

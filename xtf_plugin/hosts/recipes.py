@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .. import environment
 from ..errors import XTFError, XTFUserError
-from . import axolotl_checks, fail_closed
+from . import axolotl_checks, fail_closed, hub
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
@@ -93,7 +93,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         data = of_yaml(text)
     except OSError as error:
-        raise XTFUserError(f"cannot read the recipe {path}: {error.strerror or error}.") from error
+        next_ = f"{hub.looked_at(str(path))}. Correct the path, or write a recipe: xtf init --help"
+        why = f"{error.strerror or error}{next_ if isinstance(error, FileNotFoundError) else '.'}"
+        raise XTFUserError(f"cannot read the recipe {path}: {why}") from error
     except UnicodeDecodeError as error:
         raise XTFUserError(f"{path} is not a text file (not UTF-8 at byte {error.start}).") from error
     except ValueError as error:

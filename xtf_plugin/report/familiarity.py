@@ -59,12 +59,13 @@ def _sentence(plan: Plan, facts: dict[str, float], level: str) -> str:
         evidence = "ProFit, arXiv 2601.09195: +3 to 11 % on models of 1.5 to 32 B"
         return f"{numbers}; published evidence ({evidence}) then favours dropping improbable tokens: {do}."
     if level == "weak":
-        found = "on such data, published evidence (arXiv 2510.00526) is against dropping improbable tokens"
         if rules:
-            return f"{numbers}; {found}: consider removing {has}."
+            found = "published evidence (arXiv 2510.00526) is against dropping improbable tokens"
+            return f"{numbers}; on such data, {found}: consider removing {has}."
         return (
             f"{numbers}. So read what is dropped before you train; a larger model of the same family may score better "
-            f"(`reference: {{model: ...}}`). Also, {found}; no rule here does."
+            f"(`reference: {{model: ...}}`). No rule here drops improbable tokens, and on such data none should "
+            "(arXiv 2510.00526)."
         )
     return f"{numbers}; publications then favour neither keeping nor dropping improbable tokens."
 

@@ -71,9 +71,11 @@ def documents(table: ScoreTable) -> Iterator[Part]:
     names = {int(each): reason_text(int(each), bits) for each in np.unique(table.reasons)}
 
     def read(index: int, where: slice) -> Document:
+        prompts = table.prompts(where)
         columns = {
             "token_id": table.token_ids[where],
             "token": pa.nulls(where.stop - where.start, pa.string()),
+            "prompt": [prompts.get(at) for at in range(where.stop - where.start)],
             "kept": table.keep[where],
             "reason": [names[int(each)] for each in table.reasons[where]],
         }

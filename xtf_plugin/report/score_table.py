@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from .. import files
 from ..config.block import XTFConfig
 from ..data import token_text
+from ..data.prompts import Prompts
 from ..data.ragged import Bools, Floats, Ints, Layout, offsets_of, runs, stretches
 from ..data.values import Grouping
 from ..errors import XTFUserError, reason
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from ..data.documents import DocumentSet
     from ..plan import Plan
 
-FORMAT = 2
+FORMAT = 3
 METADATA = b"xtf"  # key in the Parquet metadata; its JSON holds all of summary.json, `format` and `bytes`
 CHECKSUM = b"xtf_checksum"  # of that JSON: Parquet's own checksums cover the columns alone
 SCHEMA = pa.schema(
@@ -42,6 +43,7 @@ SCHEMA = pa.schema(
         ("position", pa.int32()),
         ("token_id", pa.int32()),
         ("token", pa.string()),
+        ("prompt", pa.string()),
         ("reasoning_importance", pa.float32()),
         ("knowledge_novelty", pa.float32()),
         ("task_relevance", pa.float32()),
@@ -77,6 +79,7 @@ class ScoreTable:
         keep: (M,); reasons: (M,) bits, see `selection.select.rule_bits`; protected, forced: (M,).
         pieces: bytes of each token id.
         groups: what drops are counted by, by column.
+        before: the text before runs of completion tokens, given the places of their first ones; see `Prompts.before`.
     """
 
     about: Mapping[str, Any]
@@ -95,6 +98,7 @@ class ScoreTable:
     forced: Bools
     pieces: Mapping[int, bytes]
     groups: Mapping[str, Grouping] = field(default_factory=dict)
+    before: Callable[[Ints], list[str]] = lambda opens: [""] * len(opens)
 
     @classmethod
     def of_plan(cls, plan: Plan, tokenizer: Any) -> ScoreTable:
@@ -119,6 +123,7 @@ class ScoreTable:
             forced=np.zeros_like(text.protected) if text.forced is None else text.forced,
             pieces=dict(zip(ids, token_text.token_bytes(tokenizer, ids), strict=True)),
             groups=plan.groups,
+            before=Prompts(documents, tokenizer).before,
         )
 
     @property
@@ -137,6 +142,11 @@ class ScoreTable:
     def weights(self) -> Ints:
         """How often each completion token occurs in the dataset, (M,)."""
         return self.layout.spread(self.counts)
+
+    def prompts(self, where: slice) -> dict[int, str]:
+        """The text before each run of the completion tokens `where` of one document, by place among them."""
+        opens = np.flatnonzero(np.diff(self.positions[where], prepend=-2) != 1)
+        return dict(zip(opens.tolist(), self.before(opens + where.start), strict=True))
 
     def key(self, document: int) -> str:
         """A document's key in hex."""
@@ -184,8 +194,12 @@ def _chunks(table: ScoreTable, documents: DocumentSet, schema: Any) -> Iterator[
         BY + column: pa.array(names, pa.string()).take(pa.array(codes))
         for column, (names, codes) in table.groups.items()
     }
+    opens = table.opens
     for row, document, where in _occurrences(documents, table.offsets):
+        prompts = np.full(len(where), None, dtype=object)
+        prompts[opens[where]] = table.before(where[opens[where]])
         columns = {
+            "prompt": pa.array(prompts, pa.string()),
             "row": row,
             "document": keys.take(pa.array(document)),
             "position": table.positions[where],
@@ -255,7 +269,7 @@ def _table(about: Mapping[str, Any], config: XTFConfig, held: Any) -> ScoreTable
     texts = held["token"].take(pa.array(at)).to_pylist()
     pieces = {token: (text or "").encode() for token, text in zip(distinct.tolist(), texts, strict=True)}
     pieces |= {int(token): bytes.fromhex(digits) for token, digits in about["bytes"].items()}
-    logprobs = column("log_probability")
+    logprobs, prompts = column("log_probability"), held["prompt"].take(pa.array(where))
     digest = b"".join(bytes.fromhex(keys[code]) for code in codes[begins[first]].tolist())
     return ScoreTable(
         about={name: value for name, value in about.items() if name != "bytes"},
@@ -274,6 +288,7 @@ def _table(about: Mapping[str, Any], config: XTFConfig, held: Any) -> ScoreTable
         forced=column("forced"),
         pieces=pieces,
         groups={name: _grouping(held[BY + name], begins[first]) for name in config.report_columns},
+        before=lambda opens: prompts.take(pa.array(opens)).fill_null("").to_pylist(),
     )
 
 

@@ -8,11 +8,12 @@ column `kept` distinguish it.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappush, heappushpop
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +23,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..config.scores import FULL_NAMES, SHORT_NAMES
 from ..data.token_text import characters
 from ..errors import XTFUserError, escaped, harmless
 from . import score_table
 
 SCHEMA = pa.schema(
-    [score_table.SCHEMA.field(n) for n in ("row", "document", "position", "token_id", "token", "kept", "reason")]
+    [
+        score_table.SCHEMA.field(name)
+        for name in ("row", "document", "position", "token_id", "token", "prompt", "kept", "reason")
+    ]
 )
 LONGEST_TEXT = 400  # characters of one token
-SHORT_NAMES = {"reasoning_importance": "RI", "knowledge_novelty": "KN", "task_relevance": "TR"}
-FULL_NAMES = {short: name for name, short in SHORT_NAMES.items()}
+PROMPT = 200  # characters of a prompt, its last ones
 DECISIONS = {
     "protected": "kept by protection",
     "floor": "kept by min_kept",
@@ -87,11 +91,12 @@ def measure(scorer: str) -> str:
 
 
 class Token(NamedTuple):
-    """One completion token as shown: its text, whether it is kept, and the table's `reason`."""
+    """One completion token as shown: its text, whether it is kept, the table's `reason`, and the prompt before it."""
 
     text: str
     kept: bool
     reason: str
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,14 +120,15 @@ class Document:
         A character spread over several tokens is shown with the first of them. A later one with another decision or
         reason is shown as `◌`.
         """
-        ids, texts, kept, reasons = (part[name].to_pylist() for name in ("token_id", "token", "kept", "reason"))
+        names = ("token_id", "token", "kept", "reason", "prompt")
+        ids, texts, kept, reasons, prompts = (part[name].to_pylist() for name in names)
         own = [pieces.get(i, (text or "").encode()) for i, text in zip(ids, texts, strict=True)]
         verdicts = [(flag, reason or "") for flag, reason in zip(kept, reasons, strict=True)]
         tokens = []
         for first, number, joined in characters(own):
             shown = [_shortened(joined.decode(errors="replace"))]
             shown += ["" if verdicts[at] == verdicts[at - 1] else "◌" for at in range(first + 1, first + number)]
-            tokens += [Token(text, *verdicts[first + at]) for at, text in enumerate(shown)]
+            tokens += [Token(text, *verdicts[first + at], prompts[first + at] or "") for at, text in enumerate(shown)]
         return cls(row, key, tokens, b"".join(own).decode(errors="replace"))
 
 
@@ -156,6 +162,11 @@ class Wanted:
         except re.error as error:
             raise XTFUserError(f"--grep {self.grep!r} is no regular expression: {error}.") from error
 
+    @property
+    def named(self) -> str:
+        """The reason by its full name; the three short ones in letters of any case."""
+        return FULL_NAMES.get(str(self.reason).upper(), str(self.reason))
+
     def described(self) -> str:
         """For messages: "row 3, reason task_relevance"; empty if any document matches."""
         pattern = None if self.grep is None else repr(self.grep)
@@ -175,8 +186,7 @@ class Wanted:
 
     def _decided(self, token: Token) -> bool:
         """Whether the wanted reason dropped a token; `protected` and `floor` keep one."""
-        reason = FULL_NAMES.get(str(self.reason), self.reason)
-        return reason in token.reason.split(",") and (not token.kept or reason in ("protected", "floor"))
+        return self.named in token.reason.split(",") and (not token.kept or self.named in ("protected", "floor"))
 
 
 def check_row(row: int | None, about: Mapping[str, Any]) -> None:
@@ -216,9 +226,12 @@ def matching(parts: Iterable[Part], columns: Sequence[str], wanted: Wanted, n: i
     selectors = [
         name for name in columns if name not in score_table.SCHEMA.names and not name.startswith(score_table.BY)
     ]
-    legal = [*SHORT_NAMES, *selectors, *DECISIONS]
-    if wanted.reason not in (None, *legal, *FULL_NAMES):
-        raise XTFUserError(f"--reason {wanted.reason!r} is no rule of this table. Legal: {', '.join(legal)}.")
+    legal = [*(f"{short} ({name})" for name, short in SHORT_NAMES.items()), *selectors, *DECISIONS]
+    names = [*SHORT_NAMES, *FULL_NAMES, *selectors, *DECISIONS]
+    if wanted.reason is not None and wanted.named not in names:
+        near = difflib.get_close_matches(wanted.named, names, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise XTFUserError(f"--reason {wanted.reason!r} is no rule of this table. {hint}Legal: {', '.join(legal)}.")
     if wanted.row is not None or wanted.document is not None:
         return [document for part in parts if wanted.matches(document := part.read())]
     best: list[tuple[tuple[float, int, int], Document]] = []  # a heap, the document that loses least first
@@ -304,16 +317,20 @@ def render_documents(found: Iterable[Document], wanted: str, console: Console, m
             Text("Nothing is dropped, from any document. What other thresholds drop: xtf tune"), soft_wrap=True
         )
     if wanted and not shown:
+        hint = " What other thresholds drop: xtf tune" if "reason" in wanted or "dropped" in wanted else ""
         counted = "; rows count from 0" if wanted.startswith("row ") else ""
-        raise XTFUserError(
-            f"no document of the score table has {wanted}{counted}. What other thresholds drop: xtf tune"
-        )
+        raise XTFUserError(f"no document of the score table has {wanted}{counted}.{hint}")
 
 
 def render_tokens(tokens: Iterable[Token]) -> Text:
-    """The tokens as one text; adjacent tokens with the same decision and reason share one mark."""
-    text = Text()
-    for (kept, reason), run in groupby(tokens, key=lambda token: (token.kept, token.reason)):
+    """The tokens as one text below their prompts; adjacent tokens with the same decision and reason share one mark."""
+    text, tokens = Text(), list(tokens)
+    turns = accumulate(bool(token.prompt) for token in tokens)
+    for (_, kept, reason), group in groupby(zip(turns, tokens, strict=True), key=lambda each: (each[0], *each[1][1:3])):
+        run = [token for _, token in group]
+        if run[0].prompt:
+            line = f"prompt: …{on_one_line(run[0].prompt)[-PROMPT:]}\n"
+            text.append("\n" * (len(text) > 0 and text.plain[-1] != "\n") + line, style="dim italic")
         body = visible("".join(token.text for token in run))
         why = [SHORT_NAMES.get(name, visible(name)) for name in reason.split(",") if name]
         if kept and not why:

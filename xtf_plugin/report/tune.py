@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.block import XTFConfig
-from ..config.scores import SLOTS
+from ..config.scores import SHORT_NAMES, SLOTS
 from ..data.ragged import Bools, Floats, Ints, dataset_quantiles
 from ..environment import docs
 from ..errors import XTFUserError
@@ -28,7 +28,7 @@ from ..selection.select import Selection
 from .page.block import minimal
 from .score_table import ScoreTable
 from .summary import Verdicts
-from .terminal import SHORT_NAMES, on_one_line, visible
+from .terminal import on_one_line, visible
 from .whatif import reselect
 
 EXAMPLES = 3  # of each setting
@@ -177,7 +177,8 @@ def _short(name: str) -> str:
 
 def block_text(config: XTFConfig) -> str:
     """The block as YAML, with what differs from its preset."""
-    return yaml.safe_dump({"xtf": minimal(config)}, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": 10_000}
+    return str(yaml.safe_dump({"xtf": minimal(config)}, **options))
 
 
 def show(found: list[Setting], table: ScoreTable, source: str, console: Console) -> None:
@@ -187,7 +188,8 @@ def show(found: list[Setting], table: ScoreTable, source: str, console: Console)
     rows = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for heading in ("#", "setting", ""):
         rows.add_column(heading, justify="right" if heading == "#" else "left", overflow="fold")
-    for heading in ("drops", *map(_short, names), "more", "less"):
+    forced = ["forced"] * bool(base.config.force_drop)
+    for heading in ("drops", *map(_short, names), *forced, "more", "less"):
         rows.add_column(heading, justify="right", no_wrap=True, overflow="fold")
 
     def share(flags: Bools) -> str:
@@ -195,6 +197,7 @@ def show(found: list[Setting], table: ScoreTable, source: str, console: Console)
 
     for number, each in enumerate(found, start=1):
         by_score = [f"{100 * each.shares[name]:.1f}" if name in each.shares else "off" for name in names]
+        by_score += [share(each.dropped & table.forced)] * len(forced)
         other = ["", ""] if each is base else [share(each.dropped & ~base.dropped), share(base.dropped & ~each.dropped)]
         label = Text(visible(each.name).replace("·", " ") + (f": {each.change}" if each.change else ""))
         rows.add_row(str(number), label, "" if each.exact else "about", share(each.dropped), *by_score, *other)
@@ -221,7 +224,7 @@ def show(found: list[Setting], table: ScoreTable, source: str, console: Console)
 def _show_examples(number: int, each: Setting, base: Setting, table: ScoreTable, console: Console) -> None:
     gone, back = each.dropped & ~base.dropped, base.dropped & ~each.dropped
     if each is base or each.name.endswith("alone"):
-        gone, back = each.dropped, np.zeros(len(gone), dtype=bool)
+        gone, back = each.dropped & ~table.forced, np.zeros(len(gone), dtype=bool)
     console.print(Text(f"\n{number} {each.name}" + (f": {each.change}" if each.change else ""), style="bold"))
     for what, flags in (("drops", gone), ("keeps again", back)):
         for text in examples(table, flags):

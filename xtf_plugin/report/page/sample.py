@@ -111,8 +111,9 @@ def document_data(
     """One document of the sample.
 
     For each token shown: `ids` (index in `tokens`), `scores` by name, `codes` by slider, `flags` and `reasons`. `units`
-    are the first tokens of sentences or lines. `gaps` are (token, number of prompt tokens before it); `joined` are
-    (first token, number of tokens, text, regular expression or null) where one character is spread over several tokens.
+    are the first tokens of sentences or lines. `gaps` are (token, number of prompt tokens before it, the end of their
+    text); `joined` are (first token, number of tokens, text, regular expression or null) where one character is spread
+    over several tokens.
     """
     here = shown_tokens(table, document)
     places = np.searchsorted(vocabulary, table.token_ids[here])
@@ -132,9 +133,15 @@ def document_data(
         "flags": packed(flags, "<u1"),
         "reasons": packed(table.reasons[here], "<u2"),
         "units": packed(units, "<u2"),
-        "gaps": [(at, int(skipped[at])) for at in np.flatnonzero(skipped > 0).tolist()],
+        "gaps": [(at, int(skipped[at]), before) for at, before in _prompts(table, here).items() if skipped[at]],
         "joined": _joined([pieces[place] for place in places.tolist()]),
     }
+
+
+def _prompts(table: ScoreTable, here: slice) -> dict[int, str]:
+    """The ends of the prompts in a document as they are shown, by the token behind them."""
+    found = table.prompts(here).items()
+    return {at: "".join(char if char in " \n\t" else escaped(char) for char in text.strip()) for at, text in found}
 
 
 def _given(table: ScoreTable, document: int) -> Bools:
