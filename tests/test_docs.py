@@ -184,7 +184,7 @@ def demo_completions() -> list[str]:
 
 def check_text(block: Block, trained: Workplace | None = None, monkeypatch=None) -> None:
     """The one kind there is: demo data as `xtf show` prints it. Without its marks it is the demo's text."""
-    lines = [line for line in block.text.splitlines() if not line.startswith("prompt: …")]
+    lines = [line for line in block.text.splitlines() if not line.startswith("prompt: ")]
     bare = re.sub(r"\[-|\{\+|\|[\w ]+[-+][\]}]", "", "\n".join(lines)).rstrip("\n")
     assert any(bare in text for text in demo_completions()), f"{block}: not the text of the demo"
 

@@ -10,30 +10,51 @@ from xtf_plugin.data import prompts
 from xtf_plugin.data.documents import collect
 
 
+def common(one, other):
+    """Length of the common beginning of two lists."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def naive(documents, tokenizer, limit):
-    """The tokens before each run, back to the run or the document's begin, of which the last `limit`, as text."""
+    """What is before each run, in full and since the run before; cut, and without what all have in common."""
     found, at = {}, 0
     for index in range(len(documents)):
-        ids, completion = documents.document(index)
-        before: list[int] = []
-        for token, own, previous in zip(ids.tolist(), completion, [False, *completion], strict=False):
-            if own and not previous:
-                found[at] = tokenizer.decode(before[-limit:])
-                before = []
-            before = [] if own else [*before, token]
+        ids, completion = (values.tolist() for values in documents.document(index))
+        since = 0
+        for place, own in enumerate(completion):
+            if own and not (place and completion[place - 1]):
+                found[at] = (ids[:place], since, place)
+            since = place + 1 if own else since
             at += own
-    return found
+    full = [before for before, *_ in found.values() if before]
+    front = min(common(full[0], each) for each in full)
+    back = min(common(full[0][::-1], each[::-1]) for each in full)
+    back = min(back, min(map(len, full)) - front)
+    if front + back == max(map(len, full)):
+        front = back = 0
+    texts = {}
+    for at, (before, since, place) in found.items():
+        ids = before[since:place] if since else before[front:]
+        ids = ids[: max(0, len(ids) - back)]
+        text = tokenizer.decode(ids[-limit:]).strip() if ids else ""
+        texts[at] = "… " + text if len(ids) > limit else text
+    return texts
 
 
 @pytest.mark.parametrize("limit", [1, 3, 64])
-def test_equals_decoding_what_is_before_each_run(monkeypatch, limit):
+@pytest.mark.parametrize(("begin", "end"), [("", ""), ("Dev has", " help!")])
+def test_equals_decoding_what_is_before_each_run(monkeypatch, limit, begin, end):
     """Several turns, no prompt, a prompt alone, a document twice, and documents that follow one another."""
     monkeypatch.setattr(prompts, "TOKENS", limit)
     rng, rows, tokenizer = np.random.default_rng(1), [], tiny.tokenizer()
     words = tokenizer("Dev has 4 pens and buys 18 more. Sure, happy to help!", add_special_tokens=False)["input_ids"]
+    front, back = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (begin, end))
     for _ in range(40):
         ids = rng.choice(words, rng.integers(1, 30)).tolist()
         labels = [token if keep else -100 for token, keep in zip(ids, rng.random(len(ids)) < 0.4, strict=True)]
+        if begin:
+            ids = [*front, *ids, *back, *words]
+            labels = [-100] * (len(ids) - len(words)) + words
         rows.append({"input_ids": ids, "labels": labels})
     rows += [{"input_ids": words, "labels": words}, {"input_ids": words, "labels": [-100] * len(words)}, rows[0]]
     documents = collect(rows)
@@ -43,6 +64,7 @@ def test_equals_decoding_what_is_before_each_run(monkeypatch, limit):
     assert prompts.Prompts(documents, tokenizer).before(opens) == list(expected.values())
     some = opens[[5, 2]]
     assert prompts.Prompts(documents, tokenizer).before(some) == [expected[int(at)] for at in some]
+    assert (min(prompts.Prompts(documents, tokenizer)._frame) > 0) == bool(begin)
 
 
 def test_a_character_that_is_cut_is_replaced(monkeypatch):
@@ -51,4 +73,14 @@ def test_a_character_that_is_cut_is_replaced(monkeypatch):
     ids = tokenizer("\N{SNOWMAN}a", add_special_tokens=False)["input_ids"]
     assert len(ids) > 2, "one token for each byte"
     documents = collect([{"input_ids": ids, "labels": [-100] * (len(ids) - 1) + ids[-1:]}])
-    assert prompts.Prompts(documents, tokenizer).before(np.asarray([0])) == ["\ufffd"]
+    assert prompts.Prompts(documents, tokenizer).before(np.asarray([0])) == ["… \ufffd"]
+
+
+def test_what_all_prompts_share_is_left_out_unless_it_is_all():
+    tokenizer = tiny.tokenizer()
+    first, *others = ([3, *tokenizer(text, add_special_tokens=False)["input_ids"], 4] for text in ("Dev", "Eli", "Dev"))
+    made = [{"input_ids": ids + [7], "labels": [-100] * len(ids) + [7]} for ids in (first, *others)]
+    documents = collect(made)
+    assert prompts.Prompts(documents, tokenizer).before(documents.completion_runs[:-1]) == ["Dev", "Eli"]
+    alone = collect(made[:1])
+    assert prompts.Prompts(alone, tokenizer).before(np.asarray([0])) == [tokenizer.decode(first).strip()]

@@ -61,18 +61,15 @@ def test_drops_and_reasons_read_without_colour():
 
 
 def test_what_is_before_an_answer_is_shown_above_it():
-    """Each turn of a conversation has its own; marks do not go on over it. Only the end of a long prompt is shown."""
+    """Each turn of a conversation has its own; marks do not go on over it."""
     rows = [
         (0, "aa", 3, "Yes", True, "", "Is a cat\n an animal?"),
         (0, "aa", 4, ".", False, "novelty", None),
-        (0, "aa", 8, "No", False, "novelty", "x" * 300 + "And \x1b[31mso?"),
+        (0, "aa", 8, "No", False, "novelty", "And \x1b[31mso?"),
         (0, "aa", 9, ".\n", True, "", None),
     ]
     text = printed(rows)
-    assert "prompt: …Is a cat↵ an animal?\nYes[-.|novelty-]\nprompt: …x" in text and "\x1b" not in text
-    line = text.splitlines()[text.splitlines().index("prompt: …Is a cat↵ an animal?") + 2]
-    assert line.endswith("And \\x1b[31mso?") and len(line) == len("prompt: …") + terminal.PROMPT
-    assert "\n[-No|novelty-].↵" in text
+    assert "prompt: Is a cat↵ an animal?\nYes[-.|novelty-]\nprompt: And \\x1b[31mso?\n[-No|novelty-].↵" in text
 
 
 def test_documents_are_cut_at_rows_keys_and_positions():

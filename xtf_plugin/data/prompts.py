@@ -1,4 +1,7 @@
-"""The text before each answer: without it, nobody can judge what is dropped from the answer."""
+"""The prompts of a dataset: what they have in common, and the text before each answer.
+
+Without its prompt, nobody can judge what is dropped from an answer.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,41 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .ragged import Ints, offsets_of, stretches
+from .ragged import CHUNK_TOKENS, Ints, offsets_of, stretches
 from .token_text import distinct_ids, token_bytes
 
 if TYPE_CHECKING:
     from .documents import DocumentSet
 
 TOKENS = 64  # before an answer, at most
+CUT = "… "  # before a text whose beginning is left out
+
+
+def contexts(documents: DocumentSet) -> tuple[Ints, Ints]:
+    """First tokens, and those after the last, of all that stands in a document before each of its answers.
+
+    Of answers with nothing before them there are none.
+    """
+    ends = documents.completion_flat[documents.completion_runs[:-1]].astype(np.int64)
+    begins = documents.offsets[np.searchsorted(documents.offsets, ends, side="right") - 1]
+    some = ends > begins
+    return begins[some], ends[some]
+
+
+def shared_ends(ids: NDArray[Any], begins: Ints, ends: Ints) -> tuple[int, int]:
+    """How many tokens all of some spans of `ids`, (n,), begin with, and how many of the others they end with."""
+    front = _alike(ids, begins, ends - begins, 1)
+    return front, min(_alike(ids, ends - 1, ends - begins, -1), int((ends - begins).min()) - front)
+
+
+def _alike(ids: NDArray[Any], starts: Ints, sizes: Ints, step: int) -> int:
+    """How many tokens all spans of `ids` of these sizes, (n,), begin with, or with `step` -1 end with."""
+    size, low = int(sizes.min()), 0
+    while size and low < len(starts):
+        places, some = step * np.arange(size), starts[low : low + max(1, CHUNK_TOKENS // size)]
+        differs = np.flatnonzero((ids[some[:, None] + places] != ids[starts[0] + places]).any(axis=0))
+        size, low = int(differs[0]) if len(differs) else size, low + len(some)
+    return size
 
 
 class Prompts:
@@ -33,23 +64,42 @@ class Prompts:
     def before(self, opens: Ints) -> list[str]:
         """The last `TOKENS` tokens before some runs, as text; from the end of the run before, or the document's begin.
 
+        What all prompts begin or end with (a system prompt, the marks of a chat template) is left out, unless that is
+        all that there is.
+
         Args:
             opens: (R,) the runs' first tokens, as places among all completion tokens.
 
         Returns:
-            R texts; empty where nothing is before. A character that is cut in two is replaced by U+FFFD.
+            R texts without white space at their ends; empty where nothing is before. A character that is cut in two is
+            replaced by U+FFFD.
         """
         documents, flat = self.documents, self.documents.completion_flat
-        ends = flat[opens].astype(np.int64)
+        ends, (front, back) = flat[opens].astype(np.int64), self._frame
         begins = documents.offsets[np.searchsorted(documents.offsets, ends, side="right") - 1]
+        begins[ends > begins] += front
         later = opens > 0
         begins[later] = np.maximum(begins[later], flat[opens[later] - 1].astype(np.int64) + 1)
-        begins = np.maximum(begins, ends - TOKENS)
-        data, starts, sizes = self._spelt
-        ids = documents.input_ids[stretches(begins, ends - begins)]
-        spelt = data[stretches(starts[ids], sizes[ids])].tobytes()
-        bounds = offsets_of(sizes[ids])[offsets_of(ends - begins)].tolist()
+        ends = np.maximum(ends - back, begins)
+        cut = ends - begins > TOKENS
+        begins = np.where(cut, ends - TOKENS, begins)
+        texts = [text.strip() for text in self._decoded(begins, ends - begins)]
+        return [CUT + text if short else text for text, short in zip(texts, cut.tolist(), strict=True)]
+
+    def _decoded(self, begins: Ints, sizes: Ints) -> list[str]:
+        """The text of spans of the documents' tokens."""
+        data, at, lengths = self._spelt
+        ids = self.documents.input_ids[stretches(begins, sizes)]
+        spelt = data[stretches(at[ids], lengths[ids])].tobytes()
+        bounds = offsets_of(lengths[ids])[offsets_of(sizes)].tolist()
         return [spelt[low:high].decode(errors="replace") for low, high in itertools.pairwise(bounds)]
+
+    @cached_property
+    def _frame(self) -> tuple[int, int]:
+        """How many tokens all prompts begin and end with; none, if they are the same."""
+        begins, ends = contexts(self.documents)
+        front, back = shared_ends(self.documents.input_ids, begins, ends) if len(begins) else (0, 0)
+        return (0, 0) if front + back == (ends - begins).max(initial=0) else (front, back)
 
     @cached_property
     def _spelt(self) -> tuple[NDArray[np.uint8], Ints, Ints]:

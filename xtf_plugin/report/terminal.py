@@ -35,7 +35,6 @@ SCHEMA = pa.schema(
     ]
 )
 LONGEST_TEXT = 400  # characters of one token
-PROMPT = 200  # characters of a prompt, its last ones
 DECISIONS = {
     "protected": "kept by protection",
     "floor": "kept by min_kept",
@@ -329,7 +328,7 @@ def render_tokens(tokens: Iterable[Token]) -> Text:
     for (_, kept, reason), group in groupby(zip(turns, tokens, strict=True), key=lambda each: (each[0], *each[1][1:3])):
         run = [token for _, token in group]
         if run[0].prompt:
-            line = f"prompt: …{on_one_line(run[0].prompt)[-PROMPT:]}\n"
+            line = f"prompt: {on_one_line(run[0].prompt)}\n"
             text.append("\n" * (len(text) > 0 and text.plain[-1] != "\n") + line, style="dim italic")
         body = visible("".join(token.text for token in run))
         why = [SHORT_NAMES.get(name, visible(name)) for name in reason.split(",") if name]

@@ -238,14 +238,11 @@ def common_template(documents: DocumentSet, tokenizer: Any) -> NDArray[Any]:
     """
     import numpy as np
 
-    runs, flat = documents.completion_runs[:-1], documents.completion_flat
-    ends = flat[runs]
-    begins = documents.offsets[np.searchsorted(documents.offsets, ends, side="right") - 1]
-    some = np.flatnonzero(ends > begins)
-    if len(some):
-        ids, begins, ends = documents.input_ids, begins[some], ends[some]
-        front = _alike(ids, begins, ends - begins, 1)
-        back = min(_alike(ids, ends - 1, ends - begins, -1), int((ends - begins).min()) - front)
+    from ..data.prompts import contexts, shared_ends
+
+    (begins, ends), ids = contexts(documents), documents.input_ids
+    if len(begins):
+        front, back = shared_ends(ids, begins, ends)
         template = np.concatenate([ids[begins[0] : begins[0] + front], ids[ends[0] - back : ends[0]]])
         if len(template):
             return template
@@ -253,17 +250,3 @@ def common_template(documents: DocumentSet, tokenizer: Any) -> NDArray[Any]:
         value for name in ("bos_token_id", "eos_token_id") if (value := getattr(tokenizer, name, None)) is not None
     ]
     return np.asarray(marks[:1] or documents.input_ids[:1], dtype=np.int32)
-
-
-def _alike(ids: NDArray[Any], starts: Ints, sizes: Ints, step: int) -> int:
-    """How many tokens all spans of `ids` of these sizes, (n,), begin with, or with `step` -1 end with."""
-    import numpy as np
-
-    from ..data.ragged import CHUNK_TOKENS
-
-    size, low = int(sizes.min()), 0
-    while size and low < len(starts):
-        places, some = step * np.arange(size), starts[low : low + max(1, CHUNK_TOKENS // size)]
-        differs = np.flatnonzero((ids[some[:, None] + places] != ids[starts[0] + places]).any(axis=0))
-        size, low = int(differs[0]) if len(differs) else size, low + len(some)
-    return size

@@ -141,7 +141,7 @@ def document_data(
 def _prompts(table: ScoreTable, here: slice) -> dict[int, str]:
     """The ends of the prompts in a document as they are shown, by the token behind them."""
     found = table.prompts(here).items()
-    return {at: "".join(char if char in " \n\t" else escaped(char) for char in text.strip()) for at, text in found}
+    return {at: "".join(char if char in " \n\t" else escaped(char) for char in text) for at, text in found}
 
 
 def _given(table: ScoreTable, document: int) -> Bools:
