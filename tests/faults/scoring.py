@@ -13,6 +13,13 @@ DOCUMENTS = [
         "test_documents.py",
     ),
     fault(
+        "separate-reference-stays-in-memory",
+        "scoring/providers.py",
+        "            del reference.model\n            gc.collect()",
+        "            self.before = reference.model\n            del reference.model\n            gc.collect()",
+        "test_providers.py::TestSeparate",
+    ),
+    fault(
         "rows-read-together-ignore-padding",
         "training/trainer.py",
         'if not values.get("attention_mask", own).all():',

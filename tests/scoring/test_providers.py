@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -119,7 +120,9 @@ class TestSeparate:
         provider = separate(folder, documents, quantization=quantization)
         with provider.open() as reference:
             ours = logprobs(reference, documents)
+            held = [weakref.ref(reference.model), *map(weakref.ref, reference.model.parameters())]
         assert not hasattr(reference, "model")
+        assert not any(each() is not None for each in held), "something keeps the weights in memory"
         assert np.array_equal(np.isnan(ours), np.isnan(truth))
         assert np.nanmean(np.abs(ours - truth)) <= tolerance
         if quantization != "none":
