@@ -26,9 +26,7 @@ CLOSED = [
         "training/callback.py",
         "if labels is None:",
         "if False:",
-        "test_callback_refusals.py",
-        "test_other_hosts.py",
-        "test_unsloth_pattern.py",
+        "test_callback_refusals.py::TestRefusals",
     ),
     fault(
         "document-that-was-not-planned-passes",
@@ -58,8 +56,8 @@ CLOSED = [
     fault(
         "first-batch-is-not-checked",
         "training/verification.py",
-        "due = self.batches < CHECKED",
-        "due = 0 < self.batches < CHECKED",
+        "due = self.batches < CHECKED or self.batches % CHECKED == 0",
+        "due = 0 < self.batches < CHECKED or self.batches % CHECKED == 1",
         "test_verification.py",
         "test_callback_refusals.py",
         "test_unsloth_pattern.py",
@@ -102,7 +100,7 @@ CLOSED = [
         "scoring/cached_scores.py",
         " or scores.shape != (size,):",
         ":",
-        "test_selectors.py",
+        "test_registry.py",
     ),
 ]
 

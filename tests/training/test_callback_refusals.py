@@ -75,6 +75,15 @@ class TestRefusals:
         with pytest.raises(XTFError, match="no masks|nothing was scored"):
             made.train()
 
+    def test_a_batch_whose_labels_are_gone(self, tmp_path):
+        """A collator may leave them out later than in the two rows that it is tried on."""
+        made = trainer(tmp_path, max_steps=1)
+        attach(made, {"cache_dir": str(tmp_path / "cache"), **DROPS})
+        made.train()
+        hooks = made._xtf_hooks.on_batch.__self__
+        with pytest.raises(XTFError, match="the training batch has no `labels`"):
+            hooks.on_batch({"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+
     def test_nan_weights(self, tmp_path):
         model = tiny.model()
         with torch.no_grad():
