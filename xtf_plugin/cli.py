@@ -222,6 +222,8 @@ def tune(
             raise XTFUserError(f"{target} {off(recipe)}: nothing to tune. The shortest block: `xtf: true`.")
         if not path.exists():
             raise XTFUserError(f"{target} has no stored scores ({path}). Score it first: xtf score {target}")
+        if _data_is_newer(path, recipe):
+            raise XTFUserError(f"the data has changed after {path} was made. Score it again: xtf score {target}")
     table = score_table.read(path)
     if config is not None and config.reference.model is None:
         named, model = table.about.get("reference", {}).get("name"), recipe.model
@@ -351,9 +353,16 @@ def _selected_again(target: Path, extra: Sequence[str]) -> ScoreTable | None:
         return None
     recipe = load_recipe(target)
     path, config = recipe.scores_path(), parse_block(recipe)
-    if config is None or not path.exists() or not _outdated(path, target, recipe):
+    if config is None or not path.exists() or _data_is_newer(path, recipe) or not _outdated(path, target, recipe):
         return None
     return reselected.select_again(path, config, recipe.model)
+
+
+def _data_is_newer(path: Path, recipe: Recipe) -> bool:
+    """Whether a file of the training data was changed after the score table was written."""
+    from .hosts.training_rows import changed
+
+    return changed(recipe) > path.stat().st_mtime_ns
 
 
 def _outdated(path: Path, target: Path, recipe: Recipe) -> str:
@@ -366,6 +375,8 @@ def _outdated(path: Path, target: Path, recipe: Recipe) -> str:
     config, about = XTFConfig.parse(recipe.block), score_table.metadata(score_table.open_file(path), path)
     if about.get("format", score_table.FORMAT) != score_table.FORMAT:
         return f"{path} is of another version of xtf-plugin"
+    if _data_is_newer(path, recipe):
+        return "the data has changed. What is stored of it is not scored again"
     if config is not None and about.get("config") not in (None, config.to_dict()):
         return "the block has changed, and more of it than thresholds. What is stored is not scored again"
     newer = path.stat().st_mtime_ns < target.stat().st_mtime_ns

@@ -301,6 +301,23 @@ def test_show_scores_only_when_it_must(xtf, write, host):
     assert xtf("show", path, "--", "--seed", "1")[0] == 0 and host.started()
 
 
+def test_scores_of_data_that_has_changed_are_not_shown(xtf, write, host, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text('{"text": "A dog"}\n')
+    path = write(dataset_name=str(tmp_path / "data"))
+    assert xtf("show", path)[0] == 0
+    host.forget()
+    assert xtf("show", path)[0] == 0 and host.started() is None
+    os.utime(tmp_path / "data/train.jsonl", (2**31, 2**31))
+    code, _, err = xtf("tune", path)
+    assert code == 2 and "the data has changed after" in err and f"Score it again: xtf score {path}" in err
+    changed = write(dataset_name=str(tmp_path / "data"), xtf={"task_relevance": {"drop": {"of_median": 0.3}}})
+    for recipe in (path, changed):  # other thresholds are not selected from old scores either
+        code, _, err = xtf("show", recipe)
+        assert code == 0 and host.started() and "since the data has changed" in err
+        host.forget()
+
+
 def test_show_passes_a_failed_scoring_on(xtf, write, host):
     host(code=2, writes=False)
     assert xtf("show", write())[0] == 2

@@ -54,6 +54,7 @@ CASES = {
         {"task_relevance": {"of_median": 0.3}},
         ["xtf.task_relevance.of_median: unknown key", "It belongs under xtf.task_relevance.drop."],
     ),
+    "rule of no score": ({"of_median": 0.1}, ["`task_relevance: {drop: {of_median: ...}}`"]),
     "number for a rule": ({"task_relevance": {"drop": 0.3}}, ["Did you mean drop: {of_median: 0.3}?"]),
     "list for protect": ({"protect": ["Answer: .*"]}, ["Did you mean protect: {patterns: ['Answer: .*']}?"]),
     "short name of a slot": ({"RI": False}, ["xtf.RI: unknown key", "RI stands for reasoning_importance."]),

@@ -9,13 +9,15 @@ from tests import tiny
 from xtf_plugin.data import prompts
 from xtf_plugin.data.documents import collect
 
+NONE = np.zeros(0, dtype=np.int64)
+
 
 def common(one, other):
     """Length of the common beginning of two lists."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def naive(documents, tokenizer, limit):
+def naive(documents, tokenizer, limit, special):
     """What is before each run, in full and since the run before; cut, and without what all have in common."""
     found, at = {}, 0
     for index in range(len(documents)):
@@ -30,8 +32,14 @@ def naive(documents, tokenizer, limit):
     front = min(common(full[0], each) for each in full)
     back = min(common(full[0][::-1], each[::-1]) for each in full)
     back = min(back, min(map(len, full)) - front)
+    ends = [
+        index for index in range(front) if full[0][index] in special or tokenizer.decode(full[0][index])[-1:] == "\n"
+    ]
+    tail = full[0][len(full[0]) - back :]
+    begins = [index for index in range(back) if tail[index] in special or tokenizer.decode(tail[index])[:1] == "\n"]
     if front + back == max(map(len, full)):
-        front = back = 0
+        ends = begins = []
+    front, back = max(ends, default=-1) + 1, back - min(begins, default=back)
     texts = {}
     for at, (before, since, place) in found.items():
         ids = before[since:place] if since else before[front:]
@@ -58,13 +66,14 @@ def test_equals_decoding_what_is_before_each_run(monkeypatch, limit, begin, end)
         rows.append({"input_ids": ids, "labels": labels})
     rows += [{"input_ids": words, "labels": words}, {"input_ids": words, "labels": [-100] * len(words)}, rows[0]]
     documents = collect(rows)
-    expected = naive(documents, tokenizer, limit)
+    special = np.asarray([*front[-1:], *back[:1]], dtype=np.int64)
+    expected = naive(documents, tokenizer, limit, special.tolist())
     opens = documents.completion_runs[:-1]
     assert opens.tolist() == list(expected)
-    assert prompts.Prompts(documents, tokenizer).before(opens) == list(expected.values())
+    assert prompts.Prompts(documents, tokenizer, special).before(opens) == list(expected.values())
     some = opens[[5, 2]]
-    assert prompts.Prompts(documents, tokenizer).before(some) == [expected[int(at)] for at in some]
-    assert (min(prompts.Prompts(documents, tokenizer)._frame) > 0) == bool(begin)
+    assert prompts.Prompts(documents, tokenizer, special).before(some) == [expected[int(at)] for at in some]
+    assert (min(prompts.Prompts(documents, tokenizer, special)._frame) > 0) == bool(begin)
 
 
 def test_a_character_that_is_cut_is_replaced(monkeypatch):
@@ -73,14 +82,19 @@ def test_a_character_that_is_cut_is_replaced(monkeypatch):
     ids = tokenizer("\N{SNOWMAN}a", add_special_tokens=False)["input_ids"]
     assert len(ids) > 2, "one token for each byte"
     documents = collect([{"input_ids": ids, "labels": [-100] * (len(ids) - 1) + ids[-1:]}])
-    assert prompts.Prompts(documents, tokenizer).before(np.asarray([0])) == ["… \ufffd"]
+    assert prompts.Prompts(documents, tokenizer, NONE).before(np.asarray([0])) == ["… \ufffd"]
 
 
 def test_what_all_prompts_share_is_left_out_unless_it_is_all():
+    """Up to a special token or a line break: the question mark that all questions end with is theirs."""
     tokenizer = tiny.tokenizer()
-    first, *others = ([3, *tokenizer(text, add_special_tokens=False)["input_ids"], 4] for text in ("Dev", "Eli", "Dev"))
-    made = [{"input_ids": ids + [7], "labels": [-100] * len(ids) + [7]} for ids in (first, *others)]
-    documents = collect(made)
-    assert prompts.Prompts(documents, tokenizer).before(documents.completion_runs[:-1]) == ["Dev", "Eli"]
+    texts = ["System.\nThe Dev?", "System.\nThe Eli?"]
+    questions = [[3, *tokenizer(text, add_special_tokens=False)["input_ids"], 4] for text in texts]
+    made = [{"input_ids": ids + [7], "labels": [-100] * len(ids) + [7]} for ids in questions]
+    documents, special = collect(made), np.asarray([3, 4])
+    found = prompts.Prompts(documents, tokenizer, special).before(documents.completion_runs[:-1])
+    assert found == ["The Dev?", "The Eli?"]
     alone = collect(made[:1])
-    assert prompts.Prompts(alone, tokenizer).before(np.asarray([0])) == [tokenizer.decode(first).strip()]
+    assert prompts.Prompts(alone, tokenizer, special).before(np.asarray([0])) == [
+        tokenizer.decode(questions[0]).strip()
+    ]

@@ -159,6 +159,7 @@ MISTAKES = {
     "an old key": ({"max_seq_length": 64}, "Did you mean max_length?"),
     "a mistyped key": ({"learning_rat": 1e-4}, "Did you mean learning_rate?"),
     "a mistyped block": ({"XTF": True}, "XTF: TRL has no such key"),
+    "a key beside the block": ({"force_drop": ["x"]}, "force_drop: TRL has no such key. It belongs under `xtf:`."),
     "a number that is none": ({"learning_rate": "fast"}, "'fast' is no number"),
     "a whole number that is none": ({"logging_steps": 1, "max_steps": "many"}, "'many' is no whole number"),
     "an output folder that is a file": ({"output_dir": "recipe.yaml/out"}, "cannot be written"),

@@ -99,8 +99,8 @@ def test_the_matches_of_patterns_are_printed(tmp_path, capsys):
     assert dropped["tokens"] <= 12 * dropped["most"] and absent["documents"] == 0
     summary.show(plan, [])
     said = capsys.readouterr().err
-    figures = f"in 12 documents, {dropped['tokens']} tokens, at most {dropped['most']} in one"
-    assert f"xtf: force_drop 'Sure.*': {figures}" in said and "'Sure thing': in" not in said
+    figures = f"{dropped['tokens']} tokens in 12 of the documents, at most {dropped['most']} in one"
+    assert f"xtf: force_drop 'Sure.*': {figures}" in said and "'Sure thing': 0" not in said
     assert "xtf: warning: force_drop: 'Sure thing' matches nothing in the dataset" in said
 
 

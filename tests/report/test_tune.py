@@ -22,6 +22,7 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.plan import UNFILTERED
 from xtf_plugin.report import score_table, tune
 from xtf_plugin.report.page.block import minimal
+from xtf_plugin.selection.select import FORCED
 
 TWO = {**DROPS, "selectors": {"mine": {"scorer": "log_probability", "unit": "sentence", "drop": {"below": -7.3}}}}
 
@@ -203,7 +204,7 @@ def test_what_is_forced_out_is_counted_apart_and_no_example_of_a_score(tmp_path,
     plan = plan_of(tmp_path, problems(), **DEFAULT, force_drop=["Sure, happy to help!"])
     text = shown(tune.settings(table_of(plan), plan.config), plan, 120)
     head, base = (line.split() for line in text.splitlines()[1:3])
-    forced = 100 * plan.weights[plan.text.forced & ~plan.selection.keep].sum() / plan.weights.sum()
+    forced = 100 * plan.weights[plan.selection.reasons == FORCED].sum() / plan.weights.sum()
     assert head[-3:] == ["forced", "more", "less"] and base[-1] == f"{forced:.1f}" != "0.0"
     assert "drops  Sure, happy to help!" not in text
 

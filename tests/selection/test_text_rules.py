@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from tests import tiny
+from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
-from xtf_plugin.selection.text_rules import Match
+from xtf_plugin.selection.text_rules import Match, TextRules
 
 
 def test_matches_are_counted_by_document():
@@ -24,6 +25,23 @@ def test_matches_are_counted_by_document():
     assert (whole.documents, whole.tokens, whole.most) == (3, 4 * len(yes), 2 * len(yes))
     assert (absent.documents, absent.tokens, absent.most) == (0, 0, 0)
     np.testing.assert_array_equal(documents.completion_ids[marks], yes * 3)
+
+
+def test_a_pattern_leaves_special_tokens_alone():
+    """`.*` means the text: the end of a turn is protected anyway, and not to be counted or reported."""
+    tokenizer = tiny.tokenizer()
+    ids = [*tokenizer(" Sure thing", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    documents = collect([{"input_ids": ids, "labels": ids}])
+    for key in ("force_drop", "protect"):
+        block = {
+            "preset": "none",
+            key: ["Sure.*"] if key == "force_drop" else {"patterns": ["Sure.*"], "formats": None},
+        }
+        found = TextRules.find(XTFConfig(**block), documents, tokenizer)
+        assert found.matches[0].tokens == len(ids) - 1
+        assert found.protected[-1] and (found.forced is None or not found.forced[-1])
+    kept = {"preset": "none", "force_drop": ["Sure.*"], "protect": {"special_tokens": False, "formats": None}}
+    assert TextRules.find(XTFConfig(**kept), documents, tokenizer).forced.all()
 
 
 def test_without_patterns_nothing_is_marked():

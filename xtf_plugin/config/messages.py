@@ -20,6 +20,7 @@ from .scores import FULL_NAMES, MOST, PRESETS, SLOTS, PartProblems
 Schema = Mapping[str, Any]
 NEXT = f"See {docs('config.md')}, or run `xtf check --schema`."
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+_RULES = ("quantile", "below", "of_median", "fence", "cluster", "known_above", "unknown_below")
 _TEXTS = {"path": "path", "file-path": "path of a text file", "regex": "regular expression"}
 
 
@@ -174,6 +175,8 @@ def _nearest_key(key: str, parent: Schema, root: Schema, start: str) -> str:
     near = _nearest(key, [*keys, *registry.BUILTIN] if of_block else keys)
     if of_block and key.upper() in FULL_NAMES:
         hint = f"In reports {key.upper()} stands for {FULL_NAMES[key.upper()]}. "
+    elif of_block and key in _RULES:
+        hint = f"A rule belongs to a score: `task_relevance: {{drop: {{{key}: ...}}}}`. "
     elif near in keys or not near or homes:
         hint = f"It belongs under {' or '.join(homes)}. " if homes else f"Did you mean {near}? " if near else ""
     else:

@@ -55,17 +55,19 @@ class Prompts:
     Args:
         documents: of a dataset.
         tokenizer: of their token ids.
+        special: ids of special tokens.
     """
 
-    def __init__(self, documents: DocumentSet, tokenizer: Any) -> None:
+    def __init__(self, documents: DocumentSet, tokenizer: Any, special: Ints) -> None:
         self.documents = documents
         self.tokenizer = tokenizer
+        self.special = special
 
     def before(self, opens: Ints) -> list[str]:
         """The last `TOKENS` tokens before some runs, as text; from the end of the run before, or the document's begin.
 
-        What all prompts begin or end with (a system prompt, the marks of a chat template) is left out, unless that is
-        all that there is.
+        What all prompts begin or end with is left out (a system prompt, the marks of a chat template), from or up to a
+        special token or a line break, so that no message is cut; unless that is all that there is.
 
         Args:
             opens: (R,) the runs' first tokens, as places among all completion tokens.
@@ -96,10 +98,21 @@ class Prompts:
 
     @cached_property
     def _frame(self) -> tuple[int, int]:
-        """How many tokens all prompts begin and end with; none, if they are the same."""
-        begins, ends = contexts(self.documents)
-        front, back = shared_ends(self.documents.input_ids, begins, ends) if len(begins) else (0, 0)
-        return (0, 0) if front + back == (ends - begins).max(initial=0) else (front, back)
+        """How many tokens all prompts begin and end with, as `before` leaves them out."""
+        (begins, ends), ids = contexts(self.documents), self.documents.input_ids
+        front, back = shared_ends(ids, begins, ends) if len(begins) else (0, 0)
+        if front + back == (ends - begins).max(initial=0):
+            return 0, 0
+        data, starts, sizes = self._spelt
+
+        def bounds(part: NDArray[Any], at: Ints) -> Ints:
+            """The places of special tokens, and of those whose byte `at` (of their first or last) is a line feed."""
+            feeds = (sizes[part] > 0) & (data[np.minimum(starts[part] + at, len(data) - 1)] == ord("\n"))
+            return np.flatnonzero(np.isin(part, self.special) | feeds)
+
+        first, last = ids[begins[0] : begins[0] + front], ids[ends[0] - back : ends[0]]
+        heads, tails = bounds(first, sizes[first] - 1), bounds(last, np.zeros_like(sizes[last]))
+        return int(heads[-1]) + 1 if len(heads) else 0, back - int(tails[0]) if len(tails) else 0
 
     @cached_property
     def _spelt(self) -> tuple[NDArray[np.uint8], Ints, Ints]:

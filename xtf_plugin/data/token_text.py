@@ -117,9 +117,9 @@ def match_spans(tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, pa
 
 
 def match_each(
-    tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, patterns: Sequence[str]
+    tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, patterns: Sequence[str], left_out: Bools | None = None
 ) -> tuple[Bools, NDArray[np.int32]]:
-    """`match_spans`, and how many tokens of each run each pattern marks, (P, R)."""
+    """`match_spans` without the tokens `left_out`, and how many tokens of each run each pattern marks, (P, R)."""
     compiled = [_compiled(pattern) for pattern in patterns]
     ids, offsets = np.asarray(token_ids), np.asarray(run_offsets, dtype=np.int64)
     marks, numbers = np.zeros(len(ids), dtype=bool), np.zeros((len(compiled), len(offsets) - 1), dtype=np.int32)
@@ -130,6 +130,7 @@ def match_each(
     for run, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         which = np.searchsorted(distinct, ids[start:stop])
         for place, found in match_run([pieces[i] for i in which.tolist()], compiled):
+            found &= True if left_out is None else ~left_out[start:stop]
             marks[start:stop] |= found
             numbers[place, run] = found.sum()
     return marks, numbers

@@ -292,13 +292,13 @@ def _message(message: Row, keys: tuple[str, str]) -> dict[str, Any]:
     return {"role": ROLES.get(name, name), "content": message.get(content) or "", **rest}
 
 
-def write_converted(source: Source, shape: Shape, host: str, chat: bool, file: Path) -> tuple[int, int]:
-    """Write all rows of a source for a host; returns how many rows were written, and how many held no answer.
+def write_converted(source: Source, shape: Shape, host: str, chat: bool, file: Path) -> tuple[int, int, int]:
+    """Write all rows of a source for a host; returns how many were read, written, and held no answer.
 
     Raises:
         XTFUserError: no row holds a question and an answer, or the file cannot be written.
     """
-    written = without = 0
+    read = written = without = 0
     try:
         file.parent.mkdir(parents=True)
         with file.open("w", encoding="utf-8", errors="replace") as lines:
@@ -306,14 +306,14 @@ def write_converted(source: Source, shape: Shape, host: str, chat: bool, file: P
                 kept = {name: row.get(name) for name in shape.labels}
                 made = [each | kept for each in converted(row, shape, host, chat)]
                 lines.writelines(json.dumps(each, ensure_ascii=False, default=str) + "\n" for each in made)
-                written, without = written + len(made), without + (not made)
+                read, written, without = read + 1, written + len(made), without + (not made)
     except FileExistsError:
         raise XTFUserError(f"{file.parent} exists, and would be overwritten. Remove it, or choose --output.") from None
     except OSError as error:
         raise XTFUserError(f"{file} cannot be written: {error.strerror or error}. Choose --output.") from error
     if not written:
         raise XTFUserError(f"no row has text in {' and '.join(shape.columns)}. Name another data set.")
-    return written, without
+    return read, written, without
 
 
 def longest(head: Iterable[Row], shape: Shape) -> int:

@@ -107,8 +107,10 @@ def init(model: str, dataset: str, host: str | None, output: Path) -> list[str]:
             said, data, found = [], source, []
             if choice.convert:
                 file = folder / "train.jsonl"
-                rows, without = write_converted(source, shape, chosen, choice.chat, file)
-                said = [f"wrote {file}: {rows:,} rows" + f"; {without:,} without an answer left out" * (without > 0)]
+                read, rows, without = write_converted(source, shape, chosen, choice.chat, file)
+                each = f", one for each answer in {read:,} conversations" if rows > read - without else ""
+                each += f"; {without:,} without an answer left out" if without else ""
+                said = [f"wrote {file}: {rows:,} rows{each}"]
                 data = replace(source, path=str(folder), data_files=None, config=None, configs=[], split="train")
             text = recipe_text(chosen, dataset, data, about, choice, shape, output)
             _write(output, text)

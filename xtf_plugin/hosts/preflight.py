@@ -137,6 +137,8 @@ def _fields() -> dict[str, str]:
 
 
 def _of_keys(data: Mapping[str, Any]) -> Iterator[str]:
+    from ..config.block import XTFConfig
+
     fields = _fields()
     launch = set(re.findall(r"\"--([a-z][\w-]*)\"", source("accelerate", "commands/launch.py")))
     known = {
@@ -152,7 +154,8 @@ def _of_keys(data: Mapping[str, Any]) -> Iterator[str]:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             near = ["max_length"] if key == "max_seq_length" else near
-            yield f"{key}: TRL has no such key. " + (f"Did you mean {near[0]}?" if near else "Remove it.")
+            hint = f"Did you mean {near[0]}?" if near else "Remove it."
+            yield f"{key}: TRL has no such key. {'It belongs under `xtf:`.' if key in XTFConfig.model_fields else hint}"
         for kind in (int, float):
             if re.fullmatch(rf"{kind.__name__}( \| None)?", fields.get(str(key), "")) and value is not None:
                 try:

@@ -23,8 +23,8 @@ from .summary import Verdicts
 from .terminal import Document, Part
 
 NOTE = (
-    "selected again from the stored scores, since only thresholds have changed; a run asks again of text whose scores "
-    "depend on what is dropped. If the recipe's data changed too: xtf score RECIPE"
+    "selected again from the stored scores, since only thresholds have changed. Scores that depend on what is dropped "
+    "may differ in a run; for its exact figures: xtf score RECIPE"
 )
 
 

@@ -28,6 +28,7 @@ from ..data.ragged import Bools, Floats, Ints, Layout, offsets_of, runs, stretch
 from ..data.values import Grouping
 from ..errors import XTFUserError, reason
 from ..selection.select import DECISIONS, Reasons, reason_text, rule_bits
+from ..selection.text_rules import special_ids
 
 if TYPE_CHECKING:
     from ..data.documents import DocumentSet
@@ -123,7 +124,7 @@ class ScoreTable:
             forced=np.zeros_like(text.protected) if text.forced is None else text.forced,
             pieces=dict(zip(ids, token_text.token_bytes(tokenizer, ids), strict=True)),
             groups=plan.groups,
-            before=Prompts(documents, tokenizer).before,
+            before=Prompts(documents, tokenizer, special_ids(tokenizer)).before,
         )
 
     @property

@@ -102,7 +102,7 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
         "totals": totals(plan),
         **({"by": by_value(plan.groups, layout, plan.selection.keep)} if plan.groups else {}),
         "familiarity": known,
-        "formats": [{"text": on_one_line(text), "share": round(part, 4)} for text, part in plan.text.formats.items()],
+        "formats": [{"text": text, "share": round(part, 4)} for text, part in _formats(plan).items()],
         "patterns": [asdict(each) for each in plan.text.matches],
         "recurring": [{**asdict(each), "text": on_one_line(each.text)} for each in plan.recurring],
         **(found or {}),
@@ -173,16 +173,24 @@ def _scorer_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def _formats(plan: Plan) -> dict[str, float]:
+    """Openings that are protected as format, as they are shown, and the share of documents that have them."""
+    shown: dict[str, float] = {}
+    for text, part in plan.text.formats.items():  # some differ in white space or in how they are cut into tokens
+        shown.setdefault(on_one_line(text), part)
+    return shown
+
+
 def _text_lines(plan: Plan) -> list[str]:
     """Lines about openings that are kept as format, the block's patterns, and texts that recur."""
-    formats = list(plan.text.formats.items())
+    formats = list(_formats(plan).items())
     line = 'kept as format: "{}" opens a line in {:.0%} of documents'
-    lines = [line.format(on_one_line(text), part) for text, part in formats[:FORMATS]]
+    lines = [line.format(text, part) for text, part in formats[:FORMATS]]
     if len(formats) > FORMATS:
         lines.append(f"kept as format: {len(formats) - FORMATS} more openings, see the report")
     lines += [
-        f"{each.key} {harmless(repr(each.pattern))}: in {each.documents:,} documents, {each.tokens:,} tokens, at most "
-        f"{each.most:,} in one"
+        f"{each.key} {harmless(repr(each.pattern))}: {each.tokens:,} tokens in {each.documents:,} of the documents, at "
+        f"most {each.most:,} in one"
         for each in plan.text.matches[:PATTERNS]
         if each.tokens
     ]

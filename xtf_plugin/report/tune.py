@@ -24,7 +24,7 @@ from ..environment import docs
 from ..errors import XTFUserError
 from ..scorers import ScoreConfig, registry
 from ..selection.rules import fires
-from ..selection.select import Selection
+from ..selection.select import FORCED, Selection
 from .page.block import minimal
 from .score_table import ScoreTable
 from .summary import Verdicts
@@ -60,7 +60,7 @@ class Setting:
         name: what differs from the block as it is: "TR milder".
         change: the key that differs, in YAML; empty where scores are off.
         exact: whether a run with this block drops exactly this.
-        dropped: (M,).
+        dropped: (M,); forced: (M,) those that no rule but `force_drop` drops.
         shares: of the dataset's completion tokens that each score's rule drops.
     """
 
@@ -69,6 +69,7 @@ class Setting:
     config: XTFConfig
     exact: bool
     dropped: Bools
+    forced: Bools
     shares: Mapping[str, float]
 
 
@@ -90,7 +91,8 @@ def _setting(table: ScoreTable, name: str, change: str, config: XTFConfig) -> Se
     selection: Selection = reselect(table, config.model_copy(update={"control": None}))
     totals = Verdicts(config, selection, table.weights).totals()
     shares = {score: counts["dropped_fraction"] for score, counts in totals["scores"].items()}
-    return Setting(name, change, config, _is_exact(table.config, config), ~selection.keep, shares)
+    forced = ~selection.keep & ((selection.reasons & FORCED) > 0)
+    return Setting(name, change, config, _is_exact(table.config, config), ~selection.keep, forced, shares)
 
 
 def _is_exact(held: XTFConfig, config: XTFConfig) -> bool:
@@ -197,7 +199,7 @@ def show(found: list[Setting], table: ScoreTable, source: str, console: Console)
 
     for number, each in enumerate(found, start=1):
         by_score = [f"{100 * each.shares[name]:.1f}" if name in each.shares else "off" for name in names]
-        by_score += [share(each.dropped & table.forced)] * len(forced)
+        by_score += [share(each.forced)] * len(forced)
         other = ["", ""] if each is base else [share(each.dropped & ~base.dropped), share(base.dropped & ~each.dropped)]
         label = Text(visible(each.name).replace("·", " ") + (f": {each.change}" if each.change else ""))
         rows.add_row(str(number), label, "" if each.exact else "about", share(each.dropped), *by_score, *other)

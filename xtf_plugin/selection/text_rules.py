@@ -36,11 +36,11 @@ class Match:
 
     @classmethod
     def find(
-        cls, key: str, patterns: Sequence[str], documents: DocumentSet, tokenizer: Any
+        cls, key: str, patterns: Sequence[str], documents: DocumentSet, tokenizer: Any, left_out: Bools | None = None
     ) -> tuple[Bools, Sequence[Match]]:
-        """The completion tokens that some patterns mark, (M,), and what each of them matches."""
+        """The completion tokens that some patterns mark, (M,), and what each of them matches; without `left_out`."""
         runs, ids = documents.completion_runs, documents.completion_ids
-        marks, numbers = token_text.match_each(tokenizer, ids, runs, patterns)
+        marks, numbers = token_text.match_each(tokenizer, ids, runs, patterns, left_out)
         owners = np.searchsorted(documents.completion_offsets, runs[:-1], side="right") - 1
         matches = []
         for pattern, each in zip(patterns, numbers, strict=True):
@@ -91,9 +91,10 @@ class TextRules:
         if config.protect.special_tokens:
             protected |= np.isin(token_ids, special)
             protected |= False if turns.marks is None else turns.marks
-        marks, matches = Match.find("protect.patterns", config.protect.patterns, documents, tokenizer)
+        always = protected.copy() if config.protect.special_tokens else None  # `.*` means the text, not its end
+        marks, matches = Match.find("protect.patterns", config.protect.patterns, documents, tokenizer, always)
         protected |= marks
-        marks, others = Match.find("force_drop", config.force_drop, documents, tokenizer)
+        marks, others = Match.find("force_drop", config.force_drop, documents, tokenizer, always)
         matches, forced = (*matches, *others), marks if config.force_drop else None
         share = config.protect.formats if len(token_ids) else None
         units = {part.unit for part in config.scores.values()} & {"sentence", "line"}
