@@ -32,11 +32,8 @@ def test_a_pattern_leaves_special_tokens_alone():
     tokenizer = tiny.tokenizer()
     ids = [*tokenizer(" Sure thing", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     documents = collect([{"input_ids": ids, "labels": ids}])
-    for key in ("force_drop", "protect"):
-        block = {
-            "preset": "none",
-            key: ["Sure.*"] if key == "force_drop" else {"patterns": ["Sure.*"], "formats": None},
-        }
+    for part in ({"force_drop": ["Sure.*"]}, {"protect": {"patterns": ["Sure.*"], "formats": None}}):
+        block = {"preset": "none", "knowledge_novelty": True, "protect": {"formats": None}, **part}
         found = TextRules.find(XTFConfig(**block), documents, tokenizer)
         assert found.matches[0].tokens == len(ids) - 1
         assert found.protected[-1] and (found.forced is None or not found.forced[-1])
