@@ -76,7 +76,7 @@ def plan(tmp_path):
 def test_the_text_is_searched_once_for_a_plan_and_its_report(plan, monkeypatch, formats, units):
     searched, split = [], []
     find, starts = token_text.match_each, sentences.segment_starts
-    monkeypatch.setattr(token_text, "match_each", lambda *given: searched.append(given[-1]) or find(*given))
+    monkeypatch.setattr(token_text, "match_each", lambda *given: searched.append(given[3]) or find(*given))
     monkeypatch.setattr(sentences, "segment_starts", lambda *given: split.append(given[0]) or starts(*given))
     protect = {"patterns": ["\\d+"], "formats": formats}
     block = {"protect": protect, "force_drop": ["happy"], "task_relevance": {"unit": "line"}}

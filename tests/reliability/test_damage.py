@@ -267,7 +267,8 @@ def looked_at(path: Path) -> list[tuple[int, str, str]]:
 
 def facts(table: score_table.ScoreTable) -> list[object]:
     """All that a table holds, to compare."""
-    held = [getattr(table, each.name) for each in dataclasses.fields(table)]
+    held = [getattr(table, each.name) for each in dataclasses.fields(table) if each.name != "before"]
+    held.append(table.before(np.flatnonzero(table.opens)))
     return [value.tobytes() if isinstance(value, np.ndarray) else str(value) for value in held]
 
 

@@ -252,7 +252,7 @@ def test_a_table_of_other_tools_does_not_act_on_the_terminal(tmp_path: Path) -> 
 def metadata_of_a_run() -> dict[str, Any]:
     tokenizer = Spelled(["a", "b", " c", "."])
     table = described(plan_of(4, tokenizer, RULES, "tiny"), tokenizer)[0]
-    return {**score_table.plain(table.about), "format": 2, "bytes": {"1": "ff"}}
+    return {**score_table.plain(table.about), "format": score_table.FORMAT, "bytes": {"1": "ff"}}
 
 
 @st.composite
