@@ -301,6 +301,11 @@ def test_show_scores_only_when_it_must(xtf, write, host):
     assert xtf("show", path, "--", "--seed", "1")[0] == 0 and host.started()
 
 
+def test_data_in_place_of_a_recipe_is_named(xtf, tmp_path):
+    code, _, err = xtf("show", tmp_path / "data.jsonl")
+    assert code == 2 and "data.jsonl is data, not a recipe." in err
+
+
 def test_scores_of_data_that_has_changed_are_not_shown(xtf, write, host, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.jsonl").write_text('{"text": "A dog"}\n')

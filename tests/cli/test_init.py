@@ -83,7 +83,7 @@ def test_questions_and_answers_are_written_again(init, xtf, model, tmp_path):  #
     assert "after a change of data.jsonl, remove recipe_data and this file" in (tmp_path / "recipe.yaml").read_text()
     row = rows_of(tmp_path / "recipe_data")[0]
     if model == "base":
-        assert row == {"prompt": PLAIN[0]["question"] + "\n", "completion": PLAIN[0]["answer"]}
+        assert row == {"prompt": PLAIN[0]["question"] + "\n", "completion": PLAIN[0]["answer"]} and "note:" not in out
     else:
         assert row["prompt"] == [{"role": "user", "content": PLAIN[0]["question"]}]
         assert row["completion"] == [{"role": "assistant", "content": PLAIN[0]["answer"]}]
@@ -91,7 +91,9 @@ def test_questions_and_answers_are_written_again(init, xtf, model, tmp_path):  #
 
 
 def test_columns_that_the_host_reads_are_left_where_they_are(init, tmp_path):
-    _, _, _, recipe = init(save([{**row, "extra": 1} for row in tiny.problems(9)], "folder/train.jsonl").split("/")[0])
+    folder = save([{**row, "extra": 1} for row in tiny.problems(9)], "folder/train.jsonl").split("/")[0]
+    _, out, _, recipe = init(folder)
+    assert "note: the model has a chat template, and plain texts are trained without it" in out
     assert recipe["datasets"] == [{"path": "./folder", "split": "train", "columns": ["prompt", "completion"]}]
     assert (
         recipe["load_in_4bit"] is init_recipe._on_gpu()

@@ -30,6 +30,10 @@ SHORTEST, LONGEST = 512, 4096  # tokens of a row
 COMMENT = 36  # column in which comments begin
 NO_PROMPT = "texts without a prompt: task_relevance then judges a sentence by the text before it alone"
 PLAIN = "plain text: no chat template is applied to it"
+UNUSED = (
+    "note: the model has a chat template, and plain texts are trained without it. Columns of messages use it, and a "
+    "chat model often scores them better: {docs}"
+)
 
 Line = tuple[str, Any, str]  # key, value, comment
 
@@ -121,6 +125,7 @@ def init(model: str, dataset: str, host: str | None, output: Path) -> list[str]:
             if not output.exists():
                 shutil.rmtree(folder, ignore_errors=True)
         if not found:
+            said += [UNUSED.format(docs=docs("troubleshooting.md"))] if about.template and PLAIN in choice.note else []
             return [*said, f"wrote {output}, for {COMMANDS[chosen]}", f"next: xtf check {output}"]
     raise XTFUserError("no recipe for these would run:\n" + "\n".join(f"- {each}" for each in found))
 

@@ -74,6 +74,8 @@ class Recipe:
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe. Raises XTFUserError for an unreadable file, bad YAML, no mapping, or not exactly one host."""
     path = Path(path)
+    if path.suffix in (".jsonl", ".csv"):
+        raise XTFUserError(f"{path} is data, not a recipe. Name a recipe (YAML), or write one: xtf init --help")
     data = _read_mapping(path)
     hosts = [host for key, host in _HOST_KEYS.items() if data.get(key) is not None]
     if len(hosts) != 1:

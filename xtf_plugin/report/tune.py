@@ -43,8 +43,8 @@ _VALUES: dict[str, tuple[float, ...]] = {  # to choose from, by key of `drop`
 }
 _BY_SHARE = ("below", "known_above", "unknown_below")  # whose values are chosen by the shares that they drop
 ABOUT = (
-    "about: an estimate, since these scores change with what is dropped; `xtf score` with that block counts exactly. "
-    "All other numbers are those of a run."
+    "about: an estimate, of numbers and of examples: these scores change with what is dropped, and one score may find "
+    "what another lets go. `xtf score` with that block counts exactly. All other numbers are those of a run."
 )
 NOTHING = (
     "No threshold of these scores drops anything here. Other scores, or another model that scores (`reference: {model: "
