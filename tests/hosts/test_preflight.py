@@ -183,6 +183,7 @@ MISTAKES = {
     "an eos token that is a list": ({"eos_token": ["a"]}, "eos_token: ['a'] is not in the tokenizer's vocabulary"),
     "a number for the data": ({"dataset_name": ..., "datasets": 5}, "datasets: 5 is no list"),
     "a long path": ({"dataset_name": "./" + "x" * 5_000}, "there is no such folder of data"),
+    "a long name of data": ({"dataset_name": "x" * 5_000}, "would be fetched from the Hugging Face hub"),
     "a long path of a model": ({"model_name_or_path": "./" + "x" * 5_000}, "there is no folder"),
     "no such checkpoint": ({"resume_from_checkpoint": "./no/checkpoint"}, "there is no folder ./no/checkpoint"),
     "streamed without adapters": ({"dataset_streaming": True}, "Set use_peft: true, or reference.model"),

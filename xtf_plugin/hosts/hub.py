@@ -60,7 +60,7 @@ def _holds_data(name: str, env: Mapping[str, str]) -> bool:
     folder, plain = Path(os.path.expandvars(os.path.expanduser(prepared))), re.compile(r"[^a-z0-9]")
     known = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     wanted = plain.sub("", name.lower())
-    return (_cache(env) / ("datasets--" + name.replace("/", "--"))).is_dir() or any(
+    return os.path.isdir(_cache(env) / ("datasets--" + name.replace("/", "--"))) or any(
         plain.sub("", each.lower()) == wanted for each in known
     )
 

@@ -319,7 +319,7 @@ def _entry(source: Source, choice: Choice, host: str) -> str:
 
 def _here(path: str) -> str:
     """A path that `datasets` cannot take for a name on the hub, or in its cache, where the folder is not there."""
-    return path if path.startswith((".", "/")) or not Path(path).is_dir() else f"./{path}"
+    return path if path.startswith((".", "/")) or not os.path.isdir(path) else f"./{path}"
 
 
 def _lines(*lines: Line) -> str:

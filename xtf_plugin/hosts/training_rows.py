@@ -74,7 +74,7 @@ def changed(recipe: Recipe) -> int:
 def _beside(recipe: Recipe, path: str) -> str:
     """What is wrong with a folder of data that is not in the current folder, but beside the recipe; empty: nothing."""
     folder = recipe.path.parent.absolute()
-    if not (folder / path).is_dir():
+    if not os.path.isdir(folder / path):  # unlike `Path`, it takes names of any length
         return ""
     return f"{path} is a folder beside the recipe, and paths count from the current folder. Run this in {folder}."
 
