@@ -147,7 +147,7 @@ const documents = D.documents.map((given) => {
     ends[i] = spelling.length;
   });
   return {...raw, plain, expressions, begins, ends, spelling, visible: textsOf(raw, (id) => D.tokens[id]), codes: raw.codes.map(bytes),
-    flags: bytes(raw.flags), reasons: shorts(raw.reasons), units: shorts(raw.units), gaps: new Map(raw.gaps.map(([at, ...gap]) => [at, gap])),
+    flags: bytes(raw.flags), reasons: shorts(raw.reasons), units: shorts(raw.units), gaps: new Map(raw.gaps),
     scores: Object.fromEntries(Object.entries(raw.scores).map(([name, text]) => [name, floats(text)])),
     text: plain.filter((text) => text !== "◌").join("")};
 });

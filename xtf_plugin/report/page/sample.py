@@ -111,13 +111,11 @@ def document_data(
     """One document of the sample.
 
     For each token shown: `ids` (index in `tokens`), `scores` by name, `codes` by slider, `flags` and `reasons`. `units`
-    are the first tokens of sentences or lines. `gaps` are (token, number of prompt tokens before it, the end of their
-    text); `joined` are (first token, number of tokens, text, regular expression or null) where one character is spread
-    over several tokens.
+    are the first tokens of sentences or lines. `gaps` are (token, the end of the prompt before it); `joined` are (first
+    token, number of tokens, text, regular expression or null) where one character is spread over several tokens.
     """
     here = shown_tokens(table, document)
     places = np.searchsorted(vocabulary, table.token_ids[here])
-    skipped = np.diff(table.positions[here], prepend=-1) - 1
     flags = whatif.flags_of(table.protected[here], table.forced[here])
     flags = flags | table.keep[here] * np.uint8(KEPT) | near[here] * np.uint8(NEAR)
     flags = flags | _given(table, document)[: here.stop - here.start] * np.uint8(GIVEN)
@@ -133,7 +131,7 @@ def document_data(
         "flags": packed(flags, "<u1"),
         "reasons": packed(table.reasons[here], "<u2"),
         "units": packed(units, "<u2"),
-        "gaps": [(at, int(skipped[at]), before) for at, before in _prompts(table, here).items() if skipped[at]],
+        "gaps": list(_prompts(table, here).items()),
         "joined": _joined([pieces[place] for place in places.tolist()]),
     }
 
@@ -141,7 +139,12 @@ def document_data(
 def _prompts(table: ScoreTable, here: slice) -> dict[int, str]:
     """The ends of the prompts in a document as they are shown, by the token behind them."""
     found = table.prompts(here).items()
-    return {at: "".join(char if char in " \n\t" else escaped(char) for char in text) for at, text in found}
+    return {at: _with_spaces(text) for at, text in found if text}
+
+
+def _with_spaces(text: str) -> str:
+    """A text with plain white space, and escapes for everything else that is not a printable character."""
+    return "".join(char if char in " \n\t" else escaped(char) for char in text)
 
 
 def _given(table: ScoreTable, document: int) -> Bools:
@@ -172,7 +175,7 @@ def odd(piece: bytes) -> tuple[str, str | None] | None:
     seems = shown.replace("·", " ").replace("↵\n", "\n").replace("⇥", "\t")
     if seems.encode() == piece:
         return None
-    plain = "".join(char if char in " \n\t" else escaped(char) for char in text)
+    plain = _with_spaces(text)
     return (plain if len(text) <= LONGEST_TEXT and "\ufffd" not in text else shown), _expression(piece)
 
 
