@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -487,6 +488,9 @@ def test_a_reference_with_another_tokenizer(made, tmp_path):
     assert "has another vocabulary" in problem
 
 
+GATED = {"gated": "manual", "siblings": [{"rfilename": name} for name in (".gitattributes", "README.md", "a b.json")]}
+
+
 @pytest.fixture
 def hub_at(monkeypatch, tmp_path):
     """A hub that knows some names, and the requests that it got; its caches are empty."""
@@ -495,14 +499,22 @@ def hub_at(monkeypatch, tmp_path):
     class Answers(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            self.send_response(200 if self.path.endswith(("/some/model", "/some/data")) else 401)
+            gated = "/gated/" in self.path and "/resolve/" not in self.path
+            known = gated or self.path.endswith(("/some/model", "/some/data"))
+            mine = self.headers.get("authorization") == "Bearer mine"
+            self.send_response(200 if known else 302 if mine else 401)
+            self.send_header("location", "/elsewhere")
             self.end_headers()
+            if gated:
+                self.wfile.write(json.dumps(GATED).encode())
+
+        do_HEAD = do_GET
 
         def log_message(self, *_):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
@@ -525,6 +537,22 @@ def test_the_hub_is_asked_once_for_what_is_not_on_this_disk(made, tmp_path, monk
     assert checked(recipe_of(made, tmp_path, xtf=reference))[0].startswith("reference.model: there is no folder")
     (problem,) = checked(recipe_of(made, tmp_path, model_name_or_path="./tiny"))
     assert f"there is no folder ./tiny (looked for: {tmp_path / 'tiny'})" in problem
+
+
+def test_a_gated_model_is_found_by_its_files(made, tmp_path, monkeypatch, hub_at):
+    path = recipe_of(made, tmp_path, model_name_or_path="gated/model", dataset_name="gated/data")
+    model, data = checked(path)
+    home = os.environ["HF_ENDPOINT"]
+    assert f"it is gated, and its files are not open to you. Accept its terms at {home}/gated/model, then" in model
+    assert f"{home}/datasets/gated/data, then log in (hf auth login) or set HF_TOKEN." in data
+    assert hub_at[1::2] == [
+        f"/{part}gated/{name}/resolve/main/a%20b.json" for part, name in (("", "model"), ("datasets/", "data"))
+    ]
+    hub._answer.cache_clear()
+    hub_at.clear()
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    assert checked(path) == []
+    assert len(hub_at) == 4  # a file that lies elsewhere is not asked for there
 
 
 def test_a_hub_out_of_reach_is_said_at_once(made, tmp_path, monkeypatch, hub_at):

@@ -1,21 +1,22 @@
 """Whether the Hugging Face hub, or its cache on this disk, has a model or a data set that a recipe names.
 
 A name that is no folder is taken for one of the hub. So a mistyped folder is found only when the hub refuses it, after
-many retries. Here the hub is asked once.
+many retries. Here the hub is asked once, and once more for a file of a gated one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.error import HTTPError
 from urllib.parse import quote
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener, urlopen
 
 from ..environment import is_on
 
@@ -87,14 +88,17 @@ def missing(kind: Kind, name: str, revision: str | None, env: Mapping[str, str])
 @cache
 def _answer(kind: Kind, name: str, endpoint: str) -> str:
     """What is wrong with a name by the hub's answer; empty: nothing, or the answer does not say."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    headers = {"authorization": f"Bearer {token}"} if token else {}
-    request = Request(f"{endpoint.rstrip('/')}/api/{kind}s/{quote(name)}", headers=headers)
+    home, where = endpoint.rstrip("/"), quote(name)
     try:
-        with urlopen(request, timeout=SECONDS):
-            return ""
+        with urlopen(_request(f"{home}/api/{kind}s/{where}"), timeout=SECONDS) as answer:
+            file = _behind_a_gate(answer.read())
+        page = f"{home}/{'datasets/' if kind == 'dataset' else ''}{where}"
+        if file and _refuses(f"{page}/resolve/main/{quote(file)}"):
+            return (
+                f"it is gated, and its files are not open to you. Accept its terms at {page}, then log in (hf auth "
+                "login) or set HF_TOKEN"
+            )
+        return ""
     except HTTPError as error:
         if error.code not in (401, 403, 404):
             return ""
@@ -105,3 +109,39 @@ def _answer(kind: Kind, name: str, endpoint: str) -> str:
     except (OSError, ValueError, HTTPException) as error:  # a URLError is an OSError
         why = getattr(error, "reason", None) or error
         return f"{endpoint} cannot be reached ({why}). Correct the folder, or go on where there is a network"
+
+
+def _behind_a_gate(facts: bytes) -> str:
+    """A file of a gated model or data set, from what the hub says of it; empty: it is not gated.
+
+    The hub tells everybody about a gated one. Its files it gives only to who has accepted the terms.
+    """
+    try:
+        known = json.loads(facts)
+        files = [str(each["rfilename"]) for each in known["siblings"]] if known["gated"] else []
+    except (ValueError, TypeError, KeyError):  # a mirror may say less
+        return ""
+    return next((file for file in files if not file.startswith((".", "README"))), "")
+
+
+def _refuses(url: str) -> bool:
+    """Whether the hub does not give a file to this user; where the file itself lies is not asked."""
+    try:
+        with build_opener(_NoRedirect).open(_request(url, "HEAD"), timeout=SECONDS):
+            return False
+    except HTTPError as error:
+        return error.code in (401, 403)
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """Takes a redirection for an answer."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """No further request."""
+
+
+def _request(url: str, method: str = "GET") -> Request:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return Request(url, headers={"authorization": f"Bearer {token}"} if token else {}, method=method)
