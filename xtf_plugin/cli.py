@@ -1,6 +1,6 @@
 """The `xtf` command: write a recipe, check it, score it, show what it or another setting drops, manage the score cache.
 
-It runs the host's own command as a subprocess and reads the files that this writes; it loads no model itself.
+It runs the host's own command as a subprocess and reads the files that this command writes; it loads no model itself.
 Exit codes: 0 success, 2 wrong user input (one message, no traceback), 1 any other error.
 Heavy imports are inside the commands, so that `xtf --help` and `xtf check` start fast.
 """
@@ -371,7 +371,7 @@ def _outdated(path: Path, target: Path, recipe: Recipe) -> str:
     from .report import score_table
 
     if not path.exists():
-        return f"there is no score table {path.absolute()} yet"
+        return f"there is not a score table {path.absolute()} yet"
     config, about = XTFConfig.parse(recipe.block), score_table.metadata(score_table.open_file(path), path)
     if about.get("format", score_table.FORMAT) != score_table.FORMAT:
         return f"{path} is of another version of xtf-plugin"

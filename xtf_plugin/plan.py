@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .data.column_marks import AllMarks
+from .data.column_values import UNKNOWN, Grouping, Values
 from .data.documents import DocumentSet
-from .data.marks import AllMarks
 from .data.ragged import Floats, Ints
-from .data.values import UNKNOWN, Grouping, Values
 from .scoring.batching import ScoringStats
 from .scoring.cached_scores import ReferenceProvider, ScoreSource, about_scorers, run_scorers
 from .scoring.distributed import ALONE, Ranks

@@ -190,7 +190,7 @@ def test_a_key_that_is_written_twice_is_refused(xtf, tmp_path, block, line, key)
     path = tmp_path / "r.yaml"
     path.write_text("model_name_or_path: m\n" + block)
     code, _, err = xtf("check", path)
-    assert code == 2 and f"line {line}: `{key}:` is there a second time" in err
+    assert code == 2 and f"line {line}: `{key}:` is repeated" in err
 
 
 def test_a_block_that_contains_itself_is_read(xtf, tmp_path):
@@ -256,7 +256,7 @@ def test_a_failed_run_ends_with_what_check_knows(xtf, write, host, tmp_path, com
     host(code=1, writes=False)
     code, _, err = xtf(command, write(dataset_name=str(tmp_path / "absent")))
     first = "scoring first, since" in err.splitlines()[0]
-    assert first == (command == "show") and ("there is no score table" in err) == first
+    assert first == (command == "show") and ("there is not a score table" in err) == first
     assert code == 1 and err.splitlines()[-1].startswith("- ") and "absent" in err.splitlines()[-1]
     assert "- " not in xtf(command, write())[2]
 

@@ -71,15 +71,15 @@ OF_UNITS = "knowledge_novelty, task_relevance"
         ),
         (
             {"selectors": {"lean": {**LEAN, "among": "lean"}}},
-            f"selectors.lean.among: 'lean' is no other score of this block that is on (legal: {OF_UNITS};",
+            f"selectors.lean.among: 'lean' is not another score of this block that is on (legal: {OF_UNITS};",
         ),
         (
             {"reasoning_importance": {"among": "task_relevence"}},
-            f"is no other score of this block that is on (legal: {OF_UNITS};",
+            f"is not another score of this block that is on (legal: {OF_UNITS};",
         ),
         (
             {"reasoning_importance": {**LEAN, "among": "reasoning_importance"}, "task_relevance": False},
-            "is no other score of this block that is on (legal: knowledge_novelty;",
+            "is not another score of this block that is on (legal: knowledge_novelty;",
         ),
         (
             {"reasoning_importance": {"unit": "line"}, "knowledge_novelty": {"unit": "line"}},

@@ -75,7 +75,7 @@ def test_row_without_boundaries_is_one_document():
         ({"labels": [1]}, "has no input_ids, only labels"),
         ({"input_ids": np.array([1, 2**64 - 1], np.uint64), "labels": [1, 2]}, "beyond 64 bits"),
         ({**packed(A, B), "seq_lengths": [2**62] * 3 + [2**62 + 7]}, f"add up to {2**64 + 7}"),
-        ({"input_ids": [1, 2.5], "labels": [1, 2]}, "no flat list of whole numbers"),
+        ({"input_ids": [1, 2.5], "labels": [1, 2]}, "not a flat list of whole numbers"),
         ({"input_ids": [1, 2], "labels": [1, 2], "position_ids": [0]}, "2 tokens but 1 position_ids"),
         ({**packed(A, B), "seq_lengths": [4, 4]}, "add up to 8"),
         ({**packed(A, B), "seq_lengths": [7, 0]}, "add up to 7"),

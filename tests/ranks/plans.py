@@ -16,8 +16,8 @@ from tests.test_plan import ATTRIBUTES_ON, Provider, rows
 from xtf_plugin import XTFUserError, attach
 from xtf_plugin import plan as pipeline
 from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.column_marks import Marks
 from xtf_plugin.data.documents import collect, split_row
-from xtf_plugin.data.marks import Marks
 from xtf_plugin.errors import XTFError
 from xtf_plugin.plan import make_plan
 from xtf_plugin.scoring import distributed

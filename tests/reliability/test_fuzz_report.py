@@ -38,7 +38,8 @@ from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.data.token_text import byte_alphabet
 from xtf_plugin.plan import Plan, scores_of
-from xtf_plugin.report import page, score_table, terminal
+from xtf_plugin.report import score_table, terminal
+from xtf_plugin.report.page import render as page
 from xtf_plugin.report.summary import described
 from xtf_plugin.scoring.batching import ScoringStats
 from xtf_plugin.selection.select import select

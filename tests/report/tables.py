@@ -10,7 +10,8 @@ from tests.test_plan import Provider, rows
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.data.documents import collect
 from xtf_plugin.plan import Plan, make_plan
-from xtf_plugin.report import page, score_table
+from xtf_plugin.report import score_table
+from xtf_plugin.report.page import render as page
 from xtf_plugin.report.score_table import ScoreTable
 from xtf_plugin.report.summary import described
 

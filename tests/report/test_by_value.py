@@ -13,8 +13,8 @@ from tests.made_scores import DROPS
 from tests.report.tables import page_of, plan_of, table_of
 from tests.test_plan import rows
 from xtf_plugin.config.block import XTFConfig
+from xtf_plugin.data.column_values import Grouping
 from xtf_plugin.data.ragged import Layout
-from xtf_plugin.data.values import Grouping
 from xtf_plugin.report import reselected, score_table
 from xtf_plugin.report.by_value import LISTED, by_value
 from xtf_plugin.report.summary import summary

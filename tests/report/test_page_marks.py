@@ -12,7 +12,7 @@ from tests import tiny
 from tests.browsing import browser, put, selected, shown  # noqa: F401 (a fixture)
 from tests.report.tables import page_of, plan_of, table_of
 from xtf_plugin.config.block import XTFConfig
-from xtf_plugin.report.page.block import minimal
+from xtf_plugin.report.page.shortest_block import minimal
 
 PHRASE = "Sure, happy to help!"
 BLOCK = {"preset": "none", "knowledge_novelty": {"unit": "sentence", "drop": {"unknown_below": 0.9}}}

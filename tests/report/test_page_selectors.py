@@ -201,7 +201,9 @@ def test_words_of_the_defaults_scorers(browser, tmp_path):
     assert said("task_relevance", -0.08) == less
     assert said("reasoning_importance", -0.3) == "without this sentence, the text after it is 0.3 nats easier in total"
     assert said("reasoning_importance", 0.3) == "without this sentence, the text after it is 0.3 nats harder in total"
-    assert said("reasoning_importance", -0.01) == "nothing after this sentence leans on it (-0.01 nats)"
+    assert (
+        said("reasoning_importance", -0.01) == "this sentence does not help to predict the text after it (-0.01 nats)"
+    )
     assert said("knowledge_novelty", 0.08) == "92 % of this line repeats earlier text"
     assert said("knowledge_novelty", 1) == "this line repeats no earlier text"
     assert opened.evaluate("inWords('knowledge_novelty', NaN)") == "not asked, fewer than 6 tokens"
@@ -209,7 +211,7 @@ def test_words_of_the_defaults_scorers(browser, tmp_path):
     assert asked == "not asked: task relevance leaves no doubt, or too little text follows"
     assert opened.evaluate("scores.map((score) => averaged(score.name))") == ["", "", ""]
     notes = opened.locator(".score > .note:last-child").all_inner_texts()
-    assert notes[0] == "The score: how much the text after it leans on it." and len(set(notes)) == 3
+    assert notes[0] == "The score: how much it helps to predict the text after it." and len(set(notes)) == 3
     assert opened.evaluate("kindTitle('knowledge_novelty')") == "Repeats earlier text"
     part = {"scorer": "column", "column": "bad", "unit": "line"}
     opened.evaluate("part => { S.config.selectors = {mine: part}; }", part)

@@ -19,7 +19,8 @@ from tests.report.tables import plan_of, table_of
 from tests.selection.test_select import REASONING, config, from_bits
 from tests.training.test_callback import trainer
 from xtf_plugin import attach
-from xtf_plugin.report import page, summary, terminal, whatif
+from xtf_plugin.report import summary, terminal, whatif
+from xtf_plugin.report.page import render as page
 from xtf_plugin.report.page import sample
 from xtf_plugin.report.summary import Verdicts
 from xtf_plugin.selection.select import select

@@ -305,7 +305,7 @@ def test_the_legend_says_what_the_scorers_of_the_table_measure(tmp_path, capsys)
     show(path)
     printed = capsys.readouterr().out.splitlines()
     assert "TR task relevance: how much its prompt and the text before it explain of it" in printed
-    assert "RI reasoning importance: how much the text after it leans on it" in printed
+    assert "RI reasoning importance: how much it helps to predict the text after it" in printed
     assert "KN knowledge novelty: how much of it does not repeat earlier text" in printed
     assert any(line.startswith("mine: how probable it is, compared") for line in printed)
 
@@ -329,8 +329,10 @@ def test_a_run_prints_its_formats_and_what_recurs(tmp_path, capsys):
     rule = {"scorer": "log_probability", "unit": "line", "drop": {"quantile": 0.1}}
     summary.show(plan_of(tmp_path, made, preset="none", selectors={"mine": rule}), [])
     printed = capsys.readouterr().err
-    assert 'xtf: kept as format: "#" opens a line in 100% of documents\n' in printed
-    assert printed.count("opens a line in") == summary.FORMATS and "kept as format: 2 more openings" in printed
+    assert 'xtf: kept as format: "#" opens a line or sentence in 100% of documents\n' in printed
+    assert (
+        printed.count("opens a line or sentence in") == summary.FORMATS and "kept as format: 2 more openings" in printed
+    )
     assert re.search(r"texts that recur: \d dropped, \d kept; the report lists them", printed)
     assert "mine: how probable the reference finds it (log_probability version 1, xtf-plugin)" in printed
 

@@ -21,7 +21,7 @@ from xtf_plugin import cli
 from xtf_plugin.config.block import XTFConfig
 from xtf_plugin.plan import UNFILTERED
 from xtf_plugin.report import score_table, tune
-from xtf_plugin.report.page.block import minimal
+from xtf_plugin.report.page.shortest_block import minimal
 from xtf_plugin.selection.select import FORCED
 
 TWO = {**DROPS, "selectors": {"mine": {"scorer": "log_probability", "unit": "sentence", "drop": {"below": -7.3}}}}

@@ -132,7 +132,7 @@ def test_without_a_positive_median_nothing_is_doubtful(context, values, warned):
 
 
 def test_a_score_that_did_not_run_is_refused_by_the_key(context):
-    with pytest.raises(XTFUserError, match=r"^among: 'task_relevance' is no score that .* Legal: other, or null"):
+    with pytest.raises(XTFUserError, match=r"^among: 'task_relevance' is not a score that .* Legal: other, or null"):
         influence.score(context(several_turns(2), np.zeros(0), {"below": 0}), part_of())
 
 

@@ -285,7 +285,7 @@ class TestRefusals:
         texts[3] = texts[3].replace("answer", "result")
         made.train_dataset = made.train_dataset.remove_columns("completion").add_column("completion", texts)
         attach(made, block())
-        with pytest.raises(XTFUserError, match="row 3 of the training data.*is not found at one place"):
+        with pytest.raises(XTFUserError, match="row 3 of the training data.*does not occur exactly once"):
             made.train()
 
     @pytest.mark.parametrize("value", [3, "[[0, 4]]"])

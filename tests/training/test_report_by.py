@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from tests.training.test_columns import NOISE, SHAPES, block, dropped, patched, problems, sft  # noqa: F401 (a fixture)
 from xtf_plugin import XTFConfig, XTFDryRun, XTFUserError, attach, cli
+from xtf_plugin.data.column_values import NONE, UNKNOWN, Values
 from xtf_plugin.data.documents import collect
-from xtf_plugin.data.values import NONE, UNKNOWN, Values
 
 BY = {**block(), "report_by": "source"}
 

@@ -130,13 +130,13 @@ def test_formats_are_those_of_the_sample(tmp_path):
 def test_prompts_that_explain_nothing_are_read_in_the_sample_alone(tmp_path, monkeypatch, chunks):
     """What the sample says holds for the whole stream: nothing is dropped, and no later document is spliced."""
     module, read = importlib.import_module("xtf_plugin.scorers.explained"), []
-    surprise = module._Units._surprise
+    surprise = module._Units._logprobs_after
 
     def watch(self, *args):
         read.append(len(self.documents))
         return surprise(self, *args)
 
-    monkeypatch.setattr(module._Units, "_surprise", watch)
+    monkeypatch.setattr(module._Units, "_logprobs_after", watch)
     block = {"calibration": SAMPLE, "batch_tokens": 64}
     attached(tmp_path, trainer(tmp_path, rows().to_iterable_dataset()), block).train()
     assert len(chunks) > 3 and set(read) == {SAMPLE}

@@ -35,7 +35,7 @@ from ..fields import (
 )
 from ..scorers import ScoreConfig
 from .messages import NEXT, explain, shown
-from .scores import PRESETS, SLOTS, Selectors, Slot, complete, over_preset, unanswerable
+from .scores import PRESETS, SLOTS, Selectors, Slot, among_problems, complete, over_preset
 
 
 class ProtectConfig(Block):
@@ -101,7 +101,7 @@ class XTFConfig(Block):
     batch_tokens: ByText[Literal["auto"], Positive] = Field(
         default="auto",
         description="Tokens per scoring batch; auto: 4,096 on a CPU, on a GPU by its memory, up to 32,768 (16,384 for "
-        "a stream and under FSDP); halved when memory runs out.",
+        "a stream, under FSDP, and where texts share a prefix, as with the default); halved when memory runs out.",
     )
     calibration: Calibration = Field(
         default=1000,
@@ -191,7 +191,7 @@ class XTFConfig(Block):
             problems.append(("force_drop", self.force_drop, why))
             if self.control is not None:
                 problems.append(("control", self.control, "has no drop rate to match; switch a score on"))
-        problems += unanswerable(self.scores)
+        problems += among_problems(self.scores)
         if isinstance(self.combine, AtLeast) and self.combine.at_least > number:
             why = f"is more than there are scores ({number}); lower it, or switch a score on"
             problems.append(("combine.at_least", self.combine.at_least, why))

@@ -159,7 +159,10 @@ def _nearest(word: str, words: Sequence[str]) -> str | None:
 
 
 def _corrected(key: str, value: Any, parent: Schema) -> str:
-    """A value that is likely meant, in YAML: of a rule its usual number, of `protect` its patterns; empty: unknown."""
+    """A hint: for a number under `drop` the scorer's usual rule with it, for a list under `protect` its `patterns`.
+
+    Empty: no hint.
+    """
     if key == "drop" and isinstance(value, (int, float)) and not isinstance(value, bool):
         usual = parent["properties"][key].get("default") or {"quantile": None}
         return f"Did you mean drop: {{{next(iter(usual))}: {value:g}}}? "

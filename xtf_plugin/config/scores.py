@@ -139,7 +139,9 @@ def _named(selectors: dict[str, ScoreConfig]) -> dict[str, ScoreConfig]:
         if name in RESERVED:
             problems.append((name, name, "is taken: reasons, metrics and the score table use it; choose another name"))
         elif not NAME.fullmatch(name):
-            problems.append((name, name, "is no name: use lower-case letters, digits and _, and begin with a letter"))
+            problems.append(
+                (name, name, "is not a legal name: use lower-case letters, digits and _, and begin with a letter")
+            )
     if len(selectors) > MOST:
         problems.append((list(selectors)[MOST], len(selectors), f"selectors are more than {MOST}; leave some out"))
     if problems:
@@ -190,26 +192,26 @@ def _over(given: Any, base: Mapping[str, Any] | None, usual: str | None = None) 
     return {**base, **given} if given.get("scorer", usual) == usual else given
 
 
-def unanswerable(scores: Mapping[str, ScoreConfig]) -> list[tuple[str, Any, str]]:
-    """Problems of the key `among`: scores that cannot say in which units they are doubtful."""
+def among_problems(scores: Mapping[str, ScoreConfig]) -> list[tuple[str, Any, str]]:
+    """Problems of the key `among`: the score is off, scores tokens, reads other scores, or has another unit."""
     found = []
     for name, part in scores.items():
         among = getattr(part, "among", None)
-        usable = [other for other in scores if other != name and not _no_answer(part, scores[other])]
+        usable = [other for other in scores if other != name and not _why_not_among(part, scores[other])]
         if among is None or among in usable:
             continue
         if among != name and among in scores:
-            why = _no_answer(part, scores[among])
+            why = _why_not_among(part, scores[among])
         else:
             usual = PRESETS["default"].get(among if among != name else "", {}).get("scorer")
             line = f"{among}: {{scorer: {usual}{', unit: line' * (part.unit == 'line')}}}"
-            why = f"is off; write `{line}`" if usual else "is no other score of this block that is on"
+            why = f"is off; write `{line}`" if usual else "is not another score of this block that is on"
         rest = f"legal: {', '.join(usable) or 'none'}; or null, which scores all units, or switch {name} off"
         found.append((f"{name if name in SLOTS else f'selectors.{name}'}.among", among, f"{why} ({rest})"))
     return found
 
 
-def _no_answer(part: ScoreConfig, other: ScoreConfig) -> str:
+def _why_not_among(part: ScoreConfig, other: ScoreConfig) -> str:
     """Why a score cannot say in which units of another one it is doubtful; empty if it can.
 
     Its scorer must give one number for each unit. Averages over units do not count, since the rule takes them later.
@@ -229,7 +231,8 @@ def check_streamed(scores: Mapping[str, ScoreConfig], columns: Sequence[str] = (
     """Refuse scores that cannot be computed for streamed data, and columns of `report_by`.
 
     Raises:
-        XTFUserError: a scorer needs the whole dataset, or has a reference of its own; names the score.
+        XTFUserError: a scorer needs the whole dataset, or has a reference of its own; names the score. Or `columns` is
+            not empty.
     """
     if columns:
         raise XTFUserError(f"xtf: the training data is streamed, so no column is read for report_by. {_NOT_STREAMED}")
@@ -246,7 +249,7 @@ def check_streamed(scores: Mapping[str, ScoreConfig], columns: Sequence[str] = (
 
 
 def schemas() -> dict[str, dict[str, Any]]:
-    """JSON schema of each built-in scorer's part, by scorer name, with definitions of its own."""
+    """JSON schema of each built-in scorer's config class, by scorer name; each contains its own `$defs`."""
     made = {name: scorer.Config.model_json_schema() for name, scorer in registry.BUILTIN.items()}
     for name, schema in made.items():
         schema["properties"]["scorer"]["const"] = name

@@ -76,9 +76,9 @@ def numbers(row: Mapping[str, Any], name: str, kinds: str = "iu") -> NDArray[Any
     if found.ndim != 1 or found.dtype.kind not in kinds or (kinds == "iu" and not whole):
         held = f"{found.dtype} of shape {found.shape}"
         if found.dtype == object or found.dtype.kind == "u":
-            held = "lists of unequal length, things that are no numbers, or numbers beyond 64 bits"
+            held = "lists of unequal length, values that are not numbers, or numbers beyond 64 bits"
         raise XTFUserError(
-            f"a training row's {name} are no flat list of {'whole ' if kinds == 'iu' else ''}numbers but "
+            f"a training row's {name} are not a flat list of {'whole ' if kinds == 'iu' else ''}numbers but "
             f"{type(given).__name__}: {held}. Tokenise the dataset again, or leave the column out if it is not needed."
         )
     return found.astype(np.int64, copy=False) if whole else found
@@ -172,7 +172,7 @@ class DocumentSet:
 
     @cached_property
     def completion_flat(self) -> NDArray[Any]:
-        """Index of every completion token in `input_ids`, (M,); of 32 bits where these are enough, as it is kept."""
+        """Index of every completion token in `input_ids`, (M,); int32 if the indices fit, since the array is cached."""
         small, parts = len(self.completion) <= np.iinfo(np.int32).max, []
         for part in chunks(len(self.completion), CHUNK_TOKENS):
             found = np.flatnonzero(self.completion[part]) + part.start
@@ -192,7 +192,7 @@ class DocumentSet:
 
     @cached_property
     def completion_runs(self) -> NDArray[np.int64]:
-        """Offsets of runs of adjacent completion tokens (an answer, a turn) among all completion tokens, (R + 1,)."""
+        """Offsets of runs of adjacent completion tokens (an answer, a turn) among all of them, (runs + 1,)."""
         breaks = np.zeros(len(self.completion_flat), dtype=bool)
         breaks[1:] = self.completion_flat[1:] - self.completion_flat[:-1] > 1
         starts = self.completion_offsets
@@ -231,7 +231,8 @@ def collect(rows: Iterable[Mapping[str, Any] | PlainRows]) -> DocumentSet:
     """Collect the distinct documents of a dataset in order of first appearance.
 
     Raises:
-        XTFUserError: as in `split_row`; a token id is negative or beyond 32 bits; no completion token is predicted.
+        XTFUserError: as in `split_row`; a token id is negative, or `distinct.TOKEN_IDS` or more; no completion token is
+            predicted.
     """
     found, sizes = Distinct(), list[int]()
     for row in rows:
@@ -254,7 +255,7 @@ def collect(rows: Iterable[Mapping[str, Any] | PlainRows]) -> DocumentSet:
 
 
 def _documents(found: Distinct, row_sizes: NDArray[np.int64]) -> DocumentSet:
-    """The distinct documents that were found in rows of these numbers of documents."""
+    """The distinct documents that were found, given how many documents each row has."""
     found.finish()
     return DocumentSet(
         keys=found.keys,

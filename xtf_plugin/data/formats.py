@@ -1,7 +1,7 @@
-"""Finds the format of a dataset: openings of lines that many documents share, such as `####` or `<think>`.
+"""Finds the format of a dataset: openings of lines and sentences that many documents share, such as `<think>`.
 
 A new format is improbable to the reference and unexplained by any prompt, which is what noise looks like, too. What
-tells them apart is form and number: a format is a mark that stands at the beginning of a line in many documents.
+tells them apart is form and number: a format is a mark at the beginning of a line or sentence in many documents.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def format_tokens(
 
     The opening of a unit is the longest of its first 1 to 6 tokens that open units of at least `share` of all documents
     (and of three). It is format if its text contains a sign such as `:`, `#`, `<` or `{`. Units of up to 12 tokens
-    that begin so are format as a whole, of longer ones the opening is. Special tokens are no format: they have a
+    that begin so are format as a whole, of longer ones the opening is. Special tokens are not format: they have a
     protection of their own.
 
     Args:
@@ -94,7 +94,7 @@ def _common_openings(
     hashes, found = np.zeros(len(starts), dtype=np.uint64), np.zeros(len(starts), dtype=np.uint64)
     needed = max(FEWEST, needed)
     left = np.flatnonzero(lengths > 0)
-    often = np.bincount(ids[starts[left]], counts[document[left]]) >= needed  # counts a document once a unit
+    often = np.bincount(ids[starts[left]], counts[document[left]]) >= needed  # counts a document once per unit
     left = left[often[ids[starts[left]]]]
     for size in range(1, LONGEST + 1):
         left = left[lengths[left] >= size]
@@ -114,7 +114,7 @@ def _documents_with(hashes: Hashes, document: Ints, counts: Ints) -> Ints:
     order = np.argsort(hashes, kind="stable")
     hashes, document = hashes[order], document[order]
     opens = np.append(True, hashes[1:] != hashes[:-1])
-    fresh = opens | np.append(True, document[1:] != document[:-1])  # once a document
+    fresh = opens | np.append(True, document[1:] != document[:-1])  # once per document
     number = np.add.reduceat(counts[document] * fresh, np.flatnonzero(opens))
     result = np.empty(len(order), dtype=np.int64)
     result[order] = number[np.cumsum(opens) - 1]

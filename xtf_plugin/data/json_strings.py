@@ -29,7 +29,7 @@ def strings(pieces: Sequence[bytes]) -> Iterator[tuple[Span, list[Span]]]:
     An object counts if it parses, or if the text ends in the midst of it.
 
     Returns:
-        for each string its first token behind the opening quote, and the token with the closing quote (the number of
+        for each string its first token after the opening quote, and the token with the closing quote (the number of
         tokens, if there is none); and likewise for each line break with the white space after it, its first token and
         the one that holds what follows.
     """

@@ -40,7 +40,7 @@ def document_keys(input_ids: NDArray[Any], completion: Bools, offsets: Ints) -> 
     for part in runs(offsets, CHUNK_TOKENS):
         bounds = offsets[part.start : part.stop + 1]
         here, lengths = slice(int(bounds[0]), int(bounds[-1])), np.diff(bounds)
-        # each document in whole words of 64 bits: its token ids, and behind them its mask
+        # each document in whole words of 64 bits: its token ids, then its mask
         of_mask = -(-lengths // 64)
         begins, masks = offsets_of(lengths + of_mask), offsets_of(of_mask)
         words, bits = np.zeros(begins[-1], dtype="<i8"), np.zeros(64 * masks[-1], dtype=bool)

@@ -1,6 +1,6 @@
 """Vectorised arithmetic on flat per-token arrays that are cut into documents.
 
-No result depends on the other documents or on their order, so a document has the same mask alone and among a million.
+No result of a document depends on other documents, and no result on their order.
 Sums over tokens are therefore integers, or taken over a fixed pattern of neighbours, and never differences of a running
 floating-point sum.
 """
@@ -91,7 +91,7 @@ class Layout:
         return sum(int(part.count(flags[tokens]) @ part.counts) for tokens, _, part in self.chunks())
 
 
-def ordered(scores: Floats) -> Keys:
+def sort_keys(scores: Floats) -> Keys:
     """Integers that sort like the scores, (M,) uint32; NaN sorts last, as `UNDEFINED_KEY`."""
     bits = (scores + np.float32(0)).view(np.uint32)  # -0.0 + 0 is 0.0; -0.0 would sort below it
     keys: Keys = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
@@ -99,8 +99,8 @@ def ordered(scores: Floats) -> Keys:
     return keys
 
 
-def unordered(keys: Keys) -> Doubles:
-    """Inverse of `ordered`, in float64."""
+def from_sort_keys(keys: Keys) -> Doubles:
+    """Inverse of `sort_keys`, in float64."""
     bits = np.where(keys >> 31, keys & np.uint32(0x7FFFFFFF), ~keys).astype(np.uint32)
     scores = bits.view(np.float32).astype(np.float64)
     scores[keys == UNDEFINED_KEY] = np.nan
@@ -220,7 +220,7 @@ def document_quantiles(scores: Floats, layout: Layout, q: Sequence[float], scale
 
     Equals `np.quantile(scale(scores_of_document), q)` for an increasing `scale`.
     """
-    keys = sorted_keys(ordered(scores), layout)
+    keys = sorted_keys(sort_keys(scores), layout)
     number = layout.count(~np.isnan(scores))
     some = number > 0
     result = np.full((len(q), len(number)), np.nan)
@@ -229,7 +229,9 @@ def document_quantiles(scores: Floats, layout: Layout, q: Sequence[float], scale
         low = np.floor(at).astype(np.int64)
         high = np.minimum(low + 1, number[some] - 1)
         start = layout.offsets[:-1][some]
-        row[some] = _between(scale(unordered(keys[start + low])), scale(unordered(keys[start + high])), at - low)
+        row[some] = _between(
+            scale(from_sort_keys(keys[start + low])), scale(from_sort_keys(keys[start + high])), at - low
+        )
     return result
 
 
@@ -265,13 +267,13 @@ def dataset_quantiles(scores: Floats, layout: Layout, q: Sequence[float], scale:
     for index in np.ndindex(*ranks.shape):
         slot, rest = slots.reshape(ranks.shape)[index], ranks[index] - (ends - upper)[bucket[index]]
         found[index] = (int(bucket[index]) << 16) | int(np.searchsorted(inner[slot], rest, side="right"))
-    return _between(scale(unordered(found[0])), scale(unordered(found[1])), at - low)
+    return _between(scale(from_sort_keys(found[0])), scale(from_sort_keys(found[1])), at - low)
 
 
 def _weighted_keys(scores: Floats, layout: Layout) -> Iterator[tuple[Keys, Doubles | None]]:
     for tokens, _, part in layout.chunks():
         weights = None if (part.counts == 1).all() else part.spread(part.counts).astype(np.float64)
-        yield ordered(scores[tokens]), weights
+        yield sort_keys(scores[tokens]), weights
 
 
 def _tally(index: NDArray[np.generic], weights: Doubles | None, size: int) -> Ints:

@@ -80,10 +80,10 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
     def pre_model_load(self, cfg: Any) -> None:
         """Read the columns of the data that the block names: a wrong one is refused before the model is loaded."""
         from ..config.block import XTFConfig
-        from ..training.columns import wanted
+        from ..training.columns import reads_columns
 
         config = XTFConfig.parse(cfg.get("xtf"))
-        if config is None or not wanted(config):
+        if config is None or not reads_columns(config):
             return
         from axolotl.loaders import load_tokenizer
 
@@ -101,7 +101,7 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
         config = XTFConfig.parse(cfg.get("xtf"))
         if config is None:
             return
-        if columns.wanted(config):
+        if columns.reads_columns(config):
             setattr(trainer, columns.ATTRIBUTE, self._columns)
         attach(trainer, config)
         trainer.train = exit_on_error(trainer.train)

@@ -191,7 +191,7 @@ def _of_json(file: Path) -> dict[str, Any] | None:
         except RecursionError:
             raise ValueError(f"line {number} is nested too deeply") from None
         if not isinstance(found, dict):
-            raise ValueError(f"line {number} is no object")
+            raise ValueError(f"line {number} is not a JSON object")
         row |= {name: value for name, value in found.items() if row.get(name) is None}
     return row
 

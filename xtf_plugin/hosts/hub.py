@@ -1,7 +1,7 @@
 """Whether the Hugging Face hub, or its cache on this disk, has a model or a data set that a recipe names.
 
-A name that is no folder is taken for one of the hub. So a mistyped folder is found only when the hub refuses it, after
-many retries. Here the hub is asked once, and once more for a file of a gated one.
+A name that is not a folder is taken for one of the hub. So a mistyped folder is found only when the hub refuses it,
+after many retries. Here the hub is asked once, and once more for a file of a gated one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _holds_data(name: str, env: Mapping[str, str]) -> bool:
 
 
 def missing(kind: Kind, name: str, revision: str | None, env: Mapping[str, str]) -> str:
-    """Why a run cannot fetch what is no folder here, with the next step; empty: it can, or nobody can tell.
+    """Why a run cannot fetch what is not a folder here, with the next step; empty: it can, or nobody can tell.
 
     Args:
         name, revision: as the host hands them on.

@@ -159,7 +159,7 @@ def _host(wanted: str | None) -> str:
     if wanted in COMMANDS:
         return wanted
     if wanted is not None:
-        raise XTFUserError(f"--host {wanted} is no host. Legal: {', '.join(COMMANDS)}.")
+        raise XTFUserError(f"--host {wanted} is not a host. Legal: {', '.join(COMMANDS)}.")
     return "axolotl" if installed_version("axolotl") and not installed_version("trl") else "trl"
 
 

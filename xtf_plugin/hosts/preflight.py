@@ -1,4 +1,4 @@
-"""What a recipe will die of, found before a host is imported or a model is loaded.
+"""What would stop a run, found before a host is imported or a model is loaded.
 
 A model of 8 billion weights takes minutes to load, and many runs end after that: by a wrong path, a missing column, a
 template without marks. All of this can be read from files. Of what is not on this disk the hub is asked once whether it
@@ -37,7 +37,7 @@ _SOURCES = (  # files of hosts, and the classes in them whose fields are keys of
 
 
 def problems(recipe: Recipe, config: XTFConfig) -> list[str]:
-    """One line for each thing that this recipe will be refused for or die of, with the next step; empty: none found."""
+    """One line for each thing at which this recipe would fail, with the next step; empty: none found."""
     data, env, separate = recipe.data, _environment(recipe), config.reference
     (name, revision), folder = _model(recipe), _folder(recipe)
     apart = bool(data.get("tokenizer_config"))

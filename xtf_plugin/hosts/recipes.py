@@ -107,8 +107,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if repeated := repeated_key(text):
         key, line = repeated
         raise XTFUserError(
-            f"{path}, line {line}: `{key}:` is there a second time, and YAML keeps the last one alone. Write it once; "
-            "what is a list takes all entries in one: [..., ...]."
+            f"{path}, line {line}: `{key}:` is repeated, and YAML keeps only the last one. Write it once, and put all "
+            "entries into one list: [..., ...]."
         )
     return data
 

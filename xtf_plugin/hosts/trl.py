@@ -1,4 +1,6 @@
-"""Patches that make stock TRL accept an `xtf:` block: three methods of its parser, and one of each trainer.
+"""Patches that make stock TRL accept an `xtf:` block.
+
+They wrap three methods of its parser, two of `SFTTrainer`, and `Trainer.train`.
 
 The parser gets the argument `--xtf` beside an SFTConfig, so YAML, command line and `--help` work, and every other
 unknown key still fails. It validates the block and stores it on the SFTConfig as plain data. Trainers are patched only

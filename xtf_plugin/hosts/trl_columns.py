@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from ..config.block import XTFConfig
 from ..errors import XTFUserError
-from ..training.columns import ATTRIBUTE, Pieces, read, texts_in, wanted
+from ..training.columns import ATTRIBUTE, Pieces, read, reads_columns, texts_in
 
 _NEEDED = {"dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"}
 # settings with which the first call only tokenises
@@ -27,7 +27,7 @@ def prepare(original: Any, config: XTFConfig, trainer: Any, *args: Any, **kwargs
     bound = inspect.signature(original).bind(trainer, *args, **kwargs)
     given = bound.arguments
     # without these, and for streams, the run is refused later: the rows that are trained on have no such column
-    if not wanted(config) or not given.keys() >= _NEEDED or not isinstance(given["dataset"], Dataset):
+    if not reads_columns(config) or not given.keys() >= _NEEDED or not isinstance(given["dataset"], Dataset):
         return original(trainer, *args, **kwargs)
     if given["dataset_name"] != "train":
         return original(trainer, *args, **kwargs)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.column_values import Grouping
 from ..data.ragged import Bools, Layout
-from ..data.values import Grouping
 from .terminal import on_one_line
 
 LISTED = 20  # values; the others are summed

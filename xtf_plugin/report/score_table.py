@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from .. import files
 from ..config.block import XTFConfig
 from ..data import token_text
+from ..data.column_values import Grouping
 from ..data.prompts import Prompts
 from ..data.ragged import Bools, Floats, Ints, Layout, offsets_of, runs, stretches
-from ..data.values import Grouping
 from ..errors import XTFUserError, reason
 from ..selection.select import DECISIONS, Reasons, reason_text, rule_bits
 from ..selection.text_rules import special_ids
@@ -145,7 +145,10 @@ class ScoreTable:
         return self.layout.spread(self.counts)
 
     def prompts(self, where: slice) -> dict[int, str]:
-        """The text before each run of the completion tokens `where` of one document, by place among them."""
+        """The text before each answer of the document with the completion tokens `where`, by the answer's first token.
+
+        Tokens are counted from the first of `where`.
+        """
         opens = np.flatnonzero(np.diff(self.positions[where], prepend=-2) != 1)
         return dict(zip(opens.tolist(), self.before(opens + where.start), strict=True))
 
@@ -230,7 +233,7 @@ def read(path: Path) -> ScoreTable:
     """The arrays of a file; documents in the order of the dataset.
 
     Raises:
-        XTFUserError: there is no such file, or it is no score table of this format, or its parts are inconsistent.
+        XTFUserError: there is no such file, or it is not a score table of this format, or its parts are inconsistent.
     """
     file = open_file(path)
     about = metadata(file, path)
@@ -310,7 +313,7 @@ def open_file(path: Path) -> Any:
 
 
 def metadata(file: Any, path: Path) -> dict[str, Any]:
-    """The JSON in the metadata of an open file; empty if the file is no score table.
+    """The JSON in the metadata of an open file; empty if the file is not a score table.
 
     Raises:
         XTFUserError: the metadata is damaged.
@@ -334,7 +337,7 @@ def batches(file: Any, schema: Any, path: Path) -> Iterator[Any]:
     """
     missing = [name for name in schema.names if name not in file.schema_arrow.names]
     if missing:
-        raise XTFUserError(f"{path} is no score table of xtf: it has no column {', '.join(missing)}. {ADVICE}")
+        raise XTFUserError(f"{path} is not a score table of xtf: it has no column {', '.join(missing)}. {ADVICE}")
     try:
         for batch in file.iter_batches(columns=schema.names):
             piece = pa.Table.from_batches([batch]).select(schema.names).cast(schema)

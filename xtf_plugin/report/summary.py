@@ -147,7 +147,7 @@ def show(plan: Plan, written: list[Path]) -> None:
             *lines,
             f"reference {plan.reference.get('name')} ({plan.reference.get('source')})",
             f"scored {stats.documents:,} documents in {stats.seconds:.1f} s "
-            f"({share(stats.tokens, stats.seconds):,.0f} tokens/s), {stats.stored_documents:,} came from the store",
+            f"({share(stats.tokens, stats.seconds):,.0f} tokens/s), {stats.stored_documents:,} were in the score cache",
             *_scorer_lines(plan),
             *_text_lines(plan),
             *([("warning: " if known["level"] == "weak" else "") + advice] if advice else []),
@@ -164,7 +164,7 @@ def _scorer_lines(plan: Plan) -> list[str]:
         f"{name}: {measure(scorer['scorer'])} ({scorer['scorer']} version {scorer['version']}, {scorer['package']})"
         for name, scorer in plan.scorers["scores"].items()
     ]
-    cost = "in {seconds:.1f} s, {stored_documents:,} came from the store"
+    cost = "in {seconds:.1f} s, {stored_documents:,} were in the score cache"
     line = "reference {name} ({source}): scored {documents:,} documents " + cost
     lines += [line.format(**reference) for reference in plan.scorers["references"]]
     if "excerpts" in plan.scorers:
@@ -184,7 +184,7 @@ def _formats(plan: Plan) -> dict[str, float]:
 def _text_lines(plan: Plan) -> list[str]:
     """Lines about openings that are kept as format, the block's patterns, and texts that recur."""
     formats = list(_formats(plan).items())
-    line = 'kept as format: "{}" opens a line in {:.0%} of documents'
+    line = 'kept as format: "{}" opens a line or sentence in {:.0%} of documents'
     lines = [line.format(text, part) for text, part in formats[:FORMATS]]
     if len(formats) > FORMATS:
         lines.append(f"kept as format: {len(formats) - FORMATS} more openings, see the report")

@@ -48,7 +48,7 @@ MEASURES = {  # by scorer
     "embedding_similarity": "how close its embedding is to the domain's words",
     "excess_loss": "how much harder it is for the run's own reference than for another model",
     "explained": "how much its prompt and the text before it explain of it",
-    "influence": "how much the text after it leans on it",
+    "influence": "how much it helps to predict the text after it",
     "log_probability": "how probable the reference finds it",
     "new_text": "how much of it does not repeat earlier text",
     "novelty": "how improbable the reference finds it",
@@ -155,11 +155,13 @@ class Wanted:
 
     def __post_init__(self) -> None:
         if self.document is not None and not re.fullmatch(r"[0-9a-fA-F]{1,32}", self.document):
-            raise XTFUserError(f"--document {self.document!r} is no document key: give its first hex digits, as shown.")
+            raise XTFUserError(
+                f"--document {self.document!r} is not a document key: give its first hex digits, as shown."
+            )
         try:
             re.compile(self.grep or "")
         except re.error as error:
-            raise XTFUserError(f"--grep {self.grep!r} is no regular expression: {error}.") from error
+            raise XTFUserError(f"--grep {self.grep!r} is not a regular expression: {error}.") from error
 
     @property
     def named(self) -> str:
@@ -230,7 +232,7 @@ def matching(parts: Iterable[Part], columns: Sequence[str], wanted: Wanted, n: i
     if wanted.reason is not None and wanted.named not in names:
         near = difflib.get_close_matches(wanted.named, names, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise XTFUserError(f"--reason {wanted.reason!r} is no rule of this table. {hint}Legal: {', '.join(legal)}.")
+        raise XTFUserError(f"--reason {wanted.reason!r} is not a rule of this table. {hint}Legal: {', '.join(legal)}.")
     if wanted.row is not None or wanted.document is not None:
         return [document for part in parts if wanted.matches(document := part.read())]
     best: list[tuple[tuple[float, int, int], Document]] = []  # a heap, the document that loses least first

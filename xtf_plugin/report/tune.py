@@ -25,7 +25,7 @@ from ..errors import XTFUserError
 from ..scorers import ScoreConfig, registry
 from ..selection.rules import fires
 from ..selection.select import FORCED, Selection
-from .page.block import minimal
+from .page.shortest_block import minimal
 from .score_table import ScoreTable
 from .summary import Verdicts
 from .terminal import on_one_line, visible

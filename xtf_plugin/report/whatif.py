@@ -262,7 +262,7 @@ def _slider(name: str, key: str, part: ScoreConfig, scores: Floats, layout: Layo
 
 
 def _line(key: str, scores: Floats, layout: Layout) -> tuple[float, float] | None:
-    """Start and slope of the threshold over the values of a key; None if it is no line."""
+    """Start and slope of the threshold over the values of a key; None if it is not a line."""
     if key == "of_median":
         median = float(dataset_quantiles(scores, layout, [0.5])[0])
         return (0.0, median) if median > 0 else None
@@ -293,7 +293,7 @@ def _limits(drops: Mapping[str, Any]) -> tuple[list[float], bool]:
 
 
 def _values(key: str, own: float, part: ScoreConfig, scores: Floats, layout: Layout) -> list[Any]:
-    """Values of a key whose thresholds are no line, the run's own among them."""
+    """Values of a key whose thresholds are not a line, the run's own among them."""
     if key == "cluster":
         return list(range(1, part.drop.of + 1))
     values = {*_USUAL.get(key, ()), own}

@@ -12,7 +12,8 @@ from rich.console import Group
 
 from ..errors import XTFUserError
 from ..files import write_whole
-from . import page, score_table
+from . import score_table
+from .page import render as page
 from .score_table import ScoreTable
 from .summary import described, summary
 from .terminal import by_table, totals_table

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from ..data.splices import Splices
 
 T = TypeVar("T", bound="np.generic")
+DROP = "Which tokens are dropped: exactly one rule. Low scores are dropped; `cluster` drops the class that it names."
 
 
 class ScoreConfig(Block):
     """A score: a scorer, the unit that gets one number, and the rule; scorers derive from it to add keys as fields."""
 
     scorer: Name = Field(description="Name of a registered scorer.")
-    drop: Drop = Field(description="Which tokens are dropped: exactly one rule. Low scores are dropped.")
+    drop: Drop = Field(description=DROP)
     unit: Literal["token", "sentence", "line"] = Field(
         default="token", description="Scores are averaged over it before the rule, which drops or keeps all of it."
     )
@@ -229,7 +230,7 @@ class Scorer:
         per_document: a document's scores depend on the document and the options alone, so streams can be scored.
         reads_attention: it runs before the others, so that one pass of the reference serves all.
         reads_scores: it runs after the others, because it reads `context.scores`.
-        finds_nothing: that its rule fires on nothing is no reason for a warning: clean data has nothing to find.
+        finds_nothing: that its rule fires on nothing is not a reason for a warning: clean data has nothing to find.
         stored: scores of a large dataset are stored as a whole: they depend on nothing but documents, tokenizer,
             `protected`, `forced`, options, the run's own reference and, with `reads_scores`, scores and their options.
         seen: maps averaged scores to what the rule sees; None: they are not changed.

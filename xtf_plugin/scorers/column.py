@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ..fields import Drop, Name
-from .base import ScoreConfig, ScoringContext, scorer
+from .base import DROP, ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
     from ..data.ragged import Floats
@@ -31,9 +31,7 @@ class ColumnConfig(ScoreConfig):
         default=None,
         description="Column with the text that is marked; null: completion, messages, conversations or text.",
     )
-    drop: Drop = Field(
-        default=Drop(below=0.5), description="Which tokens are dropped: exactly one rule. Low scores are dropped."
-    )
+    drop: Drop = Field(default=Drop(below=0.5), description=DROP)
 
 
 @scorer("column", ColumnConfig, finds_nothing=True)

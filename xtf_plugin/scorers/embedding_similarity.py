@@ -52,7 +52,10 @@ def _frozen(context: ScoringContext, config: EmbeddingSimilarityConfig) -> Score
 
 @scorer("embedding_similarity", EmbeddingSimilarityConfig, frozen=_frozen)
 def embedding_similarity(context: ScoringContext, config: EmbeddingSimilarityConfig) -> Floats:
-    """One minus the min-max normalised cosine distance to the domain, (M,) float32 in [0, 1]; low is dropped."""
+    """One minus the min-max normalised cosine distance to the domain, (M,) float32 in [0, 1].
+
+    The default rule drops the second lowest of five classes.
+    """
     domain = _Domain(context, config)
     table = context.vocabulary_table(domain.key, domain.relevance)
     scores: Floats = table[_places(domain.scored_ids, context.token_ids)]

@@ -1,4 +1,4 @@
-"""Task relevance of a sentence or line, taken at its word: how much of it its prompt and the text before it explain.
+"""Task relevance of a sentence or line: how much of it its prompt and the text before it explain.
 
 A sentence that belongs to the task is easier to predict for a reader who knows the task. Stock phrases, digressions,
 page remains and lines of other answers are as hard to predict with the prompt as without it, however fluent they are.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ..fields import Drop, Positive, ReferenceConfig
-from .base import Score, ScoreConfig, ScoringContext, scorer
+from .base import DROP, Score, ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PRIOR = 5.0  # nats added to the surprise of a unit, so that a unit of two tokens has no extreme share
 LEAST = 0.1  # median share below which a reference does not read the prompts of a dataset
 ROUNDS = 3  # of scoring units again without dropped text before them
-SKIPPED = 1  # first tokens behind such a gap: what they lack is the line's indentation, not what it says
+SKIPPED = 1  # first tokens after such a gap: what they lack is the line's indentation, not what it says
 
 
 class ExplainedConfig(ScoreConfig):
@@ -31,9 +31,7 @@ class ExplainedConfig(ScoreConfig):
 
     unit: Literal["sentence", "line"] = Field(default="sentence", description="What gets one score.")
     first: Positive = Field(default=16, description="Only this many tokens of a unit are read, its first ones.")
-    drop: Drop = Field(
-        default=Drop(of_median=0.2), description="Which tokens are dropped: exactly one rule. Low scores are dropped."
-    )
+    drop: Drop = Field(default=Drop(of_median=0.2), description=DROP)
     reference: ReferenceConfig | None = Field(
         default=None, description="Model that scores, same vocabulary; null: the run's own reference."
     )
@@ -45,7 +43,7 @@ class Explained:
 
     Args:
         template: token ids that all prompts have in common.
-        limit: shares below it are dropped; units behind dropped text are scored again without it.
+        limit: shares below it are dropped; units after dropped text are scored again without it.
         readable: whether the reference reads the prompts at all.
     """
 
@@ -77,8 +75,8 @@ def explained(context: ScoringContext, config: ExplainedConfig) -> Floats:
 
     Text that belongs to dropped text before it looks explained. So B of a kept unit is computed again, without the
     dropped units that stand directly before it, until nothing changes or three times; its first token, which lacks the
-    indentation that goes with a dropped line, counts as before. Units of which the prompt alone
-    explains twice the threshold are left out: they are kept whatever B is, unless that is negative.
+    indentation that goes with a dropped line, counts as before. Units of which the prompt alone explains twice the
+    threshold are left out: they are kept unless the share computed from B alone is negative.
 
     If the median share of the dataset is below 0.1, all scores are NaN: a reference to which prompts say so little
     cannot tell what belongs to them.
@@ -103,13 +101,13 @@ class _Units:
         self.lengths = np.diff(self.starts, append=len(context.token_ids))
         self.read = np.minimum(self.lengths, config.first)
         # white space is layout: the line before explains it, whatever the unit says
-        self.says = ~blanks(context.tokenizer, context.token_ids)
+        self.not_blank = ~blanks(context.tokenizer, context.token_ids)
         runs = documents.completion_runs
         self.turns = runs[np.searchsorted(runs, self.starts, side="right") - 1]  # first token of each unit's turn
         places = documents.completion_positions
         self.prompts = places[self.turns]  # tokens before the turn
-        self.silent = self._sums(self.says.astype(np.float32)) == 0
-        self.open = ~context.protected[self.starts] & (places[self.starts] > 0) & ~self.silent
+        self.blank = self._sums(self.not_blank.astype(np.float32)) == 0
+        self.asked = ~context.protected[self.starts] & (places[self.starts] > 0) & ~self.blank
 
     def scored(self, given: Explained) -> tuple[Floats, Explained]:
         """Scores of all completion tokens, and what was taken from the dataset."""
@@ -120,12 +118,12 @@ class _Units:
         template = common_template(self.documents, self.context.tokenizer) if given.template is None else given.template
         later = self.starts > self.turns
         # before the documents' own scores, which are then found in the same pass
-        behind = self._surprise(self.turns, template, np.flatnonzero(self.open & later))
-        own = self._sums(self.context.log_probabilities(self.config.reference))
-        behind = np.where(later, behind, own)
-        alone = self._surprise(np.full(len(self.starts), -1), template)
+        after_prompt = self._logprobs_after(self.turns, template, np.flatnonzero(self.asked & later))
+        in_context = self._sums(self.context.log_probabilities(self.config.reference))
+        after_prompt = np.where(later, after_prompt, in_context)
+        without_prompt = self._logprobs_after(np.full(len(self.starts), -1), template)
         prompted = self.prompts > len(template)
-        shares = self._shares(own, behind, alone, prompted)
+        shares = self._shares(in_context, after_prompt, without_prompt, prompted)
         median = self._median(shares)
         readable = given.readable if given.readable is not None else bool(median >= LEAST)
         if not readable:
@@ -138,7 +136,7 @@ class _Units:
             self.context.warn(f"{why}, so it finds no text that is off the task")
             return np.full(len(self.context.token_ids), np.nan, dtype=np.float32), Explained(template, -np.inf, False)
         limit = given.limit if given.limit is not None else self._limit(median)
-        by_prompt = (behind - alone) / (PRIOR - alone)
+        by_prompt = (after_prompt - without_prompt) / (PRIOR - without_prompt)
         read = self.starts.copy()  # what stands directly before a unit is read from here on
         for _ in range(ROUNDS):
             begins = self._before_dropped(shares < limit)
@@ -147,8 +145,8 @@ class _Units:
             if not len(changed):
                 break
             read[changed] = begins[changed]
-            own[changed] = self._surprise(begins, template, changed, SKIPPED)[changed]
-            shares = self._shares(own, behind, alone, prompted)
+            in_context[changed] = self._logprobs_after(begins, template, changed, SKIPPED)[changed]
+            shares = self._shares(in_context, after_prompt, without_prompt, prompted)
         return self._spread(shares), Explained(template, limit, True)
 
     def _limit(self, median: float) -> float:
@@ -157,12 +155,12 @@ class _Units:
             return drop.of_median * median
         return -float("inf") if drop.below is None else drop.below
 
-    def _shares(self, own: Doubles, behind: Doubles, alone: Doubles, prompted: Bools) -> Doubles:
+    def _shares(self, in_context: Doubles, after_prompt: Doubles, without_prompt: Doubles, prompted: Bools) -> Doubles:
         import numpy as np
 
-        known = np.where(prompted, (own + behind) / 2, own)
-        shares = (known - alone) / (PRIOR - alone)
-        usable = self.open & (prompted | (self.starts > self.turns))
+        known = np.where(prompted, (in_context + after_prompt) / 2, in_context)
+        shares = (known - without_prompt) / (PRIOR - without_prompt)
+        usable = self.asked & (prompted | (self.starts > self.turns))
         return np.where(usable & np.isfinite(shares), shares, np.nan)
 
     def _median(self, shares: Doubles) -> float:
@@ -187,11 +185,13 @@ class _Units:
         for part in runs(ends, CHUNK_TOKENS):
             here, first = slice(int(ends[part.start]), int(ends[part.stop])), self.starts[part] - ends[part.start]
             place = stretches(np.zeros_like(first), self.lengths[part])
-            read = (place < self.config.first) & self.says[here]
+            read = (place < self.config.first) & self.not_blank[here]
             sums[part] = np.add.reduceat(np.where(read, np.nan_to_num(logprobs[here].astype(np.float64)), 0.0), first)
         return sums
 
-    def _surprise(self, keep: Ints, template: NDArray[Any], only: Ints | None = None, skipped: int = 0) -> Doubles:
+    def _logprobs_after(
+        self, keep: Ints, template: NDArray[Any], only: Ints | None = None, skipped: int = 0
+    ) -> Doubles:
         """Log-probability of the first tokens of each unit after what `keep` says, (S,); see `Splices`.
 
         The first `skipped` tokens count as they do after all text before them.
@@ -200,7 +200,7 @@ class _Units:
 
         from ..data.splices import Splices
 
-        chosen = np.flatnonzero(self.open) if only is None else only
+        chosen = np.flatnonzero(self.asked) if only is None else only
         chosen = chosen[(keep[chosen] < 0) | (self.documents.completion_positions[np.maximum(keep[chosen], 0)] > 0)]
         begin = self.starts[chosen]
         splices = Splices(keep[chosen], begin, begin + self.read[chosen], template)
@@ -210,7 +210,7 @@ class _Units:
 
         def counted(tokens: slice, place: Ints, at: Ints) -> Floats:
             here = np.where(place < skipped, own[at], found[tokens]) if skipped else found[tokens]
-            return np.where(self.says[at], here, np.float32(0))
+            return np.where(self.not_blank[at], here, np.float32(0))
 
         result[chosen] = splices.sums(counted)
         return result
@@ -223,7 +223,7 @@ class _Units:
         import numpy as np
 
         starts = self.starts
-        speaks = np.maximum.accumulate(np.where(self.silent, 0, np.arange(len(starts))))
+        speaks = np.maximum.accumulate(np.where(self.blank, 0, np.arange(len(starts))))
         dropped = dropped[speaks] & (self.turns[speaks] == self.turns)
         opens = np.ones(len(starts), dtype=bool)  # units that no dropped unit of the same turn stands before
         opens[1:] = ~(dropped[:-1] & (self.turns[1:] == self.turns[:-1]))

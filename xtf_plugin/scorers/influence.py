@@ -1,4 +1,4 @@
-"""Reasoning importance of a sentence or line, taken at its word: whether what comes after it leans on it.
+"""Reasoning importance of a sentence or line: whether it makes what comes after it easier to predict.
 
 Attention received, the paper's score, says where a model looks. This says what it gains: how much less probable the
 text after a sentence is when the sentence is left out.
@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ..errors import XTFUserError
 from ..fields import Drop, NonNegative, Positive, ReferenceConfig
-from .base import Score, ScoreConfig, ScoringContext, scorer
+from .base import DROP, Score, ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
     from ..data.ragged import Bools, Floats, Ints
@@ -35,9 +35,7 @@ class InfluenceConfig(ScoreConfig):
         default=0.4,
         description="Doubtful in `among`: not dropped by its rule, but below this share of the dataset's median.",
     )
-    drop: Drop = Field(
-        default=Drop(below=0.0), description="Which tokens are dropped: exactly one rule. Low scores are dropped."
-    )
+    drop: Drop = Field(default=Drop(below=0.0), description=DROP)
     reference: ReferenceConfig | None = Field(
         default=None, description="Model that scores, same vocabulary; null: the run's own reference."
     )
@@ -69,7 +67,7 @@ def _doubtful(context: ScoringContext, config: InfluenceConfig) -> tuple[float, 
         return -float("inf"), float("inf")
     if config.among not in context.scores:
         known = ", ".join(context.scores) or "none"
-        raise XTFUserError(f"among: {config.among!r} is no score that runs before this one. Legal: {known}, or null")
+        raise XTFUserError(f"among: {config.among!r} is not a score that runs before this one. Legal: {known}, or null")
     values = context.scores[config.among]
     median = float(dataset_quantiles(values, Layout(context.offsets, context.counts), [0.5])[0])
     if not median > 0:

@@ -1,4 +1,4 @@
-"""Knowledge novelty of a sentence or line, taken at its word: whether it says what the document has not yet said.
+"""Knowledge novelty of a sentence or line: whether it says what the document has not yet said.
 
 A sentence of the prompt that is copied into the answer, or a line that is written twice, teaches nothing. To a language
 model it is the most probable text there is, so no probability finds it; comparing tokens does, and needs no model.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ..fields import Drop, Positive
-from .base import ScoreConfig, ScoringContext, scorer
+from .base import DROP, ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,9 +35,7 @@ class NewTextConfig(ScoreConfig):
         default=6,
         description="Units of fewer tokens, white space not counted, are not scored: short ones repeat in every text.",
     )
-    drop: Drop = Field(
-        default=Drop(below=0.1), description="Which tokens are dropped: exactly one rule. Low scores are dropped."
-    )
+    drop: Drop = Field(default=Drop(below=0.1), description=DROP)
 
 
 @scorer("new_text", NewTextConfig, finds_nothing=True, per_document=True, stored=True, version=4)
@@ -46,7 +44,7 @@ def new_text(context: ScoringContext, config: NewTextConfig) -> Floats:
 
     `longest` is the number of tokens in the longest run of the unit that stands before the unit in the same document,
     prompt included. White space does not count. The first and last words of a unit are compared by text if a tokenizer
-    has cut them into other tokens, as it often does behind a line break. 0: all of the unit is copied. Units of fewer
+    has cut them into other tokens, as it often does after a line break. 0: all of the unit is copied. Units of fewer
     than `shortest` tokens are NaN, and runs of fewer than half as many (and than two) count as none.
 
     Source: ours, for the paper's knowledge novelty; its Eq. (3) is the scorer `novelty`.

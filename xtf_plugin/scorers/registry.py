@@ -47,7 +47,7 @@ def find(name: str) -> Scorer:
 
     Raises:
         XTFUserError: no such name, two packages claim it, its package cannot be imported, or it does not conform. The
-            text follows the name in the message: "is no registered scorer ...".
+            text follows the name in the message: "is not a registered scorer ...".
     """
     entries = [entry for entry in _registered() if entry.name == name]
     entries = list({(entry.value, _package(entry)): entry for entry in entries}.values())  # a folder twice on sys.path
@@ -59,7 +59,7 @@ def find(name: str) -> Scorer:
         known = [*BUILTIN, *sorted({entry.name for entry in _registered()} - BUILTIN.keys())]
         near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise XTFUserError(f"is no registered scorer. {hint}Registered: {', '.join(known)}; {_how()}")
+        raise XTFUserError(f"is not a registered scorer. {hint}Registered: {', '.join(known)}; {_how()}")
     if name in BUILTIN or len(entries) > 1:
         owners = ["xtf-plugin"] * (name in BUILTIN) + sorted(map(_package, entries))
         raise XTFUserError(f"is a scorer of several packages ({', '.join(owners)}); uninstall all but one of them")
@@ -118,7 +118,7 @@ def _loaded(entry: metadata.EntryPoint) -> Scorer:
 
 
 def complaints(found: object) -> list[str]:
-    """Why an object is no scorer; empty if it is one."""
+    """Why an object is not a scorer; empty if it is one."""
     if not isinstance(found, Scorer):
         return [f"{found!r} is not made by the decorator xtf_plugin.scorers.scorer"]
     problems = []
@@ -127,7 +127,7 @@ def complaints(found: object) -> list[str]:
     if not callable(found.score):
         problems.append("its `score` cannot be called")
     if not inspect.isclass(found.Config) or not issubclass(found.Config, ScoreConfig):
-        problems.append("its config is no class derived from xtf_plugin.scorers.ScoreConfig")
+        problems.append("its config is not a class derived from xtf_plugin.scorers.ScoreConfig")
     elif found.Config.model_config.get("extra") != "forbid" or not found.Config.model_config.get("frozen"):
         problems.append("its config does not forbid unknown keys, or is not frozen")
     return problems

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ..fields import Drop
-from .base import ScoreConfig, ScoringContext, scorer
+from .base import DROP, ScoreConfig, ScoringContext, scorer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,16 +21,14 @@ if TYPE_CHECKING:
 SENTENCE = 20  # characters of a line that is running text if it ends like a sentence
 PARAGRAPH = 100  # characters of a line that is running text however it ends
 MOST = 200  # characters that a line counts for
-NEXT = 0.5  # what a line counts for its neighbour; for the one behind that half as much
+NEXT = 0.5  # what a line counts for its neighbour; for the one after that half as much
 
 
 class RunningTextConfig(ScoreConfig):
     """Scorer `running_text`: how many characters of running text a line and the lines around it have."""
 
     unit: Literal["line"] = Field(default="line", description="What gets one score.")
-    drop: Drop = Field(
-        default=Drop(below=150), description="Which tokens are dropped: exactly one rule. Low scores are dropped."
-    )
+    drop: Drop = Field(default=Drop(below=150), description=DROP)
 
 
 @scorer("running_text", RunningTextConfig, finds_nothing=True, per_document=True)
@@ -39,10 +37,10 @@ def running_text(context: ScoringContext, config: RunningTextConfig) -> Floats:
 
     `r` is the number of characters of a line that is running text, at most 200, and 0 of another line. Running text has
     at least 20 characters and ends with the mark of a sentence, or has at least 100. Wide characters, as Chinese has
-    them, count twice. `distance` is 0 for the line itself, 1 for its neighbours and so on; lines of white space alone
-    do not count, and are NaN. So a heading between two paragraphs scores 200, and a menu 0.
+    them, count twice among the first 100. `distance` is 0 for the line itself, 1 for its neighbours and so on; lines of
+    white space alone do not count, and are NaN. So a heading between two paragraphs scores 200, and a menu 0.
 
-    It needs no model. Code, tables and lists are no running text either: use it for pages and transcripts alone.
+    It needs no model. Code, tables and lists are not running text either: use it only for pages and transcripts.
 
     Source: ours. Finding the text of a page by the length of its blocks is known from boilerplate removal.
     """
@@ -82,7 +80,7 @@ def _texts(context: ScoringContext, starts: Ints) -> list[str]:
 
 
 def _spread(own: Doubles, turns: Ints) -> Doubles:
-    """What each line has with what it takes from those before and behind it in its turn, (L,)."""
+    """What each line has with what it takes from those before and after it in its turn, (L,)."""
     import numpy as np
 
     total = own.copy()

@@ -33,7 +33,7 @@ def typicality(context: ScoringContext, config: TypicalityConfig) -> Floats:
     Under that distribution the mean is 0 at every place, however uncertain it is, so one threshold fits all places.
 
     Source: typical sets (Shannon 1948); as a rule for choosing tokens, "locally typical sampling", arXiv 2202.00666,
-    which uses the absolute value. Here tokens that are less surprising than expected are no noise.
+    which uses the absolute value. Here tokens that are less surprising than expected are not noise.
     """
     import numpy as np  # not at the top: a block is read without NumPy
 

@@ -66,7 +66,7 @@ class Recorder:
         self.received = received if self.received is None else self.received + received.to(self.received.device)
         return output.to(query.dtype)
 
-    def refuse(self, what: str) -> XTFError:
+    def refusal(self, what: str) -> XTFError:
         """The error for attention that would get wrong scores."""
         return XTFError(
             f"{self.model}: {what}, for which attention received is not defined. Remove the scores with "
@@ -95,12 +95,12 @@ def received_attention(
     if recorder is None:
         raise XTFError("XTF's attention function was called outside a scoring pass. Please report this.")
     if attention_mask is not None:
-        raise recorder.refuse("it builds its own attention mask")
+        raise recorder.refusal("it builds its own attention mask")
     if is_causal is False or query.shape[2] != key.shape[2]:
-        raise recorder.refuse("its attention is not causal self-attention")
+        raise recorder.refusal("its attention is not causal self-attention")
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise recorder.refuse(f"its attention uses `{name}`")
+            raise recorder.refusal(f"its attention uses `{name}`")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = value.dtype
     if torch.is_autocast_enabled(query.device.type):  # as for SDPA: rotary embeddings return float32
@@ -112,7 +112,7 @@ def received_attention(
     spec = AttentionSpec(scaling, window, softcap)
     if packed is not None:
         if packed.whole and not dispatch.takes_packed(query, value, spec):
-            raise recorder.refuse("its packed rows would have to be taken apart for attention")
+            raise recorder.refusal("its packed rows would have to be taken apart for attention")
         spec = replace(spec, offsets=packed.offsets.to(query.device), longest=longest)
     index = int(getattr(module, "layer_idx", -1))
     recorder.seen.append(index)
@@ -134,7 +134,7 @@ def received_mask(
     if recorder is None:
         return
     if attention_mask is not None or q_length != kv_length:
-        raise recorder.refuse("it was given a padding mask")
+        raise recorder.refusal("it was given a padding mask")
     packed = recorder.packed
     device = recorder.lengths.device if packed is not None else None  # of the documents of a packed mask
     bounds = np.asarray([0, q_length]) if packed is None else packed.bounds
@@ -150,7 +150,7 @@ def received_mask(
     on_cpu = torch.stack([widths, alike.long()]).tolist()  # one wait for the device
     for reach, width, causal in zip(queries + 1 - begins, *on_cpu, strict=True):
         if not causal:
-            raise recorder.refuse("its attention mask is neither causal nor a causal sliding window")
+            raise recorder.refusal("its attention mask is neither causal nor a causal sliding window")
         if width < reach:
             recorder.mask_windows.add(width)
 
@@ -198,13 +198,13 @@ def check_recorded(recorder: Recorder, num_layers: int, layer_types: list[str] |
     """Raise XTFError unless every layer called our attention function once, with the window of the model's mask."""
     if sorted(recorder.seen) != list(range(num_layers)):
         which = f"only layers {sorted(set(recorder.seen))}" if recorder.seen else "none"
-        raise recorder.refuse(
+        raise recorder.refusal(
             f"{which} of {num_layers} layers use transformers' attention interface (the others do not, or it was "
             "replaced, as Unsloth does for all models of a class)"
         )
     unused = recorder.mask_windows - recorder.layer_windows
     if unused and (layer_types is None or "sliding_attention" in layer_types):
-        raise recorder.refuse(f"its mask has a sliding window of {sorted(unused)} that its layers do not pass on")
+        raise recorder.refusal(f"its mask has a sliding window of {sorted(unused)} that its layers do not pass on")
     unknown = recorder.layer_windows - recorder.mask_windows
     if unknown:
-        raise recorder.refuse(f"its layers pass on a sliding window of {sorted(unknown)} that its mask does not have")
+        raise recorder.refusal(f"its layers pass on a sliding window of {sorted(unknown)} that its mask does not have")

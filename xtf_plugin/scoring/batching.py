@@ -140,7 +140,7 @@ def cheapest(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Padded tokens per batch for `batch_tokens: auto`."""
+    """Padded tokens per batch for `batch_tokens: auto` where memory is not measured."""
     return 16_384 if device.type == "cuda" else 4_096
 
 
@@ -196,7 +196,7 @@ def within_memory(run: Callable[[], T]) -> tuple[T | None, str]:
         return None, str(error)
 
 
-def too_little(longest: int, problem: str) -> XTFError:
+def out_of_memory(longest: int, problem: str) -> XTFError:
     """The error for a document of `longest` tokens that alone does not fit; `problem`: the text of the cause."""
     return XTFError(
         f"out of memory while scoring a single document of {longest} tokens ({problem}). Lower max_length, or set "
@@ -204,16 +204,16 @@ def too_little(longest: int, problem: str) -> XTFError:
     )
 
 
-def halved(size: int, longest: int, tokens: int, device: torch.device, problem: str) -> int:
+def halved_budget(size: int, longest: int, tokens: int, device: torch.device, problem: str) -> int:
     """The token budget after a batch of `size` documents and `tokens` padded tokens did not fit.
 
     Raises:
-        XTFError: the batch was a single document; see `too_little`.
+        XTFError: the batch was a single document; see `out_of_memory`.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if size == 1:
-        raise too_little(longest, problem)
+        raise out_of_memory(longest, problem)
     budget = max(longest, tokens // 2)
     logger.warning(
         f"xtf: out of memory with {size} documents of up to {longest} tokens; continuing with batches of "

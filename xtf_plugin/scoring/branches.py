@@ -25,7 +25,15 @@ from ..data.documents import Branches, DocumentSet
 from ..data.ragged import Floats, Ints, offsets_of, stretches
 from ..errors import XTFError
 from ..store.records import Records
-from .batching import ScoringStats, cheapest, halved, is_out_of_memory, laid_out, whole_batches_first, within_memory
+from .batching import (
+    ScoringStats,
+    cheapest,
+    halved_budget,
+    is_out_of_memory,
+    laid_out,
+    whole_batches_first,
+    within_memory,
+)
 from .distributed import share_out
 from .reference import Reference, rotary_switch
 from .self_check import CANNOT, low_precision
@@ -201,7 +209,7 @@ def score_branches(
                 yield records
                 continue
             longest = int(documents.lengths[np.concatenate(batch)].max())
-            fits = halved(number, longest, padded, reference.device, problem)
+            fits = halved_budget(number, longest, padded, reference.device, problem)
             stats.halvings += 1
         pending += _halves(batch)[::-1]
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
 from ..config.scores import SLOTS
+from ..data.column_marks import AllMarks
 from ..data.documents import DocumentSet, beside
-from ..data.marks import AllMarks
 from ..data.predictions import PREDICTED, Predictions
 from ..data.ragged import Floats, Ints, offsets_of
 from ..data.splices import Splices, predictions_of, spread
@@ -402,7 +402,7 @@ def run_scorers(
         scorer, part = chosen[name]
         function = (frozen or {}).get(name, scorer.score)
         try:
-            # NaN for all tokens is no error where the rule warns of it, or where clean data has nothing to find
+            # NaN for all tokens is not an error where the rule warns of it, or where clean data has nothing to find
             needed = source.whole and scorer.name not in SLOTS.values() and not scorer.finds_nothing
             compute = partial(dataset_scores, source, context, scorer, part, function)
             values = compute() if kept[name] else function(context, part)

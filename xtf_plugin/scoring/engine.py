@@ -1,8 +1,10 @@
-"""The scoring pass: documents in, scores out, in length-sorted batches with one decoder forward each.
+"""The scoring pass: documents in, scores out, in length-sorted batches.
+
+Each batch takes one decoder forward, or two where documents have a shared prefix.
 
 One forward yields attention received, log-probabilities and the entropy and deviation of the predictions. Each batch's
 scores are passed to a sink at once, so a run that is killed loses only what the sink has not written. A batch that does
-not fit into memory is split.
+not fit into memory is split, but for a reference whose weights are split between ranks (FSDP).
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from .batching import (
     ScoringStats,
     budget_for,
     default_batch_tokens,
-    halved,
+    halved_budget,
     laid_out,
     meter,
+    out_of_memory,
     plan_batches,
-    too_little,
     whole_batches_first,
     within_memory,
 )
@@ -68,7 +70,8 @@ def score(
         wanted: (n,) indices into `documents`, the same on every rank.
         layers: layers whose attention is recorded; empty: no attention received.
         sink: called with the records of each batch.
-        batch_tokens: padded tokens per batch; None: measured on a GPU, `default_batch_tokens` elsewhere.
+        batch_tokens: padded tokens per batch; None: measured on a GPU, `default_batch_tokens` on a CPU, under FSDP, and
+            where documents have a shared prefix.
         progress: show a progress bar, named `label`.
         others: called with records from other ranks; None: `sink`.
         packing: when to pack several documents into one row.
@@ -112,7 +115,7 @@ def score(
 def shares_beginnings(
     documents: DocumentSet, wanted: NDArray[np.int64], reference: Reference, ranks: Ranks = ALONE
 ) -> bool:
-    """Whether the documents have common beginnings, and this reference reads each of them once. A collective."""
+    """Whether the documents have shared prefixes, and this reference reads each of them once. A collective."""
     if not len(wanted) or not can_branch(reference, documents):
         return False
     return ranks.from_main(lambda: b"y" if agrees(documents, wanted, reference) else b"") == b"y"
@@ -159,7 +162,7 @@ class _Pass:
             raise failed
 
     def branches(self, wanted: NDArray[np.int64], budget: int | None) -> Iterator[Records]:
-        """Scores of the `wanted` documents, with each common beginning read once a batch."""
+        """Scores of the `wanted` documents, with each shared prefix read once per row of a batch."""
         budget = budget or default_batch_tokens(self.reference.device)
         planned = None if self.shared_out else np.flatnonzero(np.diff(self.documents.completion_offsets) > 0)
         mean = float(self.documents.lengths[wanted].mean()) if len(wanted) else 0.0
@@ -186,7 +189,7 @@ class _Pass:
                 gauge.reset()
             collect, problem = within_memory(partial(self._launch, batch))
             if collect is None:
-                limit = halved(len(batch), int(lengths[batch[0]]), tokens, self.reference.device, problem)
+                limit = halved_budget(len(batch), int(lengths[batch[0]]), tokens, self.reference.device, problem)
                 pending.append(batch)
                 self.stats.halvings += 1
             else:
@@ -278,7 +281,7 @@ def gather_vectors(reference: Reference, token_ids: NDArray[Any], kind: str, chu
                 parts.append(vectors.detach().float().cpu())
                 low += len(ids)
             elif len(ids) == 1:
-                raise too_little(1, problem)
+                raise out_of_memory(1, problem)
             else:
                 chunk = len(ids) // 2
     return torch.cat(parts)

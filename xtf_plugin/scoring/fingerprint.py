@@ -1,7 +1,8 @@
 """The fingerprint of a reference: a hex digest under which its scores are stored.
 
-It covers every weight, the quantisation, the numeric precision and the version of the scoring code, but no names or
-paths: a renamed folder keeps its scores.
+It covers the weights, the config, the quantisation, the numeric precision, the device type and the version of the
+scoring code. A local model is identified by its content, so a renamed folder keeps its scores; one of the hub by id,
+revision and commit.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _check_named(folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors.index.json")):
         weights = _read(path).get("weight_map")
         if not isinstance(weights, dict):
-            raise XTFUserError(f"xtf.reference.model: {path} is no index of weights. Download it again.")
+            raise XTFUserError(f"xtf.reference.model: {path} is not an index of weights. Download it again.")
         named += [(path, name) for name in weights.values()]
     for path, name in named:
         plain = os.path.normpath(str(name))

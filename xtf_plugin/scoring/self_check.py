@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..data.documents import DocumentSet
 from ..errors import XTFError
-from .batching import is_out_of_memory, too_little
+from .batching import is_out_of_memory, out_of_memory
 from .kernels.packing import Packed
 from .reference import Reference, rotary_switch
 
@@ -87,7 +87,7 @@ def check(
             if isinstance(error, XTFError):
                 raise
             if is_out_of_memory(error):
-                raise too_little(len(sample), str(error)) from None
+                raise out_of_memory(len(sample), str(error)) from None
             raise _unknown(reference, layers, error) from error
 
 

@@ -1,7 +1,7 @@
-"""Exact Multi-Otsu: the thresholds of Eq. (7).
+"""Multi-Otsu: the thresholds of Eq. (7).
 
 Image libraries search a histogram of 256 bins. Scores are not evenly spread, so bins would decide the class of a token;
-here the split is exact over the distinct values.
+here the split is exact over up to 65,536 distinct values, and over as many bins where there are more.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def _units(
 def _documents(groups: Ints, owners: Ints, counts: Ints, order: Ints) -> Ints:
     """Occurrences of documents that have a unit of each group, of the units `order`, which go by group and document."""
     ordered, owner = groups[order], owners[order]
-    fresh = np.append(True, (np.diff(ordered) != 0) | (np.diff(owner) != 0))[: len(order)]  # once a document
+    fresh = np.append(True, (np.diff(ordered) != 0) | (np.diff(owner) != 0))[: len(order)]  # once per document
     return np.bincount(ordered[fresh], counts[owner[fresh]], int(groups.max(initial=-1)) + 1).astype(np.int64)
 
 
@@ -183,7 +183,7 @@ def _hashes(documents: DocumentSet, starts: Ints) -> Hashes:
 
 
 def _texts(tokenizer: Any, groups: Mapping[int, NDArray[Any]]) -> dict[int, str]:
-    """The text of each group, whitespace included; groups that are no text, blank or too long are left out."""
+    """The text of each group, whitespace included; groups that are not text, blank or too long are left out."""
     distinct = np.unique(np.concatenate([*groups.values(), np.zeros(0, dtype=np.int32)])).tolist()
     pieces = dict(zip(distinct, token_bytes(tokenizer, distinct), strict=True))
     found = {}

@@ -1,7 +1,8 @@
 """Applies the rule of a score: from the scorer's numbers to the tokens that the rule fires on, over a dataset.
 
 The steps are the same for all scores: average over the unit or window, map to what the rule sees, fire the rule, cap.
-Low scores are dropped, except by `unknown_below`, which drops high novelty. An undefined score (NaN) fires no rule. A
+Low scores are dropped, except by `unknown_below`, which drops high novelty, and by `cluster`, which drops the class
+that it names. What becomes of the tokens is decided in `select.py`. An undefined score (NaN) fires no rule. A
 rule that fires on nothing or on most tokens gives a warning, because the run would look successful all the same.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..data import ragged
-from ..data.ragged import UNDEFINED_KEY, Bools, Doubles, Floats, Ints, Layout, Scale, identity, lowest, ordered
+from ..data.ragged import UNDEFINED_KEY, Bools, Doubles, Floats, Ints, Layout, Scale, identity, lowest, sort_keys
 from ..errors import XTFError
 from ..scorers import ScoreConfig, registry
 from .otsu import UndefinedSplit, multi_otsu
@@ -153,7 +154,7 @@ def _prepared(seen: Floats, layout: Layout, config: ScoreConfig) -> Rules:
         return _of_median(seen, layout, drop.of_median)
     rules, bounds = [], {}
     for key, side, value in drop.bounds():
-        # compared as a float32 score holds the threshold: a probability equal to it is neither above nor below
+        # `below` as written, the others as a float32 score holds them: a probability equal to one is on neither side
         limit = value if key == "below" else float(np.float32(value))
         test = _under(limit) if side == "below" else _over(limit)
         rules.append(Rule(f"{key}: {getattr(drop, key)}", test, {side: value}))
@@ -210,8 +211,8 @@ def _quantile(seen: Floats, layout: Layout, share: float, scope: str) -> Rule:
 
     def of_document(scores: Floats, layout: Layout) -> tuple[Bools, Doubles]:
         number = np.floor(share * layout.count(~np.isnan(scores))).astype(np.int64)
-        fires, keys = lowest(ordered(scores), layout, number)
-        return fires, ragged.unordered(keys)
+        fires, keys = lowest(sort_keys(scores), layout, number)
+        return fires, ragged.from_sort_keys(keys)
 
     if scope == "document":
         return Rule(f"quantile: {share}", of_document, {"up_to": None})
@@ -316,7 +317,7 @@ def _capped(
     over = layout.count(fires) > cap
     if not over.any():
         return fires
-    keys = ordered(rank(scores))
+    keys = sort_keys(rank(scores))
     keys[~fires] = UNDEFINED_KEY
     let_through, _ = lowest(keys, layout, np.where(over, cap, 0))
     return np.where(layout.spread(over), let_through, fires)
@@ -329,13 +330,13 @@ def _described(rules: Sequence[Rule], limits: Sequence[Limits]) -> dict[str, Any
         for bound, value in rule.drops.items():
             if own:
                 numbers = np.concatenate(own)
-                result[bound] = _spread(numbers[np.isfinite(numbers)])
+                result[bound] = _median_min_max(numbers[np.isfinite(numbers)])
             else:  # JSON, which the report is, has finite numbers only
                 result[bound] = None if value is None or not math.isfinite(value) else float(value)
     return result
 
 
-def _spread(numbers: Doubles) -> dict[str, float] | None:
+def _median_min_max(numbers: Doubles) -> dict[str, float] | None:
     if not len(numbers):
         return None
     median = 2 * float(np.median(numbers / 2))  # the sum of the two middle numbers could overflow

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..config.block import XTFConfig
 from ..config.scores import SLOTS
-from ..data.ragged import UNDEFINED_KEY, Bools, Floats, Hashes, Ints, Layout, lowest, ordered, random_keys
+from ..data.ragged import UNDEFINED_KEY, Bools, Floats, Hashes, Ints, Layout, lowest, random_keys, sort_keys
 from ..errors import XTFError
 from .rules import Rules, Segments, evaluate
 
@@ -71,7 +71,7 @@ class Selection:
         thresholds: by score, its rule and the resulting thresholds; plain JSON values, in units of `seen`.
         fired: by score, on how many completion tokens of the dataset its rule fired.
         warnings: for the user.
-        best: (N,) the trained token that `min_kept` keeps first, as an index among the completion tokens; -1: none.
+        best: (N,) the trainable token that `min_kept` keeps first, as an index among the completion tokens; -1: none.
         rules: by score, its rules with the thresholds that were used.
         seen: by score, (M,) float32 as its rule saw them.
     """
@@ -191,7 +191,7 @@ def _rescue_order(first: Floats | None, logprobs: Floats | None, tokens: slice) 
     halves = []
     for values in (first, logprobs):
         here = -values[tokens] if values is not None else np.full(tokens.stop - tokens.start, np.nan, np.float32)
-        halves.append(ordered(np.where(np.isinf(here), np.float32(np.nan), here)))
+        halves.append(sort_keys(np.where(np.isinf(here), np.float32(np.nan), here)))
     keys: Hashes = (halves[0].astype(np.uint64) << np.uint64(32)) | halves[1]
     return keys
 

@@ -222,7 +222,7 @@ def _matching(folders: list[Path], reference: str) -> Path:
     hits = [path for path in hits if path.name == reference] or hits
     if len(hits) != 1:
         known = ", ".join(path.name for path in hits or folders) or "none"
-        problem = "matches several references" if hits else "is no reference in the cache"
+        problem = "matches several references" if hits else "is not a reference in the cache"
         raise XTFUserError(f"{reference!r} {problem}. Known: {known}. See `xtf cache list`.")
     return hits[0]
 

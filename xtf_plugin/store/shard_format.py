@@ -32,7 +32,7 @@ _SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), *((name, _SCORES) for name i
 
 
 class BadShard(XTFError):
-    """A file that is no valid shard; the message is the reason."""
+    """A file that is not a valid shard; the message is the reason."""
 
 
 class NewerShard(XTFError):
@@ -65,7 +65,7 @@ def read(path: Path, reference: str) -> tuple[str | None, Records]:
     """Layers and records of a shard of `reference`.
 
     Raises:
-        BadShard: the file is no valid shard of this reference.
+        BadShard: the file is not a valid shard of this reference.
         NewerShard: the file has a later format.
         OSError: the file cannot be read now.
     """

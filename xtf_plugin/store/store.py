@@ -1,7 +1,8 @@
 """The score cache: scores of documents, stored on disk and found by content.
 
-The key is the document and the reference alone, so a new threshold needs no scoring. Shards are added and never
-changed. A killed process loses at most the shard being written. A damaged file is logged and set aside, and its
+A document is found by its key, the reference and, for attention, the layers, so a new threshold needs no scoring.
+Shards are added and never changed. A killed process loses at most the scores of a minute or of 2 million tokens, which
+are not written yet. A damaged file is logged and set aside, and its
 documents are scored again. If a folder cannot be written, scores stay in memory.
 
     <root>/v2/<reference>/reference.json          description of the reference, for `xtf cache list`

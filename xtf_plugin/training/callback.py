@@ -1,4 +1,4 @@
-"""Attach XTF to a finished trainer: score when training begins, mask every batch, stop a run whose masks do nothing."""
+"""Attach XTF to a finished trainer: score when training begins, mask every batch, and check that batches are masked."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._adopt(plan)
 
     def _read_as_collated(self) -> Boundaries:
-        """Rows are split by the columns that the trainer's collator reads, in planning and in our collator."""
+        """Find the columns that the trainer's collator ignores, and make our collator ignore them too."""
         found = Boundaries(self.trainer.data_collator)
         self.collator.ignored = found.ignored
         return found

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from ..config.block import XTFConfig
+from ..data.column_marks import AllMarks, Marks, Misfit, Speller, texts_of, token_flags
+from ..data.column_values import Values
 from ..data.documents import split_row
-from ..data.marks import AllMarks, Marks, Misfit, Speller, texts_of, token_flags
-from ..data.values import Values
 from ..errors import XTFUserError
 from ..scorers.column import column_parts
 from .trainer import READ_COLUMNS, arrays, text_tokenizer
@@ -42,7 +42,7 @@ class Columns(NamedTuple):
             values.join(other.values[column])
 
 
-def wanted(config: XTFConfig) -> bool:
+def reads_columns(config: XTFConfig) -> bool:
     """Whether a block reads columns."""
     return bool(column_parts(config.scores) or config.report_columns)
 
@@ -53,7 +53,7 @@ def columns_of(trainer: Any, config: XTFConfig) -> Columns:
     Raises:
         XTFUserError: see `read`.
     """
-    if not wanted(config):
+    if not reads_columns(config):
         return Columns({}, {})
     found: Columns | None = getattr(trainer, ATTRIBUTE, None)
     if found is not None:

@@ -1,7 +1,7 @@
 """Streamed data: thresholds come from a calibration sample; every chunk of rows is scored before it is trained on.
 
 The first documents of the stream are the sample; the thresholds, domain and scale of its plan apply to all later rows.
-Scores are not stored, since scoring a few documents is faster than finding them among millions.
+Scores of later rows are not stored, since scoring a few documents is faster than finding them among millions.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Stream:
         return [f"the reference {reference.name} stays loaded while the stream is trained on: {size / 2**20:,.0f} MiB"]
 
     def close(self) -> None:
-        """Free a separate reference."""
+        """Drop the masks and close the reference; a separate one is freed."""
         self.masks, self._reference = None, _nothing_scored
         self._stack.close()
 
@@ -410,7 +410,7 @@ class _ChunkSource(ScoreSource):
         """Nothing is."""
 
     def _check(self, logprobs: Floats, about: dict[str, Any], prefix: str = "") -> None:
-        """Accept documents without any finite score, which a dataset may not have: a chunk can be one document."""
+        """Do not raise if all scores are undefined, as for a dataset: a chunk can be a single document."""
 
 
 def check_base(model: nn.Module) -> None:
@@ -420,7 +420,7 @@ def check_base(model: nn.Module) -> None:
         raise XTFUserError(
             "xtf: the training data is streamed, so it is scored while the model is trained, and training changes base "
             f"weights ({trained[0]} and {len(trained) - 1} more), so scores would drift. Name the base model under xtf "
-            "`reference.model`, train adapters alone (use_peft, no `bias`), or do not stream."
+            "`reference.model`, train only adapters (use_peft, no `bias`), or do not stream."
         )
 
 

@@ -147,7 +147,7 @@ def documents_of(inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 
 
 def _of_mask(mask: Any, size: int) -> tuple[Bools, Bools]:
-    """Which tokens are no padding, and which cannot see the token before them, (T,) each, from a row's mask."""
+    """Which tokens are not padding, and which cannot see the token before them, (T,) each, from a row's mask."""
     first = np.zeros(size, dtype=bool)
     if mask.shape == (size,):
         return mask.numpy().astype(bool), first

@@ -120,7 +120,7 @@ function textsOf(raw, shown) {
 
 const plainOf = (id) => (Object.hasOwn(D.odd, id) ? D.odd[id][0] : D.tokens[id].replaceAll("·", " ").replaceAll("↵\n", "\n").replaceAll("⇥", "\t"));
 
-// The regular expression of each token that is shown with codes, by token; null: it is no text. See `odd` in Python.
+// The regular expression of each token that is shown with codes, by token; null: it is not text. See `odd` in Python.
 function expressionsOf(raw) {
   const found = new Map();
   raw.ids.forEach((id, i) => { if (Object.hasOwn(D.odd, id)) found.set(i, D.odd[id][1]); });
@@ -209,7 +209,7 @@ function matched(doc, mark) {
   return found;
 }
 
-// A regular expression for the tokens from `first` up to `end`; null if they are no text. See `pattern_of` in Python.
+// A regular expression for the tokens from `first` up to `end`; null if they are not text. See `pattern_of` in Python.
 function patternOf(doc, first, end) {
   let text = "", body = "", missing = false;
   for (let i = first; i < end; i++) {

@@ -137,7 +137,7 @@ def document_data(
 
 
 def _prompts(table: ScoreTable, here: slice) -> dict[int, str]:
-    """The ends of the prompts in a document as they are shown, by the token behind them."""
+    """The ends of the prompts in a document as they are shown, by the token after them."""
     found = table.prompts(here).items()
     return {at: _with_spaces(text) for at, text in found if text}
 

@@ -122,7 +122,7 @@ function showFormats() {
   byId("formats").hidden = !kept.length && !openings.length;
   const rows = kept.map((each) => [make("span", {class: "text"}, each.text), `${number(each.documents)} (${part(each.documents / all)})`,
     each.why.includes("format") ? "format" : each.dropped_in ? `dropped in ${number(each.dropped_in)} of them` : "no rule drops it", dropButton(each)]);
-  rows.push(...openings.slice(0, 12).map((each) => [make("span", {class: "text"}, each.text), part(each.share), "opens a line: format", ""]));
+  rows.push(...openings.slice(0, 12).map((each) => [make("span", {class: "text"}, each.text), part(each.share), "opens a line or sentence: format", ""]));
   put("repeated", make("p", {class: "note"}, "A format is to be learned, a phrase that says nothing is not; only a reader can tell."),
     table(["text", "answers", "why it is kept", ""], rows));
 }

@@ -48,7 +48,7 @@ function explained(score, value, unit) {
 }
 
 function influence(value, unit) {
-  if (Math.abs(value) < 0.05) return `nothing after this ${unit} leans on it (${short(value)} nats)`;
+  if (Math.abs(value) < 0.05) return `this ${unit} does not help to predict the text after it (${short(value)} nats)`;
   return `without this ${unit}, the text after it is ${short(Math.abs(value))} nats ${value < 0 ? "easier" : "harder"} in total`;
 }
 

@@ -68,7 +68,7 @@ def reach(length: int) -> int:
 
 
 def fitting(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """The configs that fit; only the first of them under `torch.use_deterministic_algorithms`."""
+    """The configs that fit, in float32 the last one; under `torch.use_deterministic_algorithms` the first that fits."""
     size = arguments["query"].element_size()
     if size == 4:  # exact float32 products use no tensor cores; larger tiles spill registers
         return configs[-1:]

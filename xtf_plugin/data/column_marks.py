@@ -135,14 +135,16 @@ def _listed(value: Any, form: str) -> list[Any]:
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, (list, tuple)):
         what = "[start, end) spans" if form == "spans" else f"indices of {form}"
-        raise Misfit(f"{reprlib.repr(value)} is no list; a list of {what} is needed, or null where nothing is marked")
+        raise Misfit(
+            f"{reprlib.repr(value)} is not a list; a list of {what} is needed, or null where nothing is marked"
+        )
     return list(value)
 
 
 def _span(item: Any, length: int) -> Span:
     pair = list(item) if isinstance(item, (list, tuple)) else []
     if len(pair) != 2 or not all(type(number) is int for number in pair):
-        raise Misfit(f"{reprlib.repr(item)} is no span; a span is [start, end) of two whole numbers of characters")
+        raise Misfit(f"{reprlib.repr(item)} is not a span; a span is [start, end) of two whole numbers of characters")
     start, end = pair
     if not 0 <= start < end <= length:
         raise Misfit(
@@ -154,7 +156,7 @@ def _span(item: Any, length: int) -> Span:
 
 def _index(item: Any, number: int, what: str) -> int:
     if type(item) is not int:
-        raise Misfit(f"{reprlib.repr(item)} is no index; whole numbers from 0 are needed")
+        raise Misfit(f"{reprlib.repr(item)} is not an index; whole numbers from 0 are needed")
     if not 0 <= item < number:
         legal = f"0 to {number - 1} are legal" if number else "none is legal"
         raise Misfit(f"the index {item} does not fit: the row has {number} {what}, so {legal}")
@@ -186,7 +188,7 @@ class Spelled:
     """The text of a row's tokens.
 
     Args:
-        text: C characters; bytes that are no character are escaped.
+        text: C characters; bytes that are not characters are escaped.
         sizes: bytes of each token, (T,).
         bytes_at: first byte of each character, and the number of all bytes, (C + 1,).
         completion, special: flags of tokens, (T,).
@@ -204,7 +206,7 @@ class Spelled:
         return spread
 
     def without_special(self) -> str:
-        """The text with NUL in place of special tokens, whose own text is no place for a message."""
+        """The text with NUL in place of special tokens, whose own text does not belong in a message."""
         codes = np.frombuffer(self.text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4").copy()
         codes[self.of_characters(self.special)] = 0
         text: str = codes.tobytes().decode("utf-32-le", errors="surrogatepass")
@@ -344,7 +346,7 @@ def _lost(texts: RowTexts, index: int, spelled: Spelled) -> str:
     own = spelled.of_characters(spelled.completion)
     spelt = "".join(char for char, kept in zip(spelled.text, own, strict=True) if kept)
     return (
-        f"{which} ({reprlib.repr(texts.own[index])}) is not found at one place of what is trained on "
+        f"{which} ({reprlib.repr(texts.own[index])}) does not occur exactly once in the trained text "
         f"({reprlib.repr(spelt)}): the chat template or the tokenizer changes it, it is not trained on, or it stands "
         "there twice. Mark the text as the tokens spell it, or leave the row unmarked (null)"
     )

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from xtf_plugin.data.documents import IGNORE_INDEX, collect
-from xtf_plugin.data.marks import (
+from xtf_plugin.data.column_marks import (
     Marks,
     Misfit,
     Part,
@@ -18,6 +17,7 @@ from xtf_plugin.data.marks import (
     texts_of,
     token_flags,
 )
+from xtf_plugin.data.documents import IGNORE_INDEX, collect
 from xtf_plugin.errors import XTFUserError
 
 PLAIN = RowTexts([Part("0123456789", True)], chat=False)
