@@ -179,7 +179,7 @@ def show(
         return
     path = _table_path(target, extra or [])
     file = score_table.open_file(path)
-    about = score_table.metadata(file, path)
+    about = score_table.metadata(file)
     terminal.check_row(row, about)
     found, meaning = terminal.find(file, wanted, n, path), terminal.legend(about)
     terminal.render_documents(found, wanted.described(), console, meaning)
@@ -222,8 +222,8 @@ def tune(
             raise XTFUserError(f"{target} {off(recipe)}: nothing to tune. The shortest block: `xtf: true`.")
         if not path.exists():
             raise XTFUserError(f"{target} has no stored scores ({path}). Score it first: xtf score {target}")
-        if _data_is_newer(path, recipe):
-            raise XTFUserError(f"the data has changed after {path} was made. Score it again: xtf score {target}")
+        if why := _other_rows(path, recipe):
+            raise XTFUserError(f"{why} after {path} was made. Score it again: xtf score {target}")
     table = score_table.read(path)
     if config is not None and config.reference.model is None:
         named, model = table.about.get("reference", {}).get("name"), recipe.model
@@ -353,16 +353,21 @@ def _selected_again(target: Path, extra: Sequence[str]) -> ScoreTable | None:
         return None
     recipe = load_recipe(target)
     path, config = recipe.scores_path(), parse_block(recipe)
-    if config is None or not path.exists() or _data_is_newer(path, recipe) or not _outdated(path, target, recipe):
+    if config is None or not path.exists() or _other_rows(path, recipe) or not _outdated(path, target, recipe):
         return None
     return reselected.select_again(path, config, recipe.model)
 
 
-def _data_is_newer(path: Path, recipe: Recipe) -> bool:
-    """Whether a file of the training data was changed after the score table was written."""
-    from .hosts.training_rows import changed
+def _other_rows(path: Path, recipe: Recipe) -> str:
+    """Why a score table may be of other rows than the recipe's; empty if nothing says so."""
+    from .hosts.row_settings import differing, row_settings
+    from .hosts.training_rows import newest_change
+    from .report import score_table
 
-    return changed(recipe) > path.stat().st_mtime_ns
+    about = score_table.metadata(score_table.open_file(path))
+    if names := differing(about.get("recipe"), row_settings(recipe.data)):
+        return f"{', '.join(names)} of the recipe {'have' if len(names) > 1 else 'has'} changed"
+    return "the data has changed" if newest_change(recipe) > path.stat().st_mtime_ns else ""
 
 
 def _outdated(path: Path, target: Path, recipe: Recipe) -> str:
@@ -372,11 +377,14 @@ def _outdated(path: Path, target: Path, recipe: Recipe) -> str:
 
     if not path.exists():
         return f"there is not a score table {path.absolute()} yet"
-    config, about = XTFConfig.parse(recipe.block), score_table.metadata(score_table.open_file(path), path)
+    config, about = XTFConfig.parse(recipe.block), score_table.metadata(score_table.open_file(path))
     if about.get("format", score_table.FORMAT) != score_table.FORMAT:
         return f"{path} is of another version of xtf-plugin"
-    if _data_is_newer(path, recipe):
-        return "the data has changed. What is stored of it is not scored again"
+    if why := _other_rows(path, recipe):
+        return f"{why}. What is stored of it is not scored again"
+    scored_by = about.get("reference", {}).get("name")
+    if config is not None and config.reference.model is None and scored_by not in (None, recipe.model):
+        return f"{path} has the scores of {scored_by}, and the recipe trains {recipe.model}"
     if config is not None and about.get("config") not in (None, config.to_dict()):
         return "the block has changed, and more of it than thresholds. What is stored is not scored again"
     newer = path.stat().st_mtime_ns < target.stat().st_mtime_ns

@@ -43,6 +43,7 @@ class Plan:
         streaming: what to report of the calibration sample, for a plan of one.
         recurring: texts that several documents share.
         groups: what drops are counted by, by column.
+        recipe: settings of the recipe that decide which rows are trained, where there is a recipe.
     """
 
     config: XTFConfig
@@ -57,6 +58,7 @@ class Plan:
     streaming: dict[str, Any] = field(default_factory=dict)
     recurring: list[Recurring] = field(default_factory=list)
     groups: Mapping[str, Grouping] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def masks(self) -> MaskTable:
         """The table that the collator needs."""
@@ -137,8 +139,7 @@ def _warnings(
 ) -> list[str]:
     """All warnings about a plan."""
     found = [*source.warnings, *selection.warnings, *warnings_of(shared, int(documents.counts.sum()))]
-    idle = [each for each in text.matches if not each.tokens]
-    found += [f"{each.key}: {each.pattern!r} matches nothing in the dataset" for each in idle]
+    found += [each.warning() for each in text.matches if not each.tokens]
     if text.turns is not None:
         found += text.turns.warnings(selection.keep, documents.counts)
     if selection.keep.all():

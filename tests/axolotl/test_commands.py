@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.axolotl import stock
+from xtf_plugin.hosts.recipes import load_recipe
+from xtf_plugin.hosts.row_settings import differing, row_settings
 
 pytestmark = pytest.mark.xdist_group("chat")
 
@@ -56,6 +58,8 @@ def test_score_ends_before_training_and_training_scores_nothing_again(base, plai
 
 def test_show_and_report_read_what_the_run_left(scored):
     path, _ = scored
+    about = json.loads((path.parent / "out/xtf/summary.json").read_text())["recipe"]
+    assert "base_model" in about and differing(about, row_settings(load_recipe(path).data)) == []
     show = stock.command(stock.BIN / "xtf", "show", path, "-n", "2", cache=path.parent / "cache")
     assert show.returncode == 0 and "|RI" in show.stdout and show.stdout.count("row ") == 2
     report = stock.command(stock.BIN / "axolotl", "xtf", "report", path, cache=path.parent / "cache")

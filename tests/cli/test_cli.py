@@ -20,6 +20,7 @@ import yaml
 from tests import forked
 from xtf_plugin import cli, environment
 from xtf_plugin.hosts import hub, recipes
+from xtf_plugin.hosts.row_settings import row_settings
 from xtf_plugin.report.score_table import SCHEMA
 
 
@@ -313,14 +314,51 @@ def test_scores_of_data_that_has_changed_are_not_shown(xtf, write, host, tmp_pat
     assert xtf("show", path)[0] == 0
     host.forget()
     assert xtf("show", path)[0] == 0 and host.started() is None
-    os.utime(tmp_path / "data/train.jsonl", (2**31, 2**31))
+    (tmp_path / "data/test.jsonl").write_text('{"text": "A cat"}\n')
+    os.utime(tmp_path / "data/train.jsonl", (2**31, 2**31))  # a clock that is ahead says nothing
+    table = tmp_path / "out/xtf/scores.parquet"
+    os.utime(table, (1_000, 1_000))
+    os.utime(path, (900, 900))
+    assert xtf("show", path)[0] == 0 and host.started() is None, "the test split is not trained on"
+    os.utime(tmp_path / "data/train.jsonl", (1_100, 1_100))
     code, _, err = xtf("tune", path)
     assert code == 2 and "the data has changed after" in err and f"Score it again: xtf score {path}" in err
     changed = write(dataset_name=str(tmp_path / "data"), xtf={"task_relevance": {"drop": {"of_median": 0.3}}})
     for recipe in (path, changed):  # other thresholds are not selected from old scores either
+        os.utime(table, (1_000, 1_000))
         code, _, err = xtf("show", recipe)
         assert code == 0 and host.started() and "since the data has changed" in err
         host.forget()
+
+
+def made_with(tmp_path, **about):
+    """The host's table, with this metadata."""
+    pq.write_table(TABLE.replace_schema_metadata({b"xtf": json.dumps(about)}), tmp_path / "source.parquet")
+
+
+@pytest.mark.parametrize("settings", [{"dataset_name": "other/data"}, {"max_length": 9}, {"model_name_or_path": "b"}])
+def test_scores_of_other_rows_are_not_shown(xtf, write, host, tmp_path, settings):
+    """Other data may be older than the table, so that no time tells."""
+    made_with(tmp_path, recipe=row_settings(yaml.safe_load(write().read_text())))
+    host()
+    assert xtf("show", write())[0] == 0
+    host.forget()
+    (name,), path = settings, write(**settings)
+    os.utime(path, (900, 900))
+    code, _, err = xtf("tune", path)
+    assert code == 2 and f"{name} of the recipe has changed after" in err
+    code, _, err = xtf("show", path)
+    assert code == 0 and host.started() and f"scoring first, since {name} of the recipe has changed" in err
+
+
+def test_scores_of_another_model_are_not_shown(xtf, write, host, tmp_path):
+    made_with(tmp_path, reference={"name": "a"})
+    path = write()
+    assert xtf("show", path)[0] == 0
+    os.utime(path, (900, 900))
+    host.forget()
+    code, _, err = xtf("show", path)
+    assert code == 0 and host.started() and "has the scores of a, and the recipe trains some/model" in err
 
 
 def test_show_passes_a_failed_scoring_on(xtf, write, host):

@@ -82,8 +82,9 @@ def test_score_runs_axolotls_own_command_as_a_dry_run(xtf, write, host, tmp_path
 
 
 def test_show_and_report_score_a_recipe_once(xtf, write, host, tmp_path):
-    path = write(**AXOLOTL, xtf={"cache_dir": str(tmp_path / "cache")})
-    saved(plan_of(tmp_path), tmp_path / "source.parquet")  # as a run with this block writes it
+    plan = plan_of(tmp_path)
+    path = write(**{**AXOLOTL, "base_model": plan.reference["name"]}, xtf={"cache_dir": str(tmp_path / "cache")})
+    saved(plan, tmp_path / "source.parquet")  # as a run with this block writes it
     assert "answer·is" in xtf("show", path)[1]
     host.forget()
     assert xtf("report", path)[0] == 0

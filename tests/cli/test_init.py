@@ -354,11 +354,16 @@ def test_data_beside_the_recipe_are_not_looked_for_elsewhere(init, xtf, tmp_path
     """`datasets` takes a name that is no folder from its cache, and another project may have left one there."""
     assert init(save(PLAIN))[0] == 0
     monkeypatch.chdir(tmp_path.parent)
-    code, _, err = xtf("check", tmp_path / "recipe.yaml")
-    assert code == 2 and f"./recipe_data: there is no such folder of data (looked for: {tmp_path.parent}" in err
     (tmp_path / "bare.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("./recipe_data", "recipe_data"))
-    code, _, err = xtf("check", tmp_path / "bare.yaml")
-    assert code == 2 and "recipe_data is a folder beside the recipe" in err and f"Run this in {tmp_path}." in err
+    for name, path in (("recipe", "./recipe_data"), ("bare", "recipe_data")):
+        code, _, err = xtf("check", tmp_path / f"{name}.yaml")
+        assert code == 2 and f"{path} is a folder beside the recipe" in err and f"Run this in {tmp_path}." in err
+
+
+def test_a_folder_named_as_a_reader_of_files_is_not_data(init, tmp_path):
+    (tmp_path / "json").mkdir()
+    code, _, err, recipe = init(save(tiny.problems(4)))
+    assert code == 0 and recipe["datasets"][0]["path"] == "json", err
 
 
 def test_nothing_is_overwritten(init, xtf, tmp_path):  # noqa: F811

@@ -56,6 +56,15 @@ CASES = {
     ),
     "rule of no score": ({"of_median": 0.1}, ["`task_relevance: {drop: {of_median: ...}}`"]),
     "number for a rule": ({"task_relevance": {"drop": 0.3}}, ["Did you mean drop: {of_median: 0.3}?"]),
+    "a number that no rule takes": ({"task_relevance": {"drop": 10**400}}, ["xtf.task_relevance.drop"]),
+    "a pattern as it is to be pasted": (
+        {"protect": r"#### \d"},
+        [r"Did you mean protect: {patterns: ['#### \d']}?"],
+    ),
+    "name that --reason takes for a slot": (
+        {"selectors": {"tr": {"scorer": "novelty", "drop": {"quantile": 0.1}}}},
+        ["is taken: reasons"],
+    ),
     "list for protect": ({"protect": ["Answer: .*"]}, ["Did you mean protect: {patterns: ['Answer: .*']}?"]),
     "short name of a slot": ({"RI": False}, ["xtf.RI: unknown key", "RI stands for reasoning_importance."]),
     "scorer of a slot": ({"explaned": {}}, ["explained is a scorer: write `task_relevance: {...}`."]),

@@ -86,14 +86,14 @@ class TestValues:
             ([[-1, 2]], "spans", r"span \[-1, 2\]"),
             ([[3, 3]], "spans", r"span \[3, 3\]"),
             ([[4, 3]], "spans", r"span \[4, 3\]"),
-            ([[0, 1, 2]], "spans", "is no span"),
-            ([[0.0, 2.0]], "spans", "is no span"),
-            ([[False, True]], "spans", "is no span"),
-            ([3], "spans", "3 is no span"),
-            ("[[0, 1]]", "spans", "is no list"),
+            ([[0, 1, 2]], "spans", "is not a span"),
+            ([[0.0, 2.0]], "spans", "is not a span"),
+            ([[False, True]], "spans", "is not a span"),
+            ([3], "spans", "3 is not a span"),
+            ("[[0, 1]]", "spans", "is not a list"),
             ([1], "lines", "the row has 1 lines that are not blank, so 0 to 0 are legal"),
             ([-1], "lines", "index -1"),
-            ([True], "lines", "True is no index"),
+            ([True], "lines", "True is not an index"),
             ([0], "messages", "needs a chat"),
         ],
     )
@@ -106,9 +106,9 @@ class TestValues:
         [
             ([[[0, 1]]], "spans", "1 lists, and the row has 2 assistant messages"),
             ([[[0, 1]], [[0, 9]]], "spans", "5 characters"),
-            ([[0, 1], []], "spans", "0 is no span"),
+            ([[0, 1], []], "spans", "0 is not a span"),
             ([2], "messages", "2 assistant messages, so 0 to 1 are legal"),
-            ([[0], 1], "lines", "1 is no list"),
+            ([[0], 1], "lines", "1 is not a list"),
         ],
     )
     def test_what_does_not_fit_a_chat_is_refused(self, value, form, message):
@@ -176,7 +176,7 @@ class TestTokens:
             assert found.strip() == "ab"
 
     def test_a_text_that_the_tokens_do_not_spell_is_refused(self, speller):
-        with pytest.raises(Misfit, match="the text .'ABC'. is not found"):
+        with pytest.raises(Misfit, match="the text .'ABC'. does not occur"):
             marked(speller, {"text": "ABC"}, [[0, 1]], "abc")
 
 
@@ -270,7 +270,7 @@ class TestCutRows:
     def test_a_text_that_is_not_there_is_not_taken_for_cut_off(self, speller):
         """Where more is trained on than a template writes before a message."""
         for length in (4, 40):
-            with pytest.raises(Misfit, match="the text .'Ben'. is not found"):
+            with pytest.raises(Misfit, match="the text .'Ben'. does not occur"):
                 marked(speller, {"text": "Ben"}, [[0, 1]], "Ana has 3 apples. " * length, cut=True)
 
     def test_a_changed_message_before_others_is_not_taken_for_cut_off(self, speller):

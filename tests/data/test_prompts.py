@@ -29,23 +29,26 @@ def naive(documents, tokenizer, limit, special):
             since = place + 1 if own else since
             at += own
     full = [before for before, *_ in found.values() if before]
-    front = min(common(full[0], each) for each in full)
     back = min(common(full[0][::-1], each[::-1]) for each in full)
-    back = min(back, min(map(len, full)) - front)
-    ends = [
-        index for index in range(front) if full[0][index] in special or tokenizer.decode(full[0][index])[-1:] == "\n"
-    ]
     tail = full[0][len(full[0]) - back :]
     begins = [index for index in range(back) if tail[index] in special or tokenizer.decode(tail[index])[:1] == "\n"]
-    if front + back == max(map(len, full)):
-        ends = begins = []
-    front, back = max(ends, default=-1) + 1, back - min(begins, default=back)
+    back -= min(begins, default=back)
+
+    def front_of(texts):
+        size = min((common(texts[0], each) for each in texts), default=0)
+        size = min([size, *(len(each) - back for each in texts)])
+        ends = [at for at in range(size) if texts[0][at] in special or tokenizer.decode(texts[0][at])[-1:] == "\n"]
+        return max(ends, default=-1) + 1
+
+    front = front_of(full)
+    front_later = front_of([before[since:place] for before, since, place in found.values() if 0 < since < place])
     texts = {}
     for at, (before, since, place) in found.items():
-        ids = before[since:place] if since else before[front:]
+        ids = before[since:place]
+        ids = ids[front_later if since else front :]
         ids = ids[: max(0, len(ids) - back)]
         text = tokenizer.decode(ids[-limit:]).strip() if ids else ""
-        texts[at] = "… " + text if len(ids) > limit else text
+        texts[at] = ("… " + text).strip() if len(ids) > limit or (since and not text) else text
     return texts
 
 
@@ -73,7 +76,7 @@ def test_equals_decoding_what_is_before_each_run(monkeypatch, limit, begin, end)
     assert prompts.Prompts(documents, tokenizer, special).before(opens) == list(expected.values())
     some = opens[[5, 2]]
     assert prompts.Prompts(documents, tokenizer, special).before(some) == [expected[int(at)] for at in some]
-    assert (min(prompts.Prompts(documents, tokenizer, special)._frame) > 0) == bool(begin)
+    assert (min(prompts.Prompts(documents, tokenizer, special)._frame[::2]) > 0) == bool(begin)
 
 
 def test_a_character_that_is_cut_is_replaced(monkeypatch):
@@ -98,3 +101,19 @@ def test_what_all_prompts_share_is_left_out_unless_it_is_all():
     assert prompts.Prompts(alone, tokenizer, special).before(np.asarray([0])) == [
         tokenizer.decode(questions[0]).strip()
     ]
+
+
+def test_the_same_first_question_everywhere_is_shown():
+    """What all conversations begin with is a frame only up to what their shortest prompt says itself."""
+    tokenizer = tiny.tokenizer()
+
+    def turns(*texts):
+        ids, labels = [], []
+        for text in texts:
+            own = [3, *tokenizer(text, add_special_tokens=False)["input_ids"], 4, 5]
+            ids, labels = [*ids, *own, 7, 6], [*labels, *[-100] * len(own), 7, 6]
+        return {"input_ids": ids, "labels": labels}
+
+    documents = collect([turns("Dev has", "Eli has 4"), turns("Dev has", "pens and")])
+    shown = prompts.Prompts(documents, tokenizer, np.asarray([3, 4, 5, 6]))
+    assert shown.before(documents.completion_runs[:-1]) == ["Dev has", "Eli has 4", "Dev has", "pens and"]

@@ -17,6 +17,8 @@ import yaml
 
 from tests import eager, forked, tiny
 from tests.made_scores import DROPS
+from xtf_plugin.hosts.recipes import load_recipe
+from xtf_plugin.hosts.row_settings import differing, row_settings
 
 BIN = Path(sys.executable).parent
 DROPS_NOTHING = {"preset": "none", "reasoning_importance": {"drop": {"below": 0.0}}}
@@ -102,6 +104,7 @@ def test_block_that_drops_changes_training_but_not_evaluation_data(runs):
     facts = json.loads((folder / "drops/xtf/summary.json").read_text())
     assert facts["totals"]["dropped_tokens"] > 0
     assert facts["reference"]["quantization"] == "nf4/fp4"
+    assert differing(facts["recipe"], row_settings(load_recipe(folder / "drops.yaml").data)) == []
     entry = next(e for e in history(folder / "drops") if "loss" in e)
     assert entry["xtf/kept_fraction"] == pytest.approx(facts["totals"]["kept_fraction"])
     evaluations = [next(e["eval_loss"] for e in history(folder / n) if "eval_loss" in e) for n in ("plain", "nothing")]

@@ -92,9 +92,10 @@ def test_a_text_that_rules_drop_in_many_documents_is_a_warning(tmp_path):
 
 def test_the_matches_of_patterns_are_printed(tmp_path, capsys):
     """A pattern that takes more than is meant, or nothing, shows at once."""
-    block = {"force_drop": ["Sure.*", "Sure thing"], "protect": {"patterns": ["22"]}}
+    block = {"force_drop": ["Sure.*", "Sure thing", r"<\|endoftext\|>"], "protect": {"patterns": ["22"]}}
     plan = plan_of(tmp_path, **BLOCK, **block)
-    protected, dropped, absent = summary.summary(plan, tiny.tokenizer())["patterns"]
+    protected, dropped, absent, special = summary.summary(plan, tiny.tokenizer())["patterns"]
+    assert special["special"] and dropped["special"] and not (special["tokens"] or absent["special"])
     assert [each["key"] for each in (protected, dropped, absent)] == ["protect.patterns", "force_drop", "force_drop"]
     assert dropped["documents"] == 12 and dropped["tokens"] == int(plan.weights[plan.text.forced].sum())
     assert dropped["tokens"] <= 12 * dropped["most"] and absent["documents"] == 0
@@ -103,6 +104,7 @@ def test_the_matches_of_patterns_are_printed(tmp_path, capsys):
     figures = f"{dropped['tokens']} tokens in 12 of the documents, at most {dropped['most']} in one"
     assert f"xtf: force_drop 'Sure.*': {figures}" in said and "'Sure thing': 0" not in said
     assert "xtf: warning: force_drop: 'Sure thing' matches nothing in the dataset" in said
+    assert "matches only special tokens, which protect.special_tokens keeps" in said
 
 
 def test_combinations_add_up(run):

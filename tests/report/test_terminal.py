@@ -235,8 +235,8 @@ def test_a_table_without_drops_has_nothing_dropped_to_show(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"document": "xyz"}, "no document key"),
-        ({"grep": "("}, "no regular expression"),
+        ({"document": "xyz"}, "not a document key"),
+        ({"grep": "("}, "not a regular expression"),
         ({"reason": "novelty"}, r"Legal: RI \(reasoning_importance\), KN \(knowledge_novelty\)"),
         ({"reason": "task_relevence"}, r"Did you mean task_relevance\?"),
     ],
@@ -350,7 +350,7 @@ def test_a_run_prints_kept_texts_that_recur_with_the_line_that_drops_them(tmp_pa
 
 def test_a_row_beyond_the_last_one_is_refused_with_the_number_of_rows(tmp_path):
     table = saved(plan_of(tmp_path), tmp_path / "scores.parquet")
-    about = metadata(open_file(table), table)
+    about = metadata(open_file(table))
     rows = about["totals"]["rows"]
     terminal.check_row(rows - 1, about)
     terminal.check_row(99, {})  # of another tool
@@ -386,6 +386,10 @@ def test_a_table_of_format_1_is_shown_and_its_report_is_refused(file, capsys):
     assert "needle" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         cli.main(["report", str(file)])
+    assert "format 1; this xtf-plugin reads format 3. Make it again: xtf score RECIPE" in capsys.readouterr().err
+    pq.write_table(pq.read_table(file).drop_columns(["prompt"]), file)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["show", str(file)])
     assert "format 1; this xtf-plugin reads format 3. Make it again: xtf score RECIPE" in capsys.readouterr().err
 
 

@@ -24,6 +24,7 @@ from xtf_plugin.report import score_table, tune
 from xtf_plugin.report.page.shortest_block import minimal
 from xtf_plugin.selection.select import FORCED
 
+NEVER = {"mine": {"scorer": "log_probability", "drop": {"below": -1e6}}}
 TWO = {**DROPS, "selectors": {"mine": {"scorer": "log_probability", "unit": "sentence", "drop": {"below": -7.3}}}}
 
 
@@ -207,6 +208,9 @@ def test_what_is_forced_out_is_counted_apart_and_no_example_of_a_score(tmp_path,
     forced = 100 * plan.weights[plan.selection.reasons == FORCED].sum() / plan.weights.sum()
     assert head[-3:] == ["forced", "more", "less"] and base[-1] == f"{forced:.1f}" != "0.0"
     assert "drops  Sure, happy to help!" not in text
+    only = plan_of(tmp_path, problems(), preset="none", selectors=NEVER, force_drop=["Sure, happy to help!"])
+    text = shown(tune.settings(table_of(only), only.config), only, 120)
+    assert "no score drops anything; force_drop does" in text and "drops nothing" not in text
 
 
 def test_text_of_the_data_cannot_act_on_the_terminal(two):

@@ -144,7 +144,7 @@ def test_a_scorer_cannot_write_to_what_it_is_given():
         (scoring(lambda scores, _: np.full_like(scores, np.nan)), {}, "every score is NaN"),
         (scoring(lambda scores, _: scores + np.float32(next(_COUNTER))), {}, "not deterministic"),
         (good(version="1.0"), {}, "no whole number"),
-        (good(config=dict), {}, "no class derived"),
+        (good(config=dict), {}, "not a class derived"),
         (good(), {"strength": -1}, "refuses these options"),
         (strong, {}, "not made by the decorator"),
     ],

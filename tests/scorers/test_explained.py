@@ -198,7 +198,7 @@ def test_white_space_goes_with_the_dropped_line_before_it(tmp_path, read_prompts
     starts = sentences(documents, "line")
     with asked(documents, tmp_path) as context:
         found = explained._Units(context, part_of(unit="line"))
-        blank = found.silent
+        blank = found.blank
         assert blank.any() and not blank[np.flatnonzero(blank) - 1].any()
         dropped = np.append(blank[1:], False)  # the line before each blank one
         begins = found._before_dropped(dropped)

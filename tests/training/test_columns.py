@@ -291,7 +291,7 @@ class TestRefusals:
     @pytest.mark.parametrize("value", [3, "[[0, 4]]"])
     def test_a_column_that_holds_no_lists(self, tmp_path, patched, capsys, value):
         message = self.refusal(capsys, tmp_path, [{**row, "noise": value} for row in tiny.problems(4)])
-        assert "row 0 of the training data, column noise" in message and "is no list" in message
+        assert "row 0 of the training data, column noise" in message and "is not a list" in message
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_no_such_column(self, tmp_path, patched, capsys, packing):

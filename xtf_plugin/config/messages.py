@@ -8,17 +8,19 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
 
 from ..environment import docs
-from ..fields import TAGS, Problems
+from ..fields import TAGS, Drop, Problems
 from ..scorers import registry
 from .scores import FULL_NAMES, MOST, PRESETS, SLOTS, PartProblems
 
 Schema = Mapping[str, Any]
 NEXT = f"See {docs('config.md')}, or run `xtf check --schema`."
+LONGEST_HINT = 200  # characters of a value that is likely meant
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _RULES = ("quantile", "below", "of_median", "fence", "cluster", "known_above", "unknown_below")
 _TEXTS = {"path": "path", "file-path": "path of a text file", "regex": "regular expression"}
@@ -164,11 +166,22 @@ def _corrected(key: str, value: Any, parent: Schema) -> str:
     Empty: no hint.
     """
     if key == "drop" and isinstance(value, (int, float)) and not isinstance(value, bool):
-        usual = parent["properties"][key].get("default") or {"quantile": None}
-        return f"Did you mean drop: {{{next(iter(usual))}: {value:g}}}? "
-    if key == "protect" and isinstance(value, (str, list)):
-        return f"Did you mean protect: {{patterns: {shown(value if isinstance(value, list) else [value])}}}? "
+        usual = next(iter(parent["properties"][key].get("default") or {"quantile": None}))
+        with suppress(ValueError, OverflowError):  # not each number is one of that rule
+            Drop.model_validate({usual: value})
+            return f"Did you mean drop: {{{usual}: {value:g}}}? "
+    patterns = value if isinstance(value, list) else [value]
+    if key == "protect" and all(isinstance(each, str) for each in patterns):
+        text = _as_yaml(patterns)
+        return f"Did you mean protect: {{patterns: {text}}}? " if len(text) <= LONGEST_HINT else ""
     return ""
+
+
+def _as_yaml(value: Any) -> str:
+    """A value on one line of YAML, to be pasted."""
+    import yaml  # not at the top: most blocks need no message
+
+    return str(yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)).strip()
 
 
 def _nearest_key(key: str, parent: Schema, root: Schema, start: str) -> str:

@@ -55,7 +55,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 # Names that reasons, metrics or columns of the score table already have.
 RESERVED = frozenset(
     "row document position token_id token prompt kept reason protected forced log_probability floor control".split()
-) | set(SLOTS)
+) | {*SLOTS, *map(str.lower, FULL_NAMES)}  # with `xtf show --reason`, ri stands for the slot
 
 
 class PartProblems(ValueError):

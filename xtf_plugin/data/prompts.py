@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .ragged import CHUNK_TOKENS, Ints, offsets_of, stretches
+from .ragged import CHUNK_TOKENS, Bools, Ints, gathered, offsets_of
 from .token_text import distinct_ids, token_bytes
 
 if TYPE_CHECKING:
@@ -67,52 +67,75 @@ class Prompts:
         """The last `TOKENS` tokens before some runs, as text; from the end of the run before, or the document's begin.
 
         What all prompts begin or end with is left out (a system prompt, the marks of a chat template), from or up to a
-        special token or a line break, so that no message is cut; unless that is all that there is.
+        special token or a line break, so that no message is cut; unless that is all that there is. So is what all later
+        turns begin with.
 
         Args:
             opens: (R,) the runs' first tokens, as places among all completion tokens.
 
         Returns:
-            R texts without white space at their ends; empty where nothing is before. A character that is cut in two is
-            replaced by U+FFFD.
+            R texts without white space at their ends; empty where nothing is before a document's first run, "…" if
+            nothing of its own is before a later one. A character that is cut in two is replaced by U+FFFD.
         """
-        documents, flat = self.documents, self.documents.completion_flat
-        ends, (front, back) = flat[opens].astype(np.int64), self._frame
-        begins = documents.offsets[np.searchsorted(documents.offsets, ends, side="right") - 1]
-        begins[ends > begins] += front
-        later = opens > 0
-        begins[later] = np.maximum(begins[later], flat[opens[later] - 1].astype(np.int64) + 1)
+        begins, ends, later = self._gaps(opens)
+        front, front_later, back = self._frame
+        begins = np.minimum(begins + np.where(later, front_later, front), ends)
         ends = np.maximum(ends - back, begins)
         cut = ends - begins > TOKENS
         begins = np.where(cut, ends - TOKENS, begins)
         texts = [text.strip() for text in self._decoded(begins, ends - begins)]
-        return [CUT + text if short else text for text, short in zip(texts, cut.tolist(), strict=True)]
+        short = (cut | (later & ~np.asarray(list(map(bool, texts)), dtype=bool))).tolist()
+        return [(CUT + text).rstrip() if each else text for text, each in zip(texts, short, strict=True)]
+
+    def _gaps(self, opens: Ints) -> tuple[Ints, Ints, Bools]:
+        """First tokens and those after the last between some runs and what is before them, and which begin no document.
+
+        Before a run is another run, or the begin of its document.
+        """
+        flat = self.documents.completion_flat
+        ends = flat[opens].astype(np.int64)
+        begins = self.documents.offsets[np.searchsorted(self.documents.offsets, ends, side="right") - 1]
+        since = np.where(opens > 0, flat[np.maximum(opens, 1) - 1].astype(np.int64) + 1, 0)
+        return np.maximum(begins, since), ends, since > begins
 
     def _decoded(self, begins: Ints, sizes: Ints) -> list[str]:
         """The text of spans of the documents' tokens."""
         data, at, lengths = self._spelt
-        ids = self.documents.input_ids[stretches(begins, sizes)]
-        spelt = data[stretches(at[ids], lengths[ids])].tobytes()
+        ids = gathered(self.documents.input_ids, begins, sizes)
+        spelt = gathered(data, at[ids], lengths[ids]).tobytes()
         bounds = offsets_of(lengths[ids])[offsets_of(sizes)].tolist()
         return [spelt[low:high].decode(errors="replace") for low, high in itertools.pairwise(bounds)]
 
     @cached_property
-    def _frame(self) -> tuple[int, int]:
-        """How many tokens all prompts begin and end with, as `before` leaves them out."""
+    def _frame(self) -> tuple[int, int, int]:
+        """How many tokens `before` leaves out: that all prompts begin with, all later turns, and that all end with."""
         (begins, ends), ids = contexts(self.documents), self.documents.input_ids
-        front, back = shared_ends(ids, begins, ends) if len(begins) else (0, 0)
-        if front + back == (ends - begins).max(initial=0):
-            return 0, 0
+        if not len(begins):
+            return 0, 0, 0
+        back = _alike(ids, ends - 1, ends - begins, -1)
+        if _alike(ids, begins, ends - begins, 1) == back == (ends - begins).max():  # all are the same
+            return 0, 0, 0
+        last = ids[ends[0] - back : ends[0]]
+        tails = self._bounds(last, np.zeros(len(last), dtype=np.int64))
+        back = back - int(tails[0]) if len(tails) else 0
+        starts, stops, later = self._gaps(self.documents.completion_runs[:-1])
+        later &= stops > starts
+        return self._front(begins, ends, back), self._front(starts[later], stops[later], back), back
+
+    def _front(self, begins: Ints, ends: Ints, back: int) -> int:
+        """How many tokens all of some spans begin with, up to the last bound, without the last `back` of each."""
+        if not len(begins):
+            return 0
+        size = min(_alike(self.documents.input_ids, begins, ends - begins, 1), int((ends - begins).min()) - back)
+        first = self.documents.input_ids[begins[0] : begins[0] + max(0, size)]
+        heads = self._bounds(first, self._spelt[2][first] - 1)
+        return int(heads[-1]) + 1 if len(heads) else 0
+
+    def _bounds(self, tokens: NDArray[Any], at: Ints) -> Ints:
+        """The places of special tokens, and of those whose byte `at` (of their first or last) is a line feed."""
         data, starts, sizes = self._spelt
-
-        def bounds(part: NDArray[Any], at: Ints) -> Ints:
-            """The places of special tokens, and of those whose byte `at` (of their first or last) is a line feed."""
-            feeds = (sizes[part] > 0) & (data[np.minimum(starts[part] + at, len(data) - 1)] == ord("\n"))
-            return np.flatnonzero(np.isin(part, self.special) | feeds)
-
-        first, last = ids[begins[0] : begins[0] + front], ids[ends[0] - back : ends[0]]
-        heads, tails = bounds(first, sizes[first] - 1), bounds(last, np.zeros_like(sizes[last]))
-        return int(heads[-1]) + 1 if len(heads) else 0, back - int(tails[0]) if len(tails) else 0
+        feeds = (sizes[tokens] > 0) & (data[np.minimum(starts[tokens] + at, len(data) - 1)] == ord("\n"))
+        return np.flatnonzero(np.isin(tokens, self.special) | feeds)
 
     @cached_property
     def _spelt(self) -> tuple[NDArray[np.uint8], Ints, Ints]:

@@ -118,22 +118,26 @@ def match_spans(tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, pa
 
 def match_each(
     tokenizer: Any, token_ids: ArrayLike, run_offsets: ArrayLike, patterns: Sequence[str], left_out: Bools | None = None
-) -> tuple[Bools, NDArray[np.int32]]:
-    """`match_spans` without the tokens `left_out`, and how many tokens of each run each pattern marks, (P, R)."""
+) -> tuple[Bools, NDArray[np.int32], Bools]:
+    """`match_spans` without the tokens `left_out`; how many tokens of each run each pattern marks, (P, R); and whether
+    it matches some of `left_out`, (P,)."""
     compiled = [_compiled(pattern) for pattern in patterns]
     ids, offsets = np.asarray(token_ids), np.asarray(run_offsets, dtype=np.int64)
     marks, numbers = np.zeros(len(ids), dtype=bool), np.zeros((len(compiled), len(offsets) - 1), dtype=np.int32)
+    beyond = np.zeros(len(compiled), dtype=bool)
     if not compiled or not len(ids):
-        return marks, numbers
+        return marks, numbers, beyond
     distinct = distinct_ids(ids)
     pieces = token_bytes(tokenizer, distinct.tolist())
     for run, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         which = np.searchsorted(distinct, ids[start:stop])
         for place, found in match_run([pieces[i] for i in which.tolist()], compiled):
-            found &= True if left_out is None else ~left_out[start:stop]
+            if left_out is not None:
+                beyond[place] |= (found & left_out[start:stop]).any()
+                found &= ~left_out[start:stop]
             marks[start:stop] |= found
             numbers[place, run] = found.sum()
-    return marks, numbers
+    return marks, numbers, beyond
 
 
 def match_run(pieces: Sequence[bytes], patterns: Sequence[re.Pattern[str]]) -> Iterator[tuple[int, Bools]]:

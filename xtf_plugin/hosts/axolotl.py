@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from ..environment import is_on
 from .axolotl_checks import check_settings, check_surroundings, has_block, trains
 from .fail_closed import exit_on_error
+from .row_settings import row_settings
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
         """Refuse an empty block, and an environment that cannot apply one; warn without a block. `cfg` is raw."""
         if not trains(sys.argv):
             return
+        self._recipe = row_settings(cfg)
         if has_block(cfg):
             check_surroundings()
         elif "xtf" not in cfg:
@@ -96,11 +98,12 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
         """Attach XTF to the trainer. A dry run ends here, before Axolotl writes into its output folder."""
         from ..config.block import XTFConfig
         from ..training import columns
-        from ..training.callback import attach
+        from ..training.callback import RECIPE, attach
 
         config = XTFConfig.parse(cfg.get("xtf"))
         if config is None:
             return
+        setattr(trainer, RECIPE, getattr(self, "_recipe", {}))
         if columns.reads_columns(config):
             setattr(trainer, columns.ATTRIBUTE, self._columns)
         attach(trainer, config)

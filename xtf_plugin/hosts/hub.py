@@ -80,20 +80,20 @@ def missing(kind: Kind, name: str, revision: str | None, env: Mapping[str, str])
         of = f" (revision {revision})" if revision else ""
         why = f"{name}{of} is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or name a folder"
     else:
-        why = _answer(kind, name, env.get("HF_ENDPOINT") or "https://huggingface.co")
+        why = _answer(kind, name, env.get("HF_ENDPOINT") or "https://huggingface.co", env.get("HF_TOKEN") or None)
     folder = Path(name).absolute()
     return why and f"there is no folder {folder}, so {name} would be fetched from the Hugging Face hub: {why}."
 
 
 @cache
-def _answer(kind: Kind, name: str, endpoint: str) -> str:
+def _answer(kind: Kind, name: str, endpoint: str, token: str | None) -> str:
     """What is wrong with a name by the hub's answer; empty: nothing, or the answer does not say."""
     home, where = endpoint.rstrip("/"), quote(name)
     try:
-        with urlopen(_request(f"{home}/api/{kind}s/{where}"), timeout=SECONDS) as answer:
+        with urlopen(_request(f"{home}/api/{kind}s/{where}", token), timeout=SECONDS) as answer:
             file = _behind_a_gate(answer.read())
         page = f"{home}/{'datasets/' if kind == 'dataset' else ''}{where}"
-        if file and _refuses(f"{page}/resolve/main/{quote(file)}"):
+        if file and _refuses(_request(f"{page}/resolve/main/{quote(file)}", token, "HEAD")):
             return (
                 f"it is gated, and its files are not open to you. Accept its terms at {page}, then log in (hf auth "
                 "login) or set HF_TOKEN"
@@ -121,16 +121,19 @@ def _behind_a_gate(facts: bytes) -> str:
         files = [str(each["rfilename"]) for each in known["siblings"]] if known["gated"] else []
     except (ValueError, TypeError, KeyError):  # a mirror may say less
         return ""
-    return next((file for file in files if not file.startswith((".", "README"))), "")
+    closed = [file for file in files if not file.startswith((".", "README", "LICENSE"))]
+    return "config.json" if "config.json" in closed else next(iter(closed), "")
 
 
-def _refuses(url: str) -> bool:
+def _refuses(request: Request) -> bool:
     """Whether the hub does not give a file to this user; where the file itself lies is not asked."""
     try:
-        with build_opener(_NoRedirect).open(_request(url, "HEAD"), timeout=SECONDS):
+        with build_opener(_NoRedirect).open(request, timeout=SECONDS):
             return False
     except HTTPError as error:
         return error.code in (401, 403)
+    except (OSError, HTTPException):  # the hub has answered before, so nothing is known
+        return False
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -140,8 +143,9 @@ class _NoRedirect(HTTPRedirectHandler):
         """No further request."""
 
 
-def _request(url: str, method: str = "GET") -> Request:
+def _request(url: str, token: str | None, method: str = "GET") -> Request:
+    """A request with `token`, or without one with that of this machine's user."""
     from huggingface_hub import get_token
 
-    token = get_token()
+    token = token or get_token()
     return Request(url, headers={"authorization": f"Bearer {token}"} if token else {}, method=method)

@@ -307,7 +307,7 @@ def _of_labels(shape: Shape) -> str:
 
 def _entry(source: Source, choice: Choice, host: str) -> str:
     """The list `datasets` with its one source."""
-    where: dict[str, Any] = {"path": _here(source.path)}
+    where: dict[str, Any] = {"path": source.path if source.data_files else _here(source.path)}
     if source.data_files and host == "axolotl":
         where = {"path": source.data_files, "ds_type": source.path}
     elif source.data_files:

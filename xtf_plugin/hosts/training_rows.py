@@ -6,6 +6,7 @@ Only files on this disk are read. Of data on the hub only its name is checked.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -33,16 +34,18 @@ def first_rows(recipe: Recipe, found: list[str]) -> Iterator[Row]:
     if recipe.host == "trl":
         found += _of_mixture(recipe.data)
     for source in named:
-        path, split = str(source.get("path")), str(source.get("split") or "train")
+        path = str(source.get("path"))
         by_split, why = splits_of(source) if recipe.host == "trl" else axolotl_data.splits_of(source)
-        if not why and not by_split and is_named_on_hub(path):
-            why = _beside(recipe, path) or hub.missing("dataset", path, None, {**os.environ, **recipe.env})
+        if not by_split and is_named_on_hub(path) and (beside := _beside(recipe, path)):
+            why = f"datasets: {beside}"
+        elif not why and not by_split and is_named_on_hub(path):
+            why = hub.missing("dataset", path, None, {**os.environ, **recipe.env})
             why = f"datasets: {why}" if why else ""
         if why:
             found.append(why)
         if not by_split:
             continue
-        names = [name.split("[")[0].strip() for name in split.split("+")]
+        names = _splits(source)
         if missing := [name for name in names if name not in by_split and name != "all"]:
             found.append(
                 f"{path}: there is no split {missing[0]!r}, only {', '.join(by_split)}. Set its name, or add its files."
@@ -61,14 +64,23 @@ def first_rows(recipe: Recipe, found: list[str]) -> Iterator[Row]:
             yield {name: row[name] for name in row if not isinstance(columns, list) or name in columns}
 
 
-def changed(recipe: Recipe) -> int:
-    """When the newest file of the training data was changed, in nanoseconds; 0: none is on this disk."""
+def newest_change(recipe: Recipe) -> int:
+    """When a file of the training data was last changed, in nanoseconds; 0: none is on this disk.
+
+    Times in the future say nothing: files from a machine with another clock have them.
+    """
     times = [0]
     for source in sources(recipe):
-        splits, _ = splits_of(source) if recipe.host == "trl" else axolotl_data.splits_of(source)
-        with suppress(OSError):
-            times += [os.stat(file).st_mtime_ns for files in splits.values() for file in files]
-    return max(times)
+        with suppress(OSError):  # also of a folder with a name that is too long
+            by_split, _ = splits_of(source) if recipe.host == "trl" else axolotl_data.splits_of(source)
+            wanted = set(_splits(source)) & by_split.keys() or by_split.keys()
+            times += [os.stat(file).st_mtime_ns for split in wanted for file in by_split[split]]
+    return max(when for when in times if when <= time.time_ns())
+
+
+def _splits(source: Mapping[str, Any]) -> list[str]:
+    """Names of the splits that a source is trained on; `train[:5%]+test` names two."""
+    return [name.split("[")[0].strip() for name in str(source.get("split") or "train").split("+")]
 
 
 def _beside(recipe: Recipe, path: str) -> str:

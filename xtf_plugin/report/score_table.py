@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 from numpy.typing import NDArray
 
 from .. import files
@@ -29,6 +28,7 @@ from ..data.ragged import Bools, Floats, Ints, Layout, offsets_of, runs, stretch
 from ..errors import XTFUserError, reason
 from ..selection.select import DECISIONS, Reasons, reason_text, rule_bits
 from ..selection.text_rules import special_ids
+from . import footer
 
 if TYPE_CHECKING:
     from ..data.documents import DocumentSet
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT = 3
 METADATA = b"xtf"  # key in the Parquet metadata; its JSON holds all of summary.json, `format` and `bytes`
-CHECKSUM = b"xtf_checksum"  # of that JSON: Parquet's own checksums cover the columns alone
+
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -166,7 +166,7 @@ def write(table: ScoreTable, documents: DocumentSet, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     own = {str(token): piece.hex() for token, piece in table.pieces.items() if not token_text.is_text(piece)}
     about = json.dumps(plain({**table.about, "format": FORMAT, "bytes": own})).encode()
-    schema = _schema(table.config).with_metadata({METADATA: about, CHECKSUM: _sum(about)})
+    schema = _schema(table.config).with_metadata({METADATA: about})
     files.remove_stale(path.parent)
     temporary = files.temporary_path(path)
     try:
@@ -178,6 +178,8 @@ def write(table: ScoreTable, documents: DocumentSet, path: Path) -> Path:
                 for chunk in _chunks(table, documents, schema):
                     writer.write_table(chunk, row_group_size=_ROW_GROUP)
         with temporary.open("r+b") as handle:
+            footer.sign(handle)
+            handle.flush()
             os.fsync(handle.fileno())
         files.publish(temporary, path)
     finally:
@@ -229,6 +231,14 @@ def _occurrences(documents: DocumentSet, offsets: Ints) -> Iterator[tuple[Ints, 
         yield np.repeat(rows[run], size), np.repeat(part, size), stretches(offsets[part], size)
 
 
+def check_format(about: Mapping[str, Any], path: Path) -> None:
+    """Raise XTFUserError if a table has another format than this package reads; `about` is its metadata."""
+    if (found := about.get("format")) != FORMAT:
+        what = f"a score table of format {found}" if isinstance(found, int) else "no score table of xtf"
+        advice = "Upgrade it." if isinstance(found, int) and found > FORMAT else ADVICE
+        raise XTFUserError(f"{path} is {what}; this xtf-plugin reads format {FORMAT}. {advice}")
+
+
 def read(path: Path) -> ScoreTable:
     """The arrays of a file; documents in the order of the dataset.
 
@@ -236,11 +246,8 @@ def read(path: Path) -> ScoreTable:
         XTFUserError: there is no such file, or it is not a score table of this format, or its parts are inconsistent.
     """
     file = open_file(path)
-    about = metadata(file, path)
-    if (found := about.get("format")) != FORMAT:
-        what = f"a score table of format {found}" if isinstance(found, int) else "no score table of xtf"
-        advice = "Upgrade it." if isinstance(found, int) and found > FORMAT else ADVICE
-        raise XTFUserError(f"{path} is {what}; this xtf-plugin reads format {FORMAT}. {advice}")
+    about = metadata(file)
+    check_format(about, path)
     try:
         config = XTFConfig.parse(about["config"])
         if config is None:
@@ -304,6 +311,8 @@ def _grouping(values: Any, first: Ints) -> Grouping:
 def open_file(path: Path) -> Any:
     """Open a Parquet file. Raises XTFUserError if it cannot be read as one."""
     try:
+        if footer.is_damaged(path):
+            raise OSError("its footer is damaged")
         return pq.ParquetFile(files.for_arrow(path), page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise XTFUserError(
@@ -312,18 +321,11 @@ def open_file(path: Path) -> Any:
         ) from error
 
 
-def metadata(file: Any, path: Path) -> dict[str, Any]:
-    """The JSON in the metadata of an open file; empty if the file is not a score table.
-
-    Raises:
-        XTFUserError: the metadata is damaged.
-    """
+def metadata(file: Any) -> dict[str, Any]:
+    """The JSON in the metadata of an open file; empty if the file is not a score table."""
     held = file.schema_arrow.metadata or {}
-    text = held.get(METADATA, b"")
-    if held.get(CHECKSUM, _sum(text)) != _sum(text):
-        raise XTFUserError(f"the metadata of the score table {path} is damaged. {ADVICE}")
     try:
-        about = json.loads(text)
+        about = json.loads(held.get(METADATA, b""))
     except (ValueError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}
@@ -337,6 +339,8 @@ def batches(file: Any, schema: Any, path: Path) -> Iterator[Any]:
     """
     missing = [name for name in schema.names if name not in file.schema_arrow.names]
     if missing:
+        if "format" in (about := metadata(file)):
+            check_format(about, path)
         raise XTFUserError(f"{path} is not a score table of xtf: it has no column {', '.join(missing)}. {ADVICE}")
     try:
         for batch in file.iter_batches(columns=schema.names):
@@ -374,10 +378,6 @@ def _schema(config: XTFConfig) -> Any:
     """`SCHEMA` with a column for each selector, and for each column of `report_by`."""
     selectors = ((name, pa.float32()) for name in config.selectors)
     return pa.schema([*SCHEMA, *selectors, *((BY + name, pa.string()) for name in config.report_columns)])
-
-
-def _sum(text: bytes) -> bytes:
-    return xxhash.xxh3_64_hexdigest(text).encode()
 
 
 def plain(value: Any) -> Any:

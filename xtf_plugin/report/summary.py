@@ -96,6 +96,7 @@ def summary(plan: Plan, tokenizer: Any, found: Mapping[str, Any] | None = None) 
     facts = {
         "format": 3,
         "config": plan.config.to_dict(),
+        **({"recipe": plan.recipe} if plan.recipe else {}),
         "reference": plan.reference,
         "versions": versions(),
         "thresholds": plan.selection.thresholds,

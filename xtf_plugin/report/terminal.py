@@ -278,7 +278,7 @@ def _parts(file: Any, wanted: Wanted, path: Path) -> Iterator[Part]:
 
 def _pieces(file: Any, path: Path) -> dict[int, bytes]:
     """Bytes of the tokens that are not UTF-8 by themselves; empty for tables that other tools wrote without them."""
-    about = score_table.metadata(file, path)
+    about = score_table.metadata(file)
     try:
         return {int(token): bytes.fromhex(digits) for token, digits in about["bytes"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):

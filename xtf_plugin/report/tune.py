@@ -234,7 +234,8 @@ def _show_examples(number: int, each: Setting, base: Setting, table: ScoreTable,
             shown = text if len(text) <= room else text[: room - 1] + "…"
             console.print(Text(f"  {what}  ", style="dim").append(shown, style=""), soft_wrap=True)
     if not gone.any() and not back.any():
-        console.print(Text("  drops nothing", style="dim"))
+        nothing = "no score drops anything; force_drop does" if each.dropped.any() else "drops nothing"
+        console.print(Text(f"  {nothing}", style="dim"))
 
 
 def examples(table: ScoreTable, flags: Bools) -> list[str]:

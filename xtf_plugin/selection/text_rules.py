@@ -26,6 +26,7 @@ class Match:
         key: `protect.patterns` or `force_drop`.
         documents, tokens: in which it matches, and which it marks.
         most: tokens that it marks in one document.
+        special: whether it matches special tokens, which `protect.special_tokens` keeps and it does not mark.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Match:
     documents: int
     tokens: int
     most: int
+    special: bool = False
 
     @classmethod
     def find(
@@ -40,14 +42,21 @@ class Match:
     ) -> tuple[Bools, Sequence[Match]]:
         """The completion tokens that some patterns mark, (M,), and what each of them matches; without `left_out`."""
         runs, ids = documents.completion_runs, documents.completion_ids
-        marks, numbers = token_text.match_each(tokenizer, ids, runs, patterns, left_out)
+        marks, numbers, special = token_text.match_each(tokenizer, ids, runs, patterns, left_out)
         owners = np.searchsorted(documents.completion_offsets, runs[:-1], side="right") - 1
         matches = []
-        for pattern, each in zip(patterns, numbers, strict=True):
+        for pattern, each, beyond in zip(patterns, numbers, special.tolist(), strict=True):
             sums = np.bincount(owners, each, len(documents.counts)).astype(np.int64)
             found, tokens = documents.counts[sums > 0].sum(), sums @ documents.counts
-            matches.append(cls(key, pattern, int(found), int(tokens), int(sums.max(initial=0))))
+            matches.append(cls(key, pattern, int(found), int(tokens), int(sums.max(initial=0)), beyond))
         return marks, matches
+
+    def warning(self) -> str:
+        """What to say of a pattern that marks nothing."""
+        nothing = (
+            "only special tokens, which protect.special_tokens keeps" if self.special else "nothing in the dataset"
+        )
+        return f"{self.key}: {self.pattern!r} matches {nothing}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from .trainer import check_trainer, log_report, rows, rows_in_flight, streamed, 
 from .verification import CHECKED, LabelVerifier, PlannedDocuments
 
 logger = logging.getLogger(__name__)
+
+RECIPE = "_xtf_recipe"  # attribute of a trainer: the settings of its recipe that decide which rows are trained
 
 
 class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -128,7 +131,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     def _adopt(self, plan: Plan) -> None:
         """Apply a plan from now on: set masks, metrics and verifier, and write the report."""
-        self.plan = plan
+        plan = self.plan = replace(plan, recipe=getattr(self.trainer, RECIPE, {}))
         self.collator.masks = plan.masks()
         self._verifier = LabelVerifier(PlannedDocuments(plan.documents, plan.selection.keep))
         self._constant_metrics = summary.metrics(plan)

@@ -62,7 +62,10 @@ def _near(slider: Slider, table: ScoreTable) -> Bools:
 def chosen_documents(
     table: ScoreTable, near: Bools, suspects: list[tuple[str, list[int]]], tokens: int
 ) -> dict[str, list[int]]:
-    """Indices of documents by group, first those to look at first; a group but the last has a quarter of the room."""
+    """Indices of documents by group, first those to look at first; a group but the last has a quarter of the room.
+
+    `tokens` is the room, see `room_for`. The text of prompts takes some of it.
+    """
     sizes, random = table.layout.lengths, by_key(table)
     random = random[sizes[random] > 0]
     queues = [_highest(table, ~table.keep, random), _highest(table, near, random)]
@@ -72,13 +75,20 @@ def chosen_documents(
     found, used = set[int](), 0
     for place, (name, queue) in enumerate(zip(GROUPS, queues, strict=True), start=1):
         for index in queue[: DOCUMENTS // len(GROUPS) if place < len(GROUPS) else 4 * DOCUMENTS].tolist():
-            cost = min(int(sizes[index]), LONGEST) if index not in found else 0
+            cost = _cost(table, index, tokens) if index not in found else 0
             if cost and found and (len(found) >= DOCUMENTS or used + cost > tokens * place // len(GROUPS)):
                 break
             groups[name].append(index)
             found.add(index)
             used += cost
     return groups
+
+
+def _cost(table: ScoreTable, document: int, tokens: int) -> int:
+    """Tokens of a document that are shown, and as many as take the room of its prompts."""
+    here = shown_tokens(table, document)
+    prompts = sum(len(text.encode(errors="replace")) for text in table.prompts(here).values())
+    return int(here.stop - here.start) + prompts * tokens // BYTES
 
 
 def by_key(table: ScoreTable) -> Ints:
