@@ -51,6 +51,11 @@ demo: $(STAMP) $(SMOLLM2)  ## the plugin on a real model and noisy data, in a fe
 	@echo "score table: .demo/run/xtf/scores.parquet   summary: .demo/run/xtf/summary.json"
 	@echo "report, to be opened in a browser: $(CURDIR)/.demo/run/xtf/report.html"
 
+# In `make test test-axolotl` both environments are made at once. The suites follow one another: each takes two cores.
+ifneq ($(filter test,$(MAKECMDGOALS)),)
+MAKEFLAGS += -j2
+endif
+
 # Two files at a time on two cores, one thread each: most of a test is Python, which uses one core.
 test: $(STAMP) $(SMOLLM2) lint docs-site chromium  ## lint, types and tests, with the newest TRL
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -63,7 +68,7 @@ screenshots: $(STAMP) chromium  ## the pictures of docs/images, from the demo's 
 	$(BIN)/python -m tests.screenshots .demo/run/xtf/report.html docs/images
 
 # Two tests at a time: each is a stock command, which spends its time on imports that use one core.
-test-axolotl: $(AXOLOTL_STAMP)  ## the tests in Axolotl, in an environment of its own
+test-axolotl: $(AXOLOTL_STAMP) | $(filter test,$(MAKECMDGOALS))  ## the tests in Axolotl, in an environment of its own
 	OMP_NUM_THREADS=1 $(AXOLOTL_VENV)/bin/python -m pytest -n 2 --dist loadgroup tests/axolotl
 
 $(AXOLOTL_STAMP): pyproject.toml
