@@ -52,7 +52,7 @@ demo: $(STAMP) $(SMOLLM2)  ## the plugin on a real model and noisy data, in a fe
 	@echo "report, to be opened in a browser: $(CURDIR)/.demo/run/xtf/report.html"
 
 # In `make test test-axolotl` both environments are made at once. The suites follow one another: each takes two cores.
-ifneq ($(filter test,$(MAKECMDGOALS)),)
+ifeq ($(filter-out test test-axolotl,$(or $(MAKECMDGOALS),help)),)
 MAKEFLAGS += -j2
 endif
 

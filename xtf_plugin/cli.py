@@ -223,7 +223,7 @@ def tune(
         if not path.exists():
             raise XTFUserError(f"{target} has no stored scores ({path}). Score it first: xtf score {target}")
         if why := _other_rows(path, recipe):
-            raise XTFUserError(f"{why} after {path} was made. Score it again: xtf score {target}")
+            raise XTFUserError(f"{why}. Score it again: xtf score {target}")
     table = score_table.read(path)
     if config is not None and config.reference.model is None:
         named, model = table.about.get("reference", {}).get("name"), recipe.model
@@ -366,8 +366,8 @@ def _other_rows(path: Path, recipe: Recipe) -> str:
 
     about = score_table.metadata(score_table.open_file(path))
     if names := differing(about.get("recipe"), row_settings(recipe.data)):
-        return f"{', '.join(names)} of the recipe {'have' if len(names) > 1 else 'has'} changed"
-    return "the data has changed" if newest_change(recipe) > path.stat().st_mtime_ns else ""
+        return f"the run that made {path} had another {', '.join(names)}"
+    return f"the data has changed after {path} was made" if newest_change(recipe) > path.stat().st_mtime_ns else ""
 
 
 def _outdated(path: Path, target: Path, recipe: Recipe) -> str:
@@ -381,7 +381,7 @@ def _outdated(path: Path, target: Path, recipe: Recipe) -> str:
     if about.get("format", score_table.FORMAT) != score_table.FORMAT:
         return f"{path} is of another version of xtf-plugin"
     if why := _other_rows(path, recipe):
-        return f"{why}. What is stored of it is not scored again"
+        return f"{why}. What is stored is not scored again"
     scored_by = about.get("reference", {}).get("name")
     if config is not None and config.reference.model is None and scored_by not in (None, recipe.model):
         return f"{path} has the scores of {scored_by}, and the recipe trains {recipe.model}"

@@ -18,6 +18,8 @@ HOSTS = {"trl": ("TRL", (1, 9), (1, 16)), "axolotl": ("Axolotl", (0, 19), (0, 19
 # In names of architectures that predict no next tokens.
 NO_CAUSAL_LM = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
+RECIPE = "_xtf_recipe"  # attribute of a trainer: hashes of the recipe's settings that decide which rows are trained
+
 WORKERS_REFUSED = (
     "xtf: the training data is streamed and dataloader_num_workers is {workers}: rows would be fetched in processes "
     "that have no model to score them with. Set dataloader_num_workers: 0, or do not stream (dataset_streaming: false; "

@@ -61,6 +61,7 @@ CASES = {
         {"protect": r"#### \d"},
         [r"Did you mean protect: {patterns: ['#### \d']}?"],
     ),
+    "a threshold as it is written": ({"task_relevance": {"drop": 0.9999999}}, ["{of_median: 0.9999999}?"]),
     "name that --reason takes for a slot": (
         {"selectors": {"tr": {"scorer": "novelty", "drop": {"quantile": 0.1}}}},
         ["is taken: reasons"],
@@ -331,3 +332,17 @@ def test_text_in_place_of_a_number(value, said):
     with pytest.raises(XTFUserError) as refused:
         XTFConfig(task_relevance={"drop": {"of_median": value}})
     assert f"'{value}' is not a number, {said} Legal: " in str(refused.value)
+
+
+@pytest.mark.parametrize("part", [{"protect": "("}, {"protect": ["a", "["]}, {"protect": ""}, {"protect": "a\nb"}])
+def test_no_hint_is_refused_itself(part):
+    with pytest.raises(XTFUserError) as refused:
+        XTFConfig.parse(part)
+    assert "Did you mean" not in str(refused.value)
+
+
+@pytest.mark.parametrize("number", [5, -1, float("nan")])
+def test_no_number_is_suggested_that_its_rule_refuses(number):
+    with pytest.raises(XTFUserError) as refused:
+        XTFConfig.parse({"task_relevance": {"drop": number}})
+    assert "Did you mean" not in str(refused.value)

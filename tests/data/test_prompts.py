@@ -117,3 +117,20 @@ def test_the_same_first_question_everywhere_is_shown():
     documents = collect([turns("Dev has", "Eli has 4"), turns("Dev has", "pens and")])
     shown = prompts.Prompts(documents, tokenizer, np.asarray([3, 4, 5, 6]))
     assert shown.before(documents.completion_runs[:-1]) == ["Dev has", "Eli has 4", "Dev has", "pens and"]
+
+
+def test_no_line_of_a_message_that_all_share_is_left_out():
+    tokenizer = tiny.tokenizer()
+    first, second = ("Sum:\nitem one\nitem two", "Now:\nitem three\nitem four")
+
+    def turns(*texts):
+        ids, labels = [], []
+        for text in texts:
+            own = [3, *tokenizer(text, add_special_tokens=False)["input_ids"], 4]
+            ids, labels = [*ids, *own, 7, 6], [*labels, *[-100] * len(own), 7, 6]
+        return {"input_ids": ids, "labels": labels}
+
+    for rows in ([turns(first, second)], [turns(first, second), turns(first, "Dev has")], [turns("Eli has", second)]):
+        documents = collect(rows)
+        found = prompts.Prompts(documents, tokenizer, np.asarray([3, 4, 6])).before(documents.completion_runs[:-1])
+        assert set(found) <= {first, second, "Dev has", "Eli has"}

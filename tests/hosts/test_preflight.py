@@ -555,7 +555,9 @@ def test_a_gated_model_is_found_by_its_files(made, tmp_path, monkeypatch, hub_at
     assert len(hub_at) == 4  # a file that lies elsewhere is not asked for there
     monkeypatch.delenv("HF_TOKEN")
     named = {"model_name_or_path": "gated/model", "dataset_name": "gated/data"}
-    assert checked(recipe_of(made, tmp_path, env={"HF_TOKEN": "mine"}, **named)) == []
+    for token in ("mine", "mine\n"):  # as `|` in YAML ends a text
+        hub._answer.cache_clear()
+        assert checked(recipe_of(made, tmp_path, env={"HF_TOKEN": token}, **named)) == []
     assert len(checked(recipe_of(made, tmp_path, env={"HF_TOKEN": "another"}, **named))) == 2
     monkeypatch.setattr(hub, "build_opener", lambda *_: (_ for _ in ()).throw(TimeoutError))
     hub._answer.cache_clear()

@@ -6,6 +6,7 @@ Legal values come from the JSON schema of the models, so that each is written on
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -169,11 +170,13 @@ def _corrected(key: str, value: Any, parent: Schema) -> str:
         usual = next(iter(parent["properties"][key].get("default") or {"quantile": None}))
         with suppress(ValueError, OverflowError):  # not each number is one of that rule
             Drop.model_validate({usual: value})
-            return f"Did you mean drop: {{{usual}: {value:g}}}? "
+            return f"Did you mean drop: {{{usual}: {value!r}}}? "
     patterns = value if isinstance(value, list) else [value]
-    if key == "protect" and all(isinstance(each, str) for each in patterns):
-        text = _as_yaml(patterns)
-        return f"Did you mean protect: {{patterns: {text}}}? " if len(text) <= LONGEST_HINT else ""
+    if key == "protect" and all(type(each) is str and each and each.isprintable() for each in patterns):
+        with suppress(re.error):  # not each text is a regular expression
+            list(map(re.compile, patterns))
+            text = _as_yaml(patterns)
+            return f"Did you mean protect: {{patterns: {text}}}? " if len(text) <= LONGEST_HINT else ""
     return ""
 
 

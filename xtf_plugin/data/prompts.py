@@ -126,9 +126,13 @@ class Prompts:
         """How many tokens all of some spans begin with, up to the last bound, without the last `back` of each."""
         if not len(begins):
             return 0
-        size = min(_alike(self.documents.input_ids, begins, ends - begins, 1), int((ends - begins).min()) - back)
-        first = self.documents.input_ids[begins[0] : begins[0] + max(0, size)]
-        heads = self._bounds(first, self._spelt[2][first] - 1)
+        alike = _alike(self.documents.input_ids, begins, ends - begins, 1)
+        room = max(0, int((ends - begins).min()) - back)
+        first = self.documents.input_ids[begins[0] : begins[0] + min(alike, room)]
+        if alike >= room:  # a whole message is shared, and its line breaks are its own
+            heads = np.flatnonzero(np.isin(first, self.special))
+        else:
+            heads = self._bounds(first, self._spelt[2][first] - 1)
         return int(heads[-1]) + 1 if len(heads) else 0
 
     def _bounds(self, tokens: NDArray[Any], at: Ints) -> Ints:

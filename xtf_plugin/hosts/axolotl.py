@@ -13,7 +13,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from ..environment import is_on
+from ..environment import RECIPE, is_on
 from .axolotl_checks import check_settings, check_surroundings, has_block, trains
 from .fail_closed import exit_on_error
 from .row_settings import row_settings
@@ -98,7 +98,7 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
         """Attach XTF to the trainer. A dry run ends here, before Axolotl writes into its output folder."""
         from ..config.block import XTFConfig
         from ..training import columns
-        from ..training.callback import RECIPE, attach
+        from ..training.callback import attach
 
         config = XTFConfig.parse(cfg.get("xtf"))
         if config is None:

@@ -80,7 +80,8 @@ def missing(kind: Kind, name: str, revision: str | None, env: Mapping[str, str])
         of = f" (revision {revision})" if revision else ""
         why = f"{name}{of} is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or name a folder"
     else:
-        why = _answer(kind, name, env.get("HF_ENDPOINT") or "https://huggingface.co", env.get("HF_TOKEN") or None)
+        token = "".join((env.get("HF_TOKEN") or "").split())  # a block of YAML text ends with a line feed
+        why = _answer(kind, name, env.get("HF_ENDPOINT") or "https://huggingface.co", token or None)
     folder = Path(name).absolute()
     return why and f"there is no folder {folder}, so {name} would be fetched from the Hugging Face hub: {why}."
 

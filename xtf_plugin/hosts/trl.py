@@ -149,7 +149,7 @@ def _init_with_attach(original: Any) -> Any:
         with complete_installation():
             from ..config.block import XTFConfig
             from ..training import columns
-            from ..training.callback import RECIPE, attach
+            from ..training.callback import attach
         config = XTFConfig.parse(block)  # a wrong block is refused before the trainer is built
         self._xtf_block = config
         known = getattr(kwargs.get("train_dataset"), "column_names", None)
@@ -157,7 +157,7 @@ def _init_with_attach(original: Any) -> Any:
             columns.check(known, config)
         original(self, *args, **kwargs)
         if config is not None:
-            setattr(self, RECIPE, dict(_row_settings))
+            setattr(self, environment.RECIPE, dict(_row_settings) or row_settings({}, sys.argv))
             attach(self, config)
             self.train = exit_on_error(self.train)
 

@@ -39,12 +39,15 @@ def is_damaged(path: Path) -> bool:
 
 
 def _footer(file: BinaryIO) -> bytes:
-    """The footer with its length and the magic bytes; empty if the file is too short for it."""
+    """The footer with its length and the magic bytes; empty if the file is no Parquet file, or too short for it."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _END))
-    length = _END + int.from_bytes(file.read(4), "little")
-    file.seek(max(0, size - length))
-    return file.read() if length <= size else b""
+    end = file.read()
+    length = _END + int.from_bytes(end[:4], "little")
+    if not end.endswith(b"PAR1") or length > size:
+        return b""
+    file.seek(size - length)
+    return file.read()
 
 
 def _hash(footer: bytes) -> bytes:

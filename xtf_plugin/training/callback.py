@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ..config.block import XTFConfig
 from ..data.documents import IGNORE_INDEX, DocumentSet, collect
-from ..environment import is_on
+from ..environment import RECIPE, is_on
 from ..errors import XTFDryRun, XTFError, XTFUserError
 from ..fields import ReferenceConfig
 from ..plan import Plan, make_plan
@@ -31,8 +31,6 @@ from .trainer import check_trainer, log_report, rows, rows_in_flight, streamed, 
 from .verification import CHECKED, LabelVerifier, PlannedDocuments
 
 logger = logging.getLogger(__name__)
-
-RECIPE = "_xtf_recipe"  # attribute of a trainer: the settings of its recipe that decide which rows are trained
 
 
 class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
