@@ -16,7 +16,6 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from ..environment import RECIPE, is_on
 from .axolotl_checks import check_settings, check_surroundings, has_block, trains
 from .fail_closed import exit_on_error
-from .row_settings import row_settings
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +64,11 @@ class XTFPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
         """Refuse an empty block, and an environment that cannot apply one; warn without a block. `cfg` is raw."""
         if not trains(sys.argv):
             return
-        self._recipe = row_settings(cfg)
         if has_block(cfg):
+            from .row_settings import row_settings
+
             check_surroundings()
+            self._recipe = row_settings(cfg)
         elif "xtf" not in cfg:
             logger.warning(
                 "xtf: the plugin is loaded, but the recipe has no `xtf:` key, so every label is trained on. Axolotl "

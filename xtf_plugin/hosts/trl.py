@@ -22,7 +22,6 @@ from .. import environment
 from ..errors import XTFError, XTFUserError
 from .boot import when_imported
 from .fail_closed import EMPTY_BLOCK, complete_installation, exit_on_error, meant_as_block, wrap
-from .row_settings import row_settings
 
 if TYPE_CHECKING:
     from ..config.block import XTFConfig
@@ -36,7 +35,7 @@ _HELP = (
 )
 _argument_added = False
 _block_parsed = False
-_row_settings: dict[str, Any] = {}  # of the recipe that was parsed last
+_recipe: dict[str, Any] = {}  # what was parsed last
 
 
 def patch(module: ModuleType) -> None:
@@ -78,8 +77,8 @@ def _refuse_ignored_keys(original: Any) -> Any:
     """Refuse an empty block, a mistyped key, and a block outside SFT: TRL's scripts ignore unknown keys."""
 
     def set_defaults_with_config(self: Any, **config: Any) -> list[str]:
-        _row_settings.clear()
-        _row_settings.update(row_settings(config, sys.argv))
+        _recipe.clear()
+        _recipe.update(config)
         remaining: list[str] = original(self, **config)
         if "xtf" in config and config["xtf"] is None:
             _stop(self, EMPTY_BLOCK)
@@ -150,6 +149,7 @@ def _init_with_attach(original: Any) -> Any:
             from ..config.block import XTFConfig
             from ..training import columns
             from ..training.callback import attach
+            from .row_settings import row_settings
         config = XTFConfig.parse(block)  # a wrong block is refused before the trainer is built
         self._xtf_block = config
         known = getattr(kwargs.get("train_dataset"), "column_names", None)
@@ -157,7 +157,7 @@ def _init_with_attach(original: Any) -> Any:
             columns.check(known, config)
         original(self, *args, **kwargs)
         if config is not None:
-            setattr(self, environment.RECIPE, dict(_row_settings) or row_settings({}, sys.argv))
+            setattr(self, environment.RECIPE, row_settings(_recipe, sys.argv))
             attach(self, config)
             self.train = exit_on_error(self.train)
 
