@@ -35,9 +35,14 @@ def naive(documents, tokenizer, limit, special):
     back -= min(begins, default=back)
 
     def front_of(texts):
-        size = min((common(texts[0], each) for each in texts), default=0)
-        size = min([size, *(len(each) - back for each in texts)])
-        ends = [at for at in range(size) if texts[0][at] in special or tokenizer.decode(texts[0][at])[-1:] == "\n"]
+        alike = min((common(texts[0], each) for each in texts), default=0)
+        room = min((len(each) - back for each in texts), default=0)
+        feeds = alike < room  # else a whole message is shared
+        ends = [
+            at
+            for at in range(min(alike, room))
+            if texts[0][at] in special or (feeds and tokenizer.decode(texts[0][at])[-1:] == "\n")
+        ]
         return max(ends, default=-1) + 1
 
     front = front_of(full)
