@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import import_graph
+from tests.faults.__main__ import FAULTS, place
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "xtf_plugin"
@@ -221,3 +222,8 @@ def test_rules_of_imports_can_find_something(tmp_path):
     assert import_graph.circle([each for each in found if each.importer == "plan"]) == []
     folders = [package / name for name in ("data", "store", "report")]
     assert [line.split(": ")[1] for line in first_files_missing(folders)] == ["names ['gone.py']", "names []"]
+
+
+def test_every_planted_fault_has_its_place():
+    """A fault whose text is gone finds nothing, and only a whole run of `tests.faults` would say so."""
+    assert [name for name, fault in FAULTS.items() if place(fault, ROOT) is None] == []

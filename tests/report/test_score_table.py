@@ -329,3 +329,13 @@ def test_documents_end_where_row_key_or_position_say_so(tmp_path):
     found = [(row, key, part["token_id"].to_pylist()) for row, key, part in score_table.iter_documents(held)]
     assert found == [(0, "a", [0, 1]), (0, "a", [2]), (0, "b", [3, 4]), (1, "b", [5, 6])]
     assert list(score_table.iter_documents(held.slice(0, 0))) == []
+
+
+def test_a_renamed_column_in_the_footer_is_found(tmp_path):
+    """pyarrow would read it as a column without values, with no error."""
+    path = saved(plan_of(tmp_path), tmp_path / "scores.parquet")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"document", len(data) - int.from_bytes(data[-8:-4], "little"))] ^= 0x20
+    path.write_bytes(data)
+    with pytest.raises(XTFUserError, match="its footer is damaged"):
+        score_table.read(path)
