@@ -306,3 +306,21 @@ def test_the_page_writes_the_short_block_as_yaml(made, page, block):
     text = page.evaluate("block()")
     assert XTFConfig.parse(yaml.safe_load(text)["xtf"]).to_dict() == config.to_dict()
     assert "{}" not in text and "[]" not in text
+
+
+def test_an_answer_has_its_own_direction_below_a_prompt_of_another(browser, tmp_path):  # noqa: F811
+    spell = tiny.tokenizer()
+    prompt, ids = (spell(text, add_special_tokens=False)["input_ids"] for text in ("Say it in Hebrew.\n", "שלום לכולם"))
+    path = page_of(
+        table_of(
+            plan_of(tmp_path, [{"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids}], preset="paper")
+        ),
+        tmp_path / "report.html",
+    )
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    directions = page.evaluate(
+        "['.document', '.document .prompt'].map((each) => getComputedStyle(document.querySelector(each)).direction)"
+    )
+    page.close()
+    assert directions == ["rtl", "ltr"]

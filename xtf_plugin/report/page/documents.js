@@ -45,7 +45,7 @@ function article(doc) {
   const text = make("div", {class: "text document", tabindex: 0, role: "group", dir: "auto",
     "aria-label": `answer of row ${doc.row}: use the arrow keys to go from word to word`});
   (view.whitespace ? doc.visible : doc.plain).forEach((shown, i) => {
-    if (doc.gaps.has(i)) text.append(make("span", {class: "prompt", title: "the end of the prompt"}, doc.gaps.get(i)));
+    if (doc.gaps.has(i)) text.append(make("span", {class: "prompt", dir: "auto", title: "the end of the prompt"}, doc.gaps.get(i)));
     if (view.whitespace && shown.startsWith("·")) text.append(make("wbr"));  // browsers do not break lines at a "·"
     const token = make("span", {class: "token"}, shown);
     token.dataset.token = i;
