@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,18 @@ def release(version: str) -> tuple[int, ...]:
 def is_on(value: str | None) -> bool:
     """Whether an environment variable's value is 1, true, yes or on, in any case."""
     return value is not None and value.strip().lower() in ("1", "true", "yes", "on")
+
+
+def return_freed_memory() -> None:
+    """Give memory that this process has freed back to the system, where its C library is glibc.
+
+    glibc keeps the pages of many small and large blocks that were freed in turn, as scoring leaves them, and training
+    would take other ones.
+    """
+    import ctypes  # not at the top: the boot hook reads this file
+
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def installed_version(distribution: str) -> str | None:

@@ -30,6 +30,7 @@ from xtf_plugin.plan import make_plan
 from xtf_plugin.scoring.reference import resolve_layers
 from xtf_plugin.store.records import Records
 from xtf_plugin.store.store import ScoreStore
+from xtf_plugin.training.boundaries import Boundaries
 from xtf_plugin.training.trainer import rows as rows_of
 
 SCORED = 40  # documents, for the speed of scoring
@@ -64,7 +65,7 @@ def start(config: XTFConfig, provider: Provider, dataset: Dataset) -> dict[str, 
     """Seconds of each part of a start with all scores stored."""
     trainer = SimpleNamespace(train_dataset=dataset, args=SimpleNamespace(remove_unused_columns=False))
     begin = time.perf_counter()
-    documents = collect(rows_of(trainer))
+    documents = collect(rows_of(trainer, Boundaries(lambda rows: None)))
     middle = time.perf_counter()
     plan = make_plan(config, documents, provider, NO_TEXT, progress=False)
     end = time.perf_counter()

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ..config.block import XTFConfig
 from ..data.documents import IGNORE_INDEX, DocumentSet, collect
-from ..environment import RECIPE, is_on
+from ..environment import RECIPE, is_on, return_freed_memory
 from ..errors import XTFDryRun, XTFError, XTFUserError
 from ..fields import ReferenceConfig
 from ..plan import Plan, make_plan
@@ -89,6 +89,7 @@ class XTFCallback(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         with loading_all_weights():  # on the main thread: `make_plan` may load references on another one
             plan = make_plan(self.config, documents, provider, tokenizer, **options)
         self._adopt(plan)
+        return_freed_memory()
 
     def _read_as_collated(self) -> Boundaries:
         """Find the columns that the trainer's collator ignores, and make our collator ignore them too."""
