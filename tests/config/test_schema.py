@@ -133,6 +133,7 @@ two rules | novelty rules that meet | class beyond the split | more than there a
 log scale without a fence | scope of a constant | window and unit | revision of the trained model | bad regex
 type of the trained model | code of the trained model | impossible regex | missing word file | blank word
 unknown scorer of a slot | key of the slot's usual scorer | NUL in a path | nan | infinity | number beyond floats
+name that --reason takes for a slot
 """
 
 

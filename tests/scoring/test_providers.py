@@ -183,7 +183,7 @@ class TestSeparate:
             ("config.json", {"transformers_weights": "pytorch_model.bin"}, "pytorch_model.bin"),
             ("evil.safetensors.index.json", {"weight_map": {"a": "w.bin"}}, "w.bin"),
             ("model.safetensors.index.json", {"weight_map": {"a": "../model.safetensors"}}, r"\.\./model"),
-            ("model.safetensors.index.json", {"weight_map": 1}, "no index of weights"),
+            ("model.safetensors.index.json", {"weight_map": 1}, "not an index of weights"),
             ("model.safetensors.index.json", "[" * 100_000, "cannot be read"),
         ],
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import os
 import sys
 from types import ModuleType
@@ -78,7 +79,7 @@ def _refuse_ignored_keys(original: Any) -> Any:
 
     def set_defaults_with_config(self: Any, **config: Any) -> list[str]:
         _recipe.clear()
-        _recipe.update(config)
+        _recipe.update(copy.deepcopy(config))  # TRL makes objects of its `datasets`, in place
         remaining: list[str] = original(self, **config)
         if "xtf" in config and config["xtf"] is None:
             _stop(self, EMPTY_BLOCK)
