@@ -2,7 +2,7 @@
 
 The steps are the same for all scores: average over the unit or window, map to what the rule sees, fire the rule, cap.
 Low scores are dropped, except by `unknown_below`, which drops high novelty, and by `cluster`, which drops the class
-that it names. What becomes of the tokens is decided in `select.py`. An undefined score (NaN) fires no rule. A
+that it names. `select.py` decides which tokens are dropped. An undefined score (NaN) fires no rule. A
 rule that fires on nothing or on most tokens gives a warning, because the run would look successful all the same.
 """
 
